@@ -1,0 +1,3 @@
+"""PAINT on Megatron-Core: partial-solution adaptive interpolated training for self-distilled reasoners."""
+
+__version__ = "0.1.0"

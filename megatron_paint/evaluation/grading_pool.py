@@ -1,0 +1,159 @@
+"""Worker processes for questions that may never end, each under a hard time limit.
+
+Plain child processes that run `grading_worker`, not `multiprocessing`: its children import the parent's main module,
+which in a training run means torch, Megatron and the start of a second training run.
+"""
+
+import contextlib
+import json
+import os
+import selectors
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_paint.errors import UserError
+
+PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+START_SECONDS = 120.0  # for the imports of a worker on a loaded machine
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What became of one question."""
+
+    agrees: int | None  # index of the candidate that equals the gold answer
+    timed_out: bool = False  # no verdict within the limits of time and memory
+
+
+NO_VERDICT = Verdict(agrees=None, timed_out=True)
+
+
+class Worker:
+    """One child process; it holds at most one question at a time."""
+
+    def __init__(self) -> None:
+        paths = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_paint.evaluation.grading_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=PACKAGE_ROOT,  # `-m` puts it on the path, so the child imports this very package
+            env=environment,
+            bufsize=0,
+            start_new_session=True,  # Ctrl-C is for the parent, which closes its workers
+        )
+        self.ready = False
+        self.index: int | None = None
+        self.deadline = time.monotonic() + START_SECONDS
+        self._received = b""
+
+    def ask(self, index: int, question: dict[str, Any], seconds: float) -> None:
+        """Send one question; its time starts now. A dead worker is noticed when it is read from."""
+        self.index, self.deadline = index, time.monotonic() + seconds
+        with contextlib.suppress(OSError):
+            # A question is limited in length by `grading` and fits into the pipe, so that this cannot block.
+            self.process.stdin.write(json.dumps({**question, "seconds": seconds}).encode("ascii") + b"\n")
+
+    def receive(self) -> dict[str, Any] | None:
+        """The next whole message, {} while there is none yet, None when the process has ended."""
+        part = os.read(self.process.stdout.fileno(), 65536)
+        self._received += part
+        if b"\n" in self._received:
+            line, self._received = self._received.split(b"\n", 1)
+            return json.loads(line)
+        return {} if part else None
+
+    def died_idle(self) -> bool:
+        """Whether it ended, by someone else's hand, with no question in it."""
+        return self.ready and self.index is None and self.process.poll() is not None
+
+    def close(self) -> None:
+        """Kill the process and give back its pipes."""
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+class WorkerPool:
+    """Up to `workers` processes, started when first needed, that answer questions in any order."""
+
+    def __init__(self, workers: int) -> None:
+        self.size = workers
+        self._owner = os.getpid()
+        self._workers: list[Worker] = []
+        self._selector = selectors.DefaultSelector()
+
+    def judge(self, questions: Sequence[dict[str, Any]], *, seconds: float) -> list[Verdict]:
+        """Verdicts in the order of the questions; each question has `seconds` of wall time in its worker."""
+        verdicts: list[Verdict | None] = [None] * len(questions)
+        pending = deque(range(len(questions)))
+        try:
+            while pending or any(worker.index is not None for worker in self._workers):
+                for worker in [worker for worker in self._workers if worker.died_idle()]:
+                    self._drop(worker)
+                while pending and len(self._workers) < min(self.size, len(questions)):
+                    self._start()
+                for worker in self._workers:
+                    if pending and worker.ready and worker.index is None:
+                        index = pending.popleft()
+                        worker.ask(index, questions[index], seconds)
+                for worker, message in self._wait():
+                    self._take(worker, message, verdicts)
+        except BaseException:
+            self.close()  # a half-read worker would give its reply to the next question
+            raise
+        return verdicts
+
+    def close(self) -> None:
+        """End all workers; the pool can be used again. In a fork of the process that started them: nothing."""
+        if os.getpid() == self._owner:
+            for worker in list(self._workers):
+                self._drop(worker)
+
+    def _start(self) -> None:
+        worker = Worker()
+        self._workers.append(worker)
+        self._selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+
+    def _drop(self, worker: Worker) -> None:
+        self._workers.remove(worker)
+        self._selector.unregister(worker.process.stdout)
+        worker.close()
+
+    def _wait(self) -> list[tuple[Worker, dict[str, Any] | None]]:
+        """Messages that have come, None for workers that died or ran out of time."""
+        busy = [worker for worker in self._workers if worker.index is not None or not worker.ready]
+        left = min(worker.deadline for worker in busy) - time.monotonic()
+        events = [(key.data, key.data.receive()) for key, _ in self._selector.select(max(left, 0.0))]
+        heard = [worker for worker, _ in events]
+        now = time.monotonic()
+        return events + [(worker, None) for worker in busy if worker not in heard and worker.deadline <= now]
+
+    def _take(self, worker: Worker, message: dict[str, Any] | None, verdicts: list[Verdict | None]) -> None:
+        """Note what one message means; a worker that is lost is dropped, and replaced when one is needed."""
+        if message == {}:
+            return
+        if not worker.ready:
+            if message is None or "missing" in message:
+                self._fail(message)
+            worker.ready = True
+            return
+        if worker.index is not None:
+            failed = message is None or "failed" in message
+            verdicts[worker.index] = NO_VERDICT if failed else Verdict(agrees=message["agrees"])
+        worker.index = None
+        if message is None:
+            self._drop(worker)
+
+    def _fail(self, message: dict[str, Any] | None) -> None:
+        reason = message["missing"] if message else f"it ended, or was not ready after {START_SECONDS:.0f} s"
+        advice = "Install math-verify with its parser: pip install 'math-verify[antlr4_13_2]'"
+        raise UserError(f"A grading worker could not start: {reason}. {advice}")

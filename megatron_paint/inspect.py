@@ -1,0 +1,137 @@
+"""`megatron-paint inspect`: one sample of one step, as the student wrote it and as the teacher saw the solution."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from megatron_paint.errors import UserError
+from megatron_paint.run.folder import RunFolder
+
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoding gives for a character whose bytes are not all there yet
+LONGEST_CHARACTER = 4  # tokens
+HIDDEN, SELECTED, FOUND, MISSING = "dim strike", "bold black on yellow", "green", "red"
+
+Decode = Callable[[Sequence[int]], str]
+
+
+def inspect_sample(
+    run_dir: str | Path,
+    step: int,
+    *,
+    index: int = 0,
+    id: str | None = None,
+    tokenizer_decode: Decode | None,
+    console: Console | None = None,
+) -> str:
+    """Print one sample of a step and return the plain text of it.
+
+    index: position among the samples of the step, or among those of the problem `id` if one is given. Without a decoder
+    the response is shown without its selected tokens. On a terminal colours mark what is hidden, selected, found and
+    missing; elsewhere [hidden: ...], [[...]], + and - do. UserError: no such step, sample or problem.
+    """
+    sample = _find(run_dir, step, index=index, id=id)
+    parts = [_head(sample), *_solution(sample), *_anchors(sample), *_response(sample, tokenizer_decode)]
+    plain = "\n".join(_to_plain(part) for part in parts)
+    console = console or Console(highlight=False)
+    if console.is_terminal:
+        for part in parts:
+            console.print(part, soft_wrap=True)
+    else:
+        console.print(Text(plain), soft_wrap=True)
+    return plain
+
+
+def _find(run_dir: str | Path, step: int, *, index: int, id: str | None) -> dict[str, Any]:
+    samples = RunFolder(run_dir).read_samples(step)
+    chosen = samples if id is None else [sample for sample in samples if sample["id"] == id]
+    if not chosen:
+        there = ", ".join(dict.fromkeys(str(sample["id"]) for sample in samples[:5]))
+        raise UserError(f"Step {step} of {run_dir} has no sample of problem {id!r}; its problems begin with {there}")
+    if not 0 <= index < len(chosen):
+        whose = f"step {step}" if id is None else f"problem {id!r} in step {step}"
+        raise UserError(f"{whose} has {len(chosen)} samples, 0 to {len(chosen) - 1}; there is no index {index}")
+    return chosen[index]
+
+
+def _title(text: str) -> Text:
+    return Text(f"\n== {text}", style="bold")
+
+
+def _head(sample: dict[str, Any]) -> Text:
+    overlap = "none" if sample["overlap"] is None else f"{sample['overlap']:.2f}"
+    share = "none" if sample["reveal"] is None else f"{sample['reveal']['share']:.2f}"
+    return Text(
+        f"problem {sample['id']}, step {sample['step']}: overlap {overlap}, reveal {share}, "
+        f"loss {sample['loss']:.4f} nats a token, "
+        f"{len(sample['response_ids'])} response tokens, {len(sample['selected'])} selected",
+        style="bold",
+    )
+
+
+def _solution(sample: dict[str, Any]) -> list[Text]:
+    """The reference with what the teacher was not shown marked."""
+    reveal = sample["reveal"]
+    if reveal is None:
+        return [_title("Solution"), Text("the teacher was shown none")]
+    shown, reference = reveal["shown_text"], reveal["reference_text"]
+    title = _title(f"Solution: {reveal['shown_tokens']} of {reveal['total_tokens']} tokens shown")
+    if not reference.startswith(shown):
+        return [title, Text(shown), _title("Whole reference, of which that is no prefix"), Text(reference)]
+    return [title, Text.assemble(shown, (reference[len(shown) :], HIDDEN))]
+
+
+def _anchors(sample: dict[str, Any]) -> list[Text]:
+    anchors = sample["anchors"]
+    found = sum(anchor["found"] for anchor in anchors)
+    lines = [_title(f"Anchors: {found} of {len(anchors)} found in the response")]
+    for anchor in sorted(anchors, key=lambda anchor: not anchor["found"]):
+        mark, style = ("+", FOUND) if anchor["found"] else ("-", MISSING)
+        lines.append(Text(f"  {mark} {anchor['kind']:8} {anchor['text']}", style=style))
+    return lines
+
+
+def _response(sample: dict[str, Any], decode: Decode | None) -> list[Text]:
+    """The response with its selected tokens marked."""
+    title = _title("Response, selected positions marked")
+    if decode is None:
+        return [title, Text(sample["response_text"])]
+    text = Text()
+    for piece, selected in pieces(sample["response_ids"], set(sample["selected"]), decode):
+        text.append(piece, style=SELECTED if selected else None)
+    return [title, text]
+
+
+def pieces(ids: Sequence[int], selected: set[int], decode: Decode) -> list[tuple[str, bool]]:
+    """The text in pieces of one token each, and whether it is selected.
+
+    A character spread over several tokens is one piece, selected if any of these is. A piece that never becomes a
+    character is given up after four tokens.
+    """
+    found: list[tuple[str, bool]] = []
+    start = 0
+    for end in range(1, len(ids) + 1):
+        text = decode(list(ids[start:end]))
+        if text.endswith(BROKEN) and end - start < LONGEST_CHARACTER and end < len(ids):
+            continue
+        found.append((text, any(position in selected for position in range(start, end))))
+        start = end
+    return found
+
+
+def _to_plain(text: Text) -> str:
+    """The text with marks in place of colours."""
+    plain, at = "", 0
+    for span in text.spans:
+        plain += text.plain[at : span.start]
+        marked = text.plain[span.start : span.end]
+        if span.style == HIDDEN:
+            plain += f"\n[hidden: {marked}]"
+        elif span.style == SELECTED:
+            plain += f"[[{marked}]]"
+        else:
+            plain += marked
+        at = span.end
+    return plain + text.plain[at:]

@@ -1,0 +1,180 @@
+"""Where the boxes, math spans and alignment rows of a LaTeX text stand; safe and linear on any text."""
+
+import re
+from typing import NamedTuple
+
+_ALIGNMENTS = frozenset(name + star for name in ("align", "aligned", "equation", "gather") for star in ("", "*"))
+
+_BOX = re.compile(r"\\boxed\s*\{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_ALIGNMENT_BEGINS = re.compile(r"\\begin\{(?:align(?:ed)?|equation|gather)\*?\}")
+_ENVIRONMENT_TOKEN = re.compile(
+    # The length of a row's [space] is bounded: without it many `\\[` would each be read to the end of the text.
+    r"\\begin\{(?P<begin>\w+\*?)\}|\\end\{(?P<end>\w+\*?)\}|(?P<row>\\\\\*?(?:\[[^\]\n]{0,20}\])?)|\\.|[&{}]",
+    re.DOTALL,
+)
+_SPAN_TOKEN = re.compile(
+    r"\\\\|\\[$()\[\]]|\$\$?|\\begin\{(?:align(?:ed)?|equation|gather)\*?\}|\n[ \t\r]*(?=\n)",
+)
+_CLOSERS = {"$": "$", "$$": "$$", "\\(": "\\)", "\\[": "\\]"}
+
+
+class Span(NamedTuple):
+    """A stretch with its delimiters: text[start:end], and without them: text[content_start:content_end]."""
+
+    start: int
+    content_start: int
+    content_end: int
+    end: int
+
+
+class Alignment(NamedTuple):
+    """One closed alignment: align, aligned, equation or gather, with or without a star."""
+
+    span: Span
+    rows: tuple[tuple[int, int], ...]  # ranges of its own `\\`
+    ampersands: tuple[int, ...]  # positions of its own `&`
+
+    @property
+    def marks(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Ranges of its `\\begin{}` and `\\end{}`."""
+        return (self.span.start, self.span.content_start), (self.span.content_end, self.span.end)
+
+
+def boxes(text: str) -> list[Span]:
+    """Every `\\boxed{...}` with matched braces, in order of its start; nested ones too, unclosed ones not."""
+    if "\\boxed" not in text:
+        return []
+    openers = {match.end() - 1: match.start() for match in _BOX.finditer(text)}
+    found = []
+    scanned = 0
+    for opener in openers:  # a box inside another is met on the way
+        if opener < scanned:
+            continue
+        open_braces = []
+        for match in _BRACE.finditer(text, opener):
+            brace = match.group()
+            if brace == "{":
+                open_braces.append(match.start())
+            elif brace == "}":
+                opened = open_braces.pop()
+                if opened in openers:
+                    found.append(Span(openers[opened], opened + 1, match.start(), match.end()))
+                if not open_braces:
+                    scanned = match.end()
+                    break
+        else:
+            break
+    return sorted(found)
+
+
+class _Frame:
+    """An environment whose end has not come yet."""
+
+    __slots__ = ("ampersands", "begin", "depth", "name", "rows")
+
+    def __init__(self, name: str, begin: re.Match, depth: int):
+        self.name, self.begin, self.depth = name, begin, depth
+        self.rows: list[tuple[int, int]] = []
+        self.ampersands: list[int] = []
+
+
+def alignments(text: str) -> list[Alignment]:
+    """Every closed alignment, in order of its start; `\\\\` and `&` of a matrix inside it are not its own."""
+    first = _ALIGNMENT_BEGINS.search(text)
+    if first is None:
+        return []
+    found = []
+    frames: list[_Frame] = []
+    open_names: dict[str, int] = {}
+    depth = 0
+    for match in _ENVIRONMENT_TOKEN.finditer(text, first.start()):
+        token = match.group()
+        if token == "{":
+            depth += 1
+        elif token == "}":
+            depth -= depth > 0
+        elif name := match["begin"]:
+            frames.append(_Frame(name, match, depth))
+            open_names[name] = open_names.get(name, 0) + 1
+        elif (name := match["end"]) and open_names.get(name):
+            while True:  # what is left open inside is dropped
+                frame = frames.pop()
+                open_names[frame.name] -= 1
+                if frame.name == name:
+                    break
+            depth = frame.depth
+            if name in _ALIGNMENTS:
+                span = Span(*frame.begin.span(), *match.span())
+                found.append(Alignment(span, tuple(frame.rows), tuple(frame.ampersands)))
+        elif frames and frames[-1].depth == depth and frames[-1].name in _ALIGNMENTS:
+            if token == "&":
+                frames[-1].ampersands.append(match.start())
+            elif match["row"]:
+                frames[-1].rows.append(match.span())
+    return sorted(found)
+
+
+def math_spans(text: str, found_alignments: list[Alignment]) -> list[Span]:
+    """The outermost math spans, in order: `$..$`, `$$..$$`, `\\(..\\)`, `\\[..\\]` and alignments.
+
+    An opener without its closer is plain text, and so is a `$` whose paragraph ends first, as in TeX: a price in one
+    paragraph must not swallow the next.
+    """
+    tokens = [(match.start(), match.group()) for match in _SPAN_TOKEN.finditer(text)]
+    alignment_at = {alignment.span.start: alignment.span for alignment in found_alignments}
+    spans: list[Span] = []
+    never_closed: set[str] = set()
+    index = 0
+    while index < len(tokens):
+        start, token = tokens[index]
+        if start in alignment_at:
+            spans.append(alignment_at[start])
+            while index < len(tokens) and tokens[index][0] < spans[-1].end:
+                index += 1
+            continue
+        closing = _closing(tokens, index) if token in _CLOSERS and token not in never_closed else 0
+        if closing is None:
+            never_closed.add(token)
+        if not closing:
+            index += 1
+            continue
+        at, closer = tokens[closing]
+        spans.append(Span(start, start + len(token), at, at + len(token)))
+        if closer != _CLOSERS[token]:  # $x$$y$: the second half opens the next span
+            tokens[closing] = (at + 1, "$")
+            index = closing
+        else:
+            index = closing + 1
+    return spans
+
+
+def _closing(tokens: list[tuple[int, str]], opener: int) -> int | None:
+    """Index of the closing token; 0: the paragraph ends before it; None: it is nowhere in the text."""
+    token = tokens[opener][1]
+    closer = _CLOSERS[token]
+    if opener + 1 < len(tokens) and tokens[opener + 1][1] == closer:
+        return opener + 1
+    inline = token == "$"
+    for index in range(opener + 1, len(tokens)):
+        candidate = tokens[index][1]
+        if candidate == closer or (inline and candidate == "$$"):
+            return index
+        if inline and candidate[0] == "\n":
+            return 0
+    return None
+
+
+def blank(text: str, ranges: list[tuple[int, int]]) -> str:
+    """The text, of the same length, with the ranges, which may overlap, turned into spaces."""
+    if not ranges:
+        return text
+    pieces = []
+    at = 0
+    for start, end in sorted(ranges):
+        if end > at:
+            start = max(start, at)
+            pieces += [text[at:start], " " * (end - start)]
+            at = end
+    pieces.append(text[at:])
+    return "".join(pieces)

@@ -1,0 +1,47 @@
+"""The vocabulary-parallel sparse interpolation loss, its reference, and token log-probabilities. Needs torch alone."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from megatron_paint.losses.config import InterpolationLossConfig
+
+if TYPE_CHECKING:
+    from megatron_paint.losses.fused import fused_interpolation_loss
+    from megatron_paint.losses.logprobs import TokenLogprobs, token_logprobs
+    from megatron_paint.losses.output import LossOutput
+    from megatron_paint.losses.reference import interpolation_loss
+    from megatron_paint.losses.vocab import ShardedVocab, VocabAxis, WholeVocab
+
+__all__ = [
+    "InterpolationLossConfig",
+    "LossOutput",
+    "ShardedVocab",
+    "TokenLogprobs",
+    "VocabAxis",
+    "WholeVocab",
+    "fused_interpolation_loss",
+    "interpolation_loss",
+    "token_logprobs",
+]
+
+# Settings are read and checked where torch may be missing or slow to load, so what needs it is imported on first use.
+_HOME = {
+    "LossOutput": "output",
+    "ShardedVocab": "vocab",
+    "TokenLogprobs": "logprobs",
+    "VocabAxis": "vocab",
+    "WholeVocab": "vocab",
+    "fused_interpolation_loss": "fused",
+    "interpolation_loss": "reference",
+    "token_logprobs": "logprobs",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

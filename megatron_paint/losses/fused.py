@@ -1,0 +1,115 @@
+"""The interpolation loss from hidden states, with a bounded number of logits. Axes: T tokens, V columns, H hidden."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from megatron_paint.losses import checks
+from megatron_paint.losses.chunks import chunk_size
+from megatron_paint.losses.config import InterpolationLossConfig
+from megatron_paint.losses.formed_gradient import attach_gradient
+from megatron_paint.losses.fused_pass import FusedPass, Inputs
+from megatron_paint.losses.gemm import OutputLayerGradient
+from megatron_paint.losses.output import LossOutput
+from megatron_paint.losses.vocab import VocabAxis
+
+
+def fused_interpolation_loss(
+    student_hidden_TH: torch.Tensor,
+    output_weight_VH: torch.Tensor,
+    teacher_hidden_TH: torch.Tensor,
+    *,
+    lengths: Sequence[int],
+    config: InterpolationLossConfig,
+    vocab: VocabAxis,
+    chunk_tokens: int | None = None,
+    chunk_bytes: float = 1e9,
+    token_weight_T: torch.Tensor | None = None,
+    teacher_output_weight_VH: torch.Tensor | None = None,
+    full_teacher_hidden_TH: torch.Tensor | None = None,
+    rollout_keys: Sequence[int] | None = None,
+    token_ids_T: torch.Tensor | None = None,
+    token_temperature: float | None = None,
+) -> LossOutput:
+    """The same numbers as interpolation_loss, forming the gradient in the forward pass.
+
+    student_hidden_TH, teacher_hidden_TH, full_teacher_hidden_TH [T, H]: final hidden states at response rows, before
+    the output layer; output_weight_VH [V, H]: this rank's rows of it, teacher_output_weight_VH where the teacher has
+    its own. bfloat16, float16, float32 or float64; logits are float32, or float64 if any input is.
+    lengths: tokens of each rollout, in row order. chunk_tokens: rows at a time; None takes as many as keep logits and
+    temporaries within chunk_bytes. token_weight_T [T] multiplies loss_T. rollout_keys: one int per rollout, for
+    positions="random". token_ids_T [T], token_temperature (None: the loss temperature): for token_logp_T.
+
+    Gradients go to student_hidden_TH and output_weight_VH where they require one; under no_grad nothing is formed.
+    backward accepts one factor common to all tokens and raises ValueError otherwise: weights of tokens belong in
+    token_weight_T. The hidden states' gradient is summed over the vocabulary's ranks unless vocab.reduce_hidden_grad is
+    False. Collectives: two per chunk, at most 64 bytes a token from each rank in float32; one per redone chunk; that sum.
+    Raises ValueError for arguments that do not fit together.
+    """
+    hidden_TH, weight_VH = student_hidden_TH, output_weight_VH
+    teacher_weight_VH = output_weight_VH if teacher_output_weight_VH is None else teacher_output_weight_VH
+    tokens, columns = hidden_TH.shape[0], weight_VH.shape[0]
+    _check_hidden(hidden_TH, weight_VH, teacher_hidden_TH, teacher_weight_VH, full_teacher_hidden_TH, config)
+    token_temperature = config.temperature if token_temperature is None else token_temperature
+    checks.check_temperature("token_temperature", token_temperature)
+    checks.check_vector("token_weight_T", token_weight_T, tokens)
+    checks.check_token_ids(token_ids_T, tokens, vocab=vocab, columns=columns)
+    dtype = checks.compute_dtype(hidden_TH, weight_VH, teacher_hidden_TH, teacher_weight_VH, full_teacher_hidden_TH)
+    valid = vocab.valid_columns(columns)
+    inputs = Inputs(
+        student_TH=hidden_TH.detach(),
+        teacher_TH=teacher_hidden_TH.detach(),
+        full_teacher_TH=None if full_teacher_hidden_TH is None else full_teacher_hidden_TH.detach(),
+        weight_VH=weight_VH.detach()[:valid],
+        teacher_weight_VH=teacher_weight_VH.detach()[:valid],
+        dtype=dtype,
+        token_weight_T=None if token_weight_T is None else token_weight_T.detach().to(dtype),
+        token_ids_T=token_ids_T,
+        token_ratio=config.temperature / token_temperature,
+        lengths=checks.checked_lengths(lengths, tokens),
+        rollout_keys=rollout_keys,
+        config=config,
+        vocab=vocab,
+    )
+    size = chunk_size(
+        chunk_tokens,
+        chunk_bytes,
+        columns=vocab.widest(columns),
+        buffers=2 if full_teacher_hidden_TH is None else 3,
+        dtype=dtype,
+        device=hidden_TH.device,
+    )
+    gradient, wants = None, (hidden_TH.requires_grad, weight_VH.requires_grad)
+    if torch.is_grad_enabled() and any(wants):
+        gradient = OutputLayerGradient(hidden_TH, weight_VH, columns=valid, dtype=dtype, wants=wants)
+    with torch.no_grad():
+        output = FusedPass(inputs, size, gradient).run()
+        if gradient is None:
+            return output
+        if gradient.dhidden_TH is not None and vocab.reduce_hidden_grad:
+            vocab.sum_in_place(gradient.dhidden_TH)
+    loss_T = attach_gradient(output.loss_T, hidden_TH=hidden_TH, weight_VH=weight_VH, gradient=gradient)
+    return replace(output, loss_T=loss_T)
+
+
+def _check_hidden(
+    hidden_TH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    teacher_TH: torch.Tensor,
+    teacher_weight_VH: torch.Tensor,
+    full_teacher_TH: torch.Tensor | None,
+    config: InterpolationLossConfig,
+) -> None:
+    checks.check_matrix("output_weight_VH", weight_VH, "columns x hidden", like=(None, None))
+    checks.check_matrix("student_hidden_TH", hidden_TH, "tokens x hidden", like=(None, weight_VH.shape[1]))
+    checks.check_matrix(
+        "teacher_output_weight_VH", teacher_weight_VH, "columns x hidden", like=(weight_VH.shape[0], None)
+    )
+    teacher_like = (hidden_TH.shape[0], teacher_weight_VH.shape[1])
+    checks.check_matrix("teacher_hidden_TH", teacher_TH, "tokens x hidden", like=teacher_like)
+    checks.check_full_teacher("full_teacher_hidden_TH", full_teacher_TH, config)
+    if full_teacher_TH is not None:
+        checks.check_matrix("full_teacher_hidden_TH", full_teacher_TH, "tokens x hidden", like=teacher_like)

@@ -1,0 +1,262 @@
+"""The passes over chunks of logits behind fused_interpolation_loss.
+
+Per chunk: two matrix products give the student's and the teacher's logits; one collective gives softmax statistics,
+entropies and with them the selection, a second one the divergences; then dlogits W and dlogits^T h. A rollout longer
+than a chunk gets the gradient of its commoner target at first, and the rows where that was wrong are done again, which
+costs 4 (1 + share) matrix products of all rows where a statistics pass before a gradient pass would cost 6.
+Axes: T response tokens, V this rank's vocabulary columns without padding, H hidden, R ranks, K packed statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from megatron_paint.losses.chunks import Chunk, ChunkSize, plan_chunks
+from megatron_paint.losses.config import InterpolationLossConfig
+from megatron_paint.losses.gemm import OutputLayerGradient, project
+from megatron_paint.losses.output import LossOutput
+from megatron_paint.losses.selection import select_blindly, select_positions
+from megatron_paint.losses.statistics import (
+    Softmax,
+    merge_entropy,
+    merge_softmax,
+    merge_token_logp,
+    mixed_statistics,
+    query_tokens,
+    softmax_statistics,
+    token_statistics,
+)
+from megatron_paint.losses.terms import ChunkLogits, Outcome, finish, form_gradient, take_sums
+from megatron_paint.losses.vocab import VocabAxis
+
+Rows = slice | torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Checked arguments: detached, weights without padding rows, token_ratio = loss temperature / token_temperature."""
+
+    student_TH: torch.Tensor
+    teacher_TH: torch.Tensor
+    full_teacher_TH: torch.Tensor | None
+    weight_VH: torch.Tensor
+    teacher_weight_VH: torch.Tensor
+    dtype: torch.dtype
+    token_weight_T: torch.Tensor | None
+    token_ids_T: torch.Tensor | None
+    token_ratio: float
+    lengths: tuple[int, ...]
+    rollout_keys: Sequence[int] | None
+    config: InterpolationLossConfig
+    vocab: VocabAxis
+
+
+class Statistics(NamedTuple):
+    """What is known of each token from the first collective; mixed is the normaliser of the interpolated target."""
+
+    student_max_T: torch.Tensor
+    student_sum_T: torch.Tensor
+    teacher_max_T: torch.Tensor
+    teacher_sum_T: torch.Tensor
+    mixed_max_T: torch.Tensor
+    mixed_sum_T: torch.Tensor
+    student_entropy_T: torch.Tensor
+    teacher_entropy_T: torch.Tensor
+    token_logp_T: torch.Tensor
+
+    def rows(self, rows: Rows) -> Statistics:
+        return Statistics(*(values_T[rows] for values_T in self))
+
+    @property
+    def student(self) -> Softmax:
+        return Softmax(self.student_max_T, self.student_sum_T)
+
+    def target(self, selected_T: torch.Tensor) -> Softmax:
+        return Softmax(
+            torch.where(selected_T, self.mixed_max_T, self.teacher_max_T),
+            torch.where(selected_T, self.mixed_sum_T, self.teacher_sum_T),
+        )
+
+
+class FusedPass:
+    """One call of the fused loss: reads its inputs, fills the gradient (None: values alone)."""
+
+    def __init__(self, inputs: Inputs, size: ChunkSize, gradient: OutputLayerGradient | None) -> None:
+        self.inputs, self.size, self.gradient = inputs, size, gradient
+        self.config = inputs.config
+        self.device = inputs.student_TH.device
+        self.blind_T = select_blindly(
+            lengths=inputs.lengths, config=inputs.config, rollout_keys=inputs.rollout_keys, device=self.device
+        )
+        # What a rollout longer than a chunk is taken for until its entropies are known: the commoner of the two.
+        self.guess = inputs.config.fraction > 0.5
+
+    def run(self) -> LossOutput:
+        """Go through all chunks, then through the rows whose guess was wrong."""
+        by_rollout = self.blind_T is None and self.config.positions == "top_fraction"
+        chunks = plan_chunks(self.inputs.lengths, self.size.tokens, whole_rollouts=by_rollout)
+        if not chunks:
+            return self._output(*self._nothing())
+        statistics_of, outcome_of, selected_of = zip(*(self._first_visit(chunk) for chunk in chunks))
+        statistics = Statistics(*map(torch.cat, zip(*statistics_of)))
+        outcome = Outcome(*map(torch.cat, zip(*outcome_of)))
+        selected_T = torch.cat(selected_of)
+        if any(chunk.lengths is None for chunk in chunks):
+            guessed_T = selected_T
+            selected_T = select_positions(
+                statistics.student_entropy_T,
+                statistics.teacher_entropy_T,
+                lengths=self.inputs.lengths,
+                config=self.config,
+            )
+            if self._selection_matters():
+                wrong_rows = (selected_T != guessed_T).nonzero().squeeze(1)
+                # Half as many rows as a chunk: the wrong gradient and the right one exist at the same time.
+                for rows in wrong_rows.split(max(1, self.size.tokens // 2)):
+                    if rows.numel():
+                        self._second_visit(rows, statistics.rows(rows), outcome)
+        return self._output(statistics, outcome, selected_T)
+
+    def _first_visit(self, chunk: Chunk) -> tuple[Statistics, Outcome, torch.Tensor]:
+        logits = self._logits(chunk.rows)
+        statistics = self._statistics(logits, chunk.rows)
+        selected_T = self._selected_in(chunk, statistics)
+        outcome = self._outcome(logits, statistics, selected_T)
+        if self.gradient is not None:
+            dlogits_TV = form_gradient(logits, outcome.coefficient_T, self._gradient_scale(chunk.rows, selected_T))
+            del logits
+            rows: Rows = chunk.rows
+            if self.config.elsewhere == "skip":
+                kept = selected_T.nonzero().squeeze(1)
+                rows, dlogits_TV = kept + chunk.start, dlogits_TV[kept]
+            self.gradient.put(rows, dlogits_TV)
+        return statistics, outcome, selected_T
+
+    def _second_visit(self, rows: torch.Tensor, statistics: Statistics, outcome: Outcome) -> None:
+        """Replace the outcome and the gradient of rows, of which all had the wrong guess."""
+        logits = self._logits(rows)
+        guess_T = torch.full(rows.shape, self.guess, device=self.device)
+        guess_had_loss = self.guess or self.config.elsewhere == "teacher"
+        replaced_TV = None
+        if self.gradient is not None and self.gradient.weight is not None and guess_had_loss:
+            copy = ChunkLogits(logits.student_TV.clone(), logits.teacher_TV.clone(), logits.partner_TV)
+            self._local_sums(copy, statistics, guess_T)
+            replaced_TV = form_gradient(copy, outcome.coefficient_T[rows], self._gradient_scale(rows, guess_T))
+        right = self._outcome(logits, statistics, ~guess_T)
+        for stored_T, right_T in zip(outcome, right, strict=True):
+            stored_T[rows] = right_T
+        if self.gradient is not None:
+            dlogits_TV = form_gradient(logits, right.coefficient_T, self._gradient_scale(rows, ~guess_T))
+            self.gradient.put(rows, dlogits_TV, replaced_TV)
+
+    def _logits(self, rows: Rows) -> ChunkLogits:
+        inputs = self.inputs
+        student_TV = project(inputs.student_TH[rows], inputs.weight_VH, inputs.dtype)
+        teacher_TV = project(inputs.teacher_TH[rows], inputs.teacher_weight_VH, inputs.dtype)
+        partner_TV = None
+        if inputs.full_teacher_TH is not None and self.config.interpolates:
+            partner_TV = project(inputs.full_teacher_TH[rows], inputs.teacher_weight_VH, inputs.dtype)
+        for logits_TV in (student_TV, teacher_TV, partner_TV):
+            if logits_TV is not None:
+                logits_TV.div_(self.config.temperature)
+        return ChunkLogits(student_TV, teacher_TV, partner_TV)
+
+    def _statistics(self, logits: ChunkLogits, rows: Rows) -> Statistics:
+        """One collective: every rank's statistics of its columns, merged."""
+        inputs, block_rows = self.inputs, self.size.block_rows
+        parts = [softmax_statistics(part_TV, block_rows) for part_TV in (logits.student_TV, logits.teacher_TV)]
+        if self.config.interpolates:
+            partner_TV = logits.student_TV if logits.partner_TV is None else logits.partner_TV
+            parts.append(mixed_statistics(logits.teacher_TV, partner_TV, self.config.target_weight, block_rows))
+        if inputs.token_ids_T is not None:
+            columns = inputs.weight_VH.shape[0]
+            query = query_tokens(
+                inputs.token_ids_T[rows], start=inputs.vocab.start, columns=columns, ratio=inputs.token_ratio
+            )
+            parts.append(token_statistics(logits.student_TV, query, block_rows))
+        gathered_RTK = inputs.vocab.gather(torch.cat(parts, dim=1))
+        student_RTK, teacher_RTK, *others = gathered_RTK.split([part.shape[1] for part in parts], dim=-1)
+        student = merge_softmax(student_RTK[..., 0], student_RTK[..., 1])
+        teacher = merge_softmax(teacher_RTK[..., 0], teacher_RTK[..., 1])
+        mixed = merge_softmax(*others[0].unbind(-1)) if self.config.interpolates else teacher
+        if inputs.token_ids_T is not None:
+            token_logp_T = merge_token_logp(others[-1], student_RTK[..., 0], student, inputs.token_ratio)
+        else:
+            token_logp_T = torch.zeros_like(student.max_T)
+        return Statistics(
+            *student,
+            *teacher,
+            *mixed,
+            student_entropy_T=merge_entropy(student_RTK, student),
+            teacher_entropy_T=merge_entropy(teacher_RTK, teacher),
+            token_logp_T=token_logp_T,
+        )
+
+    def _selected_in(self, chunk: Chunk, statistics: Statistics) -> torch.Tensor:
+        if self.blind_T is not None:
+            return self.blind_T[chunk.rows]
+        if chunk.lengths is None:
+            return torch.full((chunk.stop - chunk.start,), self.guess, device=self.device)
+        return select_positions(
+            statistics.student_entropy_T, statistics.teacher_entropy_T, lengths=chunk.lengths, config=self.config
+        )
+
+    def _outcome(self, logits: ChunkLogits, statistics: Statistics, selected_T: torch.Tensor) -> Outcome:
+        """One collective: the divergences of these rows; with a gradient, what form_gradient needs is left in logits."""
+        sums_TK = self._local_sums(logits, statistics, selected_T)
+        return finish(self.inputs.vocab.sum_in_place(sums_TK), self.config)
+
+    def _local_sums(self, logits: ChunkLogits, statistics: Statistics, selected_T: torch.Tensor) -> torch.Tensor:
+        return take_sums(
+            logits,
+            student=statistics.student,
+            target=statistics.target(selected_T),
+            weight_T=selected_T.to(self.inputs.dtype) * self.config.target_weight,
+            config=self.config,
+            block_rows=self.size.block_rows,
+            keep_gradient=self.gradient is not None,
+        )
+
+    def _loss_scale(self, rows: Rows, selected_T: torch.Tensor) -> torch.Tensor:
+        """What multiplies each token's divergence: its weight, the control's factor, 0 where it carries no loss."""
+        scale_T = torch.ones(selected_T.shape, dtype=self.inputs.dtype, device=self.device)
+        scale_T = torch.where(selected_T, scale_T * self.config.selected_loss_factor, scale_T)
+        if self.inputs.token_weight_T is not None:
+            scale_T = scale_T * self.inputs.token_weight_T[rows]
+        return torch.where(self._carries_loss(selected_T), scale_T, 0.0)
+
+    def _gradient_scale(self, rows: Rows, selected_T: torch.Tensor) -> torch.Tensor:
+        return self._loss_scale(rows, selected_T) / self.config.temperature
+
+    def _carries_loss(self, selected_T: torch.Tensor) -> torch.Tensor:
+        return selected_T if self.config.elsewhere == "skip" else torch.ones_like(selected_T)
+
+    def _selection_matters(self) -> bool:
+        """Whether values or gradients depend on which positions are selected."""
+        if self.config.interpolates:
+            return True
+        reweights = self.config.selected_loss_factor != 1.0 or self.config.elsewhere == "skip"
+        return self.gradient is not None and reweights
+
+    def _nothing(self) -> tuple[Statistics, Outcome, torch.Tensor]:
+        empty_T = torch.zeros(0, dtype=self.inputs.dtype, device=self.device)
+        statistics = Statistics(*[empty_T] * len(Statistics._fields))
+        return statistics, Outcome(*[empty_T] * len(Outcome._fields)), empty_T.bool()
+
+    def _output(self, statistics: Statistics, outcome: Outcome, selected_T: torch.Tensor) -> LossOutput:
+        scale_T = self._loss_scale(slice(None), selected_T)
+        return LossOutput(
+            loss_T=torch.where(scale_T == 0.0, 0.0, outcome.loss_T * scale_T),
+            student_entropy_T=statistics.student_entropy_T,
+            teacher_entropy_T=statistics.teacher_entropy_T,
+            selected_T=selected_T,
+            divergence_T=outcome.divergence_T,
+            clipped_share_T=outcome.clipped_share_T,
+            clipped_entries_T=outcome.clipped_entries_T.round().long(),
+            carries_loss_T=self._carries_loss(selected_T),
+            token_logp_T=statistics.token_logp_T if self.inputs.token_ids_T is not None else None,
+        )

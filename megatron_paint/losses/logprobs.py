@@ -1,0 +1,191 @@
+"""Log-probabilities of given tokens from hidden states, for cross entropy and policy gradients.
+
+Axes: T tokens, V this rank's vocabulary columns, H hidden, R ranks, K packed statistics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_paint.losses import checks
+from megatron_paint.losses.chunks import ChunkSize, blocks, chunk_size, plan_chunks
+from megatron_paint.losses.formed_gradient import attach_gradient
+from megatron_paint.losses.gemm import OutputLayerGradient, project
+from megatron_paint.losses.statistics import (
+    Softmax,
+    TokenQuery,
+    merge_entropy,
+    merge_softmax,
+    merge_token_logp,
+    query_tokens,
+    softmax_statistics,
+    token_statistics,
+)
+from megatron_paint.losses.vocab import VocabAxis
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprobs:
+    """logp_T [T]: log-probabilities in nats, times token_weight_T where given, differentiable; entropy_T [T]: nats."""
+
+    logp_T: torch.Tensor
+    entropy_T: torch.Tensor
+
+
+def token_logprobs(
+    hidden_TH: torch.Tensor,
+    output_weight_VH: torch.Tensor,
+    token_ids_T: torch.Tensor,
+    *,
+    vocab: VocabAxis,
+    temperature: float = 1.0,
+    chunk_tokens: int | None = None,
+    chunk_bytes: float = 1e9,
+    token_weight_T: torch.Tensor | None = None,
+) -> TokenLogprobs:
+    """log softmax(hidden weight^T / temperature) at each token, with a bounded number of logits at any time.
+
+    hidden_TH [T, H]: final hidden states; output_weight_VH [V, H]: this rank's rows of the output layer;
+    token_ids_T [T]: ids of the whole vocabulary. Types and chunks as in fused_interpolation_loss.
+    Without token_weight_T any gradient may come in: backward makes each chunk's logits again (4 matrix products in
+    all). With it logp_T is multiplied by the weights, the gradient is formed in the forward pass (3 products), and
+    backward accepts one factor common to all tokens, else raises ValueError: cross entropy is
+    -token_logprobs(..., token_weight_T=mask).logp_T.sum().
+    One collective a chunk, and one for the hidden states' gradient unless vocab.reduce_hidden_grad is False; without
+    token_weight_T the latter runs in backward. Raises ValueError for arguments that do not fit together.
+    """
+    tokens, columns = hidden_TH.shape[0], output_weight_VH.shape[0]
+    checks.check_matrix("output_weight_VH", output_weight_VH, "columns x hidden", like=(None, None))
+    checks.check_matrix("hidden_TH", hidden_TH, "tokens x hidden", like=(None, output_weight_VH.shape[1]))
+    checks.check_vector("token_weight_T", token_weight_T, tokens)
+    checks.check_temperature("temperature", temperature)
+    if token_ids_T is None:
+        raise ValueError("token_ids_T: got None; the log-probability is that of a token; pass one id per row")
+    checks.check_token_ids(token_ids_T, tokens, vocab=vocab, columns=columns)
+    dtype = checks.compute_dtype(hidden_TH, output_weight_VH)
+    valid = vocab.valid_columns(columns)
+    head = _Head(
+        hidden_TH=hidden_TH.detach(),
+        weight_VH=output_weight_VH.detach()[:valid],
+        dtype=dtype,
+        query=query_tokens(token_ids_T, start=vocab.start, columns=valid, ratio=1.0),
+        temperature=temperature,
+        vocab=vocab,
+        size=chunk_size(
+            chunk_tokens, chunk_bytes, columns=vocab.widest(columns), buffers=1, dtype=dtype, device=hidden_TH.device
+        ),
+    )
+    wants = (hidden_TH.requires_grad, output_weight_VH.requires_grad)
+    wants = wants if torch.is_grad_enabled() else (False, False)
+    if token_weight_T is None and any(wants):
+        logp_T, entropy_T = _TokenLogprobs.apply(hidden_TH, output_weight_VH, head)
+        return TokenLogprobs(logp_T=logp_T, entropy_T=entropy_T)
+    with torch.no_grad():
+        gradient = None
+        weight_T = None if token_weight_T is None else token_weight_T.to(dtype)
+        if any(wants):
+            gradient = OutputLayerGradient(hidden_TH, output_weight_VH, columns=valid, dtype=dtype, wants=wants)
+        logp_T, entropy_T, _ = head.measure(weight_T, gradient)
+        logp_T = logp_T if weight_T is None else logp_T * weight_T
+    if gradient is not None:
+        logp_T = attach_gradient(logp_T, hidden_TH=hidden_TH, weight_VH=output_weight_VH, gradient=gradient)
+    return TokenLogprobs(logp_T=logp_T, entropy_T=entropy_T)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Head:
+    """Checked arguments: detached, the weight without padding rows."""
+
+    hidden_TH: torch.Tensor
+    weight_VH: torch.Tensor
+    dtype: torch.dtype
+    query: TokenQuery
+    temperature: float
+    vocab: VocabAxis
+    size: ChunkSize
+
+    def row_chunks(self) -> list[slice]:
+        tokens = self.hidden_TH.shape[0]
+        return [chunk.rows for chunk in plan_chunks((tokens,), self.size.tokens, whole_rollouts=False)]
+
+    def measure(
+        self, weight_T: torch.Tensor | None, gradient: OutputLayerGradient | None
+    ) -> tuple[torch.Tensor, torch.Tensor, Softmax]:
+        """Log-probabilities, entropies and normalisers [T]; fills the gradient of sum(weight logp) if there is one."""
+        new = {"dtype": self.dtype, "device": self.hidden_TH.device}
+        logp_T, entropy_T, max_T, sum_T = (torch.empty(self.hidden_TH.shape[0], **new) for _ in range(4))
+        for rows in self.row_chunks():
+            logits_TV = self.logits(rows)
+            query = self.query_of(rows)
+            parts = [softmax_statistics(logits_TV, self.size.block_rows)]
+            parts.append(token_statistics(logits_TV, query, self.size.block_rows))
+            local_RTK, token_RTK = self.vocab.gather(torch.cat(parts, dim=1)).split([3, 2], dim=-1)
+            total = merge_softmax(local_RTK[..., 0], local_RTK[..., 1])
+            max_T[rows], sum_T[rows] = total
+            entropy_T[rows] = merge_entropy(local_RTK, total)
+            logp_T[rows] = merge_token_logp(token_RTK, local_RTK[..., 0], total, query.ratio)
+            if gradient is not None:
+                gradient.put(rows, self.form_gradient(logits_TV, query, total, weight_T[rows]))
+        self.reduce(gradient)
+        return logp_T, entropy_T, Softmax(max_T, sum_T)
+
+    def logits(self, rows: slice) -> torch.Tensor:
+        return project(self.hidden_TH[rows], self.weight_VH, self.dtype).div_(self.temperature)
+
+    def query_of(self, rows: slice) -> TokenQuery:
+        return TokenQuery(self.query.column_T[rows], self.query.here_T[rows], self.query.ratio)
+
+    def form_gradient(
+        self, logits_TV: torch.Tensor, query: TokenQuery, total: Softmax, weight_T: torch.Tensor
+    ) -> torch.Tensor:
+        """weight ([v is the token] - p) / temperature [T, V], in the buffer of the logits."""
+        scale_T = weight_T / self.temperature
+        for block in blocks(logits_TV.shape[0], self.size.block_rows):
+            block_TV = logits_TV[block].sub_(total.max_T[block, None]).exp_()
+            block_TV.mul_((-scale_T[block] / total.sum_T[block])[:, None])
+        if logits_TV.shape[1]:
+            here_T = torch.where(query.here_T, scale_T, 0.0)
+            logits_TV.scatter_add_(1, query.column_T[:, None], here_T[:, None])
+        return logits_TV
+
+    def reduce(self, gradient: OutputLayerGradient | None) -> None:
+        if gradient is not None and gradient.dhidden_TH is not None and self.vocab.reduce_hidden_grad:
+            self.vocab.sum_in_place(gradient.dhidden_TH)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Keeps hidden states and normalisers alone; backward makes the logits again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TH: torch.Tensor, weight_VH: torch.Tensor, head: _Head
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logp_T, entropy_T, total = head.measure(None, None)
+        ctx.save_for_backward(hidden_TH, weight_VH, *total)
+        ctx.head = head
+        ctx.mark_non_differentiable(entropy_T)
+        return logp_T, entropy_T
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_T: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+        head: _Head = ctx.head
+        # The saved tensors are those of head; unpacking them lets autograd refuse weights changed since the forward.
+        hidden_TH, weight_VH, *total = ctx.saved_tensors
+        wants = ctx.needs_input_grad[:2]
+        columns = head.weight_VH.shape[0]
+        gradient = OutputLayerGradient(hidden_TH, weight_VH, columns=columns, dtype=head.dtype, wants=wants)
+        for rows in head.row_chunks():
+            chunk_total = Softmax(*(values_T[rows] for values_T in total))
+            dlogits_TV = head.form_gradient(head.logits(rows), head.query_of(rows), chunk_total, grad_T[rows])
+            gradient.put(rows, dlogits_TV)
+        head.reduce(gradient)
+        dhidden_TH, dweight_VH = gradient.dhidden_TH, gradient.dweight_VH
+        return (
+            None if dhidden_TH is None else dhidden_TH.to(hidden_TH.dtype),
+            None if dweight_VH is None else dweight_VH.to(weight_VH.dtype),
+            None,
+        )

@@ -1,0 +1,33 @@
+"""What a loss gives back. Axes: T response tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOutput:
+    """The loss of every token and what was seen on the way; only loss_T has a gradient.
+
+    loss_T [T], float32 or float64: weights and clip included, 0 where the position carries no loss; sum it.
+    student_entropy_T, teacher_entropy_T [T]: nats, over the whole vocabulary, at the loss temperature.
+    selected_T [T] bool: positions in the sparse set M.
+    divergence_T [T]: the divergence to the position's target in nats, at every position, without clip and weights.
+    clipped_share_T [T] in [0, 1]: target mass on clipped entries, 1 - Q_A; 0 without clip.
+    clipped_entries_T [T] int64: how many vocabulary entries were clipped.
+    carries_loss_T [T] bool: all positions, or the selected ones under elsewhere="skip".
+    token_logp_T [T]: the student's log-probability of the given token at token_temperature, before any sampling
+    filter; None when no token ids were given.
+    """
+
+    loss_T: torch.Tensor
+    student_entropy_T: torch.Tensor
+    teacher_entropy_T: torch.Tensor
+    selected_T: torch.Tensor
+    divergence_T: torch.Tensor
+    clipped_share_T: torch.Tensor
+    clipped_entries_T: torch.Tensor
+    carries_loss_T: torch.Tensor
+    token_logp_T: torch.Tensor | None = None

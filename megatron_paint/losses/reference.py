@@ -1,0 +1,154 @@
+"""The interpolation loss from logits, in plain autograd: what the fused loss is compared with.
+
+Axes: T response tokens, V the vocabulary or this rank's columns of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_paint.losses import checks
+from megatron_paint.losses.config import InterpolationLossConfig
+from megatron_paint.losses.output import LossOutput
+from megatron_paint.losses.selection import select_positions
+from megatron_paint.losses.vocab import VocabAxis, WholeVocab
+
+# Stands for the logit -inf: exp of it is 0, and differences and products of it stay finite.
+_MASKED = -1e30
+_WHOLE = WholeVocab()
+
+
+def interpolation_loss(
+    student_logits_TV: torch.Tensor,
+    teacher_logits_TV: torch.Tensor,
+    *,
+    lengths: Sequence[int],
+    config: InterpolationLossConfig,
+    vocab: VocabAxis = _WHOLE,
+    full_teacher_logits_TV: torch.Tensor | None = None,
+    rollout_keys: Sequence[int] | None = None,
+    token_weight_T: torch.Tensor | None = None,
+    token_ids_T: torch.Tensor | None = None,
+    token_temperature: float | None = None,
+) -> LossOutput:
+    """The divergence of each token's target and the student, and what was seen on the way.
+
+    Logits [T, V] before the temperature, any floating point type; -inf masks an entry. lengths: tokens of each
+    rollout, in row order. rollout_keys: one int per rollout, for positions="random". token_weight_T [T] multiplies
+    loss_T. token_ids_T [T], token_temperature (None: the loss temperature): for token_logp_T.
+    The gradient goes through student_logits_TV alone, and not where the student is a partner or is measured.
+    Raises ValueError for arguments that do not fit together.
+    """
+    lengths = checks.checked_lengths(lengths, student_logits_TV.shape[0])
+    _check_logits(student_logits_TV, teacher_logits_TV, full_teacher_logits_TV, config, vocab)
+    checks.check_vector("token_weight_T", token_weight_T, student_logits_TV.shape[0])
+    dtype = checks.compute_dtype(student_logits_TV, teacher_logits_TV, full_teacher_logits_TV)
+    axis = {"vocab": vocab, "dtype": dtype}
+    student_TV = _energies(student_logits_TV, config.temperature, **axis)
+    student_logp_TV = _log_softmax(student_TV, vocab)
+    with torch.no_grad():
+        teacher_TV = _energies(teacher_logits_TV, config.temperature, **axis)
+        partner_TV = student_TV
+        if full_teacher_logits_TV is not None:
+            partner_TV = _energies(full_teacher_logits_TV, config.temperature, **axis)
+        student_entropy_T = _entropy(student_logp_TV, vocab)
+        teacher_entropy_T = _entropy(_log_softmax(teacher_TV, vocab), vocab)
+        selected_T = select_positions(
+            student_entropy_T, teacher_entropy_T, lengths=lengths, config=config, rollout_keys=rollout_keys
+        )
+        weight_T = config.target_weight * selected_T.to(dtype)
+        target_logp_TV = _log_softmax(torch.lerp(teacher_TV, partner_TV, weight_T[:, None]), vocab)
+        carries_loss_T = selected_T if config.elsewhere == "skip" else torch.ones_like(selected_T)
+        scale_T = carries_loss_T * (1.0 - (1.0 - config.selected_loss_factor) * selected_T.to(dtype))
+        scale_T = scale_T if token_weight_T is None else scale_T * token_weight_T.to(dtype)
+        token_logp_T = None
+        if token_ids_T is not None:
+            temperature = config.temperature if token_temperature is None else token_temperature
+            token_logp_T = _token_logp(student_logits_TV, token_ids_T, temperature, **axis)
+    divergence_T = vocab.sum_shards(_divergence(student_logp_TV, target_logp_TV, config).sum(1))
+    excess_TV = _excess(student_logp_TV, target_logp_TV, config)
+    clipped_TV = excess_TV > 0.0
+    return LossOutput(
+        loss_T=(divergence_T - vocab.sum_shards(excess_TV.sum(1))) * scale_T,
+        student_entropy_T=student_entropy_T,
+        teacher_entropy_T=teacher_entropy_T,
+        selected_T=selected_T,
+        divergence_T=divergence_T.detach(),
+        clipped_share_T=vocab.sum_shards((target_logp_TV.exp() * clipped_TV).sum(1)),
+        clipped_entries_T=vocab.sum_shards(clipped_TV.sum(1)),
+        carries_loss_T=carries_loss_T,
+        token_logp_T=token_logp_T,
+    )
+
+
+def _energies(logits_TV: torch.Tensor, temperature: float, *, vocab: VocabAxis, dtype: torch.dtype) -> torch.Tensor:
+    """Logits over the temperature without the padding columns."""
+    logits_TV = logits_TV[:, : vocab.valid_columns(logits_TV.shape[1])].to(dtype)
+    return (logits_TV / temperature).clamp(min=_MASKED)
+
+
+def _log_softmax(logits_TV: torch.Tensor, vocab: VocabAxis) -> torch.Tensor:
+    local_max_T = logits_TV.detach().amax(1) if logits_TV.shape[1] else logits_TV.new_full((len(logits_TV),), _MASKED)
+    centred_TV = logits_TV - vocab.max_shards(local_max_T)[:, None]
+    log_sum_T = vocab.sum_shards(centred_TV.exp().sum(1)).log()
+    return centred_TV - vocab.to_shards(log_sum_T)[:, None]
+
+
+def _entropy(logp_TV: torch.Tensor, vocab: VocabAxis) -> torch.Tensor:
+    return -vocab.sum_shards((logp_TV.exp() * logp_TV).sum(1))
+
+
+def _divergence(logp_TV: torch.Tensor, logq_TV: torch.Tensor, config: InterpolationLossConfig) -> torch.Tensor:
+    """Terms whose sum over the vocabulary is the divergence of target q and student p."""
+    if config.divergence == "forward_kl":
+        return _kl_terms(logq_TV, logp_TV)
+    if config.divergence == "reverse_kl":
+        return _kl_terms(logp_TV, logq_TV)
+    beta = torch.tensor(config.jsd_beta, dtype=logp_TV.dtype, device=logp_TV.device)
+    logm_TV = torch.logaddexp(logq_TV + beta.log(), logp_TV + torch.log1p(-beta))
+    return beta * _kl_terms(logq_TV, logm_TV) + (1.0 - beta) * _kl_terms(logp_TV, logm_TV)
+
+
+def _kl_terms(logx_TV: torch.Tensor, logy_TV: torch.Tensor) -> torch.Tensor:
+    """x (d + expm1(-d)), d = log x - log y: the sum is that of x d, as both sides sum to 1, and no term is negative.
+
+    Where expm1 could overflow the same is x d + y - x.
+    """
+    d_TV = logx_TV - logy_TV
+    near_TV = logx_TV.exp() * (d_TV + torch.expm1(-d_TV.clamp(min=-1.0)))
+    far_TV = logx_TV.exp() * (d_TV - 1.0) + logy_TV.exp()
+    return torch.where(d_TV < -1.0, far_TV, near_TV)
+
+
+def _excess(logp_TV: torch.Tensor, logq_TV: torch.Tensor, config: InterpolationLossConfig) -> torch.Tensor:
+    """By how much each term of the forward KL is above the clip."""
+    if config.clip is None:
+        return torch.zeros_like(logq_TV)
+    return (logq_TV.exp() * (logq_TV - logp_TV) - config.clip).clamp(min=0.0)
+
+
+def _token_logp(
+    logits_TV: torch.Tensor, token_ids_T: torch.Tensor, temperature: float, *, vocab: VocabAxis, dtype: torch.dtype
+) -> torch.Tensor:
+    checks.check_temperature("token_temperature", temperature)
+    checks.check_token_ids(token_ids_T, logits_TV.shape[0], vocab=vocab, columns=logits_TV.shape[1])
+    logp_TV = _log_softmax(_energies(logits_TV, temperature, vocab=vocab, dtype=dtype), vocab)
+    columns = torch.arange(vocab.start, vocab.start + logp_TV.shape[1], device=logp_TV.device)
+    return vocab.sum_shards(torch.where(columns == token_ids_T[:, None], logp_TV, 0.0).sum(1))
+
+
+def _check_logits(
+    student_TV: torch.Tensor,
+    teacher_TV: torch.Tensor,
+    full_teacher_TV: torch.Tensor | None,
+    config: InterpolationLossConfig,
+    vocab: VocabAxis,
+) -> None:
+    checks.check_matrix("student_logits_TV", student_TV, "tokens x columns", like=(None, None))
+    checks.check_matrix("teacher_logits_TV", teacher_TV, "tokens x columns", like=tuple(student_TV.shape))
+    checks.check_full_teacher("full_teacher_logits_TV", full_teacher_TV, config)
+    if full_teacher_TV is not None:
+        checks.check_matrix("full_teacher_logits_TV", full_teacher_TV, "tokens x columns", like=tuple(student_TV.shape))
+    vocab.valid_columns(student_TV.shape[1])

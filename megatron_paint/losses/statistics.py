@@ -1,0 +1,116 @@
+"""Softmax statistics of a chunk: what each rank knows of its columns, and what all ranks' parts add up to.
+
+Logits here are divided by the temperature. Axes: T tokens, V this rank's vocabulary columns, R ranks, K packed statistics.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from megatron_paint.losses.chunks import blocks
+
+# The maximum over no columns at all: finite, so that no difference of infinities appears.
+_EMPTY_MAX = -1e30
+
+
+class Softmax(NamedTuple):
+    """The normaliser of a softmax per token, as maximum and sum of exp(logit - maximum): log(sum) + maximum rounds."""
+
+    max_T: torch.Tensor
+    sum_T: torch.Tensor
+
+
+class TokenQuery(NamedTuple):
+    """Tokens whose log-probability is wanted: columns on this rank (clamped), whether they are here, exponent factor.
+
+    ratio is the loss temperature over the temperature of the log-probability.
+    """
+
+    column_T: torch.Tensor
+    here_T: torch.Tensor
+    ratio: float
+
+
+def query_tokens(token_ids_T: torch.Tensor, *, start: int, columns: int, ratio: float) -> TokenQuery:
+    """Find the ids [T] among columns [start, start + columns)."""
+    column_T = token_ids_T.long() - start
+    here_T = (column_T >= 0) & (column_T < columns)
+    return TokenQuery(column_T.clamp(0, max(columns - 1, 0)), here_T, ratio)
+
+
+def softmax_statistics(logits_TV: torch.Tensor, block_rows: int) -> torch.Tensor:
+    """[T, 3] of this rank's columns: maximum m, sum of exp(z - m), sum of exp(z - m) (z - m).
+
+    The last one gives the entropy without subtracting two large sums.
+    """
+    tokens, columns = logits_TV.shape
+    local_TK = logits_TV.new_zeros((tokens, 3))
+    if not columns:
+        local_TK[:, 0] = _EMPTY_MAX
+        return local_TK
+    for block in blocks(tokens, block_rows):
+        local_TK[block] = _block_statistics(logits_TV[block])
+    return local_TK
+
+
+def mixed_statistics(
+    teacher_TV: torch.Tensor, partner_TV: torch.Tensor, weight: float, block_rows: int
+) -> torch.Tensor:
+    """[T, 2]: maximum and exponential sum of the interpolation (1 - weight) teacher + weight partner."""
+    tokens, columns = teacher_TV.shape
+    local_TK = teacher_TV.new_zeros((tokens, 2))
+    if not columns:
+        local_TK[:, 0] = _EMPTY_MAX
+        return local_TK
+    for block in blocks(tokens, block_rows):
+        mixed_TV = torch.lerp(teacher_TV[block], partner_TV[block], weight)
+        max_T1 = mixed_TV.amax(1, keepdim=True)
+        local_TK[block, 0] = max_T1.squeeze(1)
+        local_TK[block, 1] = mixed_TV.sub_(max_T1).exp_().sum(1)
+    return local_TK
+
+
+def token_statistics(logits_TV: torch.Tensor, query: TokenQuery, block_rows: int) -> torch.Tensor:
+    """[T, 2]: the token's logit where it is on this rank, else 0; the exponential sum of ratio * (z - m) where ratio != 1."""
+    tokens, columns = logits_TV.shape
+    local_TK = logits_TV.new_zeros((tokens, 2))
+    if not columns:
+        return local_TK
+    logit_T = logits_TV.gather(1, query.column_T.unsqueeze(1)).squeeze(1)
+    local_TK[:, 0] = torch.where(query.here_T, logit_T, 0.0)
+    if query.ratio != 1.0:
+        for block in blocks(tokens, block_rows):
+            logits = logits_TV[block]
+            centred_TV = logits - logits.amax(1, keepdim=True)
+            local_TK[block, 1] = centred_TV.mul_(query.ratio).exp_().sum(1)
+    return local_TK
+
+
+def merge_softmax(max_RT: torch.Tensor, sum_RT: torch.Tensor, ratio: float = 1.0) -> Softmax:
+    """All ranks' maxima and exponential sums of ratio * (z - m) as one normaliser; the maximum stays without ratio."""
+    max_T = max_RT.amax(0)
+    return Softmax(max_T, (sum_RT * ((max_RT - max_T) * ratio).exp()).sum(0))
+
+
+def merge_entropy(parts_RTK: torch.Tensor, total: Softmax) -> torch.Tensor:
+    """The entropy [T] in nats from all ranks' softmax_statistics [R, T, 3]."""
+    max_RT, sum_RT, weighted_RT = parts_RTK.unbind(-1)
+    shift_RT = max_RT - total.max_T
+    weighted_T = (shift_RT.exp() * (weighted_RT + shift_RT * sum_RT)).sum(0)
+    return total.sum_T.log() - weighted_T / total.sum_T
+
+
+def merge_token_logp(parts_RTK: torch.Tensor, max_RT: torch.Tensor, student: Softmax, ratio: float) -> torch.Tensor:
+    """The log-probability [T] from all ranks' token_statistics [R, T, 2] and the student's local maxima."""
+    total = student if ratio == 1.0 else merge_softmax(max_RT, parts_RTK[..., 1], ratio)
+    return (parts_RTK[..., 0].sum(0) - total.max_T) * ratio - total.sum_T.log()
+
+
+def _block_statistics(logits_TV: torch.Tensor) -> torch.Tensor:
+    max_T1 = logits_TV.amax(1, keepdim=True)
+    centred_TV = logits_TV - max_T1
+    exp_TV = centred_TV.exp()
+    sum_T = exp_TV.sum(1)
+    return torch.stack((max_T1.squeeze(1), sum_T, exp_TV.mul_(centred_TV).sum(1)), dim=1)

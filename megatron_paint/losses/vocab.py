@@ -1,0 +1,182 @@
+"""The vocabulary axis: whole on this process, or cut into column ranges over a process group.
+
+Every collective of the losses is here. Axes: T tokens, V this rank's vocabulary columns, R ranks of the group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeVocab:
+    """All columns are on this process; columns from valid_size on are a framework's padding and stay out."""
+
+    valid_size: int | None = None
+
+    ranks = 1
+    start = 0
+    reduce_hidden_grad = False
+
+    def __post_init__(self) -> None:
+        if self.valid_size is not None and self.valid_size < 1:
+            raise ValueError(f"valid_size: got {self.valid_size}; it counts vocabulary entries; pass 1 or more")
+
+    def valid_columns(self, columns: int) -> int:
+        """How many of the columns on this rank belong to the vocabulary; ValueError where that cannot be."""
+        if self.valid_size is None:
+            return columns
+        if self.valid_size > columns:
+            raise ValueError(
+                f"valid_size: got {self.valid_size} for {columns} columns; it is at most their number; pass the size of "
+                "the real vocabulary"
+            )
+        return self.valid_size
+
+    def whole_size(self, columns: int) -> int:
+        """The number of entries of the real vocabulary over all ranks."""
+        return self.valid_columns(columns)
+
+    def widest(self, columns: int) -> int:
+        """The columns of a shard, the same number on every rank, from which chunk sizes are derived."""
+        return columns
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """Stack every rank's values [...] to [R, ...]; no gradient."""
+        return values.unsqueeze(0)
+
+    def sum_in_place(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks into values; no gradient."""
+        return values
+
+    def max_shards(self, values: torch.Tensor) -> torch.Tensor:
+        """The maximum over ranks; no gradient."""
+        return values.detach()
+
+    def sum_shards(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, differentiable."""
+        return values
+
+    def to_shards(self, values: torch.Tensor) -> torch.Tensor:
+        """Bring a value that is the same on all ranks to where each rank uses it on its own columns."""
+        return values
+
+
+@dataclass(frozen=True)
+class ShardedVocab:
+    """This rank holds columns [start, stop) of size; the group's ranks hold the others.
+
+    size counts padding columns, valid_size does not (None: no padding). All ranks of the group call the losses with the
+    same tokens, lengths and settings. The differentiable methods follow one convention: the loss comes out the same
+    on every rank, each rank calls backward on its own copy, and it counts once.
+    reduce_hidden_grad: True sums the hidden states' gradient over the group inside the loss; False leaves each rank's
+    part for a caller that sums it anyway, as the backward of a sequence-parallel gather does with its reduce-scatter.
+    """
+
+    group: Any
+    _: KW_ONLY
+    start: int
+    stop: int
+    size: int
+    valid_size: int | None = None
+    reduce_hidden_grad: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop <= self.size:
+            raise ValueError(
+                f"vocabulary shard: got columns {self.start} to {self.stop} of {self.size}; "
+                "0 <= start < stop <= size holds; pass this rank's range"
+            )
+        if self.valid_size is not None and not 1 <= self.valid_size <= self.size:
+            raise ValueError(
+                f"valid_size: got {self.valid_size}; it lies in [1, size = {self.size}]; pass the real vocabulary's size"
+            )
+
+    @classmethod
+    def from_columns(
+        cls, group: Any, columns: int, *, valid_size: int | None = None, reduce_hidden_grad: bool = True
+    ) -> ShardedVocab:
+        """The axis for shards of equal width that lie in rank order, as Megatron cuts its output layer."""
+        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+        return cls(
+            group,
+            start=rank * columns,
+            stop=(rank + 1) * columns,
+            size=ranks * columns,
+            valid_size=valid_size,
+            reduce_hidden_grad=reduce_hidden_grad,
+        )
+
+    @property
+    def ranks(self) -> int:
+        return dist.get_world_size(self.group)
+
+    def valid_columns(self, columns: int) -> int:
+        if columns != self.stop - self.start:
+            raise ValueError(
+                f"vocabulary shard: got {columns} columns for the range {self.start} to {self.stop}; this rank holds "
+                f"{self.stop - self.start} of {self.size}; pass this rank's slice of the output layer"
+            )
+        return min(max(self.whole_size(columns) - self.start, 0), columns)
+
+    def whole_size(self, columns: int) -> int:
+        return self.size if self.valid_size is None else self.valid_size
+
+    def widest(self, columns: int) -> int:
+        return -(-self.size // self.ranks)
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        gathered = values.new_empty((self.ranks, *values.shape))
+        dist.all_gather(list(gathered.unbind(0)), values.contiguous(), group=self.group)
+        return gathered
+
+    def sum_in_place(self, values: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(values, op=dist.ReduceOp.SUM, group=self.group)
+        return values
+
+    def max_shards(self, values: torch.Tensor) -> torch.Tensor:
+        values = values.detach().clone()
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
+        return values
+
+    def sum_shards(self, values: torch.Tensor) -> torch.Tensor:
+        return _SumShards.apply(values, self.group)
+
+    def to_shards(self, values: torch.Tensor) -> torch.Tensor:
+        return _ToShards.apply(values, self.group)
+
+
+VocabAxis = WholeVocab | ShardedVocab
+
+
+class _SumShards(torch.autograd.Function):
+    """Sum over ranks; every rank's summand reaches the replicated loss once, so the gradient passes unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, group: Any) -> torch.Tensor:
+        total = values.clone()
+        dist.all_reduce(total, op=dist.ReduceOp.SUM, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
+
+
+class _ToShards(torch.autograd.Function):
+    """The value as it is; each rank's columns send back a part of its gradient, so the gradient is summed."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, group: Any) -> torch.Tensor:
+        ctx.group = group
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, op=dist.ReduceOp.SUM, group=ctx.group)
+        return total, None

@@ -1,0 +1,108 @@
+"""Lets Megatron-Core run on a machine without CUDA, over gloo; does nothing where a GPU is present.
+
+Megatron-Core 0.16 and 0.19 assume CUDA in a handful of places: device queries, streams and events, `device="cuda"`
+keywords, tensor type names, the CUDA random state. Each is redirected to its CPU counterpart, here and nowhere else.
+"""
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_redirected: "_CudaKeywordsToCpu | None" = None
+
+
+class _CudaKeywordsToCpu(TorchFunctionMode):
+    """Turns `device="cuda"` keywords into CPU: pipeline schedules allocate their buffers with it."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if kwargs and (device := kwargs.get("device")) is not None and torch.device(device).type == "cuda":
+            kwargs = {**kwargs, "device": "cpu"}
+        return func(*args, **(kwargs or {}))
+
+
+class _NoEvent:
+    """CUDA event of a device that runs everything in order."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def record(self, *args):
+        pass
+
+    wait = synchronize = record
+
+    def query(self):
+        return True
+
+    def elapsed_time(self, other):
+        return 0.0
+
+
+class _NoStream:
+    """CUDA stream of a device that runs everything in order; also a context manager, like torch.cuda.stream(...)."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def wait_stream(self, *args):
+        pass
+
+    wait_event = synchronize = wait_stream
+
+    def record_event(self, *args):
+        return _NoEvent()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        pass
+
+
+def redirect_cuda_to_cpu() -> None:
+    """Redirects Megatron-Core's CUDA assumptions to the CPU, once per process, if and only if there is no CUDA."""
+    global _redirected
+    if torch.cuda.is_available() or _redirected is not None:
+        return
+    _redirect_torch_cuda()
+    _redirect_random_state()
+    _redirected = _CudaKeywordsToCpu()
+    _redirected.__enter__()
+
+
+def _redirect_torch_cuda() -> None:
+    # One function each: torch's compiler keeps a table of functions and refuses one under two names.
+    cuda = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.set_device = lambda *args, **kwargs: None
+    cuda.synchronize = lambda *args, **kwargs: None
+    cuda.empty_cache = lambda: None
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+    cuda.Event, cuda.Stream = _NoEvent, _NoStream
+    cuda.current_stream = lambda *args, **kwargs: _NoStream()
+    cuda.default_stream = lambda *args, **kwargs: _NoStream()
+    cuda.stream = lambda *args, **kwargs: _NoStream()
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+    torch.Tensor.record_stream = lambda self, *args: None
+    tensor_type = torch.Tensor.type
+
+    def cuda_type_name(self, dtype=None, *args, **kwargs):
+        # The optimisers sort parameters by comparing type() with "torch.cuda.*Tensor".
+        if dtype is not None:
+            return tensor_type(self, dtype, *args, **kwargs)
+        name = tensor_type(self)
+        return name if name.startswith("torch.cuda") else name.replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.type = cuda_type_name
+
+
+def _redirect_random_state() -> None:
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    def set_state(state, device=-1, graph_safe=False):
+        torch.set_rng_state(state)
+
+    megatron_random._set_cuda_rng_state = set_state
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()

@@ -1,0 +1,168 @@
+"""Sampling from the Megatron model in process: batched decoding over tensor-parallel ranks and pipeline stages.
+
+Every stage runs the same loop; hidden states travel from stage to stage, the chosen tokens travel back from the last.
+
+Axes: R rows of a batch, T tokens of a call, H hidden size, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_paint.keys import uniforms
+from megatron_paint.mcore.attention import KeyValueCache, TokenRows, token_rows
+from megatron_paint.mcore.model import Qwen3Model
+from megatron_paint.mcore.sampling import choose_tokens
+from megatron_paint.mcore.world import World
+from megatron_paint.policy import GenerationRequest, SamplingParameters
+from megatron_paint.records import Rollout
+
+COMPACT_AT = 0.25  # share of finished rows at which a batch drops them; ours
+
+
+@dataclass
+class _Row:
+    """One response in the making."""
+
+    request: GenerationRequest
+    uniform: list[float]
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finished: bool = False  # by a stop token
+
+    def rollout(self) -> Rollout:
+        return Rollout(
+            problem_id=self.request.problem_id,
+            sample_index=self.request.sample_index,
+            prompt_ids=self.request.prompt_ids,
+            response_ids=tuple(self.tokens),
+            logprobs=tuple(self.logprobs),
+            finished=self.finished,
+        )
+
+
+class Generator:
+    """Samples for this data-parallel replica; all its ranks call together and get the same rollouts."""
+
+    def __init__(self, stage: Qwen3Model, world: World, *, token_multiple: int, batch_size: int, prefill_tokens: int):
+        self.stage = stage
+        self.world = world
+        self.token_multiple = token_multiple  # the layout and FP8 need calls of a multiple of so many tokens
+        self.batch_size = batch_size
+        self.prefill_tokens = prefill_tokens
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParameters) -> list[Rollout]:
+        """One rollout per request, in order. Requests of similar length are decoded together."""
+        by_length = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
+        rollouts: dict[int, Rollout] = {}
+        for batch in self._batches([(i, requests[i]) for i in by_length]):
+            rows = [_Row(request, uniforms(request.key, sampling.max_new_tokens).tolist()) for _, request in batch]
+            self._decode(rows, sampling)
+            rollouts |= {index: row.rollout() for (index, _), row in zip(batch, rows, strict=True)}
+        return [rollouts[i] for i in range(len(requests))]
+
+    def _batches(self, numbered: list[tuple[int, GenerationRequest]]) -> list[list[tuple[int, GenerationRequest]]]:
+        batches: list[list[tuple[int, GenerationRequest]]] = []
+        tokens = 0
+        for item in numbered:
+            length = len(item[1].prompt_ids)
+            if not batches or len(batches[-1]) == self.batch_size or tokens + length > self.prefill_tokens:
+                batches.append([])
+                tokens = 0
+            batches[-1].append(item)
+            tokens += length
+        return batches
+
+    def _decode(self, rows: list[_Row], sampling: SamplingParameters) -> None:
+        """Fills the rows with tokens."""
+        cache = KeyValueCache()
+        live = list(rows)
+        prompts = [row.request.prompt_ids for row in rows]
+        logits_RV = self._call([token for prompt in prompts for token in prompt], [len(p) for p in prompts], None, cache)
+        while True:
+            step = len(live[0].tokens)
+            token_R, logp_R = self._choose(logits_RV, [row.uniform[step] for row in live], sampling)
+            for row, token, logp in zip(live, token_R, logp_R, strict=True):
+                if not row.finished:
+                    row.tokens.append(token)
+                    row.logprobs.append(logp)
+                    row.finished = token in sampling.stop_ids
+            unfinished = [i for i, row in enumerate(live) if not row.finished]
+            if not unfinished or step + 1 == sampling.max_new_tokens:
+                return
+            if len(live) - len(unfinished) >= COMPACT_AT * len(live):
+                cache.keep_rows(unfinished)
+                live = [live[i] for i in unfinished]
+            # A finished row goes on with its last token until it is dropped; nothing reads what comes of it.
+            starts = [len(row.request.prompt_ids) + step for row in live]
+            logits_RV = self._call([row.tokens[-1] for row in live], [1] * len(live), starts, cache)
+
+    def _call(self, tokens: list[int], lengths: list[int], starts: list[int] | None, cache: KeyValueCache):
+        """Runs the stages on new tokens; float32 logits [R, V] after each row's last one, on the last stage."""
+        padding = -len(tokens) % self.token_multiple
+        # Prompts are padded by one more row; single tokens by rows of one, which keep the rectangle narrow.
+        extra = [padding] if padding and starts is None else [1] * padding
+        rows = token_rows(
+            [*lengths, *extra],
+            device=self.world.device,
+            starts=None if starts is None else [*starts, *[0] * padding],
+            cache=cache,
+        )
+        ids_T = torch.tensor(tokens + [0] * padding, device=self.world.device)
+        hidden_T1H = self._run_stages(ids_T, rows)
+        if not self.world.is_last_stage:
+            return None
+        last_R = torch.tensor(lengths, device=self.world.device).cumsum(0) - 1
+        return self._logits(hidden_T1H, last_R)
+
+    def _run_stages(self, ids_T: Tensor, rows: TokenRows) -> Tensor:
+        world, config = self.world, self.stage.config
+        if not world.is_first_stage:
+            tokens = len(ids_T) // (world.tp_size if config.sequence_parallel else 1)
+            received = torch.empty((tokens, 1, config.hidden_size), dtype=config.params_dtype, device=world.device)
+            dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank(), group=world.pp_group)
+            self.stage.set_input_tensor(received)
+        hidden_T1H = self.stage(ids_T, rows)
+        if not world.is_last_stage:
+            dist.send(
+                hidden_T1H.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank(), group=world.pp_group
+            )
+        return hidden_T1H
+
+    def _logits(self, hidden_T1H: Tensor, last_R: Tensor) -> Tensor:
+        if self.stage.config.sequence_parallel:
+            shards = [torch.empty_like(hidden_T1H) for _ in range(self.world.tp_size)]
+            dist.all_gather(shards, hidden_T1H.contiguous(), group=self.world.tp_group)
+            hidden_T1H = torch.cat(shards)
+        hidden_RH = hidden_T1H[last_R, 0]
+        local_RV = float32_product(hidden_RH, self.stage.output_weight())
+        if self.world.tp_size == 1:
+            return local_RV
+        parts = [torch.empty_like(local_RV) for _ in range(self.world.tp_size)]
+        dist.all_gather(parts, local_RV, group=self.world.tp_group)
+        return torch.cat(parts, dim=1)
+
+    def _choose(self, logits_RV: Tensor | None, uniform: list[float], sampling: SamplingParameters):
+        """Tokens and log-probabilities of the rows, the same on every stage."""
+        chosen_2R = torch.empty((2, len(uniform)), dtype=torch.float64, device=self.world.device)
+        if logits_RV is not None:
+            uniform_R = torch.tensor(uniform, dtype=torch.float64, device=self.world.device)
+            token_R, logp_R = choose_tokens(logits_RV, uniform_R=uniform_R, sampling=sampling)
+            chosen_2R = torch.stack((token_R.double(), logp_R.double()))
+        if self.world.pp_size > 1:
+            last = parallel_state.get_pipeline_model_parallel_last_rank()
+            dist.broadcast(chosen_2R, src=last, group=self.world.pp_group)
+        token_R, logp_R = chosen_2R.tolist()
+        return [int(token) for token in token_R], logp_R
+
+
+def float32_product(hidden_RH: Tensor, weight_VH: Tensor) -> Tensor:
+    """Logits in float32 from weights of any type: rounding them to bfloat16 would move the draws."""
+    if hidden_RH.is_cuda and hidden_RH.dtype != torch.float32:
+        return torch.mm(hidden_RH, weight_VH.t(), out_dtype=torch.float32)
+    return hidden_RH.float() @ weight_VH.float().t()

@@ -1,0 +1,187 @@
+"""Low-rank adapters on all seven projections, under tensor and sequence parallelism.
+
+Megatron fuses q, k and v into one matrix and gate and up into another; adapters stay one pair (A, B) a projection, as
+PEFT has them, so that they mean the same there. Each fused linear layer gets a sibling module of adapters and a forward
+hook that adds their output. W x becomes W x + (alpha / rank) B A x (LoRA, arXiv 2106.09685); A starts random, B zero.
+
+Axes: T tokens of this rank, I inputs, O outputs of this rank, K rank of the adapters.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+
+from megatron_paint.config import LoraSettings
+from megatron_paint.keys import derive_key
+from megatron_paint.mcore.mapping import part
+from megatron_paint.mcore.model import Qwen3Model
+from megatron_paint.mcore.world import World
+from megatron_paint.qwen3 import Qwen3Shape
+
+
+class Adapters(nn.Module):
+    """The adapters of one linear layer; `enabled` False leaves the layer as it was."""
+
+    def __init__(self, projections: dict[str, tuple[Tensor, Tensor]], *, scale: float, sequence_parallel: bool):
+        """`projections`: name -> (A [K, I], B [O, K]), this rank's parts."""
+        super().__init__()
+        self.scale = scale
+        self.sequence_parallel = sequence_parallel
+        self.enabled = True
+        self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
+        for name, (a_KI, b_OK) in projections.items():  # one by one: a dict would be taken up in the order of its keys
+            self.a[name], self.b[name] = nn.Parameter(a_KI), nn.Parameter(b_OK)
+            self._mark(self.a[name], self.b[name])
+
+    def _mark(self, a_KI: nn.Parameter, b_OK: nn.Parameter) -> None:
+        raise NotImplementedError
+
+    def add_to(self, module: nn.Module, inputs: tuple, output: tuple) -> tuple | None:
+        """Forward hook of the linear layer."""
+        if not self.enabled:
+            return None
+        value, bias = output
+        return value + self.scale * self(inputs[0]), bias
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        state = self.state_dict(prefix="", keep_vars=True)
+        axes = {n: p.partition_dim for n, p in self.named_parameters() if p.tensor_model_parallel}
+        return make_sharded_tensors_for_checkpoint(state, prefix, axes, sharded_offsets)
+
+
+class ColumnAdapters(Adapters):
+    """Adapters of a column-parallel layer: A is replicated, B is split by outputs."""
+
+    def __init__(self, projections, *, groups: int | None, **kwargs):
+        super().__init__(projections, **kwargs)
+        self.groups = groups  # key-value groups of this rank where the outputs interleave by them (q, k, v)
+
+    def _mark(self, a_KI, b_OK):
+        # Under sequence parallelism each rank sees some of the tokens: Megatron sums such gradients over the ranks.
+        a_KI.sequence_parallel = self.sequence_parallel
+        set_tensor_model_parallel_attributes(a_KI, is_parallel=False, dim=-1, stride=1)
+        set_tensor_model_parallel_attributes(b_OK, is_parallel=True, dim=0, stride=1)
+
+    def forward(self, x_T1I: Tensor) -> Tensor:
+        """Unscaled output of all projections in the fused layout: [T, 1, O]."""
+        low_T1K = F.linear(x_T1I, torch.cat(list(self.a.values())))
+        if self.sequence_parallel:
+            low_T1K = gather_from_sequence_parallel_region(low_T1K, tensor_parallel_output_grad=True)
+        else:
+            low_T1K = copy_to_tensor_model_parallel_region(low_T1K)
+        lows = low_T1K.chunk(len(self.b), dim=-1)
+        return self._fuse([F.linear(low, b_OK) for low, b_OK in zip(lows, self.b.values(), strict=True)])
+
+    def _fuse(self, outputs: list[Tensor]) -> Tensor:
+        if self.groups is None:
+            return torch.cat(outputs, dim=-1)
+        return torch.cat([out.unflatten(-1, (self.groups, -1)) for out in outputs], dim=-1).flatten(-2)
+
+    def weight_change(self) -> Tensor:
+        """[O, I]: what the adapters add to this rank's fused weight."""
+        names = list(self.a)
+        return self.scale * self._fuse([F.linear(self.a[n].float().t(), self.b[n].float()) for n in names]).t()
+
+
+class RowAdapters(Adapters):
+    """Adapters of a row-parallel layer: A is split by inputs, B is replicated."""
+
+    def _mark(self, a_KI, b_OK):
+        b_OK.sequence_parallel = self.sequence_parallel
+        set_tensor_model_parallel_attributes(a_KI, is_parallel=True, dim=1, stride=1)
+        set_tensor_model_parallel_attributes(b_OK, is_parallel=False, dim=-1, stride=1)
+
+    def forward(self, x_T1I: Tensor) -> Tensor:
+        """Unscaled output: [T, 1, O]."""
+        ((_, a_KI),), ((_, b_OK),) = self.a.items(), self.b.items()
+        low_T1K = F.linear(x_T1I, a_KI)
+        if self.sequence_parallel:
+            low_T1K = reduce_scatter_to_sequence_parallel_region(low_T1K)
+        else:
+            low_T1K = reduce_from_tensor_model_parallel_region(low_T1K)
+        return F.linear(low_T1K, b_OK)
+
+    def weight_change(self) -> Tensor:
+        """[O, I]: what the adapters add to this rank's weight."""
+        ((_, a_KI),), ((_, b_OK),) = self.a.items(), self.b.items()
+        return self.scale * (b_OK.float() @ a_KI.float())
+
+
+def add_adapters(stage: Qwen3Model, settings: LoraSettings, shape: Qwen3Shape, world: World, *, seed: int) -> None:
+    """Freezes the stage and puts adapters on its layers; the same ones whatever the layout."""
+    for parameter in stage.parameters():
+        parameter.requires_grad_(False)
+    q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_groups * shape.head_dim
+    hidden, ffn = shape.hidden_size, shape.ffn_size
+
+    for layer in stage.decoder.layers:
+        number = layer.layer_number - 1
+
+        def pairs(sizes: dict[str, tuple[int, int]], split_inputs: bool, number: int = number):
+            return {
+                name: _start_pair(settings.rank, inputs, outputs, split_inputs, world, stage, (seed, number, name))
+                for name, (inputs, outputs) in sizes.items()
+            }
+
+        common = {"scale": settings.alpha / settings.rank, "sequence_parallel": stage.config.sequence_parallel}
+        attention, mlp = layer.self_attention, layer.mlp
+        qkv_sizes = {"q_proj": (hidden, q_size), "k_proj": (hidden, kv_size), "v_proj": (hidden, kv_size)}
+        attention.qkv_adapters = ColumnAdapters(
+            pairs(qkv_sizes, False), groups=shape.num_groups // world.tp_size, **common
+        )
+        attention.proj_adapters = RowAdapters(pairs({"o_proj": (q_size, hidden)}, True), **common)
+        mlp.fc1_adapters = ColumnAdapters(
+            pairs({"gate_proj": (hidden, ffn), "up_proj": (hidden, ffn)}, False), groups=None, **common
+        )
+        mlp.fc2_adapters = RowAdapters(pairs({"down_proj": (ffn, hidden)}, True), **common)
+        attention.linear_qkv.register_forward_hook(attention.qkv_adapters.add_to)
+        attention.linear_proj.register_forward_hook(attention.proj_adapters.add_to)
+        mlp.linear_fc1.register_forward_hook(mlp.fc1_adapters.add_to)
+        mlp.linear_fc2.register_forward_hook(mlp.fc2_adapters.add_to)
+
+
+def _start_pair(rank: int, inputs: int, outputs: int, split_inputs: bool, world: World, stage, key: tuple):
+    """This rank's part of a fresh pair: A uniform in +-1/sqrt(I) as PEFT draws it, from a key; B zero."""
+    generator = torch.Generator().manual_seed(derive_key("lora", *key))
+    bound = 1 / math.sqrt(inputs)
+    a_KI = torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
+    if split_inputs:
+        a_KI = a_KI[:, part(inputs, rank=world.tp_rank, ranks=world.tp_size)].contiguous()
+    else:
+        outputs //= world.tp_size
+    options = {"device": world.device, "dtype": stage.config.params_dtype}
+    return a_KI.to(**options), torch.zeros(outputs, rank, **options)
+
+
+def adapters_of(stage: Qwen3Model) -> list[Adapters]:
+    """All adapters of a stage; empty without LoRA."""
+    return [module for module in stage.modules() if isinstance(module, Adapters)]
+
+
+def merged_parameters(stage: Qwen3Model) -> Iterator[tuple[str, Tensor]]:
+    """Base parameters with the adapters added in float32 and rounded once, one after another."""
+    siblings = {"linear_qkv": "qkv_adapters", "linear_proj": "proj_adapters"}
+    siblings |= {"linear_fc1": "fc1_adapters", "linear_fc2": "fc2_adapters"}
+    for name, parameter in stage.named_parameters():
+        if "_adapters." in name:
+            continue
+        path = name.split(".")
+        adapters = None
+        if len(path) > 2 and path[-1] == "weight" and path[-2] in siblings:
+            adapters = getattr(stage.get_submodule(".".join(path[:-2])), siblings[path[-2]], None)
+        if adapters is None:
+            yield name, parameter.detach()
+        else:
+            with torch.no_grad():
+                yield name, (parameter.float() + adapters.weight_change()).to(parameter.dtype)

@@ -1,0 +1,201 @@
+"""Qwen3 on Megatron-Core: one place builds the model, for local layers and for Transformer Engine's.
+
+Axes: T tokens of a call, H hidden size, V vocabulary (this rank's slice).
+"""
+
+from functools import partial
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from megatron_paint.config import MegatronSettings, ModelSettings
+from megatron_paint.hardware import use_transformer_engine
+from megatron_paint.mcore.attention import LocalAttention, TokenRows, transformer_engine_attention
+from megatron_paint.mcore.world import World
+from megatron_paint.qwen3 import Qwen3Shape
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class LocalRMSNorm(torch.nn.RMSNorm):
+    """RMSNorm whose weight takes part in sequence parallelism, which Megatron's local norm refuses."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused):
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+class Qwen3Model(GPTModel):
+    """One pipeline stage of Qwen3 that ends in hidden states: logits are the loss's business.
+
+    `forward` is our own because the vocabulary must never be met at prompt positions, and because packed rows need a
+    rotary position for each token.
+    """
+
+    def forward(self, input_ids_T: Tensor, rows: TokenRows) -> Tensor:
+        """Hidden states [T, 1, H] of this stage, after the final norm on the last one.
+
+        Under sequence parallelism T is split over the tensor-parallel ranks. `input_ids_T` is read by the first stage
+        alone; the others take what `set_input_tensor` was given.
+        """
+        hidden = self.embedding(input_ids_T[None], position_ids=None) if self.pre_process else None
+        return self.decoder(
+            hidden_states=hidden,
+            attention_mask=None,
+            rotary_pos_emb=self.rotary_angles(rows.position_T),
+            packed_seq_params=rows,
+        )
+
+    def rotary_angles(self, position_T: Tensor) -> Tensor:
+        """Angles [T, 1, 1, head size] of rotary embedding in float32."""
+        angles = position_T.float()[:, None, None, None] * self.rotary_pos_emb.inv_freq.float()
+        return torch.cat((angles, angles), dim=-1)
+
+    def output_weight(self) -> Tensor:
+        """This rank's rows [V, H] of the output layer, the embedding's where tied; last stage only."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def transformer_config(shape: Qwen3Shape, model: ModelSettings, megatron: MegatronSettings) -> TransformerConfig:
+    """Megatron's description of the model: Qwen3's architecture plus the settings under `megatron:`."""
+    dtype = DTYPES[model.dtype]
+    with_engine = use_transformer_engine(megatron)
+    optional = {
+        "recompute_granularity": megatron.recompute_granularity,
+        "recompute_method": megatron.recompute_method,
+        "recompute_num_layers": megatron.recompute_num_layers,
+    }
+    if megatron.fp8 is not None:
+        names = ("fp8", "fp8_recipe", "fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo")
+        names += ("first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
+        optional |= {name: getattr(megatron, name) for name in names}
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_groups,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.ffn_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_eps,
+        qk_layernorm=True,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=megatron.tensor_model_parallel_size,
+        pipeline_model_parallel_size=megatron.pipeline_model_parallel_size,
+        sequence_parallel=megatron.sequence_parallel and megatron.tensor_model_parallel_size > 1,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # the default one is refused with variable lengths, even without experts
+        deterministic_mode=megatron.deterministic_mode,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        # Every weight is read from a checkpoint before it is used.
+        perform_initialization=False,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=with_engine,
+        bias_activation_fusion=with_engine,
+        apply_rope_fusion=False,
+        masked_softmax_fusion=False,
+        calculate_per_token_loss=True,
+        **{name: value for name, value in optional.items() if value is not None},
+    )
+
+
+def layer_spec(*, with_engine: bool, lora: bool) -> ModuleSpec:
+    """One Qwen3 layer. Transformer Engine's norms are fused into the linear layers unless adapters need their output."""
+    qkv, proj, fc1, fc2, norm, attention = _parts(with_engine, fuse_norms=not lora)
+    fused = with_engine and not lora
+    layer_norm = IdentityOp if fused else norm
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=layer_norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=qkv, core_attention=attention, linear_proj=proj, q_layernorm=norm, k_layernorm=norm
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=layer_norm,
+            mlp=_mlp(MLPSubmodules(linear_fc1=fc1, linear_fc2=fc2)),
+            mlp_bda=get_bias_dropout_add,
+            # Checkpoints always have the fused names, so that both kinds of layer can load them.
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )
+
+
+def _mlp(submodules: MLPSubmodules):
+    if hasattr(MLP, "as_mlp_submodule"):  # megatron-core 0.19 takes a builder, 0.16 a spec
+        return partial(MLP.as_mlp_submodule, submodules=submodules)
+    return ModuleSpec(module=MLP, submodules=submodules)
+
+
+def _parts(with_engine: bool, *, fuse_norms: bool) -> tuple:
+    if not with_engine:
+        column, row = ColumnParallelLinear, RowParallelLinear
+        return column, row, column, row, LocalRMSNorm, LocalAttention
+    from megatron.core.extensions import transformer_engine as engine
+
+    column = engine.TELayerNormColumnParallelLinear if fuse_norms else engine.TEColumnParallelLinear
+    row = engine.TERowParallelLinear
+    return column, row, column, row, engine.TENorm, transformer_engine_attention()
+
+
+def build_model(shape: Qwen3Shape, model: ModelSettings, megatron: MegatronSettings, world: World) -> Qwen3Model:
+    """This rank's stage and shard, on its device, weights not yet filled."""
+    config = transformer_config(shape, model, megatron)
+    with_engine = use_transformer_engine(megatron)
+    spec = layer_spec(with_engine=with_engine, lora=model.lora is not None)
+    layer_norm = spec.submodules.self_attention.submodules.q_layernorm
+    stage = Qwen3Model(
+        config,
+        TransformerBlockSubmodules(layer_specs=[spec] * (shape.num_layers // world.pp_size), layer_norm=layer_norm),
+        vocab_size=shape.vocab_size,
+        max_sequence_length=shape.max_positions,
+        pre_process=world.is_first_stage,
+        post_process=world.is_last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=shape.tied,
+        position_embedding_type="rope",
+        rotary_base=shape.rope_theta,
+    )
+    _mark_sharded_weights(stage)
+    return stage.to(world.device)
+
+
+def _mark_sharded_weights(stage: Qwen3Model) -> None:
+    """Tells the gradient norm which weights are shards: Megatron marks them only while it initialises them."""
+    split_dims = {"linear_qkv": 0, "linear_fc1": 0, "word_embeddings": 0, "output_layer": 0}
+    split_dims |= {"linear_proj": 1, "linear_fc2": 1}
+    for name, parameter in stage.named_parameters():
+        *_, module, kind = name.split(".")
+        if kind == "weight" and module in split_dims and not getattr(parameter, "tensor_model_parallel", False):
+            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=split_dims[module], stride=1)

@@ -1,0 +1,64 @@
+"""Megatron's data-parallel wrapper and optimiser, set up for one step on a globally normalised sum."""
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+
+from megatron_paint.config import MegatronSettings, OptimizerSettings
+from megatron_paint.errors import UserError
+from megatron_paint.mcore.model import Qwen3Model
+
+
+def wrap_data_parallel(stage: Qwen3Model, megatron: MegatronSettings) -> DistributedDataParallel:
+    """Megatron's wrapper; gradients are summed, and divided once by the global token count."""
+    config = DistributedDataParallelConfig(
+        use_distributed_optimizer=megatron.use_distributed_optimizer,
+        overlap_grad_reduce=megatron.overlap_grad_reduce,
+        grad_reduce_in_fp32=True,
+    )
+    wrapped = DistributedDataParallel(stage.config, config, stage)
+    stage.config.finalize_model_grads_func = finalize_model_grads
+    if megatron.overlap_grad_reduce:
+        stage.config.no_sync_func = wrapped.no_sync
+    return wrapped
+
+
+def make_optimizer(
+    wrapped: DistributedDataParallel, settings: OptimizerSettings, megatron: MegatronSettings
+) -> MegatronOptimizer:
+    """AdamW or SGD with float32 main weights."""
+    if settings.name == "sgd" and megatron.use_distributed_optimizer:
+        raise UserError("optimizer.name=sgd needs megatron.use_distributed_optimizer=false: it has no state to shard")
+    dtype = wrapped.module.config.params_dtype
+    config = OptimizerConfig(
+        optimizer=settings.name,
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.eps,
+        sgd_momentum=settings.momentum,
+        clip_grad=settings.clip_grad,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=megatron.use_distributed_optimizer,
+    )
+    optimizer = get_megatron_optimizer(config, [wrapped])
+    wrapped.module.config.grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def take_step(optimizer: MegatronOptimizer, *, lr: float) -> float:
+    """One clipped step; returns the gradient's global norm before clipping.
+
+    A gradient that is not finite stops here, before any weight is touched: FloatingPointError.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    overflow = optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if overflow or not norm < float("inf"):
+        raise FloatingPointError(f"the gradient's norm is {norm}")
+    optimizer.step()
+    return norm

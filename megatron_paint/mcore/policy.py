@@ -1,0 +1,253 @@
+"""The policy on Megatron-Core: generation, teacher pass, student pass and step over all ranks.
+
+Every rank is called with the whole step's records. A sample belongs to one data-parallel replica; within it, the last
+pipeline stage computes the loss from hidden states, and tensor-parallel ranks share the vocabulary.
+
+Axes: T tokens of a micro-batch, N response tokens of it, H hidden size.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from megatron_paint.config import Settings
+from megatron_paint.losses import ShardedVocab, VocabAxis, WholeVocab
+from megatron_paint.mcore.batch import (
+    MicroBatch,
+    ScoredSequence,
+    assign_replicas,
+    cut_micro_batches,
+    make_micro_batches,
+    token_multiple,
+)
+from megatron_paint.mcore.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from megatron_paint.mcore.generate import Generator
+from megatron_paint.mcore.hf_checkpoint import export_stages, first_layer_of, load_stage
+from megatron_paint.mcore.lora import add_adapters, merged_parameters
+from megatron_paint.mcore.model import DTYPES, build_model
+from megatron_paint.mcore.optimizer import make_optimizer, take_step, wrap_data_parallel
+from megatron_paint.mcore.scores import NonFinite, score_samples
+from megatron_paint.mcore.teacher import Teacher
+from megatron_paint.mcore.world import World
+from megatron_paint.policy import GenerationRequest, ResponseRows, SamplingParameters, TokenLoss
+from megatron_paint.qwen3 import Qwen3Shape
+from megatron_paint.records import Rollout, Sample, SampleScore, UpdateReport
+
+
+class MegatronPolicy:
+    """Implements `megatron_paint.policy.Policy`."""
+
+    def __init__(self, settings: Settings, shape: Qwen3Shape, world: World):
+        self.settings = settings
+        self.shape = shape
+        self.world = world
+        megatron = settings.megatron
+        self.stage = build_model(shape, settings.model, megatron, world)
+        load_stage(self.stage, settings.model.hf_path, shape, world)
+        if settings.model.megatron_path is not None:
+            load_weights(self.stage, settings.model.megatron_path)
+        if settings.model.lora is not None:
+            add_adapters(self.stage, settings.model.lora, shape, world, seed=settings.run.seed)
+        self.wrapped = wrap_data_parallel(self.stage, megatron)
+        self.optimizer = make_optimizer(self.wrapped, settings.optimizer, megatron)
+        self.teacher = Teacher(self.stage, settings.objective.teacher)
+        self.multiple = token_multiple(megatron)
+        self.generator = Generator(
+            self.stage,
+            world,
+            token_multiple=self.multiple,
+            batch_size=settings.rollout.batch_size,
+            prefill_tokens=settings.data.micro_batch_tokens,
+        )
+
+    def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParameters) -> list[Rollout]:
+        """One rollout per request, in order; replicas share the requests and exchange what they sampled."""
+        taken = assign_replicas([len(r.prompt_ids) for r in requests], self.world.dp_size)[self.world.dp_rank]
+        rollouts = self.generator.generate([requests[i] for i in taken], sampling)
+        speaks = self.world.tp_rank == 0 and self.world.is_last_stage
+        merged = self._exchange(dict(zip(taken, rollouts, strict=True)) if speaks else {})
+        return [merged[i] for i in range(len(requests))]
+
+    def update(self, samples: Sequence[Sample], loss: TokenLoss, *, lr: float) -> UpdateReport:
+        """One optimiser step; FloatingPointError, before the optimiser, where a loss or the gradient is not finite."""
+        scores, seconds = self.accumulate(samples, loss)
+        with _timed(seconds, "optimizer"):
+            norm = take_step(self.optimizer, lr=lr)
+            self.teacher.follow()
+        return UpdateReport(scores=scores, grad_norm=norm, seconds=seconds)
+
+    def evaluate_loss(self, samples: Sequence[Sample], loss: TokenLoss) -> UpdateReport:
+        """The loss of the samples under the current weights, without a gradient."""
+        scores, seconds = self.accumulate(samples, loss, forward_only=True)
+        return UpdateReport(scores=scores, grad_norm=0.0, seconds=seconds)
+
+    def save(self, folder: Path, state: dict[str, Any]) -> None:
+        save_checkpoint(folder, self.stage, self.optimizer, self.teacher, state, self.world)
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        return load_checkpoint(folder, self.stage, self.optimizer, self.teacher)
+
+    def export(self, folder: Path) -> None:
+        export_stages(
+            merged_parameters(self.stage),
+            folder,
+            shape=self.shape,
+            world=self.world,
+            first_layer=first_layer_of(self.stage),
+            dtype=DTYPES[self.settings.model.dtype],
+            source=self.settings.model.hf_path,
+        )
+
+    def accumulate(
+        self, samples: Sequence[Sample], loss: TokenLoss, *, forward_only: bool = False
+    ) -> tuple[tuple[SampleScore, ...], dict[str, float]]:
+        """Teacher pass and student pass of a step: scores of all samples, and, unless `forward_only`, the gradient of
+        the loss divided by the global number of tokens that carry it, in Megatron's gradient buffers."""
+        costs = [len(s.student_prompt_ids) + len(s.teacher_prompt_ids or ()) + 2 * len(s.response_ids) for s in samples]
+        replicas = assign_replicas(costs, self.world.dp_size)
+        seconds: dict[str, float] = {}
+        teachers: dict[str, dict[int, Tensor]] = {}
+        with _timed(seconds, "teacher"):
+            if loss.needs_teacher:
+                teachers["teacher_hidden_NH"] = self._score(samples, replicas, "teacher_prompt_ids")
+            if loss.needs_full_teacher:
+                teachers["full_teacher_hidden_NH"] = self._score(samples, replicas, "full_teacher_prompt_ids")
+        with _timed(seconds, "student"):
+            found: dict[int, SampleScore | NonFinite] = {}
+            evaluate = partial(self._loss_of, samples, loss, teachers, found)
+            if not forward_only:
+                self.wrapped.zero_grad_buffer()
+                self.optimizer.zero_grad()
+            with torch.set_grad_enabled(not forward_only):
+                self._pass(samples, replicas, "student_prompt_ids", evaluate, forward_only=forward_only)
+        merged = self._exchange(found if self.world.tp_rank == 0 else {})
+        problems = [score for score in merged.values() if isinstance(score, NonFinite)]
+        if problems:
+            raise FloatingPointError("; ".join(str(problem) for problem in problems[:3]))
+        return tuple(merged[i] for i in range(len(samples))), seconds
+
+    def _exchange(self, mine: dict[int, Any]) -> dict[int, Any]:
+        """All ranks' entries together."""
+        everyone: list[dict[int, Any]] = [{} for _ in range(self.world.size)]
+        dist.all_gather_object(everyone, mine, group=self.world.host_group)
+        return {index: value for entries in everyone for index, value in entries.items()}
+
+    def _score(self, samples: Sequence[Sample], replicas: list[list[int]], prompts: str) -> dict[int, Tensor]:
+        """Final hidden states [N, H] at each sample's response rows under the teacher; empty but on the last stage."""
+        hidden: dict[int, Tensor] = {}
+
+        def keep(batch: MicroBatch, hidden_T1H: Tensor, non_loss_data: bool = True) -> None:
+            rows_NH = self._response_rows(hidden_T1H, batch)
+            hidden.update(zip(batch.indices, rows_NH.split(batch.lengths), strict=True))
+
+        with torch.no_grad(), self.teacher.in_place():
+            self._pass(samples, replicas, prompts, keep, forward_only=True)
+        return hidden
+
+    def _pass(
+        self,
+        samples: Sequence[Sample],
+        replicas: list[list[int]],
+        prompts: str,
+        at_the_end: Callable[[MicroBatch, Tensor], Any],
+        *,
+        forward_only: bool,
+    ) -> None:
+        """Runs all micro-batches of this replica through the pipeline; `at_the_end` meets the last stage's output."""
+
+        def sequences(indices: Sequence[int]) -> list[ScoredSequence]:
+            return [
+                ScoredSequence(index=i, prompt_ids=getattr(samples[i], prompts), response_ids=samples[i].response_ids)
+                for i in indices
+            ]
+
+        limit = self.settings.data.micro_batch_tokens
+        count = max(len(cut_micro_batches([s.num_tokens for s in sequences(r)], limit)) for r in replicas)
+        batches = make_micro_batches(
+            sequences(replicas[self.world.dp_rank]),
+            limit=limit,
+            multiple=self.multiple,
+            count=count,
+            device=self.world.device,
+        )
+
+        def forward_step(iterator: Iterator[MicroBatch], model) -> tuple[Tensor, Callable]:
+            batch = next(iterator)
+            return model(batch.ids_T, batch.rows), partial(at_the_end, batch)
+
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=[self.wrapped],
+            num_microbatches=len(batches),
+            seq_length=self.multiple,  # real lengths travel with the tensors
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+    def _response_rows(self, hidden_T1H: Tensor, batch: MicroBatch) -> Tensor:
+        """Rows that predict response tokens, [N, H], whole on every tensor-parallel rank."""
+        if self.stage.config.sequence_parallel:
+            # The loss leaves each rank's part of the gradient; the gather's backward sums and scatters it.
+            hidden_T1H = gather_from_sequence_parallel_region(hidden_T1H, tensor_parallel_output_grad=True)
+        return hidden_T1H[batch.predicting_N, 0]
+
+    def _vocab(self) -> VocabAxis:
+        if self.world.tp_size == 1:
+            return WholeVocab()
+        columns = self.shape.vocab_size // self.world.tp_size
+        return ShardedVocab(
+            self.world.tp_group,
+            start=self.world.tp_rank * columns,
+            stop=(self.world.tp_rank + 1) * columns,
+            size=self.shape.vocab_size,
+            reduce_hidden_grad=not self.stage.config.sequence_parallel,
+        )
+
+    def _loss_of(
+        self,
+        samples: Sequence[Sample],
+        loss: TokenLoss,
+        teachers: dict[str, dict[int, Tensor]],
+        found: dict[int, SampleScore | NonFinite],
+        batch: MicroBatch,
+        hidden_T1H: Tensor,
+        non_loss_data: bool = False,
+    ) -> tuple[Tensor, Tensor, dict]:
+        """Sum of the loss over a micro-batch and the number of tokens that carry it, as Megatron's schedule wants."""
+        student_NH = self._response_rows(hidden_T1H, batch)
+        kept = {
+            name: torch.cat([hidden[i] for i in batch.indices]) if batch.indices else student_NH.detach()
+            for name, hidden in teachers.items()
+        }
+        output = loss(
+            ResponseRows(
+                lengths=batch.lengths,
+                keys=tuple(samples[i].key for i in batch.indices),
+                token_ids_N=batch.token_ids_N,
+                student_hidden_NH=student_NH,
+                output_weight_VH=self.stage.output_weight(),
+                vocab=self._vocab(),
+                teacher_output_weight_VH=self.teacher.output_weight() if teachers else None,
+                **kept,
+            )
+        )
+        found |= score_samples(output, batch, samples, rank=self.world.rank)
+        return output.loss_T.sum(), output.carries_loss_T.sum().to(torch.int), {}
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[phase] = time.perf_counter() - start

@@ -1,0 +1,123 @@
+"""Processes, devices and the groups they form: one start for torchrun, srun and the local launcher."""
+
+import os
+import random
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_paint.config import MegatronSettings
+from megatron_paint.errors import UserError
+from megatron_paint.mcore.cpu import redirect_cuda_to_cpu
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process's place among the ranks: tensor parallel within pipeline stages within data-parallel replicas."""
+
+    rank: int
+    size: int
+    device: torch.device
+    tp_rank: int
+    tp_size: int
+    tp_group: dist.ProcessGroup
+    pp_rank: int
+    pp_size: int
+    pp_group: dist.ProcessGroup
+    dp_rank: int
+    dp_size: int
+    dp_group: dist.ProcessGroup
+    host_group: dist.ProcessGroup  # gloo, all ranks: for records and messages
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+
+def data_parallel_size(world_size: int, megatron: MegatronSettings) -> int:
+    """Replicas that `world_size` processes hold; UserError where the layout does not fit."""
+    tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
+    if world_size % (tp * pp):
+        multiple = max(1, round(world_size / (tp * pp))) * tp * pp
+        raise UserError(
+            f"{world_size} processes cannot be laid out as tensor_model_parallel_size={tp} x "
+            f"pipeline_model_parallel_size={pp}: their number must be a multiple of {tp * pp} "
+            f"(nearest: --processes {multiple})"
+        )
+    return world_size // (tp * pp)
+
+
+def start_world(megatron: MegatronSettings, *, backend: str | None = None) -> World:
+    """Joins the process group that RANK, WORLD_SIZE and MASTER_ADDR describe and forms Megatron's groups.
+
+    Without these variables the world is this one process. The backend is NCCL with CUDA, else gloo.
+    """
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    redirect_cuda_to_cpu()
+    from megatron.core import parallel_state
+
+    _set_lone_process_defaults()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    timeout = timedelta(minutes=megatron.distributed_timeout_minutes)
+    if not dist.is_initialized():
+        dist.init_process_group(backend or ("nccl" if on_gpu else "gloo"), timeout=timeout)
+    data_parallel_size(dist.get_world_size(), megatron)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=megatron.tensor_model_parallel_size,
+        pipeline_model_parallel_size=megatron.pipeline_model_parallel_size,
+        distributed_timeout_minutes=megatron.distributed_timeout_minutes,
+    )
+    _seed_libraries()
+    return World(
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        device=device,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        host_group=dist.new_group(backend="gloo", timeout=timeout),
+    )
+
+
+def stop_world() -> None:
+    """Takes Megatron's groups and the process group down; safe to call twice."""
+    from megatron.core import parallel_state
+
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _set_lone_process_defaults() -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = "0" if os.environ["WORLD_SIZE"] == "1" else "29500"
+
+
+def _seed_libraries() -> None:
+    """Seeds the generators that Megatron insists on; no result of ours is drawn from them."""
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    model_parallel_cuda_manual_seed(0)

@@ -1,0 +1,84 @@
+"""The seam between an objective and the machine: what an algorithm may ask of a policy, and what a loss is given.
+
+Axes: N response tokens of a micro-batch, H hidden size, V vocabulary (whole, or this rank's slice).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from megatron_paint.losses import LossOutput, VocabAxis
+from megatron_paint.records import Rollout, Sample, TokenIds, UpdateReport
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParameters:
+    """How tokens are drawn; temperature 0 is greedy."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float  # in (0, 1]
+    top_k: int  # 0 keeps all
+    stop_ids: frozenset[int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationRequest:
+    """One response to sample; `key` holds all its randomness."""
+
+    problem_id: str
+    sample_index: int
+    prompt_ids: TokenIds
+    key: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResponseRows:
+    """What a loss sees of a micro-batch: the rows that predict response tokens, rollout after rollout."""
+
+    lengths: tuple[int, ...]  # response tokens of each rollout; they sum to N
+    keys: tuple[int, ...]  # one a rollout
+    token_ids_N: Tensor  # the response tokens
+    student_hidden_NH: Tensor
+    output_weight_VH: Tensor
+    vocab: VocabAxis
+    teacher_hidden_NH: Tensor | None = None
+    teacher_output_weight_VH: Tensor | None = None  # None: the student's
+    full_teacher_hidden_NH: Tensor | None = None
+
+
+class TokenLoss(Protocol):
+    """A loss over response tokens: knows a vocabulary axis, not a machine, and returns sums, never means."""
+
+    needs_teacher: bool
+    needs_full_teacher: bool
+
+    def __call__(self, rows: ResponseRows) -> LossOutput: ...
+
+
+class Policy(Protocol):
+    """A model that samples and learns; how many machines that takes is its own business.
+
+    Every rank calls with the same arguments and gets the same results.
+    """
+
+    def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParameters) -> list[Rollout]:
+        """One response per request, in order; independent of layout and of the other requests (float32, ties aside)."""
+
+    def update(self, samples: Sequence[Sample], loss: TokenLoss, *, lr: float) -> UpdateReport:
+        """One optimiser step on the sum of the loss over the samples, divided once by the tokens that carry loss."""
+
+    def evaluate_loss(self, samples: Sequence[Sample], loss: TokenLoss) -> UpdateReport:
+        """The same loss without a step; the gradient norm is 0."""
+
+    def save(self, folder: Path, state: dict[str, Any]) -> None:
+        """Writes a checkpoint: weights, optimiser, teacher and `state`; complete or absent."""
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Takes a checkpoint up, at any layout, and returns its state."""
+
+    def export(self, folder: Path) -> None:
+        """Writes a Hugging Face checkpoint that `transformers` loads as it is."""

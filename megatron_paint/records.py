@@ -1,0 +1,138 @@
+"""The records that a step is made of, in the order in which they appear.
+
+Problem -> Rollout -> Reveal -> Sample -> SampleScore -> StepReport; EvalReport stands beside them.
+All are frozen: a step makes new records and never changes one. Token ids are tuples of int, made once from text.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+TokenIds = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """One problem with its verified worked solution."""
+
+    id: str  # unique in its file
+    problem: str  # the problem's text
+    solution: str  # the verified solution; ends in \boxed{answer} in the usual data sets
+    answer: str  # the final answer that the grader compares with
+    source: str = ""  # where it stands: "file:line"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """One response that the student sampled for one problem."""
+
+    problem_id: str
+    sample_index: int  # 0 .. samples per problem - 1
+    prompt_ids: TokenIds  # what the student was shown
+    response_ids: TokenIds  # what it sampled, the end token included where one was sampled
+    logprobs: tuple[float, ...] | None  # of the sampled tokens, in nats, at the sampling temperature, before top-k and top-p; None from replay
+    finished: bool  # True: ended by a stop token; False: cut at the length limit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Anchor:
+    """A piece of the reference that a rollout can reproduce."""
+
+    kind: Literal["boxed", "formula", "number"]
+    text: str  # normalised
+    found: bool  # in the rollout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Overlap:
+    """How much of a reference a rollout reproduces."""
+
+    score: float  # found anchors / anchors, in [0, 1]; 0 without anchors
+    anchors: tuple[Anchor, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reveal:
+    """How much of the reference the teacher is shown for one rollout."""
+
+    overlap: Overlap
+    share: float  # asked for, in [0, 1]; falls as the overlap rises under the rule `overlap`
+    shown_tokens: int  # after backing off to a boundary
+    total_tokens: int
+    shown_text: str  # a prefix of the reference, or the reference itself
+    reference: str  # the solution that was cut: the problem's own, or another one's under `solution: wrong`
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """What one rollout is trained on: prompts of both sides and the response that both score."""
+
+    problem: Problem
+    sample_index: int
+    key: int  # non-negative 63-bit key of (run seed, step, problem id, sample index): all randomness of this sample
+    student_prompt_ids: TokenIds
+    response_ids: TokenIds
+    teacher_prompt_ids: TokenIds | None = None  # None: no teacher (SFT)
+    full_teacher_prompt_ids: TokenIds | None = None  # the whole reference; only for partner=full_teacher
+    reveal: Reveal | None = None
+    rollout: Rollout | None = None  # None: the response was not sampled (SFT)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleScore:
+    """What the loss saw in one sample: sums over its response tokens, in nats unless said otherwise."""
+
+    loss_sum: float
+    num_tokens: int  # response tokens
+    loss_tokens: int  # those that carry loss
+    student_entropy_sum: float = 0.0
+    teacher_entropy_sum: float = 0.0
+    selected: tuple[int, ...] = ()  # positions in the response, from 0
+    divergence_selected_sum: float = 0.0  # unclipped
+    divergence_other_sum: float = 0.0
+    clipped_mass_sum: float = 0.0  # target mass on clipped entries, summed over tokens that carry loss
+    clipped_entries: int = 0
+    sampler_gap_max: float = 0.0  # max |sampler log-prob - trainer log-prob| over the response
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateReport:
+    """What one optimiser step did."""
+
+    scores: tuple[SampleScore, ...]  # in the order of the samples
+    grad_norm: float  # before clipping
+    seconds: dict[str, float] = field(default_factory=dict)  # phase -> wall time: teacher, student, optimizer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepReport:
+    """One training step: what goes into metrics.jsonl and samples/."""
+
+    step: int
+    metrics: dict[str, float]
+    samples: tuple[Sample, ...]
+    scores: tuple[SampleScore, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Graded:
+    """One sampled answer and its verdict."""
+
+    problem_id: str
+    sample_index: int
+    response_text: str
+    num_tokens: int
+    finished: bool
+    outcome: Literal["right", "wrong", "no_answer", "timeout"]
+    extracted: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalReport:
+    """An evaluation of one model on one problem file."""
+
+    step: int
+    benchmark: str
+    num_problems: int
+    samples_per_problem: int
+    metrics: dict[str, float]  # avg, interval bounds, pass@k, maj, truncated share, mean length, time-outs
+    answers: tuple[Graded, ...]

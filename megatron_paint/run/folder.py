@@ -1,0 +1,204 @@
+"""The run folder: its layout, how it starts, and how a run goes on in it.
+
+config.yaml, metrics.jsonl, samples/step_000001.jsonl, eval/step_000100.json, checkpoints/step_000025/, hf/step_000100/,
+logs/. Only one process, rank 0, writes; any process may read.
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from megatron_paint.errors import UserError
+from megatron_paint.records import EvalReport, Graded
+from megatron_paint.run.settings_file import changed_keys, plain, read_yaml, to_yaml
+from megatron_paint.run.writing import append_line, disk_errors, folder_atomically, to_json, write_atomically
+
+COMPLETE = "complete"  # marker in a checkpoint's folder, written last
+STEP_NAME = re.compile(r"step_(\d{6,})")
+ALLOWED_BEFORE = {"logs"}  # the batch system opens its log files there before the run starts
+
+
+class RunFolder:
+    """Paths, writing and reading of one run folder; making one of these touches nothing on the disk."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config_file = self.path / "config.yaml"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.logs = self.path / "logs"
+
+    # Starting
+
+    def prepare(self, settings: Any) -> int:
+        """Make the folder, or get it ready to go on, after `run.resume`; the step to go on from, 0 at the start.
+
+        settings: the Settings, or the same as nested dictionaries. Writes config.yaml first, so that a folder that
+        cannot be written is found before any work. On resuming, what the folder holds beyond the checkpoint's step is
+        taken back: metrics, samples and evaluations. UserError: the folder is not empty and nothing is to be resumed,
+        nothing is there to resume, a setting changed that may not, or the disk refuses.
+        """
+        new = plain(settings)
+        resume = new["run"]["resume"]
+        held = self._held()
+        if resume == "never" and held:
+            raise UserError(
+                f"run.dir={self.path} is not empty: it holds {', '.join(held[:3])}. Give another run.dir, or go on in "
+                "it with run.resume=auto"
+            )
+        step = (self.latest_checkpoint() or 0) if resume != "never" else 0
+        if resume == "required" and step == 0:
+            raise UserError(
+                f"run.dir={self.path} holds no complete checkpoint to resume from, but run.resume=required. "
+                "Give the run.dir of an earlier run, or start with run.resume=auto"
+            )
+        if held:
+            self._check_unchanged(new)
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.config_file, to_yaml(new))
+            for folder in (self.path / "samples", self.path / "eval", self.path / "checkpoints", self.logs):
+                folder.mkdir(exist_ok=True)
+        self._take_back(step)
+        return step
+
+    def _held(self) -> list[str]:
+        with disk_errors(self.path):
+            if not self.path.exists():
+                return []
+            return sorted(entry.name for entry in self.path.iterdir() if entry.name not in ALLOWED_BEFORE)
+
+    def _check_unchanged(self, new: Mapping[str, Any]) -> None:
+        if not self.config_file.exists():
+            raise UserError(
+                f"run.dir={self.path} is not empty and no run folder: it has no config.yaml. Give another run.dir"
+            )
+        changed = changed_keys(old=read_yaml(self.config_file), new=new)
+        if changed:
+            raise UserError(
+                f"run.dir={self.path} was started with other settings: {'; '.join(changed)}. Restore them to resume, "
+                "or start anew in another run.dir"
+            )
+
+    def _take_back(self, step: int) -> None:
+        kept = [line for line, at in self._metric_lines() if at <= step]
+        write_atomically(self.metrics_file, "".join(line + "\n" for line in kept))
+        with disk_errors(self.path):
+            for kind, ending in (("samples", ".jsonl"), ("eval", ".json")):
+                for at, file in _steps(self.path / kind, ending):
+                    if at > step:
+                        file.unlink()
+
+    # Metrics, samples and evaluations
+
+    def append_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Add the line of one step, which holds `step`; numbers that are not finite become null."""
+        append_line(self.metrics_file, to_json(dict(metrics)))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All whole lines of metrics.jsonl; a line that a crash cut short is left out."""
+        return [json.loads(line) for line, _ in self._metric_lines()]
+
+    def _metric_lines(self) -> list[tuple[str, int]]:
+        if not self.metrics_file.exists():
+            return []
+        lines = []
+        for line in self.metrics_file.read_bytes().decode("utf-8", "replace").split("\n"):
+            try:
+                lines.append((line, int(json.loads(line)["step"])))
+            except (ValueError, TypeError, KeyError):
+                continue  # cut short by a crash, or the empty end
+        return lines
+
+    def samples_file(self, step: int) -> Path:
+        """Where the samples of one step stand."""
+        return self.path / "samples" / f"{step_name(step)}.jsonl"
+
+    def write_samples(self, step: int, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Write all samples of one step at once, a line each."""
+        write_atomically(self.samples_file(step), "".join(to_json(dict(line)) + "\n" for line in lines))
+
+    def read_samples(self, step: int) -> list[dict[str, Any]]:
+        """The samples of one step. UserError: there are none, with the steps that there are."""
+        file = self.samples_file(step)
+        if not file.exists():
+            there = [at for at, _ in _steps(self.path / "samples", ".jsonl")]
+            steps = f"it has steps {there[0]} to {there[-1]}" if there else "it has no samples"
+            raise UserError(f"{self.path} holds no samples of step {step}: {steps}. Give --step one of these")
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+
+    def write_eval(self, report: EvalReport) -> None:
+        """Write one evaluation in place of an earlier one of the same step."""
+        file = self.path / "eval" / f"{step_name(report.step)}.json"
+        write_atomically(file, to_json(dataclasses.asdict(report), indent=1) + "\n")
+
+    def read_eval(self, step: int) -> EvalReport:
+        """The evaluation of one step. UserError: there is none, or it cannot be read."""
+        file = self.path / "eval" / f"{step_name(step)}.json"
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            return EvalReport(**{**content, "answers": tuple(Graded(**answer) for answer in content["answers"])})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            there = ", ".join(str(at) for at in self.evaluated_steps()) or "none"
+            raise UserError(f"Cannot read the evaluation {file}: {error}; steps evaluated: {there}") from error
+
+    def evaluated_steps(self) -> list[int]:
+        """Steps that have an evaluation, rising."""
+        return [at for at, _ in _steps(self.path / "eval", ".json")]
+
+    # Checkpoints and exports
+
+    def checkpoint_folder(self, step: int) -> Path:
+        """Where the checkpoint of one step stands, complete or not."""
+        return self.path / "checkpoints" / step_name(step)
+
+    def begin_checkpoint(self, step: int) -> Path:
+        """An empty folder for a checkpoint, which counts for nothing until `finish_checkpoint`."""
+        folder = self.checkpoint_folder(step)
+        with disk_errors(folder):
+            (folder / COMPLETE).unlink(missing_ok=True)  # before anything else: a crash in here must not look complete
+            if folder.exists():
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True)
+        return folder
+
+    def finish_checkpoint(self, step: int) -> None:
+        """Mark a checkpoint complete, after every rank has written its part."""
+        write_atomically(self.checkpoint_folder(step) / COMPLETE, to_json({"step": step}) + "\n")
+
+    def checkpoints(self) -> list[int]:
+        """Steps that have a complete checkpoint, rising."""
+        return [at for at, folder in _steps(self.path / "checkpoints", "") if (folder / COMPLETE).is_file()]
+
+    def latest_checkpoint(self) -> int | None:
+        """The newest step that has a complete checkpoint."""
+        return max(self.checkpoints(), default=None)
+
+    def hf_folder(self, step: int) -> Path:
+        """Where the exported checkpoint of one step stands."""
+        return self.path / "hf" / step_name(step)
+
+    def new_hf_folder(self, step: int) -> AbstractContextManager[Path]:
+        """A temporary folder to export into, which becomes `hf_folder(step)` when the `with` block ends well."""
+        return folder_atomically(self.hf_folder(step))
+
+
+def step_name(step: int) -> str:
+    """Name of a step's file or folder, without ending."""
+    return f"step_{step:06d}"
+
+
+def _steps(folder: Path, ending: str) -> list[tuple[int, Path]]:
+    """Entries that are named after a step, by rising step."""
+    if not folder.is_dir():
+        return []
+    found = []
+    for entry in folder.iterdir():
+        match = STEP_NAME.fullmatch(entry.name.removesuffix(ending)) if entry.name.endswith(ending) else None
+        if match:
+            found.append((int(match[1]), entry))
+    return sorted(found)

@@ -1,0 +1,126 @@
+"""What a step leaves in the run folder: its line of metrics and its lines of samples."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from megatron_paint.records import Reveal, Sample, SampleScore, StepReport, TokenIds
+
+PHASES = ("rollout", "mask", "teacher", "student", "optimizer")
+CLIP_LIMIT = 0.2  # mean clipped share; ours
+CLIP_STEPS = 10
+
+
+def ratio(total: float, count: float) -> float:
+    """total / count; NaN, which is written as null, where there is nothing to count."""
+    return total / count if count else math.nan
+
+
+def metrics_of(
+    *,
+    step: int,
+    samples: Sequence[Sample],
+    scores: Sequence[SampleScore],
+    grad_norm: float,
+    lr: float,
+    seconds: Mapping[str, float],
+) -> dict[str, float]:
+    """The metrics.jsonl line of one step; entropies, divergences and loss in nats.
+
+    seconds: phase -> wall time; a phase that is left out took none; `step` is the wall time of the whole step, the
+    sum of the phases if left out.
+    Denominators. Loss tokens: loss (0 without any), clip/share and clip/entries (clipped entries per token). Response
+    tokens: entropy/*, selected/share; teacher entropy is NaN without a teacher. Selected positions, all others:
+    divergence/selected_mean, divergence/other_mean. Samples: response/length_mean; those sampled in this step:
+    response/truncated_share; those with a reveal: overlap/mean, reveal/mean (the share asked for), anchors/none_share
+    (those whose reference has no anchor). What has nothing to count is NaN, except where 0 is said.
+    """
+    tokens, loss_tokens = sum(s.num_tokens for s in scores), sum(s.loss_tokens for s in scores)
+    selected = sum(len(s.selected) for s in scores)
+    reveals = [sample.reveal for sample in samples if sample.reveal is not None]
+    rollouts = [sample.rollout for sample in samples if sample.rollout is not None]
+    taught = any(sample.teacher_prompt_ids is not None for sample in samples)
+    phases = {phase: float(seconds.get(phase, 0.0)) for phase in PHASES}
+    return {
+        "step": step,
+        "loss": sum(s.loss_sum for s in scores) / max(loss_tokens, 1),
+        "num_tokens": tokens,
+        "overlap/mean": ratio(sum(reveal.overlap.score for reveal in reveals), len(reveals)),
+        "reveal/mean": ratio(sum(reveal.share for reveal in reveals), len(reveals)),
+        "anchors/none_share": ratio(sum(not reveal.overlap.anchors for reveal in reveals), len(reveals)),
+        "loss_tokens": loss_tokens,
+        "entropy/student_mean": ratio(sum(s.student_entropy_sum for s in scores), tokens),
+        "entropy/teacher_mean": ratio(sum(s.teacher_entropy_sum for s in scores), tokens) if taught else math.nan,
+        "selected/share": ratio(selected, tokens),
+        "divergence/selected_mean": ratio(sum(s.divergence_selected_sum for s in scores), selected),
+        "divergence/other_mean": ratio(sum(s.divergence_other_sum for s in scores), tokens - selected),
+        "clip/share": sum(s.clipped_mass_sum for s in scores) / max(loss_tokens, 1),
+        "clip/entries": sum(s.clipped_entries for s in scores) / max(loss_tokens, 1),
+        "response/length_mean": ratio(tokens, len(samples)),
+        "response/truncated_share": ratio(sum(not rollout.finished for rollout in rollouts), len(rollouts)),
+        "grad_norm": grad_norm,
+        "lr": lr,
+        "sampler_gap/max": max((s.sampler_gap_max for s in scores), default=0.0),
+        **{f"time/{phase}_s": phases[phase] for phase in PHASES},
+        "tokens_per_second": ratio(tokens, float(seconds.get("step", sum(phases.values())))),
+    }
+
+
+def sample_lines(report: StepReport, *, decode: Callable[[Sequence[int]], str]) -> list[dict[str, Any]]:
+    """The lines of samples/step_*.jsonl, in the order of the samples.
+
+    decode: token ids -> text, special tokens kept. `loss` is in nats per token that carries loss, 0 without any;
+    `overlap` and `reveal` are null, and `anchors` is empty, for a sample without a reveal.
+    """
+    return [
+        {
+            "id": sample.problem.id,
+            "step": report.step,
+            "student_prompt_ids": list(sample.student_prompt_ids),
+            "teacher_prompt_ids": _list(sample.teacher_prompt_ids),
+            "response_ids": list(sample.response_ids),
+            "response_text": decode(list(sample.response_ids)),
+            "overlap": None if sample.reveal is None else sample.reveal.overlap.score,
+            "anchors": [] if sample.reveal is None else _anchors(sample.reveal),
+            "reveal": None if sample.reveal is None else _reveal(sample.reveal),
+            "loss": score.loss_sum / max(score.loss_tokens, 1),
+            "selected": list(score.selected),
+        }
+        for sample, score in zip(report.samples, report.scores, strict=True)
+    ]
+
+
+def _list(ids: TokenIds | None) -> list[int] | None:
+    return None if ids is None else list(ids)
+
+
+def _anchors(reveal: Reveal) -> list[dict[str, Any]]:
+    return [{"text": a.text, "kind": a.kind, "found": a.found} for a in reveal.overlap.anchors]
+
+
+def _reveal(reveal: Reveal) -> dict[str, Any]:
+    return {
+        "share": reveal.share,
+        "shown_tokens": reveal.shown_tokens,
+        "total_tokens": reveal.total_tokens,
+        "shown_text": reveal.shown_text,
+        "reference_text": reveal.reference,
+    }
+
+
+class ClipWatch:
+    """Says so when the mean clipped share stays above 0.2 for 10 steps in a row: clipping reverses gradients then."""
+
+    def __init__(self) -> None:
+        self.above = 0  # steps in a row
+
+    def update(self, metrics: Mapping[str, float]) -> str | None:
+        """A warning at the 10th step in a row above the limit and at every 10th after it."""
+        self.above = self.above + 1 if metrics["clip/share"] > CLIP_LIMIT else 0
+        if self.above == 0 or self.above % CLIP_STEPS:
+            return None
+        return (
+            f"clip/share has been above {CLIP_LIMIT} for {self.above} steps (now {metrics['clip/share']:.2f}): the "
+            "clip reverses the gradient on the entries it cuts, and the loss no longer shows how far the student is "
+            "from the teacher. Raise objective.loss.clip or set it to null."
+        )

@@ -1,0 +1,78 @@
+"""config.yaml of a run folder: the resolved settings, and which of them a resumed run may change."""
+
+import dataclasses
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from megatron_paint.errors import UserError
+
+# How long, how often and where; none of these changes what a step computes.
+FREE_RUN = {"dir", "steps", "save_every", "evaluate_every", "export_every", "resume", "tensorboard", "self_check_limit"}
+FREE = {f"run.{name}" for name in FREE_RUN} | {
+    "megatron.tensor_model_parallel_size",
+    "megatron.pipeline_model_parallel_size",
+    "megatron.sequence_parallel",
+    "megatron.overlap_grad_reduce",
+    "megatron.recompute_granularity",
+    "megatron.recompute_method",
+    "megatron.recompute_num_layers",
+    "megatron.distributed_timeout_minutes",
+    # Sizes of what is held in memory at once: the result does not depend on them, and a run that ran out of memory
+    # is resumed with smaller ones.
+    "data.micro_batch_tokens",
+    "objective.chunk_bytes",
+    "rollout.batch_size",
+}
+ABSENT = "(absent)"
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """Settings as nested dictionaries of YAML's own types; takes the dataclass or such a dictionary."""
+    value = dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else settings
+    return {key: plain(item) if isinstance(item, Mapping) else item for key, item in value.items()}
+
+
+def to_yaml(settings: Any) -> str:
+    """The text of config.yaml."""
+    stream = io.StringIO()
+    yaml = YAML(typ="safe")
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False
+    yaml.width = 1000
+    yaml.dump(plain(settings), stream)
+    return stream.getvalue()
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The dictionary in config.yaml. UserError: it is not there or not YAML."""
+    try:
+        content = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        raise UserError(f"Cannot read {path}: {error}; a run folder holds the settings of its run there") from error
+    if not isinstance(content, dict):
+        raise UserError(f"Cannot read {path}: it holds no settings; a run folder holds the settings of its run there")
+    return content
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted key."""
+    keys: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            keys.update(flat(value, f"{prefix}{name}."))
+        else:
+            keys[prefix + name] = value
+    return keys
+
+
+def changed_keys(*, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What a resumed run may not change and does, each as "key: old -> new"."""
+    before, after = flat(old), flat(new)
+    names = [name for name in {**before, **after} if name not in FREE]
+    pairs = [(name, before.get(name, ABSENT), after.get(name, ABSENT)) for name in names]
+    return [f"{name}: {was!r} -> {now!r}" for name, was, now in pairs if was != now]

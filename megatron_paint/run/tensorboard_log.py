@@ -1,0 +1,43 @@
+"""TensorBoard files of a run, where TensorBoard is installed."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_paint.errors import UserError
+
+LACKING = "TensorBoard files are not written: pip install tensorboard, or set run.tensorboard=false"
+
+
+class TensorBoardLog:
+    """Scalars by step, through torch.utils.tensorboard.
+
+    folder: usually logs/tensorboard of the run folder. resume_step: later steps in the folder are taken back.
+    UserError: tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path, *, resume_step: int = 0) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError(LACKING) from error
+        self._writer = SummaryWriter(log_dir=str(folder), purge_step=resume_step + 1 if resume_step else None)
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the finite values of one step."""
+        for name, value in values.items():
+            if name != "step" and math.isfinite(value):
+                self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Finish the files."""
+        self._writer.close()
+
+
+def open_tensorboard(folder: Path, *, resume_step: int = 0) -> tuple[TensorBoardLog | None, str]:
+    """The log, or None with the one line that says why not: a run does not stop for want of TensorBoard."""
+    try:
+        return TensorBoardLog(folder, resume_step=resume_step), ""
+    except UserError as error:
+        return None, str(error)

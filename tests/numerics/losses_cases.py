@@ -1,0 +1,106 @@
+"""Settings and data that the loss tests run through, at every layout. Axes: T tokens, V vocabulary, H hidden."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import torch
+
+from megatron_paint.losses import InterpolationLossConfig
+
+LENGTHS = (7, 1, 12, 3)
+COLUMNS = 48
+HIDDEN = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Settings, and how the call is made: chunk size, padding, weights, the teacher's own output layer."""
+
+    name: str
+    settings: dict = field(default_factory=dict)
+    chunk_tokens: int | None = None
+    valid_size: int | None = None
+    weights: bool = False
+    own_teacher_weight: bool = False
+    token_temperature: float | None = None
+    skewed: bool = False
+
+    @property
+    def config(self) -> InterpolationLossConfig:
+        return InterpolationLossConfig(**self.settings)
+
+
+def _cases() -> list[Case]:
+    divergences = {
+        "forward": {},
+        "clipped": {"clip": 0.02},
+        "reverse": {"divergence": "reverse_kl"},
+        "jsd": {"divergence": "jsd", "jsd_beta": 0.3},
+    }
+    cases = [Case(name=name, settings=settings) for name, settings in divergences.items()]
+    # A chunk of 6 cuts the rollouts of 7 and 12 tokens, so that their rows are visited twice.
+    for name, settings in divergences.items():
+        for more, extra in {
+            "cut": {},
+            "cut-skip": {"elsewhere": "skip"},
+            "cut-most": {"fraction": 0.7},
+            "cut-most-skip": {"fraction": 0.7, "elsewhere": "skip"},
+            "cut-reweight": {"control": "reweight", "weight": 0.4},
+            "cut-full-teacher": {"partner": "full_teacher", "weight": 0.6},
+        }.items():
+            cases.append(Case(name=f"{name}-{more}", settings=settings | extra, chunk_tokens=6, weights=True))
+        for positions in ("threshold", "all", "none", "random"):
+            extra = {"positions": positions, "threshold_nats": 0.2 if positions == "threshold" else None, "weight": 0.5}
+            cases.append(Case(name=f"{name}-{positions}", settings=settings | extra, chunk_tokens=9))
+        extra = {"positions": "random", "elsewhere": "skip", "control": "reweight"}
+        cases.append(Case(name=f"{name}-random-skip-reweight", settings=settings | extra, chunk_tokens=9))
+        # 30 of 48 columns: at TP 4 the last rank has padding alone, the one before it some.
+        cases.append(Case(name=f"{name}-padded", settings=settings, valid_size=30, chunk_tokens=10, weights=True))
+        cases.append(Case(name=f"{name}-skewed", settings=settings, skewed=True, chunk_tokens=10))
+    return cases + [
+        Case(name="teacher-minus-student", settings={"mismatch": "teacher_minus_student"}),
+        Case(name="student-minus-teacher", settings={"mismatch": "student_minus_teacher", "fraction": 0.3}),
+        Case(name="fraction-0", settings={"fraction": 0.0}, chunk_tokens=5),
+        Case(name="fraction-1", settings={"fraction": 1.0, "weight": 0.3}, chunk_tokens=5),
+        Case(name="weight-0", settings={"weight": 0.0}, chunk_tokens=5),
+        Case(name="full-teacher-alone", settings={"partner": "full_teacher", "weight": 1.0, "positions": "all"}),
+        Case(name="one-token-chunks", settings={"clip": 0.05}, chunk_tokens=1),
+        Case(name="hot", settings={"temperature": 3.0}, token_temperature=0.7),
+        Case(name="cold", settings={"temperature": 0.5}, token_temperature=1.2, chunk_tokens=6),
+        Case(name="own-teacher-weight", settings={"clip": 0.05}, own_teacher_weight=True, chunk_tokens=6),
+    ]
+
+
+# Token log-probabilities depend on the chunks, the vocabulary and the temperature alone.
+LOGPROB_CASES = ("forward", "forward-cut", "forward-padded", "forward-skewed", "one-token-chunks", "hot", "cold")
+CASES = {case.name: case for case in _cases()}
+
+
+def make_data(case: Case, dtype: torch.dtype, seed: int = 0, lengths=LENGTHS) -> SimpleNamespace:
+    """Hidden states, output weights, ids, keys; float64 copies of them are what `dtype` holds exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = sum(lengths)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    student_TH = normal(tokens, HIDDEN)
+    weight_VH = normal(COLUMNS, HIDDEN) * 0.7
+    teacher_TH = student_TH + 0.4 * normal(tokens, HIDDEN)
+    full_TH = student_TH + 0.6 * normal(tokens, HIDDEN)
+    own_VH = weight_VH + 0.1 * normal(COLUMNS, HIDDEN)
+    weight_T = torch.rand(tokens, generator=generator, dtype=torch.float64) + 0.5
+    ids_T = torch.randint(0, case.valid_size or COLUMNS, (tokens,), generator=generator)
+    return SimpleNamespace(
+        lengths=lengths,
+        student_TH=student_TH.to(dtype),
+        weight_VH=weight_VH.to(dtype),
+        teacher_TH=teacher_TH.to(dtype),
+        full_TH=full_TH.to(dtype) if case.config.partner == "full_teacher" else None,
+        own_VH=own_VH.to(dtype) if case.own_teacher_weight else None,
+        weight_T=weight_T.to(torch.float32) if case.weights else None,
+        ids_T=ids_T,
+        keys=[11 + 7 * index for index in range(len(lengths))],
+    )

@@ -1,0 +1,175 @@
+"""The interpolation loss on hard numbers: formulas by hand, limits, masks, extreme logits, small divergences, types.
+
+Axes: T tokens, V vocabulary, H hidden.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from losses_cases import COLUMNS, HIDDEN, Case, make_data
+from losses_compare import relative
+from losses_dense import dense_loss
+
+from megatron_paint.losses import (
+    InterpolationLossConfig,
+    WholeVocab,
+    fused_interpolation_loss,
+    interpolation_loss,
+    token_logprobs,
+)
+
+OPTIONS = {
+    "forward": {},
+    "clipped": {"clip": 0.02},
+    "reverse": {"divergence": "reverse_kl"},
+    "jsd": {"divergence": "jsd", "jsd_beta": 0.3},
+}
+DETACHED = ("student_entropy_T", "teacher_entropy_T", "divergence_T", "clipped_share_T", "token_logp_T")
+
+
+def _reference(student_TV, teacher_TV, **kwargs):
+    return interpolation_loss(student_TV, teacher_TV, **kwargs)
+
+
+def _fused(student_TV, teacher_TV, **kwargs):
+    """The fused loss on given logits: the output layer is the identity."""
+    identity_VV = torch.eye(student_TV.shape[1], dtype=student_TV.dtype)
+    return fused_interpolation_loss(student_TV, identity_VV, teacher_TV, vocab=WholeVocab(), **kwargs)
+
+
+BOTH = pytest.mark.parametrize("loss", [_reference, _fused])
+ALL_OPTIONS = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+
+
+def _logits(tokens: int, columns: int = 12, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    student_TV, noise_TV = torch.randn(2, tokens, columns, generator=generator, dtype=torch.float64) * 2.0
+    return student_TV, student_TV + 0.5 * noise_TV
+
+
+@BOTH
+def test_two_entries_by_hand(loss):
+    """q = (3/4, 1/4), p = (1/2, 1/2): KL(q||p) = 3/4 log(3/2) + 1/4 log(1/2); a clip of 0.1 leaves 0.1 + 1/4 log(1/2)."""
+    student_TV = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
+    teacher_TV = torch.tensor([[math.log(3.0), 0.0]], dtype=torch.float64)
+    plain = {"positions": "none", "temperature": 1.0}
+    output = loss(student_TV, teacher_TV, lengths=[1], config=InterpolationLossConfig(**plain))
+    exact = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert output.loss_T.item() == pytest.approx(exact, rel=1e-14)
+    assert output.student_entropy_T.item() == pytest.approx(math.log(2.0), rel=1e-14)
+    output = loss(student_TV, teacher_TV, lengths=[1], config=InterpolationLossConfig(**plain, clip=0.1))
+    assert output.loss_T.item() == pytest.approx(0.1 + 0.25 * math.log(0.5), rel=1e-14)
+    assert output.divergence_T.item() == pytest.approx(exact, rel=1e-14)
+    assert output.clipped_share_T.item() == pytest.approx(0.75, rel=1e-14)
+    assert output.clipped_entries_T.tolist() == [1]
+    output.loss_T.sum().backward()
+    # p Q_A - q [A]: Q_A = 1/4, and only the second entry is in A.
+    torch.testing.assert_close(student_TV.grad, torch.tensor([[0.125, -0.125]], dtype=torch.float64), rtol=1e-14, atol=0)
+
+
+@BOTH
+@ALL_OPTIONS
+def test_gradient_equals_finite_differences(loss, options):
+    """With the target held: a teacher that needs no partner, so that the loss is a function of the student alone."""
+    config = InterpolationLossConfig(**options, weight=0.0)
+    student_TV, teacher_TV = _logits(3)
+    student_TV.requires_grad_()
+    loss(student_TV, teacher_TV, lengths=[3], config=config).loss_T.sum().backward()
+    step = 1e-6
+    for row, column in ((0, 0), (1, 5), (2, 11)):
+        values = []
+        for sign in (1.0, -1.0):
+            moved_TV = student_TV.detach().clone()
+            moved_TV[row, column] += sign * step
+            values.append(loss(moved_TV, teacher_TV, lengths=[3], config=config).loss_T.sum().item())
+        slope = (values[0] - values[1]) / (2 * step)
+        assert student_TV.grad[row, column].item() == pytest.approx(slope, rel=1e-6, abs=1e-9)
+
+
+@BOTH
+def test_clip_gradient_is_the_formula(loss):
+    """dl/dz_i = (p_i Q_A - q_i [i in A]) / T."""
+    config = InterpolationLossConfig(clip=0.02, positions="none")
+    student_TV, teacher_TV = _logits(20)
+    student_TV.requires_grad_()
+    output = loss(student_TV, teacher_TV, lengths=[20], config=config)
+    output.loss_T.sum().backward()
+    p_TV = torch.softmax(student_TV.detach() / 1.1, 1)
+    q_TV = torch.softmax(teacher_TV / 1.1, 1)
+    kept_TV = q_TV * torch.log(q_TV / p_TV) <= 0.02
+    kept_mass_T = (q_TV * kept_TV).sum(1)
+    assert relative(student_TV.grad, (p_TV * kept_mass_T[:, None] - q_TV * kept_TV) / 1.1) <= 1e-13
+    assert relative(output.clipped_share_T, 1.0 - kept_mass_T) <= 1e-13
+
+
+@BOTH
+@ALL_OPTIONS
+def test_identical_teacher_gives_nothing(loss, options):
+    student_TV, _ = _logits(9)
+    for dtype in (torch.float64, torch.float32):
+        logits_TV = student_TV.to(dtype).requires_grad_()
+        output = loss(logits_TV, logits_TV.detach(), lengths=[9], config=InterpolationLossConfig(**options))
+        output.loss_T.sum().backward()
+        assert output.loss_T.abs().max() <= 1e-12
+        assert logits_TV.grad.abs().max() <= (1e-15 if dtype == torch.float64 else 1e-7)
+        assert output.selected_T.tolist() == [True] + [False] * 8
+
+
+@BOTH
+@ALL_OPTIONS
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_extreme_logits_stay_finite(loss, options, dtype):
+    """Logits up to 1e4 either way: probabilities of 0, log-ratios of 2e4, and the dense values where those are finite."""
+    generator = torch.Generator().manual_seed(1)
+    student_TV = (torch.rand(8, 12, generator=generator, dtype=torch.float64) - 0.5) * 2e4
+    teacher_TV = (torch.rand(8, 12, generator=generator, dtype=torch.float64) - 0.5) * 2e4
+    student_TV, teacher_TV = student_TV.to(dtype).requires_grad_(), teacher_TV.to(dtype)
+    config = InterpolationLossConfig(**options, fraction=0.5)
+    output = loss(student_TV, teacher_TV, lengths=[5, 3], config=config)
+    output.loss_T.sum().backward()
+    assert all(torch.isfinite(getattr(output, name)).all() for name in ("loss_T", *DETACHED[:4]))
+    assert torch.isfinite(student_TV.grad).all()
+    if options.get("divergence") != "jsd":
+        want = dense_loss(student_TV.detach().double(), teacher_TV.double(), lengths=[5, 3], config=config)
+        assert relative(output.loss_T, want.loss_T) <= (1e-12 if dtype == torch.float64 else 1e-5)
+
+
+@ALL_OPTIONS
+def test_masked_columns_contribute_nothing(options):
+    """-inf on both sides: the same as without these columns, and no gradient to them."""
+    config = InterpolationLossConfig(**options, weight=0.4, fraction=0.5)
+    student_TV, teacher_TV = _logits(6)
+    gap = torch.full((6, 3), -math.inf, dtype=torch.float64)
+    short = student_TV.clone().requires_grad_()
+    wide = torch.cat((student_TV[:, :4], gap, student_TV[:, 4:]), 1).requires_grad_()
+    want = interpolation_loss(short, teacher_TV, lengths=[6], config=config)
+    wide_teacher_TV = torch.cat((teacher_TV[:, :4], gap, teacher_TV[:, 4:]), 1)
+    got = interpolation_loss(wide, wide_teacher_TV, lengths=[6], config=config)
+    want.loss_T.sum().backward()
+    got.loss_T.sum().backward()
+    assert relative(got.loss_T, want.loss_T) <= 1e-13
+    assert relative(wide.grad[:, [0, 1, 2, 3, *range(7, 15)]], short.grad) <= 1e-13
+    assert wide.grad[:, 4:7].eq(0.0).all()
+
+
+@pytest.mark.parametrize("loss", [_reference, _fused])
+@ALL_OPTIONS
+def test_small_divergence_keeps_its_digits_in_float32(loss, options):
+    """A divergence of about 4e-5 nats over 20,000 entries: a plain sum of q log(q/p) is off by more than 1 %."""
+    generator = torch.Generator().manual_seed(2)
+    student_TV = torch.randn(4, 20_000, generator=generator) * 2.0 + 20.0
+    # Steps of 2^-12 around 2^5 are exact in float32, so both precisions see the same logits.
+    teacher_TV = student_TV + torch.round(torch.randn(4, 20_000, generator=generator) * 36.0) * 2.0**-12
+    config = InterpolationLossConfig(**options | {"clip": None}, temperature=1.0, positions="none")
+    if loss is _fused:
+        ones = torch.ones(1, 1)
+        columns = [fused_interpolation_loss for _ in ones]
+        assert columns
+        loss = _fused_by_unit_rows
+    output = loss(student_TV, teacher_TV, lengths=[4], config=config)
+    want = dense_loss(student_TV.double(), teacher_TV.double(), lengths=[4], config=config)
+    assert 5e-6 < want.divergence_T.mean() < 1e-4
+    assert relative(output.divergence_T, want.divergence_T) <= 2e-5

@@ -1,0 +1,83 @@
+"""The cases that every layout runs and that plain torch runs beside it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+SIZES = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+}
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+STEPS = 3
+EMA_DECAY = 0.6
+LOSS = {"temperature": 1.1, "weight": 0.3, "fraction": 0.25, "clip": None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    name: str
+    tied: bool
+    teacher: str  # "initial", "current", "ema"; "none" is cross entropy
+    optimizer: str
+    lora: bool = False
+    distributed_optimizer: bool = False
+    lr: float = 5e-3
+    eps: float = 1e-2  # large: near-zero gradients must not decide Adam's step
+    clip_grad: float = 0.0
+
+
+CASES = (
+    Case(name="full-initial-sgd", tied=False, teacher="initial", optimizer="sgd", lr=5e-2),
+    Case(name="full-tied-ema-adam", tied=True, teacher="ema", optimizer="adam", clip_grad=0.5),
+    Case(name="full-current-distributed-adam", tied=True, teacher="current", optimizer="adam", distributed_optimizer=True),
+    Case(name="lora-initial-adam", tied=True, teacher="initial", optimizer="adam", lora=True),
+    Case(name="lora-ema-sgd", tied=False, teacher="ema", optimizer="sgd", lora=True, lr=5e-2),
+    Case(name="lora-current-distributed-adam", tied=True, teacher="current", optimizer="adam", lora=True, distributed_optimizer=True),
+    Case(name="sft-tied-adam", tied=True, teacher="none", optimizer="adam"),
+    Case(name="sft-lora-sgd", tied=False, teacher="none", optimizer="sgd", lora=True, lr=5e-2),
+)
+
+
+def make_checkpoints(folder: Path) -> None:
+    """Two sets of weights for tied and untied models: `start` (the initial teacher) and `moved` (the student)."""
+    for tied in (True, False):
+        for seed, name in ((0, "start"), (1, "moved")):
+            torch.manual_seed(seed)
+            model = Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=tied))
+            if name == "moved":
+                start = Qwen3ForCausalLM.from_pretrained(checkpoint(folder, "start", tied))
+                with torch.no_grad():
+                    for p, q in zip(model.parameters(), start.parameters(), strict=True):
+                        p.copy_(q + 0.1 * p)
+            model.save_pretrained(checkpoint(folder, name, tied))
+
+
+def checkpoint(folder: Path, name: str, tied: bool) -> Path:
+    return folder / f"{name}-{'tied' if tied else 'untied'}"
+
+
+def adapter_value(name: str, shape: torch.Size) -> torch.Tensor:
+    """A whole adapter matrix, from its PEFT name: not zero, so that the current teacher differs from the initial one."""
+    generator = torch.Generator().manual_seed(sum(ord(c) * (i + 1) for i, c in enumerate(name)))
+    return 0.2 * torch.randn(shape, generator=generator)
+
+
+def step_samples(step: int) -> list[tuple[list[int], list[int], list[int]]]:
+    """(student prompt, teacher prompt, response) of the step's problems: lengths differ, one response is one token."""
+    generator = torch.Generator().manual_seed(100 + step)
+
+    def draw(n: int) -> list[int]:
+        return torch.randint(0, SIZES["vocab_size"], (n,), generator=generator).tolist()
+
+    lengths = ((5, 11, 7), (3, 17, 1), (9, 9, 12), (2, 6, 4), (6, 14, 9))
+    return [(draw(a), draw(b), draw(c)) for a, b, c in lengths]

@@ -1,0 +1,153 @@
+"""Runs all parity cases at one layout; rank 0 writes what came out. Started by torchrun, once per layout."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_paint.config import (
+    DataSettings,
+    LoraSettings,
+    MegatronSettings,
+    ModelSettings,
+    ObjectiveSettings,
+    OptimizerSettings,
+    RunSettings,
+    Settings,
+    TeacherSettings,
+)
+from megatron_paint.losses import InterpolationLossConfig
+from megatron_paint.mcore.hf_checkpoint import first_layer_of, gathered_tensors, load_stage
+from megatron_paint.mcore.lora import adapters_of
+from megatron_paint.mcore.policy import MegatronPolicy
+from megatron_paint.mcore.world import start_world, stop_world
+from megatron_paint.objectives.losses import CrossEntropyLoss, DistillationLoss
+from megatron_paint.qwen3 import read_shape
+from megatron_paint.records import Problem, Sample
+from tests.parallel import parity_cases as parity
+
+RANK, ALPHA = 4, 8
+
+
+def settings_of(case: parity.Case, folder: Path, megatron: dict) -> Settings:
+    return Settings(
+        model=ModelSettings(
+            hf_path=str(parity.checkpoint(folder, "start", case.tied)),
+            dtype="float32",
+            lora=LoraSettings(rank=RANK, alpha=ALPHA) if case.lora else None,
+        ),
+        data=DataSettings(train="unused", micro_batch_tokens=40),
+        run=RunSettings(dir="unused"),
+        objective=ObjectiveSettings(
+            teacher=TeacherSettings(
+                weights=case.teacher if case.teacher != "none" else "current", ema_decay=parity.EMA_DECAY
+            )
+        ),
+        optimizer=OptimizerSettings(name=case.optimizer, lr=case.lr, eps=case.eps, clip_grad=case.clip_grad),
+        megatron=MegatronSettings(**megatron, use_distributed_optimizer=case.distributed_optimizer),
+    )
+
+
+def records(step: int, case: parity.Case) -> list[Sample]:
+    return [
+        Sample(
+            problem=Problem(id=str(i), problem="", solution="", answer=""),
+            sample_index=0,
+            key=i,
+            student_prompt_ids=tuple(student),
+            teacher_prompt_ids=tuple(teacher) if case.teacher != "none" else None,
+            response_ids=tuple(response),
+        )
+        for i, (student, teacher, response) in enumerate(parity.step_samples(step))
+    ]
+
+
+def adapters_by_peft_name(policy: MegatronPolicy) -> dict[str, torch.nn.Parameter]:
+    found = {}
+    for name, p in policy.stage.named_parameters():
+        if "_adapters." not in name:
+            continue
+        *_, layer, block, _, side, projection = name.split(".")
+        number = int(layer) + first_layer_of(policy.stage)
+        hf_block = {"self_attention": "self_attn", "mlp": "mlp"}[block]
+        found[f"model.layers.{number}.{hf_block}.{projection}.lora_{side.upper()}"] = p
+    return found
+
+
+def set_adapters(policy: MegatronPolicy) -> None:
+    for name, p in adapters_by_peft_name(policy).items():
+        shape = list(p.shape)
+        if p.tensor_model_parallel:
+            shape[p.partition_dim] *= policy.world.tp_size
+        whole = parity.adapter_value(name, torch.Size(shape))
+        if p.tensor_model_parallel:
+            whole = whole.chunk(policy.world.tp_size, dim=p.partition_dim)[policy.world.tp_rank]
+        p.data.copy_(whole)
+
+
+def everyones(policy: MegatronPolicy, mine: dict) -> dict:
+    gathered = [None] * policy.world.size
+    dist.all_gather_object(gathered, mine, group=policy.world.host_group)
+    return {k: v for part in gathered for k, v in part.items()}
+
+
+def gradients(policy: MegatronPolicy) -> dict[str, torch.Tensor]:
+    """Whole gradients by their Hugging Face or PEFT name."""
+    world, stage = policy.world, policy.stage
+    named = [(n, p.main_grad.clone()) for n, p in stage.named_parameters() if p.requires_grad and "_adapters." not in n]
+    mine = dict(gathered_tensors(named, policy.shape, world, first_layer=first_layer_of(stage)))
+    for name, p in adapters_by_peft_name(policy).items():
+        parts = [p.main_grad.clone()]
+        if p.tensor_model_parallel and world.tp_size > 1:
+            parts = [torch.empty_like(parts[0]) for _ in range(world.tp_size)]
+            dist.all_gather(parts, p.main_grad.contiguous(), group=world.tp_group)
+        mine[name] = torch.cat(parts, dim=max(p.partition_dim, 0)) if p.tensor_model_parallel else parts[0]
+    return everyones(policy, mine)
+
+
+def run_case(case: parity.Case, folder: Path, out: Path, world, megatron: dict) -> None:
+    settings = settings_of(case, folder, megatron)
+    shape = read_shape(settings.model.hf_path)
+    policy = MegatronPolicy(settings, shape, world)
+    load_stage(policy.stage, parity.checkpoint(folder, "moved", case.tied), shape, world)
+    set_adapters(policy)
+    policy.optimizer.reload_model_params()
+    if not case.lora:
+        policy.teacher.follow()
+    loss = CrossEntropyLoss(chunk_bytes=1e9)
+    if case.teacher != "none":
+        config = InterpolationLossConfig(**parity.LOSS)
+        loss = DistillationLoss(config=config, chunk_bytes=4e3, token_temperature=1.1)
+    result = {"losses": [], "gradients": [], "norms": []}
+    for step in range(parity.STEPS):
+        samples = records(step, case)
+        if not case.distributed_optimizer:
+            policy.accumulate(samples, loss)
+            result["gradients"].append(gradients(policy))
+        report = policy.update(samples, loss, lr=case.lr)
+        result["losses"].append([score.loss_sum for score in report.scores])
+        result["norms"].append(report.grad_norm)
+    policy.export(out / case.name)
+    if world.rank == 0:
+        torch.save(result, out / f"{case.name}.pt")
+    assert bool(adapters_of(policy.stage)) == case.lora
+
+
+def main() -> None:
+    folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+    tp, pp, sequence_parallel = int(sys.argv[3]), int(sys.argv[4]), sys.argv[5] == "sp"
+    megatron = {
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "sequence_parallel": sequence_parallel,
+    }
+    torch.set_num_threads(1)
+    world = start_world(MegatronSettings(**megatron))
+    for case in parity.CASES:
+        run_case(case, folder, out, world, megatron)
+    stop_world()
+
+
+if __name__ == "__main__":
+    main()

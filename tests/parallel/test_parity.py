@@ -1,0 +1,165 @@
+"""Megatron at every layout against plain torch over `transformers`' Qwen3: losses, gradients, changes of weights."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3ForCausalLM
+
+from tests.parallel import parity_cases as parity
+from tests.reference.plain_policy import PlainPolicy
+
+ROOT = Path(__file__).parents[2]
+LAYOUTS = {"tp1": (1, 1, 1, ""), "pp2": (2, 1, 2, ""), "tp2-pp2-sp": (4, 2, 2, "sp"), "tp2-dp2": (4, 2, 1, "")}
+RANK, ALPHA = 4, 8
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    parity.make_checkpoints(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=LAYOUTS, ids=LAYOUTS.keys())
+def layout(request, checkpoints, tmp_path_factory):
+    """Output folder of all cases at one layout: one process group runs them all."""
+    processes, tp, pp, mode = LAYOUTS[request.param]
+    out = tmp_path_factory.mktemp(request.param)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += ["-m", "tests.parallel.parity_worker", str(checkpoints), str(out), str(tp), str(pp), mode]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return out
+
+
+def plain_model(case: parity.Case, checkpoints: Path, name: str):
+    model = Qwen3ForCausalLM.from_pretrained(parity.checkpoint(checkpoints, name, case.tied))
+    if not case.lora:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(parity.LORA_TARGETS)))
+    with torch.no_grad():
+        for long_name, p in model.named_parameters():
+            if "lora_" in long_name:
+                p.copy_(parity.adapter_value(short_name(long_name), p.shape))
+    return model
+
+
+def short_name(name: str) -> str:
+    return name.removeprefix("base_model.model.").removesuffix(".default.weight")
+
+
+@pytest.fixture(scope="module")
+def plain(checkpoints):
+    """Results of plain torch by case, computed once."""
+    torch.set_num_threads(1)
+    results = {}
+    for case in parity.CASES:
+        policy = PlainPolicy(
+            plain_model(case, checkpoints, "moved"),
+            teacher=case.teacher,
+            ema_decay=parity.EMA_DECAY,
+            optimizer=case.optimizer,
+            lr=case.lr,
+            eps=case.eps,
+            clip=case.clip_grad,
+        )
+        start_teacher(policy, case, checkpoints)
+        before = exported(policy.model, case)
+        losses, gradients = [], []
+        for step in range(parity.STEPS):
+            samples = parity.step_samples(step)
+            if case.teacher == "none":
+                samples = [(student, None, response) for student, _, response in samples]
+            step_losses, step_gradients = policy.train_step(samples, **parity.LOSS)
+            losses.append(step_losses)
+            gradients.append({short_name(n): g for n, g in step_gradients.items()})
+        results[case.name] = {
+            "losses": losses,
+            "gradients": gradients,
+            "before": before,
+            "after": exported(policy.model, case),
+        }
+    return results
+
+
+def start_teacher(policy: PlainPolicy, case: parity.Case, checkpoints: Path) -> None:
+    """Initial, current and average weights differ from the first step on."""
+    policy.start = Qwen3ForCausalLM.from_pretrained(
+        parity.checkpoint(checkpoints, "moved" if case.lora else "start", case.tied)
+    )
+    if case.lora:
+        # The adapters were zero when the average began: half the adapters now is what one step of it gives.
+        with torch.no_grad():
+            for name, p in policy.average.named_parameters():
+                if "lora_" in name:
+                    p.copy_(fresh_adapter(name, p))
+    else:
+        policy.average.load_state_dict(policy.start.state_dict())
+        with torch.no_grad():
+            for mean, p in zip(policy.average.parameters(), policy.model.parameters(), strict=True):
+                mean.lerp_(p, 1 - parity.EMA_DECAY)
+
+
+def fresh_adapter(name: str, p: torch.Tensor) -> torch.Tensor:
+    """What our adapters start from: B zero, A drawn from its key."""
+    from megatron_paint.keys import derive_key
+
+    if "lora_B" in name:
+        return torch.zeros_like(p)
+    parts = short_name(name).split(".")
+    generator = torch.Generator().manual_seed(derive_key("lora", 1, int(parts[2]), parts[4]))
+    bound = p.shape[1] ** -0.5
+    return torch.empty_like(p).uniform_(-bound, bound, generator=generator)
+
+
+def exported(model, case: parity.Case) -> dict[str, torch.Tensor]:
+    if case.lora:
+        import copy
+
+        model = copy.deepcopy(model).merge_and_unload()
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    if case.tied:
+        state.pop("lm_head.weight", None)
+    return state
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("case", parity.CASES, ids=lambda case: case.name)
+def test_equals_plain_torch(case, layout, plain):
+    wanted = plain[case.name]
+    found = torch.load(layout / f"{case.name}.pt")
+    torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(wanted["losses"]), rtol=1e-5, atol=1e-6)
+    for step, gradients in enumerate(found["gradients"]):
+        expected = {n: g for n, g in wanted["gradients"][step].items() if not (case.tied and n == "lm_head.weight")}
+        assert gradients.keys() == expected.keys()
+        for name, gradient in gradients.items():
+            assert relative(gradient, expected[name]) < 1e-5, (step, name)
+    after = exported(Qwen3ForCausalLM.from_pretrained(layout / case.name), parity.CASES[0])
+    if case.tied:
+        after.pop("lm_head.weight", None)
+    for name, tensor in wanted["after"].items():
+        change = tensor - wanted["before"][name]
+        if case.lora and not any(f".{t}." in name for t in parity.LORA_TARGETS):
+            assert torch.equal(after[name], wanted["before"][name]), name
+            continue
+        assert change.norm() > 0, name
+        assert relative(after[name] - wanted["before"][name], change) < 1e-4, name
+
+
+def test_teacher_kinds_differ(plain):
+    """The teacher kinds give different losses, so a teacher that is not the one asked for cannot pass."""
+    first = {case.name: plain[case.name]["losses"][0] for case in parity.CASES}
+    full_tied = torch.tensor([first["full-tied-ema-adam"], first["full-current-distributed-adam"]])
+    assert (full_tied[0] - full_tied[1]).abs().min() > 1e-3
+    lora_tied = torch.tensor([first["lora-initial-adam"], first["lora-current-distributed-adam"]])
+    assert (lora_tied[0] - lora_tied[1]).abs().min() > 1e-3

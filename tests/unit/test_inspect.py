@@ -1,0 +1,139 @@
+"""One sample shown, with marks and with colours."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from megatron_paint.errors import UserError
+from megatron_paint.inspect import inspect_sample, pieces
+from megatron_paint.run.folder import RunFolder
+
+WORDS = {1: "The", 2: " sum", 3: " is", 4: " 17"}
+BYTES = {7: b"\xe2", 8: b"\x88", 9: b"\x91"}  # the three bytes of a summation sign
+
+
+def decode(ids):
+    return b"".join(BYTES.get(i, WORDS.get(i, "").encode()) for i in ids).decode("utf-8", "replace")
+
+
+def line(problem, **changes):
+    return {
+        "id": problem,
+        "step": 3,
+        "student_prompt_ids": [1],
+        "teacher_prompt_ids": [1],
+        "response_ids": [1, 2, 3, 4],
+        "response_text": "The sum is 17",
+        "overlap": 0.5,
+        "anchors": [{"text": "12", "kind": "number", "found": False}, {"text": "17", "kind": "boxed", "found": True}],
+        "reveal": {
+            "share": 0.65,
+            "shown_tokens": 3,
+            "total_tokens": 9,
+            "shown_text": "Add [5] and 12.",
+            "reference_text": "Add [5] and 12. So \\boxed{17}.",
+        },
+        "loss": 0.25,
+        "selected": [2, 3],
+        **changes,
+    }
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    RunFolder(tmp_path).write_samples(
+        3, [line("a"), line("b", overlap=None, reveal=None, anchors=[]), line("a", loss=0.75)]
+    )
+    return tmp_path
+
+
+def show(run_dir, **options):
+    console = Console(file=io.StringIO(), force_terminal=options.pop("terminal", False), width=60)
+    options.setdefault("tokenizer_decode", decode)
+    return inspect_sample(run_dir, options.pop("step", 3), console=console, **options), console.file.getvalue()
+
+
+def test_plain_text_has_marks(run_dir):
+    text, printed = show(run_dir)
+    assert printed == text + "\n" and "\x1b" not in printed
+    assert text.splitlines() == [
+        "problem a, step 3: overlap 0.50, reveal 0.65, loss 0.2500 nats a token, 4 response tokens, 2 selected",
+        "",
+        "== Solution: 3 of 9 tokens shown",
+        "Add [5] and 12.",
+        "[hidden:  So \\boxed{17}.]",
+        "",
+        "== Anchors: 1 of 2 found in the response",
+        "  + boxed    17",
+        "  - number   12",
+        "",
+        "== Response, selected positions marked",
+        "The sum[[ is]][[ 17]]",
+    ]
+
+
+def test_a_terminal_gets_colours_and_no_marks(run_dir):
+    _, printed = show(run_dir, terminal=True)
+    assert "\x1b[" in printed and "[[" not in printed and "[hidden" not in printed
+
+
+def test_choice_by_index_and_by_problem(run_dir):
+    assert show(run_dir, index=2)[0].startswith("problem a, step 3: overlap 0.50, reveal 0.65, loss 0.7500")
+    assert show(run_dir, id="a", index=1)[0].startswith("problem a, step 3: overlap 0.50, reveal 0.65, loss 0.7500")
+    assert "the teacher was shown none" in show(run_dir, id="b")[0]
+
+
+def test_a_solution_shown_whole_has_no_mark(run_dir):
+    whole = {**line("a")["reveal"], "shown_text": "all", "reference_text": "all"}
+    RunFolder(run_dir).write_samples(4, [line("a", reveal=whole)])
+    assert "hidden" not in show(run_dir, step=4)[0]
+
+
+def test_without_a_decoder_the_text_is_shown(run_dir):
+    assert show(run_dir, tokenizer_decode=None)[0].endswith("\nThe sum is 17")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"step": 9}, "no samples of step 9"),
+        ({"index": 3}, "3 samples, 0 to 2; there is no index 3"),
+        ({"index": -1}, "there is no index -1"),
+        ({"id": "zz"}, "no sample of problem 'zz'; its problems begin with a, b"),
+        ({"id": "b", "index": 1}, "problem 'b' in step 3 has 1 samples"),
+    ],
+)
+def test_what_is_not_there_is_a_user_error(run_dir, options, message):
+    with pytest.raises(UserError, match=message):
+        show(run_dir, **options)
+
+
+def test_a_folder_without_samples(tmp_path):
+    with pytest.raises(UserError, match="it has no samples"):
+        show(tmp_path)
+
+
+def test_a_character_of_several_tokens_is_one_piece():
+    assert pieces([1, 7, 8, 9, 2], {8}, decode) == [("The", False), ("∑", False), (" sum", False)]
+    assert pieces([1, 7, 8, 9, 2], {2}, decode) == [("The", False), ("∑", True), (" sum", False)]
+
+
+def test_bytes_that_are_no_character_do_not_swallow_the_rest():
+    found = pieces([7, 7, 7, 7, 1, 7], {4}, decode)
+    assert "".join(text for text, _ in found).startswith("�") and ("The", True) in found
+
+
+def test_the_real_tokenizer_gives_back_its_text():
+    from pathlib import Path
+
+    folder = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "qwen3_tokenizer"
+    if not folder.is_dir():
+        pytest.skip("the shared data folder is not beside the repository")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "Let 𝔽 be a field; ∑ 𝑥ᵢ = 你好 🧮. \\boxed{\\frac{1}{2}}"
+    ids = tokenizer.encode(text)
+    found = pieces(ids, set(), lambda part: tokenizer.decode(part))
+    assert "".join(piece for piece, _ in found) == text

@@ -1,0 +1,156 @@
+"""What the console says, as plain text and as JSON."""
+
+import builtins
+import io
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from megatron_paint.evaluation.statistics import build_report
+from megatron_paint.records import Graded, StepReport
+from megatron_paint.run.progress import Progress, duration
+from megatron_paint.run.tensorboard_log import open_tensorboard
+
+
+def graded(problem, outcome, index=0):
+    return Graded(
+        problem_id=problem,
+        sample_index=index,
+        response_text="",
+        num_tokens=100,
+        finished=True,
+        outcome=outcome,
+        extracted=None,
+    )
+
+
+BEFORE = build_report(0, "tiny", [graded("a", "wrong"), graded("b", "right")], greedy=[graded("a", "right")])
+AFTER = build_report(4, "tiny", [graded("a", "right"), graded("b", "right")], greedy=[graded("a", "right")])
+
+
+def step(number, **changes):
+    values = {"step": number, "loss": 0.125, "overlap/mean": 0.4, "reveal/mean": 0.58, "tokens_per_second": 1234.5}
+    return StepReport(step=number, metrics={**values, **changes}, samples=(), scores=())
+
+
+class Clock:
+    """Ten seconds a step."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        self.now += 10.0
+        return self.now
+
+
+def run(mode, *, terminal=False):
+    """A short run of four steps; what it printed."""
+    console = Console(file=io.StringIO(), force_terminal=terminal, highlight=False, width=120)
+    progress = Progress(mode, steps=4, console=console, clock=Clock())
+    progress.note("32 problems a step [bold]", problems=32)
+    progress.evaluation(BEFORE)
+    progress.step(step(1))
+    progress.warn("clip/share [above]")
+    progress.step(step(2, **{"overlap/mean": math.nan, "reveal/mean": math.nan}))
+    progress.evaluation(AFTER)
+    progress.step(step(3))
+    progress.end(before=[BEFORE], after=[AFTER], folder="runs/x")
+    return console.file.getvalue()
+
+
+def test_normal_has_a_line_for_each_step():
+    lines = run("normal").splitlines()
+    assert lines[0] == "32 problems a step [bold]"
+    assert lines[1].startswith("evaluation at step 0 on tiny: Avg@1 50.0 % [0.0, 100.0]")
+    assert lines[2] == (
+        "step 1/4  loss 0.1250  overlap 0.40  reveal 0.58  accuracy 50.0 %  1,234 tokens/s  0:00:30 left"
+    )
+    assert lines[3] == "warning: clip/share [above]"
+    assert lines[4] == "step 2/4  loss 0.1250  accuracy 50.0 %  1,234 tokens/s  0:00:20 left"
+    assert "accuracy 100.0 %" in lines[6]
+    assert lines[-1] == "Results: runs/x"
+
+
+def test_the_table_at_the_end_compares_before_and_after():
+    table = run("normal")
+    assert "Avg@1 50.0 % [0.0, 100.0]" in table and "Avg@1 100.0 % [100.0, 100.0]" in table
+    assert "+50.0 [+0.0, +100.0]" in table
+    rows = [[cell.strip() for cell in line.split("│")] for line in table.splitlines() if "tiny" in line and "│" in line]
+    assert [row[5:7] for row in rows] == [["100.0", "100"], ["100.0", "100"]]  # greedy, mean length
+
+
+def test_quiet_warns_and_ends_with_the_table():
+    said = run("quiet")
+    assert said.splitlines()[0] == "warning: clip/share [above]"
+    assert "step 1/4" not in said and "evaluation at" not in said
+    assert "+50.0 [+0.0, +100.0]" in said
+
+
+def test_json_is_one_object_a_line():
+    events = [json.loads(line) for line in run("json", terminal=True).splitlines()]
+    kinds = ["note", "evaluation", "step", "warning", "step", "evaluation", "step", "end"]
+    assert [event["event"] for event in events] == kinds
+    assert events[0]["problems"] == 32
+    assert events[2]["loss"] == 0.125 and events[2]["steps"] == 4 and events[2]["seconds_left"] == 30.0
+    assert events[4]["overlap/mean"] is None
+    assert events[-1]["differences"]["tiny"] == [0.5, 0.0, 1.0] and events[-1]["after"]["tiny"]["avg"] == 1.0
+
+
+def test_silent_says_nothing():
+    assert run("silent") == ""
+
+
+def test_a_run_without_evaluation_ends_without_a_table():
+    console = Console(file=io.StringIO())
+    Progress("normal", steps=1, console=console).end(folder="runs/x")
+    assert console.file.getvalue() == "Results: runs/x\n"
+
+
+def test_a_long_line_is_not_wrapped_in_a_log_file():
+    console = Console(file=io.StringIO(), width=20)
+    Progress("normal", steps=4, console=console, clock=Clock()).step(step(1))
+    assert len(console.file.getvalue().splitlines()) == 1
+
+
+def test_time_left_follows_the_recent_pace():
+    times = iter([0.0] + [100.0 * k for k in range(1, 6)] + [500.0 + k for k in range(1, 31)])
+    progress = Progress("silent", steps=100, clock=lambda: next(times))
+    for number in range(1, 36):
+        progress.step(step(number))
+    assert progress.seconds_left(35) == pytest.approx(65.0)  # the slow first steps are forgotten
+    assert progress.seconds_left(101) == 0.0
+
+
+def test_duration():
+    assert duration(3723.4) == "1:02:03" and duration(0) == "0:00:00" and duration(90000) == "25:00:00"
+
+
+def test_tensorboard_holds_what_was_logged(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log, reason = open_tensorboard(tmp_path)
+    assert reason == ""
+    progress = Progress("quiet", steps=4, console=Console(file=io.StringIO()), tensorboard=log)
+    progress.step(step(1, loss=0.5, **{"overlap/mean": math.nan}))
+    progress.step(step(2, loss=0.25))
+    progress.evaluation(AFTER)
+    progress.end()
+    events = reader.EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
+    assert [event.step for event in events.Scalars("overlap/mean")] == [2]
+    assert events.Scalars("eval/tiny/avg")[0].value == 1.0
+
+
+def test_a_missing_tensorboard_is_one_line(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def refuse(name, *args, **kwargs):
+        if name.startswith("torch.utils.tensorboard"):
+            raise ImportError("no tensorboard")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    log, reason = open_tensorboard(tmp_path)
+    assert log is None and "pip install tensorboard" in reason and "\n" not in reason
