@@ -14,7 +14,7 @@ from megatron_paint.passages import Normal, standing_in
 
 MIN_FORMULA_LENGTH = 3
 TRIVIAL_NUMBERS = frozenset({"0", "1", "2"})
-TRAILING_PUNCTUATION = ".,;:。，；："
+TRAILING_PUNCTUATION = ".,;:\u3002\uff0c\uff1b\uff1a"  # Latin and Chinese
 
 
 class Mark(NamedTuple):
@@ -29,7 +29,7 @@ class Mark(NamedTuple):
 _SPACING = re.compile(r"\\(?:(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])|[,!;: ()\[\]])")
 _DOLLAR = re.compile(r"\$(?<!\\\$)")  # `\$` is a currency sign and stays
 _OPERATOR = re.compile(
-    r"[-+*/^_=<>≤≥≠≈≡±×÷·−∈⊂⊆∪∩→⇒]"
+    "[-+*/^_=<>\u00b1\u00b7\u00d7\u00f7\u2190-\u21ff\u2200-\u22ff]"  # the last two: arrows, mathematical operators
     r"|\\(?:[dt]?frac|sqrt|d?binom|leq?|leqslant|geq?|geqslant|neq?|lt|gt|times|cdot|div|pm|mp|ast|circ|bmod|pmod|mod"
     r"|equiv|approx|sim|simeq|cong|propto|mid|nmid|in|notin|subset|subseteq|supset|supseteq|cup|cap|setminus|to"
     r"|rightarrow|leftarrow|Rightarrow|Leftarrow|Leftrightarrow|mapsto|implies|iff|perp|parallel|sum|prod|int"
@@ -137,9 +137,7 @@ def _boxed_mark(content: str) -> Mark:
     return Mark("boxed", number.replace("\\%", "%"), True)
 
 
-def _formulas(
-    solution: str, flat: str, found_boxes: list[Span], found_alignments: list[Alignment]
-) -> dict[str, None]:
+def _formulas(solution: str, flat: str, found_boxes: list[Span], found_alignments: list[Alignment]) -> dict[str, None]:
     """Normalised formulas in order of appearance: the rows of math spans, but for those that are only a box."""
     rows: list[str] = []
     next_box = 0

@@ -1,26 +1,17 @@
 """All settings of a run: frozen dataclasses, closed, checked once, with the reason in each error.
 
-A YAML file gives the values, `key=value` arguments override them, and what is left out takes the default that stands
-here and nowhere else. Descriptions are part of the error messages and of `docs/settings.md`.
+A YAML file gives the values, `key=value` arguments override them (`settings.py` reads both), and what is left out takes
+the default that stands here and nowhere else. Descriptions are part of the error messages.
 """
 
-import dataclasses
-import difflib
-import io
-import json
-import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from pydantic import ConfigDict, Field
 
-from megatron_paint.errors import UserError
 from megatron_paint.losses.config import InterpolationLossConfig
 
-CLOSED = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 def Setting(description: str, **limits: Any) -> Any:
@@ -28,9 +19,13 @@ def Setting(description: str, **limits: Any) -> Any:
     return Field(description=description, **limits)
 
 
-Text = Annotated[str, Field(min_length=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
+# Strict: "3" is not taken for 3, nor 1 for true.
+Number = Annotated[float, Field(strict=True)]
+Whole = Annotated[int, Field(strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
+Text = Annotated[str, Field(strict=True, min_length=1)]
+Positive = Annotated[Number, Field(gt=0)]
+Count = Annotated[Whole, Field(ge=1)]
 
 
 def settings_class(cls: type) -> type:
@@ -50,7 +45,7 @@ class ModelSettings:
     hf_path: Annotated[Text, Setting("folder of a Hugging Face Qwen3 checkpoint")]
     megatron_path: Annotated[Text | None, Setting("Megatron checkpoint of the same model to start from instead")] = None
     dtype: Annotated[Literal["bfloat16", "float32"], Setting("type of weights and activations")] = "bfloat16"
-    lora: Annotated[LoraSettings | None, Setting("low-rank adapters; null trains every weight")] = None
+    lora: LoraSettings | None = None  # low-rank adapters; null trains every weight
 
 
 @settings_class
@@ -70,8 +65,8 @@ class DataSettings:
     problems_per_step: Annotated[Count, Setting("problems in one optimiser step, over all data-parallel ranks")] = 32
     micro_batch_tokens: Annotated[Count, Setting("most tokens, padding counted, in one micro-batch")] = 16384
     on_bad_row: Annotated[Literal["error", "skip"], Setting("stop at a bad row, or leave it out and count it")] = "error"
-    check_answers: Annotated[bool, Setting("compare each answer with the solution's last box")] = True
-    seed: Annotated[int, Setting("key of the order of the problems", ge=0)] = 1
+    check_answers: Annotated[Flag, Setting("compare each answer with the solution's last box")] = True
+    seed: Annotated[Whole, Setting("key of the order of the problems", ge=0)] = 1
 
 
 @settings_class
@@ -79,8 +74,8 @@ class PromptSettings:
     student_template: Annotated[Text | None, Setting("template file of the student's message; null: the shipped one")] = None
     teacher_template: Annotated[Text | None, Setting("template file of the teacher's message; null: the shipped one")] = None
     chat_template: Annotated[Text | None, Setting("chat template file; null: the tokenizer's own")] = None
-    student_thinking: Annotated[bool, Setting("thinking mode of the student's prompt")] = False
-    teacher_thinking: Annotated[bool, Setting("thinking mode of the teacher's prompt")] = True
+    student_thinking: Annotated[Flag, Setting("thinking mode of the student's prompt")] = False
+    teacher_thinking: Annotated[Flag, Setting("thinking mode of the teacher's prompt")] = True
 
 
 @settings_class
@@ -89,10 +84,10 @@ class RevealSettings:
         Literal["overlap", "full", "fixed", "random", "shuffled", "inverted"],
         Setting("how much of the solution the teacher sees"),
     ] = "overlap"
-    minimum: Annotated[float, Setting("r_min: share shown to a rollout that has every anchor", ge=0, le=1)] = 0.3
-    share: Annotated[float | None, Setting("share shown under rule: fixed", ge=0, le=1)] = None
+    minimum: Annotated[Number, Setting("r_min: share shown to a rollout that has every anchor", ge=0, le=1)] = 0.3
+    share: Annotated[Number | None, Setting("share shown under rule: fixed", ge=0, le=1)] = None
     unit: Annotated[Literal["token", "segment"], Setting("what the share is counted in")] = "token"
-    hide_answer: Annotated[bool, Setting("hide the last box whatever the share")] = False
+    hide_answer: Annotated[Flag, Setting("hide the last box whatever the share")] = False
     solution: Annotated[
         Literal["own", "wrong", "none"],
         Setting("own: the problem's; wrong: another problem's of the step; none: the teacher sees the student's prompt"),
@@ -103,8 +98,8 @@ class RevealSettings:
 @settings_class
 class TeacherSettings:
     weights: Annotated[Literal["initial", "current", "ema"], Setting("which weights score as teacher")] = "initial"
-    ema_decay: Annotated[float, Setting("decay of the EMA after each optimiser step", ge=0, lt=1)] = 0.999
-    offload: Annotated[bool, Setting("keep the second set of weights in host memory between passes")] = False
+    ema_decay: Annotated[Number, Setting("decay of the EMA after each optimiser step", ge=0, lt=1)] = 0.999
+    offload: Annotated[Flag, Setting("keep the second set of weights in host memory between passes")] = False
 
 
 @settings_class
@@ -121,9 +116,9 @@ class RolloutSettings:
     engine: Annotated[Literal["megatron", "replay"], Setting("who samples")] = "megatron"
     path: Annotated[Text | None, Setting("file of rollouts for engine: replay")] = None
     max_new_tokens: Annotated[Count, Setting("longest response")] = 1024
-    temperature: Annotated[float, Setting("0 is greedy", ge=0)] = 1.1
-    top_p: Annotated[float, Setting("nucleus: smallest set of tokens with this mass", gt=0, le=1)] = 0.95
-    top_k: Annotated[int, Setting("most likely tokens kept; 0 keeps all", ge=0)] = 20
+    temperature: Annotated[Number, Setting("0 is greedy", ge=0)] = 1.1
+    top_p: Annotated[Number, Setting("nucleus: smallest set of tokens with this mass", gt=0, le=1)] = 0.95
+    top_k: Annotated[Whole, Setting("most likely tokens kept; 0 keeps all", ge=0)] = 20
     batch_size: Annotated[Count, Setting("responses decoded together on one data-parallel rank")] = 64
 
 
@@ -131,15 +126,15 @@ class RolloutSettings:
 class OptimizerSettings:
     name: Annotated[Literal["adam", "sgd"], Setting("adam is AdamW")] = "adam"
     lr: Annotated[Positive, Setting("peak learning rate")] = 5.0e-6
-    min_lr: Annotated[float, Setting("learning rate at the end of linear and cosine decay", ge=0)] = 0.0
+    min_lr: Annotated[Number, Setting("learning rate at the end of linear and cosine decay", ge=0)] = 0.0
     decay: Annotated[Literal["constant", "linear", "cosine"], Setting("shape after the warm-up")] = "constant"
-    warmup_steps: Annotated[int, Setting("steps of linear rise", ge=0)] = 0
-    beta1: Annotated[float, Setting("first moment's decay", ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Setting("second moment's decay", ge=0, lt=1)] = 0.999
+    warmup_steps: Annotated[Whole, Setting("steps of linear rise", ge=0)] = 0
+    beta1: Annotated[Number, Setting("first moment's decay", ge=0, lt=1)] = 0.9
+    beta2: Annotated[Number, Setting("second moment's decay", ge=0, lt=1)] = 0.999
     eps: Annotated[Positive, Setting("added to the root of the second moment")] = 1.0e-8
-    weight_decay: Annotated[float, Setting("decoupled weight decay", ge=0)] = 0.0
-    momentum: Annotated[float, Setting("of sgd", ge=0, lt=1)] = 0.0
-    clip_grad: Annotated[float, Setting("largest global gradient norm; 0 is no clipping", ge=0)] = 0.1
+    weight_decay: Annotated[Number, Setting("decoupled weight decay", ge=0)] = 0.0
+    momentum: Annotated[Number, Setting("of sgd", ge=0, lt=1)] = 0.0
+    clip_grad: Annotated[Number, Setting("largest global gradient norm; 0 is no clipping", ge=0)] = 0.1
 
 
 @settings_class
@@ -148,9 +143,9 @@ class MegatronSettings:
 
     tensor_model_parallel_size: Annotated[Count, Setting("ranks that share each layer")] = 1
     pipeline_model_parallel_size: Annotated[Count, Setting("stages that share the layers")] = 1
-    sequence_parallel: Annotated[bool, Setting("split activations between layers over the tensor-parallel ranks")] = False
-    use_distributed_optimizer: Annotated[bool, Setting("shard optimiser state over data-parallel ranks")] = True
-    overlap_grad_reduce: Annotated[bool, Setting("reduce gradients during backward")] = False
+    sequence_parallel: Annotated[Flag, Setting("split activations between layers over the tensor-parallel ranks")] = False
+    use_distributed_optimizer: Annotated[Flag, Setting("shard optimiser state over data-parallel ranks")] = True
+    overlap_grad_reduce: Annotated[Flag, Setting("reduce gradients during backward")] = False
     transformer_impl: Annotated[
         Literal["auto", "local", "transformer_engine"], Setting("auto takes Transformer Engine where CUDA and it are present")
     ] = "auto"
@@ -159,13 +154,13 @@ class MegatronSettings:
     recompute_num_layers: Annotated[Count | None, Setting("with granularity full")] = None
     fp8: Annotated[Literal["e4m3", "hybrid"] | None, Setting("FP8 format of Transformer Engine's GEMMs")] = None
     fp8_recipe: Annotated[Literal["delayed", "tensorwise", "blockwise", "mxfp8"], Setting("FP8 scaling")] = "blockwise"
-    fp8_margin: Annotated[int, Setting("of delayed scaling", ge=0)] = 0
+    fp8_margin: Annotated[Whole, Setting("of delayed scaling", ge=0)] = 0
     fp8_amax_history_len: Annotated[Count, Setting("of delayed scaling")] = 1
     fp8_amax_compute_algo: Annotated[Literal["most_recent", "max"], Setting("of delayed scaling")] = "most_recent"
-    first_last_layers_bf16: Annotated[bool, Setting("keep the first and last layers out of FP8")] = False
-    num_layers_at_start_in_bf16: Annotated[int, Setting("with first_last_layers_bf16", ge=0)] = 1
-    num_layers_at_end_in_bf16: Annotated[int, Setting("with first_last_layers_bf16", ge=0)] = 1
-    deterministic_mode: Annotated[bool, Setting("only deterministic kernels")] = False
+    first_last_layers_bf16: Annotated[Flag, Setting("keep the first and last layers out of FP8")] = False
+    num_layers_at_start_in_bf16: Annotated[Whole, Setting("with first_last_layers_bf16", ge=0)] = 1
+    num_layers_at_end_in_bf16: Annotated[Whole, Setting("with first_last_layers_bf16", ge=0)] = 1
+    deterministic_mode: Annotated[Flag, Setting("only deterministic kernels")] = False
     distributed_timeout_minutes: Annotated[Count, Setting("time-out of a collective")] = 10
 
 
@@ -177,12 +172,12 @@ class EvaluationSettings:
     columns: ColumnSettings = field(default_factory=ColumnSettings)
     limit: Annotated[Count | None, Setting("only the first problems")] = None
     samples: Annotated[Count, Setting("n of Avg@n")] = 12
-    temperature: Annotated[float, Setting("0 is greedy", ge=0)] = 1.0
-    top_p: Annotated[float, Setting("as in rollout", gt=0, le=1)] = 0.95
-    top_k: Annotated[int, Setting("as in rollout", ge=0)] = 0
+    temperature: Annotated[Number, Setting("0 is greedy", ge=0)] = 1.0
+    top_p: Annotated[Number, Setting("as in rollout", gt=0, le=1)] = 0.95
+    top_k: Annotated[Whole, Setting("as in rollout", ge=0)] = 0
     max_new_tokens: Annotated[Count, Setting("longest answer")] = 38912
-    thinking: Annotated[bool, Setting("thinking mode of the prompt")] = True
-    greedy: Annotated[bool, Setting("one greedy answer a problem as well")] = False
+    thinking: Annotated[Flag, Setting("thinking mode of the prompt")] = True
+    greedy: Annotated[Flag, Setting("one greedy answer a problem as well")] = False
     grading_seconds: Annotated[Positive, Setting("time limit of one verdict")] = 5.0
 
 
@@ -190,15 +185,15 @@ class EvaluationSettings:
 class RunSettings:
     dir: Annotated[Text, Setting("run folder")]
     steps: Annotated[Count, Setting("optimiser steps")] = 100
-    save_every: Annotated[int, Setting("steps between checkpoints; 0: only at the end", ge=0)] = 25
-    evaluate_every: Annotated[int, Setting("steps between evaluations; 0: only before and after", ge=0)] = 25
-    export_every: Annotated[int, Setting("steps between Hugging Face exports; 0: only at the end", ge=0)] = 0
-    seed: Annotated[int, Setting("key of all sampling", ge=0)] = 1
+    save_every: Annotated[Whole, Setting("steps between checkpoints; 0: only at the end", ge=0)] = 25
+    evaluate_every: Annotated[Whole, Setting("steps between evaluations; 0: only before and after", ge=0)] = 25
+    export_every: Annotated[Whole, Setting("steps between Hugging Face exports; 0: only at the end", ge=0)] = 0
+    seed: Annotated[Whole, Setting("key of all sampling", ge=0)] = 1
     resume: Annotated[
         Literal["never", "auto", "required"], Setting("go on from the newest complete checkpoint of run.dir")
     ] = "never"
-    tensorboard: Annotated[bool, Setting("write TensorBoard files")] = True
-    self_check_limit: Annotated[float, Setting("largest loss, in nats a token, of a model against itself", ge=0)] = 0.05
+    tensorboard: Annotated[Flag, Setting("write TensorBoard files")] = True
+    self_check_limit: Annotated[Number, Setting("largest loss, in nats a token, of a model against itself", ge=0)] = 0.05
 
 
 @settings_class

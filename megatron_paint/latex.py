@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 _ALIGNMENTS = frozenset(name + star for name in ("align", "aligned", "equation", "gather") for star in ("", "*"))
 
+MAX_BOX_NESTING = 8  # no real text comes near it; without it, nested boxes would hold their content many times over
+
 _BOX = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _ALIGNMENT_BEGINS = re.compile(r"\\begin\{(?:align(?:ed)?|equation|gather)\*?\}")
@@ -42,7 +44,10 @@ class Alignment(NamedTuple):
 
 
 def boxes(text: str) -> list[Span]:
-    """Every `\\boxed{...}` with matched braces, in order of its start; nested ones too, unclosed ones not."""
+    """Every `\\boxed{...}` with matched braces, in order of its start; nested ones too, unclosed ones not.
+
+    A box inside MAX_BOX_NESTING others is not looked for.
+    """
     if "\\boxed" not in text:
         return []
     openers = {match.end() - 1: match.start() for match in _BOX.finditer(text)}
@@ -52,13 +57,16 @@ def boxes(text: str) -> list[Span]:
         if opener < scanned:
             continue
         open_braces = []
+        nesting = 0
         for match in _BRACE.finditer(text, opener):
             brace = match.group()
             if brace == "{":
                 open_braces.append(match.start())
+                nesting += match.start() in openers
             elif brace == "}":
                 opened = open_braces.pop()
-                if opened in openers:
+                nesting -= opened in openers
+                if opened in openers and nesting < MAX_BOX_NESTING:
                     found.append(Span(openers[opened], opened + 1, match.start(), match.end()))
                 if not open_braces:
                     scanned = match.end()

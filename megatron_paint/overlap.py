@@ -1,7 +1,7 @@
 """The overlap masker's score: how much of a verified solution a rollout reproduces. Text in, numbers out, no model.
 
-Recall of anchors (boxed answers, formulas, key numbers) as in PAINT (arXiv 2604.26573); the rules are ours. What is shown
-for a given overlap is decided in reveal.py.
+Recall of anchors (boxed answers, formulas, key numbers) as in PAINT (arXiv 2604.26573); the rules are ours. What is
+shown for a given overlap is decided in reveal.py.
 """
 
 import warnings
@@ -59,7 +59,9 @@ def measure_overlap(*, problem: str, solution: str, rollout: str, anchors: str =
     return _measure(_extractor(anchors), Pair(problem, solution, rollout))
 
 
-def measure_overlaps(pairs: Sequence[Pair], *, anchors: str = "math", pool: "MaskerPool | None" = None) -> list[Overlap]:
+def measure_overlaps(
+    pairs: Sequence[Pair], *, anchors: str = "math", pool: "MaskerPool | None" = None
+) -> list[Overlap]:
     """The overlap of each pair, in order; in worker processes where a pool is given and there is enough to do."""
     extractor = _extractor(anchors)
     if pool is not None and sum(map(_size, pairs)) >= pool.from_characters:
@@ -111,8 +113,8 @@ class MaskerPool:
 def _extractor(name: str) -> AnchorExtractor:
     if name not in EXTRACTORS:
         raise UserError(
-            f"objective.reveal.anchors: no anchor extractor is called {name!r}; there are {', '.join(sorted(EXTRACTORS))}"
-            " (register_extractor adds one)"
+            f"objective.reveal.anchors: no anchor extractor is called {name!r}; there are "
+            f"{', '.join(sorted(EXTRACTORS))} (register_extractor adds one)"
         )
     return EXTRACTORS[name]
 

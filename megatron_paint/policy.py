@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from megatron_paint.losses import LossOutput, VocabAxis
-from megatron_paint.records import Rollout, Sample, TokenIds, UpdateReport
+from megatron_paint.records import Rollout, Sample, SampleScore, TokenIds, UpdateReport
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,8 +71,10 @@ class Policy(Protocol):
     def update(self, samples: Sequence[Sample], loss: TokenLoss, *, lr: float) -> UpdateReport:
         """One optimiser step on the sum of the loss over the samples, divided once by the tokens that carry loss."""
 
-    def evaluate_loss(self, samples: Sequence[Sample], loss: TokenLoss) -> UpdateReport:
-        """The same loss without a step; the gradient norm is 0."""
+    def evaluate_loss(
+        self, samples: Sequence[Sample], loss: TokenLoss, *, teach_itself: bool = False
+    ) -> tuple[SampleScore, ...]:
+        """The loss of each sample without a step; with `teach_itself` the current weights are the teacher."""
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
         """Writes a checkpoint: weights, optimiser, teacher and `state`; complete or absent."""

@@ -15,8 +15,8 @@ def checked_lengths(lengths: Sequence[int], tokens: int) -> tuple[int, ...]:
     checked = tuple(int(length) for length in lengths)
     if any(length < 0 for length in checked) or sum(checked) != tokens:
         raise ValueError(
-            f"lengths: got {list(checked)}, {sum(checked)} in all, for {tokens} tokens; each is >= 0 and they add up to "
-            "the number of rows; pass the tokens of each rollout in the order of the rows"
+            f"lengths: got {list(checked)}, {sum(checked)} in all, for {tokens} tokens; each is >= 0 and they add up "
+            "to the number of rows; pass the tokens of each rollout in the order of the rows"
         )
     return checked
 
@@ -24,7 +24,7 @@ def checked_lengths(lengths: Sequence[int], tokens: int) -> tuple[int, ...]:
 def check_matrix(name: str, value: torch.Tensor, axes: str, *, like: tuple[int | None, int | None]) -> None:
     """ValueError unless value is a floating point matrix whose sizes are those of like (None: any)."""
     wanted = " x ".join("any" if size is None else str(size) for size in like)
-    if value.dim() != 2 or any(size is not None and size != got for size, got in zip(like, value.shape)):
+    if value.dim() != 2 or any(size not in (None, got) for size, got in zip(like, value.shape, strict=True)):
         raise ValueError(
             f"{name}: got shape {tuple(value.shape)}; it is {axes}, here {wanted}; pass one row for each of them"
         )

@@ -45,7 +45,7 @@ def plan_chunks(lengths: Sequence[int], chunk_tokens: int, *, whole_rollouts: bo
         return [Chunk(start, stop, (stop - start,)) for start, stop in _even(0, sum(lengths), chunk_tokens)]
     chunks: list[Chunk] = []
     start, held = 0, []
-    for length in lengths:
+    for length in filter(None, lengths):
         if held and sum(held) + length > chunk_tokens:
             chunks.append(Chunk(start, start + sum(held), tuple(held)))
             start, held = start + sum(held), []

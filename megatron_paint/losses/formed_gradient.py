@@ -18,7 +18,12 @@ def attach_gradient(
     backward where there is no such factor (the formed gradient would be wrong), RuntimeError in a second backward (the
     buffers are scaled in place and handed out, so that no second copy of the weight's gradient exists).
     """
-    return _FormedGradient.apply(hidden_TH, weight_VH, value_T, [gradient.dhidden_TH, gradient.dweight_VH])
+    return _FormedGradient.apply(
+        hidden_TH,
+        weight_VH,
+        value_T,
+        [gradient.dhidden_TH, None if gradient.weight is None else gradient.weight.total_VH],
+    )
 
 
 class _FormedGradient(torch.autograd.Function):
@@ -39,8 +44,8 @@ class _FormedGradient(torch.autograd.Function):
     def backward(ctx: Any, grad_T: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError(
-                "the loss's gradient was formed in the forward pass and handed out by the first backward; call the loss "
-                "again for another one"
+                "the loss's gradient was formed in the forward pass and handed out by the first backward; call the "
+                "loss again for another one"
             )
         factor = _common_factor(grad_T)
         gradients, ctx.gradients = ctx.gradients, None
@@ -57,7 +62,7 @@ def _common_factor(grad_T: torch.Tensor) -> float:
     low, high = (float(value) for value in grad_T.aminmax())
     if low < high:
         raise ValueError(
-            f"loss_T: its incoming gradient goes from {low:g} to {high:g}; the gradient was formed in the forward pass, so "
-            "all tokens share one factor; sum loss_T, and pass weights of tokens as token_weight_T"
+            f"loss_T: its incoming gradient goes from {low:g} to {high:g}; the gradient was formed in the forward "
+            "pass, so all tokens share one factor; sum loss_T, and pass weights of tokens as token_weight_T"
         )
     return low

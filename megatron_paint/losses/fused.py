@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from megatron_paint.losses import checks
-from megatron_paint.losses.chunks import chunk_size
+from megatron_paint.losses.chunks import ChunkSize, chunk_size
 from megatron_paint.losses.config import InterpolationLossConfig
 from megatron_paint.losses.formed_gradient import attach_gradient
 from megatron_paint.losses.fused_pass import FusedPass, Inputs
@@ -46,45 +46,33 @@ def fused_interpolation_loss(
     Gradients go to student_hidden_TH and output_weight_VH where they require one; under no_grad nothing is formed.
     backward accepts one factor common to all tokens and raises ValueError otherwise: weights of tokens belong in
     token_weight_T. The hidden states' gradient is summed over the vocabulary's ranks unless vocab.reduce_hidden_grad is
-    False. Collectives: two per chunk, at most 64 bytes a token from each rank in float32; one per redone chunk; that sum.
+    False. Collectives: two per chunk, at most 64 float32 bytes a token from each rank; one per redone chunk; that sum.
     Raises ValueError for arguments that do not fit together.
     """
     hidden_TH, weight_VH = student_hidden_TH, output_weight_VH
-    teacher_weight_VH = output_weight_VH if teacher_output_weight_VH is None else teacher_output_weight_VH
-    tokens, columns = hidden_TH.shape[0], weight_VH.shape[0]
-    _check_hidden(hidden_TH, weight_VH, teacher_hidden_TH, teacher_weight_VH, full_teacher_hidden_TH, config)
-    token_temperature = config.temperature if token_temperature is None else token_temperature
-    checks.check_temperature("token_temperature", token_temperature)
-    checks.check_vector("token_weight_T", token_weight_T, tokens)
-    checks.check_token_ids(token_ids_T, tokens, vocab=vocab, columns=columns)
-    dtype = checks.compute_dtype(hidden_TH, weight_VH, teacher_hidden_TH, teacher_weight_VH, full_teacher_hidden_TH)
-    valid = vocab.valid_columns(columns)
+    teacher_weight_VH = weight_VH if teacher_output_weight_VH is None else teacher_output_weight_VH
+    checks.check_matrix("teacher_output_weight_VH", teacher_weight_VH, "columns x hidden", like=(len(weight_VH), None))
+    valid = vocab.valid_columns(len(weight_VH))
     inputs = Inputs(
         student_TH=hidden_TH.detach(),
         teacher_TH=teacher_hidden_TH.detach(),
         full_teacher_TH=None if full_teacher_hidden_TH is None else full_teacher_hidden_TH.detach(),
         weight_VH=weight_VH.detach()[:valid],
         teacher_weight_VH=teacher_weight_VH.detach()[:valid],
-        dtype=dtype,
-        token_weight_T=None if token_weight_T is None else token_weight_T.detach().to(dtype),
+        dtype=checks.compute_dtype(hidden_TH, weight_VH, teacher_hidden_TH, teacher_weight_VH, full_teacher_hidden_TH),
+        token_weight_T=None if token_weight_T is None else token_weight_T.detach(),
         token_ids_T=token_ids_T,
-        token_ratio=config.temperature / token_temperature,
-        lengths=checks.checked_lengths(lengths, tokens),
+        token_temperature=config.temperature if token_temperature is None else token_temperature,
+        lengths=checks.checked_lengths(lengths, len(hidden_TH)),
         rollout_keys=rollout_keys,
         config=config,
         vocab=vocab,
     )
-    size = chunk_size(
-        chunk_tokens,
-        chunk_bytes,
-        columns=vocab.widest(columns),
-        buffers=2 if full_teacher_hidden_TH is None else 3,
-        dtype=dtype,
-        device=hidden_TH.device,
-    )
+    _check(inputs, columns=len(weight_VH))
     gradient, wants = None, (hidden_TH.requires_grad, weight_VH.requires_grad)
     if torch.is_grad_enabled() and any(wants):
-        gradient = OutputLayerGradient(hidden_TH, weight_VH, columns=valid, dtype=dtype, wants=wants)
+        gradient = OutputLayerGradient(hidden_TH, weight_VH, columns=valid, dtype=inputs.dtype, wants=wants)
+    size = _chunk_size(inputs, chunk_tokens, chunk_bytes, columns=len(weight_VH))
     with torch.no_grad():
         output = FusedPass(inputs, size, gradient).run()
         if gradient is None:
@@ -95,21 +83,28 @@ def fused_interpolation_loss(
     return replace(output, loss_T=loss_T)
 
 
-def _check_hidden(
-    hidden_TH: torch.Tensor,
-    weight_VH: torch.Tensor,
-    teacher_TH: torch.Tensor,
-    teacher_weight_VH: torch.Tensor,
-    full_teacher_TH: torch.Tensor | None,
-    config: InterpolationLossConfig,
-) -> None:
-    checks.check_matrix("output_weight_VH", weight_VH, "columns x hidden", like=(None, None))
-    checks.check_matrix("student_hidden_TH", hidden_TH, "tokens x hidden", like=(None, weight_VH.shape[1]))
-    checks.check_matrix(
-        "teacher_output_weight_VH", teacher_weight_VH, "columns x hidden", like=(weight_VH.shape[0], None)
+def _chunk_size(inputs: Inputs, chunk_tokens: int | None, chunk_bytes: float, *, columns: int) -> ChunkSize:
+    return chunk_size(
+        chunk_tokens,
+        chunk_bytes,
+        columns=inputs.vocab.widest(columns),
+        buffers=2 if inputs.full_teacher_TH is None else 3,
+        dtype=inputs.dtype,
+        device=inputs.student_TH.device,
     )
-    teacher_like = (hidden_TH.shape[0], teacher_weight_VH.shape[1])
-    checks.check_matrix("teacher_hidden_TH", teacher_TH, "tokens x hidden", like=teacher_like)
-    checks.check_full_teacher("full_teacher_hidden_TH", full_teacher_TH, config)
-    if full_teacher_TH is not None:
-        checks.check_matrix("full_teacher_hidden_TH", full_teacher_TH, "tokens x hidden", like=teacher_like)
+
+
+def _check(inputs: Inputs, *, columns: int) -> None:
+    """ValueError unless the arguments fit together; columns: the output weight's rows, padding included."""
+    tokens, axes = len(inputs.student_TH), "tokens x hidden"
+    weight_VH, teacher_weight_VH = inputs.weight_VH, inputs.teacher_weight_VH
+    checks.check_matrix("output_weight_VH", weight_VH, "columns x hidden", like=(None, None))
+    checks.check_matrix("student_hidden_TH", inputs.student_TH, axes, like=(None, weight_VH.shape[1]))
+    checks.check_matrix("teacher_hidden_TH", inputs.teacher_TH, axes, like=(tokens, teacher_weight_VH.shape[1]))
+    checks.check_full_teacher("full_teacher_hidden_TH", inputs.full_teacher_TH, inputs.config)
+    if inputs.full_teacher_TH is not None:
+        like = (tokens, teacher_weight_VH.shape[1])
+        checks.check_matrix("full_teacher_hidden_TH", inputs.full_teacher_TH, axes, like=like)
+    checks.check_vector("token_weight_T", inputs.token_weight_T, tokens)
+    checks.check_temperature("token_temperature", inputs.token_temperature)
+    checks.check_token_ids(inputs.token_ids_T, tokens, vocab=inputs.vocab, columns=columns)

@@ -38,7 +38,7 @@ Rows = slice | torch.Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Checked arguments: detached, weights without padding rows, token_ratio = loss temperature / token_temperature."""
+    """The arguments: detached, weights without padding rows; dtype is that of the logits."""
 
     student_TH: torch.Tensor
     teacher_TH: torch.Tensor
@@ -48,7 +48,7 @@ class Inputs:
     dtype: torch.dtype
     token_weight_T: torch.Tensor | None
     token_ids_T: torch.Tensor | None
-    token_ratio: float
+    token_temperature: float
     lengths: tuple[int, ...]
     rollout_keys: Sequence[int] | None
     config: InterpolationLossConfig
@@ -88,6 +88,7 @@ class FusedPass:
     def __init__(self, inputs: Inputs, size: ChunkSize, gradient: OutputLayerGradient | None) -> None:
         self.inputs, self.size, self.gradient = inputs, size, gradient
         self.config = inputs.config
+        self.token_ratio = inputs.config.temperature / inputs.token_temperature
         self.device = inputs.student_TH.device
         self.blind_T = select_blindly(
             lengths=inputs.lengths, config=inputs.config, rollout_keys=inputs.rollout_keys, device=self.device
@@ -101,9 +102,9 @@ class FusedPass:
         chunks = plan_chunks(self.inputs.lengths, self.size.tokens, whole_rollouts=by_rollout)
         if not chunks:
             return self._output(*self._nothing())
-        statistics_of, outcome_of, selected_of = zip(*(self._first_visit(chunk) for chunk in chunks))
-        statistics = Statistics(*map(torch.cat, zip(*statistics_of)))
-        outcome = Outcome(*map(torch.cat, zip(*outcome_of)))
+        statistics_of, outcome_of, selected_of = zip(*(self._first_visit(chunk) for chunk in chunks), strict=True)
+        statistics = Statistics(*map(torch.cat, zip(*statistics_of, strict=True)))
+        outcome = Outcome(*map(torch.cat, zip(*outcome_of, strict=True)))
         selected_T = torch.cat(selected_of)
         if any(chunk.lengths is None for chunk in chunks):
             guessed_T = selected_T
@@ -175,7 +176,7 @@ class FusedPass:
         if inputs.token_ids_T is not None:
             columns = inputs.weight_VH.shape[0]
             query = query_tokens(
-                inputs.token_ids_T[rows], start=inputs.vocab.start, columns=columns, ratio=inputs.token_ratio
+                inputs.token_ids_T[rows], start=inputs.vocab.start, columns=columns, ratio=self.token_ratio
             )
             parts.append(token_statistics(logits.student_TV, query, block_rows))
         gathered_RTK = inputs.vocab.gather(torch.cat(parts, dim=1))
@@ -184,7 +185,7 @@ class FusedPass:
         teacher = merge_softmax(teacher_RTK[..., 0], teacher_RTK[..., 1])
         mixed = merge_softmax(*others[0].unbind(-1)) if self.config.interpolates else teacher
         if inputs.token_ids_T is not None:
-            token_logp_T = merge_token_logp(others[-1], student_RTK[..., 0], student, inputs.token_ratio)
+            token_logp_T = merge_token_logp(others[-1], student_RTK[..., 0], student, self.token_ratio)
         else:
             token_logp_T = torch.zeros_like(student.max_T)
         return Statistics(
@@ -206,7 +207,7 @@ class FusedPass:
         )
 
     def _outcome(self, logits: ChunkLogits, statistics: Statistics, selected_T: torch.Tensor) -> Outcome:
-        """One collective: the divergences of these rows; with a gradient, what form_gradient needs is left in logits."""
+        """One collective: the divergences of these rows; leaves in logits what form_gradient needs, if there is one."""
         sums_TK = self._local_sums(logits, statistics, selected_T)
         return finish(self.inputs.vocab.sum_in_place(sums_TK), self.config)
 
@@ -226,7 +227,7 @@ class FusedPass:
         scale_T = torch.ones(selected_T.shape, dtype=self.inputs.dtype, device=self.device)
         scale_T = torch.where(selected_T, scale_T * self.config.selected_loss_factor, scale_T)
         if self.inputs.token_weight_T is not None:
-            scale_T = scale_T * self.inputs.token_weight_T[rows]
+            scale_T = scale_T * self.inputs.token_weight_T[rows].to(scale_T.dtype)
         return torch.where(self._carries_loss(selected_T), scale_T, 0.0)
 
     def _gradient_scale(self, rows: Rows, selected_T: torch.Tensor) -> torch.Tensor:

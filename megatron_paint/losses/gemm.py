@@ -80,10 +80,6 @@ class OutputLayerGradient:
         self.dhidden_TH = hidden_TH.new_zeros(hidden_TH.shape, dtype=dtype) if wants[0] else None
         self.weight = WeightGradient(weight_VH, columns=columns, dtype=dtype) if wants[1] else None
 
-    @property
-    def dweight_VH(self) -> torch.Tensor | None:
-        return None if self.weight is None else self.weight.total_VH
-
     def put(
         self, rows: slice | torch.Tensor, dlogits_TV: torch.Tensor, replaced_TV: torch.Tensor | None = None
     ) -> None:

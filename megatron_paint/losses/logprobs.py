@@ -183,9 +183,9 @@ class _TokenLogprobs(torch.autograd.Function):
             dlogits_TV = head.form_gradient(head.logits(rows), head.query_of(rows), chunk_total, grad_T[rows])
             gradient.put(rows, dlogits_TV)
         head.reduce(gradient)
-        dhidden_TH, dweight_VH = gradient.dhidden_TH, gradient.dweight_VH
+        dhidden_TH, weight = gradient.dhidden_TH, gradient.weight
         return (
             None if dhidden_TH is None else dhidden_TH.to(hidden_TH.dtype),
-            None if dweight_VH is None else dweight_VH.to(weight_VH.dtype),
+            None if weight is None else weight.total_VH.to(weight_VH.dtype),
             None,
         )

@@ -41,41 +41,41 @@ def interpolation_loss(
     The gradient goes through student_logits_TV alone, and not where the student is a partner or is measured.
     Raises ValueError for arguments that do not fit together.
     """
-    lengths = checks.checked_lengths(lengths, student_logits_TV.shape[0])
     _check_logits(student_logits_TV, teacher_logits_TV, full_teacher_logits_TV, config, vocab)
-    checks.check_vector("token_weight_T", token_weight_T, student_logits_TV.shape[0])
+    lengths = checks.checked_lengths(lengths, len(student_logits_TV))
+    checks.check_vector("token_weight_T", token_weight_T, len(student_logits_TV))
     dtype = checks.compute_dtype(student_logits_TV, teacher_logits_TV, full_teacher_logits_TV)
     axis = {"vocab": vocab, "dtype": dtype}
     student_TV = _energies(student_logits_TV, config.temperature, **axis)
     student_logp_TV = _log_softmax(student_TV, vocab)
+    student_entropy_T = _entropy(student_logp_TV.detach(), vocab)
     with torch.no_grad():
         teacher_TV = _energies(teacher_logits_TV, config.temperature, **axis)
         partner_TV = student_TV
         if full_teacher_logits_TV is not None:
             partner_TV = _energies(full_teacher_logits_TV, config.temperature, **axis)
-        student_entropy_T = _entropy(student_logp_TV, vocab)
         teacher_entropy_T = _entropy(_log_softmax(teacher_TV, vocab), vocab)
         selected_T = select_positions(
             student_entropy_T, teacher_entropy_T, lengths=lengths, config=config, rollout_keys=rollout_keys
         )
         weight_T = config.target_weight * selected_T.to(dtype)
         target_logp_TV = _log_softmax(torch.lerp(teacher_TV, partner_TV, weight_T[:, None]), vocab)
-        carries_loss_T = selected_T if config.elsewhere == "skip" else torch.ones_like(selected_T)
-        scale_T = carries_loss_T * (1.0 - (1.0 - config.selected_loss_factor) * selected_T.to(dtype))
-        scale_T = scale_T if token_weight_T is None else scale_T * token_weight_T.to(dtype)
-        token_logp_T = None
-        if token_ids_T is not None:
-            temperature = config.temperature if token_temperature is None else token_temperature
-            token_logp_T = _token_logp(student_logits_TV, token_ids_T, temperature, **axis)
-    divergence_T = vocab.sum_shards(_divergence(student_logp_TV, target_logp_TV, config).sum(1))
-    excess_TV = _excess(student_logp_TV, target_logp_TV, config)
-    clipped_TV = excess_TV > 0.0
+        temperature = config.temperature if token_temperature is None else token_temperature
+        token_logp_T = _token_logp(student_logits_TV, token_ids_T, temperature, **axis)
+    terms_TV = _divergence(student_logp_TV, target_logp_TV, config)
+    clipped_TV = _clipped(student_logp_TV, target_logp_TV, config)
+    # A clipped term is the clip and, as in _kl_terms, p - q, which adds up to 0 over all terms.
+    clip_TV = (config.clip or 0.0) + student_logp_TV.exp() - target_logp_TV.exp()
+    carries_loss_T = selected_T if config.elsewhere == "skip" else torch.ones_like(selected_T)
+    scale_T = carries_loss_T * (1.0 - (1.0 - config.selected_loss_factor) * selected_T.to(dtype))
+    if token_weight_T is not None:
+        scale_T = scale_T * token_weight_T.detach().to(dtype)
     return LossOutput(
-        loss_T=(divergence_T - vocab.sum_shards(excess_TV.sum(1))) * scale_T,
+        loss_T=vocab.sum_shards(torch.where(clipped_TV, clip_TV, terms_TV).sum(1)) * scale_T,
         student_entropy_T=student_entropy_T,
         teacher_entropy_T=teacher_entropy_T,
         selected_T=selected_T,
-        divergence_T=divergence_T.detach(),
+        divergence_T=vocab.sum_shards(terms_TV.detach().sum(1)),
         clipped_share_T=vocab.sum_shards((target_logp_TV.exp() * clipped_TV).sum(1)),
         clipped_entries_T=vocab.sum_shards(clipped_TV.sum(1)),
         carries_loss_T=carries_loss_T,
@@ -122,17 +122,24 @@ def _kl_terms(logx_TV: torch.Tensor, logy_TV: torch.Tensor) -> torch.Tensor:
     return torch.where(d_TV < -1.0, far_TV, near_TV)
 
 
-def _excess(logp_TV: torch.Tensor, logq_TV: torch.Tensor, config: InterpolationLossConfig) -> torch.Tensor:
-    """By how much each term of the forward KL is above the clip."""
+def _clipped(logp_TV: torch.Tensor, logq_TV: torch.Tensor, config: InterpolationLossConfig) -> torch.Tensor:
+    """Which terms of the forward KL are above the clip."""
     if config.clip is None:
-        return torch.zeros_like(logq_TV)
-    return (logq_TV.exp() * (logq_TV - logp_TV) - config.clip).clamp(min=0.0)
+        return torch.zeros_like(logq_TV, dtype=torch.bool)
+    return logq_TV.exp() * (logq_TV - logp_TV) > config.clip
 
 
 def _token_logp(
-    logits_TV: torch.Tensor, token_ids_T: torch.Tensor, temperature: float, *, vocab: VocabAxis, dtype: torch.dtype
-) -> torch.Tensor:
+    logits_TV: torch.Tensor,
+    token_ids_T: torch.Tensor | None,
+    temperature: float,
+    *,
+    vocab: VocabAxis,
+    dtype: torch.dtype,
+) -> torch.Tensor | None:
     checks.check_temperature("token_temperature", temperature)
+    if token_ids_T is None:
+        return None
     checks.check_token_ids(token_ids_T, logits_TV.shape[0], vocab=vocab, columns=logits_TV.shape[1])
     logp_TV = _log_softmax(_energies(logits_TV, temperature, vocab=vocab, dtype=dtype), vocab)
     columns = torch.arange(vocab.start, vocab.start + logp_TV.shape[1], device=logp_TV.device)

@@ -58,7 +58,10 @@ def select_blindly(
             f"rollout_keys: got {got} for {len(lengths)} rollouts; positions random draws each rollout from its own "
             "key; pass one int per rollout"
         )
-    drawn = [_draw(length, selected_count(length, config.fraction), key) for length, key in zip(lengths, rollout_keys)]
+    drawn = [
+        _draw(length, selected_count(length, config.fraction), key)
+        for length, key in zip(lengths, rollout_keys, strict=True)
+    ]
     return torch.from_numpy(np.concatenate([np.zeros(0, dtype=bool), *drawn])).to(device)
 
 

@@ -1,6 +1,7 @@
 """Softmax statistics of a chunk: what each rank knows of its columns, and what all ranks' parts add up to.
 
-Logits here are divided by the temperature. Axes: T tokens, V this rank's vocabulary columns, R ranks, K packed statistics.
+Logits here are divided by the temperature.
+Axes: T tokens, V this rank's vocabulary columns, R ranks, K packed statistics.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def mixed_statistics(
 
 
 def token_statistics(logits_TV: torch.Tensor, query: TokenQuery, block_rows: int) -> torch.Tensor:
-    """[T, 2]: the token's logit where it is on this rank, else 0; the exponential sum of ratio * (z - m) where ratio != 1."""
+    """[T, 2]: the token's logit, 0 where it is on another rank; the sum of exp(ratio (z - m)), 0 where ratio is 1."""
     tokens, columns = logits_TV.shape
     local_TK = logits_TV.new_zeros((tokens, 2))
     if not columns:

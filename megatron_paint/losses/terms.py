@@ -2,7 +2,8 @@
 
 p is the student, q the target, both over the whole vocabulary; d = log q - log p. Every sum of x log(x/y) is taken as
 sum of x (d + expm1(-d)), d = log x - log y: the same total, because both sides sum to 1, but no term is negative and
-nothing large cancels (off by 1e-6 in float32 where the plain sum is off by 1e-2 at 4e-5 nats).
+nothing large cancels (off by 1e-6 in float32 where the plain sum is off by 1e-2 at 4e-5 nats). A clipped term counts
+as clip + p - q accordingly.
 
 Each gradient with respect to the student's logits has the form B + c p, where c needs sums over the vocabulary:
     forward KL   p Q_A - q [A]                  A: unclipped entries, Q_A: their target mass (1 without clip)
@@ -24,7 +25,7 @@ from megatron_paint.losses.statistics import Softmax
 
 
 class Outcome(NamedTuple):
-    """Per token: divergence and loss in nats (loss: clipped, unweighted), c of the gradient, clipped mass and number."""
+    """Per token: divergence and clipped loss in nats, without weights; c of the gradient; clipped mass and entries."""
 
     divergence_T: torch.Tensor
     loss_T: torch.Tensor
@@ -107,9 +108,9 @@ def _forward_kl(
     divergence_T = terms_TV.sum(1)
     if config.clip is None:
         return [divergence_T], q_TV.neg_()
-    excess_TV = d_TV.mul_(q_TV).sub_(config.clip)
-    clipped_TV = excess_TV > 0.0
-    loss_T = terms_TV.sub_(excess_TV.clamp_(min=0.0)).sum(1)
+    clipped_TV = d_TV.mul_(q_TV) > config.clip
+    # Not the term less its excess over the clip: that would cancel where the term is large.
+    loss_T = torch.where(clipped_TV, p_TV - q_TV + config.clip, terms_TV).sum(1)
     clipped_mass_T = torch.where(clipped_TV, q_TV, 0.0).sum(1)
     kept_TV = q_TV.masked_fill_(clipped_TV, 0.0)
     sums = [divergence_T, loss_T, kept_TV.sum(1), clipped_mass_T, clipped_TV.sum(1).to(q_TV.dtype)]
@@ -146,7 +147,7 @@ _TERMS = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}
 
 
 def _divergence_terms(x_TV: torch.Tensor, y_TV: torch.Tensor, d_TV: torch.Tensor) -> torch.Tensor:
-    """x (d + expm1(-d)) with d = log x - log y, as x d + (y - x) where expm1 could overflow; leaves its inputs alone."""
+    """x (d + expm1(-d)), d = log x - log y, or x d + (y - x) where expm1 could overflow; leaves its inputs alone."""
     terms_TV = d_TV.clamp(min=-1.0).neg_().expm1_().add_(d_TV).mul_(x_TV)
     far_TV = torch.addcmul(y_TV, x_TV, d_TV).sub_(x_TV)
     return torch.where(d_TV < -1.0, far_TV, terms_TV)

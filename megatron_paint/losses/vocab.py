@@ -32,8 +32,8 @@ class WholeVocab:
             return columns
         if self.valid_size > columns:
             raise ValueError(
-                f"valid_size: got {self.valid_size} for {columns} columns; it is at most their number; pass the size of "
-                "the real vocabulary"
+                f"valid_size: got {self.valid_size} for {columns} columns; it is at most their number; pass the "
+                "size of the real vocabulary"
             )
         return self.valid_size
 
@@ -93,7 +93,7 @@ class ShardedVocab:
             )
         if self.valid_size is not None and not 1 <= self.valid_size <= self.size:
             raise ValueError(
-                f"valid_size: got {self.valid_size}; it lies in [1, size = {self.size}]; pass the real vocabulary's size"
+                f"valid_size: got {self.valid_size}; it lies in [1, size = {self.size}]; count real entries alone"
             )
 
     @classmethod

@@ -84,8 +84,7 @@ class Generator:
         live = list(rows)
         prompts = [row.request.prompt_ids for row in rows]
         logits_RV = self._call([token for prompt in prompts for token in prompt], [len(p) for p in prompts], None, cache)
-        while True:
-            step = len(live[0].tokens)
+        for step in range(sampling.max_new_tokens):
             token_R, logp_R = self._choose(logits_RV, [row.uniform[step] for row in live], sampling)
             for row, token, logp in zip(live, token_R, logp_R, strict=True):
                 if not row.finished:
@@ -94,7 +93,7 @@ class Generator:
                     row.finished = token in sampling.stop_ids
             unfinished = [i for i, row in enumerate(live) if not row.finished]
             if not unfinished or step + 1 == sampling.max_new_tokens:
-                return
+                break
             if len(live) - len(unfinished) >= COMPACT_AT * len(live):
                 cache.keep_rows(unfinished)
                 live = [live[i] for i in unfinished]

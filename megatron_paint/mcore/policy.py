@@ -19,7 +19,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from megatron_paint.config import Settings
+from megatron_paint.config import Settings, TeacherSettings
 from megatron_paint.losses import ShardedVocab, VocabAxis, WholeVocab
 from megatron_paint.mcore.batch import (
     MicroBatch,
@@ -85,10 +85,12 @@ class MegatronPolicy:
             self.teacher.follow()
         return UpdateReport(scores=scores, grad_norm=norm, seconds=seconds)
 
-    def evaluate_loss(self, samples: Sequence[Sample], loss: TokenLoss) -> UpdateReport:
-        """The loss of the samples under the current weights, without a gradient."""
-        scores, seconds = self.accumulate(samples, loss, forward_only=True)
-        return UpdateReport(scores=scores, grad_norm=0.0, seconds=seconds)
+    def evaluate_loss(
+        self, samples: Sequence[Sample], loss: TokenLoss, *, teach_itself: bool = False
+    ) -> tuple[SampleScore, ...]:
+        """The loss of each sample without a step; with `teach_itself` the current weights are the teacher."""
+        teacher = Teacher(self.stage, TeacherSettings(weights="current")) if teach_itself else self.teacher
+        return self.accumulate(samples, loss, forward_only=True, teacher=teacher)[0]
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
         save_checkpoint(folder, self.stage, self.optimizer, self.teacher, state, self.world)
@@ -108,22 +110,23 @@ class MegatronPolicy:
         )
 
     def accumulate(
-        self, samples: Sequence[Sample], loss: TokenLoss, *, forward_only: bool = False
+        self, samples: Sequence[Sample], loss: TokenLoss, *, forward_only: bool = False, teacher: Teacher | None = None
     ) -> tuple[tuple[SampleScore, ...], dict[str, float]]:
         """Teacher pass and student pass of a step: scores of all samples, and, unless `forward_only`, the gradient of
         the loss divided by the global number of tokens that carry it, in Megatron's gradient buffers."""
+        teacher = teacher or self.teacher
         costs = [len(s.student_prompt_ids) + len(s.teacher_prompt_ids or ()) + 2 * len(s.response_ids) for s in samples]
         replicas = assign_replicas(costs, self.world.dp_size)
         seconds: dict[str, float] = {}
         teachers: dict[str, dict[int, Tensor]] = {}
         with _timed(seconds, "teacher"):
             if loss.needs_teacher:
-                teachers["teacher_hidden_NH"] = self._score(samples, replicas, "teacher_prompt_ids")
+                teachers["teacher_hidden_NH"] = self._score(samples, replicas, "teacher_prompt_ids", teacher)
             if loss.needs_full_teacher:
-                teachers["full_teacher_hidden_NH"] = self._score(samples, replicas, "full_teacher_prompt_ids")
+                teachers["full_teacher_hidden_NH"] = self._score(samples, replicas, "full_teacher_prompt_ids", teacher)
         with _timed(seconds, "student"):
             found: dict[int, SampleScore | NonFinite] = {}
-            evaluate = partial(self._loss_of, samples, loss, teachers, found)
+            evaluate = partial(self._loss_of, samples, loss, teachers, found, teacher.output_weight() if teachers else None)
             if not forward_only:
                 self.wrapped.zero_grad_buffer()
                 self.optimizer.zero_grad()
@@ -141,7 +144,9 @@ class MegatronPolicy:
         dist.all_gather_object(everyone, mine, group=self.world.host_group)
         return {index: value for entries in everyone for index, value in entries.items()}
 
-    def _score(self, samples: Sequence[Sample], replicas: list[list[int]], prompts: str) -> dict[int, Tensor]:
+    def _score(
+        self, samples: Sequence[Sample], replicas: list[list[int]], prompts: str, teacher: Teacher
+    ) -> dict[int, Tensor]:
         """Final hidden states [N, H] at each sample's response rows under the teacher; empty but on the last stage."""
         hidden: dict[int, Tensor] = {}
 
@@ -149,7 +154,7 @@ class MegatronPolicy:
             rows_NH = self._response_rows(hidden_T1H, batch)
             hidden.update(zip(batch.indices, rows_NH.split(batch.lengths), strict=True))
 
-        with torch.no_grad(), self.teacher.in_place():
+        with torch.no_grad(), teacher.in_place():
             self._pass(samples, replicas, prompts, keep, forward_only=True)
         return hidden
 
@@ -220,6 +225,7 @@ class MegatronPolicy:
         loss: TokenLoss,
         teachers: dict[str, dict[int, Tensor]],
         found: dict[int, SampleScore | NonFinite],
+        teacher_weight_VH: Tensor | None,
         batch: MicroBatch,
         hidden_T1H: Tensor,
         non_loss_data: bool = False,
@@ -238,7 +244,7 @@ class MegatronPolicy:
                 student_hidden_NH=student_NH,
                 output_weight_VH=self.stage.output_weight(),
                 vocab=self._vocab(),
-                teacher_output_weight_VH=self.teacher.output_weight() if teachers else None,
+                teacher_output_weight_VH=teacher_weight_VH,
                 **kept,
             )
         )

@@ -60,8 +60,11 @@ class Teacher:
                 adapters.enabled = True
 
     def output_weight(self) -> Tensor | None:
-        """The teacher's output layer where it differs from the student's, in the student's type; None where not."""
-        if not self.held or self.lora:
+        """The teacher's output layer where it differs from the student's, in the student's type; None where not.
+
+        Only the last stage has one.
+        """
+        if not self.held or self.lora or not self.stage.post_process:
             return None
         weight = self.stage.output_weight()
         (name,) = (name for name, p in self.held_parameters.items() if p is weight)

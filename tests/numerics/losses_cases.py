@@ -59,7 +59,8 @@ def _cases() -> list[Case]:
         # 30 of 48 columns: at TP 4 the last rank has padding alone, the one before it some.
         cases.append(Case(name=f"{name}-padded", settings=settings, valid_size=30, chunk_tokens=10, weights=True))
         cases.append(Case(name=f"{name}-skewed", settings=settings, skewed=True, chunk_tokens=10))
-    return cases + [
+    return [
+        *cases,
         Case(name="teacher-minus-student", settings={"mismatch": "teacher_minus_student"}),
         Case(name="student-minus-teacher", settings={"mismatch": "student_minus_teacher", "fraction": 0.3}),
         Case(name="fraction-0", settings={"fraction": 0.0}, chunk_tokens=5),

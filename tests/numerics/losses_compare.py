@@ -38,7 +38,10 @@ def measure_case(case: Case, dtype: torch.dtype, vocab, columns: slice) -> dict[
 def dense_case(case: Case, dtype: torch.dtype):
     """The dense outcome of a case, with the gradients of logits, hidden states and weight."""
     data = make_data(case, dtype)
-    student_TH, weight_VH = data.student_TH.double().clone().requires_grad_(), data.weight_VH.double().clone().requires_grad_()
+    student_TH, weight_VH = (
+        data.student_TH.double().clone().requires_grad_(),
+        data.weight_VH.double().clone().requires_grad_(),
+    )
     teacher_weight_VH = weight_VH if data.own_VH is None else data.own_VH.double()
     logits_TV = student_TH @ weight_VH.T
     logits_TV.retain_grad()
@@ -118,7 +121,10 @@ def _measure_logprobs(case: Case, data, vocab, columns: slice) -> dict[str, floa
     """Without weights under an uneven gradient, and with weights under an even one."""
     temperature = case.config.temperature
     uneven_T = torch.linspace(-1.0, 2.0, len(data.ids_T), dtype=torch.float64)
-    full_TH, full_VH = data.student_TH.double().clone().requires_grad_(), data.weight_VH.double().clone().requires_grad_()
+    full_TH, full_VH = (
+        data.student_TH.double().clone().requires_grad_(),
+        data.weight_VH.double().clone().requires_grad_(),
+    )
     logits_TV = (full_TH @ full_VH.T)[:, : case.valid_size]
     want_T = dense_token_logp(logits_TV, data.ids_T, temperature)
     entropy_T = dense_entropy(logits_TV.detach() / temperature)

@@ -1,4 +1,4 @@
-"""Reference, fused loss and token log-probabilities at TP 1, 2 and 4 against dense float64 autograd: values, gradients."""
+"""Reference, fused loss and token log-probabilities at TP 1, 2 and 4 against dense float64 autograd."""
 
 from __future__ import annotations
 

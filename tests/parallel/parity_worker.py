@@ -26,6 +26,7 @@ from megatron_paint.objectives.losses import CrossEntropyLoss, DistillationLoss
 from megatron_paint.qwen3 import read_shape
 from megatron_paint.records import Problem, Sample
 from tests.parallel import parity_cases as parity
+from tests.parallel.layouts import LAYOUTS
 
 RANK, ALPHA = 4, 8
 
@@ -135,17 +136,11 @@ def run_case(case: parity.Case, folder: Path, out: Path, world, megatron: dict) 
 
 
 def main() -> None:
-    folder, out = Path(sys.argv[1]), Path(sys.argv[2])
-    tp, pp, sequence_parallel = int(sys.argv[3]), int(sys.argv[4]), sys.argv[5] == "sp"
-    megatron = {
-        "tensor_model_parallel_size": tp,
-        "pipeline_model_parallel_size": pp,
-        "sequence_parallel": sequence_parallel,
-    }
+    layout, folder, out = LAYOUTS[sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
-    world = start_world(MegatronSettings(**megatron))
+    world = start_world(MegatronSettings(**layout.megatron))
     for case in parity.CASES:
-        run_case(case, folder, out, world, megatron)
+        run_case(case, folder, out, world, layout.megatron)
     stop_world()
 
 

@@ -1,8 +1,6 @@
 """Megatron at every layout against plain torch over `transformers`' Qwen3: losses, gradients, changes of weights."""
 
-import os
-import subprocess
-import sys
+import copy
 from pathlib import Path
 
 import pytest
@@ -10,10 +8,9 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from tests.parallel import parity_cases as parity
+from tests.parallel.layouts import LAYOUTS, run_worker
 from tests.reference.plain_policy import PlainPolicy
 
-ROOT = Path(__file__).parents[2]
-LAYOUTS = {"tp1": (1, 1, 1, ""), "pp2": (2, 1, 2, ""), "tp2-pp2-sp": (4, 2, 2, "sp"), "tp2-dp2": (4, 2, 1, "")}
 RANK, ALPHA = 4, 8
 
 
@@ -24,16 +21,11 @@ def checkpoints(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=LAYOUTS, ids=LAYOUTS.keys())
+@pytest.fixture(scope="module", params=LAYOUTS)
 def layout(request, checkpoints, tmp_path_factory):
     """Output folder of all cases at one layout: one process group runs them all."""
-    processes, tp, pp, mode = LAYOUTS[request.param]
     out = tmp_path_factory.mktemp(request.param)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += ["-m", "tests.parallel.parity_worker", str(checkpoints), str(out), str(tp), str(pp), mode]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_worker("parity_worker", request.param, checkpoints, out)
     return out
 
 
@@ -72,7 +64,7 @@ def plain(checkpoints):
         )
         start_teacher(policy, case, checkpoints)
         before = exported(policy.model, case)
-        losses, gradients = [], []
+        losses, gradients, norms = [], [], []
         for step in range(parity.STEPS):
             samples = parity.step_samples(step)
             if case.teacher == "none":
@@ -80,9 +72,11 @@ def plain(checkpoints):
             step_losses, step_gradients = policy.train_step(samples, **parity.LOSS)
             losses.append(step_losses)
             gradients.append({short_name(n): g for n, g in step_gradients.items()})
+            norms.append(torch.stack([g.norm() for g in step_gradients.values()]).norm().item())
         results[case.name] = {
             "losses": losses,
             "gradients": gradients,
+            "norms": norms,
             "before": before,
             "after": exported(policy.model, case),
         }
@@ -121,8 +115,6 @@ def fresh_adapter(name: str, p: torch.Tensor) -> torch.Tensor:
 
 def exported(model, case: parity.Case) -> dict[str, torch.Tensor]:
     if case.lora:
-        import copy
-
         model = copy.deepcopy(model).merge_and_unload()
     state = {n: t.clone() for n, t in model.state_dict().items()}
     if case.tied:
@@ -139,6 +131,7 @@ def test_equals_plain_torch(case, layout, plain):
     wanted = plain[case.name]
     found = torch.load(layout / f"{case.name}.pt")
     torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(wanted["losses"]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(found["norms"]), torch.tensor(wanted["norms"]), rtol=1e-5, atol=0)
     for step, gradients in enumerate(found["gradients"]):
         expected = {n: g for n, g in wanted["gradients"][step].items() if not (case.tied and n == "lm_head.weight")}
         assert gradients.keys() == expected.keys()

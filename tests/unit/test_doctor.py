@@ -80,8 +80,10 @@ def test_the_apex_of_pypi_is_called_out(monkeypatch, tmp_path):
     (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('it must not be run to be found out')")
     monkeypatch.syspath_prepend(tmp_path)
     apex = doctor.examine_apex()[0]
-    assert apex.status == "broken" and apex.fatal
-    assert "not NVIDIA's" in apex.found and "pip uninstall apex" in apex.cost
+    assert apex.status == "broken"
+    assert apex.fatal
+    assert "not NVIDIA's" in apex.found
+    assert "pip uninstall apex" in apex.cost
 
 
 def test_the_apex_of_pypi_is_called_out_when_loaded(monkeypatch):
@@ -115,7 +117,8 @@ def test_gpus_need_nccl(monkeypatch):
     monkeypatch.setattr(doctor, "load", lambda _: fake_torch(2, nccl=False))
     findings = doctor.examine_torch()
     assert find(findings, "CUDA GPUs").found == "2 (CUDA 13.0): NVIDIA H200 139 GiB, NVIDIA H200 139 GiB"
-    assert find(findings, "NCCL").fatal and not find(findings, "gloo").required
+    assert find(findings, "NCCL").fatal
+    assert not find(findings, "gloo").required
 
 
 def test_one_gpu_or_none_does_not(monkeypatch):
@@ -129,12 +132,14 @@ def test_one_gpu_or_none_does_not(monkeypatch):
 def test_no_torch_at_all(monkeypatch):
     monkeypatch.setattr(doctor, "load", lambda _: "")
     (finding,) = doctor.examine_torch()
-    assert finding.fatal and "pytorch.org" in finding.cost
+    assert finding.fatal
+    assert "pytorch.org" in finding.cost
 
 
 def test_an_old_python(monkeypatch):
     monkeypatch.setattr(doctor, "OLDEST_PYTHON", (99, 0))
-    assert doctor.examine_python().fatal and "99.0" in doctor.examine_python().cost
+    assert doctor.examine_python().fatal
+    assert "99.0" in doctor.examine_python().cost
 
 
 def test_space(monkeypatch, tmp_path):
@@ -159,16 +164,22 @@ WRONG = doctor.Finding(name="Apex", status="broken", found="[not] NVIDIA's", cos
 
 def test_exit_status_and_table(monkeypatch):
     status, text = run(monkeypatch, [GOOD, ABSENT])
-    assert status == 0 and "Ready to train." in text and "none now" in text
+    assert status == 0
+    assert "Ready to train." in text
+    assert "none now" in text
     status, text = run(monkeypatch, [GOOD, ABSENT, WRONG])
-    assert status == 1 and "Mend first: Apex" in text and "[not] NVIDIA's" in text
+    assert status == 1
+    assert "Mend first: Apex" in text
+    assert "[not] NVIDIA's" in text
 
 
 def test_json(monkeypatch):
     status, text = run(monkeypatch, [GOOD, WRONG], as_json=True)
     content = json.loads(text)
-    assert status == 1 and content["ok"] is False
-    assert content["findings"][1]["name"] == "Apex" and content["findings"][1]["fatal"] is True
+    assert status == 1
+    assert content["ok"] is False
+    assert content["findings"][1]["name"] == "Apex"
+    assert content["findings"][1]["fatal"] is True
 
 
 def test_this_machine_is_examined_without_harm(tmp_path):

@@ -56,7 +56,8 @@ def show(run_dir, **options):
 
 def test_plain_text_has_marks(run_dir):
     text, printed = show(run_dir)
-    assert printed == text + "\n" and "\x1b" not in printed
+    assert printed == text + "\n"
+    assert "\x1b" not in printed
     assert text.splitlines() == [
         "problem a, step 3: overlap 0.50, reveal 0.65, loss 0.2500 nats a token, 4 response tokens, 2 selected",
         "",
@@ -75,7 +76,9 @@ def test_plain_text_has_marks(run_dir):
 
 def test_a_terminal_gets_colours_and_no_marks(run_dir):
     _, printed = show(run_dir, terminal=True)
-    assert "\x1b[" in printed and "[[" not in printed and "[hidden" not in printed
+    assert "\x1b[" in printed
+    assert "[[" not in printed
+    assert "[hidden" not in printed
 
 
 def test_choice_by_index_and_by_problem(run_dir):
@@ -121,7 +124,8 @@ def test_a_character_of_several_tokens_is_one_piece():
 
 def test_bytes_that_are_no_character_do_not_swallow_the_rest():
     found = pieces([7, 7, 7, 7, 1, 7], {4}, decode)
-    assert "".join(text for text, _ in found).startswith("�") and ("The", True) in found
+    assert "".join(text for text, _ in found).startswith("�")
+    assert ("The", True) in found
 
 
 def test_the_real_tokenizer_gives_back_its_text():
@@ -130,10 +134,10 @@ def test_the_real_tokenizer_gives_back_its_text():
     folder = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "qwen3_tokenizer"
     if not folder.is_dir():
         pytest.skip("the shared data folder is not beside the repository")
-    from transformers import AutoTokenizer
+    from tokenizers import Tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = "Let 𝔽 be a field; ∑ 𝑥ᵢ = 你好 🧮. \\boxed{\\frac{1}{2}}"
-    ids = tokenizer.encode(text)
-    found = pieces(ids, set(), lambda part: tokenizer.decode(part))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    text = "Let ∀ y ∑ xᵢ = 你好 🧮. \\boxed{\\frac{1}{2}}"
+    ids = tokenizer.encode(text).ids
+    found = pieces(ids, set(), lambda part: tokenizer.decode(part, skip_special_tokens=False))
     assert "".join(piece for piece, _ in found) == text

@@ -76,7 +76,8 @@ def test_normal_has_a_line_for_each_step():
 
 def test_the_table_at_the_end_compares_before_and_after():
     table = run("normal")
-    assert "Avg@1 50.0 % [0.0, 100.0]" in table and "Avg@1 100.0 % [100.0, 100.0]" in table
+    assert "Avg@1 50.0 % [0.0, 100.0]" in table
+    assert "Avg@1 100.0 % [100.0, 100.0]" in table
     assert "+50.0 [+0.0, +100.0]" in table
     rows = [[cell.strip() for cell in line.split("│")] for line in table.splitlines() if "tiny" in line and "│" in line]
     assert [row[5:7] for row in rows] == [["100.0", "100"], ["100.0", "100"]]  # greedy, mean length
@@ -85,7 +86,8 @@ def test_the_table_at_the_end_compares_before_and_after():
 def test_quiet_warns_and_ends_with_the_table():
     said = run("quiet")
     assert said.splitlines()[0] == "warning: clip/share [above]"
-    assert "step 1/4" not in said and "evaluation at" not in said
+    assert "step 1/4" not in said
+    assert "evaluation at" not in said
     assert "+50.0 [+0.0, +100.0]" in said
 
 
@@ -94,9 +96,12 @@ def test_json_is_one_object_a_line():
     kinds = ["note", "evaluation", "step", "warning", "step", "evaluation", "step", "end"]
     assert [event["event"] for event in events] == kinds
     assert events[0]["problems"] == 32
-    assert events[2]["loss"] == 0.125 and events[2]["steps"] == 4 and events[2]["seconds_left"] == 30.0
+    assert events[2]["loss"] == 0.125
+    assert events[2]["steps"] == 4
+    assert events[2]["seconds_left"] == 30.0
     assert events[4]["overlap/mean"] is None
-    assert events[-1]["differences"]["tiny"] == [0.5, 0.0, 1.0] and events[-1]["after"]["tiny"]["avg"] == 1.0
+    assert events[-1]["differences"]["tiny"] == [0.5, 0.0, 1.0]
+    assert events[-1]["after"]["tiny"]["avg"] == 1.0
 
 
 def test_silent_says_nothing():
@@ -125,7 +130,9 @@ def test_time_left_follows_the_recent_pace():
 
 
 def test_duration():
-    assert duration(3723.4) == "1:02:03" and duration(0) == "0:00:00" and duration(90000) == "25:00:00"
+    assert duration(3723.4) == "1:02:03"
+    assert duration(0) == "0:00:00"
+    assert duration(90000) == "25:00:00"
 
 
 def test_tensorboard_holds_what_was_logged(tmp_path):
@@ -153,4 +160,6 @@ def test_a_missing_tensorboard_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     log, reason = open_tensorboard(tmp_path)
-    assert log is None and "pip install tensorboard" in reason and "\n" not in reason
+    assert log is None
+    assert "pip install tensorboard" in reason
+    assert "\n" not in reason

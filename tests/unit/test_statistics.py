@@ -106,7 +106,8 @@ def test_report_by_hand():
 def test_report_with_one_sample_has_no_sampling_error():
     report = build_report(0, "tiny", graded("a", "r"))
     assert report.metrics["avg"] == report.metrics["avg/low"] == report.metrics["avg/high"] == 1.0
-    assert "avg/sampling_se" not in report.metrics and "avg/problem_se" not in report.metrics
+    assert "avg/sampling_se" not in report.metrics
+    assert "avg/problem_se" not in report.metrics
     assert all(math.isfinite(value) for value in report.metrics.values())
 
 
@@ -165,7 +166,7 @@ def test_greedy_answers_take_no_part_in_a_comparison():
 
 def test_different_problems_or_benchmarks_are_refused():
     one, other = build_report(0, "x", graded("a", "r")), build_report(0, "x", graded("b", "r"))
-    with pytest.raises(UserError, match="same problems.*'a'"):
+    with pytest.raises(UserError, match=r"same problems.*'a'"):
         paired_difference(before=one, after=other)
     with pytest.raises(UserError, match="same benchmarks"):
         paired_difference(before=one, after=build_report(0, "y", graded("a", "r")))

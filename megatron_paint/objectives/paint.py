@@ -1,0 +1,105 @@
+"""PAINT, one step from problems to update (arXiv 2604.26573); OPSD (arXiv 2601.18734) is its special case.
+
+The student samples one response per problem. The more of the reference a response reproduces, the more of the reference
+is hidden from the teacher, which is the same network. The teacher re-scores the response; the student moves towards the
+teacher's distribution, mixed with its own where their entropies differ most. OPSD: everything shown, nothing mixed.
+"""
+
+import time
+from collections.abc import Sequence
+
+from megatron_paint.config import Settings
+from megatron_paint.keys import derive_key
+from megatron_paint.objectives.losses import DistillationLoss
+from megatron_paint.overlap import MaskerPool
+from megatron_paint.policy import GenerationRequest, Policy, SamplingParameters
+from megatron_paint.prompts import Prompts
+from megatron_paint.records import Problem, Reveal, Rollout, Sample, StepReport
+from megatron_paint.reveal import reveal_step
+from megatron_paint.rollout.replay import ReplayEngine
+from megatron_paint.run.report import metrics_of
+
+
+class Paint:
+    """The objective of `objective.name: paint` and `opsd`."""
+
+    def __init__(self, settings: Settings, prompts: Prompts, *, pool: MaskerPool | None = None):
+        self.settings = settings
+        self.prompts = prompts
+        self.pool = pool
+        self.replay = ReplayEngine(settings.rollout.path) if settings.rollout.engine == "replay" else None
+        # Greedy log-probabilities are taken at temperature 1.
+        self.loss = DistillationLoss(
+            config=settings.objective.loss,
+            chunk_bytes=settings.objective.chunk_bytes,
+            token_temperature=settings.rollout.temperature or 1.0,
+        )
+
+    def step(self, policy: Policy, problems: Sequence[Problem], *, step: int, lr: float) -> StepReport:
+        """Samples, masks, scores and updates once."""
+        started = time.perf_counter()
+        rollouts = self.rollouts(policy, problems, step=step)
+        sampled = time.perf_counter()
+        samples = self.samples(problems, rollouts, step=step)
+        masked = time.perf_counter()
+        update = policy.update(samples, self.loss, lr=lr)
+        seconds = {"rollout": sampled - started, "mask": masked - sampled, **update.seconds}
+        metrics = metrics_of(
+            step=step,
+            samples=samples,
+            scores=update.scores,
+            grad_norm=update.grad_norm,
+            lr=lr,
+            seconds={**seconds, "step": time.perf_counter() - started},
+        )
+        return StepReport(step=step, metrics=metrics, samples=tuple(samples), scores=update.scores)
+
+    def rollouts(self, policy: Policy, problems: Sequence[Problem], *, step: int) -> list[Rollout]:
+        """One response per problem, sampled by the student or read from a file."""
+        prompts = [self.prompts.student_prompt(problem) for problem in problems]
+        if self.replay is not None:
+            return self.replay.rollouts(step, problems, prompts)
+        requests = [
+            GenerationRequest(problem_id=problem.id, sample_index=0, prompt_ids=prompt, key=self._key(problem, step))
+            for problem, prompt in zip(problems, prompts, strict=True)
+        ]
+        rollout = self.settings.rollout
+        sampling = SamplingParameters(
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            stop_ids=frozenset(self.prompts.tokenizer.stop_ids),
+        )
+        return policy.generate(requests, sampling)
+
+    def samples(self, problems: Sequence[Problem], rollouts: Sequence[Rollout], *, step: int) -> list[Sample]:
+        """Each rollout with the prompts of both sides: the teacher's shows what the masker reveals."""
+        keys = [self._key(problem, step) for problem in problems]
+        reveals = reveal_step(
+            problems,
+            [self.prompts.response_text(rollout.response_ids) for rollout in rollouts],
+            settings=self.settings.objective.reveal,
+            keys=keys,
+            token_offsets=self.prompts.solution_offsets,
+            pool=self.pool,
+        )
+        return [self._sample(*row) for row in zip(problems, rollouts, reveals, keys, strict=True)]
+
+    def _sample(self, problem: Problem, rollout: Rollout, reveal: Reveal, key: int) -> Sample:
+        full = self.prompts.full_teacher_prompt(problem, reveal) if self.loss.needs_full_teacher else None
+        return Sample(
+            problem=problem,
+            sample_index=rollout.sample_index,
+            key=key,
+            student_prompt_ids=rollout.prompt_ids,
+            response_ids=rollout.response_ids,
+            teacher_prompt_ids=self.prompts.teacher_prompt(problem, reveal),
+            full_teacher_prompt_ids=full,
+            reveal=reveal,
+            rollout=rollout,
+        )
+
+    def _key(self, problem: Problem, step: int) -> int:
+        """All randomness of the problem's one sample of this step."""
+        return derive_key(self.settings.run.seed, step, problem.id, 0)

@@ -1,0 +1,136 @@
+"""What a run will need, worked out before anything is loaded: the layout, the derived numbers, memory per rank."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_paint.config import Settings
+from megatron_paint.errors import UserError
+from megatron_paint.hardware import use_transformer_engine
+from megatron_paint.qwen3 import Qwen3Shape, read_shape
+
+# Bytes of activations a token and layer keep for backward, per hidden unit, in 2-byte types without recomputation:
+# the sum over norms, projections and SwiGLU of a Qwen3 layer with flash attention; an estimate, ours.
+ACTIVATION_BYTES = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Derived numbers of a run; sizes in bytes on the fullest rank."""
+
+    shape: Qwen3Shape
+    processes: int
+    tensor_parallel: int
+    pipeline_parallel: int
+    data_parallel: int
+    uses_engine: bool
+    memory: dict[str, float]
+
+    def lines(self, settings: Settings) -> list[str]:
+        """The plan as a user reads it."""
+        shape = self.shape
+        problems = settings.data.problems_per_step
+        rows = [
+            f"model      {shape.num_parameters:,} weights, {shape.num_layers} layers, hidden {shape.hidden_size}, "
+            f"{shape.num_heads} heads / {shape.num_groups} groups, vocabulary {shape.vocab_size:,}"
+            f"{', tied' if shape.tied else ''}",
+            f"layout     {self.processes} processes = tensor {self.tensor_parallel} x pipeline "
+            f"{self.pipeline_parallel} x data {self.data_parallel}; {shape.num_layers // self.pipeline_parallel} layers "
+            f"a stage, {shape.vocab_size // self.tensor_parallel:,} vocabulary rows a rank",
+            f"layers     {'Transformer Engine' if self.uses_engine else 'plain torch'}, {settings.model.dtype}"
+            f"{f', FP8 {settings.megatron.fp8} {settings.megatron.fp8_recipe}' if settings.megatron.fp8 else ''}",
+            f"step       {problems} problems, about {problems / self.data_parallel:g} a replica, micro-batches of at "
+            f"most {settings.data.micro_batch_tokens:,} tokens; {settings.run.steps} steps",
+        ]
+        total = sum(self.memory.values())
+        parts = ", ".join(f"{name} {_size(size)}" for name, size in self.memory.items() if size)
+        return [*rows, f"memory     about {_size(total)} a rank (estimate): {parts}"]
+
+
+def make_plan(settings: Settings, *, processes: int) -> Plan:
+    """Checks model, layout and machine against each other; UserError names the setting and the nearest valid value."""
+    shape = read_shape(settings.model.hf_path)
+    megatron = settings.megatron
+    tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
+    for size, what in (
+        (shape.num_groups, "key-value groups"),
+        (shape.num_heads, "attention heads"),
+        (shape.ffn_size, "feed-forward size"),
+        (shape.vocab_size, "vocabulary size"),
+    ):
+        _must_divide("megatron.tensor_model_parallel_size", tp, size, what, shape)
+    _must_divide("megatron.pipeline_model_parallel_size", pp, shape.num_layers, "number of layers", shape)
+    if processes % (tp * pp):
+        multiple = max(1, round(processes / (tp * pp))) * tp * pp
+        raise UserError(
+            f"{processes} processes cannot be laid out as tensor_model_parallel_size={tp} x "
+            f"pipeline_model_parallel_size={pp}: their number must be a multiple of {tp * pp} (nearest: {multiple})"
+        )
+    if megatron.sequence_parallel and tp == 1:
+        raise UserError(
+            "megatron.sequence_parallel=true splits activations over tensor-parallel ranks, but "
+            "tensor_model_parallel_size=1; set it to false"
+        )
+    if settings.rollout.max_new_tokens >= shape.max_positions:
+        raise UserError(
+            f"rollout.max_new_tokens={settings.rollout.max_new_tokens} leaves no room for a prompt: the model has "
+            f"{shape.max_positions} positions"
+        )
+    start = settings.model.megatron_path
+    if start is not None and not Path(start).is_dir():
+        raise UserError(f"model.megatron_path: {start} is not a folder; give the folder of a Megatron checkpoint")
+    dp = processes // (tp * pp)
+    return Plan(
+        shape=shape,
+        processes=processes,
+        tensor_parallel=tp,
+        pipeline_parallel=pp,
+        data_parallel=dp,
+        uses_engine=use_transformer_engine(megatron),
+        memory=_memory(settings, shape, tp=tp, pp=pp, dp=dp),
+    )
+
+
+def _must_divide(key: str, ranks: int, size: int, what: str, shape: Qwen3Shape) -> None:
+    if size % ranks:
+        valid = [n for n in range(1, size + 1) if size % n == 0]
+        nearest = min(valid, key=lambda n: (abs(n - ranks), n))
+        raise UserError(
+            f"{key}={ranks} does not divide the {what}, {size}, of {shape.source}; the nearest that does is {nearest}"
+        )
+
+
+def _memory(settings: Settings, shape: Qwen3Shape, *, tp: int, pp: int, dp: int) -> dict[str, float]:
+    """Bytes per rank of what is held at once; the last stage, with its share of embeddings."""
+    width = 2 if settings.model.dtype == "bfloat16" else 4
+    embedding = shape.vocab_size * shape.hidden_size
+    layers = shape.num_parameters - embedding * (1 if shape.tied else 2)
+    weights = (layers / pp + embedding) / tp
+    trained = weights
+    if (lora := settings.model.lora) is not None:
+        q, kv = shape.num_heads * shape.head_dim, shape.num_groups * shape.head_dim
+        ends = 2 * (shape.hidden_size + q) + 2 * (shape.hidden_size + kv) + 3 * (shape.hidden_size + shape.ffn_size)
+        trained = lora.rank * ends * shape.num_layers / pp / tp
+    teacher = settings.objective.teacher
+    second = teacher.weights == "ema" or (teacher.weights == "initial" and lora is None)
+    second = second and settings.objective.name != "sft" and not teacher.offload
+    optimizer = 12 * trained / (dp if settings.megatron.use_distributed_optimizer else 1)
+    kv_row = shape.num_layers / pp * 2 * shape.num_groups / tp * shape.head_dim * width
+    tokens = settings.data.micro_batch_tokens / (tp if settings.megatron.sequence_parallel else 1)
+    kept = 1 if settings.megatron.recompute_granularity == "full" else shape.num_layers / pp
+    return {
+        "weights": weights * width,
+        "gradients": trained * 4,
+        "optimiser": optimizer,
+        "teacher": trained * (4 if teacher.weights == "ema" else width) if second else 0.0,
+        "activations": tokens * shape.hidden_size * ACTIVATION_BYTES * kept * width / 2 * min(pp, 2),
+        "logits": float(settings.objective.chunk_bytes),
+        "key-value cache": kv_row * settings.rollout.batch_size * 2 * settings.rollout.max_new_tokens,
+    }
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

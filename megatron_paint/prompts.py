@@ -1,0 +1,133 @@
+"""Prompts and responses as token ids: the only user of the tokenizer and of the chat template in training.
+
+The wording is that of OPSD's third version (arXiv 2601.18734 and its code); the line that says that something is
+hidden is ours. Text becomes ids once. A control token that is written in a problem or a solution stays text: it is
+encoded in two halves, so that it can neither end a turn nor begin one. Text without one is encoded as the tokenizer
+does it.
+"""
+
+from collections.abc import Collection
+from functools import lru_cache
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+import jinja2
+import jinja2.meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from megatron_paint.errors import UserError
+from megatron_paint.records import Problem, Reveal, TokenIds
+from megatron_paint.tokenizers import OffsetList, Tokenizer, read_template
+
+if TYPE_CHECKING:
+    from megatron_paint.config import PromptSettings
+
+CACHED_SOLUTIONS = 4096
+# Code points that Unicode keeps out of all text; one that no user text holds marks the seam inside a control token.
+_SEAMS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
+
+
+class Prompts:
+    """Every prompt of a run, made by one tokenizer and one set of templates.
+
+    Errors: UserError for a template that cannot be read, has a mistake, or does not use its variables.
+    """
+
+    def __init__(self, settings: "PromptSettings", tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self._settings = settings
+        self._student = _template("student", settings.student_template, {"problem"}, set())
+        self._teacher = _template("teacher", settings.teacher_template, {"problem", "solution"}, {"hidden"})
+        self._evaluation = _template("evaluation", None, {"problem"}, set())
+        self.solution_offsets = lru_cache(CACHED_SOLUTIONS)(self._solution_offsets)
+
+    def student_prompt(self, problem: Problem) -> TokenIds:
+        """The problem alone."""
+        return self._chat(self._student, self._settings.student_thinking, problem=problem.problem)
+
+    def teacher_prompt(self, problem: Problem, reveal: Reveal) -> TokenIds:
+        """The problem and what is revealed; the student's prompt where nothing is to be revealed (no reference)."""
+        if not reveal.reference:
+            return self.student_prompt(problem)
+        return self._teacher_prompt(problem, shown=reveal.shown_text, hidden=reveal.shown_text != reveal.reference)
+
+    def full_teacher_prompt(self, problem: Problem, reveal: Reveal | None = None) -> TokenIds:
+        """The problem and its whole solution, or the whole of what a reveal was cut from."""
+        if reveal is None:
+            return self._teacher_prompt(problem, shown=problem.solution, hidden=False)
+        if not reveal.reference:
+            return self.student_prompt(problem)
+        return self._teacher_prompt(problem, shown=reveal.reference, hidden=False)
+
+    def evaluation_prompt(self, problem: Problem, thinking: bool) -> TokenIds:
+        """The problem as OPSD's evaluation words it: without "Problem:"."""
+        return self._chat(self._evaluation, thinking, problem=problem.problem)
+
+    def sft_response(self, problem: Problem) -> TokenIds:
+        """The solution as a response to the student's prompt, ended by the end-of-turn token."""
+        seam = _seam([problem.solution])
+        return (*self._encode(self._protect(problem.solution, seam), seam), self.tokenizer.stop_ids[0])
+
+    def response_text(self, ids: TokenIds) -> str:
+        """The text of a response without special tokens."""
+        return self.tokenizer.decode(ids, keep_special=False)
+
+    def _solution_offsets(self, solution: str) -> OffsetList:
+        """Where each token of a solution stands, in characters; the masker cuts by these."""
+        return self.tokenizer.encode_with_offsets(solution)[1]
+
+    def _teacher_prompt(self, problem: Problem, *, shown: str, hidden: bool) -> TokenIds:
+        thinking = self._settings.teacher_thinking
+        return self._chat(self._teacher, thinking, hidden=hidden, problem=problem.problem, solution=shown)
+
+    def _chat(self, template: jinja2.Template, thinking: bool, *, hidden: bool = False, **texts: str) -> TokenIds:
+        seam = _seam(texts.values())
+        protected = {name: self._protect(text, seam) for name, text in texts.items()}
+        try:
+            content = template.render(protected, hidden=hidden)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise UserError(f"{template.filename}: the template cannot be rendered ({error})") from error
+        rendered = self.tokenizer.render_chat([{"role": "user", "content": content}], thinking)
+        return self._encode(rendered, seam)
+
+    def _protect(self, text: str, seam: str) -> str:
+        """The text with a seam inside every control token that is written in it."""
+        for token in self.tokenizer.control_tokens:
+            while token in text:
+                if len(token) < 2:
+                    raise UserError(f"a problem or solution holds {token!r}, which is a control token of the tokenizer")
+                text = text.replace(token, token[0] + seam + token[1:])
+        return text
+
+    def _encode(self, text: str, seam: str) -> TokenIds:
+        return self.tokenizer.encode(*text.split(seam))
+
+
+def _seam(texts: Collection[str]) -> str:
+    """A mark that stands in none of the texts."""
+    for seam in _SEAMS:
+        if not any(seam in text for text in texts):
+            return seam
+    raise UserError("a problem or solution holds all of U+FDD0 to U+FDEF, which are no characters; remove them")
+
+
+def _template(name: str, path: str | None, needed: set[str], optional: set[str]) -> jinja2.Template:
+    setting = f"prompts.{name}_template"
+    source = (
+        (files("megatron_paint") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+        if path is None
+        else read_template(path, setting=setting)
+    )
+    environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
+    try:
+        variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
+        template = environment.from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"{setting}: {path}:{error.lineno}: {error.message}") from error
+    template.filename = path or f"{name}.jinja"
+    if missing := needed - variables:
+        raise UserError(f"{setting}: {path} does not use {{{{ {missing.pop()} }}}}, so no prompt would hold it")
+    if unknown := variables - needed - optional:
+        known = ", ".join(sorted(needed | optional))
+        raise UserError(f"{setting}: {path} uses {{{{ {unknown.pop()} }}}}, which is not set; there are {known}")
+    return template

@@ -1,0 +1,150 @@
+"""The same rollouts again, read from a file: for debugging, tests and offline data.
+
+One JSON object a line: {"id", "step", "sample", "response_ids"}, with "finished" where it is known; a line without
+"sample" is sample 0, so that the sample files of a run folder can be replayed.
+"""
+
+import json
+from array import array
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_paint.errors import UserError
+from megatron_paint.records import Problem, Rollout, TokenIds
+
+MISSING_SHOWN = 3
+
+
+class _Place(NamedTuple):
+    step: int
+    problem_id: str
+    sample_index: int
+
+
+class _Response(NamedTuple):
+    ids: array
+    finished: bool | None
+    where: str
+
+
+class ReplayEngine:
+    """Rollouts from a JSONL file, or from all *.jsonl of a folder.
+
+    stop_ids: ids that end a response; a response without "finished" counts as finished if one of them is its last id.
+    Errors: UserError that names file and line of a bad or repeated record.
+    """
+
+    def __init__(self, path: str | Path | None, *, stop_ids: Collection[int] = ()):
+        if path is None:
+            raise UserError("rollout.path is null; engine: replay needs a file of rollouts")
+        self._path = Path(path)
+        self._stop_ids = frozenset(stop_ids)
+        self._responses: dict[_Place, _Response] = {}
+        for file in _files(self._path):
+            self._read(file)
+        if not self._responses:
+            raise UserError(f"rollout.path: {path} holds no rollouts")
+
+    def rollouts(
+        self, step: int, problems: Sequence[Problem], student_prompts: Sequence[TokenIds], *, samples: int = 1
+    ) -> list[Rollout]:
+        """The responses of a step: samples 0 .. samples - 1 of each problem, in the order of the problems.
+
+        Errors: UserError that names what the file lacks.
+        """
+        places = [
+            (_Place(step, problem.id, index), prompt)
+            for problem, prompt in zip(problems, student_prompts, strict=True)
+            for index in range(samples)
+        ]
+        missing = [place for place, _ in places if place not in self._responses]
+        if missing:
+            raise UserError(self._missing_message(missing))
+        return [self._rollout(place, prompt) for place, prompt in places]
+
+    def _rollout(self, place: _Place, prompt: TokenIds) -> Rollout:
+        response = self._responses[place]
+        finished = response.ids[-1] in self._stop_ids if response.finished is None else response.finished
+        return Rollout(
+            problem_id=place.problem_id,
+            sample_index=place.sample_index,
+            prompt_ids=prompt,
+            response_ids=tuple(response.ids),
+            logprobs=None,
+            finished=finished,
+        )
+
+    def _read(self, file: Path) -> None:
+        try:
+            lines = file.read_bytes().splitlines()
+        except OSError as error:
+            raise UserError(f"rollout.path: {file} cannot be read ({error})") from error
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{file}:{number}"
+            place, response = _record(line, where)
+            if place in self._responses:
+                first = self._responses[place].where
+                raise UserError(f"{where}: {_named(place)} stands already at {first}; leave one of them out")
+            self._responses[place] = response
+
+    def _missing_message(self, missing: Sequence[_Place]) -> str:
+        shown = "; ".join(_named(place) for place in missing[:MISSING_SHOWN])
+        more = f" and {len(missing) - MISSING_SHOWN} more" if len(missing) > MISSING_SHOWN else ""
+        steps = sorted({place.step for place in self._responses})
+        return (
+            f"rollout.path: {self._path} has no rollout for {shown}{more}; it holds {len(self._responses)} rollouts of"
+            f" steps {steps[0]} to {steps[-1]}. The order of problems follows data.seed and data.problems_per_step:"
+            " replay with those of the run that wrote the file, or add the missing rollouts"
+        )
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files = sorted(path.glob("*.jsonl"))
+    if not files:
+        raise UserError(f"rollout.path: the folder {path} holds no *.jsonl file")
+    return files
+
+
+def _record(line: bytes, where: str) -> tuple[_Place, _Response]:
+    try:
+        record = json.loads(line.decode())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not a line of UTF-8 JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise UserError(f'{where}: holds a {type(record).__name__}; a rollout is {{"id", "step", "response_ids"}}')
+    problem_id = record.get("id")
+    if not isinstance(problem_id, str):
+        raise UserError(f"{where}: id is {problem_id!r}; it must be the problem's id, as text")
+    place = _Place(_count(record.get("step"), "step", 1, where), problem_id, _sample(record, where))
+    finished = record.get("finished")
+    if finished is not None and not isinstance(finished, bool):
+        raise UserError(f"{where}: finished is {finished!r}; it must be true or false, or be left out")
+    return place, _Response(_ids(record.get("response_ids"), where), finished, where)
+
+
+def _sample(record: dict[str, Any], where: str) -> int:
+    return _count(record.get("sample", 0), "sample", 0, where)
+
+
+def _count(value: Any, name: str, least: int, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"{where}: {name} is {value!r}; it must be a whole number from {least}")
+    return value
+
+
+def _ids(value: Any, where: str) -> array:
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where}: response_ids is {value!r}; it must be a list of at least one token id")
+    for index, token in enumerate(value):
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < 2**31:
+            raise UserError(f"{where}: response_ids[{index}] is {token!r}; token ids are whole numbers from 0")
+    return array("i", value)
+
+
+def _named(place: _Place) -> str:
+    return f"step {place.step}, problem {place.problem_id!r}, sample {place.sample_index}"

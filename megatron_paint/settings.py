@@ -1,0 +1,196 @@
+"""Reads settings: a YAML file, then `key=value` overrides, checked against `config.py`; every mistake is one clear line."""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from megatron_paint.config import Settings
+from megatron_paint.errors import UserError
+from megatron_paint.losses.config import InterpolationLossConfig
+
+
+def load_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
+    """Settings of a YAML file with overrides such as `optimizer.lr=1e-5`; UserError names each bad key."""
+    tree = _read_yaml(Path(path))
+    for override in overrides:
+        _override(tree, override)
+    return settings_of(tree)
+
+
+def settings_of(tree: Mapping[str, Any]) -> Settings:
+    """Settings of nested dictionaries, complete and checked."""
+    try:
+        settings = TypeAdapter(Settings).validate_python(_without_unset_loss(tree))
+    except ValidationError as error:
+        raise UserError("\n".join(dict.fromkeys(_explain(e) for e in error.errors()))) from None
+    return resolve_objective(settings, tree)
+
+
+def resolve_objective(settings: Settings, tree: Mapping[str, Any]) -> Settings:
+    """OPSD is PAINT that shows everything and interpolates nowhere; the checks that need several settings at once."""
+    objective = settings.objective
+    if objective.name == "opsd":
+        given = tree.get("objective", {})
+        rule, positions = given.get("reveal", {}).get("rule", "full"), given.get("loss", {}).get("positions", "none")
+        if rule != "full" or positions != "none":
+            raise UserError(
+                f"objective.name=opsd shows the whole solution and interpolates nowhere, but reveal.rule={rule} and "
+                f"loss.positions={positions} are set: leave them out, or set objective.name=paint"
+            )
+        objective = dataclasses.replace(
+            objective,
+            reveal=dataclasses.replace(objective.reveal, rule="full"),
+            loss=dataclasses.replace(objective.loss, positions="none"),
+        )
+    settings = dataclasses.replace(settings, objective=objective)
+    for wrong, message in _contradictions(settings):
+        if wrong:
+            raise UserError(message)
+    return settings
+
+
+def _contradictions(settings: Settings) -> list[tuple[bool, str]]:
+    reveal, rollout, megatron = settings.objective.reveal, settings.rollout, settings.megatron
+    optimizer = settings.optimizer
+    return [
+        (
+            reveal.rule == "fixed" and reveal.share is None,
+            "objective.reveal.share is not set: rule=fixed shows this share of each solution; set it in [0, 1]",
+        ),
+        (
+            reveal.rule != "fixed" and reveal.share is not None,
+            f"objective.reveal.share={reveal.share} belongs to rule=fixed, but rule={reveal.rule}; leave it out",
+        ),
+        (
+            rollout.engine == "replay" and rollout.path is None,
+            "rollout.path is not set: engine=replay reads rollouts from this file",
+        ),
+        (
+            rollout.engine != "replay" and rollout.path is not None,
+            f"rollout.path belongs to engine=replay, but engine={rollout.engine}; leave it out",
+        ),
+        (
+            optimizer.min_lr > optimizer.lr,
+            f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}; it is where the decay ends",
+        ),
+        (
+            optimizer.name == "sgd" and megatron.use_distributed_optimizer,
+            "optimizer.name=sgd has no state to shard: set megatron.use_distributed_optimizer=false",
+        ),
+        (
+            megatron.recompute_granularity == "full"
+            and (megatron.recompute_method is None or megatron.recompute_num_layers is None),
+            "megatron.recompute_granularity=full needs recompute_method and recompute_num_layers (uniform and 1 are usual)",
+        ),
+        (
+            megatron.fp8 is not None and settings.model.dtype != "bfloat16",
+            f"megatron.fp8 needs model.dtype=bfloat16, got {settings.model.dtype}",
+        ),
+    ]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"settings file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"settings file {path} cannot be read: {error}") from None
+    except YAMLError as error:
+        detail = " ".join(str(error).split()).split(" To suppress this check")[0]
+        raise UserError(f"settings file {path} is not valid YAML: {detail}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"settings file {path} holds no settings: it must be sections such as model: and data:")
+    return tree
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} is not key=value, such as optimizer.lr=1e-5")
+    try:
+        value = YAML(typ="safe", pure=True).load(text) if text else None
+    except YAMLError:
+        value = text
+    *sections, last = key.split(".")
+    for section in sections:
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
+        if not isinstance(tree, dict):
+            raise UserError(f"override {override!r}: {section} is a value, not a section")
+    tree[last] = value
+
+
+def _without_unset_loss(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Lets the loss check itself: its messages already name the setting, the value, the limits and the remedy."""
+    objective = tree.get("objective")
+    loss = objective.get("loss") if isinstance(objective, Mapping) else None
+    if not isinstance(loss, Mapping):
+        return tree
+    names = {f.name for f in dataclasses.fields(InterpolationLossConfig)}
+    for key in loss:
+        if key not in names:
+            raise UserError(_unknown(f"objective.loss.{key}", names))
+    try:
+        config = InterpolationLossConfig(**loss)
+    except (ValueError, TypeError) as error:
+        raise UserError("objective.loss." + str(error).removeprefix("loss setting ")) from None
+    return {**tree, "objective": {**objective, "loss": config}}
+
+
+def _explain(error: Mapping[str, Any]) -> str:
+    """One line for one of pydantic's findings: the key, its meaning, what it got, what holds."""
+    key = ".".join(str(part) for part in error["loc"] if not str(part).startswith("function-"))
+    kind, got = error["type"], error.get("input")
+    section, name = _section(error["loc"])
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        return _unknown(key, {f.name for f in dataclasses.fields(section)} if section else set())
+    meaning = f" ({m})" if (m := _meaning(section, name)) else ""
+    if kind in ("missing", "missing_keyword_only_argument"):
+        return f"{key} is not set{meaning}: it has no default, give it in the settings file or as {key}=..."
+    if kind.startswith("dataclass") and not isinstance(got, Mapping):
+        return f"{key} is a section of settings, got {got!r}"
+    if kind == "finite_number":
+        return f"{key}{meaning}: got {got!r}; it must be a finite number"
+    limits = error.get("ctx", {})
+    nearest = next((f"; the nearest valid value is {limits[k]}" for k in ("ge", "le") if k in limits), "")
+    requirement = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"{key}{meaning}: got {got!r}; it must be {requirement}{nearest}"
+
+
+def _unknown(key: str, names: Iterable[str]) -> str:
+    parent, _, name = key.rpartition(".")
+    close = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.5)
+    dotted = f"{parent}." if parent else ""
+    hint = f"did you mean {dotted}{close[0]}?" if close else f"known here: {', '.join(sorted(names))}"
+    return f"unknown setting {key}: {hint}"
+
+
+def _section(location: tuple) -> tuple[type | None, str]:
+    """The settings class that the key's last part belongs to."""
+    section: type | None = Settings
+    for part in location[:-1]:
+        if not (section and dataclasses.is_dataclass(section)):
+            return None, str(location[-1])
+        hint = typing.get_type_hints(section).get(str(part))
+        if hint is None:
+            continue
+        options = [hint, *typing.get_args(hint)]
+        section = next((option for option in options if dataclasses.is_dataclass(option)), None)
+    return section, str(location[-1])
+
+
+def _meaning(section: type | None, name: str) -> str:
+    if section is None:
+        return ""
+    hint = typing.get_type_hints(section, include_extras=True).get(name)
+    infos = getattr(hint, "__metadata__", ())
+    return next((info.description for info in infos if getattr(info, "description", None)), "")

@@ -1,0 +1,348 @@
+"""Tokenizers behind one small interface: Hugging Face fast tokenizers and SentencePiece models.
+
+Ids are plain tuples. Only prompts.py uses this module in training.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_paint.errors import UserError
+from megatron_paint.records import TokenIds
+
+Message = Mapping[str, str]  # {"role": ..., "content": ...}
+OffsetList = tuple[tuple[int, int], ...]  # start and end of each token, in characters
+
+UNKNOWN_ID_TEXT = "\ufffd"  # stands for an id without a token: a model may have more rows than its tokenizer tokens
+_TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+
+
+class Tokenizer(Protocol):
+    """What the trainer needs of a tokenizer."""
+
+    stop_ids: TokenIds  # ids that end a response, the end-of-turn token first
+    pad_id: int
+    size: int  # number of tokens, added ones included; a model may have more rows
+    control_tokens: Mapping[str, int]  # strings that `encode` turns into one control id each
+
+    def encode(self, *parts: str) -> TokenIds:
+        """Ids of the text, none added; a control token written in it becomes its id.
+
+        Several parts are encoded one by one and joined: no control token arises across a seam.
+        """
+
+    def encode_with_offsets(self, text: str) -> tuple[TokenIds, OffsetList]:
+        """Ids of the text and where each stands in it."""
+
+    def decode(self, ids: Sequence[int], keep_special: bool) -> str:
+        """The text of the ids; U+FFFD for an id without a token. Never raises."""
+
+    def render_chat(self, messages: Sequence[Message], thinking: bool, add_generation_prompt: bool = True) -> str:
+        """The chat template over the messages; `thinking` reaches it as `enable_thinking`."""
+
+
+def load_tokenizer(folder: str | Path, *, chat_template: str | None = None) -> Tokenizer:
+    """The tokenizer in a folder: tokenizer.json (or vocab.json and merges.txt) or a SentencePiece tokenizer.model.
+
+    chat_template: path of a Jinja file to use instead of the tokenizer's own. Errors: UserError where files are absent
+    or broken, where no chat template is found, or where no token ends a response.
+    """
+    folder = Path(folder)
+    template = None if chat_template is None else read_template(chat_template, setting="prompts.chat_template")
+    if not folder.is_dir():
+        raise UserError(f"model.hf_path: there is no folder {folder}; name the folder that holds tokenizer.json")
+    if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
+        return HuggingFaceTokenizer(folder, template)
+    if (folder / "tokenizer.model").is_file():
+        return SentencePieceTokenizer(folder, template)
+    held = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    raise UserError(
+        f"model.hf_path: {folder} has neither tokenizer.json nor tokenizer.model (it has {held}); copy the tokenizer"
+        " files of the checkpoint there"
+    )
+
+
+def read_template(path: str | Path, *, setting: str) -> str:
+    """The text of a template file; UserError names the setting where it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{setting}: {path} cannot be read as a UTF-8 text file ({error})") from error
+
+
+class HuggingFaceTokenizer:
+    """A fast tokenizer of `transformers`."""
+
+    def __init__(self, folder: Path, chat_template: str | None):
+        self._tokenizer = _load_fast_tokenizer(folder)
+        self._backend = self._tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._chat_template = chat_template
+        if chat_template is None and not self._tokenizer.chat_template:
+            raise _no_chat_template(folder)
+        self.size = len(self._tokenizer)
+        added = self._tokenizer.added_tokens_decoder
+        self.control_tokens = {
+            str(token): index for index, token in added.items() if token.special or _TAG.fullmatch(str(token))
+        }
+        eos, pad = self._tokenizer.eos_token_id, self._tokenizer.pad_token_id
+        self.stop_ids = _stop_ids(folder, eos, pad)
+        self.pad_id = self.stop_ids[0] if pad is None else pad
+
+    def encode(self, *parts: str) -> TokenIds:
+        ids: list[int] = []
+        for part in parts:
+            ids += self._encode(part).ids
+        return tuple(ids)
+
+    def encode_with_offsets(self, text: str) -> tuple[TokenIds, OffsetList]:
+        encoding = self._encode(text)
+        return tuple(encoding.ids), tuple(encoding.offsets)
+
+    def decode(self, ids: Sequence[int], keep_special: bool) -> str:
+        pieces = []
+        for known, run in _runs(ids, self.size):
+            if not known:
+                pieces.append(UNKNOWN_ID_TEXT * len(run))
+            else:
+                pieces.append(self._backend.decode(run, skip_special_tokens=not keep_special))
+        return "".join(pieces)
+
+    def render_chat(self, messages: Sequence[Message], thinking: bool, add_generation_prompt: bool = True) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                chat_template=self._chat_template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                enable_thinking=thinking,
+            )
+        except (TemplateError, ValueError, TypeError) as error:
+            raise UserError(f"the chat template cannot be rendered ({error}); set prompts.chat_template") from error
+
+    def _encode(self, text: str) -> Any:
+        _check_encodable(text)
+        return self._backend.encode(text, add_special_tokens=False)
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model with a chat_template.jinja beside it.
+
+    At the start of a text the model's own dummy prefix applies; after a control token or a seam there is none.
+    """
+
+    def __init__(self, folder: Path, chat_template: str | None):
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError as error:
+            raise UserError(
+                f"{folder}/tokenizer.model needs the package sentencepiece: pip install sentencepiece"
+            ) from error
+
+        try:
+            self._model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+            # In a protocol buffer a field that is appended wins: normalizer_spec.add_dummy_prefix = false.
+            model = (folder / "tokenizer.model").read_bytes()
+            self._inner_model = SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{folder}/tokenizer.model is not a SentencePiece model ({error})") from error
+        if chat_template is None:
+            if not (folder / "chat_template.jinja").is_file():
+                raise _no_chat_template(folder)
+            chat_template = read_template(folder / "chat_template.jinja", setting="chat template")
+        self._template_source = chat_template
+        self.size = self._model.get_piece_size()
+        self.control_tokens = self._find_control_tokens()
+        eos, pad = self._model.eos_id(), self._model.pad_id()
+        self.stop_ids = _stop_ids(folder, eos if eos >= 0 else None, pad if pad >= 0 else None)
+        self.pad_id = pad if pad >= 0 else self.stop_ids[0]
+
+    def encode(self, *parts: str) -> TokenIds:
+        ids: list[int] = []
+        for number, part in enumerate(parts):
+            ids += [index for index, _ in self._encode(part, at_start=number == 0)]
+        return tuple(ids)
+
+    def encode_with_offsets(self, text: str) -> tuple[TokenIds, OffsetList]:
+        encoded = self._encode(text, at_start=True)
+        return tuple(index for index, _ in encoded), tuple(offsets for _, offsets in encoded)
+
+    def decode(self, ids: Sequence[int], keep_special: bool) -> str:
+        pieces: list[str] = []
+        model = self._model
+        for known, run in _runs(ids, self.size):
+            if not known:
+                pieces.append(UNKNOWN_ID_TEXT * len(run))
+                continue
+            text: list[int] = []
+            for index in [*run, None]:
+                if index is not None and not self._model.is_control(index):
+                    text.append(index)
+                    continue
+                if text:
+                    pieces.append(model.decode(text))
+                    text = []
+                if index is not None and keep_special:
+                    pieces.append(self._model.id_to_piece(index))
+                model = self._inner_model
+        return "".join(pieces)
+
+    def render_chat(self, messages: Sequence[Message], thinking: bool, add_generation_prompt: bool = True) -> str:
+        from jinja2 import TemplateError
+
+        def piece(index: int) -> str:
+            return self._model.id_to_piece(index) if index >= 0 else ""
+
+        try:
+            return self._template.render(
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                enable_thinking=thinking,
+                bos_token=piece(self._model.bos_id()),
+                eos_token=piece(self._model.eos_id()),
+            )
+        except (TemplateError, ValueError, TypeError) as error:
+            raise UserError(f"the chat template cannot be rendered ({error}); set prompts.chat_template") from error
+
+    @cached_property
+    def _template(self) -> Any:
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def raise_exception(message: str) -> None:
+            raise TemplateError(message)
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = raise_exception
+        return environment.from_string(self._template_source)
+
+    @cached_property
+    def _control_pattern(self) -> re.Pattern:
+        longest_first = sorted(self.control_tokens, key=len, reverse=True)
+        return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+    def _find_control_tokens(self) -> dict[str, int]:
+        tokens = {}
+        for index in range(self.size):
+            piece = self._model.id_to_piece(index)
+            if self._model.is_control(index) or (_TAG.fullmatch(piece) and not self._model.is_byte(index)):
+                tokens[piece] = index
+        tokens.pop(self._model.id_to_piece(self._model.unk_id()), None)
+        return tokens
+
+    def _encode(self, text: str, *, at_start: bool) -> list[tuple[int, tuple[int, int]]]:
+        """Ids with their characters; the pieces between control tokens go through the model."""
+        _check_encodable(text)
+        encoded = []
+        at = 0
+        for piece in self._control_pattern.split(text) if self.control_tokens else [text]:
+            if piece in self.control_tokens:
+                encoded.append((self.control_tokens[piece], (at, at + len(piece))))
+            elif piece:
+                model = self._model if at_start and at == 0 else self._inner_model
+                encoded += _with_characters(model.encode(piece, out_type="serialized_proto"), piece, at)
+            at += len(piece)
+        return encoded
+
+
+def _with_characters(proto: bytes, text: str, at: int) -> list[tuple[int, tuple[int, int]]]:
+    """Ids and characters, counted from `at`, of a serialised SentencePieceText, whose positions are UTF-8 bytes."""
+    character_at = [at + index for index, letter in enumerate(text) for _ in letter.encode()]
+    character_at.append(at + len(text))
+    pieces = []
+    for field, value in _fields(proto):
+        if field == 2:  # pieces { id = 2, begin = 4, end = 5 }
+            piece = dict(_fields(value))
+            pieces.append((piece.get(2, 0), (character_at[piece.get(4, 0)], character_at[piece.get(5, 0)])))
+    return pieces
+
+
+def _fields(proto: bytes) -> list[tuple[int, Any]]:
+    """Field numbers and values of a protocol buffer that holds only integers and byte strings."""
+    fields = []
+    at = 0
+
+    def number() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = proto[at]
+            at += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while at < len(proto):
+        tag = number()
+        value: Any = number()
+        if tag & 7 == 2:
+            at += value
+            value = proto[at - value : at]
+        fields.append((tag >> 3, value))
+    return fields
+
+
+def _load_fast_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    # AutoTokenizer may rebuild the pipeline from its own code; tokenizer.json is what the model was trained with.
+    loader = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
+    try:
+        tokenizer = loader.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the Rust library raises bare Exception
+        raise UserError(f"model.hf_path: the tokenizer in {folder} cannot be loaded ({error})") from error
+    if not tokenizer.is_fast:
+        raise UserError(f"model.hf_path: {folder} holds only a slow tokenizer; save it with its tokenizer.json")
+    return tokenizer
+
+
+def _stop_ids(folder: Path, eos: int | None, pad: int | None) -> TokenIds:
+    """End-of-turn token, the ends that generation_config.json names, and padding, which no response holds."""
+    stop = [] if eos is None else [eos]
+    path = folder / "generation_config.json"
+    if path.is_file():
+        try:
+            named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") or []
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{path} is not a JSON object ({error})") from error
+        stop += [named] if isinstance(named, int) else named
+    if not stop:
+        raise UserError(f"model.hf_path: the tokenizer in {folder} names no eos_token, so no response could ever end")
+    if pad is not None:
+        stop.append(pad)
+    return tuple(dict.fromkeys(stop))
+
+
+def _runs(ids: Sequence[int], size: int) -> list[tuple[bool, list[int]]]:
+    """The ids cut into runs that all have, or all lack, a token."""
+    runs: list[tuple[bool, list[int]]] = []
+    for index in ids:
+        known = 0 <= index < size
+        if not runs or runs[-1][0] != known:
+            runs.append((known, []))
+        runs[-1][1].append(index)
+    return runs
+
+
+def _check_encodable(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"a text to encode holds a lone surrogate (\\u{ord(text[error.start]):04x}) at character {error.start},"
+            " which is no character; remove it"
+        ) from error
+
+
+def _no_chat_template(folder: Path) -> UserError:
+    return UserError(
+        f"prompts.chat_template is null and the tokenizer in {folder} has no chat template of its own (neither in"
+        " tokenizer_config.json nor as chat_template.jinja); name a template file"
+    )

@@ -1,0 +1,49 @@
+"""Starts a worker module at a layout: one process group runs all its cases."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Layout:
+    processes: int
+    tp: int
+    pp: int
+    sequence_parallel: bool = False
+
+    @property
+    def megatron(self) -> dict:
+        return {
+            "tensor_model_parallel_size": self.tp,
+            "pipeline_model_parallel_size": self.pp,
+            "sequence_parallel": self.sequence_parallel,
+        }
+
+
+LAYOUTS = {
+    "tp1": Layout(1, 1, 1),
+    "pp2": Layout(2, 1, 2),
+    "tp2-pp2-sp": Layout(4, 2, 2, True),
+    "tp2-dp2": Layout(4, 2, 1),
+}
+
+
+def run_worker(module: str, layout: str, *arguments: str | Path, timeout: int = 240) -> str:
+    """Runs `tests.parallel.MODULE LAYOUT ARGUMENTS...` on the layout's ranks; fails with what it printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(LAYOUTS[layout].processes), "-m", f"tests.parallel.{module}", layout]
+    done = subprocess.run(
+        [*command, *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return done.stdout
