@@ -1,4 +1,4 @@
-"""Time and memory of the fused interpolation loss against whole logits in autograd and against the bare matrix products.
+"""Time and memory of the fused interpolation loss against whole logits in autograd and bare matrix products.
 
     python benchmarks/loss.py                          # one process
     python benchmarks/loss.py --tp 2 --hidden 512      # a vocabulary over two processes
@@ -10,9 +10,11 @@ Each variant runs in processes of its own, so that peaks of memory do not mix:
     whole    plain forward KL from whole logits in autograd with exact vocabulary-parallel sums; no entropies, selection
              or interpolation, so it does less than the others
     fused    fused_interpolation_loss with its default settings
-    cut      the same, with chunks half as long as a rollout: what cutting rollouts costs (selected rows done twice)
+    short    the same with chunks half as long as a rollout, for a selection that needs no statistics
+    cut      the same chunks, selecting by entropy: what cutting rollouts costs (selected rows are done twice)
     twice    what cutting would cost with a pass for the statistics before the pass for the gradient
-Memory is the peak beyond inputs, dh and dW. Axes: T tokens, V vocabulary columns of a rank, H hidden.
+Memory is the peak beyond inputs, dh and dW. CPU seconds, of all threads, bear a busy machine better than seconds do;
+the ratios are theirs on a CPU. Axes: T tokens, V vocabulary columns of a rank, H hidden.
 """
 
 from __future__ import annotations
@@ -33,9 +35,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from megatron_paint.losses import InterpolationLossConfig, ShardedVocab, VocabAxis, WholeVocab, fused_interpolation_loss
-from megatron_paint.losses.gemm import OutputLayerGradient, project
+from megatron_paint.losses.gemm import OutputLayerGradient, Projection
 
-VARIANTS = ("gemms", "whole", "fused", "cut", "twice")
+VARIANTS = ("gemms", "whole", "fused", "short", "cut", "twice")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +64,17 @@ def main() -> None:
     job = Job(**{key: value for key, value in vars(args).items() if key != "variants"})
     print(f"torch {torch.__version__}, {job}")
     found = {variant: _measure(job, variant) for variant in chosen}
-    print(f"{'variant':8s} {'seconds':>9s} {'/ gemms':>8s} {'/ whole':>8s} {'peak GB':>8s} {'/ whole':>8s}")
-    for variant, (seconds, peak) in found.items():
-        ratios = [_ratio(seconds, found.get(base, (None, None))[0]) for base in ("gemms", "whole")]
-        memory = _ratio(peak, found.get("whole", (None, None))[1])
-        print(f"{variant:8s} {seconds:9.3f} {ratios[0]:>8s} {ratios[1]:>8s} {peak / 1e9:8.3f} {memory:>8s}")
+    basis = "cpu_s" if job.device == "cpu" else "wall_s"
+    print(
+        f"{'variant':8s} {'wall s':>8s} {'cpu s':>8s} {'/ gemms':>8s} {'/ whole':>8s} {'peak GB':>8s} {'/ whole':>8s}"
+    )
+    for variant, row in found.items():
+        times = [_ratio(row[basis], found.get(base, {}).get(basis)) for base in ("gemms", "whole")]
+        memory = _ratio(row["peak"], found.get("whole", {}).get("peak"))
+        print(
+            f"{variant:8s} {row['wall_s']:8.3f} {row['cpu_s']:8.3f} {times[0]:>8s} {times[1]:>8s} "
+            f"{row['peak'] / 1e9:8.3f} {memory:>8s}"
+        )
 
 
 def _arguments() -> argparse.Namespace:
@@ -90,12 +98,12 @@ def _ratio(value: float, base: float | None) -> str:
     return f"{value / base:.2f}" if base else "-"
 
 
-def _measure(job: Job, variant: str) -> tuple[float, float]:
-    """Median seconds and the peak bytes of the rank that needs most."""
+def _measure(job: Job, variant: str) -> dict[str, float]:
+    """Median seconds and peak bytes, each of the rank that needs most."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, (job, variant, folder), nprocs=job.tp)
         ranks = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(job.tp)]
-    return max(seconds for seconds, _ in ranks), max(peak for _, peak in ranks)
+    return {key: max(found[key] for found in ranks) for key in ranks[0]}
 
 
 def _rank(rank: int, job: Job, variant: str, folder: str) -> None:
@@ -111,18 +119,20 @@ def _rank(rank: int, job: Job, variant: str, folder: str) -> None:
     data = _inputs(job, rank)
     # A short call first: libraries load and allocate on first use.
     _run(job, variant, vocab, _head_of(data, min(job.tokens, 8)))
-    seconds, peaks = [], []
+    wall_s, cpu_s, peaks = [], [], []
     for _ in range(job.repeats):
         data.student_TH.grad = data.weight_VH.grad = None
         start_bytes = _reset_peak(job)
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.process_time()
         _run(job, variant, vocab, data)
         if job.device == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+        wall_s.append(time.perf_counter() - start)
+        cpu_s.append(time.process_time() - start_cpu)
         gradients = sum(g.numel() * 4 for g in (data.student_TH, data.weight_VH) if g.requires_grad)
         peaks.append(_peak(job) - start_bytes - gradients)
-    Path(folder, f"{rank}.json").write_text(json.dumps([statistics.median(seconds), max(peaks)]))
+    found = {"wall_s": statistics.median(wall_s), "cpu_s": statistics.median(cpu_s), "peak": max(peaks)}
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
     if job.tp > 1:
         dist.destroy_process_group()
 
@@ -159,7 +169,7 @@ def _lengths(job: Job, tokens: int) -> list[int]:
 
 
 def _run(job: Job, variant: str, vocab: VocabAxis, data: SimpleNamespace) -> None:
-    lengths = _lengths(job, len(data.student_TH))
+    lengths, half = _lengths(job, len(data.student_TH)), max(1, job.rollout // 2)
     if variant == "gemms":
         _bare_products(job, data)
     elif variant == "whole":
@@ -167,11 +177,12 @@ def _run(job: Job, variant: str, vocab: VocabAxis, data: SimpleNamespace) -> Non
     elif variant == "fused":
         _fused(job, data, vocab, lengths, chunk_bytes=job.chunk_bytes)
     elif variant == "cut":
-        _fused(job, data, vocab, lengths, chunk_tokens=max(1, job.rollout // 2))
-    elif variant == "twice":
-        with torch.no_grad():
-            _fused(job, data, vocab, lengths, chunk_tokens=max(1, job.rollout // 2), backward=False)
-        _fused(job, data, vocab, lengths, chunk_tokens=max(1, job.rollout // 2), positions="random")
+        _fused(job, data, vocab, lengths, chunk_tokens=half)
+    elif variant in ("short", "twice"):
+        if variant == "twice":
+            with torch.no_grad():
+                _fused(job, data, vocab, lengths, chunk_tokens=half, backward=False, positions="random")
+        _fused(job, data, vocab, lengths, chunk_tokens=half, positions="random")
     else:
         raise SystemExit(f"--variants: got {variant}; choose from {', '.join(VARIANTS)}")
 
@@ -198,10 +209,11 @@ def _bare_products(job: Job, data: SimpleNamespace) -> None:
     wants = (True, not job.frozen)
     gradient = OutputLayerGradient(data.student_TH, weight_VH, columns=len(weight_VH), dtype=dtype, wants=wants)
     rows_at_once = max(1, int(job.chunk_bytes) // (2 * dtype.itemsize * len(weight_VH)))
-    for rows in torch.arange(len(data.student_TH)).split(rows_at_once):
-        rows = slice(int(rows[0]), int(rows[-1]) + 1)
-        project(data.teacher_TH[rows], weight_VH, dtype)
-        gradient.put(rows, project(data.student_TH.detach()[rows], weight_VH, dtype))
+    project = Projection(weight_VH, dtype, most_rows=min(rows_at_once, len(data.student_TH)))
+    for start in range(0, len(data.student_TH), rows_at_once):
+        rows = slice(start, min(start + rows_at_once, len(data.student_TH)))
+        project(data.teacher_TH[rows])
+        gradient.put(rows, project(data.student_TH.detach()[rows]))
 
 
 def _whole_logits(data: SimpleNamespace, vocab: VocabAxis) -> None:

@@ -44,7 +44,7 @@ _NUMBER = re.compile(
     r"([0-9.](?:(?<=[0-9])[0-9]*(?:\.[0-9]+)?|(?<=\.)(?<![0-9.]\.)[0-9]+))"
     r"(?:/(?=([0-9]+)(?![0-9]|\.[0-9]))|(\\?%))?"
 )
-_ONLY_NUMBER = re.compile(r"(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(\\?%)?|[0-9]+/[0-9]+")
+_ONLY_NUMBER = re.compile(r"(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:\\?%)?|[0-9]+/[0-9]+")
 _ROW_END = "\x00"
 _NOT_ASCII = re.compile("[^\x00-\x7f]+")
 
@@ -129,12 +129,10 @@ def _squeeze(flat: str) -> str:
 
 
 def _boxed_mark(content: str) -> Mark:
-    text = _squeeze(content)
-    number = _tidy_numbers(text)
-    only_number = _ONLY_NUMBER.fullmatch(number)
-    if not only_number:
-        return Mark("boxed", text, False)
-    return Mark("boxed", number.replace("\\%", "%"), True)
+    number = " ".join(_pieces(_tidy_numbers(content))).rstrip(TRAILING_PUNCTUATION)
+    if _ONLY_NUMBER.fullmatch(number):
+        return Mark("boxed", number.replace("\\%", "%"), True)
+    return Mark("boxed", _squeeze(content), False)
 
 
 def _formulas(solution: str, flat: str, found_boxes: list[Span], found_alignments: list[Alignment]) -> dict[str, None]:

@@ -94,12 +94,12 @@ def run_train(options: argparse.Namespace, arguments: list[str]) -> int:
 def _check_first(settings, processes: int, options: argparse.Namespace) -> None:
     """All that can be checked without a model: a mistake is told in seconds, by one process."""
     from megatron_paint.plan import make_plan
-    from megatron_paint.sources import check_everything
+    from megatron_paint.sources import check_sources
 
     if processes < 1:
         raise UserError(f"--processes must be at least 1, got {processes}")
     plan = make_plan(settings, processes=processes)
-    notes = check_everything(settings, plan.shape)
+    notes = check_sources(settings, plan.shape)
     if options.dry_run:
         print("\n".join([*plan.lines(settings), *notes]))
 

@@ -73,6 +73,7 @@ class DataSettings:
 class PromptSettings:
     student_template: Annotated[Text | None, Setting("template file of the student's message; null: the shipped one")] = None
     teacher_template: Annotated[Text | None, Setting("template file of the teacher's message; null: the shipped one")] = None
+    evaluation_template: Annotated[Text | None, Setting("template file of the message in evaluations; null: the shipped one")] = None
     chat_template: Annotated[Text | None, Setting("chat template file; null: the tokenizer's own")] = None
     student_thinking: Annotated[Flag, Setting("thinking mode of the student's prompt")] = False
     teacher_thinking: Annotated[Flag, Setting("thinking mode of the teacher's prompt")] = True

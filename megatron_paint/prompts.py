@@ -38,7 +38,7 @@ class Prompts:
         self._settings = settings
         self._student = _template("student", settings.student_template, {"problem"}, set())
         self._teacher = _template("teacher", settings.teacher_template, {"problem", "solution"}, {"hidden"})
-        self._evaluation = _template("evaluation", None, {"problem"}, set())
+        self._evaluation = _template("evaluation", settings.evaluation_template, {"problem"}, set())
         self.solution_offsets = lru_cache(CACHED_SOLUTIONS)(self._solution_offsets)
 
     def student_prompt(self, problem: Problem) -> TokenIds:
@@ -58,6 +58,11 @@ class Prompts:
         if not reveal.reference:
             return self.student_prompt(problem)
         return self._teacher_prompt(problem, shown=reveal.reference, hidden=False)
+
+    def longest_prompt(self, problem: Problem) -> int:
+        """Tokens of the longest prompt that training can make of a problem with its own solution."""
+        teacher = self._teacher_prompt(problem, shown=problem.solution, hidden=True)
+        return max(len(self.student_prompt(problem)), len(teacher))
 
     def evaluation_prompt(self, problem: Problem, thinking: bool) -> TokenIds:
         """The problem as OPSD's evaluation words it: without "Problem:"."""

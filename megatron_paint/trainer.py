@@ -50,10 +50,10 @@ def prepare(settings: Settings, world: "World", *, mode: Mode, stack: ExitStack)
     from megatron_paint.mcore.agree import first_rank_does
     from megatron_paint.mcore.policy import MegatronPolicy
     from megatron_paint.plan import make_plan
-    from megatron_paint.sources import load_everything
+    from megatron_paint.sources import load_sources
 
     plan = make_plan(settings, processes=world.size)
-    sources = load_everything(settings, plan.shape, share=lambda act: first_rank_does(world, act))
+    sources = load_sources(settings, plan.shape, share=lambda act: first_rank_does(world, act))
     folder = RunFolder(settings.run.dir)
     start = first_rank_does(world, lambda: folder.prepare(settings))
     first = world.rank == 0

@@ -11,7 +11,7 @@ import torch
 # Vocabulary entries of one elementwise block: small enough for a CPU's second-level cache, large enough for a GPU.
 _BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**23}
 # Buffers of a block that live at the same time, at most.
-_BLOCK_BUFFERS = 9
+_BLOCK_BUFFERS = 6
 
 
 @dataclass(frozen=True)

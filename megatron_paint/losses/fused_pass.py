@@ -17,7 +17,7 @@ import torch
 
 from megatron_paint.losses.chunks import Chunk, ChunkSize, plan_chunks
 from megatron_paint.losses.config import InterpolationLossConfig
-from megatron_paint.losses.gemm import OutputLayerGradient, project
+from megatron_paint.losses.gemm import OutputLayerGradient, Projection
 from megatron_paint.losses.output import LossOutput
 from megatron_paint.losses.selection import select_blindly, select_positions
 from megatron_paint.losses.statistics import (
@@ -93,6 +93,10 @@ class FusedPass:
         self.blind_T = select_blindly(
             lengths=inputs.lengths, config=inputs.config, rollout_keys=inputs.rollout_keys, device=self.device
         )
+        rows = {"most_rows": min(size.tokens, len(inputs.student_TH))}
+        self.project_student = Projection(inputs.weight_VH, inputs.dtype, **rows)
+        self.project_teacher = Projection(inputs.teacher_weight_VH, inputs.dtype, **rows)
+        self.project_full_teacher = Projection(inputs.teacher_weight_VH, inputs.dtype, **rows)
         # What a rollout longer than a chunk is taken for until its entropies are known: the commoner of the two.
         self.guess = inputs.config.fraction > 0.5
 
@@ -156,11 +160,11 @@ class FusedPass:
 
     def _logits(self, rows: Rows) -> ChunkLogits:
         inputs = self.inputs
-        student_TV = project(inputs.student_TH[rows], inputs.weight_VH, inputs.dtype)
-        teacher_TV = project(inputs.teacher_TH[rows], inputs.teacher_weight_VH, inputs.dtype)
+        student_TV = self.project_student(inputs.student_TH[rows])
+        teacher_TV = self.project_teacher(inputs.teacher_TH[rows])
         partner_TV = None
         if inputs.full_teacher_TH is not None and self.config.interpolates:
-            partner_TV = project(inputs.full_teacher_TH[rows], inputs.teacher_weight_VH, inputs.dtype)
+            partner_TV = self.project_full_teacher(inputs.full_teacher_TH[rows])
         for logits_TV in (student_TV, teacher_TV, partner_TV):
             if logits_TV is not None:
                 logits_TV.div_(self.config.temperature)
@@ -207,7 +211,7 @@ class FusedPass:
         )
 
     def _outcome(self, logits: ChunkLogits, statistics: Statistics, selected_T: torch.Tensor) -> Outcome:
-        """One collective: the divergences of these rows; leaves in logits what form_gradient needs, if there is one."""
+        """One collective: the divergences of these rows; leaves in logits what form_gradient needs."""
         sums_TK = self._local_sums(logits, statistics, selected_T)
         return finish(self.inputs.vocab.sum_in_place(sums_TK), self.config)
 
@@ -219,7 +223,6 @@ class FusedPass:
             weight_T=selected_T.to(self.inputs.dtype) * self.config.target_weight,
             config=self.config,
             block_rows=self.size.block_rows,
-            keep_gradient=self.gradient is not None,
         )
 
     def _loss_scale(self, rows: Rows, selected_T: torch.Tensor) -> torch.Tensor:

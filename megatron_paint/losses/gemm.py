@@ -14,17 +14,35 @@ import torch
 TILE_BYTES = 64_000_000
 
 
-def project(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """hidden weight^T as logits [T, V] in dtype."""
-    if hidden_TH.dtype == weight_VH.dtype == dtype:
-        return torch.mm(hidden_TH, weight_VH.t())
-    if _has_wide_output(hidden_TH, weight_VH):
-        return torch.mm(hidden_TH, weight_VH.t(), out_dtype=dtype)
-    logits_TV = hidden_TH.new_empty((hidden_TH.shape[0], weight_VH.shape[0]), dtype=dtype)
-    hidden_TH = hidden_TH.to(dtype)
-    for tile in _tiles(weight_VH, tokens=0):
-        logits_TV[:, tile] = torch.mm(hidden_TH, weight_VH[tile].to(dtype).t())
-    return logits_TV
+class Projection:
+    """hidden weight^T as logits [T, V] in dtype; on a CPU each call writes over the result of the one before.
+
+    Fresh memory for every chunk would cost a CPU as much in page faults as the arithmetic on it.
+    """
+
+    def __init__(self, weight_VH: torch.Tensor, dtype: torch.dtype, *, most_rows: int) -> None:
+        self.weight_VH, self.dtype = weight_VH, dtype
+        self._most_rows = most_rows
+        self._buffer_TV: torch.Tensor | None = None
+
+    def __call__(self, hidden_TH: torch.Tensor) -> torch.Tensor:
+        weight_VH, dtype = self.weight_VH, self.dtype
+        if _is_half_on_cuda(hidden_TH, dtype) and hidden_TH.dtype == weight_VH.dtype:
+            return torch.mm(hidden_TH, weight_VH.t(), out_dtype=dtype)
+        logits_TV = self._rows(hidden_TH)
+        if hidden_TH.dtype == weight_VH.dtype == dtype:
+            return torch.mm(hidden_TH, weight_VH.t(), out=logits_TV)
+        hidden_TH = hidden_TH.to(dtype)
+        for tile in _tiles(weight_VH, tokens=0):
+            logits_TV[:, tile] = torch.mm(hidden_TH, weight_VH[tile].to(dtype).t())
+        return logits_TV
+
+    def _rows(self, hidden_TH: torch.Tensor) -> torch.Tensor:
+        if hidden_TH.is_cuda:
+            return hidden_TH.new_empty((len(hidden_TH), len(self.weight_VH)), dtype=self.dtype)
+        if self._buffer_TV is None:
+            self._buffer_TV = hidden_TH.new_empty((self._most_rows, len(self.weight_VH)), dtype=self.dtype)
+        return self._buffer_TV[: len(hidden_TH)]
 
 
 def backproject(dlogits_TV: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
@@ -32,7 +50,7 @@ def backproject(dlogits_TV: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tens
     if dlogits_TV.dtype == weight_VH.dtype:
         return torch.mm(dlogits_TV, weight_VH)
     dhidden_TH = dlogits_TV.new_zeros((dlogits_TV.shape[0], weight_VH.shape[1]))
-    half = _takes_half_gradients(weight_VH)
+    half = _takes_half_gradients(weight_VH, dlogits_TV.dtype)
     for tile in _tiles(weight_VH, tokens=dlogits_TV.shape[0]):
         if half:
             part_TV = dlogits_TV[:, tile].to(weight_VH.dtype)
@@ -55,7 +73,7 @@ class WeightGradient:
 
     def add(self, dlogits_TV: torch.Tensor, hidden_TH: torch.Tensor) -> None:
         """Add dlogits^T hidden."""
-        if hidden_TH.dtype == dlogits_TV.dtype or not _takes_half_gradients(hidden_TH):
+        if hidden_TH.dtype == dlogits_TV.dtype or not _takes_half_gradients(hidden_TH, dlogits_TV.dtype):
             self._valid_VH.addmm_(dlogits_TV.t(), hidden_TH.to(dlogits_TV.dtype))
             return
         for tile in _tiles(self._valid_VH, tokens=dlogits_TV.shape[0]):
@@ -91,13 +109,14 @@ class OutputLayerGradient:
             self.weight.add(change_TV, self._hidden_TH[rows])
 
 
-def _has_wide_output(left: torch.Tensor, right: torch.Tensor) -> bool:
-    return left.is_cuda and left.dtype == right.dtype and left.dtype in (torch.bfloat16, torch.float16)
+def _is_half_on_cuda(values: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a product of such values can be summed and given in float32 by one call, and dtype is that."""
+    return values.is_cuda and values.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32
 
 
-def _takes_half_gradients(values: torch.Tensor) -> bool:
+def _takes_half_gradients(values: torch.Tensor, dtype: torch.dtype) -> bool:
     # float16 has too small a range for the gradient of a probability.
-    return values.is_cuda and values.dtype == torch.bfloat16
+    return _is_half_on_cuda(values, dtype) and values.dtype == torch.bfloat16
 
 
 def _tiles(weight_VH: torch.Tensor, *, tokens: int) -> Iterator[slice]:

@@ -13,7 +13,7 @@ import torch
 from megatron_paint.losses import checks
 from megatron_paint.losses.chunks import ChunkSize, blocks, chunk_size, plan_chunks
 from megatron_paint.losses.formed_gradient import attach_gradient
-from megatron_paint.losses.gemm import OutputLayerGradient, project
+from megatron_paint.losses.gemm import OutputLayerGradient, Projection
 from megatron_paint.losses.statistics import (
     Softmax,
     TokenQuery,
@@ -117,8 +117,9 @@ class _Head:
         """Log-probabilities, entropies and normalisers [T]; fills the gradient of sum(weight logp) if there is one."""
         new = {"dtype": self.dtype, "device": self.hidden_TH.device}
         logp_T, entropy_T, max_T, sum_T = (torch.empty(self.hidden_TH.shape[0], **new) for _ in range(4))
+        project = self.projection()
         for rows in self.row_chunks():
-            logits_TV = self.logits(rows)
+            logits_TV = self.logits(project, rows)
             query = self.query_of(rows)
             parts = [softmax_statistics(logits_TV, self.size.block_rows)]
             parts.append(token_statistics(logits_TV, query, self.size.block_rows))
@@ -132,8 +133,11 @@ class _Head:
         self.reduce(gradient)
         return logp_T, entropy_T, Softmax(max_T, sum_T)
 
-    def logits(self, rows: slice) -> torch.Tensor:
-        return project(self.hidden_TH[rows], self.weight_VH, self.dtype).div_(self.temperature)
+    def projection(self) -> Projection:
+        return Projection(self.weight_VH, self.dtype, most_rows=min(self.size.tokens, len(self.hidden_TH)))
+
+    def logits(self, project: Projection, rows: slice) -> torch.Tensor:
+        return project(self.hidden_TH[rows]).div_(self.temperature)
 
     def query_of(self, rows: slice) -> TokenQuery:
         return TokenQuery(self.query.column_T[rows], self.query.here_T[rows], self.query.ratio)
@@ -178,9 +182,10 @@ class _TokenLogprobs(torch.autograd.Function):
         wants = ctx.needs_input_grad[:2]
         columns = head.weight_VH.shape[0]
         gradient = OutputLayerGradient(hidden_TH, weight_VH, columns=columns, dtype=head.dtype, wants=wants)
+        project = head.projection()
         for rows in head.row_chunks():
             chunk_total = Softmax(*(values_T[rows] for values_T in total))
-            dlogits_TV = head.form_gradient(head.logits(rows), head.query_of(rows), chunk_total, grad_T[rows])
+            dlogits_TV = head.form_gradient(head.logits(project, rows), head.query_of(rows), chunk_total, grad_T[rows])
             gradient.put(rows, dlogits_TV)
         head.reduce(gradient)
         dhidden_TH, weight = gradient.dhidden_TH, gradient.weight

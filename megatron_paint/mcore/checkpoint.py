@@ -6,13 +6,16 @@ Saved at one layout, loaded at any other: weights and optimiser state are stored
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_paint.errors import UserError
 from megatron_paint.mcore.model import Qwen3Model
@@ -31,20 +34,20 @@ def save_checkpoint(
 ) -> None:
     """Writes everything a run needs to go on; all ranks call together. A failed write leaves nothing that looks whole."""
     folder = Path(folder)
-    partial = folder.with_name(f"{folder.name}.partial")
+    unfinished = folder.with_name(f"{folder.name}.partial")
     if world.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
     dist.barrier(group=world.host_group)
-    dist_checkpointing.save(_sharded_state(stage, optimizer, teacher, is_loading=False), str(partial))
+    dist_checkpointing.save(_sharded_state(stage, optimizer, teacher, is_loading=False), str(unfinished))
     dist.barrier(group=world.host_group)
     if world.rank == 0:
-        (partial / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        _flush(partial)
-        (partial / COMPLETE).touch()
-        _flush(partial)
+        (unfinished / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        _flush(unfinished)
+        (unfinished / COMPLETE).touch()
+        _flush(unfinished)
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        os.replace(unfinished, folder)
     dist.barrier(group=world.host_group)
 
 
@@ -52,10 +55,12 @@ def load_checkpoint(
     folder: Path, stage: Qwen3Model, optimizer: MegatronOptimizer, teacher: Teacher
 ) -> dict[str, Any]:
     """Fills model, optimiser and teacher from `folder`, whatever layout wrote it; returns the run's state."""
+    _prepare_torch_adam(optimizer)
     wanted = _sharded_state(stage, optimizer, teacher, is_loading=True)
     loaded = _load(wanted, folder)
     stage.load_state_dict(loaded["model"])
     optimizer.load_state_dict(loaded["optimizer"])
+    _part_torch_adam_steps(optimizer)
     teacher.load(loaded)
     return json.loads((Path(folder) / STATE).read_text(encoding="utf-8"))
 
@@ -63,6 +68,33 @@ def load_checkpoint(
 def load_weights(stage: Qwen3Model, folder: str | Path) -> None:
     """Fills the model alone from a Megatron checkpoint of the same architecture, of any run and layout."""
     stage.load_state_dict(_load({"model": stage.sharded_state_dict()}, folder)["model"])
+
+
+def _prepare_torch_adam(optimizer: MegatronOptimizer) -> None:
+    """Lets Megatron's distributed optimiser load into torch's own Adam, which it has where neither Transformer Engine
+    nor Apex is installed: it asks for a step before any was taken, and forgets the step where it copies the moments."""
+    for part in _distributed_torch_optimizers(optimizer):
+        if not part.optimizer.state:  # a step on zero gradients; the weights it may decay are loaded right after
+            part._init_optimizer_states_with_dummy_values()
+        part._set_main_param_and_optimizer_states = partial(_set_with_step, part)
+
+
+def _part_torch_adam_steps(optimizer: MegatronOptimizer) -> None:
+    """Gives each parameter its own step counter: Megatron loads one tensor for all, which each would then advance."""
+    for part in _distributed_torch_optimizers(optimizer):
+        for state in part.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+
+def _distributed_torch_optimizers(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    parts = [part for part in optimizer.chained_optimizers if isinstance(part, DistributedOptimizer)]
+    return [part for part in parts if type(part.optimizer).__module__.startswith("torch.")]
+
+
+def _set_with_step(part: DistributedOptimizer, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+    group, order = part.model_param_group_index_map[model_param]
+    state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
+    DistributedOptimizer._set_main_param_and_optimizer_states(part, model_param, {"step": state["step"], **tensors})
 
 
 def _sharded_state(stage: Qwen3Model, optimizer: MegatronOptimizer, teacher: Teacher, *, is_loading: bool) -> dict:

@@ -83,7 +83,9 @@ class Teacher:
         entries = {}
         for name, value in self.held.items():
             entry = student[name]
-            entries[f"teacher.{name}"] = dataclasses.replace(entry, key=f"teacher.{entry.key}", data=value)
+            # An average is wider than the weight it follows; an entry that is cut later (gate and up) has no type yet.
+            type_ = {"dtype": value.dtype} if hasattr(entry, "dtype") else {}
+            entries[f"teacher.{name}"] = dataclasses.replace(entry, key=f"teacher.{entry.key}", data=value, **type_)
         return entries
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ logs/. Only one process, rank 0, writes; any process may read.
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -42,6 +43,17 @@ class RunFolder:
         taken back: metrics, samples and evaluations. UserError: the folder is not empty and nothing is to be resumed,
         nothing is there to resume, a setting changed that may not, or the disk refuses.
         """
+        step = self.check(settings)
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.config_file, to_yaml(plain(settings)))
+            for folder in (self.path / "samples", self.path / "eval", self.path / "checkpoints", self.logs):
+                folder.mkdir(exist_ok=True)
+        self._take_back(step)
+        return step
+
+    def check(self, settings: Any) -> int:
+        """The step to go on from, or the UserError that `prepare` would raise; touches nothing."""
         new = plain(settings)
         resume = new["run"]["resume"]
         held = self._held()
@@ -58,12 +70,9 @@ class RunFolder:
             )
         if held:
             self._check_unchanged(new)
-        with disk_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.config_file, to_yaml(new))
-            for folder in (self.path / "samples", self.path / "eval", self.path / "checkpoints", self.logs):
-                folder.mkdir(exist_ok=True)
-        self._take_back(step)
+        existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        if not os.access(existing, os.W_OK):
+            raise UserError(f"run.dir={self.path} cannot be written: no permission for {existing}; give another run.dir")
         return step
 
     def _held(self) -> list[str]:

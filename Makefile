@@ -1,0 +1,48 @@
+# Every target works in the active virtual environment, or makes one in .venv and says so.
+PYTHON ?= python3
+ifdef VIRTUAL_ENV
+BIN := $(VIRTUAL_ENV)/bin
+READY :=
+else
+BIN := $(CURDIR)/.venv/bin
+READY := .venv/.ready
+endif
+# pip chooses the newest torch; set TORCH to pin one, such as TORCH=torch==2.13.0 (a CPU build on Python 3.11).
+TORCH ?=
+
+.PHONY: quickstart test check test-gpu bench install
+
+help:
+	@sed -n 's/^## //p' Makefile
+
+## make quickstart   train a tiny Qwen3 with PAINT on 4 CPU processes and show that it got better
+quickstart: $(READY)
+	$(BIN)/megatron-paint train examples/quickstart/paint.yaml --processes 4
+
+## make test         every test that needs no GPU
+test: $(READY)
+	$(BIN)/python -m pytest -m "not gpu"
+
+## make check        lint and the fast tests
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -q -m "not gpu" tests/unit tests/numerics
+
+## make test-gpu     the tests that need a GPU
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu tests/gpu
+
+## make bench        the benchmarks of docs/benchmarks.md
+bench: $(READY)
+	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+## make install      the package and what its tests need, into the environment
+install: $(READY)
+
+.venv/.ready: setup.py
+	@echo "No virtual environment is active: making one in .venv and installing megatron_paint into it (some minutes)."
+	$(PYTHON) -m venv .venv
+	$(if $(TORCH),.venv/bin/python -m pip install -q $(TORCH))
+	.venv/bin/python -m pip install -q -e ".[test,tensorboard]"
+	touch $@

@@ -1,0 +1,95 @@
+"""What a run reads: tokenizer, prompts, training problems, held-out problems; checked, and the same on every rank."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from megatron_paint.config import Settings
+from megatron_paint.errors import UserError
+from megatron_paint.evaluation.grading import grade
+from megatron_paint.mcore.hf_checkpoint import HuggingFaceReader
+from megatron_paint.problems import LoadedProblems, ProblemSet, PromptLimit, load_held_out, load_problems
+from megatron_paint.prompts import Prompts
+from megatron_paint.qwen3 import Qwen3Shape
+from megatron_paint.records import Problem
+from megatron_paint.rollout.replay import ReplayEngine
+from megatron_paint.run.folder import RunFolder
+from megatron_paint.tokenizers import load_tokenizer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Everything that a run reads but the weights."""
+
+    prompts: Prompts
+    problems: ProblemSet
+    held_out: tuple[Problem, ...]  # empty: no evaluation
+    notes: tuple[str, ...]  # what the user should know
+
+
+def load_sources(
+    settings: Settings, shape: Qwen3Shape, *, share: Callable[[Callable[[], T]], T] = lambda act: act()
+) -> Sources:
+    """Loads and checks; `share` runs a function on one rank and gives its result to all (reading and grading of many
+    rows is done once, and a verdict that a time limit decides cannot differ between ranks)."""
+    prompts = load_prompts(settings, shape)
+    problems: ProblemSet = share(lambda: load_problems(settings.data, grade=grade, prompt_limit=_limit(settings, shape, prompts)))
+    held_out = LoadedProblems(problems=())
+    if settings.evaluation.problems is not None:
+        held_out = share(lambda: load_held_out(settings.evaluation, prompt_limit=_evaluation_limit(settings, shape, prompts)))
+    return Sources(
+        prompts=prompts,
+        problems=problems,
+        held_out=held_out.problems,
+        notes=(*problems.notes, *held_out.notes),
+    )
+
+
+def load_prompts(settings: Settings, shape: Qwen3Shape) -> Prompts:
+    """The model's tokenizer and the templates; UserError where the tokenizer has ids that the model lacks."""
+    tokenizer = load_tokenizer(settings.model.hf_path, chat_template=settings.prompts.chat_template)
+    if tokenizer.size > shape.vocab_size:
+        raise UserError(
+            f"model.hf_path: the tokenizer of {settings.model.hf_path} has {tokenizer.size} ids, the model only "
+            f"{shape.vocab_size} rows; they do not belong together"
+        )
+    return Prompts(settings.prompts, tokenizer)
+
+
+def check_sources(settings: Settings, shape: Qwen3Shape) -> tuple[str, ...]:
+    """Everything that can be wrong with what a run reads and with where it writes, found without a model."""
+    HuggingFaceReader(settings.model.hf_path, shape)
+    sources = load_sources(settings, shape)
+    if settings.rollout.engine == "replay":
+        ReplayEngine(settings.rollout.path)
+    RunFolder(settings.run.dir).check(settings)
+    held_out = f", {len(sources.held_out):,} held-out problems" if sources.held_out else ""
+    return (f"data       {len(sources.problems):,} training problems{held_out}", *sources.notes)
+
+
+def _limit(settings: Settings, shape: Qwen3Shape, prompts: Prompts) -> PromptLimit:
+    """Room for a response after the longest prompt that a problem can have: the teacher's with the whole solution."""
+
+    def length(problem: Problem) -> int:
+        if settings.objective.name == "sft":
+            return len(prompts.student_prompt(problem)) + len(prompts.sft_response(problem))
+        return max(len(prompts.student_prompt(problem)), len(prompts.full_teacher_prompt(problem)))
+
+    response = 0 if settings.objective.name == "sft" else settings.rollout.max_new_tokens
+    return PromptLimit(
+        length=length,
+        most=shape.max_positions - response,
+        reason=f"the model's {shape.max_positions} positions"
+        + (f" less rollout.max_new_tokens={response}" if response else ""),
+    )
+
+
+def _evaluation_limit(settings: Settings, shape: Qwen3Shape, prompts: Prompts) -> PromptLimit:
+    longest = settings.evaluation.max_new_tokens
+    return PromptLimit(
+        length=lambda problem: len(prompts.evaluation_prompt(problem, settings.evaluation.thinking)),
+        most=shape.max_positions - longest,
+        reason=f"the model's {shape.max_positions} positions less evaluation.max_new_tokens={longest}",
+    )

@@ -1,0 +1,47 @@
+"""Installs megatron_paint and its command, `megatron-paint`."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="megatron-paint",
+    version=next(
+        line.split('"')[1]
+        for line in (HERE / "megatron_paint" / "__init__.py").read_text().splitlines()
+        if line.startswith("__version__")
+    ),
+    description="PAINT on Megatron-Core: self-distillation from partly hidden solutions, at any scale",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_paint", "megatron_paint.*"]),
+    package_data={"megatron_paint": ["templates/*.jinja"]},
+    install_requires=[
+        "torch>=2.6",
+        # 0.16.1 is the newest for Python 3.11; the attention of the two lines is driven in the same way.
+        "megatron-core>=0.16.1,<0.17; python_version < '3.12'",
+        "megatron-core>=0.19,<0.20; python_version >= '3.12'",
+        "transformers>=4.51",
+        "tokenizers>=0.21",
+        "safetensors>=0.4",
+        "sentencepiece>=0.2",
+        "datasets>=2.19",
+        "pyarrow>=14",
+        "numpy>=1.26",
+        "pydantic>=2.7",
+        "ruamel.yaml>=0.18",
+        "jinja2>=3.1",
+        "math-verify[antlr4_13_2]>=0.8",
+        "rich>=13",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "peft>=0.15", "ruff>=0.6", "tensorboard>=2.16"],
+        "gpu": ["transformer-engine[pytorch,core_cu13]>=2.14", "triton>=3"],
+        "tensorboard": ["tensorboard>=2.16"],
+    },
+    entry_points={"console_scripts": ["megatron-paint = megatron_paint.cli:main"]},
+)

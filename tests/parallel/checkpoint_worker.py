@@ -1,0 +1,64 @@
+"""Trains, saves, loads: `all` runs 2N steps, `first` N steps and a checkpoint, `rest` goes on from it."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megatron_paint.config import MegatronSettings
+from megatron_paint.losses import InterpolationLossConfig
+from megatron_paint.mcore.policy import MegatronPolicy
+from megatron_paint.mcore.world import start_world, stop_world
+from megatron_paint.objectives.losses import DistillationLoss
+from megatron_paint.qwen3 import read_shape
+from tests.parallel import parity_cases as parity
+from tests.parallel.layouts import LAYOUTS
+from tests.parallel.parity_worker import records, set_adapters, settings_of
+
+HALF = 3
+CASES = (
+    parity.Case(name="full-initial", tied=False, teacher="initial", optimizer="adam", distributed_optimizer=True, eps=1e-8),
+    parity.Case(name="full-ema-tied", tied=True, teacher="ema", optimizer="adam", distributed_optimizer=True, eps=1e-8),
+    parity.Case(name="lora-ema", tied=True, teacher="ema", optimizer="adam", lora=True, eps=1e-8),
+    parity.Case(name="bfloat16", tied=True, teacher="ema", optimizer="adam", distributed_optimizer=True, eps=1e-8),
+)
+
+
+def make_policy(case: parity.Case, checkpoints: Path, layout, world) -> MegatronPolicy:
+    settings = settings_of(case, checkpoints, layout.megatron)
+    if case.name == "bfloat16":
+        settings = replace(settings, model=replace(settings.model, dtype="bfloat16"))
+    policy = MegatronPolicy(settings, read_shape(settings.model.hf_path), world)
+    set_adapters(policy)
+    policy.optimizer.reload_model_params()
+    return policy
+
+
+def main() -> None:
+    layout, part = LAYOUTS[sys.argv[1]], sys.argv[2]
+    checkpoints, saved, out = (Path(path) for path in sys.argv[3:6])
+    torch.set_num_threads(1)
+    world = start_world(MegatronSettings(**layout.megatron))
+    loss = DistillationLoss(config=InterpolationLossConfig(**parity.LOSS), chunk_bytes=4e3, token_temperature=1.1)
+    losses = {}
+    for case in CASES:
+        policy = make_policy(case, checkpoints, layout, world)
+        start = 0
+        if part == "rest":
+            start = policy.load(saved / case.name)["step"]
+            assert start == HALF
+        steps = range(start, HALF if part == "first" else 2 * HALF)
+        losses[case.name] = [
+            [score.loss_sum for score in policy.update(records(step, case), loss, lr=case.lr).scores] for step in steps
+        ]
+        if part == "first":
+            policy.save(saved / case.name, {"step": HALF})
+        policy.export(out / case.name)
+    if world.rank == 0:
+        torch.save(losses, out / "losses.pt")
+    stop_world()
+
+
+if __name__ == "__main__":
+    main()
