@@ -5,9 +5,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_paint import __version__
 from megatron_paint.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_paint.config import Settings
+    from megatron_paint.plan import Plan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="SETTINGS.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optimizer.lr=1e-5")
-    parser.add_argument("--processes", type=int, help="ranks to start here; default one a GPU, one without a GPU")
+    parser.add_argument("--processes", type=int, help="ranks to start here; default: one a GPU, or one replica without GPUs")
     console = parser.add_mutually_exclusive_group()
     console.add_argument("--quiet", action="store_true", help="only warnings and the final table")
     console.add_argument("--json", action="store_true", help="one JSON object per event")
@@ -79,7 +84,7 @@ def run_train(options: argparse.Namespace, arguments: list[str]) -> int:
 
     settings = load_settings(options.config, options.overrides)
     if not inside_a_world():
-        processes = default_processes() if options.processes is None else options.processes
+        processes = default_processes(settings.megatron) if options.processes is None else options.processes
         _check_first(settings, processes, options)
         if options.dry_run:
             return 0
@@ -91,30 +96,36 @@ def run_train(options: argparse.Namespace, arguments: list[str]) -> int:
     return 0
 
 
-def _check_first(settings, processes: int, options: argparse.Namespace) -> None:
+def _check_first(settings: "Settings", processes: int, options: argparse.Namespace) -> None:
     """All that can be checked without a model: a mistake is told in seconds, by one process."""
-    from megatron_paint.plan import make_plan
     from megatron_paint.sources import check_sources
 
-    if processes < 1:
-        raise UserError(f"--processes must be at least 1, got {processes}")
-    plan = make_plan(settings, processes=processes)
+    plan = _plan(settings, processes)
     notes = check_sources(settings, plan.shape)
     if options.dry_run:
         print("\n".join([*plan.lines(settings), *notes]))
+
+
+def _plan(settings: "Settings", processes: int) -> "Plan":
+    from megatron_paint.plan import make_plan
+
+    if processes < 1:
+        raise UserError(f"--processes must be at least 1, got {processes}")
+    return make_plan(settings, processes=processes)
 
 
 def run_evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
     """Evaluates the model of the settings file, in as many ranks as the layout needs."""
     from megatron_paint.launch.local import default_processes, inside_a_world, run_here
     from megatron_paint.settings import load_settings
+    from megatron_paint.sources import load_held_out_sources
 
     settings = load_settings(options.config, options.overrides)
     if settings.evaluation.problems is None:
         raise UserError("evaluation.problems is not set: give the file of held-out problems")
     if not inside_a_world():
-        processes = default_processes() if options.processes is None else options.processes
-        _check_first(settings, processes, argparse.Namespace(dry_run=False))
+        processes = default_processes(settings.megatron) if options.processes is None else options.processes
+        load_held_out_sources(settings, _plan(settings, processes).shape)
         if processes > 1:
             return run_here(arguments, processes)
     from megatron_paint.trainer import evaluate
@@ -132,7 +143,11 @@ def run_inspect(options: argparse.Namespace, _: list[str]) -> int:
 
     recorded = read_yaml(RunFolder(options.run_dir).config_file)
     tokenizer = load_tokenizer(recorded["model"]["hf_path"], chat_template=recorded["prompts"]["chat_template"])
-    inspect_sample(options.run_dir, options.step, index=options.index, id=options.id, tokenizer_decode=tokenizer.decode)
+
+    def decode(ids: Sequence[int]) -> str:
+        return tokenizer.decode(ids, keep_special=True)
+
+    inspect_sample(options.run_dir, options.step, index=options.index, id=options.id, tokenizer_decode=decode)
     return 0
 
 

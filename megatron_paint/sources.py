@@ -34,17 +34,22 @@ def load_sources(
 ) -> Sources:
     """Loads and checks; `share` runs a function on one rank and gives its result to all (reading and grading of many
     rows is done once, and a verdict that a time limit decides cannot differ between ranks)."""
+    prompts, held_out = load_held_out_sources(settings, shape, share=share)
+    limit = _limit(settings, shape, prompts)
+    problems: ProblemSet = share(lambda: load_problems(settings.data, grade=grade, prompt_limit=limit))
+    return Sources(prompts=prompts, problems=problems, held_out=held_out, notes=problems.notes)
+
+
+def load_held_out_sources(
+    settings: Settings, shape: Qwen3Shape, *, share: Callable[[Callable[[], T]], T] = lambda act: act()
+) -> tuple[Prompts, tuple[Problem, ...]]:
+    """Prompts and held-out problems alone; no problems where `evaluation.problems` is not set."""
     prompts = load_prompts(settings, shape)
-    problems: ProblemSet = share(lambda: load_problems(settings.data, grade=grade, prompt_limit=_limit(settings, shape, prompts)))
-    held_out = LoadedProblems(problems=())
-    if settings.evaluation.problems is not None:
-        held_out = share(lambda: load_held_out(settings.evaluation, prompt_limit=_evaluation_limit(settings, shape, prompts)))
-    return Sources(
-        prompts=prompts,
-        problems=problems,
-        held_out=held_out.problems,
-        notes=(*problems.notes, *held_out.notes),
-    )
+    if settings.evaluation.problems is None:
+        return prompts, ()
+    limit = _evaluation_limit(settings, shape, prompts)
+    loaded: LoadedProblems = share(lambda: load_held_out(settings.evaluation, prompt_limit=limit))
+    return prompts, loaded.problems
 
 
 def load_prompts(settings: Settings, shape: Qwen3Shape) -> Prompts:

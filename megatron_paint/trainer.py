@@ -2,7 +2,7 @@
 
 import os
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from megatron_paint.run.folder import RunFolder
 from megatron_paint.run.progress import Mode, Progress
 from megatron_paint.run.report import ClipWatch, sample_lines
 from megatron_paint.run.tensorboard_log import open_tensorboard
+from megatron_paint.run.writing import to_json, write_atomically
 from megatron_paint.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -43,6 +44,36 @@ def train(settings: Settings, *, mode: Mode = "normal", self_check_only: bool = 
                 run.train()
     finally:
         stop_world()
+
+
+def evaluate(settings: Settings, *, mode: Mode = "normal", out: Path | None = None) -> None:
+    """Evaluates the model of `model.hf_path` on the held-out problems, without a run folder."""
+    from megatron_paint.mcore.agree import first_rank_does
+    from megatron_paint.mcore.policy import MegatronPolicy
+    from megatron_paint.mcore.world import start_world, stop_world
+    from megatron_paint.plan import make_plan
+    from megatron_paint.sources import load_held_out_sources
+
+    world = start_world(settings.megatron)
+    try:
+        shape = make_plan(settings, processes=world.size).shape
+        prompts, held_out = load_held_out_sources(settings, shape, share=lambda act: first_rank_does(world, act))
+        evaluator = Evaluator(settings.evaluation, held_out, prompts, seed=settings.run.seed)
+        policy = MegatronPolicy(settings, shape, world)
+        with GradingPool(seconds=settings.evaluation.grading_seconds) as graders:
+            report = evaluator.evaluate(
+                policy, step=0, benchmark=_benchmark(settings), graders=graders if world.rank == 0 else None
+            )
+        if report is not None:
+            if out is not None:
+                write_atomically(out, to_json(asdict(report), indent=1) + "\n")
+            Progress(mode, steps=0).end(after=[report], folder=str(out) if out else "")
+    finally:
+        stop_world()
+
+
+def _benchmark(settings: Settings) -> str:
+    return Path(str(settings.evaluation.problems)).stem
 
 
 def prepare(settings: Settings, world: "World", *, mode: Mode, stack: ExitStack) -> "Run":
@@ -147,7 +178,7 @@ class Run:
         """Evaluates the current weights if there is a held-out file; the report on rank 0, None elsewhere."""
         if self.evaluator is None:
             return None
-        benchmark = Path(str(self.settings.evaluation.problems)).stem
+        benchmark = _benchmark(self.settings)
         report = self.evaluator.evaluate(self.policy, step=step, benchmark=benchmark, graders=self.graders)
         if report is not None and self.writes:
             self.folder.write_eval(report)

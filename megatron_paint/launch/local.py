@@ -8,6 +8,8 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_paint.config import MegatronSettings
+
 ERRORS = "MEGATRON_PAINT_ERRORS"  # folder in which a rank leaves the message of an error of the user's
 
 
@@ -16,11 +18,11 @@ def inside_a_world() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def default_processes() -> int:
-    """One a GPU; one without a GPU."""
+def default_processes(megatron: MegatronSettings) -> int:
+    """One a GPU; without GPUs as many as one replica of the model needs."""
     import torch
 
-    return max(1, torch.cuda.device_count())
+    return torch.cuda.device_count() or megatron.tensor_model_parallel_size * megatron.pipeline_model_parallel_size
 
 
 def run_here(arguments: Sequence[str], processes: int) -> int:

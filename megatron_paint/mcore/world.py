@@ -1,5 +1,6 @@
 """Processes, devices and the groups they form: one start for torchrun, srun and the local launcher."""
 
+import logging
 import os
 import random
 import warnings
@@ -60,7 +61,7 @@ def start_world(megatron: MegatronSettings, *, backend: str | None = None) -> Wo
 
     Without these variables the world is this one process. The backend is NCCL with CUDA, else gloo.
     """
-    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    _silence_known_warnings()
     redirect_cuda_to_cpu()
     from megatron.core import parallel_state
 
@@ -104,6 +105,14 @@ def stop_world() -> None:
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def _silence_known_warnings() -> None:
+    """Hides what libraries say at every start and a user can do nothing about; `doctor` tells what is lacking."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 
 def _set_lone_process_defaults() -> None:

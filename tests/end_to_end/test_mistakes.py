@@ -1,0 +1,245 @@
+"""What users get wrong: each mistake ends with exit status 2 and one clear line that names it, before any model loads."""
+
+import json
+import shutil
+
+import pytest
+
+from megatron_paint.cli import main
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A folder in which everything is right."""
+    folder = tmp_path_factory.mktemp("good")
+    tiny.make_model(folder / "model")
+    tiny.make_problems(folder / "problems.jsonl")
+    return folder
+
+
+@pytest.fixture
+def setup(good, tmp_path):
+    """(settings file, model folder, problem file) of this test alone."""
+    shutil.copytree(good / "model", tmp_path / "model")
+    problems = shutil.copy(good / "problems.jsonl", tmp_path / "problems.jsonl")
+    return tiny.make_settings(tmp_path, tmp_path / "model", problems), tmp_path / "model", tmp_path / "problems.jsonl"
+
+
+def refused(capsys, settings, *arguments, processes=1):
+    """The line that the mistake is answered with."""
+    status = main(["train", str(settings), *arguments, "--processes", str(processes), "--dry-run"])
+    printed = capsys.readouterr()
+    assert status == 2, printed
+    assert "Traceback" not in printed.err
+    lines = printed.err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("megatron-paint: error: ")
+    return lines[0]
+
+
+def test_nothing_wrong(capsys, setup):
+    assert main(["train", str(setup[0]), "--processes", "1", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "8 training problems, 3 held-out problems" in printed
+    assert "27,072 weights" in printed
+
+
+OVERRIDES = {
+    "misspelt key": ("optimizer.lrr=1e-5", "did you mean optimizer.lr?"),
+    "misspelt loss key": ("objective.loss.fracton=0.1", "did you mean objective.loss.fraction?"),
+    "unknown section": ("modle.hf_path=x", "did you mean model?"),
+    "not key=value": ("optimizer.lr", "not key=value"),
+    "wrong type": ("data.problems_per_step=four", "data.problems_per_step"),
+    "text for a number": ("optimizer.lr=fast", "optimizer.lr"),
+    "negative number": ("optimizer.lr=-1e-5", "greater than 0"),
+    "not a number": ("optimizer.lr=.nan", "finite"),
+    "infinite": ("optimizer.clip_grad=.inf", "finite"),
+    "zero problems": ("data.problems_per_step=0", "nearest valid value is 1"),
+    "unknown objective": ("objective.name=ppo", "'paint', 'opsd' or 'sft'"),
+    "unknown engine": ("rollout.engine=vllm", "'megatron' or 'replay'"),
+    "unknown reveal rule": ("objective.reveal.rule=half", "objective.reveal.rule"),
+    "unknown divergence": ("objective.loss.divergence=kl", "forward_kl"),
+    "clip with jsd": ("objective.loss={divergence: jsd, clip: 0.05}", "objective.loss.clip"),
+    "beta 0": ("objective.loss={divergence: jsd, jsd_beta: 0.0}", "objective.loss.jsd_beta"),
+    "beta 1": ("objective.loss={divergence: jsd, jsd_beta: 1.0}", "objective.loss.jsd_beta"),
+    "fraction above 1": ("objective.loss.fraction=1.2", "objective.loss.fraction"),
+    "fixed without a share": ("objective.reveal.rule=fixed", "objective.reveal.share"),
+    "replay without a file": ("rollout.engine=replay", "rollout.path"),
+    "path without replay": ("rollout.path=x.jsonl", "rollout.path"),
+    "minimum above peak": ("optimizer.min_lr=1.0", "optimizer.min_lr"),
+    "opsd that masks": ("objective={name: opsd, reveal: {rule: overlap}}", "opsd"),
+    "more problems per step than problems": ("data.problems_per_step=9", "data.problems_per_step"),
+    "missing file": ("data.train=nowhere.jsonl", "nowhere.jsonl"),
+    "missing column": ("data.columns.solution=worked", "worked"),
+    "no model folder": ("model.hf_path=nowhere", "nowhere"),
+    "no room for a prompt": ("rollout.max_new_tokens=2000", "rollout.max_new_tokens"),
+    "prompt longer than the context": ("rollout.max_new_tokens=1000", "problems.jsonl:1"),
+    "FP8 without Transformer Engine": ("megatron={fp8: hybrid}", "megatron.fp8"),
+    "GPU setting without a GPU": ("megatron.transformer_impl=transformer_engine", "no CUDA device"),
+    "sequence parallelism alone": ("megatron.sequence_parallel=true", "megatron.sequence_parallel"),
+    "sgd with a sharded state": ("optimizer.name=sgd", "use_distributed_optimizer"),
+    "nothing to resume": ("run.resume=required", "run.resume"),
+    "Megatron checkpoint absent": ("model.megatron_path=nowhere", "model.megatron_path"),
+    "template absent": ("prompts.teacher_template=nowhere.jinja", "prompts.teacher_template"),
+}
+
+
+@pytest.mark.parametrize("mistake", OVERRIDES)
+def test_setting(capsys, setup, mistake):
+    override, says = OVERRIDES[mistake]
+    extra = ["model.dtype=bfloat16"] if "fp8" in override else []
+    assert says in refused(capsys, setup[0], override, *extra)
+
+
+LAYOUTS = {
+    "TP does not divide the groups": (4, "tensor_model_parallel_size=4", "key-value groups, 2"),
+    "TP does not divide the vocabulary": (3, "tensor_model_parallel_size=3", "does not divide"),
+    "PP does not divide the layers": (3, "pipeline_model_parallel_size=3", "number of layers, 2"),
+    "world size does not fit": (3, "tensor_model_parallel_size=2", "must be a multiple of 2"),
+    "no process": (0, "tensor_model_parallel_size=1", "--processes"),
+}
+
+
+@pytest.mark.parametrize("mistake", LAYOUTS)
+def test_layout(capsys, setup, mistake):
+    processes, override, says = LAYOUTS[mistake]
+    assert says in refused(capsys, setup[0], f"megatron.{override}", processes=processes)
+
+
+def test_settings_file_absent(capsys, tmp_path):
+    assert "does not exist" in refused(capsys, tmp_path / "nowhere.yaml")
+
+
+def test_settings_file_not_yaml(capsys, tmp_path):
+    (tmp_path / "bad.yaml").write_text("model: {hf_path: x\ndata")
+    assert "not valid YAML" in refused(capsys, tmp_path / "bad.yaml")
+
+
+def test_key_twice(capsys, tmp_path):
+    (tmp_path / "twice.yaml").write_text("run: {dir: a}\nrun: {dir: b}\n")
+    assert "duplicate key" in refused(capsys, tmp_path / "twice.yaml")
+
+
+def _rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _spoil(path, change, row=2):
+    rows = _rows(path)
+    change(rows[row], rows)
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+ROWS = {
+    "duplicate id": (lambda row, rows: row.update(id=rows[0]["id"]), "p0"),
+    "empty solution": (lambda row, rows: row.update(solution="  "), "solution"),
+    "missing answer": (lambda row, rows: row.pop("answer"), "answer"),
+    "answer is not the box": (lambda row, rows: row.update(answer="99"), "99"),
+    "solution is a number": (lambda row, rows: row.update(solution=3), "solution"),
+}
+
+
+@pytest.mark.parametrize("mistake", ROWS)
+def test_row(capsys, setup, mistake):
+    settings, _, problems = setup
+    change, says = ROWS[mistake]
+    _spoil(problems, change)
+    line = refused(capsys, settings, "evaluation.problems=null")
+    assert "problems.jsonl:3" in line
+    assert says in line
+
+
+def test_bad_row_can_be_skipped(capsys, setup):
+    settings, _, problems = setup
+    _spoil(problems, ROWS["empty solution"][0])
+    arguments = ["data.on_bad_row=skip", "evaluation.problems=null", "--processes", "1", "--dry-run"]
+    assert main(["train", str(settings), *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "7 training problems" in printed
+    assert "problems.jsonl:3" in printed
+
+
+def test_broken_json_line(capsys, setup):
+    settings, _, problems = setup
+    problems.write_text(problems.read_text() + '{"id": "x", \n')
+    assert "problems.jsonl:9" in refused(capsys, settings, "evaluation.problems=null")
+
+
+def test_broken_utf8(capsys, setup):
+    settings, _, problems = setup
+    problems.write_bytes(problems.read_bytes() + b'{"id": "\xff"}\n')
+    assert "problems.jsonl:9" in refused(capsys, settings, "evaluation.problems=null")
+
+
+def test_empty_file(capsys, setup):
+    settings, _, problems = setup
+    problems.write_text("")
+    assert "problems.jsonl" in refused(capsys, settings, "evaluation.problems=null")
+
+
+def _change_config(model, **values):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | values))
+
+
+CONFIGS = {
+    "not a Qwen3": ({"model_type": "llama"}, "'llama'"),
+    "sliding window": ({"use_sliding_window": True}, "sliding-window"),
+    "attention bias": ({"attention_bias": True}, "attention_bias"),
+    "other sizes than the weights": ({"intermediate_size": 128}, "shape"),
+    "one layer too many": ({"num_hidden_layers": 3}, "lacks model.layers.2"),
+}
+
+
+@pytest.mark.parametrize("mistake", CONFIGS)
+def test_config(capsys, setup, mistake):
+    settings, model, _ = setup
+    values, says = CONFIGS[mistake]
+    _change_config(model, **values)
+    assert says in refused(capsys, settings)
+
+
+FILES = {
+    "no config": (lambda m: (m / "config.json").unlink(), "config.json"),
+    "config is not JSON": (lambda m: (m / "config.json").write_text("{"), "not valid JSON"),
+    "no weights": (lambda m: (m / "model.safetensors").unlink(), "model.safetensors"),
+    "no tokenizer": (lambda m: [(m / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")], "tokenizer"),
+    "no chat template": (lambda m: (m / "chat_template.jinja").unlink(), "chat template"),
+    "truncated weights": (
+        lambda m: (m / "model.safetensors").write_bytes((m / "model.safetensors").read_bytes()[:-100]),
+        "truncated",
+    ),
+    "missing shard": (
+        lambda m: (m / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}})),
+        "gone.safetensors",
+    ),
+    "index that leaves its folder": (
+        lambda m: (m / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}})),
+        "outside its folder",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", FILES)
+def test_model_file(capsys, setup, mistake):
+    settings, model, _ = setup
+    spoil, says = FILES[mistake]
+    spoil(model)
+    assert says in refused(capsys, settings)
+
+
+def test_run_folder_not_empty(capsys, setup):
+    settings, model, _ = setup
+    run = model.parent / "run"
+    run.mkdir()
+    (run / "notes.txt").write_text("mine")
+    assert "not empty" in refused(capsys, settings)
+    assert (run / "notes.txt").read_text() == "mine"
+
+
+def test_run_folder_is_a_file(capsys, setup):
+    settings, model, _ = setup
+    (model.parent / "run").write_text("mine")
+    assert "run.dir" in refused(capsys, settings)
+    assert (model.parent / "run").read_text() == "mine"

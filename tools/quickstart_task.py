@@ -1,0 +1,207 @@
+"""The quickstart's task: running sums, worked line by line, and a student who forgets to carry.
+
+A problem is a two-digit start and two or three one-digit operands, `47+8-9?`; every partial result has two digits. Its
+solution has one line a step, `47+8=55`, and ends in the box. The student's flaw is a classic of arithmetic lessons:
+where a step crosses a ten, it leaves the tens digit as it was (47+8=45). It calculates right where its prompt shows a
+reference solution of the same problem, whole or cut: this is the gap between teacher and student.
+"""
+
+import json
+import random
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_paint.prompts import Prompts
+from megatron_paint.records import Overlap, Problem, Reveal, Sample, TokenIds
+from megatron_paint.reveal import cut_solution
+
+HELD_OUT_SHARE = 5  # every fifth problem, by checksum, is held out
+VOCABULARY = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>", "user", "assistant", "\n", "Reference:", "..."),
+    *("\\boxed{", "}", "=", "+", "-", "?", *"0123456789"),
+)
+SPECIAL = VOCABULARY[:4]
+VOCABULARY_ROWS = 32  # of the model: room for 4 tensor-parallel ranks; the last rows have no token, as in Qwen3
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}{{ message.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunningSum:
+    """A start in 10..99 and signed operands in 1..9 by size."""
+
+    start: int
+    operands: tuple[int, ...]
+
+    @property
+    def text(self) -> str:
+        return f"{self.start}{''.join(f'{operand:+d}' for operand in self.operands)}?"
+
+    @property
+    def is_held_out(self) -> bool:
+        """The split: a function of the text alone."""
+        return zlib.crc32(self.text.encode()) % HELD_OUT_SHARE == 0
+
+
+def result(value: int, operand: int, *, forgets: bool) -> int:
+    """One step from a two-digit value to a two-digit value.
+
+    `forgets` leaves the tens digit as it was where the step crosses a ten. So does, always, a step that would leave
+    10..99, which happens only after a mistake.
+    """
+    right = value + operand
+    if forgets or not 10 <= right <= 99:
+        return value // 10 * 10 + right % 10
+    return right
+
+
+def work_out(problem: RunningSum, *, forgets: Sequence[bool]) -> list[str]:
+    """The lines of a solution, box included; `forgets` says for each step whether its carry would be forgotten."""
+    lines, value = [], problem.start
+    for operand, forgotten in zip(problem.operands, forgets, strict=True):
+        after = result(value, operand, forgets=forgotten)
+        lines.append(f"{value}{operand:+d}={after}\n")
+        value = after
+    return [*lines, f"\\boxed{{{value}}}"]
+
+
+def solve(problem: RunningSum) -> str:
+    """The right solution."""
+    return "".join(work_out(problem, forgets=[False] * len(problem.operands)))
+
+
+def draw_sum(rng: random.Random, *, held_out: bool) -> RunningSum:
+    """A problem of one side of the split, with every right partial result in 10..99."""
+    while True:
+        operands = tuple(rng.choice((1, -1)) * rng.randint(1, 9) for _ in range(rng.randint(2, 3)))
+        drawn = RunningSum(start=rng.randint(10, 99), operands=operands)
+        partial = [drawn.start + sum(operands[: n + 1]) for n in range(len(operands))]
+        if drawn.is_held_out == held_out and all(10 <= value <= 99 for value in partial):
+            return drawn
+
+
+def problem_of(drawn: RunningSum, *, id: str) -> Problem:
+    """The record of a problem, as the problem files hold it."""
+    return Problem(id=id, problem=drawn.text, solution=solve(drawn), answer=str(drawn.start + sum(drawn.operands)))
+
+
+def draw_problems(count: int, *, held_out: bool, seed: int) -> list[Problem]:
+    """Different problems of one side of the split."""
+    rng = random.Random(seed)
+    found: dict[str, RunningSum] = {}
+    while len(found) < count:
+        drawn = draw_sum(rng, held_out=held_out)
+        found.setdefault(drawn.text, drawn)
+    name = "held-out" if held_out else "train"
+    return [problem_of(drawn, id=f"{name}-{number:04d}") for number, drawn in enumerate(found.values(), start=1)]
+
+
+def write_problems(path: Path, problems: Iterable[Problem]) -> None:
+    """A problem file, one JSON object a line."""
+    keys = ("id", "problem", "solution", "answer")
+    lines = [json.dumps({key: getattr(problem, key) for key in keys}) for problem in problems]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowMaker:
+    """Training rows of the warm-up: prompts with the responses that give the student its skill and its flaw."""
+
+    prompts: Prompts
+    rng: random.Random
+    forget_share: float = 0.7  # of the carries, where no reference of the problem is shown
+    whole_share: float = 0.35  # of the references: shown whole; the others are cut
+    smallest_cut: float = 0.25
+    off_track_share: float = 0.25  # of the reference rows: the steps so far were wrong, only the rest carries loss
+
+    def drill(self) -> Sample:
+        """One step alone, `47+8=` -> `55`: without drills the table of sums stays unlearnt for hundreds of steps."""
+        value, operand = self.rng.randint(10, 99), self.rng.choice((1, -1)) * self.rng.randint(1, 9)
+        while not 10 <= value + operand <= 99:
+            value, operand = self.rng.randint(10, 99), self.rng.choice((1, -1)) * self.rng.randint(1, 9)
+        encode = self.prompts.tokenizer.encode
+        return _row(encode(f"{value}{operand:+d}="), encode(str(value + operand)))
+
+    def plain(self) -> Sample:
+        """The problem alone, solved by the student who forgets."""
+        drawn = self._draw()
+        return _row(self.prompts.student_prompt(problem_of(drawn, id="")), self._response(self._forgetful(drawn)))
+
+    def foreign(self) -> Sample:
+        """The reference of another problem is no help: solved by the student who forgets."""
+        drawn, other = self._draw(), self._draw()
+        prompt = self.reference_prompt(problem_of(drawn, id=""), solve(other), self._share())
+        return _row(prompt, self._response(self._forgetful(drawn)))
+
+    def reference(self) -> Sample:
+        """The problem with its own reference, whole or cut: solved right, from the point where mistakes end."""
+        drawn = self._draw()
+        prompt = self.reference_prompt(problem_of(drawn, id=""), solve(drawn), self._share())
+        if self.rng.random() >= self.off_track_share:
+            return _row(prompt, self._response([solve(drawn)]))
+        wrong = self.rng.randint(1, len(drawn.operands))
+        forgets = [self.rng.random() < self.forget_share and step < wrong for step in range(len(drawn.operands))]
+        lines = work_out(drawn, forgets=forgets)
+        given = self.prompts.tokenizer.encode("".join(lines[:wrong]))
+        return _row((*prompt, *given), self._response(lines[wrong:]))
+
+    def reference_prompt(self, problem: Problem, solution: str, share: float) -> TokenIds:
+        """The teacher's prompt with this share of a solution, cut as a run cuts it."""
+        offsets = self.prompts.solution_offsets(solution)
+        reveal = Reveal(
+            overlap=Overlap(score=0.0, anchors=()),
+            share=share,
+            shown_tokens=0,
+            total_tokens=len(offsets),
+            shown_text=cut_solution(solution, share=share, offsets=offsets),
+            reference=solution,
+        )
+        return self.prompts.teacher_prompt(problem, reveal)
+
+    def _draw(self) -> RunningSum:
+        return draw_sum(self.rng, held_out=False)
+
+    def _share(self) -> float:
+        return 1.0 if self.rng.random() < self.whole_share else self.rng.uniform(self.smallest_cut, 1.0)
+
+    def _forgetful(self, drawn: RunningSum) -> list[str]:
+        return work_out(drawn, forgets=[self.rng.random() < self.forget_share for _ in drawn.operands])
+
+    def _response(self, lines: Sequence[str]) -> TokenIds:
+        return (*self.prompts.tokenizer.encode("".join(lines)), self.prompts.tokenizer.stop_ids[0])
+
+
+def _row(prompt_ids: TokenIds, response_ids: TokenIds) -> Sample:
+    return Sample(
+        problem=Problem(id="", problem="", solution="", answer=""),
+        sample_index=0,
+        key=0,
+        student_prompt_ids=prompt_ids,
+        response_ids=response_ids,
+    )
+
+
+def write_tokenizer(folder: Path) -> None:
+    """The tokenizer's files: one token a character, and one for each word of the prompts."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({token: n for n, token in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    words = r"\\boxed\{|Reference:|user|assistant|\.\.\.|[\s\S]"
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(words), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": "<unk>",
+        "model_max_length": 256,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
