@@ -10,8 +10,8 @@ from megatron_paint.keys import derangement, derive_key, permutation, uniforms
 
 
 def test_key_is_the_same_on_every_machine_and_version():
-    assert derive_key(1, 2, "algebra-0", 0) == 4949838231374462021
-    assert derive_key() == 1846236137374374258
+    assert derive_key(1, 2, "algebra-0", 0) == 1285028545948796385
+    assert derive_key() == 6510301506637419378
 
 
 def test_key_does_not_depend_on_the_hash_seed():
@@ -55,7 +55,7 @@ def test_other_types_are_refused(part):
 
 
 def test_uniforms_are_a_function_of_the_key():
-    assert uniforms(7, 2).tolist() == [0.17276334053205857, 0.8651197557344937]
+    assert uniforms(7, 2).tolist() == [0.8720734548204873, 0.29536538151378355]
     assert uniforms(7, 5)[:2].tolist() == uniforms(7, 2).tolist()
     assert uniforms(8, 2).tolist() != uniforms(7, 2).tolist()
 

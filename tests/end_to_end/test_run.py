@@ -1,0 +1,143 @@
+"""Whole runs through the command line: kill and resume, replay, what a run folder holds, a Hugging Face folder out."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, Qwen3ForCausalLM
+
+from tests import tiny
+
+ROOT = Path(__file__).parents[2]
+LAYOUT = "tensor_model_parallel_size: 2, sequence_parallel: true"
+METRICS = set(
+    """step loss num_tokens overlap/mean reveal/mean anchors/none_share loss_tokens entropy/student_mean
+    entropy/teacher_mean selected/share divergence/selected_mean divergence/other_mean clip/share clip/entries
+    response/length_mean response/truncated_share grad_norm lr sampler_gap/max time/rollout_s time/mask_s time/teacher_s
+    time/student_s time/optimizer_s tokens_per_second""".split()
+)
+
+
+def command(settings, *arguments):
+    return [sys.executable, "-m", "megatron_paint", "train", str(settings), *arguments, "--processes", "2"]
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def run(settings, *arguments):
+    done = subprocess.run(
+        command(settings, *arguments), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(folder with settings, model and problems; run folder of four unbroken steps; its console)."""
+    folder = tmp_path_factory.mktemp("whole")
+    tiny.make_model(folder / "model")
+    tiny.make_problems(folder / "problems.jsonl")
+    settings = tiny.make_settings(folder, folder / "model", folder / "problems.jsonl", layout=LAYOUT)
+    return folder, folder / "run", run(settings, "--json")
+
+
+def metrics(run_dir, *, timeless=True):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    if not timeless:
+        return lines
+    return [{k: v for k, v in line.items() if not k.startswith("time/") and k != "tokens_per_second"} for line in lines]
+
+
+def weights(run_dir):
+    return load_file(run_dir / "hf" / "step_000004" / "model.safetensors")
+
+
+def test_run_folder(whole):
+    folder, run_dir, console = whole
+    lines = metrics(run_dir, timeless=False)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(set(line) == METRICS for line in lines)
+    assert all(line["sampler_gap/max"] < 1e-4 for line in lines)
+    assert {p.name for p in (run_dir / "checkpoints").iterdir()} == {"step_000002", "step_000004"}
+    assert {p.name for p in (run_dir / "eval").iterdir()} == {f"step_00000{i}.json" for i in (0, 2, 4)}
+    samples = [json.loads(line) for line in (run_dir / "samples" / "step_000003.jsonl").read_text().splitlines()]
+    assert len(samples) == 4
+    for sample in samples:
+        assert set(sample) >= {"id", "step", "student_prompt_ids", "teacher_prompt_ids", "response_ids", "response_text"}
+        assert set(sample) >= {"overlap", "anchors", "reveal", "loss", "selected"}
+        assert len(sample["selected"]) == -(-len(sample["response_ids"]) // 5)  # a fifth, rounded up
+    events = [json.loads(line) for line in console.splitlines()]
+    assert [e["event"] for e in events].count("step") == 4
+    assert events[-1]["event"] == "end"
+
+
+def test_weights_changed_and_load(whole):
+    folder, run_dir, _ = whole
+    out = run_dir / "hf" / "step_000004"
+    model = Qwen3ForCausalLM.from_pretrained(out)
+    start = Qwen3ForCausalLM.from_pretrained(folder / "model")
+    for (name, new), old in zip(model.named_parameters(), start.parameters(), strict=True):
+        assert not torch.equal(new, old), name
+    assert AutoTokenizer.from_pretrained(out).chat_template == tiny.CHAT
+
+
+def test_killed_run_goes_on_bit_for_bit(whole, tmp_path):
+    folder, unbroken, _ = whole
+    arguments = (f"run.dir={tmp_path / 'run'}", "run.resume=auto")
+    settings = folder / "settings.yaml"
+    process = subprocess.Popen(
+        command(settings, *arguments), cwd=ROOT, env=environment(), start_new_session=True, stdout=subprocess.DEVNULL
+    )
+    marker = tmp_path / "run" / "checkpoints" / "step_000002" / "complete"
+    deadline = time.monotonic() + 200
+    while not marker.exists():
+        assert process.poll() is None, "the run ended before its first checkpoint"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "run" / "checkpoints" / "step_000004").exists()
+    run(settings, *arguments)
+    assert metrics(tmp_path / "run") == metrics(unbroken)
+    for step in (1, 2, 3, 4):
+        name = f"samples/step_{step:06d}.jsonl"
+        assert (tmp_path / "run" / name).read_bytes() == (unbroken / name).read_bytes()
+    ours, theirs = weights(tmp_path / "run"), weights(unbroken)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_replay_repeats_the_run(whole, tmp_path):
+    """The rollouts of a run, replayed, give its losses again."""
+    folder, unbroken, _ = whole
+    with (tmp_path / "rollouts.jsonl").open("w") as file:
+        for step in (1, 2, 3, 4):
+            for line in (unbroken / "samples" / f"step_{step:06d}.jsonl").read_text().splitlines():
+                sample = json.loads(line)
+                record = {"id": sample["id"], "step": step, "sample": 0, "response_ids": sample["response_ids"]}
+                file.write(json.dumps(record) + "\n")
+    replay = ("rollout.engine=replay", f"rollout.path={tmp_path / 'rollouts.jsonl'}", "evaluation.problems=null")
+    run(folder / "settings.yaml", f"run.dir={tmp_path / 'run'}", *replay)
+    assert [m["loss"] for m in metrics(tmp_path / "run")] == [m["loss"] for m in metrics(unbroken)]
+
+
+def test_changed_settings_do_not_resume(whole, capsys):
+    from megatron_paint.cli import main
+
+    folder, run_dir, _ = whole
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    status = main(
+        ["train", str(folder / "settings.yaml"), "optimizer.lr=2e-3", "run.resume=auto", "--processes", "2"]
+    )
+    assert status == 2
+    assert "optimizer.lr" in capsys.readouterr().err
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
