@@ -39,7 +39,14 @@ setup(
         "rich>=13",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "peft>=0.15", "ruff>=0.6", "tensorboard>=2.16"],
+        "test": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "peft>=0.15",
+            "ruff>=0.6",
+            "tensorboard>=2.16",
+        ],
         "gpu": ["transformer-engine[pytorch,core_cu13]>=2.14", "triton>=3"],
         "tensorboard": ["tensorboard>=2.16"],
     },

@@ -67,7 +67,9 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="SETTINGS.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optimizer.lr=1e-5")
-    parser.add_argument("--processes", type=int, help="ranks to start here; default: one a GPU, or one replica without GPUs")
+    parser.add_argument(
+        "--processes", type=int, help="ranks to start here; default: one a GPU, or one replica without GPUs"
+    )
     console = parser.add_mutually_exclusive_group()
     console.add_argument("--quiet", action="store_true", help="only warnings and the final table")
     console.add_argument("--json", action="store_true", help="one JSON object per event")

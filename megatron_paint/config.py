@@ -14,7 +14,7 @@ from megatron_paint.losses.config import InterpolationLossConfig
 CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-def Setting(description: str, **limits: Any) -> Any:
+def setting(description: str, **limits: Any) -> Any:
     """Limits and meaning of one setting, for pydantic and for error messages."""
     return Field(description=description, **limits)
 
@@ -36,165 +36,182 @@ def settings_class(cls: type) -> type:
 
 @settings_class
 class LoraSettings:
-    rank: Annotated[Count, Setting("rank of the adapters on all seven projections")] = 64
-    alpha: Annotated[Positive, Setting("adapters are scaled by alpha / rank")] = 128.0
+    rank: Annotated[Count, setting("rank of the adapters on all seven projections")] = 64
+    alpha: Annotated[Positive, setting("adapters are scaled by alpha / rank")] = 128.0
 
 
 @settings_class
 class ModelSettings:
-    hf_path: Annotated[Text, Setting("folder of a Hugging Face Qwen3 checkpoint")]
-    megatron_path: Annotated[Text | None, Setting("Megatron checkpoint of the same model to start from instead")] = None
-    dtype: Annotated[Literal["bfloat16", "float32"], Setting("type of weights and activations")] = "bfloat16"
+    hf_path: Annotated[Text, setting("folder of a Hugging Face Qwen3 checkpoint")]
+    megatron_path: Annotated[Text | None, setting("Megatron checkpoint of the same model to start from instead")] = None
+    dtype: Annotated[Literal["bfloat16", "float32"], setting("type of weights and activations")] = "bfloat16"
     lora: LoraSettings | None = None  # low-rank adapters; null trains every weight
 
 
 @settings_class
 class ColumnSettings:
-    id: Annotated[Text, Setting("column of the problem's id")] = "id"
-    problem: Annotated[Text, Setting("column of the problem's text")] = "problem"
-    solution: Annotated[Text, Setting("column of the verified solution")] = "solution"
-    answer: Annotated[Text, Setting("column of the final answer")] = "answer"
+    id: Annotated[Text, setting("column of the problem's id")] = "id"
+    problem: Annotated[Text, setting("column of the problem's text")] = "problem"
+    solution: Annotated[Text, setting("column of the verified solution")] = "solution"
+    answer: Annotated[Text, setting("column of the final answer")] = "answer"
 
 
 @settings_class
 class DataSettings:
-    train: Annotated[Text, Setting("training problems: a file, or a name for `datasets`")]
-    format: Annotated[Literal["auto", "jsonl", "parquet", "datasets"], Setting("auto goes by the file's ending")] = "auto"
-    split: Annotated[Text, Setting("split of a `datasets` source")] = "train"
+    train: Annotated[Text, setting("training problems: a file, or a name for `datasets`")]
+    format: Annotated[Literal["auto", "jsonl", "parquet", "datasets"], setting("auto goes by the file's ending")] = (
+        "auto"
+    )
+    split: Annotated[Text, setting("split of a `datasets` source")] = "train"
     columns: ColumnSettings = field(default_factory=ColumnSettings)
-    problems_per_step: Annotated[Count, Setting("problems in one optimiser step, over all data-parallel ranks")] = 32
-    micro_batch_tokens: Annotated[Count, Setting("most tokens, padding counted, in one micro-batch")] = 16384
-    on_bad_row: Annotated[Literal["error", "skip"], Setting("stop at a bad row, or leave it out and count it")] = "error"
-    check_answers: Annotated[Flag, Setting("compare each answer with the solution's last box")] = True
-    seed: Annotated[Whole, Setting("key of the order of the problems", ge=0)] = 1
+    problems_per_step: Annotated[Count, setting("problems in one optimiser step, over all data-parallel ranks")] = 32
+    micro_batch_tokens: Annotated[Count, setting("most tokens, padding counted, in one micro-batch")] = 16384
+    on_bad_row: Annotated[Literal["error", "skip"], setting("stop at a bad row, or leave it out and count it")] = (
+        "error"
+    )
+    check_answers: Annotated[Flag, setting("compare each answer with the solution's last box")] = True
+    seed: Annotated[Whole, setting("key of the order of the problems", ge=0)] = 1
 
 
 @settings_class
 class PromptSettings:
-    student_template: Annotated[Text | None, Setting("template file of the student's message; null: the shipped one")] = None
-    teacher_template: Annotated[Text | None, Setting("template file of the teacher's message; null: the shipped one")] = None
-    evaluation_template: Annotated[Text | None, Setting("template file of the message in evaluations; null: the shipped one")] = None
-    chat_template: Annotated[Text | None, Setting("chat template file; null: the tokenizer's own")] = None
-    student_thinking: Annotated[Flag, Setting("thinking mode of the student's prompt")] = False
-    teacher_thinking: Annotated[Flag, Setting("thinking mode of the teacher's prompt")] = True
+    student_template: Annotated[
+        Text | None, setting("template file of the student's message; null: the shipped one")
+    ] = None
+    teacher_template: Annotated[
+        Text | None, setting("template file of the teacher's message; null: the shipped one")
+    ] = None
+    evaluation_template: Annotated[
+        Text | None, setting("template file of the message in evaluations; null: the shipped one")
+    ] = None
+    chat_template: Annotated[Text | None, setting("chat template file; null: the tokenizer's own")] = None
+    student_thinking: Annotated[Flag, setting("thinking mode of the student's prompt")] = False
+    teacher_thinking: Annotated[Flag, setting("thinking mode of the teacher's prompt")] = True
 
 
 @settings_class
 class RevealSettings:
     rule: Annotated[
         Literal["overlap", "full", "fixed", "random", "shuffled", "inverted"],
-        Setting("how much of the solution the teacher sees"),
+        setting("how much of the solution the teacher sees"),
     ] = "overlap"
-    minimum: Annotated[Number, Setting("r_min: share shown to a rollout that has every anchor", ge=0, le=1)] = 0.3
-    share: Annotated[Number | None, Setting("share shown under rule: fixed", ge=0, le=1)] = None
-    unit: Annotated[Literal["token", "segment"], Setting("what the share is counted in")] = "token"
-    hide_answer: Annotated[Flag, Setting("hide the last box whatever the share")] = False
+    minimum: Annotated[Number, setting("r_min: share shown to a rollout that has every anchor", ge=0, le=1)] = 0.3
+    share: Annotated[Number | None, setting("share shown under rule: fixed", ge=0, le=1)] = None
+    unit: Annotated[Literal["token", "segment"], setting("what the share is counted in")] = "token"
+    hide_answer: Annotated[Flag, setting("hide the last box whatever the share")] = False
     solution: Annotated[
         Literal["own", "wrong", "none"],
-        Setting("own: the problem's; wrong: another problem's of the step; none: the teacher sees the student's prompt"),
+        setting(
+            "own: the problem's; wrong: another problem's of the step; none: the teacher sees the student's prompt"
+        ),
     ] = "own"
-    anchors: Annotated[Text, Setting("name of the anchor extractor")] = "math"
+    anchors: Annotated[Text, setting("name of the anchor extractor")] = "math"
 
 
 @settings_class
 class TeacherSettings:
-    weights: Annotated[Literal["initial", "current", "ema"], Setting("which weights score as teacher")] = "initial"
-    ema_decay: Annotated[Number, Setting("decay of the EMA after each optimiser step", ge=0, lt=1)] = 0.999
-    offload: Annotated[Flag, Setting("keep the second set of weights in host memory between passes")] = False
+    weights: Annotated[Literal["initial", "current", "ema"], setting("which weights score as teacher")] = "initial"
+    ema_decay: Annotated[Number, setting("decay of the EMA after each optimiser step", ge=0, lt=1)] = 0.999
+    offload: Annotated[Flag, setting("keep the second set of weights in host memory between passes")] = False
 
 
 @settings_class
 class ObjectiveSettings:
-    name: Annotated[Literal["paint", "opsd", "sft"], Setting("what is trained")] = "paint"
+    name: Annotated[Literal["paint", "opsd", "sft"], setting("what is trained")] = "paint"
     reveal: RevealSettings = field(default_factory=RevealSettings)
     loss: InterpolationLossConfig = field(default_factory=InterpolationLossConfig)
-    chunk_bytes: Annotated[Positive, Setting("bytes of logits that the loss may hold at once")] = 1.0e9
+    chunk_bytes: Annotated[Positive, setting("bytes of logits that the loss may hold at once")] = 1.0e9
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
 
 
 @settings_class
 class RolloutSettings:
-    engine: Annotated[Literal["megatron", "replay"], Setting("who samples")] = "megatron"
-    path: Annotated[Text | None, Setting("file of rollouts for engine: replay")] = None
-    max_new_tokens: Annotated[Count, Setting("longest response")] = 1024
-    temperature: Annotated[Number, Setting("0 is greedy", ge=0)] = 1.1
-    top_p: Annotated[Number, Setting("nucleus: smallest set of tokens with this mass", gt=0, le=1)] = 0.95
-    top_k: Annotated[Whole, Setting("most likely tokens kept; 0 keeps all", ge=0)] = 20
-    batch_size: Annotated[Count, Setting("responses decoded together on one data-parallel rank")] = 64
+    engine: Annotated[Literal["megatron", "replay"], setting("who samples")] = "megatron"
+    path: Annotated[Text | None, setting("file of rollouts for engine: replay")] = None
+    max_new_tokens: Annotated[Count, setting("longest response")] = 1024
+    temperature: Annotated[Number, setting("0 is greedy", ge=0)] = 1.1
+    top_p: Annotated[Number, setting("nucleus: smallest set of tokens with this mass", gt=0, le=1)] = 0.95
+    top_k: Annotated[Whole, setting("most likely tokens kept; 0 keeps all", ge=0)] = 20
+    batch_size: Annotated[Count, setting("responses decoded together on one data-parallel rank")] = 64
 
 
 @settings_class
 class OptimizerSettings:
-    name: Annotated[Literal["adam", "sgd"], Setting("adam is AdamW")] = "adam"
-    lr: Annotated[Positive, Setting("peak learning rate")] = 5.0e-6
-    min_lr: Annotated[Number, Setting("learning rate at the end of linear and cosine decay", ge=0)] = 0.0
-    decay: Annotated[Literal["constant", "linear", "cosine"], Setting("shape after the warm-up")] = "constant"
-    warmup_steps: Annotated[Whole, Setting("steps of linear rise", ge=0)] = 0
-    beta1: Annotated[Number, Setting("first moment's decay", ge=0, lt=1)] = 0.9
-    beta2: Annotated[Number, Setting("second moment's decay", ge=0, lt=1)] = 0.999
-    eps: Annotated[Positive, Setting("added to the root of the second moment")] = 1.0e-8
-    weight_decay: Annotated[Number, Setting("decoupled weight decay", ge=0)] = 0.0
-    momentum: Annotated[Number, Setting("of sgd", ge=0, lt=1)] = 0.0
-    clip_grad: Annotated[Number, Setting("largest global gradient norm; 0 is no clipping", ge=0)] = 0.1
+    name: Annotated[Literal["adam", "sgd"], setting("adam is AdamW")] = "adam"
+    lr: Annotated[Positive, setting("peak learning rate")] = 5.0e-6
+    min_lr: Annotated[Number, setting("learning rate at the end of linear and cosine decay", ge=0)] = 0.0
+    decay: Annotated[Literal["constant", "linear", "cosine"], setting("shape after the warm-up")] = "constant"
+    warmup_steps: Annotated[Whole, setting("steps of linear rise", ge=0)] = 0
+    beta1: Annotated[Number, setting("first moment's decay", ge=0, lt=1)] = 0.9
+    beta2: Annotated[Number, setting("second moment's decay", ge=0, lt=1)] = 0.999
+    eps: Annotated[Positive, setting("added to the root of the second moment")] = 1.0e-8
+    weight_decay: Annotated[Number, setting("decoupled weight decay", ge=0)] = 0.0
+    momentum: Annotated[Number, setting("of sgd", ge=0, lt=1)] = 0.0
+    clip_grad: Annotated[Number, setting("largest global gradient norm; 0 is no clipping", ge=0)] = 0.1
 
 
 @settings_class
 class MegatronSettings:
     """Megatron-Core's and Transformer Engine's own settings, with their own names; null leaves their default."""
 
-    tensor_model_parallel_size: Annotated[Count, Setting("ranks that share each layer")] = 1
-    pipeline_model_parallel_size: Annotated[Count, Setting("stages that share the layers")] = 1
-    sequence_parallel: Annotated[Flag, Setting("split activations between layers over the tensor-parallel ranks")] = False
-    use_distributed_optimizer: Annotated[Flag, Setting("shard optimiser state over data-parallel ranks")] = True
-    overlap_grad_reduce: Annotated[Flag, Setting("reduce gradients during backward")] = False
+    tensor_model_parallel_size: Annotated[Count, setting("ranks that share each layer")] = 1
+    pipeline_model_parallel_size: Annotated[Count, setting("stages that share the layers")] = 1
+    sequence_parallel: Annotated[Flag, setting("split activations between layers over the tensor-parallel ranks")] = (
+        False
+    )
+    use_distributed_optimizer: Annotated[Flag, setting("shard optimiser state over data-parallel ranks")] = True
+    overlap_grad_reduce: Annotated[Flag, setting("reduce gradients during backward")] = False
     transformer_impl: Annotated[
-        Literal["auto", "local", "transformer_engine"], Setting("auto takes Transformer Engine where CUDA and it are present")
+        Literal["auto", "local", "transformer_engine"],
+        setting("auto takes Transformer Engine where CUDA and it are present"),
     ] = "auto"
-    recompute_granularity: Annotated[Literal["full", "selective"] | None, Setting("activation recomputation")] = None
-    recompute_method: Annotated[Literal["uniform", "block"] | None, Setting("with granularity full")] = None
-    recompute_num_layers: Annotated[Count | None, Setting("with granularity full")] = None
-    fp8: Annotated[Literal["e4m3", "hybrid"] | None, Setting("FP8 format of Transformer Engine's GEMMs")] = None
-    fp8_recipe: Annotated[Literal["delayed", "tensorwise", "blockwise", "mxfp8"], Setting("FP8 scaling")] = "blockwise"
-    fp8_margin: Annotated[Whole, Setting("of delayed scaling", ge=0)] = 0
-    fp8_amax_history_len: Annotated[Count, Setting("of delayed scaling")] = 1
-    fp8_amax_compute_algo: Annotated[Literal["most_recent", "max"], Setting("of delayed scaling")] = "most_recent"
-    first_last_layers_bf16: Annotated[Flag, Setting("keep the first and last layers out of FP8")] = False
-    num_layers_at_start_in_bf16: Annotated[Whole, Setting("with first_last_layers_bf16", ge=0)] = 1
-    num_layers_at_end_in_bf16: Annotated[Whole, Setting("with first_last_layers_bf16", ge=0)] = 1
-    deterministic_mode: Annotated[Flag, Setting("only deterministic kernels")] = False
-    distributed_timeout_minutes: Annotated[Count, Setting("time-out of a collective")] = 10
+    recompute_granularity: Annotated[Literal["full", "selective"] | None, setting("activation recomputation")] = None
+    recompute_method: Annotated[Literal["uniform", "block"] | None, setting("with granularity full")] = None
+    recompute_num_layers: Annotated[Count | None, setting("with granularity full")] = None
+    fp8: Annotated[Literal["e4m3", "hybrid"] | None, setting("FP8 format of Transformer Engine's GEMMs")] = None
+    fp8_recipe: Annotated[Literal["delayed", "tensorwise", "blockwise", "mxfp8"], setting("FP8 scaling")] = "blockwise"
+    fp8_margin: Annotated[Whole, setting("of delayed scaling", ge=0)] = 0
+    fp8_amax_history_len: Annotated[Count, setting("of delayed scaling")] = 1
+    fp8_amax_compute_algo: Annotated[Literal["most_recent", "max"], setting("of delayed scaling")] = "most_recent"
+    first_last_layers_bf16: Annotated[Flag, setting("keep the first and last layers out of FP8")] = False
+    num_layers_at_start_in_bf16: Annotated[Whole, setting("with first_last_layers_bf16", ge=0)] = 1
+    num_layers_at_end_in_bf16: Annotated[Whole, setting("with first_last_layers_bf16", ge=0)] = 1
+    deterministic_mode: Annotated[Flag, setting("only deterministic kernels")] = False
+    distributed_timeout_minutes: Annotated[Count, setting("time-out of a collective")] = 10
 
 
 @settings_class
 class EvaluationSettings:
-    problems: Annotated[Text | None, Setting("held-out problems; null: no evaluation")] = None
-    format: Annotated[Literal["auto", "jsonl", "parquet", "datasets"], Setting("as in data")] = "auto"
-    split: Annotated[Text, Setting("as in data")] = "test"
+    problems: Annotated[Text | None, setting("held-out problems; null: no evaluation")] = None
+    format: Annotated[Literal["auto", "jsonl", "parquet", "datasets"], setting("as in data")] = "auto"
+    split: Annotated[Text, setting("as in data")] = "test"
     columns: ColumnSettings = field(default_factory=ColumnSettings)
-    limit: Annotated[Count | None, Setting("only the first problems")] = None
-    samples: Annotated[Count, Setting("n of Avg@n")] = 12
-    temperature: Annotated[Number, Setting("0 is greedy", ge=0)] = 1.0
-    top_p: Annotated[Number, Setting("as in rollout", gt=0, le=1)] = 0.95
-    top_k: Annotated[Whole, Setting("as in rollout", ge=0)] = 0
-    max_new_tokens: Annotated[Count, Setting("longest answer")] = 38912
-    thinking: Annotated[Flag, Setting("thinking mode of the prompt")] = True
-    greedy: Annotated[Flag, Setting("one greedy answer a problem as well")] = False
-    grading_seconds: Annotated[Positive, Setting("time limit of one verdict")] = 5.0
+    limit: Annotated[Count | None, setting("only the first problems")] = None
+    samples: Annotated[Count, setting("n of Avg@n")] = 12
+    temperature: Annotated[Number, setting("0 is greedy", ge=0)] = 1.0
+    top_p: Annotated[Number, setting("as in rollout", gt=0, le=1)] = 0.95
+    top_k: Annotated[Whole, setting("as in rollout", ge=0)] = 0
+    max_new_tokens: Annotated[Count, setting("longest answer")] = 38912
+    thinking: Annotated[Flag, setting("thinking mode of the prompt")] = True
+    greedy: Annotated[Flag, setting("one greedy answer a problem as well")] = False
+    grading_seconds: Annotated[Positive, setting("time limit of one verdict")] = 5.0
 
 
 @settings_class
 class RunSettings:
-    dir: Annotated[Text, Setting("run folder")]
-    steps: Annotated[Count, Setting("optimiser steps")] = 100
-    save_every: Annotated[Whole, Setting("steps between checkpoints; 0: only at the end", ge=0)] = 25
-    evaluate_every: Annotated[Whole, Setting("steps between evaluations; 0: only before and after", ge=0)] = 25
-    export_every: Annotated[Whole, Setting("steps between Hugging Face exports; 0: only at the end", ge=0)] = 0
-    seed: Annotated[Whole, Setting("key of all sampling", ge=0)] = 1
+    dir: Annotated[Text, setting("run folder")]
+    steps: Annotated[Count, setting("optimiser steps")] = 100
+    save_every: Annotated[Whole, setting("steps between checkpoints; 0: only at the end", ge=0)] = 25
+    evaluate_every: Annotated[Whole, setting("steps between evaluations; 0: only before and after", ge=0)] = 25
+    export_every: Annotated[Whole, setting("steps between Hugging Face exports; 0: only at the end", ge=0)] = 0
+    seed: Annotated[Whole, setting("key of all sampling", ge=0)] = 1
     resume: Annotated[
-        Literal["never", "auto", "required"], Setting("go on from the newest complete checkpoint of run.dir")
+        Literal["never", "auto", "required"], setting("go on from the newest complete checkpoint of run.dir")
     ] = "never"
-    tensorboard: Annotated[Flag, Setting("write TensorBoard files")] = True
-    self_check_limit: Annotated[Number, Setting("largest loss, in nats a token, of a model against itself", ge=0)] = 0.05
+    tensorboard: Annotated[Flag, setting("write TensorBoard files")] = True
+    self_check_limit: Annotated[Number, setting("largest loss, in nats a token, of a model against itself", ge=0)] = (
+        0.05
+    )
 
 
 @settings_class

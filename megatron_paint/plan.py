@@ -29,12 +29,13 @@ class Plan:
         """The plan as a user reads it."""
         shape = self.shape
         problems = settings.data.problems_per_step
+        layers = shape.num_layers // self.pipeline_parallel
         rows = [
             f"model      {shape.num_parameters:,} weights, {shape.num_layers} layers, hidden {shape.hidden_size}, "
             f"{shape.num_heads} heads / {shape.num_groups} groups, vocabulary {shape.vocab_size:,}"
             f"{', tied' if shape.tied else ''}",
             f"layout     {self.processes} processes = tensor {self.tensor_parallel} x pipeline "
-            f"{self.pipeline_parallel} x data {self.data_parallel}; {shape.num_layers // self.pipeline_parallel} layers "
+            f"{self.pipeline_parallel} x data {self.data_parallel}; {layers} layers "
             f"a stage, {shape.vocab_size // self.tensor_parallel:,} vocabulary rows a rank",
             f"layers     {'Transformer Engine' if self.uses_engine else 'plain torch'}, {settings.model.dtype}"
             f"{f', FP8 {settings.megatron.fp8} {settings.megatron.fp8_recipe}' if settings.megatron.fp8 else ''}",

@@ -49,7 +49,8 @@ class Prompts:
         """The problem and what is revealed; the student's prompt where nothing is to be revealed (no reference)."""
         if not reveal.reference:
             return self.student_prompt(problem)
-        return self._teacher_prompt(problem, shown=reveal.shown_text, hidden=reveal.shown_text != reveal.reference)
+        hidden = bool(reveal.reference[len(reveal.shown_text) :].strip())
+        return self._teacher_prompt(problem, shown=reveal.shown_text, hidden=hidden)
 
     def full_teacher_prompt(self, problem: Problem, reveal: Reveal | None = None) -> TokenIds:
         """The problem and its whole solution, or the whole of what a reveal was cut from."""

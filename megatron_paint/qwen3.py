@@ -46,7 +46,9 @@ def read_shape(folder: str | Path) -> Qwen3Shape:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"model.hf_path: {folder} has no config.json; is it a Hugging Face checkpoint folder?") from None
+        raise UserError(
+            f"model.hf_path: {folder} has no config.json; is it a Hugging Face checkpoint folder?"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"model.hf_path: {path} is not valid JSON ({error}); copy the checkpoint again") from None
     if not isinstance(raw, dict) or raw.get("model_type") != "qwen3":

@@ -29,7 +29,9 @@ class Rollout:
     sample_index: int  # 0 .. samples per problem - 1
     prompt_ids: TokenIds  # what the student was shown
     response_ids: TokenIds  # what it sampled, the end token included where one was sampled
-    logprobs: tuple[float, ...] | None  # of the sampled tokens, in nats, at the sampling temperature, before top-k and top-p; None from replay
+    logprobs: (
+        tuple[float, ...] | None
+    )  # of the sampled tokens, in nats, at the sampling temperature, before top-k and top-p; None from replay
     finished: bool  # True: ended by a stop token; False: cut at the length limit
 
 

@@ -1,4 +1,4 @@
-"""Reads settings: a YAML file, then `key=value` overrides, checked against `config.py`; every mistake is one clear line."""
+"""Reads settings: a YAML file, then `key=value` overrides, checked against `config.py`; a mistake is one line."""
 
 import dataclasses
 import difflib
@@ -87,7 +87,7 @@ def _contradictions(settings: Settings) -> list[tuple[bool, str]]:
         (
             megatron.recompute_granularity == "full"
             and (megatron.recompute_method is None or megatron.recompute_num_layers is None),
-            "megatron.recompute_granularity=full needs recompute_method and recompute_num_layers (uniform and 1 are usual)",
+            "megatron.recompute_granularity=full needs recompute_method and recompute_num_layers (uniform, 1)",
         ),
         (
             megatron.fp8 is not None and settings.model.dtype != "bfloat16",

@@ -206,7 +206,7 @@ class Run:
         if not floor <= limit:
             raise UserError(
                 f"self-check: the model differs from itself by {floor:.3g} nats a token, above "
-                f"run.self_check_limit={limit:g}; with FP8 try another megatron.fp8_recipe, or raise the limit knowingly"
+                f"run.self_check_limit={limit:g}; with FP8 try another megatron.fp8_recipe or raise the limit"
             )
 
     def _own_sample(self, problem: Problem) -> Sample:

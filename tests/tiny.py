@@ -52,7 +52,7 @@ def make_problems(path: Path, count: int = 8) -> Path:
         {
             "id": f"p{i}",
             "problem": f"What is {i + 3} + {i + 5}?",
-            "solution": f"We add {i + 3} and {i + 5}. This gives {2 * i + 8}.\nSo the answer is \\boxed{{{2 * i + 8}}}.",
+            "solution": f"We add {i + 3} and {i + 5}. This gives {2 * i + 8}.\nSo it is \\boxed{{{2 * i + 8}}}.",
             "answer": str(2 * i + 8),
         }
         for i in range(count)

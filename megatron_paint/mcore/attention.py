@@ -1,8 +1,8 @@
 """Attention over packed rows, with a key-value cache for sampling: one code path for training and generation.
 
 A call's tokens stand one behind another, rows concatenated without padding: hidden states are [T, 1, H]. Everything in
-the network except attention works on single tokens, so only this file knows rows. `TokenRows` travels down the layers as
-Megatron's `packed_seq_params` (an argument, so that activation recomputation sees the right one).
+the network except attention works on single tokens, so only this file knows rows. `TokenRows` travels down the layers
+as Megatron's `packed_seq_params`: as an argument, so that activation recomputation sees the right one.
 
 Axes: T tokens of the call, R rows, S longest row, K keys, N heads of this rank, G key-value groups of this rank, D head
 size. Megatron's static inference context has one offset for a whole batch and differs between its versions; rows of

@@ -32,7 +32,7 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_
 def save_checkpoint(
     folder: Path, stage: Qwen3Model, optimizer: MegatronOptimizer, teacher: Teacher, state: dict[str, Any], world: World
 ) -> None:
-    """Writes everything a run needs to go on; all ranks call together. A failed write leaves nothing that looks whole."""
+    """Writes everything a run needs to go on; all ranks call together. A failed write looks like none."""
     folder = Path(folder)
     unfinished = folder.with_name(f"{folder.name}.partial")
     if world.rank == 0:
@@ -51,9 +51,7 @@ def save_checkpoint(
     dist.barrier(group=world.host_group)
 
 
-def load_checkpoint(
-    folder: Path, stage: Qwen3Model, optimizer: MegatronOptimizer, teacher: Teacher
-) -> dict[str, Any]:
+def load_checkpoint(folder: Path, stage: Qwen3Model, optimizer: MegatronOptimizer, teacher: Teacher) -> dict[str, Any]:
     """Fills model, optimiser and teacher from `folder`, whatever layout wrote it; returns the run's state."""
     _prepare_torch_adam(optimizer)
     wanted = _sharded_state(stage, optimizer, teacher, is_loading=True)

@@ -83,7 +83,9 @@ class Generator:
         cache = KeyValueCache()
         live = list(rows)
         prompts = [row.request.prompt_ids for row in rows]
-        logits_RV = self._call([token for prompt in prompts for token in prompt], [len(p) for p in prompts], None, cache)
+        logits_RV = self._call(
+            [token for prompt in prompts for token in prompt], [len(p) for p in prompts], None, cache
+        )
         for step in range(sampling.max_new_tokens):
             token_R, logp_R = self._choose(logits_RV, [row.uniform[step] for row in live], sampling)
             for row, token, logp in zip(live, token_R, logp_R, strict=True):
@@ -129,7 +131,9 @@ class Generator:
         hidden_T1H = self.stage(ids_T, rows)
         if not world.is_last_stage:
             dist.send(
-                hidden_T1H.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank(), group=world.pp_group
+                hidden_T1H.contiguous(),
+                dst=parallel_state.get_pipeline_model_parallel_next_rank(),
+                group=world.pp_group,
             )
         return hidden_T1H
 

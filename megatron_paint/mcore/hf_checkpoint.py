@@ -1,4 +1,4 @@
-"""Reading and writing Hugging Face checkpoint folders: each rank reads only its slices, and writes its stage's shard."""
+"""Reading and writing Hugging Face checkpoint folders: ranks read only their slices, and write their stage."""
 
 import json
 import os
@@ -96,7 +96,7 @@ def first_layer_of(stage: nn.Module) -> int:
 
 @torch.no_grad()
 def load_stage(stage: nn.Module, folder: str | Path, shape: Qwen3Shape, world: World) -> None:
-    """Fills every base parameter of this rank's stage from its own slices of the checkpoint, in the parameter's type."""
+    """Fills every base parameter of this rank's stage from its own slices of the checkpoint."""
     read = HuggingFaceReader(folder, shape)
     for name, parameter in base_parameters(stage):
         rule = rule_of(name, shape, first_layer=first_layer_of(stage))

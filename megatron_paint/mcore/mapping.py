@@ -176,9 +176,7 @@ def layer_rules(shape: Qwen3Shape, layer: int) -> dict[str, Rule]:
             hf + "self_attn.o_proj.weight", hidden, shape.num_heads * shape.head_dim
         ),
         "pre_mlp_layernorm.weight": Replicated(hf + "post_attention_layernorm.weight", hidden),
-        "mlp.linear_fc1.weight": GateUp(
-            hf + "mlp.gate_proj.weight", hf + "mlp.up_proj.weight", shape.ffn_size, hidden
-        ),
+        "mlp.linear_fc1.weight": GateUp(hf + "mlp.gate_proj.weight", hf + "mlp.up_proj.weight", shape.ffn_size, hidden),
         "mlp.linear_fc2.weight": Columns(hf + "mlp.down_proj.weight", hidden, shape.ffn_size),
     }
 

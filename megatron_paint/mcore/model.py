@@ -13,10 +13,10 @@ from megatron.core.tensor_parallel.layers import (
     RowParallelLinear,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -124,7 +124,7 @@ def transformer_config(shape: Qwen3Shape, model: ModelSettings, megatron: Megatr
 
 
 def layer_spec(*, with_engine: bool, lora: bool) -> ModuleSpec:
-    """One Qwen3 layer. Transformer Engine's norms are fused into the linear layers unless adapters need their output."""
+    """One Qwen3 layer. Transformer Engine fuses the norms into the linear layers unless adapters need them."""
     qkv, proj, fc1, fc2, norm, attention = _parts(with_engine, fuse_norms=not lora)
     fused = with_engine and not lora
     layer_norm = IdentityOp if fused else norm

@@ -126,7 +126,9 @@ class MegatronPolicy:
                 teachers["full_teacher_hidden_NH"] = self._score(samples, replicas, "full_teacher_prompt_ids", teacher)
         with _timed(seconds, "student"):
             found: dict[int, SampleScore | NonFinite] = {}
-            evaluate = partial(self._loss_of, samples, loss, teachers, found, teacher.output_weight() if teachers else None)
+            evaluate = partial(
+                self._loss_of, samples, loss, teachers, found, teacher.output_weight() if teachers else None
+            )
             if not forward_only:
                 self.wrapped.zero_grad_buffer()
                 self.optimizer.zero_grad()

@@ -72,7 +72,7 @@ class RunFolder:
             self._check_unchanged(new)
         existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not os.access(existing, os.W_OK):
-            raise UserError(f"run.dir={self.path} cannot be written: no permission for {existing}; give another run.dir")
+            raise UserError(f"run.dir={self.path} cannot be written: no permission in {existing}; give another")
         return step
 
     def _held(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""What users get wrong: each mistake ends with exit status 2 and one clear line that names it, before any model loads."""
+"""What users get wrong: each mistake ends with exit status 2 and one clear line, before any model loads."""
 
 import json
 import shutil
@@ -211,11 +211,15 @@ FILES = {
         "truncated",
     ),
     "missing shard": (
-        lambda m: (m / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}})),
+        lambda m: (m / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"a": "gone.safetensors"}})
+        ),
         "gone.safetensors",
     ),
     "index that leaves its folder": (
-        lambda m: (m / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}})),
+        lambda m: (m / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"a": "../x.safetensors"}})
+        ),
         "outside its folder",
     ),
 }

@@ -18,7 +18,9 @@ from tests.parallel.parity_worker import records, set_adapters, settings_of
 
 HALF = 3
 CASES = (
-    parity.Case(name="full-initial", tied=False, teacher="initial", optimizer="adam", distributed_optimizer=True, eps=1e-8),
+    parity.Case(
+        name="full-initial", tied=False, teacher="initial", optimizer="adam", distributed_optimizer=True, eps=1e-8
+    ),
     parity.Case(name="full-ema-tied", tied=True, teacher="ema", optimizer="adam", distributed_optimizer=True, eps=1e-8),
     parity.Case(name="lora-ema", tied=True, teacher="ema", optimizer="adam", lora=True, eps=1e-8),
     parity.Case(name="bfloat16", tied=True, teacher="ema", optimizer="adam", distributed_optimizer=True, eps=1e-8),

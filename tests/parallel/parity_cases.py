@@ -39,10 +39,19 @@ class Case:
 CASES = (
     Case(name="full-initial-sgd", tied=False, teacher="initial", optimizer="sgd", lr=5e-2),
     Case(name="full-tied-ema-adam", tied=True, teacher="ema", optimizer="adam", clip_grad=0.5),
-    Case(name="full-current-distributed-adam", tied=True, teacher="current", optimizer="adam", distributed_optimizer=True),
+    Case(
+        name="full-current-distributed-adam", tied=True, teacher="current", optimizer="adam", distributed_optimizer=True
+    ),
     Case(name="lora-initial-adam", tied=True, teacher="initial", optimizer="adam", lora=True),
     Case(name="lora-ema-sgd", tied=False, teacher="ema", optimizer="sgd", lora=True, lr=5e-2),
-    Case(name="lora-current-distributed-adam", tied=True, teacher="current", optimizer="adam", lora=True, distributed_optimizer=True),
+    Case(
+        name="lora-current-distributed-adam",
+        tied=True,
+        teacher="current",
+        optimizer="adam",
+        lora=True,
+        distributed_optimizer=True,
+    ),
     Case(name="sft-tied-adam", tied=True, teacher="none", optimizer="adam"),
     Case(name="sft-lora-sgd", tied=False, teacher="none", optimizer="sgd", lora=True, lr=5e-2),
 )
@@ -67,7 +76,7 @@ def checkpoint(folder: Path, name: str, tied: bool) -> Path:
 
 
 def adapter_value(name: str, shape: torch.Size) -> torch.Tensor:
-    """A whole adapter matrix, from its PEFT name: not zero, so that the current teacher differs from the initial one."""
+    """A whole adapter matrix, from its PEFT name: not zero, so that the teacher kinds differ."""
     generator = torch.Generator().manual_seed(sum(ord(c) * (i + 1) for i, c in enumerate(name)))
     return 0.2 * torch.randn(shape, generator=generator)
 

@@ -1,4 +1,4 @@
-"""PAINT's update in plain torch over `transformers`' Qwen3: one process, dense logits, autograd. Nothing of ours inside.
+"""PAINT's update in plain torch over `transformers`' Qwen3: dense logits, autograd. Nothing of ours inside.
 
 Axes: N response tokens, V vocabulary.
 """
@@ -41,7 +41,9 @@ def paint_loss(student_NV: Tensor, teacher_NV: Tensor, *, temperature, weight, f
 class PlainPolicy:
     """Student, teacher and optimiser of one process; `train_step` returns losses and gradients before the step."""
 
-    def __init__(self, model, *, teacher: str, ema_decay: float = 0.5, optimizer: str = "sgd", lr=1e-2, eps=1e-8, clip=0.0):
+    def __init__(
+        self, model, *, teacher: str, ema_decay: float = 0.5, optimizer: str = "sgd", lr=1e-2, eps=1e-8, clip=0.0
+    ):
         self.model = model
         self.teacher_kind = teacher
         self.ema_decay = ema_decay

@@ -74,7 +74,7 @@ class TestCut:
         assert cut(text, 0.95, words) == text
 
     def test_a_share_that_rounds_to_all_hides_nothing(self):
-        assert cut("one two ", 0.51, words) == "one two "
+        assert cut("one two three ", 0.76, words) == "one two three "
 
     def test_backs_off_to_a_sentence_end_in_the_last_15_percent(self):
         text = "a" * 50 + " end. Next sentence goes on and on for a long while"
@@ -177,23 +177,14 @@ class TestCut:
         for kept, shown in enumerate(expected):
             assert cut(text, kept / 4, unit="segment") == shown
         assert cut(text, 0.26, unit="segment") == expected[2]
-        assert cut(text, 1.0, unit="segment", hide_answer=True) == "One. Two $a.\\ b$ still two.\nThree\n\nFour"
+        assert cut(text, 1.0, unit="segment", hide_answer=True) == expected[3]
 
     pieces = st.sampled_from(
         [
-            *"ab. \n$",
-            "\\[",
-            "\\]",
-            "\\boxed{",
-            "}",
-            "\\\\",
-            "\\begin{align}",
-            "\\end{align}",
-            "x=1",
-            "\u00e9",
-            "\U0001f600",
+            *"ab. \n$}",
+            *("\\[", "\\]", "\\boxed{", "\\\\", "\\begin{align}", "\\end{align}", "x=1"),
+            *("word ", "End. ", "\u00e9", "\U0001f600", "e\u0301", "\ud800"),
         ]
-        + ["e\u0301", "word ", "End. ", "\ud800"]
     )
 
     @settings(max_examples=500, deadline=None)
@@ -217,27 +208,20 @@ class TestCut:
             if not ends_a_row:
                 assert not any(span.start < end < span.end for span in math_spans(text, alignments(text)))
 
-    @settings(max_examples=200, deadline=None)
-    @given(st.lists(pieces, max_size=50).map("".join))
-    def test_a_larger_share_never_asks_for_less(self, text):
-        """Backing off may lose a little, but never below what half the share would keep before backing off."""
-        kept = [len(cut(text, share / 10)) for share in range(11)]
-        assert kept[0] == 0
-        assert kept[-1] == len(text)
-
 
 def step_of(count, samples=1):
     problems = [
         Problem(
             id=f"p{index}",
             problem=f"Problem {index}",
-            solution=f"First we find $a_{index} = {index + 30}$ here. Then $b_{index} = {index + 60}$. So \\boxed{{{index + 90}}}.",
+            solution=f"First we find $a_{index} = {index + 30}$ here. Then $b_{index} = {index + 60}$."
+            f" So \\boxed{{{index + 90}}}.",
             answer=str(index + 90),
         )
         for index in range(count)
         for _ in range(samples)
     ]
-    # The n-th rollout reproduces n % 6 of the five anchors.
+    # The n-th rollout reproduces 0, 2, 4 or all 5 of: a box, two formulas, two numbers.
     anchors = [
         [f"a_{i} = {i + 30}", f"b_{i} = {i + 60}", f"\\boxed{{{i + 90}}}"] for i in (int(p.id[1:]) for p in problems)
     ]
