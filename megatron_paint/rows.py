@@ -77,11 +77,12 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
 def _jsonl_row(line: bytes, path: Path, number: int) -> Row:
     where, name = f"{path}:{number}", f"{path.stem}:{number}"
     try:
-        values = json.loads(line.decode())
+        values = json.loads(line.decode().rstrip())
     except UnicodeDecodeError as error:
         return Row(where, name, None, f"not UTF-8: byte 0x{line[error.start]:02x} at byte {error.start} of the line")
     except json.JSONDecodeError as error:
-        return Row(where, name, None, f"not JSON: {error.msg} at character {error.pos} of the line")
+        message = error.msg.removesuffix(" at")
+        return Row(where, name, None, f"not JSON: {message} at character {error.pos} of the line")
     except (ValueError, RecursionError) as error:
         return Row(where, name, None, f"not JSON that can be read: {error}")
     if not isinstance(values, dict):

@@ -1,0 +1,75 @@
+"""Settings: every shipped file is read, defaults are the documented ones, OPSD is PAINT's special case."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from megatron_paint.config import OptimizerSettings, Settings
+from megatron_paint.errors import UserError
+from megatron_paint.plan import make_plan
+from megatron_paint.schedule import learning_rate
+from megatron_paint.settings import load_settings, settings_of
+from tests import tiny
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").rglob("*.yaml"))
+SMALLEST = {"model": {"hf_path": "m"}, "data": {"train": "p.jsonl"}, "run": {"dir": "r"}}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_shipped_files_are_read(path):
+    assert isinstance(load_settings(path), Settings)
+
+
+def test_documented_defaults():
+    settings = settings_of(SMALLEST)
+    loss, reveal, rollout = settings.objective.loss, settings.objective.reveal, settings.rollout
+    assert (loss.temperature, loss.weight, loss.fraction, loss.clip) == (1.1, 0.1, 0.10, None)
+    assert (reveal.rule, reveal.minimum) == ("overlap", 0.3)
+    assert (rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k) == (1024, 1.1, 0.95, 20)
+    assert (settings.optimizer.lr, settings.optimizer.clip_grad) == (5e-6, 0.1)
+    assert settings.objective.teacher.weights == "initial"
+    assert settings.model.lora is None
+
+
+def test_opsd_is_paint_that_shows_all_and_mixes_nothing():
+    opsd = settings_of(SMALLEST | {"objective": {"name": "opsd"}}).objective
+    paint = settings_of(
+        SMALLEST | {"objective": {"name": "paint", "reveal": {"rule": "full"}, "loss": {"positions": "none"}}}
+    ).objective
+    assert dataclasses.replace(opsd, name="paint") == paint
+
+
+def test_overrides_take_yaml_values(tmp_path):
+    path = tmp_path / "s.yaml"
+    path.write_text("model: {hf_path: m}\ndata: {train: p}\nrun: {dir: r}\n")
+    settings = load_settings(path, ["optimizer.lr=5e-6", "model.lora={rank: 8, alpha: 16}", "objective.loss.clip=0.05"])
+    assert settings.optimizer.lr == 5e-6
+    assert settings.model.lora.rank == 8
+    assert settings.objective.loss.clip == 0.05
+    assert load_settings(path, ["model.lora=null"]).model.lora is None
+
+
+def test_several_mistakes_are_told_together():
+    with pytest.raises(UserError) as error:
+        settings_of(SMALLEST | {"optimizer": {"lr": -1.0, "eps": 0.0}})
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_learning_rate_by_hand():
+    linear = OptimizerSettings(lr=1.0, min_lr=0.2, decay="linear", warmup_steps=2)
+    assert [learning_rate(s, steps=6, settings=linear) for s in (1, 2, 4, 6)] == pytest.approx([0.5, 1.0, 0.6, 0.2])
+    cosine = OptimizerSettings(lr=1.0, decay="cosine")
+    assert [learning_rate(s, steps=4, settings=cosine) for s in (2, 4)] == pytest.approx([0.5, 0.0])
+    assert learning_rate(99, steps=100, settings=OptimizerSettings(lr=3.0)) == 3.0
+
+
+def test_plan_counts_weights(tmp_path):
+    """The number of weights from the config is that of the model."""
+    from transformers import Qwen3ForCausalLM
+
+    for tied in (True, False):
+        folder = tiny.make_model(tmp_path / str(tied), tied=tied)
+        settings = settings_of(SMALLEST | {"model": {"hf_path": str(folder)}, "rollout": {"max_new_tokens": 8}})
+        model = Qwen3ForCausalLM.from_pretrained(folder)
+        assert make_plan(settings, processes=1).shape.num_parameters == sum(p.numel() for p in model.parameters())
