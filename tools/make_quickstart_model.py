@@ -8,16 +8,13 @@ every seed gives a model on which PAINT has something to teach. One process, no 
 import argparse
 import math
 import random
-import shutil
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from quickstart_task import SPECIAL, VOCABULARY, VOCABULARY_ROWS, RowMaker, draw_problems, write_problems, write_tokenizer
+from quickstart_task import VOCABULARY, VOCABULARY_ROWS, RowMaker, draw_problems, write_problems, write_tokenizer
 
 from megatron_paint.config import (
     DataSettings,
@@ -46,6 +43,7 @@ TEMPLATES = Path(__file__).parents[1] / "examples" / "quickstart" / "templates"
 TRAINING_PROBLEMS, HELD_OUT_PROBLEMS = 2000, 240
 PROBLEM_SEED = 7  # the problem files do not depend on --seed
 MEASURED_PROBLEMS = 150
+LAYERS, THREADS = 2, 2
 PEAK_LR = 4.0e-3
 DRILLS = 256  # rows in a step of drills
 DRILLED_LOSS = 0.02  # nats a token; below it the table of sums is known
@@ -136,16 +134,102 @@ class WarmUp:
         """Accuracy on held-out problems under every kind of prompt."""
         alone = self._evaluate(self.rows.prompts, greedy=True)
         return Accuracy(
-            alone=alone["avg"],
-            greedy=alone["greedy"],
+            alone=100 * alone["avg"],
+            greedy=100 * alone["greedy"],
             with_reference={share: self._with_reference(share=share) for share in SHARES},
             with_foreign=self._with_reference(share=1.0, foreign=True),
         )
 
     def _with_reference(self, *, share: float, foreign: bool = False) -> float:
-        return self._evaluate(ReferencePrompts(self.rows, self.held_out, share=share, foreign=foreign))["avg"]
+        prompts = ReferencePrompts(self.rows, self.held_out, share=share, foreign=foreign)
+        return 100 * self._evaluate(prompts)["avg"]
 
     def _evaluate(self, prompts: Prompts | ReferencePrompts, *, greedy: bool = False) -> dict[str, float]:
         settings = EvaluationSettings(samples=2, top_p=1.0, max_new_tokens=48, greedy=greedy)
         evaluator = Evaluator(settings, self.held_out, prompts, seed=1)
         return evaluator.evaluate(self.policy, step=0, benchmark="held_out", graders=self.graders).metrics
+
+
+def _by_kind(kinds: list[str], losses: list[float]) -> str:
+    return ", ".join(
+        f"{kind} {sum(kept) / len(kept):.3f}"
+        for kind in MIXTURE
+        if (kept := [loss for name, loss in zip(kinds, losses, strict=True) if name == kind])
+    )
+
+
+def make_model(out: Path, *, seed: int) -> None:
+    """Writes `out`/model, `out`/train.jsonl and `out`/held_out.jsonl; UserError where no round passes the gate."""
+    out.mkdir(parents=True, exist_ok=True)
+    held_out = draw_problems(HELD_OUT_PROBLEMS, held_out=True, seed=PROBLEM_SEED)
+    write_problems(out / "held_out.jsonl", held_out)
+    write_problems(out / "train.jsonl", draw_problems(TRAINING_PROBLEMS, held_out=False, seed=PROBLEM_SEED))
+    with tempfile.TemporaryDirectory() as start, GradingPool(seconds=5.0) as graders:
+        write_random_model(Path(start), seed=seed)
+        settings = warm_up_settings(start)
+        prompts = Prompts(settings.prompts, load_tokenizer(start))
+        rows = RowMaker(prompts=prompts, rng=random.Random(seed))
+        policy = MegatronPolicy(settings, read_shape(start), start_world(settings.megatron))
+        warm_up = WarmUp(policy, rows, held_out, graders)
+        warm_up.drill()
+        if not any(warm_up.mixture_round(number).passes for number in range(1, MOST_ROUNDS + 1)):
+            raise UserError(f"{MOST_ROUNDS} rounds of warm-up did not pass the gate; try another --seed")
+        policy.export(out / "model")
+        stop_world()
+    warm_up.say(f"written: {out}")
+
+
+def warm_up_settings(start: str) -> Settings:
+    """Settings of the policy that is warmed up; data and run are made here, so their paths are not read."""
+    return Settings(
+        model=ModelSettings(hf_path=start, dtype="float32"),
+        data=DataSettings(train="unused", micro_batch_tokens=65536),
+        run=RunSettings(dir="unused"),
+        prompts=PromptSettings(
+            student_template=str(TEMPLATES / "student.jinja"),
+            teacher_template=str(TEMPLATES / "teacher.jinja"),
+            evaluation_template=str(TEMPLATES / "evaluation.jinja"),
+            teacher_thinking=False,
+        ),
+        objective=ObjectiveSettings(name="sft"),
+        rollout=RolloutSettings(batch_size=512),
+        optimizer=OptimizerSettings(lr=PEAK_LR, beta2=0.95, weight_decay=0.01, clip_grad=1.0),
+        megatron=MegatronSettings(use_distributed_optimizer=False),
+    )
+
+
+def write_random_model(folder: Path, *, seed: int) -> None:
+    """A Hugging Face folder with the tokenizer and random weights."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY_ROWS,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        bos_token_id=None,
+        eos_token_id=VOCABULARY.index("<|im_end|>"),
+        pad_token_id=VOCABULARY.index("<|endoftext|>"),
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    write_tokenizer(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for model/, train.jsonl and held_out.jsonl")
+    parser.add_argument("--seed", type=int, default=1, help="of the weights and the rows (default 1)")
+    options = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    make_model(options.out, seed=options.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""How fast the overlap masker is: pairs a second on one core, growth with the text length, and when a pool pays.
+
+    python benchmarks/masker.py [--rollouts FILE.jsonl] [--seconds 3]
+
+Pairs are a rollout of 1,024 tokens and a solution of 500, cut from real ones where a file with the columns problem,
+solution and rollout is given or stands in ../shared/data, else generated. Nothing is cached in the first line: in
+training every pair is new.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_paint import overlap
+from megatron_paint.overlap import MaskerPool, Pair, measure_overlaps
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "rollouts_qwen25math_math100x8.jsonl"
+# Qwen3's tokenizer takes 2.98 characters a token in these rollouts and 2.73 in their solutions.
+ROLLOUT_CHARACTERS = 3051
+SOLUTION_CHARACTERS = 1363
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rollouts", type=Path, default=SHARED if SHARED.is_file() else None)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
+    options = parser.parse_args()
+    pairs = read_pairs(options.rollouts) if options.rollouts else generated_pairs()
+    anchors = statistics.mean(len(measured.anchors) for measured in measure_overlaps(pairs))
+    print(f"{len(pairs)} pairs from {options.rollouts.name if options.rollouts else 'a generator'}")
+    print(f"{ROLLOUT_CHARACTERS} + {SOLUTION_CHARACTERS} characters, {anchors:.1f} anchors a solution\n")
+
+    def uncached() -> None:
+        overlap._extract.cache_clear()
+        measure_overlaps(pairs)
+
+    cold = rate(uncached, len(pairs), options.seconds)
+    warm = rate(lambda: measure_overlaps(pairs), len(pairs), options.seconds)
+    print("pairs a second of one core (median and best of the rounds)")
+    print(f"  every pair new              {cold[0]:8,.0f} {cold[1]:8,.0f}")
+    print(f"  anchors of solutions cached {warm[0]:8,.0f} {warm[1]:8,.0f}\n")
+    print_growth(pairs)
+    print_pool(pairs)
+
+
+def rate(work: Callable[[], None], count: int, seconds: float) -> tuple[float, float]:
+    """Median and best number of pairs a second of processor time, so that a busy machine counts little."""
+    rounds = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(rounds) < 3:
+        started = time.process_time()
+        work()
+        rounds.append(count / (time.process_time() - started))
+    return statistics.median(rounds), max(rounds)
+
+
+def print_growth(pairs: list[Pair]) -> None:
+    print("one pair, both texts made longer    ms    us / 1,000 characters")
+    for factor in (1, 4, 16, 64, 256):
+        group = [pairs[index % len(pairs)] for index in range(factor)]
+        pair = Pair(pairs[0].problem, "\n".join(p.solution for p in group), "\n".join(p.rollout for p in group))
+        best = min(timed(lambda pair=pair: fresh([pair]), time.process_time) for _ in range(5))
+        size = sum(map(len, pair))
+        print(f"{size:12,} characters {1e3 * best:16,.2f} {1e9 * best / size:13,.1f}")
+    print()
+
+
+def print_pool(pairs: list[Pair]) -> None:
+    workers = min(4, os.cpu_count() or 1)
+    print(f"wall time of a step, in one process and in {workers} workers (best of 7; needs idle cores)")
+    with MaskerPool(workers, from_characters=0) as pool:
+        measure_overlaps(pairs, pool=pool)  # starts the workers
+        for count in (8, 32, 128, 512, 2048):
+            step = [pairs[index % len(pairs)] for index in range(count)]
+            # Each repeat of a pair is made new, or the cache would serve it.
+            step = [Pair(f"{pair.problem} {index}", *pair[1:]) for index, pair in enumerate(step)]
+            alone = min(timed(lambda step=step: fresh(step)) for _ in range(7))
+            repeats = [renamed(step, repeat) for repeat in range(7)]
+            shared = min(timed(lambda new=new: measure_overlaps(new, pool=pool)) for new in repeats)
+            size = sum(len(text) for pair in step for text in pair)
+            print(f"{count:6} pairs {size:12,} characters {1e3 * alone:9.1f} ms {1e3 * shared:9.1f} ms")
+
+
+def fresh(step: list[Pair]) -> None:
+    overlap._extract.cache_clear()
+    measure_overlaps(step)
+
+
+def renamed(step: list[Pair], repeat: int) -> list[Pair]:
+    return [Pair(f"{pair.problem} {repeat}", *pair[1:]) for pair in step]
+
+
+def timed(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    started = clock()
+    work()
+    return clock() - started
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    """One pair a problem: its rollouts one behind another, its solution followed by those of other problems."""
+    rows_of: dict[str, list[dict]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        rows_of.setdefault(row["problem"], []).append(row)
+    solutions = [rows[0]["solution"] for rows in rows_of.values()]
+    pairs = []
+    for number, (problem, rows) in enumerate(rows_of.items()):
+        solution = filled(solutions[number:] + solutions[:number], SOLUTION_CHARACTERS)
+        pairs.append(Pair(problem, solution, filled([row["rollout"] for row in rows], ROLLOUT_CHARACTERS)))
+    return pairs
+
+
+def generated_pairs() -> list[Pair]:
+    """Chains of formulas, half of which the rollout repeats."""
+    pairs = []
+    for number in range(100):
+        steps = [
+            f"Since $x_{{{i}}} = {7 * i + number}$, now \\[y_{{{i}}} = \\frac{{{13 * i}}}{{{number + 3}}} + {i}.\\] "
+            for i in range(60)
+        ]
+        solution = filled(steps, SOLUTION_CHARACTERS - 20) + " Thus \\boxed{12345}."
+        words = ["So we go on, and it follows with care that this holds. " + step for step in steps[::2]]
+        pairs.append(Pair(f"Problem {number}: find $y$.", solution, filled(words, ROLLOUT_CHARACTERS)))
+    return pairs
+
+
+def filled(texts: list[str], characters: int) -> str:
+    """The texts, over and over, up to a length."""
+    text = "\n".join(texts)
+    return (text * (characters // len(text) + 1))[:characters]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Skips everything here where there is no CUDA device."""
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.add_marker(pytest.mark.gpu)
+        if not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; none was found"))
+
+
+@pytest.fixture(scope="session")
+def world():
+    """One process, one GPU."""
+    from megatron_paint.config import MegatronSettings
+    from megatron_paint.mcore.world import start_world, stop_world
+
+    yield start_world(MegatronSettings())
+    stop_world()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A small Qwen3 with head size 128, which Transformer Engine's kernels want."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model")
+    config = Qwen3Config(
+        vocab_size=1024,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=128,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+    )
+    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    return path

@@ -1,0 +1,120 @@
+"""What only a GPU can show: Transformer Engine's layers, bfloat16, FP8, the loss on CUDA.
+
+Tolerances are those of bfloat16 (8 bits) and FP8 (3 bits) through two layers, relative to the values' norm.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_paint.config import DataSettings, LoraSettings, MegatronSettings, ModelSettings, RunSettings, Settings
+from megatron_paint.hardware import engine_is_lacking
+from megatron_paint.losses import InterpolationLossConfig, WholeVocab, fused_interpolation_loss, interpolation_loss
+from megatron_paint.objectives.losses import DistillationLoss
+from megatron_paint.policy import GenerationRequest, SamplingParameters
+from megatron_paint.records import Problem, Sample
+
+LOSS = DistillationLoss(config=InterpolationLossConfig(), chunk_bytes=1e8, token_temperature=1.1)
+with_engine = pytest.mark.skipif(engine_is_lacking() is not None, reason=f"{engine_is_lacking()}")
+
+
+def make_policy(folder, world, *, lora=None, **megatron):
+    from megatron_paint.mcore.policy import MegatronPolicy
+    from megatron_paint.qwen3 import read_shape
+
+    settings = Settings(
+        model=ModelSettings(hf_path=str(folder), dtype="bfloat16", lora=lora),
+        data=DataSettings(train="unused", micro_batch_tokens=512),
+        run=RunSettings(dir="unused"),
+        megatron=MegatronSettings(**megatron),
+    )
+    return MegatronPolicy(settings, read_shape(folder), world)
+
+
+def samples(count=6):
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(n):
+        return tuple(torch.randint(0, 1024, (n,), generator=generator).tolist())
+
+    return [
+        Sample(
+            problem=Problem(id=str(i), problem="", solution="", answer=""),
+            sample_index=0,
+            key=i,
+            student_prompt_ids=draw(10 + 7 * i),
+            teacher_prompt_ids=draw(30 + 11 * i),
+            response_ids=draw(5 + 13 * i),
+        )
+        for i in range(count)
+    ]
+
+
+def losses(policy, **options):
+    return torch.tensor([score.loss_sum for score in policy.evaluate_loss(samples(), LOSS, **options)])
+
+
+@with_engine
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=8, alpha=16)], ids=["full", "lora"])
+def test_engine_layers_equal_local_ones(folder, world, lora):
+    """Fused norms (full) and separate ones (LoRA) of Transformer Engine against plain torch."""
+    engine = make_policy(folder, world, lora=lora, transformer_impl="transformer_engine")
+    local = make_policy(folder, world, lora=lora, transformer_impl="local")
+    found, wanted = losses(engine), losses(local)
+    assert (found - wanted).norm() / wanted.norm() < 0.03
+
+
+@pytest.mark.parametrize("implementation", ["local", pytest.param("transformer_engine", marks=with_engine)])
+def test_model_against_itself(folder, world, implementation):
+    policy = make_policy(folder, world, transformer_impl=implementation)
+    same = [replace(s, teacher_prompt_ids=s.student_prompt_ids) for s in samples()]
+    scores = policy.evaluate_loss(same, LOSS, teach_itself=True)
+    assert sum(s.loss_sum for s in scores) / sum(s.num_tokens for s in scores) < 1e-3
+
+
+@with_engine
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
+def test_fp8_learns(folder, world, recipe):
+    """Five steps on the same samples lower the loss, and the noise floor stays below it."""
+    policy = make_policy(folder, world, fp8="hybrid", fp8_recipe=recipe)
+    same = [replace(s, teacher_prompt_ids=s.student_prompt_ids) for s in samples()]
+    scores = policy.evaluate_loss(same, LOSS, teach_itself=True)
+    floor = sum(s.loss_sum for s in scores) / sum(s.num_tokens for s in scores)
+    first = policy.update(samples(), LOSS, lr=1e-3)
+    for _ in range(4):
+        last = policy.update(samples(), LOSS, lr=1e-3)
+    before, after = (sum(s.loss_sum for s in report.scores) for report in (first, last))
+    assert after < before
+    assert floor < before / sum(s.num_tokens for s in first.scores)
+
+
+@pytest.mark.parametrize("implementation", ["local", pytest.param("transformer_engine", marks=with_engine)])
+def test_sampler_and_trainer_agree(folder, world, implementation):
+    policy = make_policy(folder, world, transformer_impl=implementation)
+    sampling = SamplingParameters(max_new_tokens=32, temperature=1.1, top_p=0.95, top_k=20, stop_ids=frozenset({0}))
+    requests = [
+        GenerationRequest(problem_id=s.problem.id, sample_index=0, prompt_ids=s.student_prompt_ids, key=s.key)
+        for s in samples()
+    ]
+    rollouts = policy.generate(requests, sampling)
+    scored = [replace(s, response_ids=r.response_ids, rollout=r) for s, r in zip(samples(), rollouts, strict=True)]
+    assert max(score.sampler_gap_max for score in policy.evaluate_loss(scored, LOSS)) < 0.3
+
+
+def test_loss_gradient_from_bfloat16_states():
+    """The fused loss on CUDA against the float64 reference on the same bfloat16 numbers."""
+    generator = torch.Generator().manual_seed(2)
+    student, teacher = (torch.randn(96, 64, generator=generator).bfloat16() for _ in range(2))
+    weight = (torch.randn(4096, 64, generator=generator) / 8).bfloat16()
+    config, lengths = InterpolationLossConfig(weight=0.3, fraction=0.25), (50, 46)
+    h64, w64 = student.double().requires_grad_(), weight.double().requires_grad_()
+    wanted = interpolation_loss(h64 @ w64.t(), teacher.double() @ weight.double().t(), lengths=lengths, config=config)
+    wanted.loss_T.sum().backward()
+    h, w = student.cuda().requires_grad_(), weight.cuda().requires_grad_()
+    found = fused_interpolation_loss(h, w, teacher.cuda(), lengths=lengths, config=config, vocab=WholeVocab())
+    found.loss_T.sum().backward()
+    assert torch.equal(found.selected_T.cpu(), wanted.selected_T)
+    torch.testing.assert_close(found.loss_T.double().cpu(), wanted.loss_T, rtol=2e-5, atol=1e-6)
+    for ours, theirs in ((h.grad, h64.grad), (w.grad, w64.grad)):
+        assert (ours.double().cpu() - theirs).norm() / theirs.norm() < 5e-3
