@@ -1,14 +1,7 @@
-"""Skips everything here where there is no CUDA device."""
+"""One process on one GPU, and a small model for it."""
 
 import pytest
 import torch
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        item.add_marker(pytest.mark.gpu)
-        if not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; none was found"))
 
 
 @pytest.fixture(scope="session")

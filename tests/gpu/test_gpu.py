@@ -15,6 +15,11 @@ from megatron_paint.objectives.losses import DistillationLoss
 from megatron_paint.policy import GenerationRequest, SamplingParameters
 from megatron_paint.records import Problem, Sample
 
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none was found"),
+]
+
 LOSS = DistillationLoss(config=InterpolationLossConfig(), chunk_bytes=1e8, token_temperature=1.1)
 with_engine = pytest.mark.skipif(engine_is_lacking() is not None, reason=f"{engine_is_lacking()}")
 
