@@ -22,6 +22,8 @@ from megatron_paint.records import Anchor, Overlap
 POOL_CHARACTERS = 1_000_000
 CACHED_SOLUTIONS = 1024
 
+Found = tuple[str, str, bool]  # kind, text, found: travels between processes faster than an Anchor
+
 
 @dataclass(frozen=True)
 class AnchorExtractor:
@@ -90,12 +92,12 @@ class MaskerPool:
                 self._executor = ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"))
             chunks = _chunks(pairs, 4 * self.workers)
             try:
-                results = self._executor.map(_measure_chunk, [extractor] * len(chunks), chunks)
-                return [overlap for chunk in results for overlap in chunk]
+                results = self._executor.map(_find_in_chunk, [extractor] * len(chunks), chunks)
+                return [_overlap(found) for chunk in results for found in chunk]
             except BrokenProcessPool as error:
                 self._broken = True
                 warnings.warn(f"the masker goes on in one process: its workers died ({error})", stacklevel=2)
-        return _measure_chunk(extractor, pairs)
+        return [_measure(extractor, pair) for pair in pairs]
 
     def close(self) -> None:
         """Ends the worker processes."""
@@ -120,10 +122,18 @@ def _extractor(name: str) -> AnchorExtractor:
 
 
 def _measure(extractor: AnchorExtractor, pair: Pair) -> Overlap:
+    return _overlap(_find(extractor, pair))
+
+
+def _find(extractor: AnchorExtractor, pair: Pair) -> list[Found]:
     marks = _extract(extractor, pair.problem, pair.solution)
-    found = extractor.find(marks, pair.rollout)
-    anchors = tuple(Anchor(kind=mark.kind, text=mark.text, found=hit) for mark, hit in zip(marks, found, strict=True))
-    return Overlap(score=sum(found) / len(anchors) if anchors else 0.0, anchors=anchors)
+    hits = extractor.find(marks, pair.rollout)
+    return [(mark.kind, mark.text, hit) for mark, hit in zip(marks, hits, strict=True)]
+
+
+def _overlap(found: list[Found]) -> Overlap:
+    anchors = tuple(Anchor(kind=kind, text=text, found=hit) for kind, text, hit in found)
+    return Overlap(score=sum(hit for _, _, hit in found) / len(found) if found else 0.0, anchors=anchors)
 
 
 @lru_cache(maxsize=CACHED_SOLUTIONS)
@@ -131,8 +141,8 @@ def _extract(extractor: AnchorExtractor, problem: str, solution: str) -> tuple[A
     return extractor.extract(problem, solution)
 
 
-def _measure_chunk(extractor: AnchorExtractor, pairs: Sequence[Pair]) -> list[Overlap]:
-    return [_measure(extractor, pair) for pair in pairs]
+def _find_in_chunk(extractor: AnchorExtractor, pairs: Sequence[Pair]) -> list[list[Found]]:
+    return [_find(extractor, pair) for pair in pairs]
 
 
 def _size(pair: Pair) -> int:

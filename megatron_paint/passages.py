@@ -1,6 +1,7 @@
 """Finds formulas as substrings of normalised text, by what touches them there."""
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
@@ -18,9 +19,13 @@ class Normal:
         self._pieces = pieces
 
     @cached_property
-    def gaps(self) -> frozenset[int]:
-        """Positions whose left neighbour did not touch in the original text."""
-        return frozenset(accumulate(map(len, self._pieces)))
+    def _gaps(self) -> list[int]:
+        return list(accumulate(map(len, self._pieces)))
+
+    def is_gap(self, at: int) -> bool:
+        """Whether the characters before and at a position did not touch in the original text."""
+        index = bisect_left(self._gaps, at)
+        return index < len(self._gaps) and self._gaps[index] == at
 
 
 def standing_in(normal: Normal, passages: Sequence[str]) -> set[str]:
@@ -101,10 +106,10 @@ def _is_free_before(normal: Normal, start: int) -> bool:
         return True
     before = text[start - 1]
     if before.isalnum():
-        return start in normal.gaps
+        return normal.is_gap(start)
     if before != "." or not text[start].isdigit() or not text[max(0, start - 2)].isdigit():
         return True
-    return start in normal.gaps or start - 1 in normal.gaps
+    return normal.is_gap(start) or normal.is_gap(start - 1)
 
 
 def _is_free_after(normal: Normal, end: int) -> bool:
@@ -112,7 +117,7 @@ def _is_free_after(normal: Normal, end: int) -> bool:
     if end == len(text):
         return True
     if text[end].isalnum():
-        return end in normal.gaps
+        return normal.is_gap(end)
     if not text[end - 1].isdigit() or not _NUMBER_GOES_ON.match(text, end):
         return True
-    return end in normal.gaps or end + 1 in normal.gaps
+    return normal.is_gap(end) or normal.is_gap(end + 1)

@@ -153,6 +153,10 @@ class Run:
         self.progress.end(
             before=[before] if before else [], after=[after] if after else [], folder=str(self.folder.path)
         )
+        self.progress.note(
+            f"Look next: megatron-paint inspect samples {self.folder.path} {run.steps}, "
+            f"{self.folder.metrics_file}, {self.folder.hf_folder(run.steps)} (a Hugging Face checkpoint)"
+        )
 
     def step(self, step: int, lr: float) -> StepReport:
         """One step; a loss or gradient that is not finite ends the run before a weight is touched."""

@@ -31,9 +31,9 @@ from megatron_paint.config import (
 from megatron_paint.errors import UserError
 from megatron_paint.evaluation.evaluator import Evaluator
 from megatron_paint.evaluation.grading import GradingPool
-from megatron_paint.mcore.policy import MegatronPolicy
 from megatron_paint.mcore.world import start_world, stop_world
 from megatron_paint.objectives.losses import CrossEntropyLoss
+from megatron_paint.policy import Policy
 from megatron_paint.prompts import Prompts
 from megatron_paint.qwen3 import read_shape
 from megatron_paint.records import Problem, Sample, TokenIds
@@ -47,8 +47,8 @@ LAYERS, THREADS = 2, 2
 PEAK_LR = 4.0e-3
 DRILLS = 256  # rows in a step of drills
 DRILLED_LOSS = 0.02  # nats a token; below it the table of sums is known
-MIXTURE = {"plain": 32, "reference": 56, "foreign": 16, "drill": 32}  # rows in a step of a round
-ROUND_STEPS = 300
+MIXTURE = {"plain": 24, "reference": 72, "foreign": 16, "drill": 32}  # rows in a step of a round
+FIRST_ROUND_STEPS, ROUND_STEPS = 900, 300
 MOST_DRILL_STEPS, MOST_ROUNDS = 2000, 12
 SHARES = (1.0, 0.65, 0.3)  # of the reference, at which the model is measured as teacher
 
@@ -91,7 +91,7 @@ class ReferencePrompts:
 class WarmUp:
     """A policy in the making, with the rows it learns from and the problems it is measured on."""
 
-    def __init__(self, policy: MegatronPolicy, rows: RowMaker, held_out: list[Problem], graders: GradingPool):
+    def __init__(self, policy: Policy, rows: RowMaker, held_out: list[Problem], graders: GradingPool):
         self.policy, self.rows, self.graders = policy, rows, graders
         self.held_out = held_out[:MEASURED_PROBLEMS]
         self.loss = CrossEntropyLoss(chunk_bytes=1.0e9)
@@ -118,13 +118,13 @@ class WarmUp:
         raise UserError(f"the drills ended at {average:.3f} nats a token, above {DRILLED_LOSS}; try another --seed")
 
     def mixture_round(self, number: int) -> Accuracy:
-        """One round over all kinds of rows, its learning rate falling to a twentieth; what the model can do then."""
+        """One round over all kinds of rows, its learning rate falling to a fiftieth; what the model can do then."""
         kinds = [kind for kind, count in MIXTURE.items() for _ in range(count)]
-        peak = PEAK_LR if number == 1 else PEAK_LR / 2
-        for step in range(1, ROUND_STEPS + 1):
-            lr = peak * min(1, step / 30) * (0.525 + 0.475 * math.cos(math.pi * step / ROUND_STEPS))
+        steps, peak = (FIRST_ROUND_STEPS, PEAK_LR) if number == 1 else (ROUND_STEPS, PEAK_LR / 2)
+        for step in range(1, steps + 1):
+            lr = peak * min(1, step / 30) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
             losses = self.update([getattr(self.rows, kind)() for kind in kinds], lr=lr)
-            if step % 50 == 0:
+            if step % 100 == 0:
                 self.say(f"round {number}, step {step}: loss {_by_kind(kinds, losses)}")
         accuracy = self.measure()
         self.say(f"round {number}: {accuracy}")
@@ -169,7 +169,10 @@ def make_model(out: Path, *, seed: int) -> None:
         settings = warm_up_settings(start)
         prompts = Prompts(settings.prompts, load_tokenizer(start))
         rows = RowMaker(prompts=prompts, rng=random.Random(seed))
-        policy = MegatronPolicy(settings, read_shape(start), start_world(settings.megatron))
+        world = start_world(settings.megatron)  # silences Megatron's warnings about what a CPU run does not need
+        from megatron_paint.mcore.policy import MegatronPolicy
+
+        policy = MegatronPolicy(settings, read_shape(start), world)
         warm_up = WarmUp(policy, rows, held_out, graders)
         warm_up.drill()
         if not any(warm_up.mixture_round(number).passes for number in range(1, MOST_ROUNDS + 1)):

@@ -113,9 +113,9 @@ class RowMaker:
 
     prompts: Prompts
     rng: random.Random
-    forget_share: float = 0.7  # of the carries, where no reference of the problem is shown
-    whole_share: float = 0.35  # of the references: shown whole; the others are cut
-    smallest_cut: float = 0.25
+    forget_share: float = 0.8  # of the carries, where no reference of the problem is shown
+    whole_share: float = 0.3  # of the references: shown whole; the others are cut
+    smallest_cut: float = 0.25  # shares near it, with most left to calculate, are the most frequent
     off_track_share: float = 0.25  # of the reference rows: the steps so far were wrong, only the rest carries loss
 
     def drill(self) -> Sample:
@@ -166,7 +166,9 @@ class RowMaker:
         return draw_sum(self.rng, held_out=False)
 
     def _share(self) -> float:
-        return 1.0 if self.rng.random() < self.whole_share else self.rng.uniform(self.smallest_cut, 1.0)
+        if self.rng.random() < self.whole_share:
+            return 1.0
+        return self.smallest_cut + (1 - self.smallest_cut) * self.rng.random() ** 2
 
     def _forgetful(self, drawn: RunningSum) -> list[str]:
         return work_out(drawn, forgets=[self.rng.random() < self.forget_share for _ in drawn.operands])
