@@ -44,6 +44,7 @@ _NUMBER = re.compile(
     r"([0-9.](?:(?<=[0-9])[0-9]*(?:\.[0-9]+)?|(?<=\.)(?<![0-9.]\.)[0-9]+))"
     r"(?:/(?=([0-9]+)(?![0-9]|\.[0-9]))|(\\?%))?"
 )
+_ONLY_NUMBER_CHARACTERS = bytes(code if chr(code) in "0123456789./%\\" else ord(" ") for code in range(256))
 _ONLY_NUMBER = re.compile(r"(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:\\?%)?|[0-9]+/[0-9]+")
 _ROW_END = "\x00"
 _NOT_ASCII = re.compile("[^\x00-\x7f]+")
@@ -94,7 +95,7 @@ def normalise(flat: str) -> Normal:
 def numbers_in(text: str) -> set[str]:
     """Every number that stands in the text on digit boundaries: a/b and 18% count as such and as 18, a and b."""
     found: set[str] = set()
-    for number, denominator, percent in _NUMBER.findall(_tidy_numbers(text)):
+    for number, denominator, percent in _NUMBER.findall(_number_words(text)):
         found.add(number)
         if percent:
             found.add(number + "%")
@@ -174,7 +175,7 @@ def _number_texts(text: str) -> list[str]:
     """The numbers of a text as anchors: a/b is one number, and so is 18%."""
     texts = []
     is_denominator = False
-    for number, denominator, percent in _NUMBER.findall(_tidy_numbers(text)):
+    for number, denominator, percent in _NUMBER.findall(_number_words(text)):
         if is_denominator:
             is_denominator = False
         elif percent:
@@ -185,6 +186,12 @@ def _number_texts(text: str) -> list[str]:
         else:
             texts.append(number)
     return texts
+
+
+def _number_words(text: str) -> str:
+    """The words of tidy text that numbers are made of, each once and in order: a tenth of the text to look through."""
+    ascii_text = _tidy_numbers(text).encode("ascii", "replace")
+    return " ".join(dict.fromkeys(ascii_text.translate(_ONLY_NUMBER_CHARACTERS).decode().split()))
 
 
 def _tidy_numbers(text: str) -> str:

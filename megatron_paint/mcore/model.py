@@ -54,6 +54,9 @@ class Qwen3Model(GPTModel):
         alone; the others take what `set_input_tensor` was given.
         """
         hidden = self.embedding(input_ids_T[None], position_ids=None) if self.pre_process else None
+        if hidden is not None and self.config.recompute_granularity is not None and torch.is_grad_enabled():
+            # Recomputed layers give gradients only if their input wants one; a frozen embedding's output does not.
+            hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
         return self.decoder(
             hidden_states=hidden,
             attention_mask=None,
