@@ -13,6 +13,8 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 from megatron_paint.evaluation.statistics import paired_difference
 from megatron_paint.run.folder import RunFolder
 
+pytestmark = pytest.mark.slow  # three whole runs of the quickstart
+
 ROOT = Path(__file__).parents[2]
 SETTINGS = "examples/quickstart/paint.yaml"
 POINTS = 0.10  # that accuracy must rise by

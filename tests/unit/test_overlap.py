@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_paint import anchors
 from megatron_paint import overlap as overlap_module
 from megatron_paint.anchors import flatten, normalise
 from megatron_paint.errors import UserError
@@ -339,6 +340,15 @@ class TestAnyText:
         assert 0 <= measured.score <= 1
         assert len({anchor.text for anchor in measured.anchors}) == len(measured.anchors)
         assert all(anchor.text for anchor in measured.anchors)
+
+    @settings(max_examples=400, deadline=None)
+    @given(st.text("12.,/%\\ a{}\u00e9\u0663\n", max_size=14))
+    def test_numbers_are_those_that_one_pass_over_the_text_finds(self, text):
+        expected = set()
+        for number, denominator, percent in anchors._NUMBER.findall(anchors._tidy_numbers(text)):
+            expected |= {number} | ({number + "%"} if percent else set())
+            expected |= {f"{number}/{denominator}"} if denominator and "." not in number else set()
+        assert anchors.numbers_in(text) == expected
 
     @settings(max_examples=400, deadline=None)
     @given(latex_text)
