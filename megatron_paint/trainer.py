@@ -150,12 +150,12 @@ class Run:
             if last or (run.export_every and step % run.export_every == 0):
                 self.policy.export(self.folder.hf_folder(step))
         after = self.evaluate(run.steps) if self.start < run.steps else before
-        self.progress.end(
-            before=[before] if before else [], after=[after] if after else [], folder=str(self.folder.path)
-        )
         self.progress.note(
             f"Look next: megatron-paint inspect samples {self.folder.path} {run.steps}, "
             f"{self.folder.metrics_file}, {self.folder.hf_folder(run.steps)} (a Hugging Face checkpoint)"
+        )
+        self.progress.end(
+            before=[before] if before else [], after=[after] if after else [], folder=str(self.folder.path)
         )
 
     def step(self, step: int, lr: float) -> StepReport:
