@@ -64,25 +64,31 @@ def print_growth(pairs: list[Pair]) -> None:
         group = [pairs[index % len(pairs)] for index in range(factor)]
         pair = Pair(pairs[0].problem, "\n".join(p.solution for p in group), "\n".join(p.rollout for p in group))
         best = min(timed(lambda pair=pair: fresh([pair]), time.process_time) for _ in range(5))
-        size = sum(map(len, pair))
+        size = total(pair)
         print(f"{size:12,} characters {1e3 * best:16,.2f} {1e9 * best / size:13,.1f}")
     print()
 
 
 def print_pool(pairs: list[Pair]) -> None:
+    """The pool's own cost is processor time of this process: on idle cores the workers do the rest at the same time."""
     workers = min(4, os.cpu_count() or 1)
-    print(f"wall time of a step, in one process and in {workers} workers (best of 7; needs idle cores)")
+    print(f"one step, best of 7     alone: wall ms   {workers} workers: wall ms   of which this process works ms")
     with MaskerPool(workers, from_characters=0) as pool:
         measure_overlaps(pairs, pool=pool)  # starts the workers
         for count in (8, 32, 128, 512, 2048):
-            step = [pairs[index % len(pairs)] for index in range(count)]
             # Each repeat of a pair is made new, or the cache would serve it.
+            step = [pairs[index % len(pairs)] for index in range(count)]
             step = [Pair(f"{pair.problem} {index}", *pair[1:]) for index, pair in enumerate(step)]
+            repeats = [renamed(step, repeat) for repeat in range(14)]
             alone = min(timed(lambda step=step: fresh(step)) for _ in range(7))
-            repeats = [renamed(step, repeat) for repeat in range(7)]
-            shared = min(timed(lambda new=new: measure_overlaps(new, pool=pool)) for new in repeats)
-            size = sum(len(text) for pair in step for text in pair)
-            print(f"{count:6} pairs {size:12,} characters {1e3 * alone:9.1f} ms {1e3 * shared:9.1f} ms")
+            wall = min(timed(lambda new=new: measure_overlaps(new, pool=pool)) for new in repeats[:7])
+            own = min(timed(lambda new=new: measure_overlaps(new, pool=pool), time.process_time) for new in repeats[7:])
+            times = f"{1e3 * alone:11.1f} {1e3 * wall:19.1f} {1e3 * own:23.1f}"
+            print(f"{count:6} pairs {sum(map(total, step)):10,} chars {times}")
+
+
+def total(pair: Pair) -> int:
+    return sum(map(len, pair))
 
 
 def fresh(step: list[Pair]) -> None:

@@ -406,13 +406,13 @@ def test_time_is_linear_in_the_length():
         unit = "We get $x_{%d} = %d + y$ and then \\[z = %d - a.\\] "
         text = "".join(unit % (7 * index, 11 * index, 13 * index) for index in range(repeats))
         best = []
-        for attempt in range(3):
+        for attempt in range(5):
             started = time.process_time()
             measure_overlap(problem=str(attempt), solution=text, rollout=text)
             best.append(time.process_time() - started)
         return min(best)
 
-    assert seconds(1600) < 3 * 8 * seconds(200)  # quadratic would be 64 times
+    assert seconds(1600) < 4 * 8 * seconds(200)  # 8 times the text; a busy machine may make it 16, quadratic time 64
 
 
 class TestPool:
