@@ -121,16 +121,16 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 def generated_pairs() -> list[Pair]:
-    """Chains of formulas, half of which the rollout repeats."""
+    """Chains of formulas with about as many anchors as real solutions, half of which the rollout repeats."""
+    prose = "This follows from what was shown above, since each of the two sides is bounded by the other one, and "
     pairs = []
     for number in range(100):
         steps = [
-            f"Since $x_{{{i}}} = {7 * i + number}$, now \\[y_{{{i}}} = \\frac{{{13 * i}}}{{{number + 3}}} + {i}.\\] "
+            f"{prose} so $x_{{{i}}} = {7 * i + number}$. {prose} hence \\[y = \\frac{{{13 * i}}}{{{number + 3}}}.\\] "
             for i in range(60)
         ]
         solution = filled(steps, SOLUTION_CHARACTERS - 20) + " Thus \\boxed{12345}."
-        words = ["So we go on, and it follows with care that this holds. " + step for step in steps[::2]]
-        pairs.append(Pair(f"Problem {number}: find $y$.", solution, filled(words, ROLLOUT_CHARACTERS)))
+        pairs.append(Pair(f"Problem {number}: find $y$.", solution, filled(steps[::2], ROLLOUT_CHARACTERS)))
     return pairs
 
 
