@@ -133,6 +133,7 @@ class RolloutSettings:
     top_p: Annotated[Number, setting("nucleus: smallest set of tokens with this mass", gt=0, le=1)] = 0.95
     top_k: Annotated[Whole, setting("most likely tokens kept; 0 keeps all", ge=0)] = 20
     batch_size: Annotated[Count, setting("responses decoded together on one data-parallel rank")] = 64
+    cache_bytes: Annotated[Positive, setting("bytes of keys and values that a rank may hold while it samples")] = 2.0e10
 
 
 @settings_class

@@ -11,6 +11,7 @@ from megatron_paint.qwen3 import Qwen3Shape, read_shape
 # Bytes of activations a token and layer keep for backward, per hidden unit, in 2-byte types without recomputation:
 # the sum over norms, projections and SwiGLU of a Qwen3 layer with flash attention; an estimate, ours.
 ACTIVATION_BYTES = 40
+WIDTHS = {"bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,7 @@ def make_plan(settings: Settings, *, processes: int) -> Plan:
             f"rollout.max_new_tokens={settings.rollout.max_new_tokens} leaves no room for a prompt: the model has "
             f"{shape.max_positions} positions"
         )
+    _check_cache(settings, shape)
     start = settings.model.megatron_path
     if start is not None and not Path(start).is_dir():
         raise UserError(f"model.megatron_path: {start} is not a folder; give the folder of a Megatron checkpoint")
@@ -100,9 +102,36 @@ def _must_divide(key: str, ranks: int, size: int, what: str, shape: Qwen3Shape) 
         )
 
 
+def cache_bytes_per_token(settings: Settings, shape: Qwen3Shape) -> int:
+    """Bytes of keys and values that a rank keeps of one token while it samples."""
+    megatron, width = settings.megatron, WIDTHS[settings.model.dtype]
+    layers = shape.num_layers // megatron.pipeline_model_parallel_size
+    return layers * 2 * shape.num_groups // megatron.tensor_model_parallel_size * shape.head_dim * width
+
+
+def _check_cache(settings: Settings, shape: Qwen3Shape) -> None:
+    """Whether the longest response that can be asked for fits by itself."""
+    needed = cache_bytes_per_token(settings, shape) * shape.max_positions
+    if needed > settings.rollout.cache_bytes:
+        raise UserError(
+            f"rollout.cache_bytes={settings.rollout.cache_bytes:g} is less than the keys and values of one response of "
+            f"{shape.max_positions:,} positions take on a rank: {needed:,}; raise it, or the tensor or pipeline "
+            "parallel size"
+        )
+
+
+def _cache(settings: Settings, shape: Qwen3Shape) -> float:
+    """Bytes of keys and values at the most: a batch is cut so that they stay within rollout.cache_bytes."""
+    longest = settings.rollout.max_new_tokens
+    if settings.evaluation.problems is not None:
+        longest = max(longest, settings.evaluation.max_new_tokens)
+    tokens = settings.rollout.batch_size * min(shape.max_positions, 2 * longest)
+    return min(float(settings.rollout.cache_bytes), cache_bytes_per_token(settings, shape) * tokens)
+
+
 def _memory(settings: Settings, shape: Qwen3Shape, *, tp: int, pp: int, dp: int) -> dict[str, float]:
     """Bytes per rank of what is held at once; the last stage, with its share of embeddings."""
-    width = 2 if settings.model.dtype == "bfloat16" else 4
+    width = WIDTHS[settings.model.dtype]
     embedding = shape.vocab_size * shape.hidden_size
     layers = shape.num_parameters - embedding * (1 if shape.tied else 2)
     weights = (layers / pp + embedding) / tp
@@ -115,7 +144,6 @@ def _memory(settings: Settings, shape: Qwen3Shape, *, tp: int, pp: int, dp: int)
     second = teacher.weights == "ema" or (teacher.weights == "initial" and lora is None)
     second = second and settings.objective.name != "sft" and not teacher.offload
     optimizer = 12 * trained / (dp if settings.megatron.use_distributed_optimizer else 1)
-    kv_row = shape.num_layers / pp * 2 * shape.num_groups / tp * shape.head_dim * width
     tokens = settings.data.micro_batch_tokens / (tp if settings.megatron.sequence_parallel else 1)
     kept = 1 if settings.megatron.recompute_granularity == "full" else shape.num_layers / pp
     return {
@@ -125,7 +153,7 @@ def _memory(settings: Settings, shape: Qwen3Shape, *, tp: int, pp: int, dp: int)
         "teacher": trained * (4 if teacher.weights == "ema" else width) if second else 0.0,
         "activations": tokens * shape.hidden_size * ACTIVATION_BYTES * kept * width / 2 * min(pp, 2),
         "logits": float(settings.objective.chunk_bytes),
-        "key-value cache": kv_row * settings.rollout.batch_size * 2 * settings.rollout.max_new_tokens,
+        "key-value cache": _cache(settings, shape),
     }
 
 

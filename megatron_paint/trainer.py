@@ -59,7 +59,7 @@ def evaluate(settings: Settings, *, mode: Mode = "normal", out: Path | None = No
         shape = make_plan(settings, processes=world.size).shape
         prompts, held_out = load_held_out_sources(settings, shape, share=lambda act: first_rank_does(world, act))
         evaluator = Evaluator(settings.evaluation, held_out, prompts, seed=settings.run.seed)
-        policy = MegatronPolicy(settings, shape, world)
+        policy = MegatronPolicy(settings, shape, world, trained=False)
         with GradingPool(seconds=settings.evaluation.grading_seconds) as graders:
             report = evaluator.evaluate(
                 policy, step=0, benchmark=_benchmark(settings), graders=graders if world.rank == 0 else None

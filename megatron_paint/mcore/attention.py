@@ -20,16 +20,23 @@ from torch import Tensor
 
 
 class KeyValueCache:
-    """Keys and values of all layers of a stage, [R, K, G, D] each; grows as rows grow."""
+    """Keys and values of all layers of a stage, [R, K, G, D] each, for `rows` rows of at most `length` tokens."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, rows: int, length: int) -> None:
+        self.rows = rows
+        self.length = length
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def write(self, layer: int, key_TGD: Tensor, value_TGD: Tensor, rows: "TokenRows") -> tuple[Tensor, Tensor]:
         """Stores the call's keys and values at their rows and positions; returns all that the layer holds."""
-        keys_RKGD, values_RKGD = self._reserve(layer, key_TGD, len(rows.lengths), rows.end)
-        keys_RKGD[rows.row_T, rows.position_T] = key_TGD
-        values_RKGD[rows.row_T, rows.position_T] = value_TGD
+        if layer not in self.layers:
+            # Zeros, because a key that is masked out still enters as 0 times its value.
+            shape = (self.rows, self.length, *key_TGD.shape[1:])
+            self.layers[layer] = (key_TGD.new_zeros(shape), value_TGD.new_zeros(shape))
+        keys_RKGD, values_RKGD = self.layers[layer]
+        places = rows.row_T[: rows.tokens], rows.position_T[: rows.tokens]
+        keys_RKGD[places] = key_TGD
+        values_RKGD[places] = value_TGD
         return keys_RKGD, values_RKGD
 
     def keep_rows(self, rows: Sequence[int]) -> None:
@@ -38,97 +45,114 @@ class KeyValueCache:
             index = torch.tensor(rows, device=keys.device)
             self.layers[layer] = (keys[index], values[index])
 
-    def _reserve(self, layer: int, like_TGD: Tensor, rows: int, length: int) -> tuple[Tensor, Tensor]:
-        held = self.layers.get(layer)
-        if held is not None and held[0].size(0) >= rows and held[0].size(1) >= length:
-            return held
-        held_rows, held_length = held[0].shape[:2] if held is not None else (0, 0)
-        # Doubling keeps the copies of a response of n tokens at about n.
-        capacity = length if length <= held_length else max(length, 2 * held_length)
-        shape = (max(rows, held_rows), max(capacity, held_length), *like_TGD.shape[1:])
-        grown = (like_TGD.new_zeros(shape), like_TGD.new_zeros(shape))
-        if held is not None:
-            for new, old in zip(grown, held, strict=True):
-                new[:held_rows, :held_length] = old
-        self.layers[layer] = grown
-        return grown
-
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRows:
-    """Where each token of a call stands: its row, its place among the call's tokens of that row, its position."""
+    """Where each of a call's T tokens stands: its row, its place among the call's tokens of that row, its position.
 
-    lengths: tuple[int, ...]  # the call's tokens in each row
+    A call may end in padding, which the layout or FP8 needs: a last row of its own that no cache ever holds.
+    """
+
+    lengths: tuple[int, ...]  # the call's tokens in each row, without padding
+    padding: int
     row_T: Tensor
     slot_T: Tensor
     position_T: Tensor  # slot_T plus what the cache holds of the row already
-    end: int  # one past the largest position
+    begins: Tensor  # int32: where each row begins in T, and T at the end, as packed attention kernels want it
+    end: int  # one past the largest position of a row
     cache: KeyValueCache | None = None
-    continues: bool = False  # the cache holds earlier tokens of the rows
+    visible_RSK: Tensor | None = None  # which cached keys a new token sees; None where the cache held nothing before
     qkv_format: str = "rows"  # not "thd": Megatron's layers then leave the tensors alone
     tokens_per_sample: None = None  # read by Megatron's MoE layers
 
-    def cumulative_lengths(self) -> Tensor:
-        """[R + 1] int32: where each row begins in T, as packed attention kernels want it."""
-        lengths = torch.tensor((0, *self.lengths), device=self.row_T.device)
-        return lengths.cumsum(0).to(torch.int32)
+    @property
+    def tokens(self) -> int:
+        """The call's tokens without padding."""
+        return sum(self.lengths)
+
+    @property
+    def packed_lengths(self) -> tuple[int, ...]:
+        """The rows' tokens, padding as a row."""
+        return (*self.lengths, self.padding) if self.padding else self.lengths
 
 
 def token_rows(
     lengths: Sequence[int],
     *,
     device: torch.device,
+    padding: int = 0,
     starts: Sequence[int] | None = None,
     cache: KeyValueCache | None = None,
 ) -> TokenRows:
     """Rows of the given numbers of new tokens; `starts` counts what the cache holds of each, None where it is empty."""
-    lengths_R = torch.tensor(lengths, dtype=torch.int64)
-    row_T = torch.repeat_interleave(torch.arange(len(lengths)), lengths_R)
-    begin_R = lengths_R.cumsum(0) - lengths_R
-    slot_T = torch.arange(int(lengths_R.sum())) - begin_R[row_T]
-    position_T = slot_T if starts is None else slot_T + torch.tensor(starts, dtype=torch.int64)[row_T]
+    packed_R = torch.tensor((*lengths, padding) if padding else lengths, dtype=torch.int64)
+    row_T = torch.repeat_interleave(torch.arange(len(packed_R)), packed_R)
+    begin_R = packed_R.cumsum(0) - packed_R
+    slot_T = torch.arange(len(row_T)) - begin_R[row_T]
+    start_R = torch.tensor((*(starts or [0] * len(lengths)), 0), dtype=torch.int64)
+    position_T = slot_T + start_R[row_T]
+    tokens = len(row_T) - padding
+    end = int(position_T[:tokens].max()) + 1 if tokens else 0
+    visible_RSK = None
+    if starts is not None:
+        last_RS = start_R[:-1, None] + torch.arange(max(lengths))
+        visible_RSK = (torch.arange(end) <= last_RS[..., None]).to(device)
     return TokenRows(
         lengths=tuple(lengths),
+        padding=padding,
         row_T=row_T.to(device),
         slot_T=slot_T.to(device),
         position_T=position_T.to(device),
-        end=int(position_T.max()) + 1,
+        begins=torch.cat((begin_R, torch.tensor([len(row_T)]))).to(device, torch.int32),
+        end=end,
         cache=cache,
-        continues=starts is not None,
+        visible_RSK=visible_RSK,
     )
 
 
 def attend_rows(query_TND: Tensor, key_TGD: Tensor, value_TGD: Tensor, *, rows: TokenRows, layer: int) -> Tensor:
     """Causal grouped-query attention of each row's new tokens over all of the row: [T, N, D].
 
-    Rows are spread into a rectangle for torch's kernel; what pads it is never read back.
+    Rows are spread into a rectangle for torch's kernels; what pads it is never read back.
     """
+    lengths, count = (rows.packed_lengths, len(query_TND)) if rows.cache is None else (rows.lengths, rows.tokens)
+    parts = (query_TND[:count], key_TGD[:count], value_TGD[:count])
+    query_RSND, keys_RKGD, values_RKGD = (_spread(part, lengths, rows) for part in parts)
     if rows.cache is not None:
-        keys_RKGD, values_RKGD = rows.cache.write(layer, key_TGD, value_TGD, rows)
-    query_RSND = _spread(query_TND, rows)
-    if rows.continues:
-        used = rows.end
-        last_R1 = _spread(rows.position_T, rows)
-        visible_RSK = torch.arange(used, device=last_R1.device) <= last_R1[..., None]
-        keys, values = keys_RKGD[: len(rows.lengths), :used], values_RKGD[: len(rows.lengths), :used]
-        mask = visible_RSK[:, None]
-    else:
-        keys, values, mask = _spread(key_TGD, rows), _spread(value_TGD, rows), None
-    out_RNSD = F.scaled_dot_product_attention(
-        query_RSND.transpose(1, 2),
-        keys.transpose(1, 2),
-        values.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=mask is None,
-        enable_gqa=True,
+        held = rows.cache.write(layer, *parts[1:], rows)
+        if rows.visible_RSK is not None:
+            keys_RKGD, values_RKGD = (kept[: len(lengths), : rows.end] for kept in held)
+    out_RSND = _attend_grouped(query_RSND, keys_RKGD, values_RKGD, rows.visible_RSK)
+    out_TND = out_RSND[rows.row_T[:count], rows.slot_T[:count]]
+    return out_TND if count == len(query_TND) else torch.cat((out_TND, torch.zeros_like(query_TND[count:])))
+
+
+def _attend_grouped(query_RSND: Tensor, keys_RKGD: Tensor, values_RKGD: Tensor, visible_RSK: Tensor | None) -> Tensor:
+    """Attention [R, S, N, D], causal where `visible_RSK` is None.
+
+    With a mask the query heads of a group become more queries of one head: torch's fast kernels take either a mask or
+    grouped heads, and with both it would fall back to one that holds all scores and copies of the keys.
+    """
+    if visible_RSK is None:
+        out_RNSD = F.scaled_dot_product_attention(
+            *(part.transpose(1, 2) for part in (query_RSND, keys_RKGD, values_RKGD)), is_causal=True, enable_gqa=True
+        )
+        return out_RNSD.transpose(1, 2)
+    groups, length = keys_RKGD.size(2), query_RSND.size(1)
+    grouped_RGQD = query_RSND.unflatten(2, (groups, -1)).transpose(1, 2).flatten(2, 3)
+    mask_R1QK = visible_RSK.repeat_interleave(grouped_RGQD.size(2) // length, dim=1)[:, None]
+    out_RGQD = F.scaled_dot_product_attention(
+        grouped_RGQD, keys_RKGD.transpose(1, 2), values_RKGD.transpose(1, 2), attn_mask=mask_R1QK
     )
-    return out_RNSD.transpose(1, 2)[rows.row_T, rows.slot_T]
+    return out_RGQD.unflatten(2, (length, -1)).transpose(1, 2).flatten(2, 3)
 
 
-def _spread(values_T: Tensor, rows: TokenRows) -> Tensor:
+def _spread(values_T: Tensor, lengths: Sequence[int], rows: TokenRows) -> Tensor:
     """[T, ...] -> [R, S, ...], zero where a row is shorter than the longest."""
-    rectangle = values_T.new_zeros((len(rows.lengths), max(rows.lengths), *values_T.shape[1:]))
-    return rectangle.index_put((rows.row_T, rows.slot_T), values_T)
+    if max(lengths) == 1:
+        return values_T[:, None]
+    rectangle = values_T.new_zeros((len(lengths), max(lengths), *values_T.shape[1:]))
+    return rectangle.index_put((rows.row_T[: len(values_T)], rows.slot_T[: len(values_T)]), values_T)
 
 
 class LocalAttention(MegatronModule):
@@ -156,13 +180,13 @@ def transformer_engine_attention() -> type:
             query, key, value = query[:, 0], key[:, 0], value[:, 0]
             if rows.cache is not None:
                 return attend_rows(query, key, value, rows=rows, layer=self.layer_number).flatten(1)[:, None]
-            begins = rows.cumulative_lengths()
+            longest = max(rows.packed_lengths)
             packed = PackedSeqParams(
                 qkv_format="thd",
-                cu_seqlens_q=begins,
-                cu_seqlens_kv=begins,
-                max_seqlen_q=max(rows.lengths),
-                max_seqlen_kv=max(rows.lengths),
+                cu_seqlens_q=rows.begins,
+                cu_seqlens_kv=rows.begins,
+                max_seqlen_q=longest,
+                max_seqlen_kv=longest,
             )
             out = super().forward(query, key, value, None, packed_seq_params=packed, **kwargs)
             return out.reshape(query.size(0), 1, -1)

@@ -103,7 +103,7 @@ def _pack(sequences: Sequence[ScoredSequence], *, number: int, multiple: int, de
         number=number,
         indices=tuple(s.index for s in sequences),
         ids_T=torch.tensor(ids, device=device),
-        rows=token_rows([*lengths, padding] if padding else lengths, device=device),
+        rows=token_rows(lengths, padding=padding, device=device),
         lengths=tuple(len(s.response_ids) for s in sequences),
         predicting_N=torch.tensor(predicting, dtype=torch.int64, device=device),
         token_ids_N=torch.tensor([t for s in sequences for t in s.response_ids], dtype=torch.int64, device=device),

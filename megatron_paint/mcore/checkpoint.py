@@ -6,8 +6,11 @@ Saved at one layout, loaded at any other: weights and optimiser state are stored
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,8 +28,9 @@ from megatron_paint.mcore.world import World
 STATE = "run_state.json"
 COMPLETE = "complete"  # written last: a folder without it is not a checkpoint
 
-# The one sharding of Megatron's distributed optimiser that any layout can load.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+# The one sharding of Megatron's distributed optimiser that any layout can load. Megatron writes into what it is given.
+_METADATA = MappingProxyType({"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True})
+ENGINE_STATE = "_extra_state"  # Transformer Engine's own entries beside the weights
 
 
 def save_checkpoint(
@@ -56,7 +60,7 @@ def load_checkpoint(folder: Path, stage: Qwen3Model, optimizer: MegatronOptimize
     _prepare_torch_adam(optimizer)
     wanted = _sharded_state(stage, optimizer, teacher, is_loading=True)
     loaded = _load(wanted, folder)
-    stage.load_state_dict(loaded["model"])
+    _fill(stage, loaded["model"])
     optimizer.load_state_dict(loaded["optimizer"])
     _part_torch_adam_steps(optimizer)
     teacher.load(loaded)
@@ -65,7 +69,30 @@ def load_checkpoint(folder: Path, stage: Qwen3Model, optimizer: MegatronOptimize
 
 def load_weights(stage: Qwen3Model, folder: str | Path) -> None:
     """Fills the model alone from a Megatron checkpoint of the same architecture, of any run and layout."""
-    stage.load_state_dict(_load({"model": stage.sharded_state_dict()}, folder)["model"])
+    wanted = {"model": _weights(stage)}
+    adapters = [key for key in _keys(folder) if "_adapters." in key and not key.startswith(("teacher.", "optimizer."))]
+    if adapters:
+        raise UserError(
+            f"model.megatron_path: {folder} is the checkpoint of a LoRA run, whose adapters would be left out; start "
+            "from its Hugging Face export, in which they are merged (model.hf_path)"
+        )
+    _fill(stage, _load(wanted, folder, strict=StrictHandling.RAISE_UNEXPECTED)["model"])
+
+
+def _weights(stage: Qwen3Model) -> dict:
+    """Entries of the model. Transformer Engine's are of use for delayed FP8 scaling alone; left out otherwise, so that
+    both kinds of layer load each other's checkpoints."""
+    state = stage.sharded_state_dict(metadata=dict(_METADATA))
+    if stage.config.fp8 is not None and stage.config.fp8_recipe == "delayed":
+        return state
+    return {key: entry for key, entry in state.items() if not key.endswith(ENGINE_STATE)}
+
+
+def _fill(stage: Qwen3Model, state: dict) -> None:
+    lacking = stage.load_state_dict(state, strict=False)
+    wrong = [key for key in lacking.missing_keys if not key.endswith(ENGINE_STATE)] + lacking.unexpected_keys
+    if wrong:
+        raise AssertionError(f"the checkpoint's entries do not fit the model: {wrong[:3]}")
 
 
 def _prepare_torch_adam(optimizer: MegatronOptimizer) -> None:
@@ -96,15 +123,26 @@ def _set_with_step(part: DistributedOptimizer, model_param: torch.Tensor, tensor
 
 
 def _sharded_state(stage: Qwen3Model, optimizer: MegatronOptimizer, teacher: Teacher, *, is_loading: bool) -> dict:
-    model = stage.sharded_state_dict(metadata=_METADATA)
+    model = _weights(stage)
     state = {"model": model}
-    state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA)
+    state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(_METADATA))
     return state | teacher.sharded_state_dict(model)
 
 
-def _load(wanted: dict, folder: str | Path) -> dict:
+def _keys(folder: str | Path) -> list[str]:
+    with _as_user_error(folder):
+        return list(dist_checkpointing.load_tensors_metadata(str(folder)))
+
+
+def _load(wanted: dict, folder: str | Path, *, strict: StrictHandling = StrictHandling.RAISE_ALL) -> dict:
+    with _as_user_error(folder):
+        return dist_checkpointing.load(wanted, str(folder), strict=strict)
+
+
+@contextmanager
+def _as_user_error(folder: str | Path) -> Iterator[None]:
     try:
-        return dist_checkpointing.load(wanted, str(folder), strict=StrictHandling.RAISE_ALL)
+        yield
     except (dist_checkpointing.core.CheckpointingException, KeyError, RuntimeError, OSError, EOFError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(f"checkpoint {folder} cannot be loaded into this model: {first_line}") from error

@@ -45,33 +45,47 @@ class _Row:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class BatchLimits:
+    """What may be decoded together on one replica."""
+
+    rows: int
+    prefill_tokens: int  # of all prompts
+    cache_tokens: int  # rows times the longest response's last position; one row is always allowed
+
+
 class Generator:
     """Samples for this data-parallel replica; all its ranks call together and get the same rollouts."""
 
-    def __init__(self, stage: Qwen3Model, world: World, *, token_multiple: int, batch_size: int, prefill_tokens: int):
+    def __init__(self, stage: Qwen3Model, world: World, *, token_multiple: int, limits: BatchLimits):
         self.stage = stage
         self.world = world
         self.token_multiple = token_multiple  # the layout and FP8 need calls of a multiple of so many tokens
-        self.batch_size = batch_size
-        self.prefill_tokens = prefill_tokens
+        self.limits = limits
 
     @torch.no_grad()
     def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParameters) -> list[Rollout]:
         """One rollout per request, in order. Requests of similar length are decoded together."""
+        self.stage.set_is_first_microbatch()  # Transformer Engine else computes with the FP8 weights it cached last
         by_length = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
         rollouts: dict[int, Rollout] = {}
-        for batch in self._batches([(i, requests[i]) for i in by_length]):
+        for batch in self._batches([(i, requests[i]) for i in by_length], sampling.max_new_tokens):
             rows = [_Row(request, uniforms(request.key, sampling.max_new_tokens).tolist()) for _, request in batch]
             self._decode(rows, sampling)
             rollouts |= {index: row.rollout() for (index, _), row in zip(batch, rows, strict=True)}
         return [rollouts[i] for i in range(len(requests))]
 
-    def _batches(self, numbered: list[tuple[int, GenerationRequest]]) -> list[list[tuple[int, GenerationRequest]]]:
+    def _batches(
+        self, numbered: list[tuple[int, GenerationRequest]], max_new_tokens: int
+    ) -> list[list[tuple[int, GenerationRequest]]]:
+        """Cuts requests of rising prompt length into batches."""
         batches: list[list[tuple[int, GenerationRequest]]] = []
         tokens = 0
         for item in numbered:
             length = len(item[1].prompt_ids)
-            if not batches or len(batches[-1]) == self.batch_size or tokens + length > self.prefill_tokens:
+            rows = len(batches[-1]) + 1 if batches else 1
+            fits = rows <= self.limits.rows and tokens + length <= self.limits.prefill_tokens
+            if not batches or not fits or rows * (length + max_new_tokens) > self.limits.cache_tokens:
                 batches.append([])
                 tokens = 0
             batches[-1].append(item)
@@ -80,9 +94,10 @@ class Generator:
 
     def _decode(self, rows: list[_Row], sampling: SamplingParameters) -> None:
         """Fills the rows with tokens."""
-        cache = KeyValueCache()
         live = list(rows)
         prompts = [row.request.prompt_ids for row in rows]
+        # The last token is never fed back, so its place in the cache is not needed.
+        cache = KeyValueCache(rows=len(rows), length=max(map(len, prompts)) + sampling.max_new_tokens - 1)
         logits_RV = self._call(
             [token for prompt in prompts for token in prompt], [len(p) for p in prompts], None, cache
         )
@@ -104,16 +119,9 @@ class Generator:
             logits_RV = self._call([row.tokens[-1] for row in live], [1] * len(live), starts, cache)
 
     def _call(self, tokens: list[int], lengths: list[int], starts: list[int] | None, cache: KeyValueCache):
-        """Runs the stages on new tokens; float32 logits [R, V] after each row's last one, on the last stage."""
+        """Runs the stages on new tokens; float32 logits [R, V] after each row's last one, where tokens are drawn."""
         padding = -len(tokens) % self.token_multiple
-        # Prompts are padded by one more row; single tokens by rows of one, which keep the rectangle narrow.
-        extra = [padding] if padding and starts is None else [1] * padding
-        rows = token_rows(
-            [*lengths, *extra],
-            device=self.world.device,
-            starts=None if starts is None else [*starts, *[0] * padding],
-            cache=cache,
-        )
+        rows = token_rows(lengths, padding=padding, device=self.world.device, starts=starts, cache=cache)
         ids_T = torch.tensor(tokens + [0] * padding, device=self.world.device)
         hidden_T1H = self._run_stages(ids_T, rows)
         if not self.world.is_last_stage:
@@ -137,29 +145,32 @@ class Generator:
             )
         return hidden_T1H
 
-    def _logits(self, hidden_T1H: Tensor, last_R: Tensor) -> Tensor:
+    def _logits(self, hidden_T1H: Tensor, last_R: Tensor) -> Tensor | None:
+        """The whole vocabulary's logits on tensor-parallel rank 0."""
         if self.stage.config.sequence_parallel:
             shards = [torch.empty_like(hidden_T1H) for _ in range(self.world.tp_size)]
             dist.all_gather(shards, hidden_T1H.contiguous(), group=self.world.tp_group)
             hidden_T1H = torch.cat(shards)
-        hidden_RH = hidden_T1H[last_R, 0]
-        local_RV = float32_product(hidden_RH, self.stage.output_weight())
+        local_RV = float32_product(hidden_T1H[last_R, 0], self.stage.output_weight())
         if self.world.tp_size == 1:
             return local_RV
-        parts = [torch.empty_like(local_RV) for _ in range(self.world.tp_size)]
-        dist.all_gather(parts, local_RV, group=self.world.tp_group)
-        return torch.cat(parts, dim=1)
+        parts = [torch.empty_like(local_RV) for _ in range(self.world.tp_size)] if self.world.tp_rank == 0 else None
+        dist.gather(local_RV, parts, group_dst=0, group=self.world.tp_group)
+        return torch.cat(parts, dim=1) if parts else None
 
     def _choose(self, logits_RV: Tensor | None, uniform: list[float], sampling: SamplingParameters):
-        """Tokens and log-probabilities of the rows, the same on every stage."""
-        chosen_2R = torch.empty((2, len(uniform)), dtype=torch.float64, device=self.world.device)
+        """Tokens and log-probabilities of the rows, the same on every rank of the replica.
+
+        One rank draws: on others the same arithmetic could round another way, and ranks would part.
+        """
+        world = self.world
+        chosen_2R = torch.empty((2, len(uniform)), dtype=torch.float64, device=world.device)
         if logits_RV is not None:
-            uniform_R = torch.tensor(uniform, dtype=torch.float64, device=self.world.device)
+            uniform_R = torch.tensor(uniform, dtype=torch.float64, device=world.device)
             token_R, logp_R = choose_tokens(logits_RV, uniform_R=uniform_R, sampling=sampling)
             chosen_2R = torch.stack((token_R.double(), logp_R.double()))
-        if self.world.pp_size > 1:
-            last = parallel_state.get_pipeline_model_parallel_last_rank()
-            dist.broadcast(chosen_2R, src=last, group=self.world.pp_group)
+        if world.replica_size > 1:
+            dist.broadcast(chosen_2R, group_src=(world.pp_size - 1) * world.tp_size, group=world.replica_group)
         token_R, logp_R = chosen_2R.tolist()
         return [int(token) for token in token_R], logp_R
 

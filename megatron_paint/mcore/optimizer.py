@@ -49,13 +49,14 @@ def make_optimizer(
     return optimizer
 
 
-def take_step(optimizer: MegatronOptimizer, *, lr: float) -> float:
-    """One clipped step; returns the gradient's global norm before clipping.
+def take_step(optimizer: MegatronOptimizer, *, lr: float, weight_decay: float) -> float:
+    """One clipped step; returns the gradient's global norm before clipping. Norms' weights are not decayed.
 
     A gradient that is not finite stops here, before any weight is touched: FloatingPointError.
     """
-    for group in optimizer.param_groups:
+    for group in optimizer.param_groups:  # as Megatron's own scheduler does, which this takes the place of
         group["lr"] = lr
+        group["weight_decay"] = weight_decay * group["wd_mult"]
     overflow = optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
     if overflow or not norm < float("inf"):

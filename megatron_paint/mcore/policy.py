@@ -30,7 +30,7 @@ from megatron_paint.mcore.batch import (
     token_multiple,
 )
 from megatron_paint.mcore.checkpoint import load_checkpoint, load_weights, save_checkpoint
-from megatron_paint.mcore.generate import Generator
+from megatron_paint.mcore.generate import BatchLimits, Generator
 from megatron_paint.mcore.hf_checkpoint import export_stages, first_layer_of, load_stage
 from megatron_paint.mcore.lora import add_adapters, merged_parameters
 from megatron_paint.mcore.model import DTYPES, build_model
@@ -38,15 +38,16 @@ from megatron_paint.mcore.optimizer import make_optimizer, take_step, wrap_data_
 from megatron_paint.mcore.scores import NonFinite, score_samples
 from megatron_paint.mcore.teacher import Teacher
 from megatron_paint.mcore.world import World
+from megatron_paint.plan import cache_bytes_per_token
 from megatron_paint.policy import GenerationRequest, ResponseRows, SamplingParameters, TokenLoss
 from megatron_paint.qwen3 import Qwen3Shape
 from megatron_paint.records import Rollout, Sample, SampleScore, UpdateReport
 
 
 class MegatronPolicy:
-    """Implements `megatron_paint.policy.Policy`."""
+    """Implements `megatron_paint.policy.Policy`; one that is not `trained` has no gradients, optimiser or teacher."""
 
-    def __init__(self, settings: Settings, shape: Qwen3Shape, world: World):
+    def __init__(self, settings: Settings, shape: Qwen3Shape, world: World, *, trained: bool = True):
         self.settings = settings
         self.shape = shape
         self.world = world
@@ -57,16 +58,20 @@ class MegatronPolicy:
             load_weights(self.stage, settings.model.megatron_path)
         if settings.model.lora is not None:
             add_adapters(self.stage, settings.model.lora, shape, world, seed=settings.run.seed)
-        self.wrapped = wrap_data_parallel(self.stage, megatron)
-        self.optimizer = make_optimizer(self.wrapped, settings.optimizer, megatron)
-        self.teacher = Teacher(self.stage, settings.objective.teacher)
+        self.wrapped = wrap_data_parallel(self.stage, megatron) if trained else self.stage
+        self.optimizer = make_optimizer(self.wrapped, settings.optimizer, megatron) if trained else None
+        taught = trained and settings.objective.name != "sft"
+        self.teacher = Teacher(self.stage, settings.objective.teacher if taught else TeacherSettings(weights="current"))
         self.multiple = token_multiple(megatron)
         self.generator = Generator(
             self.stage,
             world,
             token_multiple=self.multiple,
-            batch_size=settings.rollout.batch_size,
-            prefill_tokens=settings.data.micro_batch_tokens,
+            limits=BatchLimits(
+                rows=settings.rollout.batch_size,
+                prefill_tokens=settings.data.micro_batch_tokens,
+                cache_tokens=int(settings.rollout.cache_bytes // cache_bytes_per_token(settings, shape)),
+            ),
         )
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParameters) -> list[Rollout]:
@@ -81,7 +86,7 @@ class MegatronPolicy:
         """One optimiser step; FloatingPointError, before the optimiser, where a loss or the gradient is not finite."""
         scores, seconds = self.accumulate(samples, loss)
         with _timed(seconds, "optimizer"):
-            norm = take_step(self.optimizer, lr=lr)
+            norm = take_step(self.optimizer, lr=lr, weight_decay=self.settings.optimizer.weight_decay)
             self.teacher.follow()
         return UpdateReport(scores=scores, grad_norm=norm, seconds=seconds)
 

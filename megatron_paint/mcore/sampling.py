@@ -32,13 +32,16 @@ def choose_tokens(logits_RV: Tensor, *, uniform_R: Tensor, sampling: SamplingPar
 def _candidates(logp_RV: Tensor, sampling: SamplingParameters) -> tuple[Tensor, Tensor]:
     """Ids [R, C] in ascending order and their log-probabilities, -inf where top-p drops one."""
     vocabulary = logp_RV.size(1)
+    every_id_RV = torch.arange(vocabulary, device=logp_RV.device).expand_as(logp_RV)
     if sampling.top_k == 0 and sampling.top_p == 1:
-        return torch.arange(vocabulary, device=logp_RV.device).expand_as(logp_RV), logp_RV
+        return every_id_RV, logp_RV
     count = min(sampling.top_k or vocabulary, vocabulary)
     kept_RC, id_RC = logp_RV.topk(count, dim=-1)
     kept_RC = kept_RC.double().log_softmax(-1)
     if sampling.top_p < 1:
         before_RC = kept_RC.exp().cumsum(-1) - kept_RC.exp()
         kept_RC = kept_RC.masked_fill(before_RC >= sampling.top_p, -torch.inf)
+    if count == vocabulary:  # put back where they came from, which is cheaper than to sort once more
+        return every_id_RV, torch.empty_like(kept_RC).scatter_(1, id_RC, kept_RC)
     id_RC, order_RC = id_RC.sort(-1)
     return id_RC, kept_RC.gather(1, order_RC)

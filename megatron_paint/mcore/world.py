@@ -15,6 +15,9 @@ from megatron_paint.config import MegatronSettings
 from megatron_paint.errors import UserError
 from megatron_paint.mcore.cpu import redirect_cuda_to_cpu
 
+# Of messages between hosts: all ranks wait in one while rank 0 reads and grades a data set or writes to a slow disk.
+HOST_TIMEOUT = timedelta(hours=12)
+
 
 @dataclass(frozen=True, kw_only=True)
 class World:
@@ -32,7 +35,12 @@ class World:
     dp_rank: int
     dp_size: int
     dp_group: dist.ProcessGroup
+    replica_group: dist.ProcessGroup  # the ranks of one replica: stages one after another, tensor-parallel ranks within
     host_group: dist.ProcessGroup  # gloo, all ranks: for records and messages
+
+    @property
+    def replica_size(self) -> int:
+        return self.tp_size * self.pp_size
 
     @property
     def is_first_stage(self) -> bool:
@@ -94,7 +102,8 @@ def start_world(megatron: MegatronSettings, *, backend: str | None = None) -> Wo
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_group=parallel_state.get_data_parallel_group(),
-        host_group=dist.new_group(backend="gloo", timeout=timeout),
+        replica_group=parallel_state.get_model_parallel_group(),
+        host_group=dist.new_group(backend="gloo", timeout=HOST_TIMEOUT),
     )
 
 

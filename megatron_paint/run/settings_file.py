@@ -27,6 +27,7 @@ FREE = {f"run.{name}" for name in FREE_RUN} | {
     "data.micro_batch_tokens",
     "objective.chunk_bytes",
     "rollout.batch_size",
+    "rollout.cache_bytes",
 }
 ABSENT = "(absent)"
 
