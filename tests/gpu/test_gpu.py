@@ -37,6 +37,16 @@ def make_policy(folder, world, *, lora=None, **megatron):
     return MegatronPolicy(settings, read_shape(folder), world)
 
 
+def fill_adapters(policy):
+    """Adapters that change what the model computes; they start as a change of nothing."""
+    from megatron_paint.mcore.lora import adapters_of
+
+    generator = torch.Generator().manual_seed(4)
+    for adapters in adapters_of(policy.stage):
+        for b_OK in adapters.b.values():
+            b_OK.data.copy_(0.05 * torch.randn(b_OK.shape, generator=generator))
+
+
 def samples(count=6):
     generator = torch.Generator().manual_seed(1)
 
@@ -66,6 +76,11 @@ def test_engine_layers_equal_local_ones(folder, world, lora):
     """Fused norms (full) and separate ones (LoRA) of Transformer Engine against plain torch."""
     engine = make_policy(folder, world, lora=lora, transformer_impl="transformer_engine")
     local = make_policy(folder, world, lora=lora, transformer_impl="local")
+    if lora is not None:
+        before = losses(local)
+        fill_adapters(engine)
+        fill_adapters(local)
+        assert (losses(local) - before).norm() / before.norm() > 0.1
     found, wanted = losses(engine), losses(local)
     assert (found - wanted).norm() / wanted.norm() < 0.03
 

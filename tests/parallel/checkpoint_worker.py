@@ -1,4 +1,5 @@
-"""Trains, saves, loads: `all` runs 2N steps, `first` N steps and a checkpoint, `rest` goes on from it."""
+"""Trains, saves, loads: `all` runs 2N steps, `first` N steps and a checkpoint, `rest` goes on from it, `warm` takes its
+weights alone for the start of another run."""
 
 import sys
 from dataclasses import replace
@@ -7,6 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_paint.config import MegatronSettings
+from megatron_paint.errors import UserError
 from megatron_paint.losses import InterpolationLossConfig
 from megatron_paint.mcore.policy import MegatronPolicy
 from megatron_paint.mcore.world import start_world, stop_world
@@ -37,12 +39,29 @@ def make_policy(case: parity.Case, checkpoints: Path, layout, world) -> Megatron
     return policy
 
 
+def start_warm(checkpoints: Path, saved: Path, out: Path, layout, world) -> None:
+    """Exports models that start from checkpoints of runs; a LoRA run's, whose adapters would be lost, is refused."""
+    for case in (CASES[0], CASES[1]):
+        settings = settings_of(case, checkpoints, layout.megatron)
+        settings = replace(settings, model=replace(settings.model, megatron_path=str(saved / case.name)))
+        MegatronPolicy(settings, read_shape(settings.model.hf_path), world).export(out / case.name)
+    settings = settings_of(CASES[2], checkpoints, layout.megatron)
+    settings = replace(settings, model=replace(settings.model, megatron_path=str(saved / CASES[2].name)))
+    try:
+        MegatronPolicy(settings, read_shape(settings.model.hf_path), world)
+    except UserError as error:
+        (out / f"refused{world.rank}").write_text(str(error))
+
+
 def main() -> None:
     layout, part = LAYOUTS[sys.argv[1]], sys.argv[2]
     checkpoints, saved, out = (Path(path) for path in sys.argv[3:6])
     torch.set_num_threads(1)
     world = start_world(MegatronSettings(**layout.megatron))
     loss = DistillationLoss(config=InterpolationLossConfig(**parity.LOSS), chunk_bytes=4e3, token_temperature=1.1)
+    if part == "warm":
+        start_warm(checkpoints, saved, out, layout, world)
+        return stop_world()
     losses = {}
     for case in CASES:
         policy = make_policy(case, checkpoints, layout, world)

@@ -15,24 +15,26 @@ class Layout:
     tp: int
     pp: int
     sequence_parallel: bool = False
-    recompute: bool = False
+    recompute: str | None = None
 
     @property
     def megatron(self) -> dict:
-        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        recompute = {"recompute_granularity": self.recompute}
+        if self.recompute == "full":
+            recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
         return {
             "tensor_model_parallel_size": self.tp,
             "pipeline_model_parallel_size": self.pp,
             "sequence_parallel": self.sequence_parallel,
-            **(recompute if self.recompute else {}),
+            **recompute,
         }
 
 
 LAYOUTS = {
     "tp1": Layout(1, 1, 1),
-    "pp2": Layout(2, 1, 2, recompute=True),
-    "tp2-pp2-sp": Layout(4, 2, 2, True),
-    "tp2-dp2": Layout(4, 2, 1),
+    "pp2": Layout(2, 1, 2, recompute="full"),
+    "tp2-pp2-sp": Layout(4, 2, 2, True, recompute="full"),
+    "tp2-dp2": Layout(4, 2, 1, recompute="selective"),
 }
 
 

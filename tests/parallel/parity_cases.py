@@ -35,16 +35,30 @@ class Case:
     lr: float = 5e-3
     eps: float = 1e-2  # large: near-zero gradients must not decide Adam's step
     clip_grad: float = 0.0
+    weight_decay: float = 0.0
+    partner: str = "student"
+    offload: bool = False  # the teacher's weights rest in host memory
+    overlap_grad_reduce: bool = False
+    num_samples: int = 5  # 1 leaves a data-parallel replica without any
+
+    @property
+    def loss(self) -> dict:
+        return {**LOSS, "partner": self.partner}
 
 
 CASES = (
-    Case(name="full-initial-sgd", tied=False, teacher="initial", optimizer="sgd", lr=5e-2),
-    Case(name="full-tied-ema-adam", tied=True, teacher="ema", optimizer="adam", clip_grad=0.5),
+    Case(name="full-initial-sgd", tied=False, teacher="initial", optimizer="sgd", lr=5e-2, offload=True),
+    Case(name="full-tied-ema-adam", tied=True, teacher="ema", optimizer="adam", clip_grad=0.5, weight_decay=0.3),
     Case(
-        name="full-current-distributed-adam", tied=True, teacher="current", optimizer="adam", distributed_optimizer=True
+        name="full-current-distributed-adam",
+        tied=True,
+        teacher="current",
+        optimizer="adam",
+        distributed_optimizer=True,
+        overlap_grad_reduce=True,
     ),
     Case(name="lora-initial-adam", tied=True, teacher="initial", optimizer="adam", lora=True),
-    Case(name="lora-ema-sgd", tied=False, teacher="ema", optimizer="sgd", lora=True, lr=5e-2),
+    Case(name="lora-ema-sgd", tied=False, teacher="ema", optimizer="sgd", lora=True, lr=5e-2, partner="full_teacher"),
     Case(
         name="lora-current-distributed-adam",
         tied=True,
@@ -53,6 +67,7 @@ CASES = (
         lora=True,
         distributed_optimizer=True,
     ),
+    Case(name="full-one-sample", tied=True, teacher="initial", optimizer="sgd", lr=0.3, num_samples=1),
     Case(name="sft-tied-adam", tied=True, teacher="none", optimizer="adam"),
     Case(name="sft-lora-sgd", tied=False, teacher="none", optimizer="sgd", lora=True, lr=5e-2),
 )
@@ -82,12 +97,15 @@ def adapter_value(name: str, shape: torch.Size) -> torch.Tensor:
     return 0.1 * torch.randn(shape, generator=generator)
 
 
-def step_samples(step: int) -> list[tuple[list[int], list[int], list[int]]]:
-    """(student prompt, teacher prompt, response) of the step's problems: lengths differ, one response is one token."""
+def step_samples(step: int) -> list[tuple[list[int], list[int], list[int], list[int]]]:
+    """(student prompt, teacher prompt, prompt of the full teacher, response) of the step's problems.
+
+    Lengths differ; one response is one token.
+    """
     generator = torch.Generator().manual_seed(100 + step)
 
     def draw(n: int) -> list[int]:
         return torch.randint(0, SIZES["vocab_size"], (n,), generator=generator).tolist()
 
-    lengths = ((5, 11, 7), (3, 17, 1), (9, 9, 12), (2, 6, 4), (6, 14, 9))
-    return [(draw(a), draw(b), draw(c)) for a, b, c in lengths]
+    lengths = ((5, 11, 13, 7), (3, 17, 20, 1), (9, 9, 12, 12), (2, 6, 8, 4), (6, 14, 15, 9))
+    return [tuple(draw(n) for n in row) for row in lengths]

@@ -18,6 +18,7 @@ from megatron_paint.config import (
     TeacherSettings,
 )
 from megatron_paint.losses import InterpolationLossConfig
+from megatron_paint.mcore.batch import assign_replicas
 from megatron_paint.mcore.hf_checkpoint import first_layer_of, gathered_tensors, load_stage
 from megatron_paint.mcore.lora import adapters_of
 from megatron_paint.mcore.policy import MegatronPolicy
@@ -42,11 +43,23 @@ def settings_of(case: parity.Case, folder: Path, megatron: dict) -> Settings:
         run=RunSettings(dir="unused"),
         objective=ObjectiveSettings(
             teacher=TeacherSettings(
-                weights=case.teacher if case.teacher != "none" else "current", ema_decay=parity.EMA_DECAY
+                weights=case.teacher if case.teacher != "none" else "current",
+                ema_decay=parity.EMA_DECAY,
+                offload=case.offload,
             )
         ),
-        optimizer=OptimizerSettings(name=case.optimizer, lr=case.lr, eps=case.eps, clip_grad=case.clip_grad),
-        megatron=MegatronSettings(**megatron, use_distributed_optimizer=case.distributed_optimizer),
+        optimizer=OptimizerSettings(
+            name=case.optimizer,
+            lr=case.lr,
+            eps=case.eps,
+            clip_grad=case.clip_grad,
+            weight_decay=case.weight_decay,
+        ),
+        megatron=MegatronSettings(
+            **megatron,
+            use_distributed_optimizer=case.distributed_optimizer,
+            overlap_grad_reduce=case.overlap_grad_reduce,
+        ),
     )
 
 
@@ -58,9 +71,10 @@ def records(step: int, case: parity.Case) -> list[Sample]:
             key=i,
             student_prompt_ids=tuple(student),
             teacher_prompt_ids=tuple(teacher) if case.teacher != "none" else None,
+            full_teacher_prompt_ids=tuple(full) if case.partner == "full_teacher" else None,
             response_ids=tuple(response),
         )
-        for i, (student, teacher, response) in enumerate(parity.step_samples(step))
+        for i, (student, teacher, full, response) in enumerate(parity.step_samples(step)[: case.num_samples])
     ]
 
 
@@ -107,6 +121,14 @@ def gradients(policy: MegatronPolicy) -> dict[str, torch.Tensor]:
     return everyones(policy, mine)
 
 
+def teacher_hidden(policy: MegatronPolicy, samples: list[Sample]) -> dict[int, torch.Tensor]:
+    """Hidden states [N, H] that the teacher pass keeps, by sample."""
+    replicas = assign_replicas([len(sample.response_ids) for sample in samples], policy.world.dp_size)
+    kept = policy._score(samples, replicas, "teacher_prompt_ids", policy.teacher)
+    assert policy.world.is_last_stage or not kept
+    return everyones(policy, kept)
+
+
 def run_case(case: parity.Case, folder: Path, out: Path, world, megatron: dict) -> None:
     settings = settings_of(case, folder, megatron)
     shape = read_shape(settings.model.hf_path)
@@ -118,9 +140,11 @@ def run_case(case: parity.Case, folder: Path, out: Path, world, megatron: dict) 
         policy.teacher.follow()
     loss = CrossEntropyLoss(chunk_bytes=1e9)
     if case.teacher != "none":
-        config = InterpolationLossConfig(**parity.LOSS)
+        config = InterpolationLossConfig(**case.loss)
         loss = DistillationLoss(config=config, chunk_bytes=4e3, token_temperature=1.1)
-    result = {"losses": [], "gradients": [], "norms": []}
+    result = {"losses": [], "gradients": [], "norms": [], "hidden": {}}
+    if case.teacher != "none":
+        result["hidden"] = teacher_hidden(policy, records(0, case))
     for step in range(parity.STEPS):
         samples = records(step, case)
         if not case.distributed_optimizer:

@@ -18,7 +18,7 @@ def folders(tmp_path_factory):
     parity.make_checkpoints(checkpoints)
     run_worker("checkpoint_worker", WRITER, "all", checkpoints, saved, whole)
     run_worker("checkpoint_worker", WRITER, "first", checkpoints, saved, broken)
-    return checkpoints, saved, whole
+    return checkpoints, saved, whole, broken
 
 
 def weights(folder):
@@ -27,7 +27,7 @@ def weights(folder):
 
 @pytest.mark.parametrize("layout", [WRITER, "tp1", "tp2-dp2", "pp2"])
 def test_goes_on(layout, folders, tmp_path):
-    checkpoints, saved, whole = folders
+    checkpoints, saved, whole, _ = folders
     run_worker("checkpoint_worker", layout, "rest", checkpoints, saved, tmp_path)
     wanted, found = torch.load(whole / "losses.pt"), torch.load(tmp_path / "losses.pt")
     for case in CASES:
@@ -43,8 +43,23 @@ def test_goes_on(layout, folders, tmp_path):
             torch.testing.assert_close(*losses, rtol=0.1, atol=0.05)
 
 
+def test_weights_alone_start_another_run(folders, tmp_path):
+    """At another layout than the one that saved them; optimiser and teacher of the old run stay behind."""
+    checkpoints, saved, _, broken = folders
+    run_worker("checkpoint_worker", "pp2", "warm", checkpoints, saved, tmp_path)
+    for case in (CASES[0], CASES[1]):
+        ours, theirs = weights(tmp_path / case.name), weights(broken / case.name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs), case.name
+        start = weights(parity.checkpoint(checkpoints, "start", case.tied))
+        assert not all(torch.equal(ours[name], start[name]) for name in ours)
+    refusals = {(tmp_path / f"refused{rank}").read_text() for rank in (0, 1)}
+    assert len(refusals) == 1
+    assert "LoRA" in refusals.pop()
+
+
 def test_checkpoint_is_marked_complete(folders):
-    _, saved, _ = folders
+    _, saved, *_ = folders
     for case in CASES:
         assert (saved / case.name / "complete").exists()
         assert not list(saved.glob("*.partial"))

@@ -1,6 +1,7 @@
 """Megatron at every layout against plain torch over `transformers`' Qwen3: losses, gradients, changes of weights."""
 
 import copy
+import itertools
 from pathlib import Path
 
 import pytest
@@ -61,15 +62,17 @@ def plain(checkpoints):
             lr=case.lr,
             eps=case.eps,
             clip=case.clip_grad,
+            weight_decay=case.weight_decay,
         )
         start_teacher(policy, case, checkpoints)
         before = exported(policy.model, case)
         losses, gradients, norms = [], [], []
+        hidden = {} if case.teacher == "none" else policy.teacher_hidden(parity.step_samples(0)[: case.num_samples])
         for step in range(parity.STEPS):
-            samples = parity.step_samples(step)
+            samples = parity.step_samples(step)[: case.num_samples]
             if case.teacher == "none":
-                samples = [(student, None, response) for student, _, response in samples]
-            step_losses, step_gradients = policy.train_step(samples, **parity.LOSS)
+                samples = [(student, None, None, response) for student, *_, response in samples]
+            step_losses, step_gradients = policy.train_step(samples, **case.loss)
             losses.append(step_losses)
             gradients.append({short_name(n): g for n, g in step_gradients.items()})
             norms.append(torch.stack([g.norm() for g in step_gradients.values()]).norm().item())
@@ -77,6 +80,7 @@ def plain(checkpoints):
             "losses": losses,
             "gradients": gradients,
             "norms": norms,
+            "hidden": hidden,
             "before": before,
             "after": exported(policy.model, case),
         }
@@ -132,6 +136,9 @@ def test_equals_plain_torch(case, layout, plain):
     found = torch.load(layout / f"{case.name}.pt")
     torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(wanted["losses"]), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(torch.tensor(found["norms"]), torch.tensor(wanted["norms"]), rtol=1e-5, atol=0)
+    assert found["hidden"].keys() == wanted["hidden"].keys()
+    for index, hidden in wanted["hidden"].items():
+        assert relative(found["hidden"][index], hidden) < 1e-5, index
     for step, gradients in enumerate(found["gradients"]):
         expected = {n: g for n, g in wanted["gradients"][step].items() if not (case.tied and n == "lm_head.weight")}
         assert gradients.keys() == expected.keys()
@@ -152,7 +159,7 @@ def test_equals_plain_torch(case, layout, plain):
 def test_teacher_kinds_differ(plain):
     """The teacher kinds give different losses, so a teacher that is not the one asked for cannot pass."""
     first = {case.name: plain[case.name]["losses"][0] for case in parity.CASES}
-    full_tied = torch.tensor([first["full-tied-ema-adam"], first["full-current-distributed-adam"]])
-    assert (full_tied[0] - full_tied[1]).abs().min() > 1e-3
-    lora_tied = torch.tensor([first["lora-initial-adam"], first["lora-current-distributed-adam"]])
-    assert (lora_tied[0] - lora_tied[1]).abs().min() > 1e-3
+    full = [first[name][0] for name in ("full-one-sample", "full-tied-ema-adam", "full-current-distributed-adam")]
+    assert min(abs(a - b) for a, b in itertools.combinations(full, 2)) > 1e-3
+    lora = torch.tensor([first["lora-initial-adam"], first["lora-current-distributed-adam"]])
+    assert (lora[0] - lora[1]).abs().min() > 1e-3
