@@ -21,7 +21,7 @@ setup(
     packages=find_packages(include=["megatron_paint", "megatron_paint.*"]),
     package_data={"megatron_paint": ["templates/*.jinja"]},
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.8",  # the first with products of bfloat16 matrices in float32
         # 0.16.1 is the newest for Python 3.11; the attention of the two lines is driven in the same way.
         "megatron-core>=0.16.1,<0.17; python_version < '3.12'",
         "megatron-core>=0.19,<0.20; python_version >= '3.12'",
