@@ -10,7 +10,7 @@ endif
 # pip chooses the newest torch; set TORCH to pin one, such as TORCH=torch==2.13.0 (a CPU build on Python 3.11).
 TORCH ?=
 
-.PHONY: help quickstart test test-slow check test-gpu bench install
+.PHONY: help quickstart test check test-gpu bench install
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -19,19 +19,15 @@ help:
 quickstart: $(READY)
 	$(BIN)/megatron-paint train examples/quickstart/paint.yaml --processes 4
 
-## make test         every test that needs no GPU, but the slow ones
+## make test         every test that needs no GPU
 test: $(READY)
-	$(BIN)/python -m pytest -m "not gpu and not slow"
-
-## make test-slow    whole runs of the quickstart and its controls
-test-slow: $(READY)
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "not gpu"
 
 ## make check        lint and the fast tests
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q -m "not gpu" tests/unit tests/numerics
+	$(BIN)/python -m pytest -q tests/unit tests/numerics
 
 ## make test-gpu     the tests that need a GPU
 test-gpu: $(READY)

@@ -1,4 +1,7 @@
-"""The quickstart as a user runs it: the model gets better at held-out problems, and not from the format alone."""
+"""The quickstart as a user runs it: the model gets better at held-out problems, and not from the format alone.
+
+Two whole runs and an evaluation: minutes.
+"""
 
 import json
 import os
@@ -12,8 +15,6 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from megatron_paint.evaluation.statistics import paired_difference
 from megatron_paint.run.folder import RunFolder
-
-pytestmark = pytest.mark.slow  # three whole runs of the quickstart
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = "examples/quickstart/paint.yaml"
