@@ -1,4 +1,4 @@
-"""The sizes of a Qwen3 checkpoint, read from its config.json; refuses what the trainer does not compute."""
+"""The sizes of a Qwen3 checkpoint, read from its config.json; refuses what is not understood."""
 
 import json
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from megatron_paint.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen3Shape:
-    """Sizes of a dense Qwen3 model, in its own words; `source` is the config.json they came from."""
+    """Sizes of a Qwen3 model, in its own words; `source` is the config.json they came from."""
 
     source: str
     vocab_size: int
@@ -25,12 +25,18 @@ class Qwen3Shape:
     norm_eps: float
     max_positions: int
     dtype: str  # of the stored weights: "bfloat16", "float32", ...
+    num_experts: int = 0  # in each layer; 0 is a dense model
+    experts_per_token: int = 0
+    expert_ffn_size: int = 0
+    normalise_experts: bool = True  # the chosen experts' probabilities sum to 1
 
     @property
     def num_parameters(self) -> int:
         """Number of weights, the tied embedding counted once."""
         attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_groups) + 2 * self.head_dim
-        layer = attention + 3 * self.hidden_size * self.ffn_size + 2 * self.hidden_size
+        dense = 3 * self.hidden_size * self.ffn_size
+        sparse = self.num_experts * self.hidden_size * (1 + 3 * self.expert_ffn_size)
+        layer = attention + (sparse if self.num_experts else dense) + 2 * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
         return self.num_layers * layer + embeddings + self.hidden_size
 
@@ -38,7 +44,8 @@ class Qwen3Shape:
 def read_shape(folder: str | Path) -> Qwen3Shape:
     """Reads and checks `folder`/config.json; UserError where it is absent, foreign or asks for more than we compute.
 
-    Reads the keys of `transformers` 4 (rope_theta, torch_dtype) and 5 (rope_parameters, dtype).
+    Reads the keys of `transformers` 4 (rope_theta, torch_dtype, num_experts) and 5 (rope_parameters, dtype,
+    num_local_experts).
     """
     path = Path(folder) / "config.json"
     if not Path(folder).is_dir():
@@ -51,41 +58,83 @@ def read_shape(folder: str | Path) -> Qwen3Shape:
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"model.hf_path: {path} is not valid JSON ({error}); copy the checkpoint again") from None
-    if not isinstance(raw, dict) or raw.get("model_type") != "qwen3":
+    if not isinstance(raw, dict) or raw.get("model_type") not in ("qwen3", "qwen3_moe"):
         found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
-        raise UserError(f"model.hf_path: {path} has model_type {found!r}; only dense Qwen3 ('qwen3') can be trained")
+        raise UserError(f"model.hf_path: {path} has model_type {found!r}; only 'qwen3' and 'qwen3_moe' are understood")
     _refuse_unknown(raw, path)
-    rope = raw.get("rope_parameters") or {}
     try:
-        return Qwen3Shape(
-            source=str(path),
-            vocab_size=int(raw["vocab_size"]),
-            hidden_size=int(raw["hidden_size"]),
-            num_layers=int(raw["num_hidden_layers"]),
-            num_heads=int(raw["num_attention_heads"]),
-            num_groups=int(raw["num_key_value_heads"]),
-            head_dim=int(raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]),
-            ffn_size=int(raw["intermediate_size"]),
-            tied=bool(raw.get("tie_word_embeddings", False)),
-            rope_theta=float(rope.get("rope_theta") or raw["rope_theta"]),
-            norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            max_positions=int(raw["max_position_embeddings"]),
-            dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
-        )
+        shape = _shape(raw, path)
     except KeyError as error:
         raise UserError(f"model.hf_path: {path} lacks {error}; it is not a complete Qwen3 config") from None
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"model.hf_path: {path} is not a Qwen3 config ({error}); copy the checkpoint again") from None
+    _check_sizes(shape, path)
+    return shape
+
+
+def _shape(raw: dict[str, Any], path: Path) -> Qwen3Shape:
+    rope = raw.get("rope_parameters") or {}
+    experts = {}
+    if raw["model_type"] == "qwen3_moe":
+        experts = {
+            "num_experts": int(raw["num_local_experts"] if "num_local_experts" in raw else raw["num_experts"]),
+            "experts_per_token": int(raw["num_experts_per_tok"]),
+            "expert_ffn_size": int(raw["moe_intermediate_size"]),
+            "normalise_experts": bool(raw.get("norm_topk_prob", False)),
+        }
+    return Qwen3Shape(
+        source=str(path),
+        vocab_size=int(raw["vocab_size"]),
+        hidden_size=int(raw["hidden_size"]),
+        num_layers=int(raw["num_hidden_layers"]),
+        num_heads=int(raw["num_attention_heads"]),
+        num_groups=int(raw["num_key_value_heads"]),
+        head_dim=int(raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]),
+        ffn_size=int(raw["intermediate_size"]),
+        tied=bool(raw.get("tie_word_embeddings", False)),
+        rope_theta=float(rope.get("rope_theta") or raw["rope_theta"]),
+        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        max_positions=int(raw["max_position_embeddings"]),
+        dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
+        **experts,
+    )
+
+
+def _check_sizes(shape: Qwen3Shape, path: Path) -> None:
+    sizes = {
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_groups,
+        "head_dim": shape.head_dim,
+        "intermediate_size": shape.ffn_size,
+        "max_position_embeddings": shape.max_positions,
+    }
+    for key, size in sizes.items():
+        if not 0 < size < 2**31:
+            raise UserError(f"model.hf_path: {path} says {key}={size}; it must be a whole number from 1")
+    if shape.num_heads % shape.num_groups:
+        raise UserError(
+            f"model.hf_path: {path} has {shape.num_heads} heads, no multiple of its {shape.num_groups} key-value heads"
+        )
+    if shape.dtype not in ("bfloat16", "float16", "float32"):
+        raise UserError(f"model.hf_path: {path} says dtype {shape.dtype!r}; bfloat16, float16 and float32 are read")
 
 
 def _refuse_unknown(raw: dict[str, Any], path: Path) -> None:
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
     refused = {
         "use_sliding_window": (bool(raw.get("use_sliding_window")), "sliding-window attention"),
         "attention_bias": (bool(raw.get("attention_bias")), "biases in the attention projections"),
         "attention_dropout": (bool(raw.get("attention_dropout")), "attention dropout"),
         "quantization_config": (raw.get("quantization_config") is not None, "quantised weights"),
         "hidden_act": (raw.get("hidden_act", "silu") != "silu", "an activation other than silu"),
-        "rope type": (rope.get("rope_type", rope.get("type", "default")) != "default", "RoPE scaling"),
+        "rope type": (rope_type != "default", "RoPE scaling"),
+        "mlp_only_layers": (bool(raw.get("mlp_only_layers")), "dense layers among sparse ones"),
+        "decoder_sparse_step": (raw.get("decoder_sparse_step", 1) != 1, "dense layers among sparse ones"),
     }
     for key, (present, what) in refused.items():
         if present:
-            raise UserError(f"model.hf_path: {path} asks for {what} ({key}), which the trainer does not compute")
+            raise UserError(f"model.hf_path: {path} asks for {what} ({key}), which is not computed here")

@@ -1,0 +1,158 @@
+"""Compares a Hugging Face checkpoint with a Megatron one, number by number, and looks into either."""
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_paint.convert.hf_reader import HuggingFaceReader
+from megatron_paint.convert.manifest import read_manifest
+from megatron_paint.convert.megatron_source import BESIDE, MegatronSource
+from megatron_paint.convert.to_megatron import PIECE_BYTES, raw_bytes, row_blocks
+from megatron_paint.convert.torch_dist import METADATA, CheckpointReader
+from megatron_paint.qwen3 import read_shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """One tensor that is not the same on both sides."""
+
+    name: str
+    largest: float  # |difference|
+    where: tuple[int, ...]
+    unequal: int  # numbers that differ
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What `check` found."""
+
+    tensors: int
+    nbytes: int
+    differences: tuple[Difference, ...]
+    bad_checksums: tuple[str, ...]  # tensors of the Megatron side that are not what the manifest says
+    checksums: bool  # whether there was a manifest with checksums
+
+    @property
+    def equal(self) -> bool:
+        return not self.differences and not self.bad_checksums
+
+
+def compare(hf: Path, megatron: Path, *, progress: Callable[[int], None] = lambda nbytes: None) -> Comparison:
+    """Compares every number, and the Megatron side with its manifest where it has one; adapters count as merged."""
+    shape = read_shape(hf)
+    reader, source, manifest = HuggingFaceReader(hf, shape), MegatronSource(megatron, shape), read_manifest(megatron)
+    recorded = manifest["tensors"] if manifest and source.lora is None else {}
+    differences, bad = [], []
+    for name in source.entry_of:
+        place, digest, found = reader.tensors[name], hashlib.sha256(), None
+        for rows in row_blocks(place.shape, PIECE_BYTES):
+            ours, theirs = source.read(name, rows), reader(name, rows=rows)
+            digest.update(raw_bytes(ours))
+            found = _worse(found, _difference(name, ours, theirs, rows.start))
+        if found is not None:
+            differences.append(found)
+        wanted = recorded.get(name, {}).get("sha256")
+        if wanted is not None and source.dtype(name) == place.dtype and digest.hexdigest() != wanted:
+            bad.append(name)
+        progress(place.nbytes)
+    return Comparison(
+        tensors=len(source.entry_of),
+        nbytes=sum(reader.tensors[name].nbytes for name in source.entry_of),
+        differences=tuple(differences),
+        bad_checksums=tuple(bad),
+        checksums=any(entry.get("sha256") for entry in recorded.values()),
+    )
+
+
+def _difference(name: str, ours: torch.Tensor, theirs: torch.Tensor, first_row: int) -> Difference | None:
+    if ours.dtype == theirs.dtype and torch.equal(_bits(ours), _bits(theirs)):
+        return None
+    # A type that was changed on the way is compared in it: the numbers are then what they can be.
+    theirs = theirs.to(ours.dtype)
+    unequal = _bits(ours) != _bits(theirs)
+    if not unequal.any():
+        return None
+    gap = (ours.double() - theirs.double()).abs().nan_to_num(nan=math.inf)
+    at = [int(i) for i in torch.unravel_index(gap.argmax(), gap.shape)]
+    return Difference(
+        name=name, largest=float(gap.max()), where=(at[0] + first_row, *at[1:]), unequal=int(unequal.sum())
+    )
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    """Numbers as integers, so that -0 is not 0 and NaN is itself."""
+    return values.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
+
+
+def _worse(one: Difference | None, other: Difference | None) -> Difference | None:
+    if one is None or other is None:
+        return one or other
+    worst = max(one, other, key=lambda difference: difference.largest)
+    return Difference(
+        name=worst.name, largest=worst.largest, where=worst.where, unequal=one.unequal + other.unequal
+    )
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What a checkpoint folder holds: kind, sizes, types, layout, number of parameters, and what is odd."""
+    return _describe_megatron(path) if (path / METADATA).exists() else _describe_hugging_face(path)
+
+
+def _describe_hugging_face(path: Path) -> dict[str, Any]:
+    shape, reader = read_shape(path), HuggingFaceReader(path)
+    files = sorted({place.file for place in reader.tensors.values()})
+    odd = []
+    if shape.tied and "lm_head.weight" in reader.tensors:
+        odd.append("lm_head.weight is stored although the config ties it to the embedding; it is not read")
+    dtypes = _counts(place.dtype for place in reader.tensors.values())
+    if len(dtypes) > 1:
+        odd.append("tensors of several types")
+    if shape.dtype not in dtypes:
+        odd.append(f"config.json says {shape.dtype}, which no tensor has")
+    return {
+        "kind": "Hugging Face",
+        "model": _model(shape),
+        "parameters": shape.num_parameters,
+        "bytes": sum(place.nbytes for place in reader.tensors.values()),
+        "dtypes": dtypes,
+        "tensors": len(reader.tensors),
+        "files": len(files),
+        "odd": odd,
+    }
+
+
+def _describe_megatron(path: Path) -> dict[str, Any]:
+    reader, manifest = CheckpointReader(path), read_manifest(path)
+    model = {k: t for k, t in reader.tensors.items() if not k.startswith(BESIDE) and "_adapters." not in k}
+    odd = [f"{k} is stored in no piece" for k, t in reader.tensors.items() if not t.pieces]
+    return {
+        "kind": "Megatron (torch_dist)",
+        "converted_from": manifest["source"] if manifest else None,
+        "parameters": sum(math.prod(t.shape) for t in model.values()),
+        "bytes": sum(t.nbytes for t in reader.tensors.values()),
+        "model_bytes": sum(t.nbytes for t in model.values()),
+        "dtypes": _counts(t.dtype for t in model.values()),
+        "tensors": len(model),
+        "adapters": sum("_adapters." in k and not k.startswith(BESIDE) for k in reader.tensors),
+        "optimizer": any(k.startswith("optimizer.") for k in reader.tensors),
+        "teacher": any(k.startswith("teacher.") for k in reader.tensors),
+        "files": len({piece.file for t in reader.tensors.values() for piece in t.pieces}),
+        "pieces": sum(len(t.pieces) for t in reader.tensors.values()),
+        "odd": odd,
+    }
+
+
+def _counts(dtypes: Any) -> dict[str, int]:
+    return dict(Counter(str(dtype).removeprefix("torch.") for dtype in dtypes))
+
+
+def _model(shape: Any) -> dict[str, Any]:
+    names = ("num_layers", "hidden_size", "num_heads", "num_groups", "head_dim", "ffn_size", "vocab_size", "tied")
+    experts = ("num_experts", "experts_per_token", "expert_ffn_size") if shape.num_experts else ()
+    return {name: getattr(shape, name) for name in (*names, *experts)}

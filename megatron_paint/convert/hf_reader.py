@@ -1,0 +1,154 @@
+"""Slices of the tensors of a Hugging Face checkpoint folder, read straight from its safetensors files.
+
+The safetensors library checks each file's header when it is opened. The bytes are then read with ordinary reads and not
+through its memory map, whose pages would count as this process's memory up to the size of the whole checkpoint.
+"""
+
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_paint.convert.mapping import hugging_face_shapes
+from megatron_paint.errors import UserError
+from megatron_paint.qwen3 import Qwen3Shape
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorPlace:
+    """Where a tensor's bytes stand: `nbytes` of them from `start` of `file`."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class HuggingFaceReader:
+    """The tensors of a safetensors checkpoint, sharded or in one file.
+
+    With `shape`, opening it checks that exactly the tensors of that model are there; UserError says what is not.
+    """
+
+    def __init__(self, folder: str | Path, shape: Qwen3Shape | None = None):
+        self.folder = Path(folder)
+        self.tensors = self._locate()
+        self._open: dict[str, int] = {}
+        if shape is not None:
+            self._check(shape)
+
+    def __call__(self, name: str, *, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
+        """Rows and columns of tensor `name`, on the CPU, in the checkpoint's type."""
+        place = self.tensors[name]
+        first, stop, _ = rows.indices(place.shape[0])
+        row_bytes = place.nbytes // place.shape[0]
+        flat = torch.empty((stop - first) * row_bytes, dtype=torch.uint8)
+        self._fill(flat, place, first * row_bytes)
+        values = flat.view(place.dtype).view(stop - first, *place.shape[1:])
+        return values if columns is None else values[:, columns].contiguous()
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def _fill(self, flat: Tensor, place: TensorPlace, offset: int) -> None:
+        path = self.folder / place.file
+        buffer, at = memoryview(flat.numpy()), place.start + offset
+        try:
+            if place.file not in self._open:
+                self._open[place.file] = os.open(path, os.O_RDONLY)
+            while buffer:
+                count = os.preadv(self._open[place.file], [buffer], at)
+                if not count:
+                    raise UserError(f"model.hf_path: {path} became shorter while it was read; copy it again")
+                buffer, at = buffer[count:], at + count
+        except OSError as error:
+            raise UserError(f"model.hf_path: {path} cannot be read ({error.strerror})") from None
+
+    def _locate(self) -> dict[str, TensorPlace]:
+        index = self.folder / INDEX
+        if not index.exists():
+            if not (self.folder / SINGLE).exists():
+                pickled = " (.bin files are not read: convert them to safetensors)" * any(self.folder.glob("*.bin"))
+                raise UserError(f"model.hf_path: {self.folder} has neither {SINGLE} nor {INDEX}{pickled}")
+            return self._places(SINGLE)
+        file_of = self._read_index(index)
+        places = {file: self._places(file) for file in sorted(set(file_of.values()))}
+        for name, file in file_of.items():
+            if name not in places[file]:
+                raise UserError(f"model.hf_path: {INDEX} says that {file} holds {name}; it does not")
+        for file, held in places.items():
+            for name in held:
+                if file_of.get(name) != file:
+                    raise UserError(f"model.hf_path: {self.folder / file} holds {name}, which {INDEX} does not say")
+        return {name: places[file][name] for name, file in file_of.items()}
+
+    def _read_index(self, index: Path) -> dict[str, str]:
+        try:
+            file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            if not file_of or not all(isinstance(file, str) for file in file_of.values()):
+                raise TypeError("weight_map names no files")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"model.hf_path: {index} is not a safetensors index ({error!r}); copy it again") from None
+        for file in sorted(set(file_of.values())):
+            if Path(file).name != file or not file:
+                raise UserError(f"model.hf_path: {index} points outside its folder: {file!r}")
+        return file_of
+
+    def _places(self, file: str) -> dict[str, TensorPlace]:
+        path = self.folder / file
+        try:
+            with safe_open(path, framework="pt"):  # checks the header against the file
+                pass
+            with open(path, "rb") as stream:
+                (length,) = struct.unpack("<Q", stream.read(8))
+                header: dict[str, Any] = json.loads(stream.read(length))
+        except FileNotFoundError:
+            raise UserError(f"model.hf_path: shard {path} is missing; download the checkpoint again") from None
+        except (SafetensorError, OSError, ValueError, struct.error) as error:
+            raise UserError(
+                f"model.hf_path: {path} is truncated or not a safetensors file ({error}); download it again"
+            ) from None
+        header.pop("__metadata__", None)
+        return {name: self._place(name, entry, file, 8 + length) for name, entry in header.items()}
+
+    def _place(self, name: str, entry: dict[str, Any], file: str, data: int) -> TensorPlace:
+        if entry["dtype"] not in DTYPES:
+            raise UserError(
+                f"model.hf_path: {name} in {self.folder / file} is stored as {entry['dtype']}; only "
+                f"{', '.join(DTYPES)} are read: quantised weights have to be converted first"
+            )
+        if not entry["shape"] or not all(entry["shape"]):
+            raise UserError(f"model.hf_path: {name} in {self.folder / file} has shape {entry['shape']}; no Qwen3 has it")
+        start = data + entry["data_offsets"][0]
+        return TensorPlace(file=file, dtype=DTYPES[entry["dtype"]], shape=tuple(entry["shape"]), start=start)
+
+    def _check(self, shape: Qwen3Shape) -> None:
+        expected = hugging_face_shapes(shape)
+        surplus_allowed = {"lm_head.weight"} if shape.tied else set()
+        missing = sorted(expected.keys() - self.tensors.keys())
+        surplus = sorted(self.tensors.keys() - expected.keys() - surplus_allowed)
+        for names, what in ((missing, "lacks"), (surplus, "has tensors that no Qwen3 of its config has:")):
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                raise UserError(f"model.hf_path: {self.folder} {what} {', '.join(names[:3])}{more}")
+        for name, wanted in expected.items():
+            found = self.tensors[name].shape
+            if found != tuple(wanted):
+                raise UserError(
+                    f"model.hf_path: {name} in {self.folder} has shape {found}, its config.json says {tuple(wanted)}"
+                )

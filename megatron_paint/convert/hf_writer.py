@@ -1,0 +1,126 @@
+"""Safetensors shards of a Hugging Face folder, laid out before the first byte, so that any process can fill any part."""
+
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_paint.convert.hf_reader import DTYPES, INDEX, SINGLE, TensorPlace
+
+SHARD_BYTES = 5 * 10**9  # as Hugging Face's own tools
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where every tensor of a checkpoint goes, and the header that each file begins with."""
+
+    places: Mapping[str, TensorPlace]
+    headers: Mapping[str, bytes]
+    sizes: Mapping[str, int]  # of the files, headers included
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(place.nbytes for place in self.places.values())
+
+
+def lay_out(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], *, shard_bytes: int = SHARD_BYTES) -> Layout:
+    """Cuts tensors, in their order, into files of at most `shard_bytes`; one that is larger stands alone."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, (dtype, shape) in tensors.items():
+        size = math.prod(shape) * dtype.itemsize
+        if groups[-1] and filled + size > shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    places: dict[str, TensorPlace] = {}
+    headers, sizes = {}, {}
+    for number, group in enumerate(groups, start=1):
+        file = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        headers[file], sizes[file] = _lay_out_file(file, {name: tensors[name] for name in group}, places)
+    return Layout(places=places, headers=headers, sizes=sizes)
+
+
+def _lay_out_file(
+    file: str, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], places: dict[str, TensorPlace]
+) -> tuple[bytes, int]:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, (dtype, shape) in tensors.items():
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8, as the format wants it
+    head = struct.pack("<Q", len(text)) + text
+    for name, (dtype, shape) in tensors.items():
+        start = len(head) + header[name]["data_offsets"][0]
+        places[name] = TensorPlace(file=file, dtype=dtype, shape=tuple(shape), start=start)
+    return head, len(head) + at
+
+
+def begin_files(folder: Path, layout: Layout) -> None:
+    """Makes all files with their headers and full size; what is not written yet is zeros."""
+    for file, header in layout.headers.items():
+        with open(folder / file, "wb") as stream:
+            stream.write(header)
+            stream.truncate(layout.sizes[file])
+
+
+class RowWriter:
+    """Writes rows of tensors to their places in the files of a layout."""
+
+    def __init__(self, folder: Path, layout: Layout):
+        self.folder, self.layout = folder, layout
+        self._open: dict[str, int] = {}
+
+    def write(self, name: str, first_row: int, rows: Tensor) -> None:
+        """`rows` of tensor `name` from `first_row`, in the layout's type."""
+        place = self.layout.places[name]
+        values = rows.to(place.dtype).contiguous()
+        buffer = memoryview(values.view(-1).view(torch.uint8).numpy())
+        at = place.start + first_row * (place.nbytes // place.shape[0])
+        if place.file not in self._open:
+            self._open[place.file] = os.open(self.folder / place.file, os.O_WRONLY)
+        while buffer:
+            count = os.pwrite(self._open[place.file], buffer, at)
+            buffer, at = buffer[count:], at + count
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
+def write_index(folder: Path, layout: Layout) -> None:
+    """The index of a checkpoint in several files; none where there is one."""
+    if len(layout.sizes) == 1:
+        return
+    weight_map = {name: place.file for name, place in sorted(layout.places.items())}
+    parameters = sum(math.prod(place.shape) for place in layout.places.values())
+    index = {"metadata": {"total_parameters": parameters, "total_size": layout.nbytes}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_companions(source: Path, folder: Path, *, dtype: torch.dtype) -> None:
+    """Everything of a checkpoint that is not weights: config, tokenizer, chat template, generation settings.
+
+    config.json then names `dtype`, under the key that the source had (`torch_dtype` in transformers 4, `dtype` in 5).
+    """
+    for path in sorted(Path(source).iterdir()):
+        if path.is_file() and path.suffix not in WEIGHTS and path.name != INDEX and not path.name.startswith("."):
+            shutil.copyfile(path, folder / path.name)
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

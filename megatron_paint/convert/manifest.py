@@ -1,0 +1,37 @@
+"""What a Megatron checkpoint was converted from: every Hugging Face tensor with its type, shape and SHA-256."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_paint import __version__
+from megatron_paint.errors import UserError
+
+MANIFEST = "conversion.json"
+
+
+def write_manifest(folder: Path, *, source: Path, tensors: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes the manifest into a checkpoint; the config goes with it, so that its sizes are known without the source."""
+    content = {
+        "made_by": f"megatron_paint {__version__}",
+        "source": str(source),
+        "config": json.loads((source / "config.json").read_text(encoding="utf-8")),
+        "tensors": dict(tensors),
+    }
+    (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest, or None where a checkpoint has none; UserError where it is damaged."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        tensors = content["tensors"]
+        if not all({"dtype", "shape", "sha256"} <= entry.keys() for entry in tensors.values()):
+            raise ValueError("an entry lacks its type, shape or checksum")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}); convert the checkpoint again") from None
+    return content

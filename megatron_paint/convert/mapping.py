@@ -1,0 +1,254 @@
+"""The one table between Qwen3's tensors in Hugging Face checkpoints and Megatron-Core's parameters.
+
+Every Megatron parameter is made of runs of rows of Hugging Face tensors, so one list of runs describes both directions,
+any slice of either side, and each tensor-parallel rank's share. Names of both kinds of layer (Megatron's local ones and
+Transformer Engine's, which fuse norms into the linear layers) are understood.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_paint.qwen3 import Qwen3Shape
+
+Read = Callable[..., Tensor]  # read(name, rows=slice, columns=slice | None) -> that part of the tensor
+
+
+def part(size: int, *, rank: int, ranks: int) -> slice:
+    """The contiguous part of `size` entries that belongs to `rank`."""
+    return slice(rank * size // ranks, (rank + 1) * size // ranks)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`rows` rows of the Hugging Face tensor `name` from `source`, which are Megatron's rows from `row`."""
+
+    name: str
+    source: int
+    row: int
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How one Megatron parameter is made of rows of Hugging Face tensors, and how tensor-parallel ranks share it.
+
+    split: none (every rank has all), rows, columns, or halves (a part of the first half of the rows, then the same part
+    of the second: not a slice of the whole).
+    """
+
+    shape: tuple[int, ...]  # of the whole parameter: (rows,) or (rows, columns)
+    segments: tuple[Segment, ...]  # in the order of Megatron's rows, without gaps
+    split: Literal["none", "rows", "columns", "halves"]
+
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and whole shapes of the Hugging Face tensors."""
+        rows: dict[str, int] = {}
+        for segment in self.segments:
+            rows[segment.name] = rows.get(segment.name, 0) + segment.rows
+        return {name: (count, *self.shape[1:]) for name, count in rows.items()}
+
+    def shard_rows(self, *, rank: int, ranks: int) -> tuple[slice, ...]:
+        """The rows that a tensor-parallel rank holds."""
+        rows = self.shape[0]
+        if self.split == "rows":
+            return (part(rows, rank=rank, ranks=ranks),)
+        if self.split == "halves":
+            half = part(rows // 2, rank=rank, ranks=ranks)
+            return half, slice(half.start + rows // 2, half.stop + rows // 2)
+        return (slice(0, rows),)
+
+    def shard_columns(self, *, rank: int, ranks: int) -> slice | None:
+        """The columns that a tensor-parallel rank holds; None for all."""
+        return part(self.shape[1], rank=rank, ranks=ranks) if self.split == "columns" else None
+
+    def read_rows(self, read: Read, rows: slice, columns: slice | None = None) -> Tensor:
+        """These rows of the whole Megatron parameter."""
+        found = []
+        for segment in self.segments:
+            low, high = max(rows.start, segment.row), min(rows.stop, segment.row + segment.rows)
+            if low < high:
+                shift = segment.source - segment.row
+                found.append(read(segment.name, rows=slice(low + shift, high + shift), columns=columns))
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def locate(self, name: str, rows: slice) -> Iterator[slice]:
+        """Where these rows of a Hugging Face tensor stand among Megatron's, in their order."""
+        for segment in self.segments:
+            low, high = max(rows.start, segment.source), min(rows.stop, segment.source + segment.rows)
+            if segment.name == name and low < high:
+                shift = segment.row - segment.source
+                yield slice(low + shift, high + shift)
+
+    def load(self, read: Read, *, rank: int, ranks: int) -> Tensor:
+        """The parameter of tensor-parallel rank `rank` of `ranks`."""
+        columns = self.shard_columns(rank=rank, ranks=ranks)
+        parts = [self.read_rows(read, rows, columns) for rows in self.shard_rows(rank=rank, ranks=ranks)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def unload(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The Hugging Face tensors, from the parameters of all tensor-parallel ranks in order."""
+        whole = self._join(shards)
+        return {
+            name: torch.cat([whole[rows] for rows in self.locate(name, slice(0, shape[0]))])
+            for name, shape in self.hf_shapes().items()
+        }
+
+    def _join(self, shards: Sequence[Tensor]) -> Tensor:
+        if self.split == "none" or len(shards) == 1:
+            return shards[0]
+        if self.split == "columns":
+            return torch.cat(list(shards), dim=1)
+        if self.split == "rows":
+            return torch.cat(list(shards))
+        firsts, seconds = zip(*(shard.chunk(2) for shard in shards), strict=True)
+        return torch.cat((*firsts, *seconds))
+
+
+def _whole(name: str, *shape: int, split: Literal["none", "rows", "columns"] = "none") -> Rule:
+    """One Hugging Face tensor as it is."""
+    return Rule(shape=shape, segments=(Segment(name, 0, 0, shape[0]),), split=split)
+
+
+def _gate_up(prefix: str, *, ffn: int, hidden: int) -> Rule:
+    """All gate rows, then all up rows."""
+    segments = (
+        Segment(f"{prefix}gate_proj.weight", 0, 0, ffn),
+        Segment(f"{prefix}up_proj.weight", 0, ffn, ffn),
+    )
+    return Rule(shape=(2 * ffn, hidden), segments=segments, split="halves")
+
+
+def _qkv(prefix: str, shape: Qwen3Shape) -> Rule:
+    """Interleaved by key-value group: the group's query heads, its key, its value."""
+    head, queries = shape.head_dim, shape.num_heads // shape.num_groups * shape.head_dim
+    segments, row = [], 0
+    for group in range(shape.num_groups):
+        for name, rows in (("q_proj", queries), ("k_proj", head), ("v_proj", head)):
+            segments.append(Segment(f"{prefix}{name}.weight", group * rows, row, rows))
+            row += rows
+    return Rule(shape=(row, shape.hidden_size), segments=tuple(segments), split="rows")
+
+
+_SPELLINGS = {  # Transformer Engine's fused names -> the names of the table
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+
+
+def layer_rules(shape: Qwen3Shape, layer: int) -> dict[str, Rule]:
+    """Rules of layer `layer` (from 0), by the parameter's name inside the layer; experts apart."""
+    hf, hidden = f"model.layers.{layer}.", shape.hidden_size
+    rules = {
+        "input_layernorm.weight": _whole(hf + "input_layernorm.weight", hidden),
+        "self_attention.linear_qkv.weight": _qkv(hf + "self_attn.", shape),
+        "self_attention.q_layernorm.weight": _whole(hf + "self_attn.q_norm.weight", shape.head_dim),
+        "self_attention.k_layernorm.weight": _whole(hf + "self_attn.k_norm.weight", shape.head_dim),
+        "self_attention.linear_proj.weight": _whole(
+            hf + "self_attn.o_proj.weight", hidden, shape.num_heads * shape.head_dim, split="columns"
+        ),
+        "pre_mlp_layernorm.weight": _whole(hf + "post_attention_layernorm.weight", hidden),
+    }
+    if shape.num_experts:
+        return rules | {"mlp.router.weight": _whole(hf + "mlp.gate.weight", shape.num_experts, hidden)}
+    return rules | {f"mlp.{name}": rule for name, rule in _mlp(hf + "mlp.", shape.ffn_size, hidden).items()}
+
+
+def expert_rules(shape: Qwen3Shape, layer: int, expert: int) -> dict[str, Rule]:
+    """Rules of one expert, by the parameter's name inside the expert."""
+    return _mlp(f"model.layers.{layer}.mlp.experts.{expert}.", shape.expert_ffn_size, shape.hidden_size)
+
+
+def _mlp(prefix: str, ffn: int, hidden: int) -> dict[str, Rule]:
+    return {
+        "linear_fc1.weight": _gate_up(prefix, ffn=ffn, hidden=hidden),
+        "linear_fc2.weight": _whole(f"{prefix}down_proj.weight", hidden, ffn, split="columns"),
+    }
+
+
+def outer_rules(shape: Qwen3Shape) -> dict[str, Rule]:
+    """Rules of what stands before and after the layers."""
+    vocabulary = (shape.vocab_size, shape.hidden_size)
+    rules = {
+        "embedding.word_embeddings.weight": _whole("model.embed_tokens.weight", *vocabulary, split="rows"),
+        "decoder.final_layernorm.weight": _whole("model.norm.weight", shape.hidden_size),
+    }
+    if not shape.tied:
+        rules["output_layer.weight"] = _whole("lm_head.weight", *vocabulary, split="rows")
+    return rules
+
+
+_EXPERT = re.compile(
+    r"mlp\.experts\.(?:local_experts\.(?P<local>\d+)\.(?P<one>linear_fc[12]\.weight)"
+    r"|(?P<many>linear_fc[12])\.weight(?P<grouped>\d+))"
+)
+
+
+def rule_of(name: str, shape: Qwen3Shape, *, first_layer: int, first_expert: int = 0) -> Rule:
+    """The rule of one parameter of a pipeline stage whose layers and experts begin at these global indices.
+
+    A tied last stage holds a copy of the embedding under `output_layer.weight`.
+    """
+    matched = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+    if matched is None:
+        copied = name == "output_layer.weight" and shape.tied
+        inside, rules = "embedding.word_embeddings.weight" if copied else name, outer_rules(shape)
+    else:
+        layer = first_layer + int(matched[1])
+        inside, rules = _SPELLINGS.get(matched[2], matched[2]), layer_rules(shape, layer)
+        if expert := _EXPERT.fullmatch(inside):
+            number = first_expert + int(expert["local"] or expert["grouped"] or 0)
+            inside, rules = expert["one"] or f"{expert['many']}.weight", expert_rules(shape, layer, number)
+    if inside not in rules:
+        raise KeyError(f"no rule maps the Megatron parameter {name} to Qwen3")
+    return rules[inside]
+
+
+def hugging_face_shapes(shape: Qwen3Shape) -> Mapping[str, tuple[int, ...]]:
+    """Every tensor that a checkpoint of this shape holds, with its shape, in the order of the network."""
+    return {name: size for entry in checkpoint_entries(shape) for name, size in entry.rule.hf_shapes().items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One parameter in a Megatron checkpoint: what `rule` makes stands at `place` of the tensor `key`.
+
+    A checkpoint stacks the layers' parameters along a first axis, and the experts' along a second.
+    """
+
+    key: str
+    rule: Rule
+    place: tuple[int, ...] = ()  # (layer,), (layer, expert) or nothing
+    stack: tuple[int, ...] = ()  # sizes of these axes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor `key`."""
+        return (*self.stack, *self.rule.shape)
+
+
+def checkpoint_entries(shape: Qwen3Shape) -> Iterator[Entry]:
+    """Every parameter of a Megatron checkpoint, in the order of the network."""
+    outer = outer_rules(shape)
+    yield Entry(key="embedding.word_embeddings.weight", rule=outer.pop("embedding.word_embeddings.weight"))
+    for layer in range(shape.num_layers):
+        yield from _layer_entries(shape, layer)
+    for key, rule in outer.items():
+        yield Entry(key=key, rule=rule)
+
+
+def _layer_entries(shape: Qwen3Shape, layer: int) -> Iterator[Entry]:
+    fused = {inside: spelling for spelling, inside in _SPELLINGS.items()}
+    if shape.num_experts:
+        del fused["pre_mlp_layernorm.weight"]  # it also feeds the router, so no layer fuses it
+    stack = (shape.num_layers,)
+    for inside, rule in layer_rules(shape, layer).items():
+        yield Entry(key=f"decoder.layers.{fused.get(inside, inside)}", rule=rule, place=(layer,), stack=stack)
+    for expert in range(shape.num_experts):
+        for inside, rule in expert_rules(shape, layer, expert).items():
+            key = f"decoder.layers.mlp.experts.experts.{inside}"
+            yield Entry(key=key, rule=rule, place=(layer, expert), stack=(*stack, shape.num_experts))

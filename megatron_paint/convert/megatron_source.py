@@ -1,0 +1,112 @@
+"""A Megatron checkpoint seen as the Hugging Face tensors of its model, adapters merged or apart."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_paint.convert.mapping import Entry, checkpoint_entries
+from megatron_paint.convert.torch_dist import CheckpointReader
+from megatron_paint.errors import UserError
+from megatron_paint.qwen3 import Qwen3Shape
+
+RUN_STATE = "run_state.json"
+BESIDE = ("optimizer.", "teacher.", "rng", "rerun", "chained_")  # what a run keeps beside the model
+ADAPTERS = {  # projection -> where its adapters stand in a layer of the checkpoint, and its rule's parameter
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "self_attention.qkv_adapters"),
+    "o_proj": "self_attention.proj_adapters",
+    **dict.fromkeys(("gate_proj", "up_proj"), "mlp.fc1_adapters"),
+    "down_proj": "mlp.fc2_adapters",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Rank and scale of a checkpoint's adapters."""
+
+    rank: int
+    alpha: float
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+class MegatronSource:
+    """Opens a checkpoint and checks that exactly the parameters of `shape` are in it; UserError says what is not."""
+
+    def __init__(self, folder: str | Path, shape: Qwen3Shape):
+        self.folder, self.shape = Path(folder), shape
+        self.reader = CheckpointReader(folder)
+        self.entry_of: dict[str, Entry] = {}  # Hugging Face tensor -> the parameter that holds it
+        for entry in checkpoint_entries(shape):
+            self.entry_of |= dict.fromkeys(entry.rule.hf_shapes(), entry)
+        self._check()
+
+    @cached_property
+    def lora(self) -> Lora | None:
+        """The adapters' settings as the run that wrote the checkpoint recorded them; None without adapters."""
+        if not any("_adapters." in key for key in self._model_keys()):
+            return None
+        path = self.folder / RUN_STATE
+        try:
+            recorded = json.loads(path.read_text(encoding="utf-8"))["settings"]["model"]["lora"]
+            return Lora(rank=int(recorded["rank"]), alpha=float(recorded["alpha"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.folder} holds adapters, but {path} does not tell their rank and alpha ({error}); it is not a "
+                "checkpoint that a run of megatron_paint wrote"
+            ) from None
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type in which a Hugging Face tensor's numbers are stored here."""
+        return self.reader.tensors[self.entry_of[name].key].dtype
+
+    def read(self, name: str, rows: slice, *, merge: bool = True) -> Tensor:
+        """Rows of a Hugging Face tensor; with `merge` its adapters are added in float32 and rounded once."""
+        entry = self.entry_of[name]
+        parts = [self.reader.read(entry.key, entry.place, found) for found in entry.rule.locate(name, rows)]
+        values = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if not merge or self.lora is None or (pair := self.adapter(name, rows)) is None:
+            return values
+        a_KI, b_OK = pair
+        return (values.float() + self.lora.scale * (b_OK.float() @ a_KI.float())).to(values.dtype)
+
+    def adapter(self, name: str, rows: slice | None = None) -> tuple[Tensor, Tensor] | None:
+        """A [K, I] and these rows of B [O, K] of a tensor's adapters; None where it has none."""
+        projection = name.split(".")[-2]
+        if projection not in ADAPTERS or not self.entry_of[name].place:
+            return None
+        stem = f"decoder.layers.{ADAPTERS[projection]}"
+        place = self.entry_of[name].place[:1]
+        a, b = (f"{stem}.{side}.{projection}" for side in ("a", "b"))
+        if a not in self.reader.tensors:
+            return None
+        rank, outputs = self.reader.tensors[a].shape[1], self.reader.tensors[b].shape[1]
+        return self.reader.read(a, place, slice(0, rank)), self.reader.read(b, place, rows or slice(0, outputs))
+
+    def _model_keys(self) -> Iterator[str]:
+        return (key for key in self.reader.tensors if not key.startswith(BESIDE))
+
+    def _check(self) -> None:
+        expected = {entry.key: entry.shape for entry in self.entry_of.values()}
+        found = {key for key in self._model_keys() if "_adapters." not in key}
+        missing, surplus = sorted(expected.keys() - found), sorted(found - expected.keys())
+        for keys, what in ((missing, "lacks"), (surplus, "has parameters that this Qwen3 has not:")):
+            if keys:
+                more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+                raise UserError(f"{self.folder} {what} {', '.join(keys[:3])}{more}; its model is not {self.shape.source}'s")
+        for key, shape in expected.items():
+            stored = self.reader.tensors[key]
+            if stored.shape != shape:
+                raise UserError(
+                    f"{self.folder}: {key} has shape {stored.shape}, {self.shape.source} says {shape}; it is another model"
+                )
+            held = sum(math.prod(piece.sizes) for piece in stored.pieces)
+            if held != math.prod(shape):
+                raise UserError(f"{self.folder}: the pieces of {key} hold {held} of {math.prod(shape)} elements")

@@ -1,0 +1,174 @@
+"""Megatron -> Hugging Face: a folder that `transformers` and vLLM load as it is, a few tensors at a time."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_paint.convert.hf_reader import INDEX, SINGLE, HuggingFaceReader
+from megatron_paint.convert.hf_writer import (
+    SHARD_BYTES,
+    Layout,
+    RowWriter,
+    begin_files,
+    copy_companions,
+    lay_out,
+    write_index,
+)
+from megatron_paint.convert.mapping import hugging_face_shapes
+from megatron_paint.convert.megatron_source import MegatronSource
+from megatron_paint.convert.to_megatron import PIECE_BYTES, raw_bytes, row_blocks
+from megatron_paint.convert.work import Task, cut_tasks, fingerprint
+from megatron_paint.errors import UserError
+from megatron_paint.qwen3 import Qwen3Shape, read_shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToHuggingFace:
+    """The job: adapters are merged; types are those of the weights in `base`, or of its config, or `dtype`."""
+
+    source: Path
+    base: Path
+    dtype: str | None = None
+    shard_bytes: int = SHARD_BYTES
+    checksums: bool = True
+
+    def plan(self) -> dict[str, Any]:
+        return {
+            "conversion": "to-hf",
+            "source": str(self.source.resolve()),
+            "files": fingerprint(self.source),
+            "base": fingerprint(self.base),
+            "dtype": self.dtype,
+            "shard_bytes": self.shard_bytes,
+            "checksums": self.checksums,
+        }
+
+    @cached_property
+    def shape(self) -> Qwen3Shape:
+        return read_shape(self.base)
+
+    @cached_property
+    def layout(self) -> Layout:
+        shapes, kept = hugging_face_shapes(self.shape), self._base_dtypes()
+        default = getattr(torch, self.dtype or self.shape.dtype)
+        return lay_out(
+            {name: (kept.get(name, default), shape) for name, shape in shapes.items()}, shard_bytes=self.shard_bytes
+        )
+
+    def _base_dtypes(self) -> dict[str, torch.dtype]:
+        """Types of the base's own weights, where it has them and no other type is asked for."""
+        if self.dtype is not None or not any((self.base / name).exists() for name in (INDEX, SINGLE)):
+            return {}
+        return {name: place.dtype for name, place in HuggingFaceReader(self.base, self.shape).tensors.items()}
+
+    def begin(self, folder: Path) -> None:
+        source = MegatronSource(self.source, self.shape)
+        assert source.lora is None or source.lora.rank > 0  # read now, so that a bad record is told before any work
+        begin_files(folder, self.layout)
+
+    def names(self) -> list[str]:
+        return list(self.layout.places)
+
+    def tasks(self) -> Sequence[Task]:
+        return cut_tasks([place.nbytes for place in self.layout.places.values()])
+
+    def worker(self, folder: Path) -> Callable[[Task], dict[str, Any]]:
+        names, source, layout = self.names(), MegatronSource(self.source, self.shape), self.layout
+
+        def work(task: Task) -> dict[str, Any]:
+            writer, tensors = RowWriter(folder, layout), {}
+            for index in task.entries:
+                tensors[names[index]] = self._convert(names[index], source, writer)
+            writer.close()
+            return {"files": sorted({layout.places[names[i]].file for i in task.entries}), "tensors": tensors}
+
+        return work
+
+    def _convert(self, name: str, source: MegatronSource, writer: RowWriter) -> dict[str, Any]:
+        place, digest = self.layout.places[name], hashlib.sha256()
+        for rows in row_blocks(place.shape, PIECE_BYTES):
+            values = source.read(name, rows).to(place.dtype)
+            if self.checksums:
+                digest.update(raw_bytes(values))
+            writer.write(name, rows.start, values)
+        return {"sha256": digest.hexdigest() if self.checksums else None}
+
+    def finish(self, folder: Path, records: Sequence[dict[str, Any]]) -> None:
+        write_index(folder, self.layout)
+        dtypes = {place.dtype for place in self.layout.places.values()}
+        # Of mixed types the config keeps its own word.
+        dtype = dtypes.pop() if len(dtypes) == 1 else getattr(torch, self.shape.dtype)
+        copy_companions(self.base, folder, dtype=dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToAdapter:
+    """The job: the adapters of a LoRA run's checkpoint as a PEFT folder, for the model in `base`."""
+
+    source: Path
+    base: Path
+
+    def plan(self) -> dict[str, Any]:
+        return {"conversion": "to-adapter", "source": str(self.source.resolve()), "files": fingerprint(self.source)}
+
+    def begin(self, folder: Path) -> None:
+        if MegatronSource(self.source, read_shape(self.base)).lora is None:
+            raise UserError(f"{self.source} holds no adapters; leave --lora adapter out")
+
+    def tasks(self) -> Sequence[Task]:
+        return [Task(number=0, entries=(0,), nbytes=sum(t.nbytes for _, t in self._tensors()))]
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        source = MegatronSource(self.source, read_shape(self.base))
+        for name in source.entry_of:
+            if (pair := source.adapter(name)) is not None:
+                stem = adapter_stem(name)
+                yield f"{stem}.lora_A.weight", pair[0]
+                yield f"{stem}.lora_B.weight", pair[1]
+
+    def worker(self, folder: Path) -> Callable[[Task], dict[str, Any]]:
+        def work(task: Task) -> dict[str, Any]:
+            from safetensors.torch import save_file
+
+            save_file(dict(self._tensors()), folder / ADAPTER_FILE, metadata={"format": "pt"})
+            return {"files": [ADAPTER_FILE]}
+
+        return work
+
+    def finish(self, folder: Path, records: Sequence[dict[str, Any]]) -> None:
+        lora = MegatronSource(self.source, read_shape(self.base)).lora
+        config = adapter_config(rank=lora.rank, alpha=lora.alpha, base=str(self.base))
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def adapter_stem(name: str) -> str:
+    """PEFT's name of the module behind a weight."""
+    return f"base_model.model.{name.removesuffix('.weight')}"
+
+
+def adapter_config(*, rank: int, alpha: float, base: str) -> dict[str, Any]:
+    """PEFT's description of our adapters."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "target_modules": list(PROJECTIONS),
+    }

@@ -1,0 +1,282 @@
+"""Megatron's distributed checkpoint folders (torch's DCP format), read and written piece by piece without Megatron.
+
+A folder holds `.metadata` (a pickle: which piece of which tensor stands where), `__*.distcp` files (pieces, each as
+`torch.save` writes it, one behind another), `metadata.json` and `common.pt`. The pickle is read with an allow-list:
+every class that is not torch's own description of tensors is replaced by one that does nothing.
+"""
+
+import io
+import json
+import math
+import pickle
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import filesystem, metadata
+
+from megatron_paint.errors import UserError
+
+METADATA, BACKEND, COMMON = ".metadata", "metadata.json", "common.pt"
+FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+COMMON_FORMAT = {"common_backend": "torch", "common_backend_version": 1}
+
+_KNOWN = {
+    **{("torch.distributed.checkpoint.metadata", name): getattr(metadata, name) for name in metadata.__all__},
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"): metadata._MEM_FORMAT_ENCODING,
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+}
+
+
+class _Ignored:
+    """Stands for whatever a pickle names that is no part of the description of tensors."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, value: Any) -> None:
+        pass
+
+    def extend(self, values: Any) -> None:
+        pass
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        return _KNOWN.get((module, name), _Ignored)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A box of a tensor and the bytes that hold it."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """One tensor of a checkpoint."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class CheckpointReader:
+    """The tensors of a Megatron checkpoint, any box of them at a time. UserError for what cannot be right."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.tensors = _read_metadata(self.folder)
+        self._by_place: dict[tuple, list[Piece]] = defaultdict(list)
+        for key, tensor in self.tensors.items():
+            for piece in tensor.pieces:
+                self._by_place[key, piece.offsets[:1]].append(piece)
+        self._last: tuple[Piece, Tensor] | None = None
+
+    def read(self, key: str, place: tuple[int, ...], rows: slice) -> Tensor:
+        """Rows of what stands at `place` of the first axes of tensor `key`; UserError where pieces lack or overlap."""
+        stored = self.tensors[key]
+        shape = stored.shape[len(place) :]
+        low = (*place, rows.start, *[0] * (len(shape) - 1))
+        high = (*(at + 1 for at in place), rows.stop, *shape[1:])
+        box = torch.empty([b - a for a, b in zip(low, high, strict=True)], dtype=stored.dtype)
+        filled = 0
+        pieces = self._by_place[key, place[:1]] if place and self._is_stacked_by_one(stored) else stored.pieces
+        for piece in pieces:
+            starts = [max(a, o) for a, o in zip(low, piece.offsets, strict=True)]
+            stops = [min(b, o + s) for b, o, s in zip(high, piece.offsets, piece.sizes, strict=True)]
+            if all(a < b for a, b in zip(starts, stops, strict=True)):
+                there = tuple(slice(a - o, b - o) for a, b, o in zip(starts, stops, piece.offsets, strict=True))
+                here = tuple(slice(a - o, b - o) for a, b, o in zip(starts, stops, low, strict=True))
+                box[here] = self._load(key, stored, piece)[there]
+                filled += math.prod(b - a for a, b in zip(starts, stops, strict=True))
+        if filled != box.numel():
+            raise UserError(
+                f"{self.folder}: the pieces of {key} at {place} rows {rows.start} to {rows.stop} hold {filled} of "
+                f"{box.numel()} elements; the checkpoint is damaged: save or copy it again"
+            )
+        return box.reshape(rows.stop - rows.start, *shape[1:])
+
+    @staticmethod
+    def _is_stacked_by_one(stored: StoredTensor) -> bool:
+        return all(piece.sizes[0] == 1 for piece in stored.pieces)
+
+    def _load(self, key: str, stored: StoredTensor, piece: Piece) -> Tensor:
+        """The piece's tensor; the last one is kept, as its rows are often asked for in turn."""
+        if self._last is not None and self._last[0] is piece:
+            return self._last[1]
+        self._last = None  # before the next one exists, so that only one is held
+        path = self.folder / piece.file
+        try:
+            with open(path, "rb") as file:
+                tensor = torch.load(_Window(file, piece.start, piece.length), map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path}: the piece of {key} at byte {piece.start} cannot be read ({_line(error)})") from None
+        if not isinstance(tensor, Tensor) or tensor.dtype != stored.dtype or tuple(tensor.shape) != piece.sizes:
+            raise UserError(f"{path}: the piece of {key} at byte {piece.start} is not what {METADATA} says it is")
+        self._last = (piece, tensor)
+        return tensor
+
+
+class _Window(io.RawIOBase):
+    """Part of a file as a file."""
+
+    def __init__(self, file: io.BufferedReader, start: int, length: int):
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        view = view[: max(0, self._length - self._at)]
+        self._file.seek(self._start + self._at)
+        count = self._file.readinto(view)
+        self._at += count
+        return count
+
+
+def _read_metadata(folder: Path) -> dict[str, StoredTensor]:
+    path = folder / METADATA
+    try:
+        backend = json.loads((folder / BACKEND).read_text(encoding="utf-8"))
+        found = _Unpickler(io.BytesIO(path.read_bytes())).load()
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} has no {Path(error.filename).name}: it is not a Megatron checkpoint") from None
+    except Exception as error:  # a damaged pickle can raise anything
+        raise UserError(f"{folder}: its description cannot be read ({_line(error)}); copy the checkpoint again") from None
+    if not isinstance(backend, dict) or backend.get("sharded_backend") != FORMAT["sharded_backend"]:
+        raise UserError(f"{folder / BACKEND}: not a torch_dist checkpoint, the one format that is read")
+    try:
+        return _tensors(found, folder)
+    except (AttributeError, TypeError, KeyError, ValueError) as error:
+        raise UserError(f"{path} describes no checkpoint ({_line(error)}); copy the checkpoint again") from None
+
+
+def _tensors(found: Any, folder: Path) -> dict[str, StoredTensor]:
+    sizes: dict[str, int] = {}
+    tensors = {}
+    for key, described in found.state_dict_metadata.items():
+        if not isinstance(described, metadata.TensorStorageMetadata):
+            continue
+        pieces = []
+        for chunk in described.chunks:
+            stored = found.storage_data[metadata.MetadataIndex(key, chunk.offsets)]
+            piece = Piece(
+                offsets=tuple(map(int, chunk.offsets)),
+                sizes=tuple(map(int, chunk.sizes)),
+                file=str(stored.relative_path),
+                start=int(stored.offset),
+                length=int(stored.length),
+            )
+            _check_piece(piece, key, tuple(described.size), folder, sizes)
+            pieces.append(piece)
+        shape = tuple(map(int, described.size))
+        tensors[key] = StoredTensor(dtype=described.properties.dtype, shape=shape, pieces=tuple(pieces))
+        if not isinstance(tensors[key].dtype, torch.dtype):
+            raise ValueError(f"{key} has no type")
+    return tensors
+
+
+def _check_piece(piece: Piece, key: str, shape: tuple[int, ...], folder: Path, sizes: dict[str, int]) -> None:
+    if Path(piece.file).name != piece.file:
+        raise UserError(f"{folder / METADATA} points outside its folder: {piece.file!r}")
+    if piece.file not in sizes:
+        path = folder / piece.file
+        if not path.is_file():
+            raise UserError(f"{path} is missing; copy the checkpoint again")
+        sizes[piece.file] = path.stat().st_size
+    if not 0 <= piece.start <= piece.start + piece.length <= sizes[piece.file]:
+        raise UserError(f"{folder / piece.file} is truncated: it ends before the piece of {key}; copy it again")
+    inside = all(0 <= o and s > 0 and o + s <= n for o, s, n in zip(piece.offsets, piece.sizes, shape, strict=True))
+    if not inside:
+        raise ValueError(f"a piece of {key} lies outside the tensor")
+
+
+class PieceWriter:
+    """Appends pieces to one `.distcp` file; `written` describes them for `write_metadata`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.written: list[dict[str, Any]] = []
+        self._file = open(path, "wb")  # noqa: SIM115 (closed by close)
+
+    def write(self, key: str, shape: Sequence[int], offsets: Sequence[int], tensor: Tensor) -> None:
+        """Writes a box of tensor `key`; its axes before the tensor's own have size 1."""
+        box = tensor.reshape(*[1] * (len(shape) - tensor.dim()), *tensor.shape)
+        if box.untyped_storage().nbytes() != box.nbytes:
+            box = box.clone()  # torch.save writes the whole storage behind a view
+        start = self._file.tell()
+        torch.save(box, self._file)
+        self.written.append(
+            {
+                "key": key,
+                "dtype": str(box.dtype).removeprefix("torch."),
+                "shape": list(shape),
+                "offsets": list(offsets),
+                "sizes": list(box.shape),
+                "file": self.path.name,
+                "start": start,
+                "length": self._file.tell() - start,
+            }
+        )
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def write_metadata(folder: Path, written: Iterable[dict[str, Any]], common: dict[str, Any]) -> None:
+    """Describes the pieces in `folder`, so that Megatron's dist_checkpointing loads them at any layout."""
+    described: dict[str, metadata.TensorStorageMetadata] = {}
+    storage: dict[metadata.MetadataIndex, filesystem._StorageInfo] = {}
+    for piece in written:
+        key, offsets = piece["key"], torch.Size(piece["offsets"])
+        if key not in described:
+            properties = metadata.TensorProperties(dtype=getattr(torch, piece["dtype"]))
+            described[key] = metadata.TensorStorageMetadata(properties, torch.Size(piece["shape"]), [])
+        index = metadata.MetadataIndex(key, offsets, len(described[key].chunks))
+        described[key].chunks.append(metadata.ChunkStorageMetadata(offsets, torch.Size(piece["sizes"])))
+        storage[index] = filesystem._StorageInfo(piece["file"], piece["start"], piece["length"])
+    torch.save(common, folder / COMMON)
+    content = metadata.Metadata(described, planner_data={}, storage_data=storage, storage_meta=metadata.StorageMeta())
+    (folder / METADATA).write_bytes(pickle.dumps(content))
+    (folder / BACKEND).write_text(json.dumps(FORMAT | COMMON_FORMAT), encoding="utf-8")
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,183 @@
+"""Runs a conversion's tasks in one or more processes, into a folder that appears when it is whole and can be resumed.
+
+A task writes its bytes, brings them onto the disk, and only then leaves its record; a conversion that was interrupted
+goes on with the tasks that have none. The plan beside the records tells whether they belong to the same conversion.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_paint.disk import NewFolder, disk_errors, sync, write_atomically
+from megatron_paint.errors import UserError
+
+PLAN, RECORDS = "plan.json", "records"
+TASK_BYTES = 256 * 10**6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A share of the work: numbers of the entries that it converts, and their size."""
+
+    number: int
+    entries: tuple[int, ...]
+    nbytes: int
+
+
+class Job(Protocol):
+    """A conversion: picklable, so that each process can make its own worker of it."""
+
+    def plan(self) -> dict[str, Any]:
+        """What makes this conversion another one than the next: sources, options, tasks."""
+
+    def begin(self, folder: Path) -> None:
+        """Makes what the tasks write into; called once, in an empty folder."""
+
+    def tasks(self) -> Sequence[Task]: ...
+
+    def worker(self, folder: Path) -> Callable[[Task], dict[str, Any]]:
+        """A function that does a task and gives its record; made once in each process."""
+
+    def finish(self, folder: Path, records: Sequence[dict[str, Any]]) -> None:
+        """Writes what describes the whole, once all tasks are done."""
+
+
+def cut_tasks(sizes: Sequence[int]) -> list[Task]:
+    """Neighbouring entries together, about TASK_BYTES a task."""
+    tasks: list[Task] = []
+    entries: list[int] = []
+    filled = 0
+    for index, size in enumerate(sizes):
+        entries.append(index)
+        filled += size
+        if filled >= TASK_BYTES or index == len(sizes) - 1:
+            tasks.append(Task(number=len(tasks), entries=tuple(entries), nbytes=filled))
+            entries, filled = [], 0
+    return tasks
+
+
+def fingerprint(folder: Path) -> dict[str, list[int]]:
+    """Size and time of change of each file of a source; another number, another conversion."""
+    stats = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file()}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+
+def convert(
+    job: Job, out: Path, *, processes: int, overwrite: bool, progress: Callable[[int], None] = lambda nbytes: None
+) -> list[dict[str, Any]]:
+    """Does the job into `out`, complete or absent; gives the tasks' records. `progress` is told the bytes of each task
+    that is done. UserError: `out` exists and `overwrite` is not set, the disk refuses, or a source is damaged."""
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists; remove it, give another folder, or say --overwrite")
+    new = NewFolder(out)
+    with disk_errors(out), _locked(new.unfinished):
+        records = _begin_or_resume(job, new.unfinished)
+        for task in job.tasks():
+            if task.number in records:
+                progress(task.nbytes)
+        left = [task for task in job.tasks() if task.number not in records]
+        for task, record in _run(job, new.unfinished, left, processes):
+            records[task.number] = record
+            progress(task.nbytes)
+        ordered = [records[task.number] for task in job.tasks()]
+        job.finish(new.unfinished, ordered)
+        shutil.rmtree(new.unfinished / RECORDS)
+        (new.unfinished / PLAN).unlink()
+        new.finish(mark=False)
+    return ordered
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps a second conversion out of the same folder; the lock goes with the process, however it ends."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_name(f"{folder.name}.lock")
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another conversion is writing {folder}; wait for it or give another folder") from None
+        try:
+            yield
+        finally:
+            path.unlink()
+
+
+def _begin_or_resume(job: Job, folder: Path) -> dict[int, dict[str, Any]]:
+    """Records of what an interrupted conversion with the same plan has done; else an empty start."""
+    plan = json.loads(json.dumps(job.plan()))
+    if _read_json(folder / PLAN) == plan:
+        found = {int(path.stem): _read_json(path) for path in (folder / RECORDS).glob("*.json")}
+        return {number: record for number, record in found.items() if record is not None}
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / RECORDS).mkdir(parents=True)
+    job.begin(folder)
+    write_atomically(folder / PLAN, json.dumps(plan))
+    return {}
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _run(job: Job, folder: Path, tasks: Sequence[Task], processes: int) -> Iterator[tuple[Task, dict[str, Any]]]:
+    if processes == 1:
+        work = job.worker(folder)
+        for task in tasks:
+            yield task, _do(work, folder, task)
+        return
+    pool = ProcessPoolExecutor(
+        min(processes, max(1, len(tasks))), get_context("spawn"), initializer=_start_worker, initargs=(job, folder)
+    )
+    try:
+        running: dict[Future, Task] = {pool.submit(_work, task): task for task in tasks}
+        while running:
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield running.pop(future), future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_worker: Callable[[Task], dict[str, Any]]
+_folder: Path
+
+
+def _start_worker(job: Job, folder: Path) -> None:
+    global _worker, _folder
+    _worker, _folder = job.worker(folder), folder
+
+
+def _work(task: Task) -> dict[str, Any]:
+    return _do(_worker, _folder, task)
+
+
+def _do(work: Callable[[Task], dict[str, Any]], folder: Path, task: Task) -> dict[str, Any]:
+    record = work(task)
+    for name in record["files"]:
+        sync(folder / name)
+    write_atomically(folder / RECORDS / f"{task.number}.json", json.dumps(record))
+    return record
+
+
+def merged(records: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
+    """The dictionaries `name` of all records together."""
+    return {key: value for record in records for key, value in record[name].items()}
+
+
+def processes_or_cores(asked: int | None) -> int:
+    """The number of processes to use; UserError below 1."""
+    if asked is not None and asked < 1:
+        raise UserError(f"--processes must be at least 1, got {asked}")
+    return asked or min(8, len(os.sched_getaffinity(0)))
