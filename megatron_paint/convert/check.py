@@ -94,9 +94,7 @@ def _worse(one: Difference | None, other: Difference | None) -> Difference | Non
     if one is None or other is None:
         return one or other
     worst = max(one, other, key=lambda difference: difference.largest)
-    return Difference(
-        name=worst.name, largest=worst.largest, where=worst.where, unequal=one.unequal + other.unequal
-    )
+    return Difference(name=worst.name, largest=worst.largest, where=worst.where, unequal=one.unequal + other.unequal)
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -133,7 +133,9 @@ class HuggingFaceReader:
                 f"{', '.join(DTYPES)} are read: quantised weights have to be converted first"
             )
         if not entry["shape"] or not all(entry["shape"]):
-            raise UserError(f"model.hf_path: {name} in {self.folder / file} has shape {entry['shape']}; no Qwen3 has it")
+            raise UserError(
+                f"model.hf_path: {name} in {self.folder / file} has shape {entry['shape']}; no Qwen3 has it"
+            )
         start = data + entry["data_offsets"][0]
         return TensorPlace(file=file, dtype=DTYPES[entry["dtype"]], shape=tuple(entry["shape"]), start=start)
 

@@ -100,7 +100,9 @@ class MegatronSource:
         for keys, what in ((missing, "lacks"), (surplus, "has parameters that this Qwen3 has not:")):
             if keys:
                 more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-                raise UserError(f"{self.folder} {what} {', '.join(keys[:3])}{more}; its model is not {self.shape.source}'s")
+                raise UserError(
+                    f"{self.folder} {what} {', '.join(keys[:3])}{more}; its model is not {self.shape.source}'s"
+                )
         for key, shape in expected.items():
             stored = self.reader.tensors[key]
             if stored.shape != shape:

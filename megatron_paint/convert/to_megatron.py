@@ -1,9 +1,9 @@
 """Hugging Face -> Megatron: a checkpoint that any layout loads, without a model, a few tensors at a time."""
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,8 @@ class ToMegatron:
         return list(checkpoint_entries(read_shape(self.source)))
 
     def tasks(self) -> Sequence[Task]:
-        return cut_tasks([math.prod(entry.rule.shape) * 2 for entry in self.entries()])
+        stored = HuggingFaceReader(self.source).tensors
+        return cut_tasks([sum(stored[name].nbytes for name in entry.rule.hf_shapes()) for entry in self.entries()])
 
     def worker(self, folder: Path) -> Callable[[Task], dict[str, Any]]:
         entries, reader = self.entries(), HuggingFaceReader(self.source)
@@ -90,7 +91,7 @@ class ToMegatron:
 def row_blocks(shape: Sequence[int], most_bytes: int) -> Iterator[slice]:
     """Runs of rows of about equal size, none above `most_bytes` of 2-byte numbers (or one row)."""
     rows = shape[0]
-    blocks = max(1, -(-math.prod(shape) * 2 // most_bytes))
+    blocks = max(1, -(-prod(shape) * 2 // most_bytes))
     step = -(-rows // blocks)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 

@@ -135,7 +135,9 @@ class CheckpointReader:
             with open(path, "rb") as file:
                 tensor = torch.load(_Window(file, piece.start, piece.length), map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path}: the piece of {key} at byte {piece.start} cannot be read ({_line(error)})") from None
+            raise UserError(
+                f"{path}: the piece of {key} at byte {piece.start} cannot be read ({_line(error)})"
+            ) from None
         if not isinstance(tensor, Tensor) or tensor.dtype != stored.dtype or tuple(tensor.shape) != piece.sizes:
             raise UserError(f"{path}: the piece of {key} at byte {piece.start} is not what {METADATA} says it is")
         self._last = (piece, tensor)
@@ -178,7 +180,9 @@ def _read_metadata(folder: Path) -> dict[str, StoredTensor]:
     except FileNotFoundError as error:
         raise UserError(f"{folder} has no {Path(error.filename).name}: it is not a Megatron checkpoint") from None
     except Exception as error:  # a damaged pickle can raise anything
-        raise UserError(f"{folder}: its description cannot be read ({_line(error)}); copy the checkpoint again") from None
+        raise UserError(
+            f"{folder}: its description cannot be read ({_line(error)}); copy the checkpoint again"
+        ) from None
     if not isinstance(backend, dict) or backend.get("sharded_backend") != FORMAT["sharded_backend"]:
         raise UserError(f"{folder / BACKEND}: not a torch_dist checkpoint, the one format that is read")
     try:

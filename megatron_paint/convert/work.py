@@ -132,13 +132,13 @@ def _read_json(path: Path) -> Any:
 
 
 def _run(job: Job, folder: Path, tasks: Sequence[Task], processes: int) -> Iterator[tuple[Task, dict[str, Any]]]:
-    if processes == 1:
+    if min(processes, len(tasks)) <= 1:
         work = job.worker(folder)
         for task in tasks:
             yield task, _do(work, folder, task)
         return
     pool = ProcessPoolExecutor(
-        min(processes, max(1, len(tasks))), get_context("spawn"), initializer=_start_worker, initargs=(job, folder)
+        min(processes, len(tasks)), get_context("spawn"), initializer=_start_worker, initargs=(job, folder)
     )
     try:
         running: dict[Future, Task] = {pool.submit(_work, task): task for task in tasks}

@@ -1,0 +1,11 @@
+"""Converts Qwen3 checkpoints: `python tools/convert_qwen3.py to-megatron | to-hf | check | inspect`.
+
+The same as `megatron-paint convert`.
+"""
+
+import sys
+
+from megatron_paint.convert.commands import main
+
+if __name__ == "__main__":
+    sys.exit(main())
