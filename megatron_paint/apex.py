@@ -20,7 +20,8 @@ def apex_folders() -> list[str] | None:
 
 def is_foreign(folders: list[str]) -> bool:
     """Whether it lacks the optimisers that every build of NVIDIA's has."""
-    return not any((Path(folder) / "optimizers").is_dir() for folder in folders) and "apex.optimizers" not in sys.modules
+    has_optimizers = any((Path(folder) / "optimizers").is_dir() for folder in folders)
+    return not has_optimizers and "apex.optimizers" not in sys.modules
 
 
 def refuse_foreign_apex() -> None:

@@ -86,7 +86,9 @@ class _EndingSignals:
 
 def _environment(rank: int, processes: int, port: int, notes: str) -> dict[str, str]:
     threads = str(max(1, (os.cpu_count() or 1) // processes))
-    return {"OMP_NUM_THREADS": threads} | os.environ | {
+    # Python clears up after a worker pool whose rank was ended, and would complain of having had to.
+    warnings = ",".join(filter(None, (os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker")))
+    ours = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(processes),
@@ -94,9 +96,11 @@ def _environment(rank: int, processes: int, port: int, notes: str) -> dict[str, 
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "PYTHONWARNINGS": warnings,
         LAUNCHER: str(os.getpid()),
         FOLDER: notes,
     }
+    return {"OMP_NUM_THREADS": threads} | os.environ | ours
 
 
 def _start(arguments: Sequence[str], environment: dict[str, str]) -> subprocess.Popen:

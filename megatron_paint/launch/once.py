@@ -32,8 +32,8 @@ def host_store(place: Place) -> None:
         except RuntimeError as error:
             why = str(error).strip().splitlines()[0]
             raise UserError(
-                f"rank 0 cannot listen at MASTER_ADDR={place.address} MASTER_PORT={place.port} ({why}): set MASTER_PORT "
-                "to a free port of that host, the same on every rank"
+                f"rank 0 cannot listen at MASTER_ADDR={place.address} MASTER_PORT={place.port} ({why}): set "
+                "MASTER_PORT to a free port of that host, the same on every rank"
             ) from None
 
 

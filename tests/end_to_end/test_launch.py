@@ -53,7 +53,7 @@ def end(process):
 
 
 def left(mark, *, seconds=10.0):
-    """Processes of the test's run that are there after a while; a grading worker sees the end of its input by itself."""
+    """Processes of the test's run that are still there after a while, which a grading worker may take to end."""
     deadline = time.monotonic() + seconds
     while (found := _processes(mark)) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -126,7 +126,9 @@ def test_a_killed_rank_is_named(running):
     status, _, err = end(process)
     assert status == 1
     assert len(err) == 1, err
-    assert err[0].startswith("megatron-paint: error: rank 1 died of SIGKILL (signal 9): most often the kernel's out-of-mem")
+    assert err[0].startswith(
+        "megatron-paint: error: rank 1 died of SIGKILL (signal 9): most often the kernel's out-of-mem"
+    )
     assert not left(mark)
 
 
