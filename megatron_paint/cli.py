@@ -3,38 +3,83 @@
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from megatron_paint import __version__
 from megatron_paint.errors import UserError
+from megatron_paint.launch.lifetime import end_with_launcher
+from megatron_paint.launch.notes import leave_note
 
 if TYPE_CHECKING:
     from megatron_paint.config import Settings
-    from megatron_paint.plan import Plan
+    from megatron_paint.launch.place import Place
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; its exit status. A UserError becomes one line on stderr, without a traceback."""
+    end_with_launcher()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options = make_parser().parse_args(arguments)
     try:
+        options = parse(arguments)
         return options.run(options, arguments)
     except UserError as error:
-        message = f"megatron-paint: error: {error}"
-        from megatron_paint.launch.local import tell_launcher
-
-        if not tell_launcher(message):
-            print(message, file=sys.stderr)
+        _tell(f"megatron-paint: error: {error}")
         return 2
     except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("megatron-paint: ended by SIGINT", file=sys.stderr)
         return 130
+    except Exception:
+        if not leave_note(traceback.format_exc(), mistake=False):
+            raise
+        return 1
+
+
+def _tell(message: str) -> None:
+    """Prints an error once, however many ranks meet it."""
+    from megatron_paint.launch.once import print_once
+    from megatron_paint.launch.place import find_place
+
+    if leave_note(message, mistake=True):
+        return
+    try:
+        place = find_place(os.environ)
+    except UserError:
+        place = None
+    if place is None or place.size == 1:
+        print(message, file=sys.stderr)
+    else:
+        print_once(message, place)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command and its options; overrides may stand anywhere after the settings file.
+
+    Errors: UserError that names what is neither an option nor key=value.
+    """
+    options, left = make_parser().parse_known_args(arguments)
+    takes_overrides = hasattr(options, "overrides")
+    for argument in left:
+        if argument.startswith("-") or not takes_overrides:
+            raise UserError(f"unknown argument {argument!r} (see megatron-paint --help)")
+    if takes_overrides:
+        options.overrides += left
+    return options
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
-    parser = argparse.ArgumentParser(prog="megatron-paint", description="PAINT on Megatron-Core")
+    parser = _Parser(prog="megatron-paint", description="PAINT on Megatron-Core")
     parser.add_argument("--version", action="version", version=f"megatron-paint {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -80,54 +125,72 @@ def _mode(options: argparse.Namespace) -> str:
 
 
 def run_train(options: argparse.Namespace, arguments: list[str]) -> int:
-    """Checks the settings before any process is started; then trains here, or starts the ranks that do."""
-    from megatron_paint.launch.local import default_processes, inside_a_world, run_here
+    """Checks the settings before Megatron is imported; then trains here, or starts the ranks that do."""
+    from megatron_paint.plan import make_plan
     from megatron_paint.settings import load_settings
 
+    place = _place(options)
     settings = load_settings(options.config, options.overrides)
-    if not inside_a_world():
-        processes = default_processes(settings.megatron) if options.processes is None else options.processes
-        _check_first(settings, processes, options)
+    processes = _processes(settings, options, place)
+    plan = make_plan(settings, processes=processes)
+    if place is None or (options.dry_run and place.rank == 0):
+        from megatron_paint.sources import check_sources
+
+        notes = check_sources(settings, plan.shape)  # a mistake is told in seconds, by one process
         if options.dry_run:
-            return 0
-        if processes > 1:
-            return run_here(arguments, processes)
+            print("\n".join([*plan.lines(settings), *notes]))
+    if options.dry_run:
+        return 0
+    if place is None and processes > 1:
+        from megatron_paint.launch.local import run_here
+
+        return run_here(arguments, processes)
     from megatron_paint.trainer import train
 
     train(settings, mode=_mode(options), self_check_only=options.self_check)
     return 0
 
 
-def _check_first(settings: "Settings", processes: int, options: argparse.Namespace) -> None:
-    """All that can be checked without a model: a mistake is told in seconds, by one process."""
-    from megatron_paint.sources import check_sources
+def _place(options: argparse.Namespace) -> "Place | None":
+    """This process's place in the world that torchrun or srun made; None where the ranks are still to be started."""
+    from megatron_paint.launch.once import host_store
+    from megatron_paint.launch.place import enter_place, find_place
 
-    plan = _plan(settings, processes)
-    notes = check_sources(settings, plan.shape)
-    if options.dry_run:
-        print("\n".join([*plan.lines(settings), *notes]))
+    place = find_place(os.environ)
+    if place is None:
+        return None
+    if options.processes not in (None, place.size):
+        raise UserError(
+            f"--processes={options.processes} is given, but this process is one of {place.size} ranks that torchrun or "
+            "srun started: start as many as there are to be, and leave --processes out"
+        )
+    enter_place(place, os.environ)
+    host_store(place)
+    return place
 
 
-def _plan(settings: "Settings", processes: int) -> "Plan":
-    from megatron_paint.plan import make_plan
+def _processes(settings: "Settings", options: argparse.Namespace, place: "Place | None") -> int:
+    from megatron_paint.launch.local import number_of_processes
 
-    if processes < 1:
-        raise UserError(f"--processes must be at least 1, got {processes}")
-    return make_plan(settings, processes=processes)
+    return place.size if place is not None else number_of_processes(settings.megatron, options.processes)
 
 
 def run_evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
     """Evaluates the model of the settings file, in as many ranks as the layout needs."""
-    from megatron_paint.launch.local import default_processes, inside_a_world, run_here
+    from megatron_paint.launch.local import run_here
+    from megatron_paint.plan import make_plan
     from megatron_paint.settings import load_settings
-    from megatron_paint.sources import load_held_out_sources
 
+    place = _place(options)
     settings = load_settings(options.config, options.overrides)
     if settings.evaluation.problems is None:
         raise UserError("evaluation.problems is not set: give the file of held-out problems")
-    if not inside_a_world():
-        processes = default_processes(settings.megatron) if options.processes is None else options.processes
-        load_held_out_sources(settings, _plan(settings, processes).shape)
+    processes = _processes(settings, options, place)
+    plan = make_plan(settings, processes=processes)
+    if place is None:
+        from megatron_paint.sources import load_held_out_sources
+
+        load_held_out_sources(settings, plan.shape)
         if processes > 1:
             return run_here(arguments, processes)
     from megatron_paint.trainer import evaluate

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megatron_paint.apex import CURE, apex_folders, is_foreign
 from megatron_paint.run.writing import to_json
 
 Status = Literal["ok", "missing", "broken", "low"]
@@ -178,32 +179,22 @@ def _version(package: Package) -> str:
 def examine_apex() -> list[Finding]:
     """Apex and its CUDA extensions; PyPI's `apex` is another project that only shares the name."""
     findings = []
-    folders = _apex_folders()
+    folders = apex_folders()
     if folders is None:
         findings.append(Finding(name="Apex", status="missing", found="not installed", cost="see its extensions below"))
-    elif not any((Path(folder) / "optimizers").is_dir() for folder in folders) and "apex.optimizers" not in sys.modules:
+    elif is_foreign(folders):
         findings.append(
             Finding(
                 name="Apex",
                 status="broken",
                 found="a module `apex` without apex.optimizers: not NVIDIA's",
-                cost="Megatron-Core takes it for NVIDIA's and fails in its norms: pip uninstall apex; NVIDIA's is "
-                "built from github.com/NVIDIA/apex",
+                cost=f"training is refused, because Megatron-Core takes it for NVIDIA's: {CURE}",
                 fatal=True,
             )
         )
     else:
         findings.append(Finding(name="Apex", status="ok", found="NVIDIA Apex"))
     return findings + [examine_package(package) for package in EXTENSIONS]
-
-
-def _apex_folders() -> list[str] | None:
-    """Folders of the package `apex`, found without running it; None if there is no such module."""
-    loaded = sys.modules.get("apex")
-    if loaded is not None:
-        return list(getattr(loaded, "__path__", []))
-    spec = importlib.util.find_spec("apex")
-    return None if spec is None else list(spec.submodule_search_locations or [])
 
 
 def examine_torch() -> list[Finding]:

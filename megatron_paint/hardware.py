@@ -1,11 +1,15 @@
-"""What this machine can run: the one place that decides between Transformer Engine and plain torch."""
+"""What this machine can run: Transformer Engine or plain torch, and on which device."""
 
+import os
 from importlib.util import find_spec
 
 import torch
 
 from megatron_paint.config import MegatronSettings
 from megatron_paint.errors import UserError
+
+# Transformer Engine reads it where attention is built; Megatron-Core refuses deterministic_mode unless it is 0.
+NONDETERMINISTIC = "NVTE_ALLOW_NONDETERMINISTIC_ALGO"
 
 
 def engine_is_lacking() -> str | None:
@@ -25,3 +29,32 @@ def use_transformer_engine(megatron: MegatronSettings) -> bool:
     if lacking and megatron.fp8 is not None:
         raise UserError(f"megatron.fp8={megatron.fp8} needs Transformer Engine on a GPU: {lacking}; set fp8=null")
     return lacking is None and megatron.transformer_impl != "local"
+
+
+def engine_environment(megatron: MegatronSettings) -> dict[str, str]:
+    """Variables that Transformer Engine must find for these settings; UserError where one is set to the contrary."""
+    if not (megatron.deterministic_mode and use_transformer_engine(megatron)):
+        return {}
+    given = os.environ.get(NONDETERMINISTIC, "0").strip()
+    if given != "0":
+        raise UserError(
+            f"megatron.deterministic_mode=true, but the environment has {NONDETERMINISTIC}={given}, which lets "
+            "Transformer Engine choose other kernels: unset it, or set deterministic_mode=false"
+        )
+    return {NONDETERMINISTIC: "0"}
+
+
+def device_of_rank() -> torch.device:
+    """This rank's GPU, by LOCAL_RANK, or the CPU where there is none; UserError where more ranks than GPUs are here."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not gpus:
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if gpus == 1 and "LOCAL_WORLD_SIZE" not in os.environ:
+        return torch.device("cuda", 0)  # `srun --gpus-per-task=1` shows each task its own GPU alone
+    if local_rank >= gpus:
+        raise UserError(
+            f"LOCAL_RANK={local_rank}, but this machine shows {gpus} GPUs to the rank: start at most one rank a GPU "
+            "(torchrun --nproc-per-node, srun --ntasks-per-node)"
+        )
+    return torch.device("cuda", local_rank)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from megatron_paint.anchors import extract_math, find_math
 from megatron_paint.errors import UserError
+from megatron_paint.launch.lifetime import start_worker
 from megatron_paint.records import Anchor, Overlap
 
 # From here on a pool is used (ours), about 0.1 s of work. benchmarks/masker.py: on two busy cores a step of 0.6 million
@@ -89,7 +90,9 @@ class MaskerPool:
         """The overlap of each pair, in order."""
         if not self._broken:
             if self._executor is None:
-                self._executor = ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"))
+                self._executor = ProcessPoolExecutor(
+                    self.workers, mp_context=get_context("spawn"), initializer=start_worker
+                )
             chunks = _chunks(pairs, 4 * self.workers)
             try:
                 results = self._executor.map(_find_in_chunk, [extractor] * len(chunks), chunks)

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_paint.apex import refuse_foreign_apex
 from megatron_paint.config import Settings
 from megatron_paint.errors import UserError
-from megatron_paint.hardware import use_transformer_engine
+from megatron_paint.hardware import engine_environment, use_transformer_engine
 from megatron_paint.qwen3 import Qwen3Shape, read_shape
 
 # Bytes of activations a token and layer keep for backward, per hidden unit, in 2-byte types without recomputation:
@@ -50,8 +51,10 @@ class Plan:
 
 def make_plan(settings: Settings, *, processes: int) -> Plan:
     """Checks model, layout and machine against each other; UserError names the setting and the nearest valid value."""
+    refuse_foreign_apex()
     shape = read_shape(settings.model.hf_path)
     megatron = settings.megatron
+    engine_environment(megatron)
     tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
     for size, what in (
         (shape.num_groups, "key-value groups"),

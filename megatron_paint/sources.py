@@ -37,6 +37,8 @@ def load_sources(
     prompts, held_out = load_held_out_sources(settings, shape, share=share)
     limit = _limit(settings, shape, prompts)
     problems: ProblemSet = share(lambda: load_problems(settings.data, grade=grade, prompt_limit=limit))
+    if settings.rollout.engine == "replay" and settings.objective.name != "sft":
+        share(lambda: _check_replay(settings, problems))
     return Sources(prompts=prompts, problems=problems, held_out=held_out, notes=problems.notes)
 
 
@@ -67,11 +69,16 @@ def check_sources(settings: Settings, shape: Qwen3Shape) -> tuple[str, ...]:
     """Everything that can be wrong with what a run reads and with where it writes, found without a model."""
     HuggingFaceReader(settings.model.hf_path, shape)
     sources = load_sources(settings, shape)
-    if settings.rollout.engine == "replay":
-        ReplayEngine(settings.rollout.path)
     RunFolder(settings.run.dir).check(settings)
     held_out = f", {len(sources.held_out):,} held-out problems" if sources.held_out else ""
     return (f"data       {len(sources.problems):,} training problems{held_out}", *sources.notes)
+
+
+def _check_replay(settings: Settings, problems: ProblemSet) -> None:
+    """UserError where the file lacks a rollout of a step that is still to be done."""
+    engine = ReplayEngine(settings.rollout.path)
+    for step in range(RunFolder(settings.run.dir).check(settings) + 1, settings.run.steps + 1):
+        engine.check(step, problems.batch(step))
 
 
 def _limit(settings: Settings, shape: Qwen3Shape, prompts: Prompts) -> PromptLimit:

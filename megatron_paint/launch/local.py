@@ -1,69 +1,138 @@
-"""Starts the processes of a run on this machine, or notices that something else already has."""
+"""Starts the ranks of a run on this machine, watches them, ends them together and says once why they ended."""
 
-import logging
 import os
+import signal
+import subprocess
 import sys
 import tempfile
-import uuid
-from collections.abc import Sequence
-from pathlib import Path
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from megatron_paint.config import MegatronSettings
+from megatron_paint.errors import UserError
+from megatron_paint.launch.ending import reason, stopped
+from megatron_paint.launch.lifetime import LAUNCHER
+from megatron_paint.launch.notes import FOLDER, read_notes
 
-ERRORS = "MEGATRON_PAINT_ERRORS"  # folder in which a rank leaves the message of an error of the user's
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LOOK_SECONDS = 0.05
+SETTLE_SECONDS = 0.5  # a rank that was killed may be seen after one that only lost its connection to it
+GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
 
 
-def inside_a_world() -> bool:
-    """Whether torchrun (or a batch script that sets its variables) started this process as one of several ranks."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def default_processes(megatron: MegatronSettings) -> int:
-    """One a GPU; without GPUs as many as one replica of the model needs."""
+def number_of_processes(megatron: MegatronSettings, asked: int | None) -> int:
+    """`--processes`, or by default one a GPU; without GPUs as many as one replica of the model needs."""
     import torch
 
-    return torch.cuda.device_count() or megatron.tensor_model_parallel_size * megatron.pipeline_model_parallel_size
+    gpus = torch.cuda.device_count()
+    if asked is None:
+        return gpus or megatron.tensor_model_parallel_size * megatron.pipeline_model_parallel_size
+    if asked < 1:
+        raise UserError(f"--processes must be at least 1, got {asked}")
+    if gpus and asked > gpus:
+        raise UserError(
+            f"--processes={asked} is above the number of GPUs here, {gpus}, and each process drives one: give at most "
+            f"{gpus}, or start ranks on several machines with torchrun or srun"
+        )
+    return asked
 
 
 def run_here(arguments: Sequence[str], processes: int) -> int:
-    """Runs `megatron-paint ARGUMENTS` in so many processes; the exit status of the first that failed, or 0.
+    """Runs `megatron-paint ARGUMENTS` in so many processes; the exit status of the run.
 
-    An error of the user's is printed once, however many ranks met it.
+    0: all ended well; 2: an error of the user's; 1: a rank failed or was killed; 128 + signal: the launcher was told
+    to end. What the ranks met is printed once; no rank outlives this call.
     """
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed import TCPStore
 
-    # The launcher reports a failed child with a traceback of its own; the child has said what there is to say.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL + 1)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-    )
-    with tempfile.TemporaryDirectory() as errors:
-        os.environ[ERRORS] = errors
+    # The ranks meet at a store of the launcher's, as they do under torchrun: no port has to be guessed.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory(prefix="megatron_paint_") as notes, _EndingSignals() as told:
+        ranks: list[subprocess.Popen] = []
         try:
-            elastic_launch(config, sys.executable)("-m", "megatron_paint", *arguments)
-        except ChildFailedError as failure:
-            messages = {path.read_text(encoding="utf-8") for path in sorted(Path(errors).iterdir())}
-            for message in messages:
-                print(message, file=sys.stderr)
-            return 2 if messages else max(1, failure.get_first_failure()[1].exitcode)
+            for rank in range(processes):
+                ranks.append(_start(arguments, _environment(rank, processes, store.port, notes)))
+            _watch(ranks, told)
+            exits = [rank.poll() for rank in ranks]
         finally:
-            del os.environ[ERRORS]
-    return 0
+            _end(ranks)
+        message, status = stopped(told.signal) if told.signal else reason(exits, read_notes(notes))
+    if message:
+        print(message, file=sys.stderr)
+    return status
 
 
-def tell_launcher(message: str) -> bool:
-    """Leaves an error message for the launcher; False where no launcher of ours started this process."""
-    folder = os.environ.get(ERRORS)
-    if folder is None:
-        return False
-    (Path(folder) / f"rank{os.environ.get('RANK', '0')}").write_text(message, encoding="utf-8")
-    return True
+class _EndingSignals:
+    """Notes the first signal that asks this process to end, instead of ending; `signal` is None until then."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._before: dict[signal.Signals, Callable | int | None] = {}
+
+    def __enter__(self) -> "_EndingSignals":
+        for number in ENDING:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's, or a shell's for what it runs behind
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        self.signal = self.signal or signal.Signals(number)
+
+
+def _environment(rank: int, processes: int, port: int, notes: str) -> dict[str, str]:
+    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    # Python clears up after a worker pool whose rank was ended, and would complain of having had to.
+    warnings = ",".join(filter(None, (os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker")))
+    ours = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "PYTHONWARNINGS": warnings,
+        LAUNCHER: str(os.getpid()),
+        FOLDER: notes,
+    }
+    return {"OMP_NUM_THREADS": threads} | os.environ | ours
+
+
+def _start(arguments: Sequence[str], environment: dict[str, str]) -> subprocess.Popen:
+    """One rank in a process group of its own: Ctrl-C reaches the launcher alone, and its workers end with it."""
+    command = [sys.executable, "-m", "megatron_paint", *arguments]
+    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, process_group=0)
+
+
+def _watch(ranks: Sequence[subprocess.Popen], told: _EndingSignals) -> None:
+    """Returns when all ranks have ended, soon after one has failed, or when a signal asks for the end."""
+    failed_at = None
+    while not told.signal and any(rank.poll() is None for rank in ranks):
+        if failed_at is None and any(rank.returncode for rank in ranks):
+            failed_at = time.monotonic()
+        if failed_at is not None and time.monotonic() > failed_at + SETTLE_SECONDS:
+            return
+        time.sleep(LOOK_SECONDS)
+
+
+def _end(ranks: Sequence[subprocess.Popen]) -> None:
+    """Ends the ranks that are left, and every process that they started."""
+    for rank in ranks:
+        if rank.poll() is None:
+            _signal_group(rank, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_SECONDS
+    while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+        time.sleep(LOOK_SECONDS)
+    for rank in ranks:
+        _signal_group(rank, signal.SIGKILL)
+        rank.wait()
+
+
+def _signal_group(rank: subprocess.Popen, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(rank.pid, number)

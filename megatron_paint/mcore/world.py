@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_paint.config import MegatronSettings
 from megatron_paint.errors import UserError
+from megatron_paint.hardware import device_of_rank, engine_environment
 from megatron_paint.mcore.cpu import redirect_cuda_to_cpu
 
 # Of messages between hosts: all ranks wait in one while rank 0 reads and grades a data set or writes to a slow disk.
@@ -70,18 +71,18 @@ def start_world(megatron: MegatronSettings, *, backend: str | None = None) -> Wo
     Without these variables the world is this one process. The backend is NCCL with CUDA, else gloo.
     """
     _silence_known_warnings()
+    os.environ.update(engine_environment(megatron))  # before Megatron imports Transformer Engine
+    device = device_of_rank()
     redirect_cuda_to_cpu()
     from megatron.core import parallel_state
 
-    _set_lone_process_defaults()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
     timeout = timedelta(minutes=megatron.distributed_timeout_minutes)
     if not dist.is_initialized():
-        dist.init_process_group(backend or ("nccl" if on_gpu else "gloo"), timeout=timeout)
+        alone = {} if "RANK" in os.environ else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
+        dist.init_process_group(backend or ("nccl" if on_gpu else "gloo"), timeout=timeout, **alone)
     data_parallel_size(dist.get_world_size(), megatron)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=megatron.tensor_model_parallel_size,
@@ -122,13 +123,6 @@ def _silence_known_warnings() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
-
-
-def _set_lone_process_defaults() -> None:
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
-        os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = "0" if os.environ["WORLD_SIZE"] == "1" else "29500"
 
 
 def _seed_libraries() -> None:

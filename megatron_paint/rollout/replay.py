@@ -53,15 +53,19 @@ class ReplayEngine:
 
         Errors: UserError that names what the file lacks.
         """
-        places = [
-            (_Place(step, problem.id, index), prompt)
+        self.check(step, problems, samples=samples)
+        return [
+            self._rollout(_Place(step, problem.id, index), prompt)
             for problem, prompt in zip(problems, student_prompts, strict=True)
             for index in range(samples)
         ]
-        missing = [place for place, _ in places if place not in self._responses]
+
+    def check(self, step: int, problems: Sequence[Problem], *, samples: int = 1) -> None:
+        """UserError that names what the file lacks of a step."""
+        places = [_Place(step, problem.id, index) for problem in problems for index in range(samples)]
+        missing = [place for place in places if place not in self._responses]
         if missing:
             raise UserError(self._missing_message(missing))
-        return [self._rollout(place, prompt) for place, prompt in places]
 
     def _rollout(self, place: _Place, prompt: TokenIds) -> Rollout:
         response = self._responses[place]

@@ -1,12 +1,21 @@
 """What users get wrong: each mistake ends with exit status 2 and one clear line, before any model loads."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from megatron_paint.cli import main
+from megatron_paint.problems import load_problems
+from megatron_paint.run.folder import RunFolder
+from megatron_paint.settings import load_settings
 from tests import tiny
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +35,18 @@ def setup(good, tmp_path):
     return tiny.make_settings(tmp_path, tmp_path / "model", problems), tmp_path / "model", tmp_path / "problems.jsonl"
 
 
+def contents(folder):
+    """Every file below a folder with its bytes, and every folder."""
+    return {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
 def refused(capsys, settings, *arguments, processes=1):
-    """The line that the mistake is answered with."""
+    """The line that the mistake is answered with; nothing beside the settings file has changed."""
+    before = contents(settings.parent)
     status = main(["train", str(settings), *arguments, "--processes", str(processes), "--dry-run"])
     printed = capsys.readouterr()
     assert status == 2, printed
+    assert contents(settings.parent) == before
     assert "Traceback" not in printed.err
     lines = printed.err.strip().splitlines()
     assert len(lines) == 1, lines
@@ -53,6 +69,7 @@ OVERRIDES = {
     "wrong type": ("data.problems_per_step=four", "data.problems_per_step"),
     "text for a number": ("optimizer.lr=fast", "optimizer.lr"),
     "negative number": ("optimizer.lr=-1e-5", "greater than 0"),
+    "negative count": ("run.steps=-1", "nearest valid value is 1"),
     "not a number": ("optimizer.lr=.nan", "finite"),
     "infinite": ("optimizer.clip_grad=.inf", "finite"),
     "zero problems": ("data.problems_per_step=0", "nearest valid value is 1"),
@@ -75,6 +92,7 @@ OVERRIDES = {
     "no model folder": ("model.hf_path=nowhere", "nowhere"),
     "no room for a prompt": ("rollout.max_new_tokens=2000", "rollout.max_new_tokens"),
     "prompt longer than the context": ("rollout.max_new_tokens=1000", "problems.jsonl:1"),
+    "prompt of an evaluation longer than the context": ("evaluation.max_new_tokens=1000", "evaluation.max_new_tokens"),
     "FP8 without Transformer Engine": ("megatron={fp8: hybrid}", "megatron.fp8"),
     "GPU setting without a GPU": ("megatron.transformer_impl=transformer_engine", "no CUDA device"),
     "sequence parallelism alone": ("megatron.sequence_parallel=true", "megatron.sequence_parallel"),
@@ -94,7 +112,6 @@ def test_setting(capsys, setup, mistake):
 
 LAYOUTS = {
     "TP does not divide the groups": (4, "tensor_model_parallel_size=4", "key-value groups, 2"),
-    "TP does not divide the vocabulary": (3, "tensor_model_parallel_size=3", "does not divide"),
     "PP does not divide the layers": (3, "pipeline_model_parallel_size=3", "number of layers, 2"),
     "world size does not fit": (3, "tensor_model_parallel_size=2", "must be a multiple of 2"),
     "no process": (0, "tensor_model_parallel_size=1", "--processes"),
@@ -105,6 +122,22 @@ LAYOUTS = {
 def test_layout(capsys, setup, mistake):
     processes, override, says = LAYOUTS[mistake]
     assert says in refused(capsys, setup[0], f"megatron.{override}", processes=processes)
+
+
+SIZES = {
+    "TP does not divide the heads": ({"num_key_value_heads": 4, "num_attention_heads": 6}, 4, "attention heads, 6"),
+    "TP does not divide the feed-forward size": ({"intermediate_size": 63}, 2, "feed-forward size, 63"),
+    "TP does not divide the vocabulary": ({"vocab_size": 265}, 2, "vocabulary size, 265"),
+}
+
+
+@pytest.mark.parametrize("mistake", SIZES)
+def test_layout_of_other_sizes(capsys, setup, mistake):
+    settings, model, _ = setup
+    values, tp, says = SIZES[mistake]
+    _change_config(model, **values)
+    line = refused(capsys, settings, f"megatron.tensor_model_parallel_size={tp}", processes=tp)
+    assert f"tensor_model_parallel_size={tp} does not divide the {says}" in line
 
 
 def test_settings_file_absent(capsys, tmp_path):
@@ -247,3 +280,84 @@ def test_run_folder_is_a_file(capsys, setup):
     (model.parent / "run").write_text("mine")
     assert "run.dir" in refused(capsys, settings)
     assert (model.parent / "run").read_text() == "mine"
+
+
+def _replay(path, settings, *, steps, but=()):
+    """Writes a rollout for each problem of the steps, leaving some (step, place in the batch) out."""
+    batches = {step: load_problems(load_settings(settings).data).batch(step) for step in steps}
+    rows = [
+        {"id": problem.id, "step": step, "response_ids": [65, 258]}
+        for step, batch in batches.items()
+        for place, problem in enumerate(batch)
+        if (step, place) not in but
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return (f"rollout.path={path}", "rollout.engine=replay")
+
+
+def test_replay_lacks_a_row_of_a_later_step(capsys, setup, tmp_path):
+    settings, _, _ = setup
+    rollouts = tmp_path / "rollouts.jsonl"
+    replay = _replay(rollouts, settings, steps=(1, 2, 3, 4), but=[(3, 1)])
+    missing = load_problems(load_settings(settings).data).batch(3)[1].id
+    assert f"no rollout for step 3, problem {missing!r}, sample 0; it holds 15" in refused(capsys, settings, *replay)
+    _replay(rollouts, settings, steps=(1, 2, 3, 4))
+    assert main(["train", str(settings), *replay, "--processes", "1", "--dry-run"]) == 0
+
+
+def test_replay_needs_only_what_is_still_to_be_done(capsys, setup, tmp_path):
+    settings, _, _ = setup
+    replay = _replay(tmp_path / "rollouts.jsonl", settings, steps=(3, 4))
+    _begin(settings, *replay)
+    arguments = ["train", str(settings), *replay, "--processes", "1", "--dry-run"]
+    assert main([*arguments, "run.resume=auto"]) == 0
+    assert "no rollout for step 1" in refused(capsys, settings, *replay, f"run.dir={tmp_path / 'other'}")
+
+
+def _begin(settings, *overrides):
+    """Leaves the run folder of a run that has come to step 2."""
+    resolved = load_settings(settings, overrides)
+    folder = RunFolder(resolved.run.dir)
+    folder.prepare(resolved)
+    folder.begin_checkpoint(2)
+    folder.finish_checkpoint(2)
+
+
+RESUMED = {
+    "with changed settings": ("optimizer.lr=2e-3", "optimizer.lr: 0.001 -> 0.002"),
+    "with other problems a step": ("data.problems_per_step=2", "data.problems_per_step: 4 -> 2"),
+    "from another model": ("model.hf_path={other}", "model.hf_path: "),
+}
+
+
+@pytest.mark.parametrize("mistake", RESUMED)
+def test_resumed(capsys, setup, tmp_path, mistake):
+    settings, model, _ = setup
+    shutil.copytree(model, tmp_path / "other")
+    _begin(settings)
+    override, says = RESUMED[mistake]
+    assert says in refused(capsys, settings, "run.resume=auto", override.format(other=tmp_path / "other"))
+    assert main(["train", str(settings), "run.resume=auto", "--processes", "1", "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize("world", [{}, {"RANK": "0", "WORLD_SIZE": "1"}], ids=["lone", "rank"])
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_apex_of_pypi(setup, tmp_path, command, world):
+    """It is refused before Megatron imports it, which would run this file."""
+    settings, _, _ = setup
+    (tmp_path / "path" / "apex").mkdir(parents=True)
+    (tmp_path / "path" / "apex" / "__init__.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')")
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_paint", command, str(settings)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path / 'path'}:{ROOT}"} | world,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("megatron-paint: error: the module `apex`")
+    assert "pip uninstall apex" in line
+    assert not (tmp_path / "imported").exists()
+    assert not (tmp_path / "run").exists()

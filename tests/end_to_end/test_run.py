@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,3 +148,28 @@ def test_changed_settings_do_not_resume(whole, capsys):
     assert status == 2
     assert "optimizer.lr" in capsys.readouterr().err
     assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_model_does_not_resume(whole, tmp_path):
+    """The same folder, but with an output layer of its own, which the checkpoint has not; told once by two ranks."""
+    folder, run_dir, _ = whole
+    shutil.copytree(run_dir, tmp_path / "run")
+    tiny.make_model(tmp_path / "model", tied=False)
+    recorded = (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text(recorded.replace(str(folder / "model"), str(tmp_path / "model")))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.suffix == ".distcp"}
+    arguments = (f"model.hf_path={tmp_path / 'model'}", f"run.dir={tmp_path / 'run'}", "run.resume=auto", "run.steps=6")
+    done = subprocess.run(
+        command(folder / "settings.yaml", *arguments),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("megatron-paint: error: checkpoint ")
+    assert "cannot be loaded into this model" in line
+    assert before
+    assert {path: path.read_bytes() for path in before} == before

@@ -1,0 +1,50 @@
+"""Why a run ended, in the launcher's words: which rank failed first, and of what."""
+
+import signal
+from collections.abc import Sequence
+
+from megatron_paint.launch.notes import Note
+
+# A library calls abort() when it finds that another rank has gone, so that this one is rarely the cause.
+LIKELY = {
+    signal.SIGKILL: "most often the kernel's out-of-memory killer (dmesg tells); fewer processes, or a smaller "
+    "data.micro_batch_tokens or rollout.batch_size, take less memory",
+    signal.SIGTERM: "another process asked it to end",
+    signal.SIGBUS: "most often /dev/shm or a disk is full",
+    signal.SIGSEGV: "a library crashed: megatron-paint doctor tells which do not fit this machine",
+    signal.SIGILL: "a library was built for another processor: megatron-paint doctor tells which are there",
+    signal.SIGABRT: "a library gave up, and has said why above",
+}
+
+
+def stopped(number: signal.Signals) -> tuple[str, int]:
+    """Message and exit status after a signal to the launcher."""
+    return f"megatron-paint: ended by {number.name}", 128 + number
+
+
+def reason(exits: Sequence[int | None], notes: Sequence[Note]) -> tuple[str, int]:
+    """Message and exit status of a run.
+
+    exits: of each rank, as subprocess gives them: negative for a signal, None while it ran. notes: the earliest first.
+    """
+    killed = {rank: -code for rank, code in enumerate(exits) if code is not None and code < 0}
+    direct = {rank: number for rank, number in killed.items() if number != signal.SIGABRT}
+    if direct:
+        return _killed(direct), 1
+    if notes:
+        return notes[0].text, 2 if notes[0].mistake else 1
+    if killed:
+        return _killed(killed), 1
+    for rank, code in enumerate(exits):
+        if code:
+            return f"megatron-paint: error: rank {rank} ended with exit status {code}", 1
+    return "", 0
+
+
+def _killed(killed: dict[int, int]) -> str:
+    rank, number = min(killed.items())
+    known = number in set(signal.Signals)
+    name = f"{signal.Signals(number).name} (signal {number})" if known else f"signal {number}"
+    ranks = f"rank {rank}" if len(killed) == 1 else f"ranks {', '.join(map(str, sorted(killed)))}"
+    likely = f": {LIKELY[number]}" if number in LIKELY else ""
+    return f"megatron-paint: error: {ranks} died of {name}{likely}"

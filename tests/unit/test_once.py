@@ -1,0 +1,61 @@
+"""The store that ranks ask who prints: kept by rank 0 alone, and a port that is taken is an error of the user's."""
+
+import socket
+
+import pytest
+
+from megatron_paint.errors import UserError
+from megatron_paint.launch import once
+from megatron_paint.launch.place import Place
+
+
+@pytest.fixture(autouse=True)
+def outside_torchrun(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setattr(once, "_hosted", None)
+    monkeypatch.setattr(once, "LINGER", 0.1)
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        yield taken.getsockname()[1]
+
+
+def place(port, rank=0):
+    return Place(rank=rank, size=2, local_rank=rank, address="127.0.0.1", port=port)
+
+
+def test_a_port_that_is_taken(port):
+    with pytest.raises(UserError, match=f"rank 0 cannot listen at MASTER_ADDR=127.0.0.1 MASTER_PORT={port} .*set"):
+        once.host_store(place(port))
+
+
+def test_only_rank_0_keeps_the_store(port, monkeypatch):
+    once.host_store(place(port, rank=1))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    once.host_store(place(port))
+    assert once._hosted is None
+
+
+def test_of_two_ranks_with_one_message_one_prints(capsys):
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    once.host_store(place(port))
+    host, once._hosted = once._hosted, None  # what follows is another rank, for which it is not at hand
+    for message in ("one", "two", "one"):
+        once.print_once(message, place(port, rank=1))
+    assert host is not None
+    assert capsys.readouterr().err.splitlines() == ["one", "two"]
+
+
+def test_a_rank_that_meets_nobody_prints(capsys, monkeypatch):
+    monkeypatch.setattr(once, "PATIENCE", 0.3)
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    once.print_once("alone", place(port, rank=1))
+    assert capsys.readouterr().err.splitlines() == ["alone"]
