@@ -77,7 +77,9 @@ def check_sources(settings: Settings, shape: Qwen3Shape) -> tuple[str, ...]:
 def _check_replay(settings: Settings, problems: ProblemSet) -> None:
     """UserError where the file lacks a rollout of a step that is still to be done."""
     engine = ReplayEngine(settings.rollout.path)
-    for step in range(RunFolder(settings.run.dir).check(settings) + 1, settings.run.steps + 1):
+    resumes = settings.run.resume != "never"
+    done = RunFolder(settings.run.dir).latest_checkpoint() if resumes else None
+    for step in range((done or 0) + 1, settings.run.steps + 1):
         engine.check(step, problems.batch(step))
 
 
