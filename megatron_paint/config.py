@@ -157,6 +157,7 @@ class MegatronSettings:
 
     tensor_model_parallel_size: Annotated[Count, setting("ranks that share each layer")] = 1
     pipeline_model_parallel_size: Annotated[Count, setting("stages that share the layers")] = 1
+    expert_model_parallel_size: Annotated[Count, setting("data-parallel ranks that share the experts")] = 1
     sequence_parallel: Annotated[Flag, setting("split activations between layers over the tensor-parallel ranks")] = (
         False
     )

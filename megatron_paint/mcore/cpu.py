@@ -65,6 +65,7 @@ def redirect_cuda_to_cpu() -> None:
         return
     _redirect_torch_cuda()
     _redirect_random_state()
+    _redirect_experts()
     _redirected = _CudaKeywordsToCpu()
     _redirected.__enter__()
 
@@ -106,3 +107,18 @@ def _redirect_random_state() -> None:
 
     megatron_random._set_cuda_rng_state = set_state
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+
+
+def _redirect_experts() -> None:
+    """What Megatron's MoE layers assume: Transformer Engine's GEMM for the router, split sizes that are tensors."""
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+    all_to_all = torch.distributed.all_to_all_single
+
+    def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, *args, **kwargs):
+        sizes = (None if s is None else [int(n) for n in s] for s in (output_split_sizes, input_split_sizes))
+        return all_to_all(output, input, *sizes, *args, **kwargs)
+
+    torch.distributed.all_to_all_single = all_to_all_single

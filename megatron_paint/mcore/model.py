@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -84,6 +85,7 @@ def transformer_config(shape: Qwen3Shape, model: ModelSettings, megatron: Megatr
         "recompute_granularity": megatron.recompute_granularity,
         "recompute_method": megatron.recompute_method,
         "recompute_num_layers": megatron.recompute_num_layers,
+        **(_expert_settings(shape, megatron) if shape.num_experts else {}),
     }
     if megatron.fp8 is not None:
         names = ("fp8", "fp8_recipe", "fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo")
@@ -126,11 +128,33 @@ def transformer_config(shape: Qwen3Shape, model: ModelSettings, megatron: Megatr
     )
 
 
-def layer_spec(*, with_engine: bool, lora: bool) -> ModuleSpec:
+def _expert_settings(shape: Qwen3Shape, megatron: MegatronSettings) -> dict:
+    """Qwen3's router: float32 softmax over the chosen experts (or over all where they are not normalised), no losses."""
+    return {
+        "expert_model_parallel_size": megatron.expert_model_parallel_size,
+        "num_moe_experts": shape.num_experts,
+        "moe_router_topk": shape.experts_per_token,
+        "moe_ffn_hidden_size": shape.expert_ffn_size,
+        "moe_router_pre_softmax": not shape.normalise_experts,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_grouped_gemm": use_transformer_engine(megatron),
+    }
+
+
+def layer_spec(*, with_engine: bool, lora: bool, num_experts: int = 0) -> ModuleSpec:
     """One Qwen3 layer. Transformer Engine fuses the norms into the linear layers unless adapters need them."""
     qkv, proj, fc1, fc2, norm, attention = _parts(with_engine, fuse_norms=not lora)
     fused = with_engine and not lora
     layer_norm = IdentityOp if fused else norm
+    mlp = _mlp(MLPSubmodules(linear_fc1=fc1, linear_fc2=fc2))
+    keys_map = {
+        "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+        "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+    }
+    if num_experts:
+        mlp = get_moe_module_spec(use_te=with_engine, num_experts=num_experts, moe_grouped_gemm=with_engine)
+        del keys_map["pre_mlp_layernorm."]  # it feeds the router too, so it is never fused
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -143,14 +167,11 @@ def layer_spec(*, with_engine: bool, lora: bool) -> ModuleSpec:
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=layer_norm,
-            mlp=_mlp(MLPSubmodules(linear_fc1=fc1, linear_fc2=fc2)),
+            pre_mlp_layernorm=norm if num_experts else layer_norm,
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
             # Checkpoints always have the fused names, so that both kinds of layer can load them.
-            sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-            },
+            sharded_state_dict_keys_map=keys_map,
         ),
     )
 
@@ -176,7 +197,7 @@ def build_model(shape: Qwen3Shape, model: ModelSettings, megatron: MegatronSetti
     """This rank's stage and shard, on its device, weights not yet filled."""
     config = transformer_config(shape, model, megatron)
     with_engine = use_transformer_engine(megatron)
-    spec = layer_spec(with_engine=with_engine, lora=model.lora is not None)
+    spec = layer_spec(with_engine=with_engine, lora=model.lora is not None, num_experts=shape.num_experts)
     layer_norm = spec.submodules.self_attention.submodules.q_layernorm
     stage = Qwen3Model(
         config,

@@ -36,6 +36,8 @@ class World:
     dp_rank: int
     dp_size: int
     dp_group: dist.ProcessGroup
+    ep_rank: int  # expert parallel: neighbouring replicas share a layer's experts
+    ep_size: int
     replica_group: dist.ProcessGroup  # the ranks of one replica: stages one after another, tensor-parallel ranks within
     host_group: dist.ProcessGroup  # gloo, all ranks: for records and messages
 
@@ -87,6 +89,7 @@ def start_world(megatron: MegatronSettings, *, backend: str | None = None) -> Wo
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=megatron.tensor_model_parallel_size,
         pipeline_model_parallel_size=megatron.pipeline_model_parallel_size,
+        expert_model_parallel_size=megatron.expert_model_parallel_size,
         distributed_timeout_minutes=megatron.distributed_timeout_minutes,
     )
     _seed_libraries()
@@ -103,6 +106,8 @@ def start_world(megatron: MegatronSettings, *, backend: str | None = None) -> Wo
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_group=parallel_state.get_data_parallel_group(),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        ep_size=parallel_state.get_expert_model_parallel_world_size(),
         replica_group=parallel_state.get_model_parallel_group(),
         host_group=dist.new_group(backend="gloo", timeout=HOST_TIMEOUT),
     )
