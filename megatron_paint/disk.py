@@ -30,6 +30,8 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Turn any error of a disk into a UserError that names the path and what to do."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         if (reason := _reason(error)) is None:
             raise
@@ -140,7 +142,7 @@ def clear_left_overs(folder: Path) -> None:
             if entry.is_dir():
                 NewFolder(folder / match["name"]).discard()
             else:
-                entry.unlink()
+                entry.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

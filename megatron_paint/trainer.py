@@ -1,8 +1,8 @@
 """The training loop: problems in, a Hugging Face checkpoint out. Every rank runs it; rank 0 writes and speaks."""
 
 import os
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -36,17 +36,28 @@ OnFirstRank = Callable[[Callable[[], Any]], Any]  # rank 0 acts; its result, or 
 
 def train(settings: Settings, *, mode: Mode = "normal", self_check_only: bool = False) -> None:
     """Runs a whole training run in the world that the environment describes; UserError for bad input."""
-    from megatron_paint.mcore.world import start_world, stop_world
-
-    world = start_world(settings.megatron)
-    with ExitStack() as stack:
+    with _world(settings) as world, ExitStack() as stack:
         if self_check_only:
             check_model(settings, world, mode=mode)
         else:
             run = prepare(settings, world, mode=mode, stack=stack)
             self_check(settings, run.policy, run.problems, run.prompts, run.progress)
             run.train()
-    stop_world()  # not after an error: where another rank has died, taking the groups down waits for it
+
+
+@contextmanager
+def _world(settings: Settings) -> Iterator["World"]:
+    """The ranks' groups; after an error they stay up unless this rank is alone: one that died would be waited for."""
+    from megatron_paint.mcore.world import start_world, stop_world
+
+    world = start_world(settings.megatron)
+    try:
+        yield world
+    except BaseException:
+        if world.size == 1:
+            stop_world()
+        raise
+    stop_world()
 
 
 def check_model(settings: Settings, world: "World", *, mode: Mode) -> None:
@@ -71,25 +82,22 @@ def evaluate(settings: Settings, *, mode: Mode = "normal", out: Path | None = No
     """Evaluates the model of `model.hf_path` on the held-out problems, without a run folder."""
     from megatron_paint.mcore.agree import first_rank_does
     from megatron_paint.mcore.policy import MegatronPolicy
-    from megatron_paint.mcore.world import start_world, stop_world
     from megatron_paint.plan import make_plan
     from megatron_paint.sources import load_held_out_sources
 
-    world = start_world(settings.megatron)
-    shape = make_plan(settings, processes=world.size).shape
-    prompts, held_out = load_held_out_sources(settings, shape, share=partial(first_rank_does, world))
-    evaluator = Evaluator(settings.evaluation, held_out, prompts, seed=settings.run.seed)
-    answers = evaluator.sample(MegatronPolicy(settings, shape, world))
-
-    def report() -> None:
+    def report(evaluator: Evaluator, answers: Answers) -> None:
         with GradingPool(seconds=settings.evaluation.grading_seconds) as graders:
             report = evaluator.report(answers, step=0, benchmark=_benchmark(settings), graders=graders)
         if out is not None:
             write_atomically(out, to_json(asdict(report), indent=1) + "\n")
         Progress(mode, steps=0).end(after=[report], folder=str(out) if out else "")
 
-    first_rank_does(world, report)
-    stop_world()
+    with _world(settings) as world:
+        shape = make_plan(settings, processes=world.size).shape
+        prompts, held_out = load_held_out_sources(settings, shape, share=partial(first_rank_does, world))
+        evaluator = Evaluator(settings.evaluation, held_out, prompts, seed=settings.run.seed)
+        answers = evaluator.sample(MegatronPolicy(settings, shape, world))
+        first_rank_does(world, lambda: report(evaluator, answers))
 
 
 def _benchmark(settings: Settings) -> str:

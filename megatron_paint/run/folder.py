@@ -77,7 +77,9 @@ class RunFolder:
             )
         existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not os.access(existing, os.W_OK):
-            raise UserError(f"run.dir={self.path} cannot be written: no permission in {existing}; give another")
+            raise UserError(
+                f"run.dir={self.path} cannot be written: {existing} is read-only or not yours to write; give another"
+            )
         return step
 
     def _held(self) -> list[str]:
