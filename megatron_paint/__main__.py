@@ -5,7 +5,6 @@ import sys
 import traceback
 
 from megatron_paint.cli import main
-from megatron_paint.launch.local import inside_a_world
 
 
 def run() -> None:
@@ -14,17 +13,16 @@ def run() -> None:
     Its process groups are still up, and an exit of Python's own takes them down: it waits for ranks that are gone, or
     aborts (about one exit in thirty over gloo).
     """
-    if not inside_a_world():
-        sys.exit(main())
     try:
         status = main()
     except Exception:
         traceback.print_exc()
         status = 1
-    if status:
+    if status and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

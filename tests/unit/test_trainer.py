@@ -159,25 +159,30 @@ def test_groups_are_taken_down_where_nobody_can_be_waited_for(monkeypatch, ranks
     assert stopped == ([True] if stops else [])
 
 
+class Ended(BaseException):
+    """What os._exit is made to raise."""
+
+
 def test_a_rank_that_failed_ends_at_once(monkeypatch, capsys):
-    ended = []
-    monkeypatch.setattr(os, "_exit", ended.append)
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    def end_at_once(status):
+        raise Ended(status)
 
     def bug():
         raise KeyError("a bug")
 
-    for main in (lambda: 0, lambda: 2, bug):
+    monkeypatch.setattr(os, "_exit", end_at_once)
+    for world_size, main, end, status in (
+        ("2", lambda: 0, SystemExit, 0),
+        ("2", lambda: 2, Ended, 2),
+        ("2", bug, Ended, 1),
+        ("1", lambda: 2, SystemExit, 2),
+    ):
+        monkeypatch.setenv("WORLD_SIZE", world_size)
         monkeypatch.setattr(command, "main", main)
-        command.run()
-    assert ended == [2, 1]
+        with pytest.raises(end) as caught:
+            command.run()
+        assert caught.value.args == (status,)
     assert "KeyError: 'a bug'" in capsys.readouterr().err
-    monkeypatch.delenv("RANK")
-    monkeypatch.setattr(command, "main", lambda: 2)
-    with pytest.raises(SystemExit) as caught:
-        command.run()
-    assert caught.value.code == 2
 
 
 def check(tmp_path, policy):
