@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 
 # Vocabulary entries of one tile: its temporaries fit a CPU's second-level cache; a GPU wants few launches.
-_TILE_ELEMENTS = {"cpu": 2**16, "cuda": 2**23}
+_TILE_ELEMENTS = {"cpu": 2**17, "cuda": 2**23}
 # Buffers of a tile that live at the same time, at most.
 _TILE_BUFFERS = 6
 

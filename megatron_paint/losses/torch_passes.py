@@ -31,18 +31,15 @@ class TorchPasses:
 
     def statistics(self, logits: ChunkLogits, query: TokenQuery | None) -> torch.Tensor:
         """[T, K], as passes.split_statistics cuts it; leaves centred logits behind."""
-        parts = []
-        if query is not None:
-            token_TK = token_statistics(logits.student_TV, query, self.elements)
-        for values_TV in (logits.student_TV, logits.teacher_TV):
-            parts.append(centred_statistics(values_TV, self.elements))
-        logits.student_shift_T, logits.teacher_shift_T = parts[0][:, 0], parts[1][:, 0]
+        token_TK = None if query is None else token_statistics(logits.student_TV, query, self.elements)
+        logits.partner_shift_T = self._centre(logits.partner_TV)
+        height = max(1, self.elements // max(1, logits.student_TV.shape[1]))
+        blocks = [self._block(logits, slice(start, start + height)) for start in range(0, len(logits.student_TV), height)]
+        packed_TK = torch.cat(blocks)
+        logits.student_shift_T, logits.teacher_shift_T = packed_TK[:, 0].clone(), packed_TK[:, 3].clone()
         if self.config.interpolates:
-            logits.partner_shift_T = self._centre(logits.partner_TV)
-            parts.append(self._mixed(logits))
-        if query is not None:
-            parts.append(token_TK)
-        return torch.cat(parts, dim=1)
+            self._mend_vanished(logits, packed_TK[:, 6:8])
+        return packed_TK if query is None else torch.cat((packed_TK, token_TK), dim=1)
 
     def sums(self, logits: ChunkLogits, target: Target, scale_T: torch.Tensor | None) -> Work:
         """This rank's part of the sums; leaves p and B where the logits were, or the gradient in place of B."""
@@ -97,25 +94,33 @@ class TorchPasses:
             return logits.student_TV, logits.student_shift_T
         return logits.partner_TV, logits.partner_shift_T
 
-    def _mixed(self, logits: ChunkLogits) -> torch.Tensor:
-        """[T, 2]: a bound of the interpolation's maximum, the same interpolation of the two maxima, and its sum."""
-        weight = self.config.target_weight
-        partner_TV, partner_shift_T = self._partner(logits)
-        mixed_TK = logits.teacher_TV.new_zeros((len(partner_TV), 2))
-        mixed_TK[:, 0] = torch.lerp(logits.teacher_shift_T, partner_shift_T, weight)
-        for rows, columns in tiles(partner_TV, self.elements):
-            part_TV = torch.lerp(logits.teacher_TV[rows, columns], partner_TV[rows, columns], weight)
-            mixed_TK[rows, 1] += part_TV.exp_().sum(1)
+    def _block(self, logits: ChunkLogits, rows: slice) -> torch.Tensor:
+        """Statistics of a few rows, one distribution after the other while they are in the cache."""
+        student_TV, teacher_TV = logits.student_TV[rows], logits.teacher_TV[rows]
+        parts = [centred_statistics(values_TV, self.elements) for values_TV in (student_TV, teacher_TV)]
+        if not self.config.interpolates:
+            return torch.cat(parts, dim=1)
+        weight, partner_TV, partner_shift_T = self.config.target_weight, student_TV, parts[0][:, 0]
+        if logits.partner_TV is not None:
+            partner_TV, partner_shift_T = logits.partner_TV[rows], logits.partner_shift_T[rows]
+        # The maximum of the interpolation is at most the same interpolation of the maxima: a look for it less.
+        mixed_TK = torch.stack((torch.lerp(parts[1][:, 0], partner_shift_T, weight), torch.zeros_like(partner_shift_T)), 1)
+        for part, columns in tiles(partner_TV, self.elements):
+            mixed_TV = torch.lerp(teacher_TV[part, columns], partner_TV[part, columns], weight)
+            mixed_TK[part, 1] += mixed_TV.exp_().sum(1)
+        return torch.cat((*parts, mixed_TK), dim=1)
+
+    def _mend_vanished(self, logits: ChunkLogits, mixed_TK: torch.Tensor) -> None:
+        """Far below its bound the sum vanishes: such rows, of extreme logits alone, are taken to their true maximum."""
+        partner_TV, _ = self._partner(logits)
         if not partner_TV.shape[1]:
-            return mixed_TK
-        # Far below the bound the sum vanishes: such rows, of extreme logits alone, are taken to their true maximum.
+            return
         for row in (mixed_TK[:, 1] < _SMALLEST_SUM).nonzero().flatten().tolist():
-            row_V = torch.lerp(logits.teacher_TV[row], partner_TV[row], weight)
+            row_V = torch.lerp(logits.teacher_TV[row], partner_TV[row], self.config.target_weight)
             bound = mixed_TK[row, 0].clone()
             mixed_TK[row, 0] += row_V.amax()
             # Not the maximum itself: the rounded one, which sums() subtracts in the same way.
             mixed_TK[row, 1] = row_V.sub_(mixed_TK[row, 0] - bound).exp_().sum()
-        return mixed_TK
 
     def _mix_in_place(self, logits: ChunkLogits, target: Target) -> torch.Tensor:
         """Turn the teacher's logits into the target's; returns their shift [T]."""
