@@ -9,11 +9,11 @@ import torch
 
 from megatron_paint.losses import checks
 from megatron_paint.losses.chunks import chunk_size
-from megatron_paint.losses.config import InterpolationLossConfig
+from megatron_paint.losses.config import InterpolationLossConfig, Kernel
 from megatron_paint.losses.formed_gradient import attach_gradient
 from megatron_paint.losses.fused_pass import FusedPass, Inputs
 from megatron_paint.losses.gemm import OutputLayerGradient
-from megatron_paint.losses.kernels import Kernel, choose_kernel, make_passes
+from megatron_paint.losses.kernels import choose_kernel, make_passes
 from megatron_paint.losses.output import LossOutput
 from megatron_paint.losses.vocab import VocabAxis
 

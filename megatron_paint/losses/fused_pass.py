@@ -18,7 +18,7 @@ import torch
 
 from megatron_paint.losses.chunks import Chunk, ChunkSize, plan_chunks
 from megatron_paint.losses.config import InterpolationLossConfig
-from megatron_paint.losses.gemm import OutputLayerGradient, Projection
+from megatron_paint.losses.gemm import OutputLayerGradient, Projection, inverse
 from megatron_paint.losses.output import LossOutput
 from megatron_paint.losses.passes import ChunkLogits, Passes, Target, Work, split_statistics
 from megatron_paint.losses.selection import select_blindly, select_positions
@@ -100,7 +100,7 @@ class FusedPass:
         )
         made = {
             "most_rows": min(size.tokens, len(inputs.student_TH)),
-            "scale": 1.0 if passes.divides_by_temperature else 1.0 / inputs.config.temperature,
+            "scale": 1.0 if passes.divides_by_temperature else inverse(inputs.config.temperature, inputs.dtype),
             "buffers": 2 if overlap else 1,
         }
         self.project_student = Projection(inputs.weight_VH, inputs.dtype, **made)
@@ -207,9 +207,7 @@ class FusedPass:
 
     def _statistics(self, packed_RTK: torch.Tensor) -> Statistics:
         """Every rank's statistics of its columns, merged."""
-        parts = split_statistics(
-            packed_RTK, mixed=self.config.interpolates, token=self.inputs.token_ids_T is not None
-        )
+        parts = split_statistics(packed_RTK, mixed=self.config.interpolates, token=self.inputs.token_ids_T is not None)
         student = merge_softmax(parts.student[..., 0], parts.student[..., 1])
         teacher = merge_softmax(parts.teacher[..., 0], parts.teacher[..., 1])
         mixed = teacher if parts.mixed is None else merge_softmax(*parts.mixed.unbind(-1))

@@ -54,6 +54,11 @@ class Projection:
         return buffer_TV[: len(hidden_TH)]
 
 
+def inverse(temperature: float, dtype: torch.dtype) -> float:
+    """What multiplies logits of this type so that they come out as after a division by the temperature."""
+    return 1.0 / float(torch.tensor(temperature, dtype=dtype))
+
+
 def backproject(dlogits_TV: torch.Tensor, weight_VH: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """dlogits weight: the hidden states' gradient [T, H] in dtype."""
     if dlogits_TV.dtype == weight_VH.dtype == dtype:

@@ -10,11 +10,9 @@ from typing import Literal, get_args
 
 import torch
 
-from megatron_paint.losses.config import InterpolationLossConfig
+from megatron_paint.losses.config import InterpolationLossConfig, Kernel
 from megatron_paint.losses.passes import Passes
 from megatron_paint.losses.torch_passes import TorchPasses
-
-Kernel = Literal["auto", "torch", "triton"]
 
 
 def choose_kernel(kernel: Kernel, *, device: torch.device, dtype: torch.dtype) -> Literal["torch", "triton"]:
@@ -24,7 +22,9 @@ def choose_kernel(kernel: Kernel, *, device: torch.device, dtype: torch.dtype) -
     missing; under TRITON_INTERPRET=1 the kernels run on a CPU too, slowly, for tests. float64 is always torch's.
     """
     if kernel not in get_args(Kernel):
-        raise ValueError(f"kernel: got {kernel!r}; it is one of {', '.join(get_args(Kernel))}; auto suits every machine")
+        raise ValueError(
+            f"kernel: got {kernel!r}; it is one of {', '.join(get_args(Kernel))}; auto suits every machine"
+        )
     lacking = _what_triton_lacks(device)
     if kernel == "triton" and lacking is not None and not (_interprets() and find_spec("triton")):
         raise ValueError(f"kernel: got 'triton'; it needs CUDA and Triton, and {lacking}; set auto or torch")

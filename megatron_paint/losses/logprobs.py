@@ -13,7 +13,7 @@ import torch
 from megatron_paint.losses import checks
 from megatron_paint.losses.chunks import ChunkSize, chunk_size, plan_chunks, tiles
 from megatron_paint.losses.formed_gradient import attach_gradient
-from megatron_paint.losses.gemm import OutputLayerGradient, Projection
+from megatron_paint.losses.gemm import OutputLayerGradient, Projection, inverse
 from megatron_paint.losses.statistics import (
     Softmax,
     TokenQuery,
@@ -136,7 +136,7 @@ class _Head:
 
     def projection(self) -> Projection:
         most_rows = min(self.size.tokens, len(self.hidden_TH))
-        return Projection(self.weight_VH, self.dtype, most_rows=most_rows, scale=1.0 / self.temperature)
+        return Projection(self.weight_VH, self.dtype, most_rows=most_rows, scale=inverse(self.temperature, self.dtype))
 
     def query_of(self, rows: slice) -> TokenQuery:
         return TokenQuery(self.query.column_T[rows], self.query.here_T[rows], self.query.ratio)

@@ -34,7 +34,9 @@ class TorchPasses:
         token_TK = None if query is None else token_statistics(logits.student_TV, query, self.elements)
         logits.partner_shift_T = self._centre(logits.partner_TV)
         height = max(1, self.elements // max(1, logits.student_TV.shape[1]))
-        blocks = [self._block(logits, slice(start, start + height)) for start in range(0, len(logits.student_TV), height)]
+        blocks = [
+            self._block(logits, slice(start, start + height)) for start in range(0, len(logits.student_TV), height)
+        ]
         packed_TK = torch.cat(blocks)
         logits.student_shift_T, logits.teacher_shift_T = packed_TK[:, 0].clone(), packed_TK[:, 3].clone()
         if self.config.interpolates:
@@ -104,7 +106,9 @@ class TorchPasses:
         if logits.partner_TV is not None:
             partner_TV, partner_shift_T = logits.partner_TV[rows], logits.partner_shift_T[rows]
         # The maximum of the interpolation is at most the same interpolation of the maxima: a look for it less.
-        mixed_TK = torch.stack((torch.lerp(parts[1][:, 0], partner_shift_T, weight), torch.zeros_like(partner_shift_T)), 1)
+        mixed_TK = torch.stack(
+            (torch.lerp(parts[1][:, 0], partner_shift_T, weight), torch.zeros_like(partner_shift_T)), 1
+        )
         for part, columns in tiles(partner_TV, self.elements):
             mixed_TV = torch.lerp(teacher_TV[part, columns], partner_TV[part, columns], weight)
             mixed_TK[part, 1] += mixed_TV.exp_().sum(1)

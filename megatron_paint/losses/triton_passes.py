@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from megatron_paint.losses.config import InterpolationLossConfig
+from megatron_paint.losses.gemm import inverse
 from megatron_paint.losses.passes import ChunkLogits, Target, Work
 from megatron_paint.losses.statistics import TokenQuery, token_logits
 from megatron_paint.losses.terms import coefficient_is_one, sum_count
@@ -29,6 +30,7 @@ class TritonPasses:
 
     def __init__(self, config: InterpolationLossConfig, *, dlogits_dtype: torch.dtype, block: int = _BLOCK) -> None:
         self.config, self.dlogits_dtype, self.block = config, dlogits_dtype, block
+        self.factor = inverse(config.temperature, torch.float32)
 
     def statistics(self, logits: ChunkLogits, query: TokenQuery | None) -> torch.Tensor:
         """[T, K], as passes.split_statistics cuts it."""
@@ -41,7 +43,7 @@ class TritonPasses:
                 packed_TK,
                 student_TV.stride(0),
                 student_TV.shape[1],
-                1.0 / self.config.temperature,
+                self.factor,
                 self.config.target_weight,
                 query.ratio if heated else 1.0,
                 MIXED=mixed,
@@ -54,7 +56,7 @@ class TritonPasses:
         if query is not None:
             logit_T = packed_TK.new_zeros(len(packed_TK))
             if student_TV.shape[1]:
-                logit_T = token_logits(student_TV, query).float() * (1.0 / self.config.temperature)
+                logit_T = token_logits(student_TV, query).float() * self.factor
             parts += [logit_T[:, None], packed_TK[:, 8:] if heated else packed_TK.new_zeros((len(packed_TK), 1))]
         return torch.cat(parts, dim=1)
 
@@ -110,7 +112,7 @@ class TritonPasses:
             student_TV.stride(0),
             student_TV.stride(0) if dlogits_TV is None else dlogits_TV.stride(0),
             student_TV.shape[1],
-            1.0 / config.temperature,
+            self.factor,
             float(config.clip or 0.0),
             float(config.jsd_beta),
             DIVERGENCE=config.divergence,

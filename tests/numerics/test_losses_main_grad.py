@@ -80,7 +80,9 @@ def test_buffer_gets_the_gradient_in_float32(name):
 def test_micro_batches_and_loss_scale_add_up(name):
     """Three micro-batches under a loss scale, on top of what the buffer held; the second has no tokens."""
     case, scale = CASES[name], 1024.0
-    batches = [make_data(case, torch.float32, seed, lengths) for seed, lengths in ((0, (7, 1, 12, 3)), (1, ()), (2, (9,)))]
+    batches = [
+        make_data(case, torch.float32, seed, lengths) for seed, lengths in ((0, (7, 1, 12, 3)), (1, ()), (2, (9,)))
+    ]
     for batch in batches:
         batch.weight_VH = batches[0].weight_VH
     parameter = _parameter(batches[0].weight_VH, start=3.0)
