@@ -3,8 +3,9 @@
 Per chunk: two matrix products give the student's and the teacher's logits; one collective gives softmax statistics,
 entropies and with them the selection, a second one the divergences; then dlogits W and dlogits^T h. Where the
 vocabulary is sharded, the second collective of a chunk runs behind the next chunk's products to logits, and the next
-chunk's first one behind this chunk's products of the gradient. A rollout longer than a chunk gets the gradient of its commoner target at first, and the rows where that was wrong are done again, which
-costs 4 (1 + share) matrix products of all rows where a statistics pass before a gradient pass would cost 6.
+chunk's first one behind this chunk's products of the gradient. A rollout longer than a chunk gets the gradient of its
+commoner target at first, and the rows where that was wrong are done again, which costs 4 (1 + share) matrix products of
+all rows where a statistics pass before a gradient pass would cost 6.
 Axes: T response tokens, V this rank's vocabulary columns without padding, H hidden, R ranks, K packed statistics.
 """
 

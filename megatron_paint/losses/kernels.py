@@ -39,7 +39,7 @@ def choose_kernel(kernel: Kernel, *, device: torch.device, dtype: torch.dtype) -
 def make_passes(
     kernel: Literal["torch", "triton"], config: InterpolationLossConfig, *, elements: int, dlogits_dtype: torch.dtype
 ) -> Passes:
-    """The chosen kernel's passes; elements: vocabulary entries of torch's tiles; dlogits_dtype: of Triton's gradient."""
+    """The chosen kernel's passes; elements: entries of one of torch's tiles; dlogits_dtype: of Triton's gradient."""
     if kernel == "torch":
         return TorchPasses(config, elements=elements)
     from megatron_paint.losses.triton_passes import TritonPasses  # Triton may be missing, and its import takes a second

@@ -64,7 +64,7 @@ class Passes(Protocol):
 
 
 class Statistics(NamedTuple):
-    """Packed statistics by owner, [..., K] each: (maximum, sum, weighted sum), the same, (maximum, sum), the token's."""
+    """Packed statistics [..., K] by owner: (maximum, sum, weighted sum), the same, (maximum, sum), the token's two."""
 
     student: torch.Tensor
     teacher: torch.Tensor

@@ -43,12 +43,12 @@ def run(folder: Path, world, megatron: dict, *, tied: bool, overlap: bool, scale
         gemm.main_grad_of = original
     assert all(torch.equal(first[name], again[name]) for name in first)
     policy.stage.config = replace(policy.stage.config, calculate_per_token_loss=False)
+    refusal = ""
     try:
         policy.accumulate(records(0, case), loss)
-    except ValueError as refusal:
-        assert "a mean of means" in str(refusal)
-    else:
-        raise AssertionError("a mean of means was not refused")
+    except ValueError as error:
+        refusal = str(error)
+    assert "a mean of means" in refusal
     return {name: gradient / scale for name, gradient in first.items()}
 
 

@@ -1,4 +1,4 @@
-"""The output layer's gradient in Megatron's buffer: with its hooks, overlapped reductions, tied weights, loss scales."""
+"""The output layer's gradient in Megatron's buffer: its hooks, overlapped reductions, tied weights, loss scales."""
 
 import pytest
 import torch
