@@ -17,8 +17,9 @@ of its files are used alone). Each variant runs in processes of its own, so that
     short     ours with chunks half as long as a rollout, for a selection that needs no statistics
     cut       the same chunks, selecting by entropy: what cutting rollouts costs (selected rows are done twice)
 Memory is the peak beyond inputs, dh and dW in float32. On a CPU the ratios are those of CPU seconds of all threads,
-which bear a busy machine better. Traffic is what a rank puts into collectives, the sum of dh apart, which all of them need.
-The gradient error is that of dh and dW together on a small problem, against float64 autograd on the same inputs.
+which bear a busy machine better. Traffic is what a rank puts into collectives, the sum of dh apart, which all of them
+need. The gradient error is that of dh and dW together on a small problem, against float64 autograd on the same
+inputs.
 Axes: T tokens, V vocabulary columns of a rank, H hidden.
 """
 

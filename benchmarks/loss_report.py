@@ -37,9 +37,7 @@ def print_table(rows: list[dict]) -> None:
         fastest = min((row[basis] for row in exact), default=None)
         thing = "frozen weight" if first["frozen"] else "with dW"
         print(f"\nN = {first['tokens']:,}, H = {first['hidden']:,}, TP {first['tp']}, {first['dtype']}, {thing}\n")
-        print(
-            "| variant | wall s | CPU s | / products | / fastest exact peer | extra GB | bytes a token | gradient error |"
-        )
+        print("| variant | wall s | CPU s | / products | / fastest exact peer | extra GB | bytes a token | error |")
         print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for row in rows:
         name = row["variant"] if row["chunk_bytes"] == 1e9 else f"{row['variant']}, chunk {row['chunk_bytes']:.2g} B"

@@ -50,7 +50,8 @@ def fused_interpolation_loss(
     backward accepts one factor common to all tokens and raises ValueError otherwise: weights of tokens belong in
     token_weight_T. The weight's gradient goes to main_grad where Megatron gave the parameter one (main_grad.py), in
     backward, in the buffer's type. The hidden states' gradient is summed over the vocabulary's ranks unless
-    vocab.reduce_hidden_grad is False. Collectives: two per chunk, at most 64 float32 bytes a token from each rank; one per redone chunk; that sum.
+    vocab.reduce_hidden_grad is False. Collectives: two per chunk, at most 64 float32 bytes a token from each rank;
+    one per redone chunk; that sum.
     Raises ValueError for arguments that do not fit together.
     """
     hidden_TH, weight_VH = student_hidden_TH, output_weight_VH
