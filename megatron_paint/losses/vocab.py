@@ -120,6 +120,19 @@ class ShardedVocab:
             reduce_hidden_grad=reduce_hidden_grad,
         )
 
+    @classmethod
+    def evenly_cut(
+        cls, group: Any, size: int, *, valid_size: int | None = None, reduce_hidden_grad: bool = True
+    ) -> ShardedVocab:
+        """The axis of a vocabulary of this size over all ranks of the group; ValueError where it does not divide."""
+        ranks = dist.get_world_size(group)
+        if size % ranks:
+            raise ValueError(
+                f"vocabulary: got {size} entries for {ranks} ranks; each holds as many; choose a number of ranks that "
+                "divides it, or pad the output layer and pass the real size as valid_size"
+            )
+        return cls.from_columns(group, size // ranks, valid_size=valid_size, reduce_hidden_grad=reduce_hidden_grad)
+
     @property
     def ranks(self) -> int:
         return dist.get_world_size(self.group)

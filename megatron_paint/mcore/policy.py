@@ -213,14 +213,8 @@ class MegatronPolicy:
     def _vocab(self) -> VocabAxis:
         if self.world.tp_size == 1:
             return WholeVocab()
-        columns = self.shape.vocab_size // self.world.tp_size
-        return ShardedVocab(
-            self.world.tp_group,
-            start=self.world.tp_rank * columns,
-            stop=(self.world.tp_rank + 1) * columns,
-            size=self.shape.vocab_size,
-            reduce_hidden_grad=not self.stage.config.sequence_parallel,
-        )
+        reduce = not self.stage.config.sequence_parallel
+        return ShardedVocab.evenly_cut(self.world.tp_group, self.shape.vocab_size, reduce_hidden_grad=reduce)
 
     def _loss_of(
         self,
