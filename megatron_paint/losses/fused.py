@@ -89,7 +89,9 @@ def fused_interpolation_loss(
         device=hidden_TH.device,
     )
     dlogits_dtype = inputs.dtype if gradient is None else gradient.dlogits_dtype
-    passes = make_passes(chosen, config, elements=size.elements, dlogits_dtype=dlogits_dtype)
+    # A tile for each thread; ranks may differ in threads, but not in the tokens of a chunk.
+    elements = size.elements * (torch.get_num_threads() if hidden_TH.device.type == "cpu" else 1)
+    passes = make_passes(chosen, config, elements=elements, dlogits_dtype=dlogits_dtype)
     with torch.no_grad():
         output = FusedPass(inputs, size, passes, gradient, overlap=overlap).run()
         if gradient is None:

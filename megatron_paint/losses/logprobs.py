@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_paint.losses import checks
-from megatron_paint.losses.chunks import ChunkSize, chunk_size, plan_chunks, tiles
+from megatron_paint.losses.chunks import ChunkSize, Scratch, chunk_size, plan_chunks, tiles
 from megatron_paint.losses.formed_gradient import attach_gradient
 from megatron_paint.losses.gemm import OutputLayerGradient, Projection, inverse
 from megatron_paint.losses.statistics import (
@@ -117,12 +117,12 @@ class _Head:
         """Log-probabilities, entropies and normalisers [T]; fills the gradient of sum(weight logp) if there is one."""
         new = {"dtype": self.dtype, "device": self.hidden_TH.device}
         logp_T, entropy_T, max_T, sum_T = (torch.empty(self.hidden_TH.shape[0], **new) for _ in range(4))
-        project = self.projection()
+        project, scratch = self.projection(), Scratch()
         for rows in self.row_chunks():
             logits_TV = project(self.hidden_TH[rows])
             query = self.query_of(rows)
             token_TK = token_statistics(logits_TV, query, self.size.elements)
-            local_TK = centred_statistics(logits_TV, self.size.elements)
+            local_TK = centred_statistics(logits_TV, self.size.elements, scratch)
             local_RTK, token_RTK = self.vocab.gather(torch.cat((local_TK, token_TK), dim=1)).split([3, 2], dim=-1)
             total = merge_softmax(local_RTK[..., 0], local_RTK[..., 1])
             max_T[rows], sum_T[rows] = total

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_paint.losses.chunks import tiles
+from megatron_paint.losses.chunks import Scratch, tiles
 
 # The maximum over no columns at all: finite, so that no difference of infinities appears.
 EMPTY_MAX = -1e30
@@ -41,7 +41,7 @@ def query_tokens(token_ids_T: torch.Tensor, *, start: int, columns: int, ratio: 
     return TokenQuery(column_T.clamp(0, max(columns - 1, 0)), here_T, ratio)
 
 
-def centred_statistics(logits_TV: torch.Tensor, elements: int) -> torch.Tensor:
+def centred_statistics(logits_TV: torch.Tensor, elements: int, scratch: Scratch) -> torch.Tensor:
     """[T, 3] of this rank's columns: maximum m, sum of exp(z - m), sum of exp(z - m) (z - m); leaves z - m behind.
 
     The last one gives the entropy without subtracting two large sums.
@@ -55,7 +55,7 @@ def centred_statistics(logits_TV: torch.Tensor, elements: int) -> torch.Tensor:
         if rows != last:
             local_TK[rows, 0], last = logits_TV[rows].amax(1), rows
         centred_TV = logits_TV[rows, columns].sub_(local_TK[rows, :1])
-        exp_TV = centred_TV.exp()
+        exp_TV = torch.exp(centred_TV, out=scratch.like(centred_TV))
         local_TK[rows, 1] += exp_TV.sum(1)
         local_TK[rows, 2] += exp_TV.mul_(centred_TV).sum(1)
     return local_TK

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from megatron_paint.losses.chunks import tiles
+from megatron_paint.losses.chunks import Scratch, tiles
 from megatron_paint.losses.config import InterpolationLossConfig
 from megatron_paint.losses.passes import ChunkLogits, Target, Work
 from megatron_paint.losses.statistics import EMPTY_MAX, TokenQuery, centred_statistics, token_statistics
@@ -28,6 +28,7 @@ class TorchPasses:
 
     def __init__(self, config: InterpolationLossConfig, *, elements: int) -> None:
         self.config, self.elements = config, elements
+        self._scratch = Scratch()
 
     def statistics(self, logits: ChunkLogits, query: TokenQuery | None) -> torch.Tensor:
         """[T, K], as passes.split_statistics cuts it; leaves centred logits behind."""
@@ -99,7 +100,7 @@ class TorchPasses:
     def _block(self, logits: ChunkLogits, rows: slice) -> torch.Tensor:
         """Statistics of a few rows, one distribution after the other while they are in the cache."""
         student_TV, teacher_TV = logits.student_TV[rows], logits.teacher_TV[rows]
-        parts = [centred_statistics(values_TV, self.elements) for values_TV in (student_TV, teacher_TV)]
+        parts = [centred_statistics(values_TV, self.elements, self._scratch) for values_TV in (student_TV, teacher_TV)]
         if not self.config.interpolates:
             return torch.cat(parts, dim=1)
         weight, partner_TV, partner_shift_T = self.config.target_weight, student_TV, parts[0][:, 0]
@@ -110,7 +111,8 @@ class TorchPasses:
             (torch.lerp(parts[1][:, 0], partner_shift_T, weight), torch.zeros_like(partner_shift_T)), 1
         )
         for part, columns in tiles(partner_TV, self.elements):
-            mixed_TV = torch.lerp(teacher_TV[part, columns], partner_TV[part, columns], weight)
+            ends = (teacher_TV[part, columns], partner_TV[part, columns])
+            mixed_TV = torch.lerp(*ends, weight, out=self._scratch.like(ends[0]))
             mixed_TK[part, 1] += mixed_TV.exp_().sum(1)
         return torch.cat((*parts, mixed_TK), dim=1)
 
