@@ -5,8 +5,8 @@
     python benchmarks/loss.py --plot docs/loss.png --json loss.json
 
 Peers run where they are installed: pip install nvidia-modelopt megatron-core requests datasets transformers
-liger-kernel, and ms-swift with --no-deps, of which two files are used alone. Each variant runs in processes of its own, so that peaks
-of memory do not mix:
+liger-kernel, and ms-swift with --no-deps, of which two files are used alone. Each variant runs in processes of its own,
+so that peaks of memory do not mix:
     gemms     the products with the output layer that any implementation needs: student, teacher, dh and, unless
               --frozen, dW
     dense     whole logits in autograd with exact vocabulary-parallel sums, what trainers on whole logits do
