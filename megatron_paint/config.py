@@ -121,6 +121,10 @@ class ObjectiveSettings:
     reveal: RevealSettings = field(default_factory=RevealSettings)
     loss: InterpolationLossConfig = field(default_factory=InterpolationLossConfig)
     chunk_bytes: Annotated[Positive, setting("bytes of logits that the loss may hold at once")] = 1.0e9
+    kernel: Annotated[
+        Literal["auto", "torch", "triton"],
+        setting("who does the loss's elementwise work; auto takes torch where CUDA or Triton is missing"),
+    ] = "auto"
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
 
 

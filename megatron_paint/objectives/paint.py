@@ -35,6 +35,7 @@ class Paint:
         self.loss = DistillationLoss(
             config=settings.objective.loss,
             chunk_bytes=settings.objective.chunk_bytes,
+            kernel=settings.objective.kernel,
             token_temperature=settings.rollout.temperature or 1.0,
         )
 
