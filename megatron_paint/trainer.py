@@ -67,12 +67,13 @@ def check_model(settings: Settings, world: "World", *, mode: Mode) -> None:
     from megatron_paint.plan import make_plan
     from megatron_paint.sources import load_sources
 
-    shape = make_plan(settings, processes=world.size).shape
-    sources = load_sources(settings, shape, share=partial(first_rank_does, world))
+    plan = make_plan(settings, processes=world.size)
+    sources = load_sources(settings, plan.shape, share=partial(first_rank_does, world))
     progress = Progress(_answer_mode(mode) if world.rank == 0 else "silent", steps=0)
-    self_check(
-        settings, MegatronPolicy(settings, shape, world, trained=False), sources.problems, sources.prompts, progress
-    )
+    for line in [] if mode == "quiet" else plan.lines(settings):
+        progress.note(line)
+    policy = MegatronPolicy(settings, plan.shape, world, trained=False)
+    self_check(settings, policy, sources.problems, sources.prompts, progress)
 
 
 def _answer_mode(mode: Mode) -> Mode:
