@@ -19,6 +19,7 @@ def self_check(settings: Settings, policy: Policy, problems: ProblemSet, prompts
         config=InterpolationLossConfig(positions="none", temperature=settings.objective.loss.temperature),
         chunk_bytes=settings.objective.chunk_bytes,
         token_temperature=1.0,
+        kernel=settings.objective.kernel,
     )
     samples = [_own_sample(problem, settings, prompts) for problem in problems.batch(1)[:PROBLEMS]]
     try:
