@@ -1,20 +1,27 @@
-"""Time and memory of the fused interpolation loss against whole logits in autograd and bare matrix products.
+"""Time, memory, traffic and gradient error of the fused interpolation loss beside whole logits and peers' losses.
 
-    python benchmarks/loss.py                          # one process
-    python benchmarks/loss.py --tp 2 --hidden 512      # a vocabulary over two processes
-    python benchmarks/loss.py --device cuda --dtype bfloat16 --tokens 8192 --hidden 4096 --chunk-bytes 1e9
+    python benchmarks/loss.py                         # the suite of this machine's device: CPU or CUDA
+    python benchmarks/loss.py --tokens 512 --tp 2     # one size
+    python benchmarks/loss.py --plot docs/loss.png --json loss.json
 
-Each variant runs in processes of its own, so that peaks of memory do not mix:
-    gemms    the matrix products that any implementation needs, over the same chunks: student, teacher, dh and (unless
-             --frozen) dW
-    whole    plain forward KL from whole logits in autograd with exact vocabulary-parallel sums; no entropies, selection
-             or interpolation, so it does less than the others
-    fused    fused_interpolation_loss with its default settings
-    short    the same with chunks half as long as a rollout, for a selection that needs no statistics
-    cut      the same chunks, selecting by entropy: what cutting rollouts costs (selected rows are done twice)
-    twice    what cutting would cost with a pass for the statistics before the pass for the gradient
-Memory is the peak beyond inputs, dh and dW. CPU seconds, of all threads, bear a busy machine better than seconds do;
-the ratios are theirs on a CPU. Axes: T tokens, V vocabulary columns of a rank, H hidden.
+Peers run where they are installed: pip install nvidia-modelopt megatron-core requests datasets transformers
+liger-kernel, and ms-swift with --no-deps, of which two files are used alone. Each variant runs in processes of its own,
+so that peaks of memory do not mix:
+    gemms     the products with the output layer that any implementation needs: student, teacher, dh and, unless
+              --frozen, dW
+    dense     whole logits in autograd with exact vocabulary-parallel sums, what trainers on whole logits do
+    modelopt  NVIDIA ModelOpt's LogitsKLLoss
+    swift     ms-swift's chunked, vocabulary-parallel divergence
+    liger     Liger's fused linear JSD (CUDA, one rank)
+    fused     fused_interpolation_loss with its default settings, elementwise work in torch
+    triton    the same with the Triton kernels (CUDA)
+    short     ours with chunks half as long as a rollout, for a selection that needs no statistics
+    cut       the same chunks, selecting by entropy: what cutting rollouts costs (selected rows are done twice)
+Memory is the peak beyond inputs, dh and dW in float32. On a CPU the ratios are those of CPU seconds of all threads,
+which bear a busy machine better. Traffic is what a rank puts into collectives, the sum of dh apart, which all of them
+need. The gradient error is that of dh and dW together on a small problem, against float64 autograd on the same
+inputs.
+Axes: T tokens, V vocabulary columns of a rank, H hidden.
 """
 
 from __future__ import annotations
@@ -26,115 +33,178 @@ import resource
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from loss_report import fill_fits, plot, print_table
+from loss_variants import PEERS, TEMPERATURE, Job, prepare, what_is_missing
 
-from megatron_paint.losses import InterpolationLossConfig, ShardedVocab, VocabAxis, WholeVocab, fused_interpolation_loss
-from megatron_paint.losses.gemm import OutputLayerGradient, Projection
+from megatron_paint.losses import ShardedVocab, VocabAxis, WholeVocab
 
-VARIANTS = ("gemms", "whole", "fused", "short", "cut", "twice")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One benchmark: sizes of the whole problem, and how it runs."""
-
-    tokens: int
-    vocab: int
-    hidden: int
-    rollout: int
-    tp: int
-    dtype: str
-    device: str
-    chunk_bytes: float
-    frozen: bool
-    repeats: int
-    clip: float | None
+STANDARD = ("gemms", "dense", "modelopt", "swift", "liger", "fused", "triton")
+SMALL = {"tokens": 24, "hidden": 64, "vocab": 8192}
 
 
 def main() -> None:
-    """Run every variant and print a table."""
+    """Run the suite or one size, print the tables, write what is asked for."""
     args = _arguments()
-    chosen = args.variants.split(",")
-    job = Job(**{key: value for key, value in vars(args).items() if key != "variants"})
-    print(f"torch {torch.__version__}, {job}")
-    found = {variant: _measure(job, variant) for variant in chosen}
-    basis = "cpu_s" if job.device == "cpu" else "wall_s"
-    print(
-        f"{'variant':8s} {'wall s':>8s} {'cpu s':>8s} {'/ gemms':>8s} {'/ whole':>8s} {'peak GB':>8s} {'/ whole':>8s}"
-    )
-    for variant, row in found.items():
-        times = [_ratio(row[basis], found.get(base, {}).get(basis)) for base in ("gemms", "whole")]
-        memory = _ratio(row["peak"], found.get("whole", {}).get("peak"))
-        print(
-            f"{variant:8s} {row['wall_s']:8.3f} {row['cpu_s']:8.3f} {times[0]:>8s} {times[1]:>8s} "
-            f"{row['peak'] / 1e9:8.3f} {memory:>8s}"
-        )
+    found = []
+    print(f"torch {torch.__version__}, {_device_name(args.device)}, {os.cpu_count()} CPU cores")
+    for jobs in _suite(args):
+        rows = [_measure(job) for job in jobs]
+        found += rows
+        print_table([*fill_fits(rows, found)])
+        if args.json:
+            Path(args.json).write_text(json.dumps(found, indent=1))
+    if args.plot:
+        plot(found, Path(args.plot))
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=512, help="response tokens of the call")
+    parser.add_argument("--tokens", type=int, default=None, help="response tokens; given: this size alone")
     parser.add_argument("--vocab", type=int, default=151_936, help="entries of the whole vocabulary")
-    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--hidden", type=int, default=None, help="1,024; on CUDA the suite takes 4,096 too")
     parser.add_argument("--rollout", type=int, default=128, help="tokens of a rollout")
-    parser.add_argument("--tp", type=int, default=1, help="processes that share the vocabulary")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--tp", type=int, default=None, help="processes that share the vocabulary; suite: 1 and 2 on CPU"
+    )
+    parser.add_argument("--dtype", default=None, choices=("float32", "bfloat16", "float64"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--chunk-bytes", type=float, default=1e9)
-    parser.add_argument("--clip", type=float, default=None)
     parser.add_argument("--frozen", action="store_true", help="no gradient for the output weight, as with LoRA")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--variants", default=",".join(STANDARD))
+    parser.add_argument("--json", default=None, help="file for all figures")
+    parser.add_argument("--plot", default=None, help="PNG of time and memory against tokens (needs matplotlib)")
     return parser.parse_args()
 
 
-def _ratio(value: float, base: float | None) -> str:
-    return f"{value / base:.2f}" if base else "-"
+def _suite(args: argparse.Namespace) -> list[list[Job]]:
+    """The jobs of each table."""
+    given = {name: getattr(args, name) for name in ("vocab", "rollout", "device", "chunk_bytes", "frozen", "repeats")}
+    base = {"dtype": args.dtype or ("bfloat16" if args.device == "cuda" else "float32"), **given}
+    variants, cuda = args.variants.split(","), args.device == "cuda"
+    sizes = [args.tokens] if args.tokens else ([512, 2048, 8192] if cuda else [256, 1024, 2048])
+    hiddens = [args.hidden] if args.hidden else ([1024, 4096] if cuda and not args.tokens else [1024])
+    ranks = [args.tp] if args.tp else ([1] if cuda or args.tokens else [1, 2])
+    tables = []
+    for tp in ranks:
+        for hidden in hiddens:
+            shape = {"tp": tp, "hidden": hidden, **base}
+            tables += [[Job(variant=v, tokens=tokens, **shape) for v in variants] for tokens in sizes]
+            if args.tokens:
+                continue
+            if cuda:
+                for frozen in (False, True):
+                    large = [Job(variant="gemms", tokens=8192, **shape | {"frozen": frozen})]
+                    for chunk_bytes in (2.5e8, 5e8, 1e9, 2e9, 4e9):
+                        more = {"frozen": frozen, "chunk_bytes": chunk_bytes}
+                        large += [Job(variant=v, tokens=8192, **shape | more) for v in ("fused", "triton")]
+                    tables.append(large)
+            else:
+                tables.append(
+                    [Job(variant=v, tokens=8192, **shape | {"repeats": 1}) for v in variants if v in ("gemms", "fused")]
+                )
+    return tables
 
 
-def _measure(job: Job, variant: str) -> dict[str, float]:
-    """Median seconds and peak bytes, each of the rank that needs most."""
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else "CPU"
+
+
+def _measure(job: Job) -> dict:
+    """Median seconds, peak bytes, bytes sent a token, gradient error: each of the rank that has most."""
+    row = asdict(job)
+    missing = what_is_missing(job.variant, job.device, job.tp)
+    if missing is not None:
+        return row | {"missing": missing}
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (job, variant, folder), nprocs=job.tp)
+        mp.spawn(_rank, (job, folder), nprocs=job.tp)
         ranks = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(job.tp)]
-    return {key: max(found[key] for found in ranks) for key in ranks[0]}
+    return row | {key: max(found[key] for found in ranks) for key in ranks[0]}
 
 
-def _rank(rank: int, job: Job, variant: str, folder: str) -> None:
-    vocab: VocabAxis = WholeVocab()
+def _rank(rank: int, job: Job, folder: str) -> None:
+    vocab = _start(rank, job, folder)
+    run = prepare(job, vocab)
+    error = 0.0 if job.variant == "gemms" else _gradient_error(job, vocab, rank)
+    data = _inputs(job, rank)
+    # A short call first: libraries load and allocate on first use.
+    run(_head_of(data, min(job.tokens, 8)))
+    wall_s, cpu_s, peaks = [], [], []
+    with _CountedTraffic(job) as traffic:
+        for _ in range(job.repeats):
+            data.student_TH.grad = data.weight_VH.grad = None
+            start_bytes = _reset_peak(job)
+            start, start_cpu = time.perf_counter(), time.process_time()
+            run(data)
+            if job.device == "cuda":
+                torch.cuda.synchronize()
+            wall_s.append(time.perf_counter() - start)
+            cpu_s.append(time.process_time() - start_cpu)
+            gradients = sum(g.numel() * 4 for g in (data.student_TH, data.weight_VH) if g.requires_grad)
+            peaks.append(_peak(job) - start_bytes - gradients)
+    found = {
+        "wall_s": statistics.median(wall_s),
+        "cpu_s": statistics.median(cpu_s),
+        "peak": max(peaks),
+        "bytes_per_token": traffic.sent / job.repeats / job.tokens,
+        "collectives": traffic.calls / job.repeats,
+        "gradient_error": error,
+    }
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _start(rank: int, job: Job, folder: str) -> VocabAxis:
     if job.device == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.tp))
     else:
         torch.cuda.set_device(rank)
-    if job.tp > 1:
+    if job.tp > 1 or job.variant in PEERS:
         backend = "gloo" if job.device == "cpu" else "nccl"
         dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=rank, world_size=job.tp)
-        vocab = ShardedVocab.from_columns(dist.group.WORLD, job.vocab // job.tp)
-    data = _inputs(job, rank)
-    # A short call first: libraries load and allocate on first use.
-    _run(job, variant, vocab, _head_of(data, min(job.tokens, 8)))
-    wall_s, cpu_s, peaks = [], [], []
-    for _ in range(job.repeats):
-        data.student_TH.grad = data.weight_VH.grad = None
-        start_bytes = _reset_peak(job)
-        start, start_cpu = time.perf_counter(), time.process_time()
-        _run(job, variant, vocab, data)
-        if job.device == "cuda":
-            torch.cuda.synchronize()
-        wall_s.append(time.perf_counter() - start)
-        cpu_s.append(time.process_time() - start_cpu)
-        gradients = sum(g.numel() * 4 for g in (data.student_TH, data.weight_VH) if g.requires_grad)
-        peaks.append(_peak(job) - start_bytes - gradients)
-    found = {"wall_s": statistics.median(wall_s), "cpu_s": statistics.median(cpu_s), "peak": max(peaks)}
-    Path(folder, f"{rank}.json").write_text(json.dumps(found))
-    if job.tp > 1:
-        dist.destroy_process_group()
+    if job.variant in ("modelopt", "swift"):
+        from megatron.core import parallel_state
+
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=job.tp)
+    if job.tp == 1:
+        return WholeVocab()
+    return ShardedVocab.from_columns(dist.group.WORLD, job.vocab // job.tp)
+
+
+class _CountedTraffic:
+    """Counts this rank's collectives and the bytes it puts into them, the hidden gradient's sum apart."""
+
+    NAMES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor")
+
+    def __init__(self, job: Job) -> None:
+        self.calls, self.sent, self._apart = 0, 0, job.tokens * job.hidden
+
+    def __enter__(self) -> _CountedTraffic:
+        self._originals = {name: getattr(dist, name) for name in self.NAMES}
+        for name, original in self._originals.items():
+            setattr(dist, name, self._counted(name, original))
+        return self
+
+    def _counted(self, name: str, original):
+        def call(*args, **kwargs):
+            values = args[0] if name == "all_reduce" else args[1]
+            if values.numel() != self._apart:
+                self.calls, self.sent = self.calls + 1, self.sent + values.numel() * values.element_size()
+            return original(*args, **kwargs)
+
+        return call
+
+    def __exit__(self, *_) -> None:
+        for name, original in self._originals.items():
+            setattr(dist, name, original)
 
 
 def _inputs(job: Job, rank: int) -> SimpleNamespace:
@@ -163,73 +233,21 @@ def _head_of(data: SimpleNamespace, tokens: int) -> SimpleNamespace:
     )
 
 
-def _lengths(job: Job, tokens: int) -> list[int]:
-    full, rest = divmod(tokens, job.rollout)
-    return [job.rollout] * full + [rest] * (rest > 0)
-
-
-def _run(job: Job, variant: str, vocab: VocabAxis, data: SimpleNamespace) -> None:
-    lengths, half = _lengths(job, len(data.student_TH)), max(1, job.rollout // 2)
-    if variant == "gemms":
-        _bare_products(job, data)
-    elif variant == "whole":
-        _whole_logits(data, vocab)
-    elif variant == "fused":
-        _fused(job, data, vocab, lengths, chunk_bytes=job.chunk_bytes)
-    elif variant == "cut":
-        _fused(job, data, vocab, lengths, chunk_tokens=half)
-    elif variant in ("short", "twice"):
-        if variant == "twice":
-            with torch.no_grad():
-                _fused(job, data, vocab, lengths, chunk_tokens=half, backward=False, positions="random")
-        _fused(job, data, vocab, lengths, chunk_tokens=half, positions="random")
-    else:
-        raise SystemExit(f"--variants: got {variant}; choose from {', '.join(VARIANTS)}")
-
-
-def _fused(job: Job, data, vocab, lengths, *, backward: bool = True, positions: str = "top_fraction", **chunks) -> None:
-    output = fused_interpolation_loss(
-        data.student_TH,
-        data.weight_VH,
-        data.teacher_TH,
-        lengths=lengths,
-        config=InterpolationLossConfig(clip=job.clip, positions=positions),
-        vocab=vocab,
-        rollout_keys=range(len(lengths)),
-        **chunks,
-    )
-    if backward:
-        output.loss_T.sum().backward()
-
-
-def _bare_products(job: Job, data: SimpleNamespace) -> None:
-    """Chunks of as many rows as two float32 buffers of logits leave room for in chunk_bytes."""
-    weight_VH = data.weight_VH.detach()
-    dtype = torch.float64 if job.dtype == "float64" else torch.float32
-    wants = (True, not job.frozen)
-    gradient = OutputLayerGradient(data.student_TH, weight_VH, columns=len(weight_VH), dtype=dtype, wants=wants)
-    rows_at_once = max(1, int(job.chunk_bytes) // (2 * dtype.itemsize * len(weight_VH)))
-    project = Projection(weight_VH, dtype, most_rows=min(rows_at_once, len(data.student_TH)))
-    for start in range(0, len(data.student_TH), rows_at_once):
-        rows = slice(start, min(start + rows_at_once, len(data.student_TH)))
-        project(data.teacher_TH[rows])
-        gradient.put(rows, project(data.student_TH.detach()[rows]))
-
-
-def _whole_logits(data: SimpleNamespace, vocab: VocabAxis) -> None:
-    """Forward KL to the plain teacher; each log-softmax takes one maximum and one differentiable sum over ranks."""
-
-    def log_softmax(logits_TV: torch.Tensor) -> torch.Tensor:
-        if vocab.ranks == 1:
-            return torch.log_softmax(logits_TV, 1)
-        logits_TV = logits_TV - vocab.max_shards(logits_TV.amax(1))[:, None]
-        return logits_TV - vocab.to_shards(vocab.sum_shards(logits_TV.exp().sum(1)).log())[:, None]
-
-    with torch.no_grad():
-        target_logp_TV = log_softmax((data.teacher_TH @ data.weight_VH.T).float() / 1.1)
-    hidden_TH = data.student_TH if vocab.ranks == 1 else vocab.to_shards(data.student_TH)
-    logp_TV = log_softmax((hidden_TH @ data.weight_VH.T).float() / 1.1)
-    vocab.sum_shards((target_logp_TV.exp() * (target_logp_TV - logp_TV)).sum(1)).sum().backward()
+def _gradient_error(job: Job, vocab: VocabAxis, rank: int) -> float:
+    """Relative error of this rank's gradients of the plain forward KL."""
+    small = replace(job, frozen=False, **SMALL)
+    data = _inputs(small, rank)
+    axis = vocab if job.tp == 1 else ShardedVocab.from_columns(dist.group.WORLD, small.vocab // job.tp)
+    prepare(small, axis)(data, plain=True)
+    shards = [_inputs(small, other).weight_VH.detach().double() for other in range(job.tp)]
+    student_TH = data.student_TH.detach().double().requires_grad_()
+    weight_VH = torch.cat(shards).requires_grad_()
+    log_q_TV = torch.log_softmax(data.teacher_TH.double() @ weight_VH.detach().T / TEMPERATURE, 1)
+    log_p_TV = torch.log_softmax(student_TH @ weight_VH.T / TEMPERATURE, 1)
+    (log_q_TV.exp() * (log_q_TV - log_p_TV)).sum().backward()
+    wanted = torch.cat((student_TH.grad, weight_VH.grad.chunk(job.tp)[rank]))
+    found = torch.cat((data.student_TH.grad, data.weight_VH.grad)).double()
+    return float((found - wanted).norm() / wanted.norm())
 
 
 def _reset_peak(job: Job) -> int:

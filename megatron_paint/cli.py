@@ -136,7 +136,9 @@ def run_train(options: argparse.Namespace, arguments: list[str]) -> int:
     if place is None or (options.dry_run and place.rank == 0):
         from megatron_paint.sources import check_sources
 
-        notes = check_sources(settings, plan.shape)  # a mistake is told in seconds, by one process
+        notes = check_sources(
+            settings, plan.shape, run_folder=not options.self_check
+        )  # a mistake is told in seconds, by one process
         if options.dry_run:
             print("\n".join([*plan.lines(settings), *notes]))
     if options.dry_run:

@@ -38,7 +38,7 @@ def load_sources(
     limit = _limit(settings, shape, prompts)
     problems: ProblemSet = share(lambda: load_problems(settings.data, grade=grade, prompt_limit=limit))
     if settings.rollout.engine == "replay" and settings.objective.name != "sft":
-        share(lambda: _check_replay(settings, problems))
+        share(lambda: _check_replay(settings, shape, problems))
     return Sources(prompts=prompts, problems=problems, held_out=held_out, notes=problems.notes)
 
 
@@ -65,22 +65,25 @@ def load_prompts(settings: Settings, shape: Qwen3Shape) -> Prompts:
     return Prompts(settings.prompts, tokenizer)
 
 
-def check_sources(settings: Settings, shape: Qwen3Shape) -> tuple[str, ...]:
-    """Everything that can be wrong with what a run reads and with where it writes, found without a model."""
+def check_sources(settings: Settings, shape: Qwen3Shape, *, run_folder: bool = True) -> tuple[str, ...]:
+    """Everything that can be wrong with what a run reads and, with `run_folder`, where it writes; needs no model."""
     HuggingFaceReader(settings.model.hf_path, shape)
     sources = load_sources(settings, shape)
-    RunFolder(settings.run.dir).check(settings)
+    if run_folder:
+        RunFolder(settings.run.dir).check(settings)
     held_out = f", {len(sources.held_out):,} held-out problems" if sources.held_out else ""
     return (f"data       {len(sources.problems):,} training problems{held_out}", *sources.notes)
 
 
-def _check_replay(settings: Settings, problems: ProblemSet) -> None:
-    """UserError where the file lacks a rollout of a step that is still to be done."""
+def _check_replay(settings: Settings, shape: Qwen3Shape, problems: ProblemSet) -> None:
+    """UserError where a rollout of a step that is still to be done is missing, or cannot be this model's."""
     engine = ReplayEngine(settings.rollout.path)
     resumes = settings.run.resume != "never"
     done = RunFolder(settings.run.dir).latest_checkpoint() if resumes else None
     for step in range((done or 0) + 1, settings.run.steps + 1):
-        engine.check(step, problems.batch(step))
+        batch = problems.batch(step)
+        engine.check(step, batch)
+        engine.check_responses(step, batch, vocab_size=shape.vocab_size, max_tokens=settings.rollout.max_new_tokens)
 
 
 def _limit(settings: Settings, shape: Qwen3Shape, prompts: Prompts) -> PromptLimit:

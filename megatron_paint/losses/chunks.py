@@ -8,10 +8,10 @@ from itertools import pairwise
 
 import torch
 
-# Vocabulary entries of one elementwise block: small enough for a CPU's second-level cache, large enough for a GPU.
-_BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**23}
-# Buffers of a block that live at the same time, at most.
-_BLOCK_BUFFERS = 6
+# Vocabulary entries of one tile: its temporaries fit a CPU's second-level cache; a GPU wants few launches.
+_TILE_ELEMENTS = {"cpu": 2**17, "cuda": 2**23}
+# Buffers of a tile that live at the same time, at most.
+_TILE_BUFFERS = 6
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Chunk:
 
 @dataclass(frozen=True)
 class ChunkSize:
-    """tokens: rows whose logits exist at a time; block_rows: rows that elementwise work takes at a time."""
+    """tokens: rows whose logits exist at a time; elements: vocabulary entries that elementwise work takes at a time."""
 
     tokens: int
-    block_rows: int
+    elements: int
 
 
 def plan_chunks(lengths: Sequence[int], chunk_tokens: int, *, whole_rollouts: bool) -> list[Chunk]:
@@ -68,31 +68,51 @@ def chunk_size(
     dtype: torch.dtype,
     device: torch.device,
 ) -> ChunkSize:
-    """The given number of tokens, or as many as keep a chunk's buffers and an elementwise block within chunk_bytes.
+    """The given number of tokens, or as many as keep a chunk's buffers and an elementwise tile within chunk_bytes.
 
     columns is the width of a shard, the same on all ranks of the vocabulary's group: they must agree on the answer.
     """
-    columns = max(columns, 1)
-    row_bytes = columns * dtype.itemsize
-    block_rows = max(1, _BLOCK_ELEMENTS["cuda" if device.type == "cuda" else "cpu"] // columns)
+    row_bytes = max(columns, 1) * dtype.itemsize
+    elements = _TILE_ELEMENTS["cuda" if device.type == "cuda" else "cpu"]
     if chunk_tokens is not None:
         if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
             raise ValueError(f"chunk_tokens: got {chunk_tokens!r}; it counts tokens, 1 or more; None derives it")
-        return ChunkSize(tokens=chunk_tokens, block_rows=block_rows)
-    least = (buffers + _BLOCK_BUFFERS) * row_bytes
+        return ChunkSize(tokens=chunk_tokens, elements=elements)
+    least = 2 * buffers * row_bytes
     if not least <= chunk_bytes < float("inf"):
         raise ValueError(
             f"chunk_bytes: got {chunk_bytes!r}; one token of {columns} columns takes {least:,} bytes; "
             f"set a finite number, {least:,} or more (1e9 is usual)"
         )
-    block_rows = max(1, min(block_rows, int(chunk_bytes / 2) // (_BLOCK_BUFFERS * row_bytes)))
-    tokens = int(chunk_bytes - block_rows * _BLOCK_BUFFERS * row_bytes) // (buffers * row_bytes)
-    return ChunkSize(tokens=tokens, block_rows=block_rows)
+    tile_row_bytes = _TILE_BUFFERS * dtype.itemsize
+    elements = max(1, min(elements, int(chunk_bytes / 2) // tile_row_bytes))
+    tokens = int(chunk_bytes - elements * tile_row_bytes) // (buffers * row_bytes)
+    return ChunkSize(tokens=max(1, tokens), elements=elements)
 
 
-def blocks(tokens: int, block_rows: int) -> Iterator[slice]:
-    """Row blocks over which elementwise work goes, so that its temporaries stay small and, on a CPU, in cache."""
-    return (slice(start, min(start + block_rows, tokens)) for start in range(0, tokens, block_rows))
+def tiles(values_TV: torch.Tensor, elements: int) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of tiles of about so many elements: whole rows where they fit."""
+    tokens, columns = values_TV.shape
+    height = max(1, elements // max(columns, 1))
+    pieces = max(1, -(-columns // elements))
+    width = -(-columns // pieces)
+    for start in range(0, tokens, height):
+        for left in range(0, columns, max(width, 1)):
+            yield slice(start, min(start + height, tokens)), slice(left, min(left + width, columns))
+
+
+class Scratch:
+    """Memory that tiles' temporaries share, one at a time: fresh memory costs a CPU twice what an exponential does."""
+
+    def __init__(self) -> None:
+        self._memory: torch.Tensor | None = None
+
+    def like(self, tile_TV: torch.Tensor) -> torch.Tensor:
+        """A tensor of the tile's shape, over whatever was there."""
+        count = tile_TV.numel()
+        if self._memory is None or self._memory.numel() < count:
+            self._memory = tile_TV.new_empty(count)
+        return self._memory[:count].view(tile_TV.shape)
 
 
 def _even(start: int, stop: int, most: int) -> list[tuple[int, int]]:

@@ -12,6 +12,7 @@ Positions = Literal["top_fraction", "threshold", "all", "none", "random"]
 Mismatch = Literal["absolute", "teacher_minus_student", "student_minus_teacher"]
 Elsewhere = Literal["teacher", "skip"]
 Control = Literal["none", "reweight"]
+Kernel = Literal["auto", "torch", "triton"]
 
 _CHOICES = {
     "divergence": get_args(Divergence),

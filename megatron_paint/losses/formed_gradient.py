@@ -14,16 +14,12 @@ def attach_gradient(
 ) -> torch.Tensor:
     """value_T as a differentiable tensor whose sum has the given gradients.
 
-    backward scales by the one factor that all of value_T's incoming gradient has in common. Raises ValueError in
-    backward where there is no such factor (the formed gradient would be wrong), RuntimeError in a second backward (the
-    buffers are scaled in place and handed out, so that no second copy of the weight's gradient exists).
+    backward scales by the one factor that all of value_T's incoming gradient has in common; the weight's gradient goes
+    to the parameter's main_grad where there is one. Raises ValueError in backward where there is no such factor (the
+    formed gradient would be wrong), RuntimeError in a second backward (the buffers are scaled in place and handed out,
+    so that no second copy of the weight's gradient exists).
     """
-    return _FormedGradient.apply(
-        hidden_TH,
-        weight_VH,
-        value_T,
-        [gradient.dhidden_TH, None if gradient.weight is None else gradient.weight.total_VH],
-    )
+    return _FormedGradient.apply(hidden_TH, weight_VH, value_T, gradient)
 
 
 class _FormedGradient(torch.autograd.Function):
@@ -33,27 +29,26 @@ class _FormedGradient(torch.autograd.Function):
         hidden_TH: torch.Tensor,
         weight_VH: torch.Tensor,
         value_T: torch.Tensor,
-        gradients: list[torch.Tensor | None],
+        gradient: OutputLayerGradient,
     ) -> torch.Tensor:
-        ctx.gradients = gradients
-        ctx.dtypes = (hidden_TH.dtype, weight_VH.dtype)
+        ctx.gradient = gradient
+        ctx.hidden_dtype = hidden_TH.dtype
         return value_T.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_T: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        if ctx.gradients is None:
+        if ctx.gradient is None:
             raise RuntimeError(
                 "the loss's gradient was formed in the forward pass and handed out by the first backward; call the "
                 "loss again for another one"
             )
         factor = _common_factor(grad_T)
-        gradients, ctx.gradients = ctx.gradients, None
-        scaled = [
-            None if gradient is None else (gradient if factor == 1.0 else gradient.mul_(factor)).to(dtype)
-            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
-        ]
-        return (*scaled, None, None)
+        gradient, ctx.gradient = ctx.gradient, None
+        dhidden_TH, weight = gradient.dhidden_TH, gradient.weight
+        if dhidden_TH is not None:
+            dhidden_TH = (dhidden_TH if factor == 1.0 else dhidden_TH.mul_(factor)).to(ctx.hidden_dtype)
+        return dhidden_TH, None if weight is None else weight.hand_over(factor), None, None
 
 
 def _common_factor(grad_T: torch.Tensor) -> float:

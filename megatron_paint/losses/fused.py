@@ -8,11 +8,12 @@ from dataclasses import replace
 import torch
 
 from megatron_paint.losses import checks
-from megatron_paint.losses.chunks import ChunkSize, chunk_size
-from megatron_paint.losses.config import InterpolationLossConfig
+from megatron_paint.losses.chunks import chunk_size
+from megatron_paint.losses.config import InterpolationLossConfig, Kernel
 from megatron_paint.losses.formed_gradient import attach_gradient
 from megatron_paint.losses.fused_pass import FusedPass, Inputs
 from megatron_paint.losses.gemm import OutputLayerGradient
+from megatron_paint.losses.kernels import choose_kernel, make_passes
 from megatron_paint.losses.output import LossOutput
 from megatron_paint.losses.vocab import VocabAxis
 
@@ -33,6 +34,7 @@ def fused_interpolation_loss(
     rollout_keys: Sequence[int] | None = None,
     token_ids_T: torch.Tensor | None = None,
     token_temperature: float | None = None,
+    kernel: Kernel = "auto",
 ) -> LossOutput:
     """The same numbers as interpolation_loss, forming the gradient in the forward pass.
 
@@ -42,11 +44,14 @@ def fused_interpolation_loss(
     lengths: tokens of each rollout, in row order. chunk_tokens: rows at a time; None takes as many as keep logits and
     temporaries within chunk_bytes. token_weight_T [T] multiplies loss_T. rollout_keys: one int per rollout, for
     positions="random". token_ids_T [T], token_temperature (None: the loss temperature): for token_logp_T.
+    kernel: who does the elementwise work; see kernels.choose_kernel.
 
     Gradients go to student_hidden_TH and output_weight_VH where they require one; under no_grad nothing is formed.
     backward accepts one factor common to all tokens and raises ValueError otherwise: weights of tokens belong in
-    token_weight_T. The hidden states' gradient is summed over the vocabulary's ranks unless vocab.reduce_hidden_grad is
-    False. Collectives: two per chunk, at most 64 float32 bytes a token from each rank; one per redone chunk; that sum.
+    token_weight_T. The weight's gradient goes to main_grad where Megatron gave the parameter one (main_grad.py), in
+    backward, in the buffer's type. The hidden states' gradient is summed over the vocabulary's ranks unless
+    vocab.reduce_hidden_grad is False. Collectives: two per chunk, at most 64 float32 bytes a token from each rank;
+    one per redone chunk; that sum.
     Raises ValueError for arguments that do not fit together.
     """
     hidden_TH, weight_VH = student_hidden_TH, output_weight_VH
@@ -72,26 +77,29 @@ def fused_interpolation_loss(
     gradient, wants = None, (hidden_TH.requires_grad, weight_VH.requires_grad)
     if torch.is_grad_enabled() and any(wants):
         gradient = OutputLayerGradient(hidden_TH, weight_VH, columns=valid, dtype=inputs.dtype, wants=wants)
-    size = _chunk_size(inputs, chunk_tokens, chunk_bytes, columns=len(weight_VH))
+    chosen = choose_kernel(kernel, device=hidden_TH.device, dtype=inputs.dtype)
+    overlap = vocab.ranks > 1
+    buffers = (2 if full_teacher_hidden_TH is None else 3) * (2 if overlap else 1) + (chosen == "triton")
+    size = chunk_size(
+        chunk_tokens,
+        chunk_bytes,
+        columns=vocab.widest(len(weight_VH)),
+        buffers=buffers,
+        dtype=inputs.dtype,
+        device=hidden_TH.device,
+    )
+    dlogits_dtype = inputs.dtype if gradient is None else gradient.dlogits_dtype
+    # A tile for each thread; ranks may differ in threads, but not in the tokens of a chunk.
+    elements = size.elements * (torch.get_num_threads() if hidden_TH.device.type == "cpu" else 1)
+    passes = make_passes(chosen, config, elements=elements, dlogits_dtype=dlogits_dtype)
     with torch.no_grad():
-        output = FusedPass(inputs, size, gradient).run()
+        output = FusedPass(inputs, size, passes, gradient, overlap=overlap).run()
         if gradient is None:
             return output
         if gradient.dhidden_TH is not None and vocab.reduce_hidden_grad:
             vocab.sum_in_place(gradient.dhidden_TH)
     loss_T = attach_gradient(output.loss_T, hidden_TH=hidden_TH, weight_VH=weight_VH, gradient=gradient)
     return replace(output, loss_T=loss_T)
-
-
-def _chunk_size(inputs: Inputs, chunk_tokens: int | None, chunk_bytes: float, *, columns: int) -> ChunkSize:
-    return chunk_size(
-        chunk_tokens,
-        chunk_bytes,
-        columns=inputs.vocab.widest(columns),
-        buffers=2 if inputs.full_teacher_TH is None else 3,
-        dtype=inputs.dtype,
-        device=inputs.student_TH.device,
-    )
 
 
 def _check(inputs: Inputs, *, columns: int) -> None:

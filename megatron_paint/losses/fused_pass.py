@@ -1,15 +1,17 @@
 """The passes over chunks of logits behind fused_interpolation_loss.
 
 Per chunk: two matrix products give the student's and the teacher's logits; one collective gives softmax statistics,
-entropies and with them the selection, a second one the divergences; then dlogits W and dlogits^T h. A rollout longer
-than a chunk gets the gradient of its commoner target at first, and the rows where that was wrong are done again, which
-costs 4 (1 + share) matrix products of all rows where a statistics pass before a gradient pass would cost 6.
+entropies and with them the selection, a second one the divergences; then dlogits W and dlogits^T h. Where the
+vocabulary is sharded, the second collective of a chunk runs behind the next chunk's products to logits, and the next
+chunk's first one behind this chunk's products of the gradient. A rollout longer than a chunk gets the gradient of its
+commoner target at first, and the rows where that was wrong are done again, which costs 4 (1 + share) matrix products of
+all rows where a statistics pass before a gradient pass would cost 6.
 Axes: T response tokens, V this rank's vocabulary columns without padding, H hidden, R ranks, K packed statistics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,20 +19,12 @@ import torch
 
 from megatron_paint.losses.chunks import Chunk, ChunkSize, plan_chunks
 from megatron_paint.losses.config import InterpolationLossConfig
-from megatron_paint.losses.gemm import OutputLayerGradient, Projection
+from megatron_paint.losses.gemm import OutputLayerGradient, Projection, inverse
 from megatron_paint.losses.output import LossOutput
+from megatron_paint.losses.passes import ChunkLogits, Passes, Target, Work, split_statistics
 from megatron_paint.losses.selection import select_blindly, select_positions
-from megatron_paint.losses.statistics import (
-    Softmax,
-    merge_entropy,
-    merge_softmax,
-    merge_token_logp,
-    mixed_statistics,
-    query_tokens,
-    softmax_statistics,
-    token_statistics,
-)
-from megatron_paint.losses.terms import ChunkLogits, Outcome, finish, form_gradient, take_sums
+from megatron_paint.losses.statistics import Softmax, merge_entropy, merge_softmax, merge_token_logp, query_tokens
+from megatron_paint.losses.terms import Outcome, finish
 from megatron_paint.losses.vocab import VocabAxis
 
 Rows = slice | torch.Tensor
@@ -82,21 +76,37 @@ class Statistics(NamedTuple):
         )
 
 
+class FirstVisit(NamedTuple):
+    """A chunk whose statistics are on their way; gathered gives those of all ranks [R, T, K] when they are there."""
+
+    chunk: Chunk
+    logits: ChunkLogits
+    gathered: Callable[[], torch.Tensor]
+
+
 class FusedPass:
     """One call of the fused loss: reads its inputs, fills the gradient (None: values alone)."""
 
-    def __init__(self, inputs: Inputs, size: ChunkSize, gradient: OutputLayerGradient | None) -> None:
-        self.inputs, self.size, self.gradient = inputs, size, gradient
+    def __init__(
+        self, inputs: Inputs, size: ChunkSize, passes: Passes, gradient: OutputLayerGradient | None, *, overlap: bool
+    ) -> None:
+        """overlap: have the logits of two chunks at a time, so that no product waits for a collective."""
+        self.inputs, self.size, self.passes, self.gradient = inputs, size, passes, gradient
+        self.overlap = overlap
         self.config = inputs.config
         self.token_ratio = inputs.config.temperature / inputs.token_temperature
         self.device = inputs.student_TH.device
         self.blind_T = select_blindly(
             lengths=inputs.lengths, config=inputs.config, rollout_keys=inputs.rollout_keys, device=self.device
         )
-        rows = {"most_rows": min(size.tokens, len(inputs.student_TH))}
-        self.project_student = Projection(inputs.weight_VH, inputs.dtype, **rows)
-        self.project_teacher = Projection(inputs.teacher_weight_VH, inputs.dtype, **rows)
-        self.project_full_teacher = Projection(inputs.teacher_weight_VH, inputs.dtype, **rows)
+        made = {
+            "most_rows": min(size.tokens, len(inputs.student_TH)),
+            "scale": 1.0 if passes.divides_by_temperature else inverse(inputs.config.temperature, inputs.dtype),
+            "buffers": 2 if overlap else 1,
+        }
+        self.project_student = Projection(inputs.weight_VH, inputs.dtype, **made)
+        self.project_teacher = Projection(inputs.teacher_weight_VH, inputs.dtype, **made)
+        self.project_full_teacher = Projection(inputs.teacher_weight_VH, inputs.dtype, **made)
         # What a rollout longer than a chunk is taken for until its entropies are known: the commoner of the two.
         self.guess = inputs.config.fraction > 0.5
 
@@ -106,40 +116,68 @@ class FusedPass:
         chunks = plan_chunks(self.inputs.lengths, self.size.tokens, whole_rollouts=by_rollout)
         if not chunks:
             return self._output(*self._nothing())
-        statistics_of, outcome_of, selected_of = zip(*(self._first_visit(chunk) for chunk in chunks), strict=True)
+        statistics_of, outcome_of, selected_of = zip(*self._first_visits(chunks), strict=True)
         statistics = Statistics(*map(torch.cat, zip(*statistics_of, strict=True)))
         outcome = Outcome(*map(torch.cat, zip(*outcome_of, strict=True)))
         selected_T = torch.cat(selected_of)
         if any(chunk.lengths is None for chunk in chunks):
-            guessed_T = selected_T
-            selected_T = select_positions(
-                statistics.student_entropy_T,
-                statistics.teacher_entropy_T,
-                lengths=self.inputs.lengths,
-                config=self.config,
-            )
-            if self._selection_matters():
-                wrong_rows = (selected_T != guessed_T).nonzero().squeeze(1)
-                # Half as many rows as a chunk: the wrong gradient and the right one exist at the same time.
-                for rows in wrong_rows.split(max(1, self.size.tokens // 2)):
-                    if rows.numel():
-                        self._second_visit(rows, statistics.rows(rows), outcome)
+            selected_T = self._correct_guesses(statistics, outcome, selected_T)
         return self._output(statistics, outcome, selected_T)
 
-    def _first_visit(self, chunk: Chunk) -> tuple[Statistics, Outcome, torch.Tensor]:
+    def _first_visits(self, chunks: Sequence[Chunk]) -> list[tuple[Statistics, Outcome, torch.Tensor]]:
+        """Statistics, outcome and selection of each chunk, while the gradient is filled."""
+        found = []
+        visit: FirstVisit | None = self._start_visit(chunks[0])
+        for following in (*chunks[1:], None):
+            chunk = visit.chunk
+            statistics = self._statistics(visit.gathered())
+            selected_T = self._selected_in(chunk, statistics)
+            work = self._sums(visit.logits, statistics, chunk.rows, selected_T)
+            summed = self.inputs.vocab.start_sum(work.sums_TK)
+            visit = self._start_visit(following) if following is not None and self.overlap else None
+            outcome = finish(summed(), self.config)
+            if self.gradient is not None:
+                self._put_gradient(chunk, work, outcome, selected_T)
+            del work
+            if following is not None and visit is None:
+                visit = self._start_visit(following)
+            found.append((statistics, outcome, selected_T))
+        return found
+
+    def _start_visit(self, chunk: Chunk) -> FirstVisit:
         logits = self._logits(chunk.rows)
-        statistics = self._statistics(logits, chunk.rows)
-        selected_T = self._selected_in(chunk, statistics)
-        outcome = self._outcome(logits, statistics, selected_T)
-        if self.gradient is not None:
-            dlogits_TV = form_gradient(logits, outcome.coefficient_T, self._gradient_scale(chunk.rows, selected_T))
-            del logits
-            rows: Rows = chunk.rows
-            if self.config.elsewhere == "skip":
-                kept = selected_T.nonzero().squeeze(1)
-                rows, dlogits_TV = kept + chunk.start, dlogits_TV[kept]
-            self.gradient.put(rows, dlogits_TV)
-        return statistics, outcome, selected_T
+        query = None
+        if self.inputs.token_ids_T is not None:
+            columns = self.inputs.weight_VH.shape[0]
+            ids_T = self.inputs.token_ids_T[chunk.rows]
+            query = query_tokens(ids_T, start=self.inputs.vocab.start, columns=columns, ratio=self.token_ratio)
+        packed_TK = self.passes.statistics(logits, query)
+        return FirstVisit(chunk, logits, self.inputs.vocab.start_gather(packed_TK))
+
+    def _put_gradient(self, chunk: Chunk, work: Work, outcome: Outcome, selected_T: torch.Tensor) -> None:
+        scale_T = self._gradient_scale(chunk.rows, selected_T)
+        dlogits_TV = self.passes.gradient(work, outcome.coefficient_T, scale_T)
+        rows: Rows = chunk.rows
+        if self.config.elsewhere == "skip":
+            kept = selected_T.nonzero().squeeze(1)
+            rows, dlogits_TV = kept + chunk.start, dlogits_TV[kept]
+        self.gradient.put(rows, dlogits_TV)
+
+    def _correct_guesses(self, statistics: Statistics, outcome: Outcome, guessed_T: torch.Tensor) -> torch.Tensor:
+        """The right selection; outcome and gradient of rows that were taken for the other kind are replaced."""
+        selected_T = select_positions(
+            statistics.student_entropy_T,
+            statistics.teacher_entropy_T,
+            lengths=self.inputs.lengths,
+            config=self.config,
+        )
+        if self._selection_matters():
+            wrong_rows = (selected_T != guessed_T).nonzero().squeeze(1)
+            # Half as many rows as a chunk: the wrong gradient and the right one exist at the same time.
+            for rows in wrong_rows.split(max(1, self.size.tokens // 2)):
+                if rows.numel():
+                    self._second_visit(rows, statistics.rows(rows), outcome)
+        return selected_T
 
     def _second_visit(self, rows: torch.Tensor, statistics: Statistics, outcome: Outcome) -> None:
         """Replace the outcome and the gradient of rows, of which all had the wrong guess."""
@@ -148,14 +186,15 @@ class FusedPass:
         guess_had_loss = self.guess or self.config.elsewhere == "teacher"
         replaced_TV = None
         if self.gradient is not None and self.gradient.weight is not None and guess_had_loss:
-            copy = ChunkLogits(logits.student_TV.clone(), logits.teacher_TV.clone(), logits.partner_TV)
-            self._local_sums(copy, statistics, guess_T)
-            replaced_TV = form_gradient(copy, outcome.coefficient_T[rows], self._gradient_scale(rows, guess_T))
-        right = self._outcome(logits, statistics, ~guess_T)
+            work = self._sums(self.passes.copy(logits), statistics, rows, guess_T)
+            scale_T = self._gradient_scale(rows, guess_T)
+            replaced_TV = self.passes.gradient(work, outcome.coefficient_T[rows], scale_T)
+        work = self._sums(logits, statistics, rows, ~guess_T)
+        right = finish(self.inputs.vocab.sum_in_place(work.sums_TK), self.config)
         for stored_T, right_T in zip(outcome, right, strict=True):
             stored_T[rows] = right_T
         if self.gradient is not None:
-            dlogits_TV = form_gradient(logits, right.coefficient_T, self._gradient_scale(rows, ~guess_T))
+            dlogits_TV = self.passes.gradient(work, right.coefficient_T, self._gradient_scale(rows, ~guess_T))
             self.gradient.put(rows, dlogits_TV, replaced_TV)
 
     def _logits(self, rows: Rows) -> ChunkLogits:
@@ -165,39 +204,23 @@ class FusedPass:
         partner_TV = None
         if inputs.full_teacher_TH is not None and self.config.interpolates:
             partner_TV = self.project_full_teacher(inputs.full_teacher_TH[rows])
-        for logits_TV in (student_TV, teacher_TV, partner_TV):
-            if logits_TV is not None:
-                logits_TV.div_(self.config.temperature)
-        return ChunkLogits(student_TV, teacher_TV, partner_TV)
+        return ChunkLogits(student_TV=student_TV, teacher_TV=teacher_TV, partner_TV=partner_TV)
 
-    def _statistics(self, logits: ChunkLogits, rows: Rows) -> Statistics:
-        """One collective: every rank's statistics of its columns, merged."""
-        inputs, block_rows = self.inputs, self.size.block_rows
-        parts = [softmax_statistics(part_TV, block_rows) for part_TV in (logits.student_TV, logits.teacher_TV)]
-        if self.config.interpolates:
-            partner_TV = logits.student_TV if logits.partner_TV is None else logits.partner_TV
-            parts.append(mixed_statistics(logits.teacher_TV, partner_TV, self.config.target_weight, block_rows))
-        if inputs.token_ids_T is not None:
-            columns = inputs.weight_VH.shape[0]
-            query = query_tokens(
-                inputs.token_ids_T[rows], start=inputs.vocab.start, columns=columns, ratio=self.token_ratio
-            )
-            parts.append(token_statistics(logits.student_TV, query, block_rows))
-        gathered_RTK = inputs.vocab.gather(torch.cat(parts, dim=1))
-        student_RTK, teacher_RTK, *others = gathered_RTK.split([part.shape[1] for part in parts], dim=-1)
-        student = merge_softmax(student_RTK[..., 0], student_RTK[..., 1])
-        teacher = merge_softmax(teacher_RTK[..., 0], teacher_RTK[..., 1])
-        mixed = merge_softmax(*others[0].unbind(-1)) if self.config.interpolates else teacher
-        if inputs.token_ids_T is not None:
-            token_logp_T = merge_token_logp(others[-1], student_RTK[..., 0], student, self.token_ratio)
-        else:
-            token_logp_T = torch.zeros_like(student.max_T)
+    def _statistics(self, packed_RTK: torch.Tensor) -> Statistics:
+        """Every rank's statistics of its columns, merged."""
+        parts = split_statistics(packed_RTK, mixed=self.config.interpolates, token=self.inputs.token_ids_T is not None)
+        student = merge_softmax(parts.student[..., 0], parts.student[..., 1])
+        teacher = merge_softmax(parts.teacher[..., 0], parts.teacher[..., 1])
+        mixed = teacher if parts.mixed is None else merge_softmax(*parts.mixed.unbind(-1))
+        token_logp_T = torch.zeros_like(student.max_T)
+        if parts.token is not None:
+            token_logp_T = merge_token_logp(parts.token, parts.student[..., 0], student, self.token_ratio)
         return Statistics(
             *student,
             *teacher,
             *mixed,
-            student_entropy_T=merge_entropy(student_RTK, student),
-            teacher_entropy_T=merge_entropy(teacher_RTK, teacher),
+            student_entropy_T=merge_entropy(parts.student, student),
+            teacher_entropy_T=merge_entropy(parts.teacher, teacher),
             token_logp_T=token_logp_T,
         )
 
@@ -210,20 +233,12 @@ class FusedPass:
             statistics.student_entropy_T, statistics.teacher_entropy_T, lengths=chunk.lengths, config=self.config
         )
 
-    def _outcome(self, logits: ChunkLogits, statistics: Statistics, selected_T: torch.Tensor) -> Outcome:
-        """One collective: the divergences of these rows; leaves in logits what form_gradient needs."""
-        sums_TK = self._local_sums(logits, statistics, selected_T)
-        return finish(self.inputs.vocab.sum_in_place(sums_TK), self.config)
-
-    def _local_sums(self, logits: ChunkLogits, statistics: Statistics, selected_T: torch.Tensor) -> torch.Tensor:
-        return take_sums(
-            logits,
-            student=statistics.student,
-            target=statistics.target(selected_T),
-            weight_T=selected_T.to(self.inputs.dtype) * self.config.target_weight,
-            config=self.config,
-            block_rows=self.size.block_rows,
-        )
+    def _sums(self, logits: ChunkLogits, statistics: Statistics, rows: Rows, selected_T: torch.Tensor) -> Work:
+        """This rank's part of the divergences of these rows, and what their gradient needs."""
+        weight_T = selected_T.to(self.inputs.dtype) * self.config.target_weight
+        target = Target(student=statistics.student, target=statistics.target(selected_T), weight_T=weight_T)
+        scale_T = None if self.gradient is None else self._gradient_scale(rows, selected_T)
+        return self.passes.sums(logits, target, scale_T)
 
     def _loss_scale(self, rows: Rows, selected_T: torch.Tensor) -> torch.Tensor:
         """What multiplies each token's divergence: its weight, the control's factor, 0 where it carries no loss."""

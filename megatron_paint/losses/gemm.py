@@ -7,78 +7,110 @@ differences between a model and itself. Axes: T tokens, V this rank's vocabulary
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
+
+from megatron_paint.losses.main_grad import main_grad_of
 
 # Bytes of one vocabulary tile where a product has to be cast or cannot be accumulated in place.
 TILE_BYTES = 64_000_000
 
 
 class Projection:
-    """hidden weight^T as logits [T, V] in dtype; on a CPU each call writes over the result of the one before.
+    """scale hidden weight^T as logits [T, V] in dtype; on a CPU a call writes over the result of `buffers` calls ago.
 
     Fresh memory for every chunk would cost a CPU as much in page faults as the arithmetic on it.
     """
 
-    def __init__(self, weight_VH: torch.Tensor, dtype: torch.dtype, *, most_rows: int) -> None:
-        self.weight_VH, self.dtype = weight_VH, dtype
+    def __init__(
+        self, weight_VH: torch.Tensor, dtype: torch.dtype, *, most_rows: int, scale: float = 1.0, buffers: int = 1
+    ) -> None:
+        self.weight_VH, self.dtype, self.scale = weight_VH, dtype, scale
         self._most_rows = most_rows
-        self._buffer_TV: torch.Tensor | None = None
+        self._buffers: list[torch.Tensor | None] = [None] * buffers
 
     def __call__(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         weight_VH, dtype = self.weight_VH, self.dtype
         if _is_half_on_cuda(hidden_TH, dtype) and hidden_TH.dtype == weight_VH.dtype:
-            return torch.mm(hidden_TH, weight_VH.t(), out_dtype=dtype)
+            logits_TV = torch.mm(hidden_TH, weight_VH.t(), out_dtype=dtype)
+            return logits_TV if self.scale == 1.0 else logits_TV.mul_(self.scale)
         logits_TV = self._rows(hidden_TH)
-        if hidden_TH.dtype == weight_VH.dtype == dtype:
-            return torch.mm(hidden_TH, weight_VH.t(), out=logits_TV)
-        hidden_TH = hidden_TH.to(dtype)
-        for tile in _tiles(weight_VH, tokens=0):
-            logits_TV[:, tile] = torch.mm(hidden_TH, weight_VH[tile].to(dtype).t())
+        cast = not hidden_TH.dtype == weight_VH.dtype == dtype
+        for tile in _tiles(weight_VH, tokens=0) if cast else [slice(None)]:
+            # The scale comes with the product: a pass over the logits less. With beta 0 the old values are not read.
+            part_TV = logits_TV[:, tile]
+            weight_HV = weight_VH[tile].to(dtype).t()
+            torch.addmm(part_TV, hidden_TH.to(dtype), weight_HV, beta=0.0, alpha=self.scale, out=part_TV)
         return logits_TV
 
     def _rows(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         if hidden_TH.is_cuda:
             return hidden_TH.new_empty((len(hidden_TH), len(self.weight_VH)), dtype=self.dtype)
-        if self._buffer_TV is None:
-            self._buffer_TV = hidden_TH.new_empty((self._most_rows, len(self.weight_VH)), dtype=self.dtype)
-        return self._buffer_TV[: len(hidden_TH)]
+        buffer_TV = self._buffers.pop(0)
+        if buffer_TV is None:
+            buffer_TV = hidden_TH.new_empty((self._most_rows, len(self.weight_VH)), dtype=self.dtype)
+        self._buffers.append(buffer_TV)
+        return buffer_TV[: len(hidden_TH)]
 
 
-def backproject(dlogits_TV: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
-    """dlogits weight: the hidden states' gradient [T, H] in the dtype of dlogits."""
-    if dlogits_TV.dtype == weight_VH.dtype:
+def inverse(temperature: float, dtype: torch.dtype) -> float:
+    """What multiplies logits of this type so that they come out as after a division by the temperature."""
+    return 1.0 / float(torch.tensor(temperature, dtype=dtype))
+
+
+def backproject(dlogits_TV: torch.Tensor, weight_VH: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """dlogits weight: the hidden states' gradient [T, H] in dtype."""
+    if dlogits_TV.dtype == weight_VH.dtype == dtype:
         return torch.mm(dlogits_TV, weight_VH)
-    dhidden_TH = dlogits_TV.new_zeros((dlogits_TV.shape[0], weight_VH.shape[1]))
-    half = _takes_half_gradients(weight_VH, dlogits_TV.dtype)
+    half = takes_half_gradients(weight_VH, dtype)
+    if half and dlogits_TV.dtype == weight_VH.dtype:
+        return torch.mm(dlogits_TV, weight_VH, out_dtype=dtype)
+    dhidden_TH = dlogits_TV.new_zeros((dlogits_TV.shape[0], weight_VH.shape[1]), dtype=dtype)
     for tile in _tiles(weight_VH, tokens=dlogits_TV.shape[0]):
         if half:
-            part_TV = dlogits_TV[:, tile].to(weight_VH.dtype)
-            dhidden_TH += torch.mm(part_TV, weight_VH[tile], out_dtype=dlogits_TV.dtype)
+            dhidden_TH += torch.mm(dlogits_TV[:, tile].to(weight_VH.dtype), weight_VH[tile], out_dtype=dtype)
         else:
-            dhidden_TH.addmm_(dlogits_TV[:, tile], weight_VH[tile].to(dlogits_TV.dtype))
+            dhidden_TH.addmm_(dlogits_TV[:, tile].to(dtype), weight_VH[tile].to(dtype))
     return dhidden_TH
 
 
 class WeightGradient:
-    """The output weight's gradient, summed over chunks in float32 or float64.
+    """The output weight's gradient, summed over a call's chunks in float32 or float64.
 
-    This is the one place where chunks meet the weight's gradient: a buffer that outlives the call goes in here.
+    It waits for backward outside the parameter: only then is the factor of all tokens known (a loss scale), and a call
+    that nobody goes backward through, such as the first pass of an activation checkpoint, leaves no trace.
     """
 
     def __init__(self, weight_VH: torch.Tensor, *, columns: int, dtype: torch.dtype) -> None:
         """Rows of the gradient beyond the first `columns` stay 0: they are padding."""
+        self._weight_VH = weight_VH
         self.total_VH = torch.zeros(weight_VH.shape, dtype=dtype, device=weight_VH.device)
         self._valid_VH = self.total_VH[:columns]
 
     def add(self, dlogits_TV: torch.Tensor, hidden_TH: torch.Tensor) -> None:
         """Add dlogits^T hidden."""
-        if hidden_TH.dtype == dlogits_TV.dtype or not _takes_half_gradients(hidden_TH, dlogits_TV.dtype):
-            self._valid_VH.addmm_(dlogits_TV.t(), hidden_TH.to(dlogits_TV.dtype))
+        dtype = self.total_VH.dtype
+        if hidden_TH.dtype == dtype or not takes_half_gradients(hidden_TH, dtype):
+            self._valid_VH.addmm_(dlogits_TV.to(dtype).t(), hidden_TH.to(dtype))
             return
+        in_place = _accumulates_half_products()
         for tile in _tiles(self._valid_VH, tokens=dlogits_TV.shape[0]):
-            part_TV = dlogits_TV[:, tile].to(hidden_TH.dtype)
-            self._valid_VH[tile] += torch.mm(part_TV.t(), hidden_TH, out_dtype=dlogits_TV.dtype)
+            part_VT, sum_VH = dlogits_TV[:, tile].to(hidden_TH.dtype).t(), self._valid_VH[tile]
+            if in_place:
+                torch.addmm(sum_VH, part_VT, hidden_TH, out_dtype=dtype, out=sum_VH)
+            else:
+                sum_VH += torch.mm(part_VT, hidden_TH, out_dtype=dtype)
+
+    def hand_over(self, factor: float) -> torch.Tensor:
+        """What autograd gets of factor times the sum: all of it, or zeros if Megatron's buffer took it; once only."""
+        total_VH, self.total_VH = self.total_VH, self.total_VH.new_empty(0)
+        main_grad_VH = main_grad_of(self._weight_VH)
+        if main_grad_VH is None:
+            return (total_VH if factor == 1.0 else total_VH.mul_(factor)).to(self._weight_VH.dtype)
+        main_grad_VH[: len(self._valid_VH)].add_(self._valid_VH, alpha=factor)
+        self._weight_VH.grad_added_to_main_grad = True
+        return torch.zeros_like(self._weight_VH)
 
 
 class OutputLayerGradient:
@@ -95,18 +127,33 @@ class OutputLayerGradient:
     ) -> None:
         """columns: the weight's rows without padding; wants: whether (hidden states, weight) need a gradient."""
         self._hidden_TH, self._weight_VH = hidden_TH.detach(), weight_VH.detach()[:columns]
+        self._dtype = dtype
         self.dhidden_TH = hidden_TH.new_zeros(hidden_TH.shape, dtype=dtype) if wants[0] else None
         self.weight = WeightGradient(weight_VH, columns=columns, dtype=dtype) if wants[1] else None
+
+    @property
+    def dlogits_dtype(self) -> torch.dtype:
+        """The type in which the logits' gradient goes into the products."""
+        halves = [takes_half_gradients(part, self._dtype) for part in (self._hidden_TH, self._weight_VH)]
+        return torch.bfloat16 if all(halves) else self._dtype
 
     def put(
         self, rows: slice | torch.Tensor, dlogits_TV: torch.Tensor, replaced_TV: torch.Tensor | None = None
     ) -> None:
         """Set these rows' gradient, given what an earlier put() of the same rows had (None: no earlier one)."""
         if self.dhidden_TH is not None:
-            self.dhidden_TH[rows] = backproject(dlogits_TV, self._weight_VH)
+            self.dhidden_TH[rows] = backproject(dlogits_TV, self._weight_VH, self._dtype)
         if self.weight is not None:
             change_TV = dlogits_TV if replaced_TV is None else dlogits_TV - replaced_TV
             self.weight.add(change_TV, self._hidden_TH[rows])
+
+
+def takes_half_gradients(values: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether products with such values take the logits' gradient rounded to bfloat16.
+
+    float16 has too small a range for the gradient of a probability.
+    """
+    return _is_half_on_cuda(values, dtype) and values.dtype == torch.bfloat16
 
 
 def _is_half_on_cuda(values: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -114,9 +161,16 @@ def _is_half_on_cuda(values: torch.Tensor, dtype: torch.dtype) -> bool:
     return values.is_cuda and values.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32
 
 
-def _takes_half_gradients(values: torch.Tensor, dtype: torch.dtype) -> bool:
-    # float16 has too small a range for the gradient of a probability.
-    return _is_half_on_cuda(values, dtype) and values.dtype == torch.bfloat16
+@cache
+def _accumulates_half_products() -> bool:
+    """Whether this torch adds a bfloat16 product to a float32 matrix in place, which saves a third of the traffic."""
+    ones = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda")
+    total = torch.ones(16, 16, device="cuda")
+    try:
+        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 17.0).all())
 
 
 def _tiles(weight_VH: torch.Tensor, *, tokens: int) -> Iterator[slice]:

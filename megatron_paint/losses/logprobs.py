@@ -11,17 +11,17 @@ from typing import Any
 import torch
 
 from megatron_paint.losses import checks
-from megatron_paint.losses.chunks import ChunkSize, blocks, chunk_size, plan_chunks
+from megatron_paint.losses.chunks import ChunkSize, Scratch, chunk_size, plan_chunks, tiles
 from megatron_paint.losses.formed_gradient import attach_gradient
-from megatron_paint.losses.gemm import OutputLayerGradient, Projection
+from megatron_paint.losses.gemm import OutputLayerGradient, Projection, inverse
 from megatron_paint.losses.statistics import (
     Softmax,
     TokenQuery,
+    centred_statistics,
     merge_entropy,
     merge_softmax,
     merge_token_logp,
     query_tokens,
-    softmax_statistics,
     token_statistics,
 )
 from megatron_paint.losses.vocab import VocabAxis
@@ -117,39 +117,46 @@ class _Head:
         """Log-probabilities, entropies and normalisers [T]; fills the gradient of sum(weight logp) if there is one."""
         new = {"dtype": self.dtype, "device": self.hidden_TH.device}
         logp_T, entropy_T, max_T, sum_T = (torch.empty(self.hidden_TH.shape[0], **new) for _ in range(4))
-        project = self.projection()
+        project, scratch = self.projection(), Scratch()
         for rows in self.row_chunks():
-            logits_TV = self.logits(project, rows)
+            logits_TV = project(self.hidden_TH[rows])
             query = self.query_of(rows)
-            parts = [softmax_statistics(logits_TV, self.size.block_rows)]
-            parts.append(token_statistics(logits_TV, query, self.size.block_rows))
-            local_RTK, token_RTK = self.vocab.gather(torch.cat(parts, dim=1)).split([3, 2], dim=-1)
+            token_TK = token_statistics(logits_TV, query, self.size.elements)
+            local_TK = centred_statistics(logits_TV, self.size.elements, scratch)
+            local_RTK, token_RTK = self.vocab.gather(torch.cat((local_TK, token_TK), dim=1)).split([3, 2], dim=-1)
             total = merge_softmax(local_RTK[..., 0], local_RTK[..., 1])
             max_T[rows], sum_T[rows] = total
             entropy_T[rows] = merge_entropy(local_RTK, total)
             logp_T[rows] = merge_token_logp(token_RTK, local_RTK[..., 0], total, query.ratio)
             if gradient is not None:
-                gradient.put(rows, self.form_gradient(logits_TV, query, total, weight_T[rows]))
+                shift_T = total.max_T - local_TK[:, 0]
+                gradient.put(rows, self.form_gradient(logits_TV, query, shift_T, total.sum_T, weight_T[rows]))
         self.reduce(gradient)
         return logp_T, entropy_T, Softmax(max_T, sum_T)
 
     def projection(self) -> Projection:
-        return Projection(self.weight_VH, self.dtype, most_rows=min(self.size.tokens, len(self.hidden_TH)))
-
-    def logits(self, project: Projection, rows: slice) -> torch.Tensor:
-        return project(self.hidden_TH[rows]).div_(self.temperature)
+        most_rows = min(self.size.tokens, len(self.hidden_TH))
+        return Projection(self.weight_VH, self.dtype, most_rows=most_rows, scale=inverse(self.temperature, self.dtype))
 
     def query_of(self, rows: slice) -> TokenQuery:
         return TokenQuery(self.query.column_T[rows], self.query.here_T[rows], self.query.ratio)
 
     def form_gradient(
-        self, logits_TV: torch.Tensor, query: TokenQuery, total: Softmax, weight_T: torch.Tensor
+        self,
+        logits_TV: torch.Tensor,
+        query: TokenQuery,
+        max_T: torch.Tensor,
+        sum_T: torch.Tensor,
+        weight_T: torch.Tensor,
     ) -> torch.Tensor:
-        """weight ([v is the token] - p) / temperature [T, V], in the buffer of the logits."""
+        """weight ([v is the token] - p) / temperature [T, V], in the buffer of the logits.
+
+        max_T is the softmax's maximum less what was subtracted from the logits already.
+        """
         scale_T = weight_T / self.temperature
-        for block in blocks(logits_TV.shape[0], self.size.block_rows):
-            block_TV = logits_TV[block].sub_(total.max_T[block, None]).exp_()
-            block_TV.mul_((-scale_T[block] / total.sum_T[block])[:, None])
+        factor_T = -scale_T / sum_T
+        for rows, columns in tiles(logits_TV, self.size.elements):
+            logits_TV[rows, columns].sub_(max_T[rows, None]).exp_().mul_(factor_T[rows, None])
         if logits_TV.shape[1]:
             here_T = torch.where(query.here_T, scale_T, 0.0)
             logits_TV.scatter_add_(1, query.column_T[:, None], here_T[:, None])
@@ -169,7 +176,7 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logp_T, entropy_T, total = head.measure(None, None)
         ctx.save_for_backward(hidden_TH, weight_VH, *total)
-        ctx.head = head
+        ctx.head, ctx.parameter_VH = head, weight_VH
         ctx.mark_non_differentiable(entropy_T)
         return logp_T, entropy_T
 
@@ -178,19 +185,20 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad_T: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
         head: _Head = ctx.head
         # The saved tensors are those of head; unpacking them lets autograd refuse weights changed since the forward.
-        hidden_TH, weight_VH, *total = ctx.saved_tensors
+        hidden_TH, _, *total = ctx.saved_tensors
         wants = ctx.needs_input_grad[:2]
         columns = head.weight_VH.shape[0]
-        gradient = OutputLayerGradient(hidden_TH, weight_VH, columns=columns, dtype=head.dtype, wants=wants)
+        gradient = OutputLayerGradient(hidden_TH, ctx.parameter_VH, columns=columns, dtype=head.dtype, wants=wants)
         project = head.projection()
         for rows in head.row_chunks():
-            chunk_total = Softmax(*(values_T[rows] for values_T in total))
-            dlogits_TV = head.form_gradient(head.logits(project, rows), head.query_of(rows), chunk_total, grad_T[rows])
+            max_T, sum_T = (values_T[rows] for values_T in total)
+            logits_TV = project(hidden_TH[rows])
+            dlogits_TV = head.form_gradient(logits_TV, head.query_of(rows), max_T, sum_T, grad_T[rows])
             gradient.put(rows, dlogits_TV)
         head.reduce(gradient)
         dhidden_TH, weight = gradient.dhidden_TH, gradient.weight
         return (
             None if dhidden_TH is None else dhidden_TH.to(hidden_TH.dtype),
-            None if weight is None else weight.total_VH.to(weight_VH.dtype),
+            None if weight is None else weight.hand_over(1.0),
             None,
         )

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_paint.losses.chunks import blocks
+from megatron_paint.losses.chunks import Scratch, tiles
 
 # The maximum over no columns at all: finite, so that no difference of infinities appears.
-_EMPTY_MAX = -1e30
+EMPTY_MAX = -1e30
 
 
 class Softmax(NamedTuple):
@@ -41,52 +41,44 @@ def query_tokens(token_ids_T: torch.Tensor, *, start: int, columns: int, ratio: 
     return TokenQuery(column_T.clamp(0, max(columns - 1, 0)), here_T, ratio)
 
 
-def softmax_statistics(logits_TV: torch.Tensor, block_rows: int) -> torch.Tensor:
-    """[T, 3] of this rank's columns: maximum m, sum of exp(z - m), sum of exp(z - m) (z - m).
+def centred_statistics(logits_TV: torch.Tensor, elements: int, scratch: Scratch) -> torch.Tensor:
+    """[T, 3] of this rank's columns: maximum m, sum of exp(z - m), sum of exp(z - m) (z - m); leaves z - m behind.
 
     The last one gives the entropy without subtracting two large sums.
     """
-    tokens, columns = logits_TV.shape
-    local_TK = logits_TV.new_zeros((tokens, 3))
-    if not columns:
-        local_TK[:, 0] = _EMPTY_MAX
+    local_TK = logits_TV.new_zeros((len(logits_TV), 3))
+    if not logits_TV.shape[1]:
+        local_TK[:, 0] = EMPTY_MAX
         return local_TK
-    for block in blocks(tokens, block_rows):
-        local_TK[block] = _block_statistics(logits_TV[block])
+    last = None
+    for rows, columns in tiles(logits_TV, elements):
+        if rows != last:
+            local_TK[rows, 0], last = logits_TV[rows].amax(1), rows
+        centred_TV = logits_TV[rows, columns].sub_(local_TK[rows, :1])
+        exp_TV = torch.exp(centred_TV, out=scratch.like(centred_TV))
+        local_TK[rows, 1] += exp_TV.sum(1)
+        local_TK[rows, 2] += exp_TV.mul_(centred_TV).sum(1)
     return local_TK
 
 
-def mixed_statistics(
-    teacher_TV: torch.Tensor, partner_TV: torch.Tensor, weight: float, block_rows: int
-) -> torch.Tensor:
-    """[T, 2]: maximum and exponential sum of the interpolation (1 - weight) teacher + weight partner."""
-    tokens, columns = teacher_TV.shape
-    local_TK = teacher_TV.new_zeros((tokens, 2))
-    if not columns:
-        local_TK[:, 0] = _EMPTY_MAX
-        return local_TK
-    for block in blocks(tokens, block_rows):
-        mixed_TV = torch.lerp(teacher_TV[block], partner_TV[block], weight)
-        max_T1 = mixed_TV.amax(1, keepdim=True)
-        local_TK[block, 0] = max_T1.squeeze(1)
-        local_TK[block, 1] = mixed_TV.sub_(max_T1).exp_().sum(1)
-    return local_TK
-
-
-def token_statistics(logits_TV: torch.Tensor, query: TokenQuery, block_rows: int) -> torch.Tensor:
+def token_statistics(logits_TV: torch.Tensor, query: TokenQuery, elements: int) -> torch.Tensor:
     """[T, 2]: the token's logit, 0 where it is on another rank; the sum of exp(ratio (z - m)), 0 where ratio is 1."""
-    tokens, columns = logits_TV.shape
-    local_TK = logits_TV.new_zeros((tokens, 2))
-    if not columns:
+    local_TK = logits_TV.new_zeros((len(logits_TV), 2))
+    if not logits_TV.shape[1]:
         return local_TK
-    logit_T = logits_TV.gather(1, query.column_T.unsqueeze(1)).squeeze(1)
-    local_TK[:, 0] = torch.where(query.here_T, logit_T, 0.0)
+    local_TK[:, 0] = token_logits(logits_TV, query)
     if query.ratio != 1.0:
-        for block in blocks(tokens, block_rows):
-            logits = logits_TV[block]
-            centred_TV = logits - logits.amax(1, keepdim=True)
-            local_TK[block, 1] = centred_TV.mul_(query.ratio).exp_().sum(1)
+        max_T1 = logits_TV.amax(1, keepdim=True)
+        for rows, columns in tiles(logits_TV, elements):
+            centred_TV = logits_TV[rows, columns] - max_T1[rows]
+            local_TK[rows, 1] += centred_TV.mul_(query.ratio).exp_().sum(1)
     return local_TK
+
+
+def token_logits(logits_TV: torch.Tensor, query: TokenQuery) -> torch.Tensor:
+    """The tokens' logits [T], 0 where the token is on another rank."""
+    logit_T = logits_TV.gather(1, query.column_T.unsqueeze(1)).squeeze(1)
+    return torch.where(query.here_T, logit_T, 0.0)
 
 
 def merge_softmax(max_RT: torch.Tensor, sum_RT: torch.Tensor, ratio: float = 1.0) -> Softmax:
@@ -107,11 +99,3 @@ def merge_token_logp(parts_RTK: torch.Tensor, max_RT: torch.Tensor, student: Sof
     """The log-probability [T] from all ranks' token_statistics [R, T, 2] and the student's local maxima."""
     total = student if ratio == 1.0 else merge_softmax(max_RT, parts_RTK[..., 1], ratio)
     return (parts_RTK[..., 0].sum(0) - total.max_T) * ratio - total.sum_T.log()
-
-
-def _block_statistics(logits_TV: torch.Tensor) -> torch.Tensor:
-    max_T1 = logits_TV.amax(1, keepdim=True)
-    centred_TV = logits_TV - max_T1
-    exp_TV = centred_TV.exp()
-    sum_T = exp_TV.sum(1)
-    return torch.stack((max_T1.squeeze(1), sum_T, exp_TV.mul_(centred_TV).sum(1)), dim=1)

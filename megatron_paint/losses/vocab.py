@@ -5,6 +5,7 @@ Every collective of the losses is here. Axes: T tokens, V this rank's vocabulary
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -52,6 +53,14 @@ class WholeVocab:
     def sum_in_place(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over ranks into values; no gradient."""
         return values
+
+    def start_gather(self, values: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Start gather(); the call of what comes back waits for the answer."""
+        return lambda: self.gather(values)
+
+    def start_sum(self, values: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Start sum_in_place(); the call of what comes back waits for the answer."""
+        return lambda: values
 
     def max_shards(self, values: torch.Tensor) -> torch.Tensor:
         """The maximum over ranks; no gradient."""
@@ -111,6 +120,19 @@ class ShardedVocab:
             reduce_hidden_grad=reduce_hidden_grad,
         )
 
+    @classmethod
+    def evenly_cut(
+        cls, group: Any, size: int, *, valid_size: int | None = None, reduce_hidden_grad: bool = True
+    ) -> ShardedVocab:
+        """The axis of a vocabulary of this size over all ranks of the group; ValueError where it does not divide."""
+        ranks = dist.get_world_size(group)
+        if size % ranks:
+            raise ValueError(
+                f"vocabulary: got {size} entries for {ranks} ranks; each holds as many; choose a number of ranks that "
+                "divides it, or pad the output layer and pass the real size as valid_size"
+            )
+        return cls.from_columns(group, size // ranks, valid_size=valid_size, reduce_hidden_grad=reduce_hidden_grad)
+
     @property
     def ranks(self) -> int:
         return dist.get_world_size(self.group)
@@ -130,13 +152,19 @@ class ShardedVocab:
         return -(-self.size // self.ranks)
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
-        gathered = values.new_empty((self.ranks, *values.shape))
-        dist.all_gather(list(gathered.unbind(0)), values.contiguous(), group=self.group)
-        return gathered
+        return self.start_gather(values)()
 
     def sum_in_place(self, values: torch.Tensor) -> torch.Tensor:
-        dist.all_reduce(values, op=dist.ReduceOp.SUM, group=self.group)
-        return values
+        return self.start_sum(values)()
+
+    def start_gather(self, values: torch.Tensor) -> Callable[[], torch.Tensor]:
+        gathered = values.new_empty((self.ranks, *values.shape))
+        work = dist.all_gather(list(gathered.unbind(0)), values.contiguous(), group=self.group, async_op=True)
+        return lambda: _after(work, gathered)
+
+    def start_sum(self, values: torch.Tensor) -> Callable[[], torch.Tensor]:
+        work = dist.all_reduce(values, op=dist.ReduceOp.SUM, group=self.group, async_op=True)
+        return lambda: _after(work, values)
 
     def max_shards(self, values: torch.Tensor) -> torch.Tensor:
         values = values.detach().clone()
@@ -151,6 +179,12 @@ class ShardedVocab:
 
 
 VocabAxis = WholeVocab | ShardedVocab
+
+
+def _after(work: Any, values: torch.Tensor) -> torch.Tensor:
+    """On a GPU this makes the current stream wait, not the host."""
+    work.wait()
+    return values
 
 
 class _SumShards(torch.autograd.Function):

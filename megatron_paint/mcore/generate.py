@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_paint.keys import uniforms
 from megatron_paint.mcore.attention import KeyValueCache, TokenRows, token_rows
 from megatron_paint.mcore.model import Qwen3Model
+from megatron_paint.mcore.response_rows import response_rows
 from megatron_paint.mcore.sampling import choose_tokens
 from megatron_paint.mcore.world import World
 from megatron_paint.policy import GenerationRequest, SamplingParameters
@@ -147,11 +148,8 @@ class Generator:
 
     def _logits(self, hidden_T1H: Tensor, last_R: Tensor) -> Tensor | None:
         """The whole vocabulary's logits on tensor-parallel rank 0."""
-        if self.stage.config.sequence_parallel:
-            shards = [torch.empty_like(hidden_T1H) for _ in range(self.world.tp_size)]
-            dist.all_gather(shards, hidden_T1H.contiguous(), group=self.world.tp_group)
-            hidden_T1H = torch.cat(shards)
-        local_RV = float32_product(hidden_T1H[last_R, 0], self.stage.output_weight())
+        group = self.world.tp_group if self.stage.config.sequence_parallel else None
+        local_RV = float32_product(response_rows(hidden_T1H, last_R, group), self.stage.output_weight())
         if self.world.tp_size == 1:
             return local_RV
         parts = [torch.empty_like(local_RV) for _ in range(self.world.tp_size)] if self.world.tp_rank == 0 else None

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_paint.config import Settings, TeacherSettings
@@ -35,6 +35,7 @@ from megatron_paint.mcore.hf_checkpoint import export_stages, first_layer_of, lo
 from megatron_paint.mcore.lora import add_adapters, merged_parameters
 from megatron_paint.mcore.model import DTYPES, build_model
 from megatron_paint.mcore.optimizer import make_optimizer, take_step, wrap_data_parallel
+from megatron_paint.mcore.response_rows import response_rows
 from megatron_paint.mcore.scores import NonFinite, score_samples
 from megatron_paint.mcore.teacher import Teacher
 from megatron_paint.mcore.world import World
@@ -119,6 +120,7 @@ class MegatronPolicy:
     ) -> tuple[tuple[SampleScore, ...], dict[str, float]]:
         """Teacher pass and student pass of a step: scores of all samples, and, unless `forward_only`, the gradient of
         the loss divided by the global number of tokens that carry it, in Megatron's gradient buffers."""
+        _check_normalisation(self.stage.config)
         teacher = teacher or self.teacher
         costs = [len(s.student_prompt_ids) + len(s.teacher_prompt_ids or ()) + 2 * len(s.response_ids) for s in samples]
         replicas = assign_replicas(costs, self.world.dp_size)
@@ -209,22 +211,15 @@ class MegatronPolicy:
 
     def _response_rows(self, hidden_T1H: Tensor, batch: MicroBatch) -> Tensor:
         """Rows that predict response tokens, [N, H], whole on every tensor-parallel rank."""
-        if self.stage.config.sequence_parallel:
-            # The loss leaves each rank's part of the gradient; the gather's backward sums and scatters it.
-            hidden_T1H = gather_from_sequence_parallel_region(hidden_T1H, tensor_parallel_output_grad=True)
-        return hidden_T1H[batch.predicting_N, 0]
+        # Under sequence parallelism the loss leaves each rank's part of the gradient; the rows' backward sums them.
+        group = self.world.tp_group if self.stage.config.sequence_parallel else None
+        return response_rows(hidden_T1H, batch.predicting_N, group)
 
     def _vocab(self) -> VocabAxis:
         if self.world.tp_size == 1:
             return WholeVocab()
-        columns = self.shape.vocab_size // self.world.tp_size
-        return ShardedVocab(
-            self.world.tp_group,
-            start=self.world.tp_rank * columns,
-            stop=(self.world.tp_rank + 1) * columns,
-            size=self.shape.vocab_size,
-            reduce_hidden_grad=not self.stage.config.sequence_parallel,
-        )
+        reduce = not self.stage.config.sequence_parallel
+        return ShardedVocab.evenly_cut(self.world.tp_group, self.shape.vocab_size, reduce_hidden_grad=reduce)
 
     def _loss_of(
         self,
@@ -257,6 +252,15 @@ class MegatronPolicy:
         )
         found |= score_samples(output, batch, samples, rank=self.world.rank)
         return output.loss_T.sum(), output.carries_loss_T.sum().to(torch.int), {}
+
+
+def _check_normalisation(config: TransformerConfig) -> None:
+    """ValueError unless Megatron divides the sum of the loss once, by the global token count."""
+    if not config.calculate_per_token_loss:
+        raise ValueError(
+            "calculate_per_token_loss: got False; the schedule would divide each micro-batch's loss by its own tokens, "
+            "a mean of means, where the loss is a sum that is divided once by the global count; set it to True"
+        )
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_paint.losses import InterpolationLossConfig, LossOutput, fused_interpolation_loss, token_logprobs
+from megatron_paint.losses.config import Kernel
 from megatron_paint.policy import ResponseRows
 
 
@@ -15,6 +16,7 @@ class DistillationLoss:
     config: InterpolationLossConfig
     chunk_bytes: float
     token_temperature: float  # at which the sampler's log-probabilities were taken
+    kernel: Kernel = "auto"
 
     needs_teacher = True
 
@@ -36,6 +38,7 @@ class DistillationLoss:
             rollout_keys=rows.keys,
             token_ids_T=rows.token_ids_N,
             token_temperature=self.token_temperature,
+            kernel=self.kernel,
         )
 
 

@@ -1,7 +1,7 @@
 """The same rollouts again, read from a file: for debugging, tests and offline data.
 
 One JSON object a line: {"id", "step", "sample", "response_ids"}, with "finished" where it is known; a line without
-"sample" is sample 0, so that the sample files of a run folder can be replayed.
+"sample" is sample 0. The sample files of a run folder are such files.
 """
 
 import json
@@ -54,18 +54,36 @@ class ReplayEngine:
         Errors: UserError that names what the file lacks.
         """
         self.check(step, problems, samples=samples)
-        return [
-            self._rollout(_Place(step, problem.id, index), prompt)
-            for problem, prompt in zip(problems, student_prompts, strict=True)
-            for index in range(samples)
-        ]
+        prompts = [prompt for prompt in student_prompts for _ in range(samples)]
+        places = self._places(step, problems, samples)
+        return [self._rollout(place, prompt) for place, prompt in zip(places, prompts, strict=True)]
 
     def check(self, step: int, problems: Sequence[Problem], *, samples: int = 1) -> None:
         """UserError that names what the file lacks of a step."""
-        places = [_Place(step, problem.id, index) for problem in problems for index in range(samples)]
-        missing = [place for place in places if place not in self._responses]
+        missing = [place for place in self._places(step, problems, samples) if place not in self._responses]
         if missing:
             raise UserError(self._missing_message(missing))
+
+    def check_responses(
+        self, step: int, problems: Sequence[Problem], *, vocab_size: int, max_tokens: int, samples: int = 1
+    ) -> None:
+        """UserError that names a response of a step with an id that the model lacks, or that is too long."""
+        for place in self._places(step, problems, samples):
+            response = self._responses[place]
+            if (largest := max(response.ids)) >= vocab_size:
+                raise UserError(
+                    f"{response.where}: response_ids holds {largest}, but the model has ids 0 to {vocab_size - 1}: "
+                    "these rollouts are another model's"
+                )
+            if len(response.ids) > max_tokens:
+                raise UserError(
+                    f"{response.where}: response_ids holds {len(response.ids)} tokens, more than "
+                    f"rollout.max_new_tokens={max_tokens}: raise it"
+                )
+
+    @staticmethod
+    def _places(step: int, problems: Sequence[Problem], samples: int) -> list[_Place]:
+        return [_Place(step, problem.id, index) for problem in problems for index in range(samples)]
 
     def _rollout(self, place: _Place, prompt: TokenIds) -> Rollout:
         response = self._responses[place]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_paint.cli import main
+from megatron_paint.disk import NewFolder
 from megatron_paint.problems import load_problems
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.settings import load_settings
@@ -305,6 +306,17 @@ def test_replay_lacks_a_row_of_a_later_step(capsys, setup, tmp_path):
     assert main(["train", str(settings), *replay, "--processes", "1", "--dry-run"]) == 0
 
 
+def test_replay_of_another_model(capsys, setup, tmp_path):
+    settings, _, _ = setup
+    rollouts = tmp_path / "rollouts.jsonl"
+    replay = _replay(rollouts, settings, steps=(1, 2, 3, 4))
+    whole = rollouts.read_text()
+    rollouts.write_text(whole.replace("[65, 258]", f"[65, {tiny.ROWS}]", 1))
+    assert f"rollouts.jsonl:1: response_ids holds {tiny.ROWS}" in refused(capsys, settings, *replay)
+    rollouts.write_text(whole.replace("[65, 258]", f"[{', '.join(['65'] * 17)}]", 1))
+    assert "17 tokens, more than rollout.max_new_tokens=16" in refused(capsys, settings, *replay)
+
+
 def test_replay_needs_only_what_is_still_to_be_done(capsys, setup, tmp_path):
     settings, _, _ = setup
     replay = _replay(tmp_path / "rollouts.jsonl", settings, steps=(3, 4))
@@ -319,8 +331,9 @@ def _begin(settings, *overrides):
     resolved = load_settings(settings, overrides)
     folder = RunFolder(resolved.run.dir)
     folder.prepare(resolved)
-    folder.begin_checkpoint(2)
-    folder.finish_checkpoint(2)
+    checkpoint = NewFolder(folder.checkpoint_folder(2))
+    checkpoint.begin()
+    checkpoint.finish(mark=True)
 
 
 RESUMED = {

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from tests import tiny
+from tests.end_to_end import ranks
 
 ROOT = Path(__file__).parents[2]
 LAYOUT = "tensor_model_parallel_size: 2, sequence_parallel: true"
@@ -53,11 +54,12 @@ def whole(tmp_path_factory):
     return folder, folder / "run", run(settings, "--json")
 
 
-def metrics(run_dir, *, timeless=True):
+def metrics(run_dir, *, timeless=True, without=()):
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     if not timeless:
         return lines
-    return [{k: v for k, v in line.items() if not k.startswith("time/") and k != "tokens_per_second"} for line in lines]
+    left_out = {"tokens_per_second", *without}
+    return [{k: v for k, v in line.items() if not k.startswith("time/") and k not in left_out} for line in lines]
 
 
 def weights(run_dir):
@@ -78,6 +80,8 @@ def test_run_folder(whole):
         assert set(sample) >= {
             "id",
             "step",
+            "sample",
+            "finished",
             "student_prompt_ids",
             "teacher_prompt_ids",
             "response_ids",
@@ -126,17 +130,23 @@ def test_killed_run_goes_on_bit_for_bit(whole, tmp_path):
 
 
 def test_replay_repeats_the_run(whole, tmp_path):
-    """The rollouts of a run, replayed, give its losses again."""
+    """The samples of a run folder, replayed as they stand, give its metrics again; so do rollouts without `finished`,
+    whose end is found by their last token."""
     folder, unbroken, _ = whole
-    with (tmp_path / "rollouts.jsonl").open("w") as file:
+    bare = tmp_path / "rollouts.jsonl"
+    with bare.open("w") as file:
         for step in (1, 2, 3, 4):
             for line in (unbroken / "samples" / f"step_{step:06d}.jsonl").read_text().splitlines():
                 sample = json.loads(line)
                 record = {"id": sample["id"], "step": step, "sample": 0, "response_ids": sample["response_ids"]}
                 file.write(json.dumps(record) + "\n")
-    replay = ("rollout.engine=replay", f"rollout.path={tmp_path / 'rollouts.jsonl'}", "evaluation.problems=null")
-    run(folder / "settings.yaml", f"run.dir={tmp_path / 'run'}", *replay)
-    assert [m["loss"] for m in metrics(tmp_path / "run")] == [m["loss"] for m in metrics(unbroken)]
+    wanted = metrics(unbroken, without=("sampler_gap/max",))
+    assert 0 < min(line["response/truncated_share"] for line in wanted) < 1, "some responses end by themselves"
+    for name, path in (("folder", unbroken / "samples"), ("file", bare)):
+        replay = ("rollout.engine=replay", f"rollout.path={path}", "evaluation.problems=null")
+        ended = ranks.train(tmp_path, folder / "settings.yaml", f"run.dir={tmp_path / name}", *replay)
+        assert ended.statuses == [0, 0], ended
+        assert metrics(tmp_path / name, without=("sampler_gap/max",)) == wanted
 
 
 def test_changed_settings_do_not_resume(whole, capsys):
@@ -170,6 +180,6 @@ def test_another_model_does_not_resume(whole, tmp_path):
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("megatron-paint: error: checkpoint ")
-    assert "cannot be loaded into this model" in line
+    assert "is of another model" in line
     assert before
     assert {path: path.read_bytes() for path in before} == before

@@ -264,7 +264,7 @@ def test_no_gradient_work_where_none_is_wanted(monkeypatch):
     data = make_data(case, torch.float64)
     made = []
     monkeypatch.setattr(
-        "megatron_paint.losses.gemm.backproject", lambda d_TV, w_VH: made.append("hidden") or d_TV @ w_VH
+        "megatron_paint.losses.gemm.backproject", lambda d_TV, w_VH, _: made.append("hidden") or d_TV @ w_VH
     )
     monkeypatch.setattr("megatron_paint.losses.gemm.WeightGradient.add", lambda *_: made.append("weight"))
     settings = {"lengths": data.lengths, "config": case.config, "vocab": WholeVocab(), "chunk_tokens": 6}

@@ -146,6 +146,14 @@ def test_shards_and_sizes_are_refused():
         WholeVocab(valid_size=0)
 
 
+def test_vocabulary_that_does_not_divide_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda _: 3)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda _: 2)
+    with pytest.raises(ValueError, match=r"vocabulary: got 16 entries for 3 ranks.*pad the output layer"):
+        ShardedVocab.evenly_cut(None, 16)
+    assert ShardedVocab.evenly_cut(None, 18, valid_size=17).start == 12
+
+
 def test_token_logprobs_needs_ids():
     with pytest.raises(ValueError, match="token_ids_T: got None"):
         token_logprobs(torch.zeros(5, 4), torch.zeros(7, 4), None, vocab=WholeVocab())

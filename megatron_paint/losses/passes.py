@@ -1,0 +1,80 @@
+"""What the fused loss asks of the elementwise work on a chunk of logits, and who does it.
+
+Axes: T tokens, V this rank's vocabulary columns, K packed statistics or sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+from megatron_paint.losses.statistics import Softmax, TokenQuery
+
+
+@dataclass(kw_only=True)
+class ChunkLogits:
+    """Logits of a chunk; partner_TV is None where the student is the partner.
+
+    A shift is what was subtracted from each row of the buffer since; None: nothing.
+    """
+
+    student_TV: torch.Tensor
+    teacher_TV: torch.Tensor
+    partner_TV: torch.Tensor | None
+    student_shift_T: torch.Tensor | None = None
+    teacher_shift_T: torch.Tensor | None = None
+    partner_shift_T: torch.Tensor | None = None
+
+
+class Target(NamedTuple):
+    """Normalisers of student and target over all ranks; weight_T: the lambda of each token's target, 0 for plain."""
+
+    student: Softmax
+    target: Softmax
+    weight_T: torch.Tensor
+
+
+class Work(NamedTuple):
+    """What sums() leaves for gradient(); sums_TK is this rank's part of what terms.finish() needs."""
+
+    sums_TK: torch.Tensor
+    logits: ChunkLogits
+    target: Target
+    dlogits_TV: torch.Tensor | None  # the gradient where it needed no sums
+
+
+class Passes(Protocol):
+    """The elementwise passes over a chunk's logits, which they may overwrite."""
+
+    divides_by_temperature: bool  # whether the logits come in before the temperature
+
+    def statistics(self, logits: ChunkLogits, query: TokenQuery | None) -> torch.Tensor:
+        """Statistics [T, K] of this rank's columns: see split_statistics."""
+
+    def sums(self, logits: ChunkLogits, target: Target, scale_T: torch.Tensor | None) -> Work:
+        """The divergences' sums; scale_T, if a gradient is wanted, is the one that gradient() will be called with."""
+
+    def gradient(self, work: Work, coefficient_T: torch.Tensor, scale_T: torch.Tensor) -> torch.Tensor:
+        """The loss's gradient [T, V] with respect to the student's logits before the temperature."""
+
+    def copy(self, logits: ChunkLogits) -> ChunkLogits:
+        """Logits for another sums() and gradient(), which leave these as they are."""
+
+
+class Statistics(NamedTuple):
+    """Packed statistics [..., K] by owner: (maximum, sum, weighted sum), the same, (maximum, sum), the token's two."""
+
+    student: torch.Tensor
+    teacher: torch.Tensor
+    mixed: torch.Tensor | None
+    token: torch.Tensor | None
+
+
+def split_statistics(packed: torch.Tensor, *, mixed: bool, token: bool) -> Statistics:
+    """Cut what Passes.statistics packed, from one rank or from all of them."""
+    parts = list(packed.split([3, 3, *([2] if mixed else []), *([2] if token else [])], dim=-1))
+    token_part = parts.pop() if token else None
+    mixed_part = parts.pop() if mixed else None
+    return Statistics(parts[0], parts[1], mixed_part, token_part)

@@ -1,0 +1,143 @@
+"""The elementwise work on a chunk of logits in torch, tile by tile: the reference, and the way of a CPU.
+
+A tile is small enough that its temporaries stay in a CPU's second-level cache, where arithmetic is up to ten times as
+fast as in memory. Logits become differences to their maximum over this rank's columns, then p and B (see terms.py), all
+in place. Axes: T tokens, V this rank's vocabulary columns, K packed statistics or sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from megatron_paint.losses.chunks import Scratch, tiles
+from megatron_paint.losses.config import InterpolationLossConfig
+from megatron_paint.losses.passes import ChunkLogits, Target, Work
+from megatron_paint.losses.statistics import EMPTY_MAX, TokenQuery, centred_statistics, token_statistics
+from megatron_paint.losses.terms import coefficient_is_one, sum_count, take_terms
+
+# A sum of exponentials below this, relative to the bound of the maximum that they were taken to, has lost digits.
+_SMALLEST_SUM = 1e-30
+
+
+class TorchPasses:
+    """Implements `passes.Passes`; elements: vocabulary entries of a tile."""
+
+    divides_by_temperature = False
+
+    def __init__(self, config: InterpolationLossConfig, *, elements: int) -> None:
+        self.config, self.elements = config, elements
+        self._scratch = Scratch()
+
+    def statistics(self, logits: ChunkLogits, query: TokenQuery | None) -> torch.Tensor:
+        """[T, K], as passes.split_statistics cuts it; leaves centred logits behind."""
+        token_TK = None if query is None else token_statistics(logits.student_TV, query, self.elements)
+        logits.partner_shift_T = self._centre(logits.partner_TV)
+        height = max(1, self.elements // max(1, logits.student_TV.shape[1]))
+        blocks = [
+            self._block(logits, slice(start, start + height)) for start in range(0, len(logits.student_TV), height)
+        ]
+        packed_TK = torch.cat(blocks)
+        logits.student_shift_T, logits.teacher_shift_T = packed_TK[:, 0].clone(), packed_TK[:, 3].clone()
+        if self.config.interpolates:
+            self._mend_vanished(logits, packed_TK[:, 6:8])
+        return packed_TK if query is None else torch.cat((packed_TK, token_TK), dim=1)
+
+    def sums(self, logits: ChunkLogits, target: Target, scale_T: torch.Tensor | None) -> Work:
+        """This rank's part of the sums; leaves p and B where the logits were, or the gradient in place of B."""
+        self._centre_all(logits)
+        target_shift_T = self._mix_in_place(logits, target)
+        # Differences to the local maximum are small where they matter, so one rounded constant takes them to log p.
+        student_T = (target.student.max_T - logits.student_shift_T) + target.student.sum_T.log()
+        target_T = (target.target.max_T - target_shift_T) + target.target.sum_T.log()
+        sums_TK = logits.student_TV.new_zeros((len(student_T), sum_count(self.config)))
+        forms = scale_T is not None and coefficient_is_one(self.config)
+        for rows, columns in tiles(logits.student_TV, self.elements):
+            p_TV = logits.student_TV[rows, columns].sub_(student_T[rows, None])
+            b_TV = logits.teacher_TV[rows, columns].sub_(target_T[rows, None])
+            sums_TK[rows] += torch.stack(take_terms(p_TV, b_TV, self.config), dim=1)
+            if forms:
+                b_TV.sub_(p_TV).mul_(-scale_T[rows, None])
+        return Work(sums_TK, logits, target, logits.teacher_TV if forms else None)
+
+    def gradient(self, work: Work, coefficient_T: torch.Tensor, scale_T: torch.Tensor) -> torch.Tensor:
+        """scale (c p - B) [T, V], in the teacher's buffer."""
+        if work.dlogits_TV is not None:
+            return work.dlogits_TV
+        p_TV, b_TV = work.logits.student_TV, work.logits.teacher_TV
+        scaled_T = scale_T * coefficient_T
+        for rows, columns in tiles(p_TV, self.elements):
+            b_TV[rows, columns].mul_(-scale_T[rows, None]).addcmul_(p_TV[rows, columns], scaled_T[rows, None])
+        return b_TV
+
+    def copy(self, logits: ChunkLogits) -> ChunkLogits:
+        """Student and teacher are copied; the partner is only read once it is centred."""
+        self._centre_all(logits)
+        return replace(logits, student_TV=logits.student_TV.clone(), teacher_TV=logits.teacher_TV.clone())
+
+    def _centre_all(self, logits: ChunkLogits) -> None:
+        """For logits whose statistics were taken from other buffers than these."""
+        if logits.student_shift_T is None:
+            logits.student_shift_T = self._centre(logits.student_TV)
+            logits.teacher_shift_T = self._centre(logits.teacher_TV)
+            logits.partner_shift_T = self._centre(logits.partner_TV)
+
+    def _centre(self, values_TV: torch.Tensor | None) -> torch.Tensor | None:
+        if values_TV is None:
+            return None
+        if not values_TV.shape[1]:
+            return values_TV.new_full((len(values_TV),), EMPTY_MAX)
+        max_T = values_TV.amax(1)
+        values_TV.sub_(max_T[:, None])
+        return max_T
+
+    def _partner(self, logits: ChunkLogits) -> tuple[torch.Tensor, torch.Tensor]:
+        if logits.partner_TV is None:
+            return logits.student_TV, logits.student_shift_T
+        return logits.partner_TV, logits.partner_shift_T
+
+    def _block(self, logits: ChunkLogits, rows: slice) -> torch.Tensor:
+        """Statistics of a few rows, one distribution after the other while they are in the cache."""
+        student_TV, teacher_TV = logits.student_TV[rows], logits.teacher_TV[rows]
+        parts = [centred_statistics(values_TV, self.elements, self._scratch) for values_TV in (student_TV, teacher_TV)]
+        if not self.config.interpolates:
+            return torch.cat(parts, dim=1)
+        weight, partner_TV, partner_shift_T = self.config.target_weight, student_TV, parts[0][:, 0]
+        if logits.partner_TV is not None:
+            partner_TV, partner_shift_T = logits.partner_TV[rows], logits.partner_shift_T[rows]
+        # The maximum of the interpolation is at most the same interpolation of the maxima: a look for it less.
+        mixed_TK = torch.stack(
+            (torch.lerp(parts[1][:, 0], partner_shift_T, weight), torch.zeros_like(partner_shift_T)), 1
+        )
+        for part, columns in tiles(partner_TV, self.elements):
+            ends = (teacher_TV[part, columns], partner_TV[part, columns])
+            mixed_TV = torch.lerp(*ends, weight, out=self._scratch.like(ends[0]))
+            mixed_TK[part, 1] += mixed_TV.exp_().sum(1)
+        return torch.cat((*parts, mixed_TK), dim=1)
+
+    def _mend_vanished(self, logits: ChunkLogits, mixed_TK: torch.Tensor) -> None:
+        """Far below its bound the sum vanishes: such rows, of extreme logits alone, are taken to their true maximum."""
+        partner_TV, _ = self._partner(logits)
+        if not partner_TV.shape[1]:
+            return
+        for row in (mixed_TK[:, 1] < _SMALLEST_SUM).nonzero().flatten().tolist():
+            row_V = torch.lerp(logits.teacher_TV[row], partner_TV[row], self.config.target_weight)
+            bound = mixed_TK[row, 0].clone()
+            mixed_TK[row, 0] += row_V.amax()
+            # Not the maximum itself: the rounded one, which sums() subtracts in the same way.
+            mixed_TK[row, 1] = row_V.sub_(mixed_TK[row, 0] - bound).exp_().sum()
+
+    def _mix_in_place(self, logits: ChunkLogits, target: Target) -> torch.Tensor:
+        """Turn the teacher's logits into the target's; returns their shift [T]."""
+        if not self.config.interpolates:
+            return logits.teacher_shift_T
+        partner_TV, partner_shift_T = self._partner(logits)
+        if partner_TV.is_cuda:
+            for rows, columns in tiles(partner_TV, self.elements):
+                teacher_TV = logits.teacher_TV[rows, columns]
+                teacher_TV.lerp_(partner_TV[rows, columns], target.weight_T[rows, None])
+        else:
+            for row in target.weight_T.nonzero().flatten().tolist():
+                logits.teacher_TV[row].lerp_(partner_TV[row], self.config.target_weight)
+        return torch.lerp(logits.teacher_shift_T, partner_shift_T, target.weight_T)

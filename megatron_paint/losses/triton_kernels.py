@@ -1,0 +1,218 @@
+"""Triton kernels for the elementwise passes: one program a row, running over the vocabulary block by block.
+
+Every lane keeps its own running values, which meet once at the end of the row: no reduction in the loop, and sums in as
+many parts as a block has lanes. Logits come in before the temperature, in any floating point type, and are float32 from
+there; -inf counts as -1e30, whose exponential is 0 and whose differences stay finite.
+The formulas are those of terms.py. Axes: T tokens (rows), V this rank's vocabulary columns.
+"""
+
+import triton
+import triton.language as tl
+
+_LOWEST = tl.constexpr(-1e30)
+_E = tl.constexpr(2.718281828459045)
+_NEAR = tl.constexpr(0.5)
+
+
+@triton.jit
+def _load(row_ptr, columns, inside, factor):
+    """Energies: factor is one over the temperature; those outside are -1e30."""
+    values = tl.load(row_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
+    return tl.maximum(values * factor, _LOWEST)
+
+
+@triton.jit
+def _lerp(start, end, weight):
+    """As torch.lerp: exact at both ends."""
+    return tl.where(weight < 0.5, start + weight * (end - start), end - (end - start) * (1.0 - weight))
+
+
+@triton.jit
+def _expm1_less(u):
+    """expm1(u) - u, with all its digits near 0: a series there, the plain difference elsewhere."""
+    v = tl.minimum(tl.maximum(u, -_NEAR), _NEAR)
+    series = 1.0 + v * (1.0 / 9.0) * (1.0 + v * (1.0 / 10.0))
+    series = 1.0 + v * (1.0 / 7.0) * (1.0 + v * (1.0 / 8.0) * series)
+    series = 1.0 + v * (1.0 / 5.0) * (1.0 + v * (1.0 / 6.0) * series)
+    series = 1.0 + v * (1.0 / 3.0) * (1.0 + v * (1.0 / 4.0) * series)
+    return tl.where(u == v, 0.5 * v * v * series, tl.exp(u) - 1.0 - u)
+
+
+@triton.jit
+def _log1p(w):
+    """log(1 + w) for w in (-1, 0], with all its digits near 0."""
+    t = w / (2.0 + w)
+    s = t * t
+    series = 1.0 / 9.0 + s * (1.0 / 11.0 + s * (1.0 / 13.0 + s * (1.0 / 15.0)))
+    series = 1.0 + s * (1.0 / 3.0 + s * (1.0 / 5.0 + s * (1.0 / 7.0 + s * series)))
+    return tl.where(w > -_NEAR, 2.0 * t * series, tl.log(1.0 + w))
+
+
+@triton.jit
+def _terms(x, y, u):
+    """x (expm1(u) - u), u = log y - log x; where expm1 could overflow, y - x (1 + u)."""
+    return tl.where(u > 1.0, y - x * (1.0 + u), x * _expm1_less(tl.minimum(u, 1.0)))
+
+
+@triton.jit
+def _grown(maximum, total, weighted, values, inside):
+    """A lane's softmax with one value more: maximum m, sum of exp(z - m), sum of exp(z - m) (z - m)."""
+    d = values - maximum
+    up = (d > 0.0) & inside
+    e = tl.where(inside, tl.exp(-tl.abs(d)), 0.0)
+    weighted = tl.where(up, e * (weighted - d * total), weighted + e * d)
+    total = tl.where(up, total * e + 1.0, total + e)
+    return tl.where(up, values, maximum), total, weighted
+
+
+@triton.jit
+def _met(maximum, total, weighted):
+    """All lanes' softmax in one."""
+    top = tl.max(maximum, axis=0)
+    shift = maximum - top
+    factor = tl.exp(shift)
+    return top, tl.sum(total * factor, axis=0), tl.sum(factor * (weighted + shift * total), axis=0)
+
+
+@triton.jit
+def statistics_kernel(
+    student_ptr,
+    teacher_ptr,
+    partner_ptr,
+    packed_ptr,
+    row_stride,
+    columns,
+    factor,
+    weight,
+    ratio,
+    MIXED: tl.constexpr,
+    FULL_TEACHER: tl.constexpr,
+    HEATED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """[T, 9] from one read of the logits: (maximum, sum, weighted sum) of student and teacher, (maximum, sum) of the
+    interpolation, and the sum of exp(ratio (z - maximum)) of the student (HEATED, else 0)."""
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    zero = tl.zeros([BLOCK], dtype=tl.float32)
+    s_max, t_max, q_max = zero + _LOWEST, zero + _LOWEST, zero + _LOWEST
+    s_sum, t_sum, q_sum, s_weighted, t_weighted, q_weighted, heated = zero, zero, zero, zero, zero, zero, zero
+    for start in range(0, columns, BLOCK):
+        place = start + lanes
+        inside = place < columns
+        student = _load(student_ptr + row * row_stride, place, inside, factor)
+        teacher = _load(teacher_ptr + row * row_stride, place, inside, factor)
+        if HEATED:
+            d = student - s_max
+            e = tl.where(inside, tl.exp(-tl.abs(d) * ratio), 0.0)
+            heated = tl.where((d > 0.0) & inside, heated * e + 1.0, heated + e)
+        s_max, s_sum, s_weighted = _grown(s_max, s_sum, s_weighted, student, inside)
+        t_max, t_sum, t_weighted = _grown(t_max, t_sum, t_weighted, teacher, inside)
+        if MIXED:
+            partner = student
+            if FULL_TEACHER:
+                partner = _load(partner_ptr + row * row_stride, place, inside, factor)
+            mixed = _lerp(teacher, partner, weight)
+            q_max, q_sum, q_weighted = _grown(q_max, q_sum, q_weighted, mixed, inside)
+    heated = tl.sum(heated * tl.exp((s_max - tl.max(s_max, axis=0)) * ratio), axis=0)
+    s_max, s_sum, s_weighted = _met(s_max, s_sum, s_weighted)
+    t_max, t_sum, t_weighted = _met(t_max, t_sum, t_weighted)
+    q_max, q_sum, q_weighted = _met(q_max, q_sum, q_weighted)
+    out = packed_ptr + row * 9
+    tl.store(out, s_max)
+    tl.store(out + 1, s_sum)
+    tl.store(out + 2, s_weighted)
+    tl.store(out + 3, t_max)
+    tl.store(out + 4, t_sum)
+    tl.store(out + 5, t_weighted)
+    tl.store(out + 6, q_max)
+    tl.store(out + 7, q_sum)
+    tl.store(out + 8, heated)
+
+
+@triton.jit
+def divergence_kernel(
+    student_ptr,
+    teacher_ptr,
+    partner_ptr,
+    normalisers_ptr,
+    sums_ptr,
+    dlogits_ptr,
+    row_stride,
+    dlogits_stride,
+    columns,
+    factor,
+    clip,
+    beta,
+    DIVERGENCE: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    MIXED: tl.constexpr,
+    FULL_TEACHER: tl.constexpr,
+    SUMS: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One read of the logits for the divergence's sums [T, 5] (SUMS), its gradient (GRADIENT: one write), or both.
+
+    normalisers [T, 7]: student's maximum and log-sum, the target's, lambda, the gradient's coefficient c and its scale.
+    dlogits may be the teacher's buffer.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    given = normalisers_ptr + row * 7
+    p_max, p_log, q_max, q_log = tl.load(given), tl.load(given + 1), tl.load(given + 2), tl.load(given + 3)
+    weight, coefficient, scale = tl.load(given + 4), tl.load(given + 5), tl.load(given + 6)
+    zero = tl.zeros([BLOCK], dtype=tl.float32)
+    first, second, third, fourth, fifth = zero, zero, zero, zero, zero
+    for start in range(0, columns, BLOCK):
+        place = start + lanes
+        inside = place < columns
+        student = _load(student_ptr + row * row_stride, place, inside, factor)
+        target = _load(teacher_ptr + row * row_stride, place, inside, factor)
+        if MIXED:
+            partner = student
+            if FULL_TEACHER:
+                partner = _load(partner_ptr + row * row_stride, place, inside, factor)
+            target = tl.where(weight == 0.0, target, _lerp(target, partner, weight))
+        log_p = (student - p_max) - p_log
+        log_q = (target - q_max) - q_log
+        p, q, u = tl.exp(log_p), tl.exp(log_q), log_p - log_q
+        if DIVERGENCE == "forward_kl":
+            b = q
+            if SUMS:
+                terms = _terms(q, p, u)
+                first += tl.where(inside, terms, 0.0)
+            if CLIPPED:
+                clipped = (u * q < -clip) & inside
+                b = tl.where(clipped, 0.0, q)
+                if SUMS:
+                    second += tl.where(inside, tl.where(clipped, clip + p - q, terms), 0.0)
+                    third += tl.where(inside, b, 0.0)
+                    fourth += tl.where(clipped, q, 0.0)
+                    fifth += tl.where(clipped, 1.0, 0.0)
+        elif DIVERGENCE == "reverse_kl":
+            b = -p * u
+            if SUMS:
+                first += tl.where(inside, _terms(p, q, -u), 0.0)
+        else:
+            low = -tl.abs(u)
+            share = tl.where(u > 0.0, beta, 1.0 - beta)
+            logarithm = _log1p((_expm1_less(low) + low) * share)
+            m = beta * q + (1.0 - beta) * p
+            u_p = logarithm - tl.minimum(u, 0.0)
+            b = p * u_p * (1.0 - beta)
+            if SUMS:
+                student_term = _terms(p, m, u_p)
+                target_term = _terms(q, m, tl.maximum(u, 0.0) + logarithm)
+                first += tl.where(inside, beta * target_term + (1.0 - beta) * student_term, 0.0)
+                second += tl.where(inside, student_term, 0.0)
+        if GRADIENT:
+            change = (scale * (coefficient * p - b)).to(dlogits_ptr.dtype.element_ty)
+            tl.store(dlogits_ptr + row * dlogits_stride + place, change, mask=inside)
+    if SUMS:
+        out = sums_ptr + row * 5
+        tl.store(out, tl.sum(first, axis=0))
+        tl.store(out + 1, tl.sum(second, axis=0))
+        tl.store(out + 2, tl.sum(third, axis=0))
+        tl.store(out + 3, tl.sum(fourth, axis=0))
+        tl.store(out + 4, tl.sum(fifth, axis=0))

@@ -1,0 +1,133 @@
+"""The elementwise work on a chunk of logits in Triton: one read for the statistics, one read and one write for dz.
+
+A plain forward KL takes its sums and its gradient in one pass; the other divergences' gradients need their sums over
+the whole vocabulary first, which costs one more read of the logits, and no more memory.
+Axes: T tokens, V this rank's vocabulary columns, K packed statistics or sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from megatron_paint.losses.config import InterpolationLossConfig
+from megatron_paint.losses.gemm import inverse
+from megatron_paint.losses.passes import ChunkLogits, Target, Work
+from megatron_paint.losses.statistics import TokenQuery, token_logits
+from megatron_paint.losses.terms import coefficient_is_one, sum_count
+from megatron_paint.losses.triton_kernels import divergence_kernel, statistics_kernel
+
+# Lanes of a program: 8 values a thread at 8 warps, which keeps every running value in registers.
+_BLOCK = 2048
+_WARPS = 8
+
+
+class TritonPasses:
+    """Implements `passes.Passes`; dlogits_dtype: what the products with the gradient take."""
+
+    divides_by_temperature = True
+
+    def __init__(self, config: InterpolationLossConfig, *, dlogits_dtype: torch.dtype, block: int = _BLOCK) -> None:
+        self.config, self.dlogits_dtype, self.block = config, dlogits_dtype, block
+        self.factor = inverse(config.temperature, torch.float32)
+
+    def statistics(self, logits: ChunkLogits, query: TokenQuery | None) -> torch.Tensor:
+        """[T, K], as passes.split_statistics cuts it."""
+        student_TV = logits.student_TV
+        mixed, heated = self.config.interpolates, query is not None and query.ratio != 1.0
+        packed_TK = student_TV.new_empty((len(student_TV), 9), dtype=torch.float32)
+        if len(student_TV):
+            statistics_kernel[(len(student_TV),)](
+                *_pointers(logits),
+                packed_TK,
+                student_TV.stride(0),
+                student_TV.shape[1],
+                self.factor,
+                self.config.target_weight,
+                query.ratio if heated else 1.0,
+                MIXED=mixed,
+                FULL_TEACHER=logits.partner_TV is not None,
+                HEATED=heated,
+                BLOCK=self.block,
+                num_warps=_WARPS,
+            )
+        parts = [packed_TK[:, : 8 if mixed else 6]]
+        if query is not None:
+            logit_T = packed_TK.new_zeros(len(packed_TK))
+            if student_TV.shape[1]:
+                logit_T = token_logits(student_TV, query).float() * self.factor
+            parts += [logit_T[:, None], packed_TK[:, 8:] if heated else packed_TK.new_zeros((len(packed_TK), 1))]
+        return torch.cat(parts, dim=1)
+
+    def sums(self, logits: ChunkLogits, target: Target, scale_T: torch.Tensor | None) -> Work:
+        """This rank's part of the sums, and the gradient where it does not wait for them."""
+        sums_TK = logits.student_TV.new_empty((len(logits.student_TV), 5), dtype=torch.float32)
+        dlogits_TV = None
+        if scale_T is not None and coefficient_is_one(self.config):
+            dlogits_TV = self._buffer(logits)
+        self._run(logits, target, None, scale_T, sums_TK=sums_TK, dlogits_TV=dlogits_TV)
+        return Work(sums_TK[:, : sum_count(self.config)].contiguous(), logits, target, dlogits_TV)
+
+    def gradient(self, work: Work, coefficient_T: torch.Tensor, scale_T: torch.Tensor) -> torch.Tensor:
+        """scale (c p - B) [T, V], in the teacher's buffer where the types agree."""
+        if work.dlogits_TV is not None:
+            return work.dlogits_TV
+        dlogits_TV = self._buffer(work.logits)
+        self._run(work.logits, work.target, coefficient_T, scale_T, sums_TK=None, dlogits_TV=dlogits_TV)
+        return dlogits_TV
+
+    def copy(self, logits: ChunkLogits) -> ChunkLogits:
+        """Logits are only read, but for the teacher's where the gradient takes their place."""
+        takes_place = logits.teacher_TV.dtype == self.dlogits_dtype
+        return replace(logits, teacher_TV=logits.teacher_TV.clone()) if takes_place else logits
+
+    def _buffer(self, logits: ChunkLogits) -> torch.Tensor:
+        if logits.teacher_TV.dtype == self.dlogits_dtype:
+            return logits.teacher_TV
+        return torch.empty_like(logits.teacher_TV, dtype=self.dlogits_dtype)
+
+    def _run(
+        self,
+        logits: ChunkLogits,
+        target: Target,
+        coefficient_T: torch.Tensor | None,
+        scale_T: torch.Tensor | None,
+        *,
+        sums_TK: torch.Tensor | None,
+        dlogits_TV: torch.Tensor | None,
+    ) -> None:
+        student_TV, config = logits.student_TV, self.config
+        if not len(student_TV):
+            return
+        one_T = torch.ones_like(target.weight_T)
+        columns = (target.student.max_T, target.student.sum_T.log(), target.target.max_T, target.target.sum_T.log())
+        columns += (target.weight_T, *(one_T if part is None else part for part in (coefficient_T, scale_T)))
+        normalisers_TK = torch.stack([column_T.float() for column_T in columns], dim=1)
+        divergence_kernel[(len(student_TV),)](
+            *_pointers(logits),
+            normalisers_TK,
+            normalisers_TK if sums_TK is None else sums_TK,
+            student_TV if dlogits_TV is None else dlogits_TV,
+            student_TV.stride(0),
+            student_TV.stride(0) if dlogits_TV is None else dlogits_TV.stride(0),
+            student_TV.shape[1],
+            self.factor,
+            float(config.clip or 0.0),
+            float(config.jsd_beta),
+            DIVERGENCE=config.divergence,
+            CLIPPED=config.clip is not None,
+            MIXED=config.interpolates,
+            FULL_TEACHER=logits.partner_TV is not None,
+            SUMS=sums_TK is not None,
+            GRADIENT=dlogits_TV is not None,
+            BLOCK=self.block,
+            num_warps=_WARPS,
+        )
+
+
+def _pointers(logits: ChunkLogits) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The buffers, which have one row stride: the same product made them."""
+    partner_TV = logits.student_TV if logits.partner_TV is None else logits.partner_TV
+    assert logits.student_TV.stride() == logits.teacher_TV.stride() == partner_TV.stride()
+    return logits.student_TV, logits.teacher_TV, partner_TV

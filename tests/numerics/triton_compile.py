@@ -1,0 +1,38 @@
+"""Compiles the Triton kernels for a Hopper GPU, on any machine; exits with an error where one does not."""
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from megatron_paint.losses.triton_kernels import divergence_kernel, statistics_kernel
+
+TARGET = GPUTarget("cuda", 90, 32)
+BLOCK = 2048
+
+
+def compile_kernel(kernel, pointers: dict[str, str], **constants) -> None:
+    signature = {}
+    for name in kernel.arg_names:
+        if name in pointers:
+            signature[name] = pointers[name]
+        elif name.isupper():
+            signature[name] = "constexpr"
+        else:
+            signature[name] = "i32" if name.endswith(("stride", "columns")) else "fp32"
+    source = ASTSource(fn=kernel, signature=signature, constexprs={**constants, "BLOCK": BLOCK})
+    assert triton.compile(source, target=TARGET, options={"num_warps": 8}).asm["cubin"]
+
+
+def main() -> None:
+    for logits, gradient, full in (("*fp32", "*bf16", True), ("*bf16", "*fp32", False)):
+        pointers = {name: logits for name in ("student_ptr", "teacher_ptr", "partner_ptr")}
+        statistics = {"MIXED": True, "FULL_TEACHER": full, "HEATED": full}
+        compile_kernel(statistics_kernel, pointers | {"packed_ptr": "*fp32"}, **statistics)
+        pointers |= {"normalisers_ptr": "*fp32", "sums_ptr": "*fp32", "dlogits_ptr": gradient}
+        for divergence, clipped in (("forward_kl", full), ("reverse_kl", False), ("jsd", False)):
+            flags = {"CLIPPED": clipped, "MIXED": True, "FULL_TEACHER": full, "SUMS": True, "GRADIENT": True}
+            compile_kernel(divergence_kernel, pointers, DIVERGENCE=divergence, **flags)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Runs the Triton kernels under Triton's interpreter and writes what it measured: the interpreter is per process.
+
+Axes: T tokens, V vocabulary columns, H hidden.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import losses_compare
+import torch
+from losses_cases import CASES
+from losses_compare import relative
+
+from megatron_paint.losses import InterpolationLossConfig, WholeVocab, fused_interpolation_loss, triton_passes
+from megatron_paint.losses.passes import ChunkLogits, Target, split_statistics
+from megatron_paint.losses.statistics import Softmax, query_tokens
+from megatron_paint.losses.terms import finish
+from megatron_paint.losses.torch_passes import TorchPasses
+
+# 48 columns in blocks of 16 or, with padding in the last one, 32.
+BLOCKS = (16, 32)
+CASE_NAMES = (
+    "forward",
+    "clipped",
+    "clipped-cut-skip",
+    "clipped-cut-full-teacher",
+    "clipped-padded",
+    "reverse-cut-most",
+    "reverse-random-skip-reweight",
+    "jsd",
+    "jsd-cut-full-teacher",
+    "jsd-threshold",
+    "hot",
+    "own-teacher-weight",
+    "one-token-chunks",
+)
+DIVERGENCES = {
+    "forward": {},
+    "clipped": {"clip": 0.05},
+    "reverse": {"divergence": "reverse_kl"},
+    "jsd": {"divergence": "jsd", "jsd_beta": 0.3},
+}
+LOGITS = ("float32", "bfloat16", "float16", "masked", "extreme", "identical")
+
+
+def measure_cases() -> dict[str, dict[str, float]]:
+    """The fused loss's errors against the dense one, case by case, with kernel="triton"."""
+    losses_compare.fused_interpolation_loss = partial(fused_interpolation_loss, kernel="triton")
+    found = {}
+    for index, name in enumerate(CASE_NAMES):
+        triton_passes.TritonPasses.__init__.__kwdefaults__["block"] = BLOCKS[index % 2]
+        case = CASES[name]
+        errors = losses_compare.measure_case(case, torch.float32, WholeVocab(valid_size=case.valid_size), slice(None))
+        found[name] = {key: value for key, value in errors.items() if key.startswith("fused")}
+    return found
+
+
+def make_logits(kind: str, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Student's and teacher's logits [4, V] of one kind."""
+    generator = torch.Generator().manual_seed(columns)
+    student_TV = torch.randn(4, columns, generator=generator) * 3.0
+    teacher_TV = student_TV + torch.randn(4, columns, generator=generator) * 0.5
+    if kind == "masked" and columns > 2:
+        student_TV[:, 1::3] = teacher_TV[:, 1::3] = -torch.inf
+    if kind == "extreme":
+        student_TV, teacher_TV = ((torch.rand(2, 4, columns, generator=generator) - 0.5) * 2e4).unbind(0)
+    if kind == "identical":
+        teacher_TV = student_TV.clone()
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(kind, torch.float32)
+    return student_TV.to(dtype), teacher_TV.to(dtype)
+
+
+def measure_kernels(kind: str, divergence: str, columns: int) -> dict[str, float]:
+    """Statistics, sums and gradient of Triton's passes against torch's in float64 on the same logits."""
+    config = InterpolationLossConfig(**DIVERGENCES[divergence], weight=0.3)
+    student_TV, teacher_TV = make_logits(kind, columns)
+    weight_T = torch.tensor([0.0, 0.3, 0.3, 0.0], dtype=torch.float64)
+    half = kind == "bfloat16"
+    results = []
+    for exact in (False, True):
+        dtype = torch.float64 if exact else student_TV.dtype
+        parts = [values_TV.to(dtype, copy=True) for values_TV in (student_TV, teacher_TV)]
+        if exact:
+            passes = TorchPasses(config, elements=7)
+            parts = [(part_TV / config.temperature).clamp(min=-1e30) for part_TV in parts]
+        else:
+            made = torch.bfloat16 if half else torch.float32
+            passes = triton_passes.TritonPasses(config, dlogits_dtype=made, block=16)
+        logits = ChunkLogits(student_TV=parts[0], teacher_TV=parts[1], partner_TV=None)
+        query = query_tokens(torch.tensor([0, 2, 3, 5]) % columns, start=0, columns=columns, ratio=0.7)
+        found = split_statistics(passes.statistics(logits, query), mixed=True, token=True)
+        student, teacher = (Softmax(part[:, 0], part[:, 1]) for part in (found.student, found.teacher))
+        mixed = Softmax(found.mixed[:, 0], found.mixed[:, 1])
+        chosen = weight_T > 0
+        target = Softmax(*(torch.where(chosen, a, b) for a, b in zip(mixed, teacher, strict=True)))
+        scale_T = torch.linspace(0.5, 2.0, 4, dtype=torch.float64 if exact else torch.float32)
+        work = passes.sums(logits, Target(student, target, weight_T.to(scale_T.dtype)), scale_T)
+        outcome = finish(work.sums_TK, config)
+        dlogits_TV = passes.gradient(work, outcome.coefficient_T, scale_T)
+        lse = [total.max_T + total.sum_T.log() for total in (student, teacher, target)]
+        entropy_T = student.sum_T.log() - found.student[:, 2] / student.sum_T
+        results.append((torch.stack([*lse, entropy_T]), found.token, torch.stack(outcome[:2]), dlogits_TV))
+    (lse, token, outcome, dlogits_TV), wanted = results
+    tensors = (lse, token, outcome, dlogits_TV.float())
+    names = ("normalisers", "token", "outcome", "gradient")
+    finite = all(bool(torch.isfinite(part).all()) for part in tensors)
+    errors = {name: relative(got, want) for name, got, want in zip(names, tensors, wanted, strict=True)}
+    return errors | {
+        "finite": float(finite),
+        "largest": float(dlogits_TV.abs().max()),
+        "loss": float(outcome.abs().max()),
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    kernels = {
+        f"{kind} {divergence} {columns}": measure_kernels(kind, divergence, columns)
+        for kind in LOGITS
+        for divergence in DIVERGENCES
+        for columns in ((1, 16, 37) if kind == "float32" else (37,))
+    }
+    Path(sys.argv[1]).write_text(json.dumps({"cases": measure_cases(), "kernels": kernels}))
+
+
+if __name__ == "__main__":
+    main()
