@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from megatron_paint.config import Settings
+from megatron_paint.convert.hf_reader import HuggingFaceReader
 from megatron_paint.errors import UserError
 from megatron_paint.evaluation.grading import grade
-from megatron_paint.mcore.hf_checkpoint import HuggingFaceReader
 from megatron_paint.problems import LoadedProblems, ProblemSet, PromptLimit, load_held_out, load_problems
 from megatron_paint.prompts import Prompts
 from megatron_paint.qwen3 import Qwen3Shape

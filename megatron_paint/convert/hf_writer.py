@@ -1,4 +1,4 @@
-"""Safetensors shards of a Hugging Face folder, laid out before the first byte, so that any process can fill any part."""
+"""Safetensors shards of a Hugging Face folder, laid out before the first byte, so that any process fills any part."""
 
 import json
 import math
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_paint.convert.hf_reader import DTYPES, INDEX, SINGLE, TensorPlace
+from megatron_paint.errors import UserError
 
 SHARD_BYTES = 5 * 10**9  # as Hugging Face's own tools
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -104,12 +105,23 @@ class RowWriter:
 
 def write_index(folder: Path, layout: Layout) -> None:
     """The index of a checkpoint in several files; none where there is one."""
-    if len(layout.sizes) == 1:
-        return
-    weight_map = {name: place.file for name, place in sorted(layout.places.items())}
-    parameters = sum(math.prod(place.shape) for place in layout.places.values())
-    index = {"metadata": {"total_parameters": parameters, "total_size": layout.nbytes}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    _write_index(folder, {name: place.file for name, place in layout.places.items()}, layout.nbytes)
+
+
+def name_shards(folder: Path, written: Mapping[str, Mapping[str, int]]) -> None:
+    """Gives files that were written under other names ({file: {tensor: bytes}}) their final ones, and an index."""
+    file_of = {}
+    for number, file in enumerate(sorted(written), start=1):
+        final = SINGLE if len(written) == 1 else f"model-{number:05d}-of-{len(written):05d}.safetensors"
+        os.replace(folder / file, folder / final)
+        file_of |= dict.fromkeys(written[file], final)
+    _write_index(folder, file_of, sum(size for tensors in written.values() for size in tensors.values()))
+
+
+def _write_index(folder: Path, file_of: Mapping[str, str], nbytes: int) -> None:
+    if len(set(file_of.values())) > 1:
+        index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(file_of.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def copy_companions(source: Path, folder: Path, *, dtype: torch.dtype) -> None:
@@ -117,10 +129,13 @@ def copy_companions(source: Path, folder: Path, *, dtype: torch.dtype) -> None:
 
     config.json then names `dtype`, under the key that the source had (`torch_dtype` in transformers 4, `dtype` in 5).
     """
-    for path in sorted(Path(source).iterdir()):
-        if path.is_file() and path.suffix not in WEIGHTS and path.name != INDEX and not path.name.startswith("."):
-            shutil.copyfile(path, folder / path.name)
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        paths = [path for path in sorted(source.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.hf_path: {source} cannot be read ({error}); an export copies from it") from error
+    for path in paths:
+        if path.suffix not in WEIGHTS and path.name != INDEX:
+            shutil.copyfile(path, folder / path.name)  # the content and not the permissions
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

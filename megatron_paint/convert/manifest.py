@@ -12,7 +12,7 @@ MANIFEST = "conversion.json"
 
 
 def write_manifest(folder: Path, *, source: Path, tensors: Mapping[str, Mapping[str, Any]]) -> None:
-    """Writes the manifest into a checkpoint; the config goes with it, so that its sizes are known without the source."""
+    """Writes the manifest into a checkpoint; the config goes with it, so that its sizes stand there too."""
     content = {
         "made_by": f"megatron_paint {__version__}",
         "source": str(source),

@@ -107,7 +107,7 @@ class MegatronSource:
             stored = self.reader.tensors[key]
             if stored.shape != shape:
                 raise UserError(
-                    f"{self.folder}: {key} has shape {stored.shape}, {self.shape.source} says {shape}; it is another model"
+                    f"{self.folder}: {key} has shape {stored.shape}, {self.shape.source} says {shape}; another model"
                 )
             held = sum(math.prod(piece.sizes) for piece in stored.pieces)
             if held != math.prod(shape):

@@ -1,7 +1,6 @@
 """Megatron -> Hugging Face: a folder that `transformers` and vLLM load as it is, a few tensors at a time."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_paint.convert.adapters import ADAPTER_FILE, adapter_stem, write_config
 from megatron_paint.convert.hf_reader import INDEX, SINGLE, HuggingFaceReader
 from megatron_paint.convert.hf_writer import (
     SHARD_BYTES,
@@ -129,7 +129,7 @@ class ToAdapter:
         source = MegatronSource(self.source, read_shape(self.base))
         for name in source.entry_of:
             if (pair := source.adapter(name)) is not None:
-                stem = adapter_stem(name)
+                stem = adapter_stem(name.removesuffix(".weight"))
                 yield f"{stem}.lora_A.weight", pair[0]
                 yield f"{stem}.lora_B.weight", pair[1]
 
@@ -144,31 +144,4 @@ class ToAdapter:
 
     def finish(self, folder: Path, records: Sequence[dict[str, Any]]) -> None:
         lora = MegatronSource(self.source, read_shape(self.base)).lora
-        config = adapter_config(rank=lora.rank, alpha=lora.alpha, base=str(self.base))
-        (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def adapter_stem(name: str) -> str:
-    """PEFT's name of the module behind a weight."""
-    return f"base_model.model.{name.removesuffix('.weight')}"
-
-
-def adapter_config(*, rank: int, alpha: float, base: str) -> dict[str, Any]:
-    """PEFT's description of our adapters."""
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-        "target_modules": list(PROJECTIONS),
-    }
+        write_config(folder, rank=lora.rank, alpha=lora.alpha, base=str(self.base))

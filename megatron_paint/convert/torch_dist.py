@@ -226,7 +226,7 @@ def _check_piece(piece: Piece, key: str, shape: tuple[int, ...], folder: Path, s
         sizes[piece.file] = path.stat().st_size
     if not 0 <= piece.start <= piece.start + piece.length <= sizes[piece.file]:
         raise UserError(f"{folder / piece.file} is truncated: it ends before the piece of {key}; copy it again")
-    inside = all(0 <= o and s > 0 and o + s <= n for o, s, n in zip(piece.offsets, piece.sizes, shape, strict=True))
+    inside = all(o >= 0 and s > 0 and o + s <= n for o, s, n in zip(piece.offsets, piece.sizes, shape, strict=True))
     if not inside:
         raise ValueError(f"a piece of {key} lies outside the tensor")
 

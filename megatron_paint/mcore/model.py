@@ -129,7 +129,7 @@ def transformer_config(shape: Qwen3Shape, model: ModelSettings, megatron: Megatr
 
 
 def _expert_settings(shape: Qwen3Shape, megatron: MegatronSettings) -> dict:
-    """Qwen3's router: float32 softmax over the chosen experts (or over all where they are not normalised), no losses."""
+    """Qwen3's router: float32 softmax over the chosen experts (over all where not normalised), no losses."""
     return {
         "expert_model_parallel_size": megatron.expert_model_parallel_size,
         "num_moe_experts": shape.num_experts,

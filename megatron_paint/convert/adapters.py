@@ -1,0 +1,30 @@
+"""PEFT's folder of a LoRA adapter: names, files and description."""
+
+import json
+from pathlib import Path
+
+ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def adapter_stem(name: str) -> str:
+    """PEFT's name of what belongs to a module of the model."""
+    return f"base_model.model.{name}"
+
+
+def write_config(folder: Path, *, rank: int, alpha: float, base: str) -> None:
+    """Describes adapters of this rank and alpha on all seven projections of the model at `base`."""
+    content = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "target_modules": list(PROJECTIONS),
+    }
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
