@@ -57,8 +57,8 @@ def make_plan(settings: Settings, *, processes: int) -> Plan:
     engine_environment(megatron)
     tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
     for size, what in (
-        (shape.num_groups, "key-value groups"),
         (shape.num_heads, "attention heads"),
+        (shape.num_groups, "key-value groups"),
         (shape.ffn_size, "feed-forward size"),
         (shape.vocab_size, "vocabulary size"),
     ):

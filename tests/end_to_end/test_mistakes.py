@@ -126,7 +126,7 @@ def test_layout(capsys, setup, mistake):
 
 
 SIZES = {
-    "TP does not divide the heads": ({"num_key_value_heads": 4, "num_attention_heads": 6}, 4, "attention heads, 6"),
+    "TP does not divide the heads": ({"num_attention_heads": 6}, 4, "attention heads, 6"),
     "TP does not divide the feed-forward size": ({"intermediate_size": 63}, 2, "feed-forward size, 63"),
     "TP does not divide the vocabulary": ({"vocab_size": 265}, 2, "vocabulary size, 265"),
 }
@@ -220,6 +220,13 @@ def _change_config(model, **values):
 CONFIGS = {
     "not a Qwen3": ({"model_type": "llama"}, "'llama'"),
     "sliding window": ({"use_sliding_window": True}, "sliding-window"),
+    "heads that no group divides": ({"num_attention_heads": 5}, "5 heads"),
+    "a size of 0": ({"hidden_size": 0}, "hidden_size=0"),
+    "a size that is text": ({"num_hidden_layers": "many"}, "not a Qwen3 config"),
+    "a mixture of experts": (
+        {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
+        "mixture of experts",
+    ),
     "attention bias": ({"attention_bias": True}, "attention_bias"),
     "other sizes than the weights": ({"intermediate_size": 128}, "shape"),
     "one layer too many": ({"num_hidden_layers": 3}, "lacks model.layers.2"),
