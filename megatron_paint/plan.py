@@ -6,7 +6,7 @@ from pathlib import Path
 from megatron_paint.apex import refuse_foreign_apex
 from megatron_paint.config import Settings
 from megatron_paint.errors import UserError
-from megatron_paint.hardware import engine_environment, use_transformer_engine
+from megatron_paint.hardware import engine_environment, loss_kernel, triton_is_lacking, use_transformer_engine
 from megatron_paint.qwen3 import Qwen3Shape, read_shape
 
 # Bytes of activations a token and layer keep for backward, per hidden unit, in 2-byte types without recomputation:
@@ -25,6 +25,7 @@ class Plan:
     pipeline_parallel: int
     data_parallel: int
     uses_engine: bool
+    kernel: str  # who does the loss's elementwise work
     memory: dict[str, float]
 
     def lines(self, settings: Settings) -> list[str]:
@@ -41,6 +42,9 @@ class Plan:
             f"a stage, {shape.vocab_size // self.tensor_parallel:,} vocabulary rows a rank",
             f"layers     {'Transformer Engine' if self.uses_engine else 'plain torch'}, {settings.model.dtype}"
             f"{f', FP8 {settings.megatron.fp8} {settings.megatron.fp8_recipe}' if settings.megatron.fp8 else ''}",
+            f"loss       elementwise work by {self.kernel}"
+            f"{f' ({triton_is_lacking()})' if self.kernel == 'torch' and triton_is_lacking() else ''}, chunks of "
+            f"{_size(settings.objective.chunk_bytes)}",
             f"step       {problems} problems, about {problems / self.data_parallel:g} a replica, micro-batches of at "
             f"most {settings.data.micro_batch_tokens:,} tokens; {settings.run.steps} steps",
         ]
@@ -92,6 +96,7 @@ def make_plan(settings: Settings, *, processes: int) -> Plan:
         pipeline_parallel=pp,
         data_parallel=dp,
         uses_engine=use_transformer_engine(megatron),
+        kernel=loss_kernel(settings.objective.kernel),
         memory=_memory(settings, shape, tp=tp, pp=pp, dp=dp),
     )
 

@@ -2,6 +2,7 @@
 
 from megatron_paint.config import Settings
 from megatron_paint.errors import UserError
+from megatron_paint.hardware import loss_kernel
 from megatron_paint.losses import InterpolationLossConfig
 from megatron_paint.objectives.losses import DistillationLoss
 from megatron_paint.policy import Policy
@@ -19,7 +20,7 @@ def self_check(settings: Settings, policy: Policy, problems: ProblemSet, prompts
         config=InterpolationLossConfig(positions="none", temperature=settings.objective.loss.temperature),
         chunk_bytes=settings.objective.chunk_bytes,
         token_temperature=1.0,
-        kernel=settings.objective.kernel,
+        kernel=loss_kernel(settings.objective.kernel),
     )
     samples = [_own_sample(problem, settings, prompts) for problem in problems.batch(1)[:PROBLEMS]]
     try:

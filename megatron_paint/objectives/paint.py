@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 
 from megatron_paint.config import Settings
+from megatron_paint.hardware import loss_kernel
 from megatron_paint.keys import derive_key
 from megatron_paint.objectives.losses import DistillationLoss
 from megatron_paint.overlap import MaskerPool
@@ -35,7 +36,7 @@ class Paint:
         self.loss = DistillationLoss(
             config=settings.objective.loss,
             chunk_bytes=settings.objective.chunk_bytes,
-            kernel=settings.objective.kernel,
+            kernel=loss_kernel(settings.objective.kernel),
             token_temperature=settings.rollout.temperature or 1.0,
         )
 

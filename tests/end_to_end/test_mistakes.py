@@ -95,6 +95,7 @@ OVERRIDES = {
     "prompt longer than the context": ("rollout.max_new_tokens=1000", "problems.jsonl:1"),
     "prompt of an evaluation longer than the context": ("evaluation.max_new_tokens=1000", "evaluation.max_new_tokens"),
     "FP8 without Transformer Engine": ("megatron={fp8: hybrid}", "megatron.fp8"),
+    "Triton without a GPU": ("objective.kernel=triton", "no CUDA device"),
     "GPU setting without a GPU": ("megatron.transformer_impl=transformer_engine", "no CUDA device"),
     "sequence parallelism alone": ("megatron.sequence_parallel=true", "megatron.sequence_parallel"),
     "sgd with a sharded state": ("optimizer.name=sgd", "use_distributed_optimizer"),
