@@ -27,7 +27,10 @@ class Paint:
         self.settings = settings
         self.prompts = prompts
         self.pool = pool
-        self.replay = ReplayEngine(settings.rollout.path) if settings.rollout.engine == "replay" else None
+        self.stop_ids = frozenset(prompts.tokenizer.stop_ids)
+        self.replay = None
+        if settings.rollout.engine == "replay":
+            self.replay = ReplayEngine(settings.rollout.path, stop_ids=self.stop_ids)
         # Greedy log-probabilities are taken at temperature 1.
         self.loss = DistillationLoss(
             config=settings.objective.loss,
@@ -69,7 +72,7 @@ class Paint:
             temperature=rollout.temperature,
             top_p=rollout.top_p,
             top_k=rollout.top_k,
-            stop_ids=frozenset(self.prompts.tokenizer.stop_ids),
+            stop_ids=self.stop_ids,
         )
         return policy.generate(requests, sampling)
 

@@ -1,7 +1,7 @@
 """The same rollouts again, read from a file: for debugging, tests and offline data.
 
 One JSON object a line: {"id", "step", "sample", "response_ids"}, with "finished" where it is known; a line without
-"sample" is sample 0, so that the sample files of a run folder can be replayed.
+"sample" is sample 0. The sample files of a run folder are such files.
 """
 
 import json

@@ -70,16 +70,19 @@ def sample_lines(report: StepReport, *, decode: Callable[[Sequence[int]], str]) 
     """The lines of samples/step_*.jsonl, in the order of the samples.
 
     decode: token ids -> text, special tokens kept. `loss` is in nats per token that carries loss, 0 without any;
-    `overlap` and `reveal` are null, and `anchors` is empty, for a sample without a reveal.
+    `overlap` and `reveal` are null, and `anchors` is empty, for a sample without a reveal; `finished` is null for a
+    response that was not sampled. A file of these lines, or a folder of such files, can be replayed.
     """
     return [
         {
             "id": sample.problem.id,
             "step": report.step,
+            "sample": sample.sample_index,
             "student_prompt_ids": list(sample.student_prompt_ids),
             "teacher_prompt_ids": _list(sample.teacher_prompt_ids),
             "response_ids": list(sample.response_ids),
             "response_text": decode(list(sample.response_ids)),
+            "finished": None if sample.rollout is None else sample.rollout.finished,
             "overlap": None if sample.reveal is None else sample.reveal.overlap.score,
             "anchors": [] if sample.reveal is None else _anchors(sample.reveal),
             "reveal": None if sample.reveal is None else _reveal(sample.reveal),
