@@ -50,5 +50,5 @@ setup(
         "gpu": ["transformer-engine[pytorch,core_cu13]>=2.14", "triton>=3"],
         "tensorboard": ["tensorboard>=2.16"],
     },
-    entry_points={"console_scripts": ["megatron-paint = megatron_paint.cli:main"]},
+    entry_points={"console_scripts": ["megatron-paint = megatron_paint.__main__:run"]},
 )

@@ -103,7 +103,7 @@ def _check_first(settings: "Settings", processes: int, options: argparse.Namespa
     from megatron_paint.sources import check_sources
 
     plan = _plan(settings, processes)
-    notes = check_sources(settings, plan.shape)
+    notes = check_sources(settings, plan.shape, run_folder=not options.self_check)
     if options.dry_run:
         print("\n".join([*plan.lines(settings), *notes]))
 

@@ -141,6 +141,7 @@ class OptimizerSettings:
     lr: Annotated[Positive, setting("peak learning rate")] = 5.0e-6
     min_lr: Annotated[Number, setting("learning rate at the end of linear and cosine decay", ge=0)] = 0.0
     decay: Annotated[Literal["constant", "linear", "cosine"], setting("shape after the warm-up")] = "constant"
+    decay_steps: Annotated[Count | None, setting("step at which the decay reaches min_lr; null: run.steps")] = None
     warmup_steps: Annotated[Whole, setting("steps of linear rise", ge=0)] = 0
     beta1: Annotated[Number, setting("first moment's decay", ge=0, lt=1)] = 0.9
     beta2: Annotated[Number, setting("second moment's decay", ge=0, lt=1)] = 0.999

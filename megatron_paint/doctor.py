@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_paint.run.writing import to_json
+from megatron_paint.run.strict_json import to_json
 
 Status = Literal["ok", "missing", "broken", "low"]
 GIB = 1 << 30

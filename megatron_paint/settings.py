@@ -81,6 +81,16 @@ def _contradictions(settings: Settings) -> list[tuple[bool, str]]:
             f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}; it is where the decay ends",
         ),
         (
+            optimizer.decay_steps is not None and optimizer.decay == "constant",
+            f"optimizer.decay_steps={optimizer.decay_steps} is where a decay ends, but optimizer.decay=constant; leave "
+            "it out, or set decay to linear or cosine",
+        ),
+        (
+            optimizer.decay_steps is not None and optimizer.decay_steps <= optimizer.warmup_steps,
+            f"optimizer.decay_steps={optimizer.decay_steps} must lie after optimizer.warmup_steps="
+            f"{optimizer.warmup_steps}, where the decay begins: {optimizer.warmup_steps + 1} or more",
+        ),
+        (
             optimizer.name == "sgd" and megatron.use_distributed_optimizer,
             "optimizer.name=sgd has no state to shard: set megatron.use_distributed_optimizer=false",
         ),

@@ -63,13 +63,14 @@ def load_prompts(settings: Settings, shape: Qwen3Shape) -> Prompts:
     return Prompts(settings.prompts, tokenizer)
 
 
-def check_sources(settings: Settings, shape: Qwen3Shape) -> tuple[str, ...]:
-    """Everything that can be wrong with what a run reads and with where it writes, found without a model."""
+def check_sources(settings: Settings, shape: Qwen3Shape, *, run_folder: bool = True) -> tuple[str, ...]:
+    """Everything that can be wrong with what a run reads and, with `run_folder`, where it writes; needs no model."""
     HuggingFaceReader(settings.model.hf_path, shape)
     sources = load_sources(settings, shape)
     if settings.rollout.engine == "replay":
         ReplayEngine(settings.rollout.path)
-    RunFolder(settings.run.dir).check(settings)
+    if run_folder:
+        RunFolder(settings.run.dir).check(settings)
     held_out = f", {len(sources.held_out):,} held-out problems" if sources.held_out else ""
     return (f"data       {len(sources.problems):,} training problems{held_out}", *sources.notes)
 

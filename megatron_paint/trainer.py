@@ -1,75 +1,103 @@
 """The training loop: problems in, a Hugging Face checkpoint out. Every rank runs it; rank 0 writes and speaks."""
 
 import os
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_paint.config import Settings
+from megatron_paint.disk import write_atomically
 from megatron_paint.errors import UserError
-from megatron_paint.evaluation.evaluator import Evaluator
+from megatron_paint.evaluation.evaluator import Answers, Evaluator
 from megatron_paint.evaluation.grading import GradingPool
-from megatron_paint.losses import InterpolationLossConfig
 from megatron_paint.objectives import Paint, Sft, make_objective
-from megatron_paint.objectives.losses import DistillationLoss
 from megatron_paint.overlap import MaskerPool
 from megatron_paint.policy import Policy
 from megatron_paint.problems import ProblemSet
 from megatron_paint.prompts import Prompts
-from megatron_paint.records import EvalReport, Problem, Sample, StepReport
+from megatron_paint.records import EvalReport, StepReport
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.run.progress import Mode, Progress
 from megatron_paint.run.report import ClipWatch, sample_lines
+from megatron_paint.run.settings_file import plain
+from megatron_paint.run.strict_json import to_json
 from megatron_paint.run.tensorboard_log import open_tensorboard
-from megatron_paint.run.writing import to_json, write_atomically
-from megatron_paint.schedule import learning_rate
+from megatron_paint.schedule import due_after, learning_rate
+from megatron_paint.self_check import self_check
 
 if TYPE_CHECKING:
     from megatron_paint.mcore.world import World
 
-SELF_CHECK_PROBLEMS = 4  # ours: enough to see a wrong offset, too few to be noticed
+OnFirstRank = Callable[[Callable[[], Any]], Any]  # rank 0 acts; its result, or its UserError, reaches all ranks
 
 
 def train(settings: Settings, *, mode: Mode = "normal", self_check_only: bool = False) -> None:
     """Runs a whole training run in the world that the environment describes; UserError for bad input."""
+    with _world(settings) as world, ExitStack() as stack:
+        if self_check_only:
+            check_model(settings, world, mode=mode)
+        else:
+            run = prepare(settings, world, mode=mode, stack=stack)
+            self_check(settings, run.policy, run.problems, run.prompts, run.progress)
+            run.train()
+
+
+@contextmanager
+def _world(settings: Settings) -> Iterator["World"]:
+    """The ranks' groups; after an error they stay up unless this rank is alone: one that died would be waited for."""
     from megatron_paint.mcore.world import start_world, stop_world
 
     world = start_world(settings.megatron)
     try:
-        with ExitStack() as stack:
-            run = prepare(settings, world, mode=mode, stack=stack)
-            run.self_check()
-            if not self_check_only:
-                run.train()
-    finally:
-        stop_world()
+        yield world
+    except BaseException:
+        if world.size == 1:
+            stop_world()
+        raise
+    stop_world()
+
+
+def check_model(settings: Settings, world: "World", *, mode: Mode) -> None:
+    """The self-check alone, without a run folder."""
+    from megatron_paint.mcore.agree import first_rank_does
+    from megatron_paint.mcore.policy import MegatronPolicy
+    from megatron_paint.plan import make_plan
+    from megatron_paint.sources import load_sources
+
+    shape = make_plan(settings, processes=world.size).shape
+    sources = load_sources(settings, shape, share=partial(first_rank_does, world))
+    progress = Progress(_answer_mode(mode) if world.rank == 0 else "silent", steps=0)
+    self_check(settings, MegatronPolicy(settings, shape, world), sources.problems, sources.prompts, progress)
+
+
+def _answer_mode(mode: Mode) -> Mode:
+    """A command that is asked one thing says it even if it is to be quiet."""
+    return "normal" if mode == "quiet" else mode
 
 
 def evaluate(settings: Settings, *, mode: Mode = "normal", out: Path | None = None) -> None:
     """Evaluates the model of `model.hf_path` on the held-out problems, without a run folder."""
     from megatron_paint.mcore.agree import first_rank_does
     from megatron_paint.mcore.policy import MegatronPolicy
-    from megatron_paint.mcore.world import start_world, stop_world
     from megatron_paint.plan import make_plan
     from megatron_paint.sources import load_held_out_sources
 
-    world = start_world(settings.megatron)
-    try:
-        shape = make_plan(settings, processes=world.size).shape
-        prompts, held_out = load_held_out_sources(settings, shape, share=lambda act: first_rank_does(world, act))
-        evaluator = Evaluator(settings.evaluation, held_out, prompts, seed=settings.run.seed)
-        policy = MegatronPolicy(settings, shape, world)
+    def report(evaluator: Evaluator, answers: Answers) -> None:
         with GradingPool(seconds=settings.evaluation.grading_seconds) as graders:
-            report = evaluator.evaluate(
-                policy, step=0, benchmark=_benchmark(settings), graders=graders if world.rank == 0 else None
-            )
-        if report is not None:
-            if out is not None:
-                write_atomically(out, to_json(asdict(report), indent=1) + "\n")
-            Progress(mode, steps=0).end(after=[report], folder=str(out) if out else "")
-    finally:
-        stop_world()
+            report = evaluator.report(answers, step=0, benchmark=_benchmark(settings), graders=graders)
+        if out is not None:
+            write_atomically(out, to_json(asdict(report), indent=1) + "\n")
+        Progress(mode, steps=0).end(after=[report], folder=str(out) if out else "")
+
+    with _world(settings) as world:
+        shape = make_plan(settings, processes=world.size).shape
+        prompts, held_out = load_held_out_sources(settings, shape, share=partial(first_rank_does, world))
+        evaluator = Evaluator(settings.evaluation, held_out, prompts, seed=settings.run.seed)
+        answers = evaluator.sample(MegatronPolicy(settings, shape, world))
+        first_rank_does(world, lambda: report(evaluator, answers))
 
 
 def _benchmark(settings: Settings) -> str:
@@ -83,10 +111,11 @@ def prepare(settings: Settings, world: "World", *, mode: Mode, stack: ExitStack)
     from megatron_paint.plan import make_plan
     from megatron_paint.sources import load_sources
 
+    on_first_rank = partial(first_rank_does, world)
     plan = make_plan(settings, processes=world.size)
-    sources = load_sources(settings, plan.shape, share=lambda act: first_rank_does(world, act))
+    sources = load_sources(settings, plan.shape, share=on_first_rank)
     folder = RunFolder(settings.run.dir)
-    start = first_rank_does(world, lambda: folder.prepare(settings))
+    start = on_first_rank(lambda: folder.prepare(settings))
     first = world.rank == 0
     board, note = None, ""
     if first and settings.run.tensorboard:
@@ -96,9 +125,8 @@ def prepare(settings: Settings, world: "World", *, mode: Mode, stack: ExitStack)
         progress.note(line)
     policy = MegatronPolicy(settings, plan.shape, world)
     if start:
-        policy.load(folder.checkpoint_folder(start))
+        _take_up(policy, folder.checkpoint_folder(start), start)
         progress.note(f"resumed at step {start} from {folder.checkpoint_folder(start)}")
-    graders = stack.enter_context(GradingPool(seconds=settings.evaluation.grading_seconds)) if first else None
     evaluator = None
     if sources.held_out:
         evaluator = Evaluator(settings.evaluation, sources.held_out, sources.prompts, seed=settings.run.seed)
@@ -110,11 +138,20 @@ def prepare(settings: Settings, world: "World", *, mode: Mode, stack: ExitStack)
         prompts=sources.prompts,
         objective=make_objective(settings, sources.prompts, pool=_masker_pool(stack)),
         evaluator=evaluator,
-        graders=graders,
+        graders=stack.enter_context(GradingPool(seconds=settings.evaluation.grading_seconds)) if first else None,
         progress=progress,
         start=start,
-        writes=first,
+        on_first_rank=on_first_rank,
     )
+
+
+def _take_up(policy: Policy, checkpoint: Path, step: int) -> None:
+    state = policy.load(checkpoint)
+    if state.get("step") != step:
+        raise UserError(
+            f"checkpoint {checkpoint} is of step {state.get('step')}, as its run_state.json says: give it back the "
+            "name that it was written under"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,32 +168,28 @@ class Run:
     graders: GradingPool | None  # on the rank that grades
     progress: Progress
     start: int  # last step done
-    writes: bool  # this rank writes the run folder
+    on_first_rank: OnFirstRank
 
     def train(self) -> None:
-        """All steps that are left, with what is due between them; ends with an evaluation, a checkpoint, an export."""
+        """All steps that are left, each followed by what is due after it; the last one by everything, and a table."""
         run, clip_watch = self.settings.run, ClipWatch()
-        before = self.evaluate(self.start)
+        self.do_what_is_due(self.start)
         self.progress.start_clock()
         for step in range(self.start + 1, run.steps + 1):
             lr = learning_rate(step, steps=run.steps, settings=self.settings.optimizer)
             report = self.step(step, lr)
-            self.record(report, clip_watch)
-            last = step == run.steps
-            if not last and run.evaluate_every and step % run.evaluate_every == 0:
-                self.evaluate(step)
-            if last or (run.save_every and step % run.save_every == 0):
-                self.save(step)
-            if last or (run.export_every and step % run.export_every == 0):
-                self.policy.export(self.folder.hf_folder(step))
-        after = self.evaluate(run.steps) if self.start < run.steps else before
-        self.progress.note(
-            f"Look next: megatron-paint inspect samples {self.folder.path} {run.steps}, "
-            f"{self.folder.metrics_file}, {self.folder.hf_folder(run.steps)} (a Hugging Face checkpoint)"
-        )
-        self.progress.end(
-            before=[before] if before else [], after=[after] if after else [], folder=str(self.folder.path)
-        )
+            self.on_first_rank(lambda report=report: self.record(report, clip_watch))
+            self.do_what_is_due(step)
+        self.on_first_rank(self.end)
+
+    def do_what_is_due(self, step: int) -> None:
+        """Checkpoint, export and evaluation, where they are due; at the step that the run goes on from only what its
+        earlier life has not done. What stands beyond that step is done anew."""
+        does = {"checkpoint": self.save, "export": self.export, "evaluation": self.evaluate}
+        for task in due_after(step, self.settings.run):
+            done = step == self.start and self.on_first_rank(lambda task=task: self.folder.holds(task, step))
+            if not done:
+                does[task](step)
 
     def step(self, step: int, lr: float) -> StepReport:
         """One step; a loss or gradient that is not finite ends the run before a weight is touched."""
@@ -169,61 +202,47 @@ class Run:
             ) from error
 
     def record(self, report: StepReport, clip_watch: ClipWatch) -> None:
-        """Writes the step's metrics and samples and says its line."""
-        if not self.writes:
-            return
+        """Writes the step's metrics and samples and says its line; the work of one rank."""
         self.folder.append_metrics(report.metrics)
         self.folder.write_samples(report.step, sample_lines(report, decode=self.prompts.response_text))
         self.progress.step(report)
         if warning := clip_watch.update(report.metrics):
             self.progress.warn(warning)
 
-    def evaluate(self, step: int) -> EvalReport | None:
-        """Evaluates the current weights if there is a held-out file; the report on rank 0, None elsewhere."""
-        if self.evaluator is None:
-            return None
-        benchmark = _benchmark(self.settings)
-        report = self.evaluator.evaluate(self.policy, step=step, benchmark=benchmark, graders=self.graders)
-        if report is not None and self.writes:
-            self.folder.write_eval(report)
-            self.progress.evaluation(report)
-        return report
-
     def save(self, step: int) -> None:
         """A checkpoint from which a run goes on at any layout."""
-        self.policy.save(self.folder.checkpoint_folder(step), {"step": step})
+        self.policy.save(self.folder.checkpoint_folder(step), {"step": step, "settings": plain(self.settings)})
 
-    def self_check(self) -> None:
-        """Scores the model against itself: a wrong offset, mask or weight would show as a loss above rounding."""
-        problems = self.problems.batch(1)[:SELF_CHECK_PROBLEMS]
-        temperature = self.settings.objective.loss.temperature
-        loss = DistillationLoss(
-            config=InterpolationLossConfig(positions="none", temperature=temperature),
-            chunk_bytes=self.settings.objective.chunk_bytes,
-            token_temperature=1.0,
-        )
-        samples = [self._own_sample(problem) for problem in problems]
-        scores = self.policy.evaluate_loss(samples, loss, teach_itself=True)
-        floor = sum(score.loss_sum for score in scores) / sum(score.num_tokens for score in scores)
-        limit = self.settings.run.self_check_limit
-        self.progress.note(f"self-check: loss of the model against itself {floor:.2e} nats a token (limit {limit:g})")
-        if not floor <= limit:
-            raise UserError(
-                f"self-check: the model differs from itself by {floor:.3g} nats a token, above "
-                f"run.self_check_limit={limit:g}; with FP8 try another megatron.fp8_recipe or raise the limit"
-            )
+    def export(self, step: int) -> None:
+        """A Hugging Face checkpoint."""
+        self.policy.export(self.folder.hf_folder(step))
 
-    def _own_sample(self, problem: Problem) -> Sample:
-        prompt = self.prompts.student_prompt(problem)
-        response = self.prompts.sft_response(problem)[: self.settings.rollout.max_new_tokens]
-        return Sample(
-            problem=problem,
-            sample_index=0,
-            key=0,
-            student_prompt_ids=prompt,
-            teacher_prompt_ids=prompt,
-            response_ids=response,
+    def evaluate(self, step: int) -> None:
+        """Evaluates the current weights if there is a held-out file."""
+        if self.evaluator is not None:
+            answers = self.evaluator.sample(self.policy)
+            self.on_first_rank(lambda: self.grade(answers, step))
+
+    def grade(self, answers: Answers, step: int) -> None:
+        """Grades, writes and says an evaluation; the work of one rank."""
+        benchmark = _benchmark(self.settings)
+        report = self.evaluator.report(answers, step=step, benchmark=benchmark, graders=self.graders)
+        self.folder.write_eval(report)
+        self.progress.evaluation(report)
+
+    def end(self) -> None:
+        """Says where to look next and how the model did before and after, as the run folder has it."""
+        last = self.settings.run.steps
+        self.progress.note(
+            f"Look next: megatron-paint inspect samples {self.folder.path} {last}, "
+            f"{self.folder.metrics_file}, {self.folder.hf_folder(last)} (a Hugging Face checkpoint)"
         )
+        before, after = self.evaluation_of(0), self.evaluation_of(last)
+        self.progress.end(before=before if after else [], after=after, folder=str(self.folder.path))
+
+    def evaluation_of(self, step: int) -> list[EvalReport]:
+        """The evaluation of a step that stands in the run folder, none if there is none."""
+        return [self.folder.read_eval(step)] if self.folder.holds("evaluation", step) else []
 
 
 def _masker_pool(stack: ExitStack) -> MaskerPool | None:

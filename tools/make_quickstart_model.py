@@ -148,7 +148,8 @@ class WarmUp:
     def _evaluate(self, prompts: Prompts | ReferencePrompts, *, greedy: bool = False) -> dict[str, float]:
         settings = EvaluationSettings(samples=2, top_p=1.0, max_new_tokens=48, greedy=greedy)
         evaluator = Evaluator(settings, self.held_out, prompts, seed=1)
-        return evaluator.evaluate(self.policy, step=0, benchmark="held_out", graders=self.graders).metrics
+        answers = evaluator.sample(self.policy)
+        return evaluator.report(answers, step=0, benchmark="held_out", graders=self.graders).metrics
 
 
 def _by_kind(kinds: list[str], losses: list[float]) -> str:

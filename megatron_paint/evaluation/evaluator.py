@@ -1,6 +1,7 @@
 """Avg@n of a policy on a file of problems: sample, grade in worker processes, report."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from megatron_paint.config import EvaluationSettings
 from megatron_paint.evaluation.grading import GradingPool
@@ -9,6 +10,14 @@ from megatron_paint.keys import derive_key
 from megatron_paint.policy import GenerationRequest, Policy, SamplingParameters
 from megatron_paint.prompts import Prompts
 from megatron_paint.records import EvalReport, Graded, Problem, Rollout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answers:
+    """What a policy answered, not yet graded."""
+
+    sampled: list[Rollout]  # `evaluation.samples` a problem
+    greedy: list[Rollout]  # one a problem, or none
 
 
 class Evaluator:
@@ -20,16 +29,18 @@ class Evaluator:
         self.prompts = prompts
         self.seed = seed
 
-    def evaluate(self, policy: Policy, *, step: int, benchmark: str, graders: GradingPool | None) -> EvalReport | None:
-        """Every rank samples; the one that has `graders` grades and gets the report, the others None."""
+    def sample(self, policy: Policy) -> Answers:
+        """The policy's answers; every rank takes part."""
         settings = self.settings
-        sampled = policy.generate(self._requests(settings.samples), self._sampling(settings.temperature))
-        greedy = policy.generate(self._requests(1), self._sampling(0.0)) if settings.greedy else []
-        if graders is None:
-            return None
-        return build_report(
-            step, benchmark, self._grade(sampled, graders), greedy=self._grade(greedy, graders) if greedy else ()
+        return Answers(
+            sampled=policy.generate(self._requests(settings.samples), self._sampling(settings.temperature)),
+            greedy=policy.generate(self._requests(1), self._sampling(0.0)) if settings.greedy else [],
         )
+
+    def report(self, answers: Answers, *, step: int, benchmark: str, graders: GradingPool) -> EvalReport:
+        """The answers graded; the work of one rank."""
+        sampled, greedy = self._grade(answers.sampled, graders), self._grade(answers.greedy, graders)
+        return build_report(step, benchmark, sampled, greedy=greedy)
 
     def _requests(self, samples: int) -> list[GenerationRequest]:
         return [

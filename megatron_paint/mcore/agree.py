@@ -1,10 +1,12 @@
-"""One rank acts for all: its result, or its error, reaches every rank."""
+"""Ranks act and share how it went: a result, or a user's error, of one reaches all."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import torch.distributed as dist
 
+from megatron_paint.disk import NewFolder, disk_errors
 from megatron_paint.errors import UserError
 from megatron_paint.mcore.world import World
 
@@ -23,3 +25,54 @@ def first_rank_does(world: World, act: Callable[[], T]) -> T:
     if box[1] is not None:
         raise UserError(str(box[1]))
     return box[0]
+
+
+def all_ranks_do(world: World, act: Callable[[], T]) -> list[T]:
+    """What `act` gives on each rank, by rank, on all of them; where it raises a UserError on any, all raise the first.
+
+    A rank that fails waits here for the others, so `act` must not leave them in a collective of its own.
+    """
+    result, problem = None, None
+    try:
+        result = act()
+    except UserError as error:
+        problem = str(error)
+    everyone: list[tuple[T, str | None]] = [(None, None)] * world.size
+    dist.all_gather_object(everyone, (result, problem), group=world.host_group)
+    if problems := [problem for _, problem in everyone if problem is not None]:
+        raise UserError(problems[0])
+    return [result for result, _ in everyone]
+
+
+def fill_folder(
+    path: str | Path,
+    world: World,
+    *,
+    write: Callable[[Path], T],
+    finish: Callable[[Path, list[T]], None],
+    mark: bool = False,
+) -> None:
+    """A folder that all ranks fill takes the place of `path`, whole; an error of a disk on one rank ends all of them.
+
+    write: every rank's part, given the folder; finish: what rank 0 adds, given what the parts gave; mark: write the
+    file `complete`, last of all. UserError: a disk refused; what stood at `path` is intact.
+    """
+    folder = NewFolder(path)
+
+    def write_part() -> T:
+        with disk_errors(folder.path):
+            return write(folder.unfinished)
+
+    def put_in_place(parts: list[T]) -> None:
+        with disk_errors(folder.path):
+            finish(folder.unfinished, parts)
+        folder.finish(mark=mark)
+
+    try:
+        first_rank_does(world, folder.begin)
+        parts = all_ranks_do(world, write_part)
+        first_rank_does(world, lambda: put_in_place(parts))
+    except UserError:
+        if world.rank == 0:
+            folder.discard()
+        raise

@@ -4,26 +4,24 @@ Saved at one layout, loaded at any other: weights and optimiser state are stored
 """
 
 import json
-import os
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_paint.errors import UserError
+from megatron_paint.mcore.agree import fill_folder
+from megatron_paint.mcore.distributed_format import save_distributed
 from megatron_paint.mcore.model import Qwen3Model
 from megatron_paint.mcore.teacher import Teacher
 from megatron_paint.mcore.world import World
 
 STATE = "run_state.json"
-COMPLETE = "complete"  # written last: a folder without it is not a checkpoint
 
 # The one sharding of Megatron's distributed optimiser that any layout can load.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -34,25 +32,21 @@ def save_checkpoint(
 ) -> None:
     """Writes everything a run needs to go on; all ranks call together. A failed write looks like none."""
     folder = Path(folder)
-    unfinished = folder.with_name(f"{folder.name}.partial")
-    if world.rank == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    dist.barrier(group=world.host_group)
-    dist_checkpointing.save(_sharded_state(stage, optimizer, teacher, is_loading=False), str(unfinished))
-    dist.barrier(group=world.host_group)
-    if world.rank == 0:
-        (unfinished / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        _flush(unfinished)
-        (unfinished / COMPLETE).touch()
-        _flush(unfinished)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(unfinished, folder)
-    dist.barrier(group=world.host_group)
+
+    def write(unfinished: Path) -> None:
+        sharded = _sharded_state(stage, optimizer, teacher, is_loading=False)
+        save_distributed(sharded, unfinished, world, named=folder)
+
+    def finish(unfinished: Path, _: list[None]) -> None:
+        content = {**state, "model": _sizes(stage)}
+        (unfinished / STATE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    fill_folder(folder, world, write=write, finish=finish, mark=True)
 
 
 def load_checkpoint(folder: Path, stage: Qwen3Model, optimizer: MegatronOptimizer, teacher: Teacher) -> dict[str, Any]:
     """Fills model, optimiser and teacher from `folder`, whatever layout wrote it; returns the run's state."""
+    state = _read_state(folder, stage)
     _prepare_torch_adam(optimizer)
     wanted = _sharded_state(stage, optimizer, teacher, is_loading=True)
     loaded = _load(wanted, folder)
@@ -60,7 +54,42 @@ def load_checkpoint(folder: Path, stage: Qwen3Model, optimizer: MegatronOptimize
     optimizer.load_state_dict(loaded["optimizer"])
     _part_torch_adam_steps(optimizer)
     teacher.load(loaded)
-    return json.loads((Path(folder) / STATE).read_text(encoding="utf-8"))
+    return state
+
+
+def _sizes(stage: Qwen3Model) -> dict[str, int | bool]:
+    """What a checkpoint's model and the one that loads it must have in common, in the words of config.json."""
+    config = stage.config
+    return {
+        "vocab_size": stage.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_query_groups,
+        "head_dim": config.kv_channels,
+        "intermediate_size": config.ffn_hidden_size,
+        "tie_word_embeddings": stage.share_embeddings_and_output_weights,
+    }
+
+
+def _read_state(folder: str | Path, stage: Qwen3Model) -> dict[str, Any]:
+    """The run's state; UserError where it cannot be read or is of a model of other sizes."""
+    file = Path(folder) / STATE
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        there = dict(state["model"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"checkpoint {folder} cannot be resumed: {file.name} is not readable ({error!r}). Remove the folder to go "
+            "on from the checkpoint before it"
+        ) from error
+    here = _sizes(stage)
+    if differences := [f"{key} is {there.get(key)}, not {here[key]}" for key in here if there.get(key) != here[key]]:
+        raise UserError(
+            f"checkpoint {folder} is of another model than model.hf_path: {', '.join(differences)}. Restore the model "
+            "that the run was started from, or start anew in another run.dir"
+        )
+    return state
 
 
 def load_weights(stage: Qwen3Model, folder: str | Path) -> None:
@@ -108,13 +137,3 @@ def _load(wanted: dict, folder: str | Path) -> dict:
     except (dist_checkpointing.core.CheckpointingException, KeyError, RuntimeError, OSError, EOFError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(f"checkpoint {folder} cannot be loaded into this model: {first_line}") from error
-
-
-def _flush(folder: Path) -> None:
-    """Brings every file of the folder, and the folder itself, onto the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from megatron_paint.disk import sync
 from megatron_paint.errors import UserError
+from megatron_paint.mcore.agree import fill_folder
 from megatron_paint.mcore.mapping import Rule, hugging_face_shapes, rule_of
 from megatron_paint.mcore.world import World
 from megatron_paint.qwen3 import Qwen3Shape
@@ -146,22 +149,17 @@ def export_stages(
     Tensor-parallel rank 0 of each stage of the first replica writes its stage's shards; the other files (config,
     tokenizer, chat template) are copied from `source`, the checkpoint that the run started from.
     """
-    out, partial = Path(out), Path(f"{out}.partial")
-    if world.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier(group=world.host_group)
-    sizes: dict[str, dict[str, int]] = {}
-    if world.dp_rank == 0:
+
+    def write(folder: Path) -> dict[str, dict[str, int]]:
+        if world.dp_rank != 0:
+            return {}
         tensors = gathered_tensors(named, shape, world, first_layer=first_layer)
-        sizes = _write_shards(tensors, partial, stage=world.pp_rank, dtype=dtype, shard_bytes=shard_bytes)
-    everyone: list[dict] = [None] * world.size
-    dist.all_gather_object(everyone, sizes, group=world.host_group)
-    if world.rank == 0:
-        _finish_folder(partial, {k: v for part_ in everyone for k, v in part_.items()}, source, dtype)
-        shutil.rmtree(out, ignore_errors=True)
-        os.replace(partial, out)
-    dist.barrier(group=world.host_group)
+        return _write_shards(tensors, folder, stage=world.pp_rank, dtype=dtype, shard_bytes=shard_bytes)
+
+    def finish(folder: Path, written: list[dict[str, dict[str, int]]]) -> None:
+        _finish_folder(folder, {k: v for files in written for k, v in files.items()}, source, dtype)
+
+    fill_folder(out, world, write=write, finish=finish)
 
 
 def _write_shards(tensors, folder: Path, *, stage: int, dtype: torch.dtype, shard_bytes: int) -> dict:
@@ -173,15 +171,22 @@ def _write_shards(tensors, folder: Path, *, stage: int, dtype: torch.dtype, shar
         if pending:
             file = f"stage{stage:03d}-{len(written):05d}.safetensors"
             save_file(pending, folder / file, metadata={"format": "pt"})
+            sync(folder / file)
             written[file] = {name: tensor.nbytes for name, tensor in pending.items()}
             pending.clear()
 
-    for name, tensor in tensors:
-        tensor = tensor.to(device="cpu", dtype=dtype).contiguous()
-        if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > shard_bytes:
-            flush()
-        pending[name] = tensor
-    flush()
+    tensors = iter(tensors)
+    try:
+        for name, tensor in tensors:
+            tensor = tensor.to(device="cpu", dtype=dtype).contiguous()
+            if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > shard_bytes:
+                flush()
+            pending[name] = tensor
+        flush()
+    except Exception:
+        for _ in tensors:  # the ranks of the stage gather together: the others would wait for this one
+            pass
+        raise
     return written
 
 
@@ -197,10 +202,20 @@ def _finish_folder(folder: Path, sizes: dict[str, dict[str, int]], source: str |
         total = sum(size for tensors in sizes.values() for size in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for path in Path(source).iterdir():
-        if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pt") and path.name != INDEX:
-            shutil.copy2(path, folder / path.name)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = _copy_other_files(Path(source), folder)
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config[key] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_other_files(source: Path, folder: Path) -> dict[str, Any]:
+    """Copies the content, not the permissions, of what is not weights; returns config.json."""
+    try:
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        paths = [path for path in source.iterdir() if path.is_file() and path.name != INDEX]
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.hf_path: {source} cannot be read ({error}); an export copies from it") from error
+    for path in paths:
+        if path.suffix not in (".safetensors", ".bin", ".pt"):
+            shutil.copyfile(path, folder / path.name)
+    return config

@@ -111,6 +111,8 @@ def _silence_known_warnings() -> None:
     """Hides what libraries say at every start and a user can do nothing about; `doctor` tells what is lacking."""
     warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed\.checkpoint\..*")
+    warnings.filterwarnings("ignore", message="Please use DTensor instead")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
 

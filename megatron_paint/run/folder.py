@@ -8,18 +8,17 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from megatron_paint.disk import COMPLETE, append_line, clear_left_overs, disk_errors, write_atomically
 from megatron_paint.errors import UserError
 from megatron_paint.records import EvalReport, Graded
-from megatron_paint.run.settings_file import changed_keys, plain, read_yaml, to_yaml
-from megatron_paint.run.writing import append_line, disk_errors, folder_atomically, to_json, write_atomically
+from megatron_paint.run.settings_file import changed_keys, moved_decay, plain, read_yaml, to_yaml
+from megatron_paint.run.strict_json import to_json
+from megatron_paint.schedule import Task
 
-COMPLETE = "complete"  # marker in a checkpoint's folder, written last
 STEP_NAME = re.compile(r"step_(\d{6,})")
 ALLOWED_BEFORE = {"logs"}  # the batch system opens its log files there before the run starts
 
@@ -40,8 +39,9 @@ class RunFolder:
 
         settings: the Settings, or the same as nested dictionaries. Writes config.yaml first, so that a folder that
         cannot be written is found before any work. On resuming, what the folder holds beyond the checkpoint's step is
-        taken back: metrics, samples and evaluations. UserError: the folder is not empty and nothing is to be resumed,
-        nothing is there to resume, a setting changed that may not, or the disk refuses.
+        taken back: metrics, samples and evaluations; exports stay until they are due again. UserError: the folder is
+        not empty and nothing is to be resumed, nothing is there to resume, a setting changed that may not, or the disk
+        refuses.
         """
         step = self.check(settings)
         with disk_errors(self.path):
@@ -70,9 +70,16 @@ class RunFolder:
             )
         if held:
             self._check_unchanged(new)
+        if step > new["run"]["steps"]:
+            raise UserError(
+                f"run.steps={new['run']['steps']} lies before step {step}, the newest checkpoint of "
+                f"run.dir={self.path}: set run.steps to {step} or more"
+            )
         existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not os.access(existing, os.W_OK):
-            raise UserError(f"run.dir={self.path} cannot be written: no permission in {existing}; give another")
+            raise UserError(
+                f"run.dir={self.path} cannot be written: {existing} is read-only or not yours to write; give another"
+            )
         return step
 
     def _held(self) -> list[str]:
@@ -86,14 +93,18 @@ class RunFolder:
             raise UserError(
                 f"run.dir={self.path} is not empty and no run folder: it has no config.yaml. Give another run.dir"
             )
-        changed = changed_keys(old=read_yaml(self.config_file), new=new)
-        if changed:
+        old = read_yaml(self.config_file)
+        if changed := changed_keys(old=old, new=new):
             raise UserError(
                 f"run.dir={self.path} was started with other settings: {'; '.join(changed)}. Restore them to resume, "
                 "or start anew in another run.dir"
             )
+        if moved := moved_decay(old=old, new=new):
+            raise UserError(f"{moved}; or start anew in another run.dir than {self.path}")
 
     def _take_back(self, step: int) -> None:
+        for folder in (self.path, *(self.path / kind for kind in ("samples", "eval", "checkpoints", "hf"))):
+            clear_left_overs(folder)
         kept = [line for line, at in self._metric_lines() if at <= step]
         write_atomically(self.metrics_file, "".join(line + "\n" for line in kept))
         with disk_errors(self.path):
@@ -165,20 +176,6 @@ class RunFolder:
         """Where the checkpoint of one step stands, complete or not."""
         return self.path / "checkpoints" / step_name(step)
 
-    def begin_checkpoint(self, step: int) -> Path:
-        """An empty folder for a checkpoint, which counts for nothing until `finish_checkpoint`."""
-        folder = self.checkpoint_folder(step)
-        with disk_errors(folder):
-            (folder / COMPLETE).unlink(missing_ok=True)  # before anything else: a crash in here must not look complete
-            if folder.exists():
-                shutil.rmtree(folder)
-            folder.mkdir(parents=True)
-        return folder
-
-    def finish_checkpoint(self, step: int) -> None:
-        """Mark a checkpoint complete, after every rank has written its part."""
-        write_atomically(self.checkpoint_folder(step) / COMPLETE, to_json({"step": step}) + "\n")
-
     def checkpoints(self) -> list[int]:
         """Steps that have a complete checkpoint, rising."""
         return [at for at, folder in _steps(self.path / "checkpoints", "") if (folder / COMPLETE).is_file()]
@@ -191,9 +188,11 @@ class RunFolder:
         """Where the exported checkpoint of one step stands."""
         return self.path / "hf" / step_name(step)
 
-    def new_hf_folder(self, step: int) -> AbstractContextManager[Path]:
-        """A temporary folder to export into, which becomes `hf_folder(step)` when the `with` block ends well."""
-        return folder_atomically(self.hf_folder(step))
+    def holds(self, task: Task, step: int) -> bool:
+        """Whether what is due after a step stands there, whole."""
+        if task == "checkpoint":
+            return step in self.checkpoints()
+        return self.hf_folder(step).is_dir() if task == "export" else step in self.evaluated_steps()
 
 
 def step_name(step: int) -> str:

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from megatron_paint.evaluation.statistics import paired_difference
 from megatron_paint.records import EvalReport, StepReport
+from megatron_paint.run.strict_json import to_json
 from megatron_paint.run.tensorboard_log import TensorBoardLog
-from megatron_paint.run.writing import to_json
 
 Mode = Literal["normal", "quiet", "json", "silent"]
 RECENT = 20  # steps that the time left is estimated from

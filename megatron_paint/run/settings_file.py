@@ -11,7 +11,7 @@ from ruamel.yaml.error import YAMLError
 
 from megatron_paint.errors import UserError
 
-# How long, how often and where; none of these changes what a step computes.
+# How long, how often and where; none of these changes what a step computes, but run.steps where a decay ends there.
 FREE_RUN = {"dir", "steps", "save_every", "evaluate_every", "export_every", "resume", "tensorboard", "self_check_limit"}
 FREE = {f"run.{name}" for name in FREE_RUN} | {
     "megatron.tensor_model_parallel_size",
@@ -27,6 +27,7 @@ FREE = {f"run.{name}" for name in FREE_RUN} | {
     "data.micro_batch_tokens",
     "objective.chunk_bytes",
     "rollout.batch_size",
+    "optimizer.decay_steps",  # compared together with run.steps
 }
 ABSENT = "(absent)"
 
@@ -76,3 +77,16 @@ def changed_keys(*, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]
     names = [name for name in {**before, **after} if name not in FREE]
     pairs = [(name, before.get(name, ABSENT), after.get(name, ABSENT)) for name in names]
     return [f"{name}: {was!r} -> {now!r}" for name, was, now in pairs if was != now]
+
+
+def moved_decay(*, old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+    """What is wrong where a resumed run would end its decay elsewhere: the learning rate of every step would change."""
+    before, after = flat(old), flat(new)
+    was, now = (keys.get("optimizer.decay_steps") or keys["run.steps"] for keys in (before, after))
+    if after["optimizer.decay"] == "constant" or was == now:
+        return None
+    return (
+        f"optimizer.decay={after['optimizer.decay']} would end at step {now} (optimizer.decay_steps, else run.steps) "
+        f"and not at step {was}, as in the run that is to be resumed: the learning rate of every step would change. "
+        f"Set optimizer.decay_steps={was} to keep that schedule, with min_lr after it"
+    )

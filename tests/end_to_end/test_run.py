@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from tests import tiny
+from tests.end_to_end import ranks
 
 ROOT = Path(__file__).parents[2]
 LAYOUT = "tensor_model_parallel_size: 2, sequence_parallel: true"
@@ -52,11 +53,12 @@ def whole(tmp_path_factory):
     return folder, folder / "run", run(settings, "--json")
 
 
-def metrics(run_dir, *, timeless=True):
+def metrics(run_dir, *, timeless=True, without=()):
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     if not timeless:
         return lines
-    return [{k: v for k, v in line.items() if not k.startswith("time/") and k != "tokens_per_second"} for line in lines]
+    left_out = {"tokens_per_second", *without}
+    return [{k: v for k, v in line.items() if not k.startswith("time/") and k not in left_out} for line in lines]
 
 
 def weights(run_dir):
@@ -77,6 +79,8 @@ def test_run_folder(whole):
         assert set(sample) >= {
             "id",
             "step",
+            "sample",
+            "finished",
             "student_prompt_ids",
             "teacher_prompt_ids",
             "response_ids",
@@ -125,17 +129,30 @@ def test_killed_run_goes_on_bit_for_bit(whole, tmp_path):
 
 
 def test_replay_repeats_the_run(whole, tmp_path):
-    """The rollouts of a run, replayed, give its losses again."""
+    """The samples of a run folder, replayed as they stand, give its metrics again; so do rollouts without `finished`,
+    whose end is found by their last token."""
     folder, unbroken, _ = whole
-    with (tmp_path / "rollouts.jsonl").open("w") as file:
+    bare = tmp_path / "rollouts.jsonl"
+    with bare.open("w") as file:
         for step in (1, 2, 3, 4):
             for line in (unbroken / "samples" / f"step_{step:06d}.jsonl").read_text().splitlines():
                 sample = json.loads(line)
                 record = {"id": sample["id"], "step": step, "sample": 0, "response_ids": sample["response_ids"]}
                 file.write(json.dumps(record) + "\n")
-    replay = ("rollout.engine=replay", f"rollout.path={tmp_path / 'rollouts.jsonl'}", "evaluation.problems=null")
-    run(folder / "settings.yaml", f"run.dir={tmp_path / 'run'}", *replay)
-    assert [m["loss"] for m in metrics(tmp_path / "run")] == [m["loss"] for m in metrics(unbroken)]
+    wanted = metrics(unbroken, without=("sampler_gap/max",))
+    assert 0 < min(line["response/truncated_share"] for line in wanted) < 1, "some responses end by themselves"
+    for name, path in (("folder", unbroken / "samples"), ("file", bare)):
+        replay = ("rollout.engine=replay", f"rollout.path={path}", "evaluation.problems=null")
+        ended = ranks.train(tmp_path, folder / "settings.yaml", f"run.dir={tmp_path / name}", *replay)
+        assert ended.statuses == [0, 0], ended
+        assert metrics(tmp_path / name, without=("sampler_gap/max",)) == wanted
+
+
+def test_the_evaluate_command_gives_the_run_s_own_evaluation(whole, tmp_path):
+    folder, unbroken, _ = whole
+    ended = ranks.run(tmp_path, "evaluate", folder / "settings.yaml", "--out", tmp_path / "report.json")
+    assert ended.statuses == [0, 0], ended
+    assert (tmp_path / "report.json").read_bytes() == (unbroken / "eval" / "step_000000.json").read_bytes()
 
 
 def test_changed_settings_do_not_resume(whole, capsys):

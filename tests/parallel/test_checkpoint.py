@@ -47,4 +47,4 @@ def test_checkpoint_is_marked_complete(folders):
     _, saved, _ = folders
     for case in CASES:
         assert (saved / case.name / "complete").exists()
-        assert not list(saved.glob("*.partial"))
+        assert not list(saved.glob(".*"))

@@ -34,7 +34,7 @@ def test_only_mcore_imports_megatron():
         ("losses", {"losses"}),
         ("evaluation", {"evaluation", "errors", "records", "config", "keys", "policy", "prompts"}),
         ("rollout", {"errors", "records", "rollout"}),
-        ("run", {"errors", "records", "config", "run", "evaluation"}),
+        ("run", {"errors", "records", "config", "run", "evaluation", "disk", "schedule"}),
     ],
 )
 def test_directions(part, allowed):

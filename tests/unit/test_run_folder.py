@@ -1,18 +1,17 @@
 """The run folder on the disk: how it starts, goes on, and withstands a disk that refuses."""
 
-import errno
 import json
 import math
-import os
 
 import pytest
 from ruamel.yaml import YAML
 
+from megatron_paint.disk import NewFolder
 from megatron_paint.errors import UserError
 from megatron_paint.evaluation.statistics import build_report
 from megatron_paint.records import Graded
 from megatron_paint.run.folder import RunFolder
-from megatron_paint.run.writing import append_line, folder_atomically, to_json, write_atomically
+from megatron_paint.run.strict_json import to_json
 
 
 def settings(path, **changes):
@@ -21,7 +20,7 @@ def settings(path, **changes):
         "model": {"hf_path": "m", "lora": None},
         "data": {"problems_per_step": 32, "micro_batch_tokens": 100},
         "run": {"dir": str(path), "steps": 100, "save_every": 25, "resume": "never", "seed": 1},
-        "optimizer": {"lr": 5.0e-6, "eps": 1.0e-8},
+        "optimizer": {"lr": 5.0e-6, "eps": 1.0e-8, "decay": "constant", "decay_steps": None},
         "megatron": {"tensor_model_parallel_size": 1},
     }
     for key, value in changes.items():
@@ -38,9 +37,16 @@ def started(path, steps=0, *, checkpoints=()):
         folder.append_metrics({"step": step, "loss": 1 / step})
         folder.write_samples(step, [{"id": "a", "step": step}])
     for step in checkpoints:
-        folder.begin_checkpoint(step)
-        folder.finish_checkpoint(step)
+        written(folder.checkpoint_folder(step), mark=True)
     return folder
+
+
+def written(path, *, mark=False):
+    """A folder that was filled and finished."""
+    made = NewFolder(path)
+    made.begin()
+    (made.unfinished / "weights").write_text("x")
+    made.finish(mark=mark)
 
 
 # Starting and going on
@@ -86,7 +92,8 @@ def test_a_foreign_folder_is_never_taken_for_a_run(tmp_path):
 
 def test_resume_goes_on_from_the_newest_complete_checkpoint(tmp_path):
     folder = started(tmp_path, 8, checkpoints=(2, 5))
-    folder.begin_checkpoint(7)  # a crash came before its end
+    NewFolder(folder.checkpoint_folder(7)).begin()  # a crash came before its end
+    folder.checkpoint_folder(8).mkdir()
     for step in (4, 6):
         folder.write_eval(build_report(step, "tiny", [graded("a")]))
     assert folder.checkpoints() == [2, 5]
@@ -95,14 +102,19 @@ def test_resume_goes_on_from_the_newest_complete_checkpoint(tmp_path):
     assert folder.samples_file(5).exists()
     assert not folder.samples_file(6).exists()
     assert folder.evaluated_steps() == [4]
+    assert {entry.name for entry in (tmp_path / "checkpoints").iterdir()} >= {"step_000002", "step_000005"}
+    assert not list(tmp_path.rglob("*.unfinished"))
 
 
-def test_a_checkpoint_that_is_written_anew_is_incomplete_meanwhile(tmp_path):
-    folder = started(tmp_path, checkpoints=(5,))
-    (folder.checkpoint_folder(5) / "weights").write_text("old")
-    folder.begin_checkpoint(5)
-    assert folder.checkpoints() == []
-    assert list(folder.checkpoint_folder(5).iterdir()) == []
+def test_what_stands_of_a_step(tmp_path):
+    folder = started(tmp_path, checkpoints=(2,))
+    (folder.checkpoint_folder(4)).mkdir()  # without its marker
+    written(folder.hf_folder(2))
+    NewFolder(folder.hf_folder(4)).begin()
+    folder.write_eval(build_report(2, "tiny", [graded("a")]))
+    for task in ("checkpoint", "export", "evaluation"):
+        assert folder.holds(task, 2)
+        assert not folder.holds(task, 4)
 
 
 def test_resume_before_the_first_checkpoint_starts_over(tmp_path):
@@ -141,73 +153,34 @@ def test_some_settings_may_change(tmp_path):
     assert "steps: 200" in folder.config_file.read_text()
 
 
+def test_a_decay_does_not_move(tmp_path):
+    """run.steps may change where the schedule keeps its end, and the refusal says how to keep it."""
+    folder = RunFolder(tmp_path)
+    cosine = {"run__resume": "auto", "optimizer__decay": "cosine"}
+    folder.prepare(settings(tmp_path, **cosine))
+    with pytest.raises(UserError) as caught:
+        folder.prepare(settings(tmp_path, **cosine, run__steps=200))
+    assert "would end at step 200" in str(caught.value)
+    assert "Set optimizer.decay_steps=100" in str(caught.value)
+    folder.prepare(settings(tmp_path, **cosine, run__steps=200, optimizer__decay_steps=100))
+    folder.prepare(settings(tmp_path, **cosine, run__steps=300, optimizer__decay_steps=100))
+    folder.prepare(settings(tmp_path, **cosine, run__steps=100))
+    with pytest.raises(UserError, match=r"Set optimizer\.decay_steps=100"):
+        folder.prepare(settings(tmp_path, **cosine, optimizer__decay_steps=50))
+
+
+def test_a_run_does_not_end_before_its_newest_checkpoint(tmp_path):
+    started(tmp_path, 5, checkpoints=(2, 5))
+    with pytest.raises(UserError, match=r"run\.steps=4 lies before step 5.*set run\.steps to 5 or more"):
+        RunFolder(tmp_path).prepare(settings(tmp_path, run__resume="auto", run__steps=4))
+    assert len(RunFolder(tmp_path).read_metrics()) == 5
+
+
 def test_an_unreadable_config_is_a_user_error(tmp_path):
     folder = started(tmp_path)
     folder.config_file.write_text("a: [")
     with pytest.raises(UserError, match=r"config\.yaml"):
         folder.prepare(settings(tmp_path, run__resume="auto"))
-
-
-# Disks that refuse
-
-
-@pytest.mark.parametrize(
-    ("code", "advice"), [(errno.EROFS, "read-only"), (errno.ENOSPC, "free space"), (errno.EACCES, "not yours")]
-)
-def test_a_disk_that_refuses_gives_one_clear_error(tmp_path, monkeypatch, code, advice):
-    def refuse(*_):
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(UserError, match=advice):
-        RunFolder(tmp_path / "x").prepare(settings(tmp_path / "x"))
-    with pytest.raises(UserError, match=advice):
-        append_line(tmp_path / "metrics.jsonl", "{}")
-    with pytest.raises(UserError, match=advice), folder_atomically(tmp_path / "hf") as made:
-        (made / "weights").write_text("x")
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["metrics.jsonl", "x"]
-
-
-def test_a_run_dir_below_a_file_is_a_user_error(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"Cannot write .*file/x"):
-        RunFolder(tmp_path / "file" / "x").prepare(settings(tmp_path))
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
-def test_a_full_disk_while_appending(tmp_path):
-    os.symlink("/dev/full", tmp_path / "metrics.jsonl")
-    with pytest.raises(UserError, match="No space left"):
-        append_line(tmp_path / "metrics.jsonl", "{}")
-
-
-def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
-    file = tmp_path / "config.yaml"
-    write_atomically(file, "old")
-
-    def refuse(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(UserError, match="free space"):
-        write_atomically(file, "new")
-    assert file.read_text() == "old"
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_a_full_disk_during_an_export_keeps_the_old_export(tmp_path):
-    folder = started(tmp_path / "x")
-    with folder.new_hf_folder(3) as made:
-        (made / "weights").write_text("old")
-    with pytest.raises(UserError, match="free space"), folder.new_hf_folder(3) as made:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with pytest.raises(KeyError), folder.new_hf_folder(3) as made:
-        raise KeyError("a bug stays a bug")
-    assert [entry.name for entry in (folder.path / "hf").iterdir()] == ["step_000003"]
-    assert (folder.hf_folder(3) / "weights").read_text() == "old"
-    with folder.new_hf_folder(3) as made:
-        (made / "weights").write_text("new")
-    assert (folder.hf_folder(3) / "weights").read_text() == "new"
 
 
 # Metrics, samples and evaluations

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_paint.records import Anchor, Overlap, Problem, Reveal, Rollout, Sample, SampleScore, StepReport
 from megatron_paint.run.report import ClipWatch, metrics_of, sample_lines
-from megatron_paint.run.writing import to_json
+from megatron_paint.run.strict_json import to_json
 
 
 def sample(problem_id, *, response=(5, 6, 7), anchors=(), overlap=0.0, share=1.0, finished=True, reveal=True):
@@ -111,10 +111,12 @@ def test_sample_lines():
     assert first == {
         "id": "a",
         "step": 3,
+        "sample": 0,
         "student_prompt_ids": [1, 2],
         "teacher_prompt_ids": [1, 3],
         "response_ids": [5, 6, 7],
         "response_text": "5 6 7",
+        "finished": True,
         "overlap": 0.5,
         "anchors": [
             {"text": "2", "kind": "boxed", "found": True},
@@ -131,6 +133,7 @@ def test_sample_lines():
         "selected": [1],
     }
     assert second["id"] == "b"
+    assert second["finished"] is False
     assert second["anchors"] == []
 
 
@@ -142,7 +145,7 @@ def test_samples_and_scores_must_match():
 def test_a_sample_without_a_teacher_has_nulls():
     report = StepReport(step=1, metrics={}, samples=(sample("a", reveal=False),), scores=SCORES[:1])
     line = sample_lines(report, decode=str)[0]
-    assert line["teacher_prompt_ids"] is line["overlap"] is line["reveal"] is None
+    assert line["teacher_prompt_ids"] is line["overlap"] is line["reveal"] is line["finished"] is None
     assert line["anchors"] == []
 
 

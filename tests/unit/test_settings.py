@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_paint.config import OptimizerSettings, Settings
+from megatron_paint.config import OptimizerSettings, RunSettings, Settings
 from megatron_paint.errors import UserError
 from megatron_paint.plan import make_plan
-from megatron_paint.schedule import learning_rate
+from megatron_paint.schedule import due_after, learning_rate
 from megatron_paint.settings import load_settings, settings_of
 from tests import tiny
 
@@ -62,6 +62,38 @@ def test_learning_rate_by_hand():
     cosine = OptimizerSettings(lr=1.0, decay="cosine")
     assert [learning_rate(s, steps=4, settings=cosine) for s in (2, 4)] == pytest.approx([0.5, 0.0])
     assert learning_rate(99, steps=100, settings=OptimizerSettings(lr=3.0)) == 3.0
+
+
+def test_a_decay_ends_where_it_is_told_to():
+    linear = OptimizerSettings(lr=1.0, min_lr=0.2, decay="linear", warmup_steps=2, decay_steps=6)
+    rates = [learning_rate(step, steps=100, settings=linear) for step in (1, 2, 4, 6, 7, 100)]
+    assert rates == pytest.approx([0.5, 1.0, 0.6, 0.2, 0.2, 0.2])
+    cosine = OptimizerSettings(lr=1.0, min_lr=0.2, decay="cosine", decay_steps=4)
+    rates = [learning_rate(step, steps=3, settings=cosine) for step in (2, 3)]
+    assert rates == pytest.approx([0.6, 0.2 + 0.4 * (1 - 0.5**0.5)])
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "says"),
+    [
+        ({"decay_steps": 10}, "optimizer.decay=constant; leave it out"),
+        ({"decay_steps": 10, "decay": "linear", "warmup_steps": 10}, "must lie after optimizer.warmup_steps=10"),
+        ({"decay_steps": 0, "decay": "linear"}, "nearest valid value is 1"),
+    ],
+)
+def test_a_decay_that_cannot_be(optimizer, says):
+    with pytest.raises(UserError, match=says):
+        settings_of(SMALLEST | {"optimizer": optimizer})
+
+
+def test_what_is_due_after_a_step():
+    run = RunSettings(dir="r", steps=7, save_every=2, export_every=3, evaluate_every=0)
+    due = [due_after(step, run) for step in range(8)]
+    everything = ["checkpoint", "export", "evaluation"]
+    assert due == [
+        *(["evaluation"], [], ["checkpoint"], ["export"], ["checkpoint"], [], ["checkpoint", "export"], everything)
+    ]
+    assert due_after(1, RunSettings(dir="r", steps=1, save_every=0, export_every=0, evaluate_every=0)) == everything
 
 
 def test_plan_counts_weights(tmp_path):

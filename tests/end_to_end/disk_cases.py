@@ -1,0 +1,98 @@
+"""One world that saves and exports again and again while the disk refuses a single rank, at each kind of write."""
+
+import errno
+import json
+import os
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+from megatron.core.dist_checkpointing import serialization
+from torch.distributed.checkpoint import FileSystemWriter
+
+import megatron_paint.disk
+from megatron_paint.errors import UserError
+from megatron_paint.mcore.hf_checkpoint import export_stages, first_layer_of
+from megatron_paint.mcore.lora import merged_parameters
+from megatron_paint.mcore.model import DTYPES
+from megatron_paint.mcore.policy import MegatronPolicy
+from megatron_paint.mcore.world import World, start_world, stop_world
+from megatron_paint.qwen3 import read_shape
+from megatron_paint.settings import load_settings
+
+
+@contextmanager
+def no_byte(world: World, *, rank: int) -> Iterator[None]:
+    """The rank may not write a byte into a file."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if world.rank == rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@contextmanager
+def full_at(world: World, *, owner: object, name: str) -> Iterator[None]:
+    """Rank 0 finds the disk full in this function."""
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with mock.patch.object(owner, name, side_effect=full) if world.rank == 0 else mock.MagicMock():
+        yield
+
+
+def in_small_shards(policy: MegatronPolicy, folder: Path) -> None:
+    """An export in which ranks gather tensors between one file and the next."""
+    export_stages(
+        merged_parameters(policy.stage),
+        folder,
+        shape=policy.shape,
+        world=policy.world,
+        first_layer=first_layer_of(policy.stage),
+        dtype=DTYPES[policy.settings.model.dtype],
+        source=policy.settings.model.hf_path,
+        shard_bytes=4096,
+    )
+
+
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def main() -> None:
+    """Prints one JSON object: the UserError that this rank met in each case, null for none, and whether it found there
+    what had been there before, and nothing else."""
+    settings, checkpoint, out = load_settings(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+    world = start_world(settings.megatron)
+    policy = MegatronPolicy(settings, read_shape(settings.model.hf_path), world)
+    policy.load(checkpoint)
+    save = partial(policy.save, out / "checkpoint", {"step": 1})
+    export = partial(policy.export, out / "export")
+    save()
+    export()
+    cases: dict[str, tuple[Callable[[], None], Callable]] = {
+        "first file of rank 0": (save, partial(no_byte, rank=0)),
+        "tensors of rank 1": (save, partial(no_byte, rank=1)),
+        "metadata of the tensors": (save, partial(full_at, owner=FileSystemWriter, name="finish")),
+        "metadata of the checkpoint": (save, partial(full_at, owner=serialization, name="save_config")),
+        "flush": (save, partial(full_at, owner=megatron_paint.disk, name="sync")),
+        "export": (export, partial(no_byte, rank=0)),
+        "first of many shards": (partial(in_small_shards, policy, out / "export"), partial(no_byte, rank=0)),
+        "flush of the export": (export, partial(full_at, owner=megatron_paint.disk, name="sync")),
+        "nothing": (save, partial(no_byte, rank=-1)),
+    }
+    before, messages, intact = contents(out), {}, {}
+    for case, (act, refusal) in cases.items():
+        messages[case] = None
+        with refusal(world):
+            try:
+                act()
+            except UserError as error:
+                messages[case] = str(error)
+        intact[case] = world.rank != 0 or messages[case] is None or contents(out) == before
+    print(json.dumps({"messages": messages, "intact": intact}))
+    stop_world()

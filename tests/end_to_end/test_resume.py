@@ -1,0 +1,142 @@
+"""Runs that end at any moment and go on: what was due is done, nothing twice, and the weights are as if unbroken."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from tests import tiny
+from tests.end_to_end import ranks
+
+KILLS = 6
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run / "hf" / f"step_{step:06d}" / "model.safetensors")
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def metrics(run: Path) -> list[dict]:
+    """The lines of metrics.jsonl without their times."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("time/") and k != "tokens_per_second"} for line in lines]
+
+
+def events(ended: ranks.Ended, *kinds: str) -> list[tuple[str, int]]:
+    """(event, step) in the order in which the console told them."""
+    told = [json.loads(line) for line in ended.out[0].splitlines()]
+    return [(event["event"], event["step"]) for event in told if event["event"] in kinds]
+
+
+def last_event(ended: ranks.Ended) -> dict:
+    event = json.loads(ended.out[0].splitlines()[-1])
+    return {key: value for key, value in event.items() if key != "folder"}
+
+
+def test_killed_before_the_last_export(trained, tmp_path):
+    """Everything of the last step but its checkpoint is lacking: it is done, and the table is the unbroken run's."""
+    run = tmp_path / "run"
+    lacking = ("eval", "hf")
+    ignored = shutil.ignore_patterns("tensorboard")
+    shutil.copytree(
+        trained.run,
+        run,
+        ignore=lambda at, names: {
+            *ignored(at, names),
+            *(name for name in names if Path(at).name in lacking and name.startswith("step_000004")),
+        },
+    )
+    first = (run / "eval" / "step_000000.json").stat().st_mtime_ns
+    ended = ranks.train(tmp_path, trained.settings, f"run.dir={run}", "run.resume=auto")
+    assert ended.statuses == [0, 0], ended
+    assert events(ended, "step", "evaluation") == [("evaluation", 4)]
+    assert last_event(ended) == last_event(trained.ended)
+    assert (run / "eval" / "step_000000.json").stat().st_mtime_ns == first
+    name = "eval/step_000004.json"
+    assert (run / name).read_bytes() == (trained.run / name).read_bytes()
+    assert same(weights(run, 4), weights(trained.run, 4))
+    again = ranks.train(tmp_path, trained.settings, f"run.dir={run}", "run.resume=auto")
+    assert events(again, "step", "evaluation") == []
+    assert last_event(again) == last_event(trained.ended)
+
+
+def test_killed_between_a_checkpoint_and_its_export(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained.run, run, ignore=shutil.ignore_patterns("step_000004*", "step_000002.json"))
+    shutil.copytree(trained.run / "checkpoints/step_000002", run / "checkpoints/.step_000004.unfinished")
+    ended = ranks.train(tmp_path, trained.settings, f"run.dir={run}", "run.resume=auto", "run.export_every=2")
+    assert ended.statuses == [0, 0], ended
+    told = events(ended, "step", "evaluation")
+    assert told == [("evaluation", 2), ("step", 3), ("step", 4), ("evaluation", 4)]
+    assert {path.name for path in (run / "hf").iterdir()} == {"step_000002", "step_000004"}
+    assert same(weights(run, 4), weights(trained.run, 4))
+    assert not same(weights(run, 2), weights(run, 4))
+    assert metrics(run) == metrics(trained.run)
+    assert last_event(ended) == last_event(trained.ended)
+
+
+def test_killed_at_any_moment(trained, tmp_path):
+    steps = 8
+    arguments = (f"run.steps={steps}", "run.save_every=1", "run.export_every=2", "evaluation.problems=null")
+    unbroken, run = tmp_path / "unbroken", tmp_path / "run"
+    assert ranks.train(tmp_path, trained.settings, f"run.dir={unbroken}", *arguments).statuses == [0, 0]
+    draw = random.Random(2)
+    for _ in range(KILLS):
+        # A step with its checkpoint opens and renames about 40 times; the delay lands inside writes that nobody sees.
+        kill = ranks.Kill(run, event=draw.randrange(5, 90), delay=draw.choice((0.0, 0.001, 0.004)))
+        ended = ranks.train(tmp_path, trained.settings, f"run.dir={run}", "run.resume=auto", *arguments, kill=kill)
+        assert ended.statuses == [-9, -9], ended
+        check_whole(run)
+    ended = ranks.train(tmp_path, trained.settings, f"run.dir={run}", "run.resume=auto", *arguments)
+    assert ended.statuses == [0, 0], ended
+    assert metrics(run) == metrics(unbroken)
+    for step in range(2, steps + 1, 2):
+        assert same(weights(run, step), weights(unbroken, step)), step
+    names = [sorted(str(path.relative_to(place)) for path in place.rglob("*")) for place in (run, unbroken)]
+    assert [n for n in names[0] if "events.out" not in n] == [n for n in names[1] if "events.out" not in n]
+    assert not any("unfinished" in name or "replaced" in name for name in names[0])
+
+
+def check_whole(run: Path) -> None:
+    """Whatever has its final name is whole."""
+    for checkpoint in (run / "checkpoints").glob("step_*"):
+        assert (checkpoint / "complete").exists(), checkpoint
+        assert json.loads((checkpoint / "run_state.json").read_text())["step"] == int(checkpoint.name[-6:])
+    for export in (run / "hf").glob("step_*"):
+        assert load_file(export / "model.safetensors")
+        assert json.loads((export / "config.json").read_text())["dtype"] == "float32"
+    for file in (run / "samples").glob("step_*"):
+        assert len([json.loads(line) for line in file.read_text().splitlines()]) == 4
+    if (run / "metrics.jsonl").exists():
+        assert all(json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines())
+
+
+def test_a_checkpoint_says_what_it_is_of(trained, tmp_path):
+    """It holds the settings and the model's sizes, and is not taken up by another model under the same name."""
+    state = json.loads((trained.run / "checkpoints/step_000004/run_state.json").read_text())
+    assert state["step"] == 4
+    assert state["settings"]["run"]["dir"] == str(trained.run)
+    assert state["settings"]["optimizer"]["lr"] == 1e-3
+    assert (state["model"]["hidden_size"], state["model"]["tie_word_embeddings"]) == (32, True)
+    for name in ("run", "problems.jsonl"):
+        (shutil.copytree if name == "run" else shutil.copy)(trained.folder / name, tmp_path / name)
+    model = tiny.make_model(tmp_path / "model", tied=False)
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace(str(trained.folder / "model"), str(model)))
+    arguments = (f"model.hf_path={model}", f"run.dir={tmp_path / 'run'}", "run.resume=auto")
+    message = ranks.train(tmp_path, trained.settings, *arguments).message
+    assert "step_000004 is of another model than model.hf_path: tie_word_embeddings is True, not False" in message
+
+
+def test_self_check_leaves_a_used_run_folder_alone(trained, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in trained.run.rglob("*")}
+    ended = ranks.run(tmp_path, "train", trained.settings, "--self-check", "--quiet")
+    assert ended.statuses == [0, 0], ended
+    assert ended.out[0] == "self-check: loss of the model against itself 0.00e+00 nats a token (limit 0.05)\n"
+    assert {path: path.stat().st_mtime_ns for path in trained.run.rglob("*")} == before

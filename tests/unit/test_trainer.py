@@ -1,0 +1,205 @@
+"""The loop with a policy that only takes notes: what is done after which step, by whom, and after a resume."""
+
+import os
+from contextlib import ExitStack
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_paint import __main__ as command
+from megatron_paint import trainer
+from megatron_paint.disk import NewFolder
+from megatron_paint.errors import UserError
+from megatron_paint.evaluation.statistics import build_report
+from megatron_paint.mcore import world as world_module
+from megatron_paint.records import Graded, SampleScore, StepReport
+from megatron_paint.run.folder import RunFolder
+from megatron_paint.run.progress import Progress
+from megatron_paint.self_check import self_check
+from megatron_paint.settings import settings_of
+from megatron_paint.trainer import Run
+
+ANSWER = Graded(
+    problem_id="a", sample_index=0, response_text="", num_tokens=1, finished=True, outcome="right", extracted=None
+)
+
+
+class Notes(list):
+    """A policy, an objective and an evaluator that note what they are asked for."""
+
+    def save(self, folder, state):
+        self.append(("save", state["step"]))
+        self.state = state
+        self._write(folder, mark=True)
+
+    def export(self, folder):
+        self.append(("export", int(folder.name[-6:])))
+        self._write(folder, mark=False)
+
+    def step(self, policy, problems, *, step, lr):
+        self.append(("step", step))
+        metrics = {"step": step, "loss": 1.0, "clip/share": 0.0, "tokens_per_second": 1.0}
+        metrics |= {"overlap/mean": 0.0, "reveal/mean": 1.0}
+        return StepReport(step=step, metrics=metrics, samples=(), scores=())
+
+    def sample(self, policy):
+        return "answers"
+
+    def report(self, answers, *, step, benchmark, graders):
+        self.append(("evaluate", step))
+        return build_report(step, benchmark, [ANSWER])
+
+    def _write(self, folder, *, mark):
+        made = NewFolder(folder)
+        made.begin()
+        made.finish(mark=mark)
+
+
+def settings(path, **run):
+    changes = {"steps": 5, "save_every": 2, "export_every": 3, "evaluate_every": 2, "resume": "auto", **run}
+    return settings_of({"model": {"hf_path": "m"}, "data": {"train": "p.jsonl"}, "run": {"dir": str(path), **changes}})
+
+
+def life(path, *, on_first_rank=lambda act: act(), **run) -> Notes:
+    """One life of a run; what it did."""
+    made, notes = settings(path, **run), Notes()
+    folder = RunFolder(path)
+    Run(
+        settings=made,
+        folder=folder,
+        policy=notes,
+        problems=SimpleNamespace(batch=lambda step: []),
+        prompts=SimpleNamespace(response_text=str),
+        objective=notes,
+        evaluator=notes,
+        graders=None,
+        progress=Progress("silent", steps=made.run.steps),
+        start=folder.prepare(made),
+        on_first_rank=on_first_rank,
+    ).train()
+    return notes
+
+
+def test_what_follows_which_step(tmp_path):
+    notes = life(tmp_path)
+    assert notes == [
+        *[("evaluate", 0), ("step", 1)],
+        *[("step", 2), ("save", 2), ("evaluate", 2)],
+        *[("step", 3), ("export", 3)],
+        *[("step", 4), ("save", 4), ("evaluate", 4)],
+        *[("step", 5), ("save", 5), ("export", 5), ("evaluate", 5)],
+    ]
+    assert notes.state["settings"]["run"]["save_every"] == 2
+    assert life(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("lacking", "done"),
+    [
+        (["eval/step_000005.json"], [("evaluate", 5)]),
+        (["hf/step_000005", "eval/step_000005.json"], [("export", 5), ("evaluate", 5)]),
+        (
+            ["checkpoints/step_000005", "hf/step_000005", "eval/step_000005.json", "eval/step_000004.json"],
+            [("evaluate", 4), ("step", 5), ("save", 5), ("export", 5), ("evaluate", 5)],
+        ),
+        (["checkpoints/step_000005"], [("step", 5), ("save", 5), ("export", 5), ("evaluate", 5)]),
+        (["hf/step_000003"], []),  # due after a step that is no checkpoint's
+    ],
+)
+def test_a_resumed_run_does_what_is_due_and_lacking(tmp_path, lacking, done):
+    life(tmp_path)
+    for name in lacking:
+        (tmp_path / name).rename(tmp_path.parent / f"{tmp_path.name}-{name.replace('/', '-')}")
+    assert life(tmp_path) == done
+
+
+def test_the_table_compares_with_the_evaluation_of_step_0(tmp_path, monkeypatch):
+    ends = []
+    monkeypatch.setattr(Progress, "end", lambda self, **values: ends.append(values))
+    life(tmp_path)
+    life(tmp_path)
+    assert ends[0] == ends[1]
+    assert [report.step for report in (*ends[1]["before"], *ends[1]["after"])] == [0, 5]
+
+
+def test_a_longer_run_goes_on(tmp_path):
+    life(tmp_path)
+    assert life(tmp_path, steps=6) == [
+        *[("step", 6), ("save", 6), ("export", 6), ("evaluate", 6)],
+    ]
+
+
+def test_only_the_first_rank_writes(tmp_path):
+    life(tmp_path / "first")
+    notes = life(tmp_path / "other", on_first_rank=lambda act: None)
+    assert ("step", 5) in notes
+    written = {path.name for kind in ("samples", "eval") for path in (tmp_path / "other" / kind).iterdir()}
+    assert written == set()
+    assert (tmp_path / "other" / "metrics.jsonl").read_text() == ""
+    assert len((tmp_path / "first" / "metrics.jsonl").read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    ("ranks", "fails", "stops"), [(2, None, True), (2, UserError("full"), False), (1, UserError("full"), True)]
+)
+def test_groups_are_taken_down_where_nobody_can_be_waited_for(monkeypatch, ranks, fails, stops, tmp_path):
+    stopped = []
+
+    def prepare(*_, **__):
+        if fails:
+            raise fails
+        return SimpleNamespace(policy=None, problems=None, prompts=None, progress=None, train=lambda: None)
+
+    monkeypatch.setattr(world_module, "start_world", lambda _: SimpleNamespace(size=ranks))
+    monkeypatch.setattr(world_module, "stop_world", lambda: stopped.append(True))
+    monkeypatch.setattr(trainer, "prepare", prepare)
+    monkeypatch.setattr(trainer, "self_check", lambda *_: None)
+    with pytest.raises(UserError) if fails else ExitStack():
+        trainer.train(settings(tmp_path))
+    assert stopped == ([True] if stops else [])
+
+
+def test_a_rank_that_failed_ends_at_once(monkeypatch, capsys):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def bug():
+        raise KeyError("a bug")
+
+    for main in (lambda: 0, lambda: 2, bug):
+        monkeypatch.setattr(command, "main", main)
+        command.run()
+    assert ended == [2, 1]
+    assert "KeyError: 'a bug'" in capsys.readouterr().err
+    monkeypatch.delenv("RANK")
+    monkeypatch.setattr(command, "main", lambda: 2)
+    with pytest.raises(SystemExit) as caught:
+        command.run()
+    assert caught.value.code == 2
+
+
+def check(tmp_path, policy):
+    problems = SimpleNamespace(batch=lambda step: ["a", "b"])
+    prompts = SimpleNamespace(student_prompt=lambda problem: (1,), sft_response=lambda problem: (2, 3))
+    self_check(settings(tmp_path), policy, problems, prompts, Progress("silent", steps=1))
+
+
+def test_a_model_that_differs_from_itself_is_refused(tmp_path):
+    def policy(loss):
+        score = SampleScore(loss_sum=loss, num_tokens=2, loss_tokens=2)
+        return SimpleNamespace(evaluate_loss=lambda samples, *_, **__: [score] * len(samples))
+
+    check(tmp_path, policy(0.1))
+    for loss in (0.102, float("nan")):
+        with pytest.raises(UserError, match=r"self-check: the model differs from itself .*self_check_limit=0\.05"):
+            check(tmp_path, policy(loss))
+
+
+def test_weights_that_are_not_finite_are_a_user_error(tmp_path):
+    def evaluate_loss(*_, **__):
+        raise FloatingPointError("rank 0: loss is nan")
+
+    with pytest.raises(UserError, match=r"self-check: rank 0: loss is nan\. The weights of m are damaged"):
+        check(tmp_path, SimpleNamespace(evaluate_loss=evaluate_loss))
