@@ -206,10 +206,11 @@ def run_inspect(options: argparse.Namespace, _: list[str]) -> int:
     from megatron_paint.inspect import inspect_sample
     from megatron_paint.run.folder import RunFolder
     from megatron_paint.run.settings_file import read_yaml
+    from megatron_paint.settings import settings_of
     from megatron_paint.tokenizers import load_tokenizer
 
-    recorded = read_yaml(RunFolder(options.run_dir).config_file)
-    tokenizer = load_tokenizer(recorded["model"]["hf_path"], chat_template=recorded["prompts"]["chat_template"])
+    settings = settings_of(read_yaml(RunFolder(options.run_dir).config_file))
+    tokenizer = load_tokenizer(settings.model.hf_path, chat_template=settings.prompts.chat_template)
 
     def decode(ids: Sequence[int]) -> str:
         return tokenizer.decode(ids, keep_special=True)

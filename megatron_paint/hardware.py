@@ -1,6 +1,8 @@
 """What this machine can run: Transformer Engine or plain torch, and on which device."""
 
+import importlib
 import os
+from functools import cache
 from importlib.util import find_spec
 from typing import Literal
 
@@ -20,6 +22,19 @@ def engine_is_lacking() -> str | None:
         return "no CUDA device was found"
     if find_spec("transformer_engine") is None:
         return "Transformer Engine is not installed (pip install 'megatron-paint[gpu]')"
+    return _import_error("transformer_engine.pytorch")
+
+
+@cache
+def _import_error(module: str) -> str | None:
+    """Why an installed module cannot be imported; Megatron would go on with a stand-in that fails in its layers."""
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError) as error:
+        lines = str(error).strip().splitlines()
+        return (
+            f"{module} cannot be imported ({lines[0] if lines else type(error).__name__}); it does not fit this torch"
+        )
     return None
 
 

@@ -35,7 +35,6 @@ class World:
     pp_group: dist.ProcessGroup
     dp_rank: int
     dp_size: int
-    dp_group: dist.ProcessGroup
     replica_group: dist.ProcessGroup  # the ranks of one replica: stages one after another, tensor-parallel ranks within
     host_group: dist.ProcessGroup  # gloo, all ranks: for records and messages
 
@@ -102,7 +101,6 @@ def start_world(megatron: MegatronSettings, *, backend: str | None = None) -> Wo
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
-        dp_group=parallel_state.get_data_parallel_group(),
         replica_group=parallel_state.get_model_parallel_group(),
         host_group=dist.new_group(backend="gloo", timeout=HOST_TIMEOUT),
     )
