@@ -71,7 +71,7 @@ def records(step: int, case: parity.Case) -> list[Sample]:
             key=i,
             student_prompt_ids=tuple(student),
             teacher_prompt_ids=tuple(teacher) if case.teacher != "none" else None,
-            full_teacher_prompt_ids=tuple(full) if case.partner == "full_teacher" else None,
+            full_teacher_prompt_ids=tuple(full) if case.loss_settings.get("partner") == "full_teacher" else None,
             response_ids=tuple(response),
         )
         for i, (student, teacher, full, response) in enumerate(parity.step_samples(step)[: case.num_samples])
@@ -140,7 +140,7 @@ def run_case(case: parity.Case, folder: Path, out: Path, world, megatron: dict) 
         policy.teacher.follow()
     loss = CrossEntropyLoss(chunk_bytes=1e9)
     if case.teacher != "none":
-        config = InterpolationLossConfig(**case.loss)
+        config = InterpolationLossConfig(**case.loss_settings)
         loss = DistillationLoss(config=config, chunk_bytes=4e3, token_temperature=1.1)
     result = {"losses": [], "gradients": [], "norms": [], "hidden": {}}
     if case.teacher != "none":

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import Qwen3ForCausalLM
 
+from megatron_paint.keys import derive_key
 from tests.parallel import parity_cases as parity
 from tests.parallel.layouts import LAYOUTS, run_worker
 from tests.reference.plain_policy import PlainPolicy
@@ -67,12 +68,13 @@ def plain(checkpoints):
         start_teacher(policy, case, checkpoints)
         before = exported(policy.model, case)
         losses, gradients, norms = [], [], []
+        keys = [derive_key(index, "positions") for index in range(case.num_samples)]
         hidden = {} if case.teacher == "none" else policy.teacher_hidden(parity.step_samples(0)[: case.num_samples])
         for step in range(parity.STEPS):
             samples = parity.step_samples(step)[: case.num_samples]
             if case.teacher == "none":
                 samples = [(student, None, None, response) for student, *_, response in samples]
-            step_losses, step_gradients = policy.train_step(samples, **case.loss)
+            step_losses, step_gradients = policy.train_step(samples, keys=keys, **case.loss_settings)
             losses.append(step_losses)
             gradients.append({short_name(n): g for n, g in step_gradients.items()})
             norms.append(torch.stack([g.norm() for g in step_gradients.values()]).norm().item())
@@ -107,8 +109,6 @@ def start_teacher(policy: PlainPolicy, case: parity.Case, checkpoints: Path) -> 
 
 def fresh_adapter(name: str, p: torch.Tensor) -> torch.Tensor:
     """What our adapters start from: B zero, A drawn from its key."""
-    from megatron_paint.keys import derive_key
-
     if "lora_B" in name:
         return torch.zeros_like(p)
     parts = short_name(name).split(".")
