@@ -13,6 +13,9 @@ from megatron_paint.qwen3 import Qwen3Shape, read_shape
 # the sum over norms, projections and SwiGLU of a Qwen3 layer with flash attention; an estimate, ours.
 ACTIVATION_BYTES = 40
 WIDTHS = {"bfloat16": 2, "float32": 4}
+FLOAT32 = 4
+OPTIMIZER_BYTES = 12  # a weight: float32 main weight and Adam's two moments
+IN_FLIGHT = 2  # micro-batches whose activations a stage holds at once, at least, where there are several stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,17 +152,22 @@ def _memory(settings: Settings, shape: Qwen3Shape, *, tp: int, pp: int, dp: int)
         ends = 2 * (shape.hidden_size + q) + 2 * (shape.hidden_size + kv) + 3 * (shape.hidden_size + shape.ffn_size)
         trained = lora.rank * ends * shape.num_layers / pp / tp
     teacher = settings.objective.teacher
-    second = teacher.weights == "ema" or (teacher.weights == "initial" and lora is None)
-    second = second and settings.objective.name != "sft" and not teacher.offload
-    optimizer = 12 * trained / (dp if settings.megatron.use_distributed_optimizer else 1)
+    held = teacher.weights == "ema" or (teacher.weights == "initial" and lora is None)
+    held = held and settings.objective.name != "sft"
+    # In place for a pass an average is a copy in the student's type, and weights from host memory are a copy as well.
+    resting = 0 if teacher.offload else FLOAT32 if teacher.weights == "ema" else width
+    passing = width if teacher.offload or teacher.weights == "ema" else 0
+    optimizer = OPTIMIZER_BYTES * trained / (dp if settings.megatron.use_distributed_optimizer else 1)
     tokens = settings.data.micro_batch_tokens / (tp if settings.megatron.sequence_parallel else 1)
     kept = 1 if settings.megatron.recompute_granularity == "full" else shape.num_layers / pp
     return {
         "weights": weights * width,
-        "gradients": trained * 4,
+        "gradients": trained * FLOAT32,
         "optimiser": optimizer,
-        "teacher": trained * (4 if teacher.weights == "ema" else width) if second else 0.0,
-        "activations": tokens * shape.hidden_size * ACTIVATION_BYTES * kept * width / 2 * min(pp, 2),
+        "teacher": trained * (resting + passing) if held else 0.0,
+        # The loss's float32 sum, and the zeros that Megatron's hook is handed.
+        "output layer's gradient": 0.0 if lora else embedding / tp * (FLOAT32 + width),
+        "activations": tokens * shape.hidden_size * ACTIVATION_BYTES * kept * width / 2 * min(pp, IN_FLIGHT),
         "logits": float(settings.objective.chunk_bytes),
         "key-value cache": _cache(settings, shape),
     }

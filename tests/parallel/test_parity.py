@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,16 @@ def test_equals_plain_torch(case, layout, plain):
             continue
         assert change.norm() > 0, name
         assert relative(after[name] - wanted["before"][name], change) < 1e-4, name
+
+
+def test_what_is_not_finite_stops_before_the_optimiser(layout):
+    """On all ranks alike; a loss is named by rank, micro-batch and problem; no weight moves."""
+    told = torch.load(layout / "not_finite.pt")
+    assert all(entry == told[0] for entry in told)
+    assert re.match(r"loss is not finite on rank \d+, micro-batch \d+, problem '\d'", told[0]["loss"])
+    assert re.fullmatch(r"the gradient's norm is (nan|inf)", told[0]["gradient"])
+    assert told[0]["loss same"]
+    assert told[0]["gradient same"]
 
 
 def test_teacher_kinds_differ(plain):
