@@ -1,4 +1,4 @@
-"""The command line: `megatron-paint train | evaluate | inspect | doctor`. Exit status 2 is an error of the user's."""
+"""The command line: `megatron-paint train | evaluate | convert | inspect | doctor`. Exit status 2 is an error of the user's."""
 
 import argparse
 import os
@@ -79,6 +79,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def make_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
+    from megatron_paint.convert.arguments import add_commands
+
     parser = _Parser(prog="megatron-paint", description="PAINT on Megatron-Core")
     parser.add_argument("--version", action="version", version=f"megatron-paint {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -102,6 +104,9 @@ def make_parser() -> argparse.ArgumentParser:
     samples.add_argument("--index", type=int, default=0, help="which sample of the step, from 0")
     samples.add_argument("--id", help="the sample of this problem instead")
     samples.set_defaults(run=run_inspect)
+
+    convert = commands.add_parser("convert", help="Qwen3 checkpoints between Hugging Face and Megatron")
+    add_commands(convert.add_subparsers(required=True, metavar="ACTION"))
 
     doctor = commands.add_parser("doctor", help="what was found on this machine, and what lacking it costs")
     doctor.add_argument("--json", action="store_true", help="print JSON")
@@ -206,10 +211,11 @@ def run_inspect(options: argparse.Namespace, _: list[str]) -> int:
     from megatron_paint.inspect import inspect_sample
     from megatron_paint.run.folder import RunFolder
     from megatron_paint.run.settings_file import read_yaml
+    from megatron_paint.settings import settings_of
     from megatron_paint.tokenizers import load_tokenizer
 
-    recorded = read_yaml(RunFolder(options.run_dir).config_file)
-    tokenizer = load_tokenizer(recorded["model"]["hf_path"], chat_template=recorded["prompts"]["chat_template"])
+    settings = settings_of(read_yaml(RunFolder(options.run_dir).config_file))
+    tokenizer = load_tokenizer(settings.model.hf_path, chat_template=settings.prompts.chat_template)
 
     def decode(ids: Sequence[int]) -> str:
         return tokenizer.decode(ids, keep_special=True)

@@ -216,6 +216,10 @@ class RunSettings:
         Literal["never", "auto", "required"], setting("go on from the newest complete checkpoint of run.dir")
     ] = "never"
     tensorboard: Annotated[Flag, setting("write TensorBoard files")] = True
+    sampler_gap_limit: Annotated[
+        Positive,
+        setting("largest difference, in nats, of sampler's and trainer's log-probabilities at the start"),
+    ] = 1.0
     self_check_limit: Annotated[Number, setting("largest loss, in nats a token, of a model against itself", ge=0)] = (
         0.05
     )

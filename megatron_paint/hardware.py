@@ -1,12 +1,16 @@
 """What this machine can run: Transformer Engine or plain torch, and on which device."""
 
+import importlib
 import os
+from functools import cache
 from importlib.util import find_spec
+from typing import Literal
 
 import torch
 
 from megatron_paint.config import MegatronSettings
 from megatron_paint.errors import UserError
+from megatron_paint.losses.config import Kernel
 
 # Transformer Engine reads it where attention is built; Megatron-Core refuses deterministic_mode unless it is 0.
 NONDETERMINISTIC = "NVTE_ALLOW_NONDETERMINISTIC_ALGO"
@@ -18,6 +22,19 @@ def engine_is_lacking() -> str | None:
         return "no CUDA device was found"
     if find_spec("transformer_engine") is None:
         return "Transformer Engine is not installed (pip install 'megatron-paint[gpu]')"
+    return _import_error("transformer_engine.pytorch")
+
+
+@cache
+def _import_error(module: str) -> str | None:
+    """Why an installed module cannot be imported; Megatron would go on with a stand-in that fails in its layers."""
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError) as error:
+        lines = str(error).strip().splitlines()
+        return (
+            f"{module} cannot be imported ({lines[0] if lines else type(error).__name__}); it does not fit this torch"
+        )
     return None
 
 
@@ -29,6 +46,23 @@ def use_transformer_engine(megatron: MegatronSettings) -> bool:
     if lacking and megatron.fp8 is not None:
         raise UserError(f"megatron.fp8={megatron.fp8} needs Transformer Engine on a GPU: {lacking}; set fp8=null")
     return lacking is None and megatron.transformer_impl != "local"
+
+
+def triton_is_lacking() -> str | None:
+    """Why the loss's Triton kernels cannot be used here, or None where they can."""
+    if not torch.cuda.is_available():
+        return "no CUDA device was found"
+    return "Triton is not installed (pip install triton)" if find_spec("triton") is None else None
+
+
+def loss_kernel(asked: Kernel) -> Literal["torch", "triton"]:
+    """Who does the loss's elementwise work on this machine; UserError where triton is asked for and cannot be used."""
+    lacking = triton_is_lacking()
+    if asked == "triton" and lacking:
+        raise UserError(f"objective.kernel=triton: {lacking}; set it to auto or torch")
+    if asked == "auto":
+        return "torch" if lacking else "triton"
+    return asked
 
 
 def engine_environment(megatron: MegatronSettings) -> dict[str, str]:

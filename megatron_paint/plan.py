@@ -6,13 +6,16 @@ from pathlib import Path
 from megatron_paint.apex import refuse_foreign_apex
 from megatron_paint.config import Settings
 from megatron_paint.errors import UserError
-from megatron_paint.hardware import engine_environment, use_transformer_engine
+from megatron_paint.hardware import engine_environment, loss_kernel, triton_is_lacking, use_transformer_engine
 from megatron_paint.qwen3 import Qwen3Shape, read_shape
 
 # Bytes of activations a token and layer keep for backward, per hidden unit, in 2-byte types without recomputation:
 # the sum over norms, projections and SwiGLU of a Qwen3 layer with flash attention; an estimate, ours.
 ACTIVATION_BYTES = 40
 WIDTHS = {"bfloat16": 2, "float32": 4}
+FLOAT32 = 4
+OPTIMIZER_BYTES = 12  # a weight: float32 main weight and Adam's two moments
+IN_FLIGHT = 2  # micro-batches whose activations a stage holds at once, at least, where there are several stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,7 @@ class Plan:
     pipeline_parallel: int
     data_parallel: int
     uses_engine: bool
+    kernel: str  # who does the loss's elementwise work
     memory: dict[str, float]
 
     def lines(self, settings: Settings) -> list[str]:
@@ -41,6 +45,9 @@ class Plan:
             f"a stage, {shape.vocab_size // self.tensor_parallel:,} vocabulary rows a rank",
             f"layers     {'Transformer Engine' if self.uses_engine else 'plain torch'}, {settings.model.dtype}"
             f"{f', FP8 {settings.megatron.fp8} {settings.megatron.fp8_recipe}' if settings.megatron.fp8 else ''}",
+            f"loss       elementwise work by {self.kernel}"
+            f"{f' ({triton_is_lacking()})' if self.kernel == 'torch' and triton_is_lacking() else ''}, chunks of "
+            f"{_size(settings.objective.chunk_bytes)}",
             f"step       {problems} problems, about {problems / self.data_parallel:g} a replica, micro-batches of at "
             f"most {settings.data.micro_batch_tokens:,} tokens; {settings.run.steps} steps",
         ]
@@ -53,6 +60,7 @@ def make_plan(settings: Settings, *, processes: int) -> Plan:
     """Checks model, layout and machine against each other; UserError names the setting and the nearest valid value."""
     refuse_foreign_apex()
     shape = read_shape(settings.model.hf_path)
+    _refuse_experts(settings, shape)
     megatron = settings.megatron
     engine_environment(megatron)
     tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
@@ -92,8 +100,22 @@ def make_plan(settings: Settings, *, processes: int) -> Plan:
         pipeline_parallel=pp,
         data_parallel=dp,
         uses_engine=use_transformer_engine(megatron),
+        kernel=loss_kernel(settings.objective.kernel),
         memory=_memory(settings, shape, tp=tp, pp=pp, dp=dp),
     )
+
+
+def _refuse_experts(settings: Settings, shape: Qwen3Shape) -> None:
+    if shape.num_experts:
+        raise UserError(
+            f"{shape.source} is a mixture of experts: its checkpoints can be converted (megatron-paint convert), but "
+            "training one is not possible yet; give a dense Qwen3"
+        )
+    if settings.megatron.expert_model_parallel_size > 1:
+        raise UserError(
+            f"megatron.expert_model_parallel_size={settings.megatron.expert_model_parallel_size} shares experts, and "
+            f"{shape.source} has none; set it to 1"
+        )
 
 
 def _must_divide(key: str, ranks: int, size: int, what: str, shape: Qwen3Shape) -> None:
@@ -144,17 +166,22 @@ def _memory(settings: Settings, shape: Qwen3Shape, *, tp: int, pp: int, dp: int)
         ends = 2 * (shape.hidden_size + q) + 2 * (shape.hidden_size + kv) + 3 * (shape.hidden_size + shape.ffn_size)
         trained = lora.rank * ends * shape.num_layers / pp / tp
     teacher = settings.objective.teacher
-    second = teacher.weights == "ema" or (teacher.weights == "initial" and lora is None)
-    second = second and settings.objective.name != "sft" and not teacher.offload
-    optimizer = 12 * trained / (dp if settings.megatron.use_distributed_optimizer else 1)
+    held = teacher.weights == "ema" or (teacher.weights == "initial" and lora is None)
+    held = held and settings.objective.name != "sft"
+    # In place for a pass an average is a copy in the student's type, and weights from host memory are a copy as well.
+    resting = 0 if teacher.offload else FLOAT32 if teacher.weights == "ema" else width
+    passing = width if teacher.offload or teacher.weights == "ema" else 0
+    optimizer = OPTIMIZER_BYTES * trained / (dp if settings.megatron.use_distributed_optimizer else 1)
     tokens = settings.data.micro_batch_tokens / (tp if settings.megatron.sequence_parallel else 1)
     kept = 1 if settings.megatron.recompute_granularity == "full" else shape.num_layers / pp
     return {
         "weights": weights * width,
-        "gradients": trained * 4,
+        "gradients": trained * FLOAT32,
         "optimiser": optimizer,
-        "teacher": trained * (4 if teacher.weights == "ema" else width) if second else 0.0,
-        "activations": tokens * shape.hidden_size * ACTIVATION_BYTES * kept * width / 2 * min(pp, 2),
+        "teacher": trained * (resting + passing) if held else 0.0,
+        # The loss's float32 sum, and the zeros that Megatron's hook is handed.
+        "output layer's gradient": 0.0 if lora else embedding / tp * (FLOAT32 + width),
+        "activations": tokens * shape.hidden_size * ACTIVATION_BYTES * kept * width / 2 * min(pp, IN_FLIGHT),
         "logits": float(settings.objective.chunk_bytes),
         "key-value cache": _cache(settings, shape),
     }

@@ -93,7 +93,7 @@ class SampleScore:
     divergence_other_sum: float = 0.0
     clipped_mass_sum: float = 0.0  # target mass on clipped entries, summed over tokens that carry loss
     clipped_entries: int = 0
-    sampler_gap_max: float = 0.0  # max |sampler log-prob - trainer log-prob| over the response
+    sampler_gap_max: float | None = None  # max |sampler log-prob - trainer log-prob|; None: not sampled in this step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

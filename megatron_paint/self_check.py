@@ -1,50 +1,94 @@
-"""Scores a model against itself: a wrong offset, mask or weight would show as a loss above rounding."""
+"""Scores the model against itself before a run: what the loss reads where there is nothing to learn."""
 
 from megatron_paint.config import Settings
 from megatron_paint.errors import UserError
+from megatron_paint.hardware import loss_kernel
+from megatron_paint.keys import derive_key
 from megatron_paint.losses import InterpolationLossConfig
 from megatron_paint.objectives.losses import DistillationLoss
-from megatron_paint.policy import Policy
+from megatron_paint.policy import GenerationRequest, Policy, SamplingParameters
 from megatron_paint.problems import ProblemSet
 from megatron_paint.prompts import Prompts
-from megatron_paint.records import Problem, Sample
+from megatron_paint.records import Problem, Rollout, Sample
 from megatron_paint.run.progress import Progress
 
 PROBLEMS = 4  # ours: enough to see a wrong offset, too few to be noticed
+TOKENS = 16  # sampled of each
 
 
 def self_check(settings: Settings, policy: Policy, problems: ProblemSet, prompts: Prompts, progress: Progress) -> None:
-    """Says the loss of the model against itself, in nats a token; UserError where it is above its limit."""
+    """Says how far two ways to the same numbers lie apart; UserError where it is further than the limits.
+
+    The loss between the model and itself on the same prompts, one side packed in micro-batches and the other row by
+    row: the noise that a divergence has to rise above. And the log-probabilities of tokens as sampler and trainer see
+    them: a wrong offset or mask on either side shows there.
+    """
+    batch = problems.batch(1)[:PROBLEMS]
+    samples = [
+        _sample(problem, rollout)
+        for problem, rollout in zip(batch, _rollouts(settings, policy, batch, prompts), strict=True)
+    ]
     loss = DistillationLoss(
         config=InterpolationLossConfig(positions="none", temperature=settings.objective.loss.temperature),
         chunk_bytes=settings.objective.chunk_bytes,
         token_temperature=1.0,
-        kernel=settings.objective.kernel,
+        kernel=loss_kernel(settings.objective.kernel),
     )
-    samples = [_own_sample(problem, settings, prompts) for problem in problems.batch(1)[:PROBLEMS]]
     try:
         scores = policy.evaluate_loss(samples, loss, teach_itself=True)
     except FloatingPointError as error:
         raise UserError(f"self-check: {error}. The weights of {settings.model.hf_path} are damaged") from error
     floor = sum(score.loss_sum for score in scores) / sum(score.num_tokens for score in scores)
-    limit = settings.run.self_check_limit
-    message = f"self-check: loss of the model against itself {floor:.2e} nats a token (limit {limit:g})"
-    progress.note(message, nats_per_token=floor, limit=limit)
-    if not floor <= limit:
+    gap = max(score.sampler_gap_max for score in scores)
+    run = settings.run
+    progress.note(
+        f"self-check: loss of the model against itself {floor:.2e} nats a token (limit {run.self_check_limit:g}); "
+        f"sampler and trainer differ by {gap:.2e} nats at most (limit {run.sampler_gap_limit:g})",
+        nats_per_token=floor,
+        limit=run.self_check_limit,
+        sampler_gap=gap,
+        sampler_gap_limit=run.sampler_gap_limit,
+    )
+    if not floor <= run.self_check_limit:
         raise UserError(
-            f"self-check: the model differs from itself by {floor:.3g} nats a token, above "
-            f"run.self_check_limit={limit:g}; with FP8 try another megatron.fp8_recipe or raise the limit"
+            f"self-check: the model differs from itself by {floor:.3g} nats a token, above run.self_check_limit="
+            f"{run.self_check_limit:g}; with FP8 try another megatron.fp8_recipe or raise the limit"
+        )
+    if not gap <= run.sampler_gap_limit:
+        raise UserError(
+            f"self-check: sampler and trainer differ by {gap:.3g} nats on a token, above "
+            f"run.sampler_gap_limit={run.sampler_gap_limit:g}: generation and training do not see the same model"
         )
 
 
-def _own_sample(problem: Problem, settings: Settings, prompts: Prompts) -> Sample:
-    """The solution as a response, with the student's prompt on both sides."""
-    prompt = prompts.student_prompt(problem)
+def _rollouts(settings: Settings, policy: Policy, batch: list[Problem], prompts: Prompts) -> list[Rollout]:
+    requests = [
+        GenerationRequest(
+            problem_id=problem.id,
+            sample_index=0,
+            prompt_ids=prompts.student_prompt(problem),
+            key=derive_key(settings.run.seed, "self-check", problem.id),
+        )
+        for problem in batch
+    ]
+    sampling = SamplingParameters(
+        max_new_tokens=min(TOKENS, settings.rollout.max_new_tokens),
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        stop_ids=frozenset(prompts.tokenizer.stop_ids),
+    )
+    return policy.generate(requests, sampling)
+
+
+def _sample(problem: Problem, rollout: Rollout) -> Sample:
+    """A rollout with the student's prompt on both sides."""
     return Sample(
         problem=problem,
         sample_index=0,
         key=0,
-        student_prompt_ids=prompt,
-        teacher_prompt_ids=prompt,
-        response_ids=prompts.sft_response(problem)[: settings.rollout.max_new_tokens],
+        student_prompt_ids=rollout.prompt_ids,
+        teacher_prompt_ids=rollout.prompt_ids,
+        response_ids=rollout.response_ids,
+        rollout=rollout,
     )

@@ -1,6 +1,7 @@
 """What a run reads: tokenizer, prompts, training problems, held-out problems; checked, and the same on every rank."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -37,6 +38,8 @@ def load_sources(
     prompts, held_out = load_held_out_sources(settings, shape, share=share)
     limit = _limit(settings, shape, prompts)
     problems: ProblemSet = share(lambda: load_problems(settings.data, grade=grade, prompt_limit=limit))
+    if settings.objective.name != "sft" and settings.objective.reveal.solution == "wrong":
+        _check_wrong_solutions(problems.problems, prompts, limit)
     if settings.rollout.engine == "replay" and settings.objective.name != "sft":
         share(lambda: _check_replay(settings, shape, problems))
     return Sources(prompts=prompts, problems=problems, held_out=held_out, notes=problems.notes)
@@ -75,6 +78,18 @@ def check_sources(settings: Settings, shape: Qwen3Shape, *, run_folder: bool = T
     return (f"data       {len(sources.problems):,} training problems{held_out}", *sources.notes)
 
 
+def _check_wrong_solutions(problems: Sequence[Problem], prompts: Prompts, limit: PromptLimit) -> None:
+    """UserError where the longest problem does not fit with another one's solution."""
+    longest = max(problems, key=lambda problem: len(problem.problem))
+    solution = max(problems, key=lambda problem: len(problem.solution)).solution
+    length = prompts.longest_prompt(dataclasses.replace(longest, solution=solution))
+    if length > limit.most:
+        raise UserError(
+            f"objective.reveal.solution=wrong can make a prompt of {length} tokens, above {limit.most}, {limit.reason}"
+            ": leave the longest problems or solutions out"
+        )
+
+
 def _check_replay(settings: Settings, shape: Qwen3Shape, problems: ProblemSet) -> None:
     """UserError where a rollout of a step that is still to be done is missing, or cannot be this model's."""
     engine = ReplayEngine(settings.rollout.path)
@@ -87,12 +102,13 @@ def _check_replay(settings: Settings, shape: Qwen3Shape, problems: ProblemSet) -
 
 
 def _limit(settings: Settings, shape: Qwen3Shape, prompts: Prompts) -> PromptLimit:
-    """Room for a response after the longest prompt that a problem can have: the teacher's with the whole solution."""
+    """Room for a response after the longest prompt that a problem can have: the teacher's with almost all of the
+    solution, and the line that the rest is hidden."""
 
     def length(problem: Problem) -> int:
         if settings.objective.name == "sft":
             return len(prompts.student_prompt(problem)) + len(prompts.sft_response(problem))
-        return max(len(prompts.student_prompt(problem)), len(prompts.full_teacher_prompt(problem)))
+        return prompts.longest_prompt(problem)
 
     response = 0 if settings.objective.name == "sft" else settings.rollout.max_new_tokens
     return PromptLimit(

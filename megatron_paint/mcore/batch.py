@@ -61,8 +61,10 @@ def assign_replicas(costs: Sequence[int], replicas: int) -> list[list[int]]:
     return taken
 
 
-def cut_micro_batches(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Groups of items, by falling size, of at most `limit` tokens each; an item above the limit stands alone."""
+def cut_micro_batches(sizes: Sequence[int], limit: int, *, multiple: int = 1) -> list[list[int]]:
+    """Groups of items, by falling size, of at most `limit` tokens each once padded to `multiple`; an item above the
+    limit stands alone."""
+    limit = limit // multiple * multiple
     groups: list[list[int]] = []
     filled = 0
     for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
@@ -81,7 +83,7 @@ def make_micro_batches(
 
     An empty micro-batch is one row of padding without response: its loss is an empty sum.
     """
-    groups = cut_micro_batches([s.num_tokens for s in sequences], limit)
+    groups = cut_micro_batches([s.num_tokens for s in sequences], limit, multiple=multiple)
     groups += [[] for _ in range(count - len(groups))]
     return [
         _pack([sequences[i] for i in group], number=number, multiple=multiple, device=device)

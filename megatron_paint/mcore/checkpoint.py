@@ -27,7 +27,14 @@ from megatron_paint.mcore.world import World
 STATE = "run_state.json"
 
 # The one sharding of Megatron's distributed optimiser that any layout can load. Megatron writes into what it is given.
-_METADATA = MappingProxyType({"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True})
+_METADATA = MappingProxyType(
+    {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        # One rank gathers the other replicas' shards over gloo; else every rank holds all of them on its GPU.
+        "distrib_optim_fully_reshardable_mem_efficient": True,
+        "chained_optim_avoid_prefix": True,
+    }
+)
 ENGINE_STATE = "_extra_state"  # Transformer Engine's own entries beside the weights
 
 
@@ -172,6 +179,8 @@ def _load(wanted: dict, folder: str | Path, *, strict: StrictHandling = StrictHa
 def _as_user_error(folder: str | Path) -> Iterator[None]:
     try:
         yield
+    except (torch.OutOfMemoryError, torch.distributed.DistError):
+        raise  # also RuntimeErrors, and not the checkpoint's fault
     except (dist_checkpointing.core.CheckpointingException, KeyError, RuntimeError, OSError, EOFError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(f"checkpoint {folder} cannot be loaded into this model: {first_line}") from error

@@ -51,7 +51,7 @@ class BatchLimits:
     """What may be decoded together on one replica."""
 
     rows: int
-    prefill_tokens: int  # of all prompts
+    prefill_tokens: int  # rows times the longest prompt: attention spreads prompts into a rectangle
     cache_tokens: int  # rows times the longest response's last position; one row is always allowed
 
 
@@ -68,6 +68,13 @@ class Generator:
     def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParameters) -> list[Rollout]:
         """One rollout per request, in order. Requests of similar length are decoded together."""
         self.stage.set_is_first_microbatch()  # Transformer Engine else computes with the FP8 weights it cached last
+        self.stage.eval()  # Megatron else prepares each layer of each token for recomputation
+        try:
+            return self._generate(requests, sampling)
+        finally:
+            self.stage.train()
+
+    def _generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParameters) -> list[Rollout]:
         by_length = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
         rollouts: dict[int, Rollout] = {}
         for batch in self._batches([(i, requests[i]) for i in by_length], sampling.max_new_tokens):
@@ -80,17 +87,15 @@ class Generator:
         self, numbered: list[tuple[int, GenerationRequest]], max_new_tokens: int
     ) -> list[list[tuple[int, GenerationRequest]]]:
         """Cuts requests of rising prompt length into batches."""
+        limits = self.limits
         batches: list[list[tuple[int, GenerationRequest]]] = []
-        tokens = 0
         for item in numbered:
             length = len(item[1].prompt_ids)
             rows = len(batches[-1]) + 1 if batches else 1
-            fits = rows <= self.limits.rows and tokens + length <= self.limits.prefill_tokens
-            if not batches or not fits or rows * (length + max_new_tokens) > self.limits.cache_tokens:
+            fits = rows <= limits.rows and rows * length <= limits.prefill_tokens
+            if not batches or not fits or rows * (length + max_new_tokens) > limits.cache_tokens:
                 batches.append([])
-                tokens = 0
             batches[-1].append(item)
-            tokens += length
         return batches
 
     def _decode(self, rows: list[_Row], sampling: SamplingParameters) -> None:

@@ -5,7 +5,6 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
 from megatron_paint.config import MegatronSettings, OptimizerSettings
-from megatron_paint.errors import UserError
 from megatron_paint.mcore.model import Qwen3Model
 
 
@@ -27,8 +26,6 @@ def make_optimizer(
     wrapped: DistributedDataParallel, settings: OptimizerSettings, megatron: MegatronSettings
 ) -> MegatronOptimizer:
     """AdamW or SGD with float32 main weights."""
-    if settings.name == "sgd" and megatron.use_distributed_optimizer:
-        raise UserError("optimizer.name=sgd needs megatron.use_distributed_optimizer=false: it has no state to shard")
     dtype = wrapped.module.config.params_dtype
     config = OptimizerConfig(
         optimizer=settings.name,

@@ -94,9 +94,10 @@ class MegatronPolicy:
     def evaluate_loss(
         self, samples: Sequence[Sample], loss: TokenLoss, *, teach_itself: bool = False
     ) -> tuple[SampleScore, ...]:
-        """The loss of each sample without a step; with `teach_itself` the current weights are the teacher."""
+        """The loss of each sample without a step; with `teach_itself` the current weights are the teacher, which then
+        scores row by row: the same numbers by another way."""
         teacher = Teacher(self.stage, TeacherSettings(weights="current")) if teach_itself else self.teacher
-        return self.accumulate(samples, loss, forward_only=True, teacher=teacher)[0]
+        return self.accumulate(samples, loss, forward_only=True, teacher=teacher, teacher_alone=teach_itself)[0]
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
         save_checkpoint(folder, self.stage, self.optimizer, self.teacher, state, self.world)
@@ -116,10 +117,19 @@ class MegatronPolicy:
         )
 
     def accumulate(
-        self, samples: Sequence[Sample], loss: TokenLoss, *, forward_only: bool = False, teacher: Teacher | None = None
+        self,
+        samples: Sequence[Sample],
+        loss: TokenLoss,
+        *,
+        forward_only: bool = False,
+        teacher: Teacher | None = None,
+        teacher_alone: bool = False,
     ) -> tuple[tuple[SampleScore, ...], dict[str, float]]:
         """Teacher pass and student pass of a step: scores of all samples, and, unless `forward_only`, the gradient of
-        the loss divided by the global number of tokens that carry it, in Megatron's gradient buffers."""
+        the loss divided by the global number of tokens that carry it, in Megatron's gradient buffers.
+
+        teacher_alone: the teacher scores each sample in a micro-batch of its own.
+        """
         _check_normalisation(self.stage.config)
         teacher = teacher or self.teacher
         costs = [len(s.student_prompt_ids) + len(s.teacher_prompt_ids or ()) + 2 * len(s.response_ids) for s in samples]
@@ -128,7 +138,9 @@ class MegatronPolicy:
         teachers: dict[str, dict[int, Tensor]] = {}
         with _timed(seconds, "teacher"):
             if loss.needs_teacher:
-                teachers["teacher_hidden_NH"] = self._score(samples, replicas, "teacher_prompt_ids", teacher)
+                limit = 1 if teacher_alone else None
+                hidden = self._score(samples, replicas, "teacher_prompt_ids", teacher, limit=limit)
+                teachers["teacher_hidden_NH"] = hidden
             if loss.needs_full_teacher:
                 teachers["full_teacher_hidden_NH"] = self._score(samples, replicas, "full_teacher_prompt_ids", teacher)
         with _timed(seconds, "student"):
@@ -154,7 +166,13 @@ class MegatronPolicy:
         return {index: value for entries in everyone for index, value in entries.items()}
 
     def _score(
-        self, samples: Sequence[Sample], replicas: list[list[int]], prompts: str, teacher: Teacher
+        self,
+        samples: Sequence[Sample],
+        replicas: list[list[int]],
+        prompts: str,
+        teacher: Teacher,
+        *,
+        limit: int | None = None,
     ) -> dict[int, Tensor]:
         """Final hidden states [N, H] at each sample's response rows under the teacher; empty but on the last stage."""
         hidden: dict[int, Tensor] = {}
@@ -164,7 +182,7 @@ class MegatronPolicy:
             hidden.update(zip(batch.indices, rows_NH.split(batch.lengths), strict=True))
 
         with torch.no_grad(), teacher.in_place():
-            self._pass(samples, replicas, prompts, keep, forward_only=True)
+            self._pass(samples, replicas, prompts, keep, forward_only=True, limit=limit)
         return hidden
 
     def _pass(
@@ -175,8 +193,12 @@ class MegatronPolicy:
         at_the_end: Callable[[MicroBatch, Tensor], Any],
         *,
         forward_only: bool,
+        limit: int | None = None,
     ) -> None:
-        """Runs all micro-batches of this replica through the pipeline; `at_the_end` meets the last stage's output."""
+        """Runs all micro-batches of this replica through the pipeline; `at_the_end` meets the last stage's output.
+
+        limit: tokens of a micro-batch, data.micro_batch_tokens if left out.
+        """
 
         def sequences(indices: Sequence[int]) -> list[ScoredSequence]:
             return [
@@ -184,8 +206,9 @@ class MegatronPolicy:
                 for i in indices
             ]
 
-        limit = self.settings.data.micro_batch_tokens
-        count = max(len(cut_micro_batches([s.num_tokens for s in sequences(r)], limit)) for r in replicas)
+        limit = limit or self.settings.data.micro_batch_tokens
+        sizes = [[s.num_tokens for s in sequences(replica)] for replica in replicas]
+        count = max(len(cut_micro_batches(sizes_, limit, multiple=self.multiple)) for sizes_ in sizes)
         batches = make_micro_batches(
             sequences(replicas[self.world.dp_rank]),
             limit=limit,
@@ -265,6 +288,9 @@ def _check_normalisation(config: TransformerConfig) -> None:
 
 @contextmanager
 def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Wall time of a phase on this rank, up to the end of what it put to work on the device."""
+    torch.cuda.synchronize()
     start = time.perf_counter()
     yield
+    torch.cuda.synchronize()
     seconds[phase] = time.perf_counter() - start

@@ -50,7 +50,7 @@ def score_samples(
         if not torch.isfinite(part["loss"]).all():
             scores[index] = NonFinite(rank=rank, micro_batch=batch.number, problem_id=sample.problem.id)
             continue
-        gap = 0.0
+        gap = None
         if logps is not None and sample.rollout is not None and sample.rollout.logprobs is not None:
             gap = float((logps[place] - torch.tensor(sample.rollout.logprobs)).abs().max())
         selected, carries = part["selected"], part["carries_loss"]

@@ -35,7 +35,6 @@ class World:
     pp_group: dist.ProcessGroup
     dp_rank: int
     dp_size: int
-    dp_group: dist.ProcessGroup
     ep_rank: int  # expert parallel: neighbouring replicas share a layer's experts
     ep_size: int
     replica_group: dist.ProcessGroup  # the ranks of one replica: stages one after another, tensor-parallel ranks within
@@ -105,7 +104,6 @@ def start_world(megatron: MegatronSettings, *, backend: str | None = None) -> Wo
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
-        dp_group=parallel_state.get_data_parallel_group(),
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
         ep_size=parallel_state.get_expert_model_parallel_world_size(),
         replica_group=parallel_state.get_model_parallel_group(),
@@ -126,6 +124,7 @@ def _silence_known_warnings() -> None:
     """Hides what libraries say at every start and a user can do nothing about; `doctor` tells what is lacking."""
     warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed\.checkpoint\..*")
     warnings.filterwarnings("ignore", message="Please use DTensor instead")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_paint.keys import derive_key
 from megatron_paint.losses import InterpolationLossConfig, LossOutput, fused_interpolation_loss, token_logprobs
 from megatron_paint.losses.config import Kernel
 from megatron_paint.policy import ResponseRows
@@ -35,7 +36,8 @@ class DistillationLoss:
             chunk_bytes=self.chunk_bytes,
             teacher_output_weight_VH=rows.teacher_output_weight_VH,
             full_teacher_hidden_TH=rows.full_teacher_hidden_NH,
-            rollout_keys=rows.keys,
+            # The rollout's own draws come from its key itself: positions drawn from it would be those of its draws.
+            rollout_keys=[derive_key(key, "positions") for key in rows.keys],
             token_ids_T=rows.token_ids_N,
             token_temperature=self.token_temperature,
             kernel=self.kernel,

@@ -6,9 +6,11 @@ teacher's distribution, mixed with its own where their entropies differ most. OP
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from megatron_paint.config import Settings
+from megatron_paint.hardware import loss_kernel
 from megatron_paint.keys import derive_key
 from megatron_paint.objectives.losses import DistillationLoss
 from megatron_paint.overlap import MaskerPool
@@ -19,14 +21,25 @@ from megatron_paint.reveal import reveal_step
 from megatron_paint.rollout.replay import ReplayEngine
 from megatron_paint.run.report import metrics_of
 
+Share = Callable[[Callable[[], Any]], Any]
+
+
+def directly(act: Callable[[], Any]) -> Any:
+    """Where this process is the only one."""
+    return act()
+
 
 class Paint:
     """The objective of `objective.name: paint` and `opsd`."""
 
-    def __init__(self, settings: Settings, prompts: Prompts, *, pool: MaskerPool | None = None):
+    def __init__(
+        self, settings: Settings, prompts: Prompts, *, pool: MaskerPool | None = None, share: Share = directly
+    ):
+        """share: has one rank run a function and gives all of them its result; `pool` is that rank's."""
         self.settings = settings
         self.prompts = prompts
         self.pool = pool
+        self.share = share
         self.stop_ids = frozenset(prompts.tokenizer.stop_ids)
         self.replay = None
         if settings.rollout.engine == "replay":
@@ -35,7 +48,7 @@ class Paint:
         self.loss = DistillationLoss(
             config=settings.objective.loss,
             chunk_bytes=settings.objective.chunk_bytes,
-            kernel=settings.objective.kernel,
+            kernel=loss_kernel(settings.objective.kernel),
             token_temperature=settings.rollout.temperature or 1.0,
         )
 
@@ -80,13 +93,15 @@ class Paint:
     def samples(self, problems: Sequence[Problem], rollouts: Sequence[Rollout], *, step: int) -> list[Sample]:
         """Each rollout with the prompts of both sides: the teacher's shows what the masker reveals."""
         keys = [self._key(problem, step) for problem in problems]
-        reveals = reveal_step(
-            problems,
-            [self.prompts.response_text(rollout.response_ids) for rollout in rollouts],
-            settings=self.settings.objective.reveal,
-            keys=keys,
-            token_offsets=self.prompts.solution_offsets,
-            pool=self.pool,
+        reveals = self.share(
+            lambda: reveal_step(
+                problems,
+                [self.prompts.response_text(rollout.response_ids) for rollout in rollouts],
+                settings=self.settings.objective.reveal,
+                keys=keys,
+                token_offsets=self.prompts.solution_offsets,
+                pool=self.pool,
+            )
         )
         return [self._sample(*row) for row in zip(problems, rollouts, reveals, keys, strict=True)]
 

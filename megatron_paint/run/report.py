@@ -60,7 +60,7 @@ def metrics_of(
         "response/truncated_share": ratio(sum(not rollout.finished for rollout in rollouts), len(rollouts)),
         "grad_norm": grad_norm,
         "lr": lr,
-        "sampler_gap/max": max((s.sampler_gap_max for s in scores), default=0.0),
+        "sampler_gap/max": max((s.sampler_gap_max for s in scores if s.sampler_gap_max is not None), default=math.nan),
         **{f"time/{phase}_s": phases[phase] for phase in PHASES},
         "tokens_per_second": ratio(tokens, float(seconds.get("step", sum(phases.values())))),
     }

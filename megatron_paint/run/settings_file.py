@@ -12,8 +12,10 @@ from ruamel.yaml.error import YAMLError
 from megatron_paint.errors import UserError
 
 # How long, how often and where; none of these changes what a step computes, but run.steps where a decay ends there.
-FREE_RUN = {"dir", "steps", "save_every", "evaluate_every", "export_every", "resume", "tensorboard", "self_check_limit"}
+FREE_RUN = {"dir", "steps", "save_every", "evaluate_every", "export_every", "resume", "tensorboard"}
 FREE = {f"run.{name}" for name in FREE_RUN} | {
+    "run.self_check_limit",
+    "run.sampler_gap_limit",
     "megatron.tensor_model_parallel_size",
     "megatron.pipeline_model_parallel_size",
     "megatron.sequence_parallel",
@@ -26,6 +28,7 @@ FREE = {f"run.{name}" for name in FREE_RUN} | {
     # is resumed with smaller ones.
     "data.micro_batch_tokens",
     "objective.chunk_bytes",
+    "objective.teacher.offload",
     "rollout.batch_size",
     "rollout.cache_bytes",
     "optimizer.decay_steps",  # compared together with run.steps

@@ -59,8 +59,13 @@ def in_small_shards(policy: MegatronPolicy, folder: Path) -> None:
     )
 
 
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
 def main() -> None:
-    """Prints one JSON object: case -> the UserError that this rank met, null for none."""
+    """Prints one JSON object: the UserError that this rank met in each case, null for none, and whether it found there
+    what had been there before, and nothing else."""
     settings, checkpoint, out = load_settings(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
     world = start_world(settings.megatron)
     policy = MegatronPolicy(settings, read_shape(settings.model.hf_path), world)
@@ -80,13 +85,14 @@ def main() -> None:
         "flush of the export": (export, partial(full_at, owner=megatron_paint.disk, name="sync")),
         "nothing": (save, partial(no_byte, rank=-1)),
     }
-    met = {}
+    before, messages, intact = contents(out), {}, {}
     for case, (act, refusal) in cases.items():
-        met[case] = None
+        messages[case] = None
         with refusal(world):
             try:
                 act()
             except UserError as error:
-                met[case] = str(error)
-    print(json.dumps(met))
+                messages[case] = str(error)
+        intact[case] = world.rank != 0 or messages[case] is None or contents(out) == before
+    print(json.dumps({"messages": messages, "intact": intact}))
     stop_world()

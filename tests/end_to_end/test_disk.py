@@ -89,16 +89,15 @@ def test_a_disk_that_refuses_one_rank_ends_all(trained, tmp_path):
     checkpoint, out = trained.run / "checkpoints" / "step_000004", tmp_path / "out"
     ended = ranks.run(tmp_path, trained.settings, checkpoint, out, target="tests.end_to_end.disk_cases:main")
     assert ended.statuses == [0, 0], ended
-    met, same = (json.loads(text) for text in ended.out)
-    assert met == same
-    assert met.pop("nothing") is None
-    for case, message in met.items():
+    met, other = (json.loads(text) for text in ended.out)
+    assert met["messages"] == other["messages"]
+    assert met["messages"].pop("nothing") is None
+    assert all(met["intact"].values()), met
+    for case, message in met["messages"].items():
         place = "export" if case in ("export", "first of many shards", "flush of the export") else "checkpoint"
         assert message is not None, case
         assert message.startswith(f"Cannot write {out}/{place}: "), (case, message)
         assert "set run.dir to another disk" in message, (case, message)
-    assert {path.name for path in out.iterdir()} == {"checkpoint", "export"}
-    assert (out / "checkpoint" / "complete").exists()
     ours, theirs = (load_file(f / "model.safetensors") for f in (out / "export", trained.run / "hf" / "step_000004"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -157,5 +156,7 @@ def test_the_launcher_says_it_once(trained, tmp_path, disk):
         timeout=240,
     )
     assert done.returncode == 2, done
-    assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert done.stderr.startswith(f"megatron-paint: error: Cannot write {run}/checkpoints/step_000004: ")
+    # torch's remark on a machine that has a CUDA compiler and no GPU
+    lines = [line for line in done.stderr.splitlines() if "No CUDA runtime is found" not in line]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith(f"megatron-paint: error: Cannot write {run}/checkpoints/step_000004: ")

@@ -40,6 +40,8 @@ def start(*command, env):
         cwd=ROOT,
         env=env,
         start_new_session=True,
+        # A test run that a shell has put behind ignores SIGINT, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

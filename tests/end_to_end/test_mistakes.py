@@ -42,17 +42,19 @@ def contents(folder):
 
 
 def refused(capsys, settings, *arguments, processes=1):
-    """The line that the mistake is answered with; nothing beside the settings file has changed."""
-    before = contents(settings.parent)
-    status = main(["train", str(settings), *arguments, "--processes", str(processes), "--dry-run"])
-    printed = capsys.readouterr()
-    assert status == 2, printed
-    assert contents(settings.parent) == before
-    assert "Traceback" not in printed.err
-    lines = printed.err.strip().splitlines()
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("megatron-paint: error: ")
-    return lines[0]
+    """The line that the mistake is answered with, in earnest and in a dry run; nothing beside the settings changes."""
+    before, told = contents(settings.parent), []
+    for mode in ([], ["--dry-run"]):
+        status = main(["train", str(settings), *arguments, "--processes", str(processes), *mode])
+        printed = capsys.readouterr()
+        assert status == 2, printed
+        assert contents(settings.parent) == before
+        assert "Traceback" not in printed.err
+        told.append(printed.err.strip().splitlines())
+    assert len(told[0]) == 1, told
+    assert told[0] == told[1]
+    assert told[0][0].startswith("megatron-paint: error: ")
+    return told[0][0]
 
 
 def test_nothing_wrong(capsys, setup):
@@ -95,6 +97,7 @@ OVERRIDES = {
     "prompt longer than the context": ("rollout.max_new_tokens=1000", "problems.jsonl:1"),
     "prompt of an evaluation longer than the context": ("evaluation.max_new_tokens=1000", "evaluation.max_new_tokens"),
     "FP8 without Transformer Engine": ("megatron={fp8: hybrid}", "megatron.fp8"),
+    "Triton without a GPU": ("objective.kernel=triton", "no CUDA device"),
     "GPU setting without a GPU": ("megatron.transformer_impl=transformer_engine", "no CUDA device"),
     "sequence parallelism alone": ("megatron.sequence_parallel=true", "megatron.sequence_parallel"),
     "sgd with a sharded state": ("optimizer.name=sgd", "use_distributed_optimizer"),

@@ -2,7 +2,10 @@
 
 import json
 import random
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -12,6 +15,7 @@ from tests import tiny
 from tests.end_to_end import ranks
 
 KILLS = 6
+ROOT = Path(__file__).parents[2]
 
 
 def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
@@ -138,5 +142,42 @@ def test_self_check_leaves_a_used_run_folder_alone(trained, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in trained.run.rglob("*")}
     ended = ranks.run(tmp_path, "train", trained.settings, "--self-check", "--quiet")
     assert ended.statuses == [0, 0], ended
-    assert ended.out[0] == "self-check: loss of the model against itself 0.00e+00 nats a token (limit 0.05)\n"
+    found = re.fullmatch(
+        r"self-check: loss of the model against itself (\S+) nats a token \(limit 0\.05\); "
+        r"sampler and trainer differ by (\S+) nats at most \(limit 1\)\n",
+        ended.out[0],
+    )
+    assert float(found[1]) < 1e-8
+    assert float(found[2]) < 1e-4
     assert {path: path.stat().st_mtime_ns for path in trained.run.rglob("*")} == before
+
+
+SPOILT = """
+import dataclasses
+import sys
+
+from megatron_paint import cli
+from megatron_paint.mcore import batch
+
+right = batch._pack
+
+
+def shifted(*arguments, **options):
+    packed = right(*arguments, **options)
+    return dataclasses.replace(packed, predicting_N=packed.predicting_N - 1)
+
+
+batch._pack = shifted
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_self_check_sees_a_wrong_offset(trained, tmp_path):
+    """Both passes of the loss have it, so the loss stays at rounding; the sampler has not."""
+    arguments = ["train", str(trained.settings), "--self-check", "run.sampler_gap_limit=0.01"]
+    arguments += ["megatron.tensor_model_parallel_size=1", "megatron.sequence_parallel=false", "--processes", "1"]
+    done = subprocess.run(
+        [sys.executable, "-c", SPOILT, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 2, done.stderr
+    assert "self-check: sampler and trainer differ by " in done.stderr

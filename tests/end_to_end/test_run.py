@@ -149,6 +149,13 @@ def test_replay_repeats_the_run(whole, tmp_path):
         assert metrics(tmp_path / name, without=("sampler_gap/max",)) == wanted
 
 
+def test_the_evaluate_command_gives_the_run_s_own_evaluation(whole, tmp_path):
+    folder, unbroken, _ = whole
+    ended = ranks.run(tmp_path, "evaluate", folder / "settings.yaml", "--out", tmp_path / "report.json")
+    assert ended.statuses == [0, 0], ended
+    assert (tmp_path / "report.json").read_bytes() == (unbroken / "eval" / "step_000000.json").read_bytes()
+
+
 def test_changed_settings_do_not_resume(whole, capsys):
     from megatron_paint.cli import main
 

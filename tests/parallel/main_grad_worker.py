@@ -22,8 +22,8 @@ LOSS_SCALE = 256.0
 
 def run(folder: Path, world, megatron: dict, *, tied: bool, overlap: bool, scale: float, buffer: bool) -> dict:
     """Whole gradients by name after one step's passes, the loss scale taken out."""
-    case = parity.Case(name="main-grad", tied=tied, teacher="current", optimizer="sgd")
-    settings = settings_of(case, folder, megatron | {"overlap_grad_reduce": overlap})
+    case = parity.Case(name="main-grad", tied=tied, teacher="current", optimizer="sgd", overlap_grad_reduce=overlap)
+    settings = settings_of(case, folder, megatron)
     shape = read_shape(settings.model.hf_path)
     policy = MegatronPolicy(settings, shape, world)
     load_stage(policy.stage, parity.checkpoint(folder, "moved", tied), shape, world)

@@ -1,6 +1,6 @@
 """The cases that every layout runs and that plain torch runs beside it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -36,14 +36,14 @@ class Case:
     eps: float = 1e-2  # large: near-zero gradients must not decide Adam's step
     clip_grad: float = 0.0
     weight_decay: float = 0.0
-    partner: str = "student"
+    loss: dict = field(default_factory=dict)  # beyond LOSS
     offload: bool = False  # the teacher's weights rest in host memory
     overlap_grad_reduce: bool = False
     num_samples: int = 5  # 1 leaves a data-parallel replica without any
 
     @property
-    def loss(self) -> dict:
-        return {**LOSS, "partner": self.partner}
+    def loss_settings(self) -> dict:
+        return LOSS | self.loss
 
 
 CASES = (
@@ -58,7 +58,15 @@ CASES = (
         overlap_grad_reduce=True,
     ),
     Case(name="lora-initial-adam", tied=True, teacher="initial", optimizer="adam", lora=True),
-    Case(name="lora-ema-sgd", tied=False, teacher="ema", optimizer="sgd", lora=True, lr=5e-2, partner="full_teacher"),
+    Case(
+        name="lora-ema-sgd",
+        tied=False,
+        teacher="ema",
+        optimizer="sgd",
+        lora=True,
+        lr=5e-2,
+        loss={"partner": "full_teacher"},
+    ),
     Case(
         name="lora-current-distributed-adam",
         tied=True,
@@ -68,6 +76,23 @@ CASES = (
         distributed_optimizer=True,
     ),
     Case(name="full-one-sample", tied=True, teacher="initial", optimizer="sgd", lr=0.3, num_samples=1),
+    Case(
+        name="full-clip-skip",
+        tied=False,
+        teacher="ema",
+        optimizer="sgd",
+        lr=5e-2,
+        loss={"clip": 0.05, "elsewhere": "skip", "positions": "threshold", "threshold_nats": 0.05},
+    ),
+    Case(
+        name="lora-random-reweight",
+        tied=True,
+        teacher="initial",
+        optimizer="sgd",
+        lora=True,
+        lr=5e-2,
+        loss={"positions": "random", "control": "reweight", "divergence": "jsd", "jsd_beta": 0.3},
+    ),
     Case(name="sft-tied-adam", tied=True, teacher="none", optimizer="adam"),
     Case(name="sft-lora-sgd", tied=False, teacher="none", optimizer="sgd", lora=True, lr=5e-2),
 )

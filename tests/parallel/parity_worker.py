@@ -71,7 +71,7 @@ def records(step: int, case: parity.Case) -> list[Sample]:
             key=i,
             student_prompt_ids=tuple(student),
             teacher_prompt_ids=tuple(teacher) if case.teacher != "none" else None,
-            full_teacher_prompt_ids=tuple(full) if case.partner == "full_teacher" else None,
+            full_teacher_prompt_ids=tuple(full) if case.loss_settings.get("partner") == "full_teacher" else None,
             response_ids=tuple(response),
         )
         for i, (student, teacher, full, response) in enumerate(parity.step_samples(step)[: case.num_samples])
@@ -140,7 +140,7 @@ def run_case(case: parity.Case, folder: Path, out: Path, world, megatron: dict) 
         policy.teacher.follow()
     loss = CrossEntropyLoss(chunk_bytes=1e9)
     if case.teacher != "none":
-        config = InterpolationLossConfig(**case.loss)
+        config = InterpolationLossConfig(**case.loss_settings)
         loss = DistillationLoss(config=config, chunk_bytes=4e3, token_temperature=1.1)
     result = {"losses": [], "gradients": [], "norms": [], "hidden": {}}
     if case.teacher != "none":
@@ -159,12 +159,48 @@ def run_case(case: parity.Case, folder: Path, out: Path, world, megatron: dict) 
     assert bool(adapters_of(policy.stage)) == case.lora
 
 
+class InfiniteGradient(DistillationLoss):
+    """The loss with its value and a gradient that is not finite."""
+
+    def __call__(self, rows):
+        output = super().__call__(rows)
+        if output.loss_T.requires_grad:
+            output.loss_T.register_hook(lambda gradient: gradient * torch.inf)
+        return output
+
+
+def run_not_finite(folder: Path, out: Path, world, megatron: dict) -> None:
+    """What is raised, and whether a weight moved, where the loss or only the gradient is not finite."""
+    case = parity.CASES[0]
+    settings = settings_of(case, folder, megatron)
+    policy = MegatronPolicy(settings, read_shape(settings.model.hf_path), world)
+    config = InterpolationLossConfig(**parity.LOSS)
+    told = {}
+    for name, kind in (("gradient", InfiniteGradient), ("loss", DistillationLoss)):
+        if name == "loss" and world.is_last_stage:
+            policy.stage.decoder.final_layernorm.weight.data[0] = torch.nan
+        before = [p.detach().clone() for p in policy.stage.parameters()]
+        try:
+            policy.update(records(0, case), kind(config=config, chunk_bytes=4e3, token_temperature=1.1), lr=1e-2)
+            told[name] = "nothing"
+        except FloatingPointError as error:
+            told[name] = str(error)
+        after = list(policy.stage.parameters())
+        same = all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(before, after, strict=True))
+        told[f"{name} same"] = same
+    everyone = [None] * world.size
+    dist.all_gather_object(everyone, told, group=world.host_group)
+    if world.rank == 0:
+        torch.save(everyone, out / "not_finite.pt")
+
+
 def main() -> None:
     layout, folder, out = LAYOUTS[sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     world = start_world(MegatronSettings(**layout.megatron))
     for case in parity.CASES:
         run_case(case, folder, out, world, layout.megatron)
+    run_not_finite(folder, out, world, layout.megatron)
     stop_world()
 
 

@@ -2,12 +2,14 @@
 
 import copy
 import itertools
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import Qwen3ForCausalLM
 
+from megatron_paint.keys import derive_key
 from tests.parallel import parity_cases as parity
 from tests.parallel.layouts import LAYOUTS, run_worker
 from tests.reference.plain_policy import PlainPolicy
@@ -67,12 +69,13 @@ def plain(checkpoints):
         start_teacher(policy, case, checkpoints)
         before = exported(policy.model, case)
         losses, gradients, norms = [], [], []
+        keys = [derive_key(index, "positions") for index in range(case.num_samples)]
         hidden = {} if case.teacher == "none" else policy.teacher_hidden(parity.step_samples(0)[: case.num_samples])
         for step in range(parity.STEPS):
             samples = parity.step_samples(step)[: case.num_samples]
             if case.teacher == "none":
                 samples = [(student, None, None, response) for student, *_, response in samples]
-            step_losses, step_gradients = policy.train_step(samples, **case.loss)
+            step_losses, step_gradients = policy.train_step(samples, keys=keys, **case.loss_settings)
             losses.append(step_losses)
             gradients.append({short_name(n): g for n, g in step_gradients.items()})
             norms.append(torch.stack([g.norm() for g in step_gradients.values()]).norm().item())
@@ -107,8 +110,6 @@ def start_teacher(policy: PlainPolicy, case: parity.Case, checkpoints: Path) -> 
 
 def fresh_adapter(name: str, p: torch.Tensor) -> torch.Tensor:
     """What our adapters start from: B zero, A drawn from its key."""
-    from megatron_paint.keys import derive_key
-
     if "lora_B" in name:
         return torch.zeros_like(p)
     parts = short_name(name).split(".")
@@ -154,6 +155,16 @@ def test_equals_plain_torch(case, layout, plain):
             continue
         assert change.norm() > 0, name
         assert relative(after[name] - wanted["before"][name], change) < 1e-4, name
+
+
+def test_what_is_not_finite_stops_before_the_optimiser(layout):
+    """On all ranks alike; a loss is named by rank, micro-batch and problem; no weight moves."""
+    told = torch.load(layout / "not_finite.pt")
+    assert all(entry == told[0] for entry in told)
+    assert re.match(r"loss is not finite on rank \d+, micro-batch \d+, problem '\d'", told[0]["loss"])
+    assert re.fullmatch(r"the gradient's norm is (nan|inf)", told[0]["gradient"])
+    assert told[0]["loss same"]
+    assert told[0]["gradient same"]
 
 
 def test_teacher_kinds_differ(plain):

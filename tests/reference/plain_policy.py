@@ -6,6 +6,7 @@ Axes: N response tokens, V vocabulary.
 import copy
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,27 +27,51 @@ def top_positions(gap_N: Tensor, fraction: float) -> Tensor:
     return selected
 
 
-def paint_loss(
-    student_NV: Tensor,
-    teacher_NV: Tensor,
-    full_teacher_NV: Tensor,
-    *,
-    temperature,
-    weight,
-    fraction,
-    partner,
-    clip=None,
-) -> Tensor:
-    """Sum over the response of the clipped forward KL to the interpolated target."""
+def random_positions(length: int, fraction: float, key: int) -> Tensor:
+    """The ceil(fraction * N) positions with the smallest words of a Philox stream."""
+    words = np.random.Philox(key=key).random_raw(length)
+    selected = torch.zeros(length, dtype=torch.bool)
+    selected[np.argsort(words, kind="stable")[: math.ceil(fraction * length - 1e-9)]] = True
+    return selected
+
+
+def entropy(logp_NV: Tensor) -> Tensor:
+    return -(logp_NV.exp() * logp_NV).sum(-1)
+
+
+def kl(logx_NV: Tensor, logy_NV: Tensor) -> Tensor:
+    return (logx_NV.exp() * (logx_NV - logy_NV)).sum(-1)
+
+
+def paint_loss(student_NV: Tensor, teacher_NV: Tensor, full_teacher_NV: Tensor, *, key: int, **settings):
+    """(sum over the response of the divergence to the target, number of tokens that carry it)."""
+    get = {"partner": "student", "positions": "top_fraction", "elsewhere": "teacher", "control": "none"} | settings
+    temperature, weight = get["temperature"], get["weight"]
     logp = F.log_softmax(student_NV / temperature, -1)
     logq = F.log_softmax(teacher_NV / temperature, -1)
-    entropy = lambda x: -(x.exp() * x).sum(-1)  # noqa: E731
-    selected = top_positions((entropy(logq) - entropy(logp.detach())).abs(), fraction)
-    partner_NV = {"student": student_NV.detach(), "full_teacher": full_teacher_NV}[partner]
+    gap = (entropy(logq) - entropy(logp.detach())).abs()
+    selected = {
+        "top_fraction": lambda: top_positions(gap, get["fraction"]),
+        "threshold": lambda: gap > get["threshold_nats"],
+        "random": lambda: random_positions(len(gap), get["fraction"], key),
+    }[get["positions"]]()
+    partner_NV = {"student": student_NV.detach(), "full_teacher": full_teacher_NV}[get["partner"]]
     mixed = F.log_softmax(((1 - weight) * teacher_NV + weight * partner_NV) / temperature, -1)
-    logq = torch.where(selected[:, None], mixed, logq).detach()
-    terms = logq.exp() * (logq - logp)
-    return (terms if clip is None else terms.clamp(max=clip)).sum()
+    if get["control"] == "none":
+        logq = torch.where(selected[:, None], mixed, logq)
+    logq = logq.detach()
+    if get.get("divergence") == "jsd":
+        beta = get["jsd_beta"]
+        logm = (beta * logq.exp() + (1 - beta) * logp.exp()).log()
+        losses = beta * kl(logq, logm) + (1 - beta) * kl(logp, logm)
+    else:
+        terms = logq.exp() * (logq - logp)
+        losses = (terms if get["clip"] is None else terms.clamp(max=get["clip"])).sum(-1)
+    if get["control"] == "reweight":
+        losses = torch.where(selected, (1 - weight) * losses, losses)
+    if get["elsewhere"] == "skip":
+        return (losses * selected).sum(), int(selected.sum())
+    return losses.sum(), len(losses)
 
 
 class PlainPolicy:
@@ -93,21 +118,26 @@ class PlainPolicy:
             found[index] = states[-1][0, len(prompt) - 1 : -1]
         return found
 
-    def train_step(self, samples, **loss_settings):
-        """`samples`: (student prompt, teacher prompt or None for cross entropy, full teacher's prompt, response)."""
+    def train_step(self, samples, *, keys, **loss_settings):
+        """`samples`: (student prompt, teacher prompt or None for cross entropy, full teacher's prompt, response).
+
+        keys: of their random positions.
+        """
         self.optimizer.zero_grad()
-        losses, tokens = [], sum(len(response) for *_, response in samples)
-        for student_prompt, teacher_prompt, full_prompt, response in samples:
+        losses, tokens = [], 0
+        for index, (student_prompt, teacher_prompt, full_prompt, response) in enumerate(samples):
             student = response_logits(self.model, student_prompt, response)
             if teacher_prompt is None:
-                loss = F.cross_entropy(student, torch.tensor(response), reduction="sum")
+                loss, carried = F.cross_entropy(student, torch.tensor(response), reduction="sum"), len(response)
             else:
                 with torch.no_grad():
                     teacher = response_logits(self.teacher(), teacher_prompt, response)
                     full_teacher = response_logits(self.teacher(), full_prompt, response)
-                loss = paint_loss(student, teacher, full_teacher, **loss_settings)
-            (loss / tokens).backward()
-            losses.append(loss.item())
+                loss, carried = paint_loss(student, teacher, full_teacher, key=keys[index], **loss_settings)
+            losses.append(loss)
+            tokens += carried
+        (sum(losses) / tokens).backward()
+        losses = [loss.item() for loss in losses]
         gradients = {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
         if self.clip:
             torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], self.clip)

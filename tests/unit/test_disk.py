@@ -79,6 +79,13 @@ def test_what_safetensors_says_of_a_disk(tmp_path):
         save_file({"a": torch.zeros(3)}, tmp_path / "nowhere" / "x.safetensors")
 
 
+def test_an_export_names_the_model_that_is_gone(tmp_path):
+    from megatron_paint.mcore.hf_checkpoint import _copy_other_files
+
+    with pytest.raises(UserError, match=r"model\.hf_path: .*nowhere cannot be read .*an export copies from it"):
+        _copy_other_files(tmp_path / "nowhere", tmp_path)
+
+
 def test_other_errors_stay_what_they_are():
     for error in (KeyError("a"), RuntimeError("CUDA out of memory"), UserError("inline_container")):
         with pytest.raises(type(error)) as caught, disk_errors("here"):

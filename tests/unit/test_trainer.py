@@ -12,7 +12,7 @@ from megatron_paint.disk import NewFolder
 from megatron_paint.errors import UserError
 from megatron_paint.evaluation.statistics import build_report
 from megatron_paint.mcore import world as world_module
-from megatron_paint.records import Graded, SampleScore, StepReport
+from megatron_paint.records import Graded, Problem, Rollout, SampleScore, StepReport
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.run.progress import Progress
 from megatron_paint.self_check import self_check
@@ -185,21 +185,34 @@ def test_a_rank_that_failed_ends_at_once(monkeypatch, capsys):
     assert "KeyError: 'a bug'" in capsys.readouterr().err
 
 
-def check(tmp_path, policy):
-    problems = SimpleNamespace(batch=lambda step: ["a", "b"])
-    prompts = SimpleNamespace(student_prompt=lambda problem: (1,), sft_response=lambda problem: (2, 3))
+def check(tmp_path, evaluate_loss):
+    problem = Problem(id="a", problem="", solution="", answer="")
+    rollout = Rollout(
+        problem_id="a", sample_index=0, prompt_ids=(1,), response_ids=(2, 3), logprobs=(0.0, 0.0), finished=True
+    )
+    policy = SimpleNamespace(evaluate_loss=evaluate_loss, generate=lambda requests, sampling: [rollout] * len(requests))
+    problems = SimpleNamespace(batch=lambda step: [problem] * 2)
+    prompts = SimpleNamespace(student_prompt=lambda problem: (1,), tokenizer=SimpleNamespace(stop_ids=(3,)))
     self_check(settings(tmp_path), policy, problems, prompts, Progress("silent", steps=1))
 
 
-def test_a_model_that_differs_from_itself_is_refused(tmp_path):
-    def policy(loss):
-        score = SampleScore(loss_sum=loss, num_tokens=2, loss_tokens=2)
-        return SimpleNamespace(evaluate_loss=lambda samples, *_, **__: [score] * len(samples))
+def scores(loss=0.0, gap=0.0):
+    score = SampleScore(loss_sum=loss, num_tokens=2, loss_tokens=2, sampler_gap_max=gap)
+    return lambda samples, *_, **__: [score] * len(samples)
 
-    check(tmp_path, policy(0.1))
+
+def test_a_model_that_differs_from_itself_is_refused(tmp_path):
+    check(tmp_path, scores(loss=0.1))
     for loss in (0.102, float("nan")):
         with pytest.raises(UserError, match=r"self-check: the model differs from itself .*self_check_limit=0\.05"):
-            check(tmp_path, policy(loss))
+            check(tmp_path, scores(loss=loss))
+
+
+def test_a_sampler_that_differs_from_the_trainer_is_refused(tmp_path):
+    check(tmp_path, scores(gap=1.0))
+    for gap in (1.001, float("nan")):
+        with pytest.raises(UserError, match=r"self-check: sampler and trainer differ .*sampler_gap_limit=1"):
+            check(tmp_path, scores(gap=gap))
 
 
 def test_weights_that_are_not_finite_are_a_user_error(tmp_path):
@@ -207,4 +220,4 @@ def test_weights_that_are_not_finite_are_a_user_error(tmp_path):
         raise FloatingPointError("rank 0: loss is nan")
 
     with pytest.raises(UserError, match=r"self-check: rank 0: loss is nan\. The weights of m are damaged"):
-        check(tmp_path, SimpleNamespace(evaluate_loss=evaluate_loss))
+        check(tmp_path, evaluate_loss)
