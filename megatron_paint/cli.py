@@ -1,4 +1,4 @@
-"""The command line: `megatron-paint train | evaluate | convert | inspect | doctor`. Exit status 2 is an error of the user's."""
+"""The command line, `megatron-paint COMMAND`; exit status 2 is a mistake of the user's, told in one line."""
 
 import argparse
 import os

@@ -41,3 +41,14 @@ def make_member(folder: Path, member: str, *, dtype: torch.dtype = torch.bfloat1
                 parameter.uniform_(0.5, 1.5)
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
     return folder
+
+
+TOKENS = (3, 17, 5, 60, 33, 2, 9, 41, 8, 22)
+LAYOUTS = {
+    "tp1": {},
+    "tp2-pp2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+    "tp4": {"tensor_model_parallel_size": 4},
+    "ep2": {"expert_model_parallel_size": 2},
+    "tp2-ep2": {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
+}
+PROCESSES = {"tp1": 1, "tp2-pp2": 4, "tp4": 4, "ep2": 2, "tp2-ep2": 4}

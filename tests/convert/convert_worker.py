@@ -1,0 +1,70 @@
+"""At one layout: reads a Hugging Face folder into every stage, saves a Megatron checkpoint, loads one, gives logits."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+
+from megatron_paint.config import MegatronSettings, ModelSettings
+from megatron_paint.mcore.attention import token_rows
+from megatron_paint.mcore.checkpoint import load_weights
+from megatron_paint.mcore.generate import float32_product
+from megatron_paint.mcore.hf_checkpoint import load_stage
+from megatron_paint.mcore.model import build_model
+from megatron_paint.mcore.world import start_world, stop_world
+from megatron_paint.qwen3 import read_shape
+from tests.convert.family import LAYOUTS, MEMBERS, TOKENS
+
+
+def logits(stage, world) -> torch.Tensor | None:
+    """Whole logits [T, V] on tensor-parallel rank 0 of the last stage."""
+    ids_T = torch.tensor(TOKENS)
+    rows = token_rows([len(TOKENS)], device=world.device)
+    if not world.is_first_stage:
+        received = torch.empty((len(TOKENS), 1, stage.config.hidden_size))
+        dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank(), group=world.pp_group)
+        stage.set_input_tensor(received)
+    with torch.no_grad():
+        hidden_T1H = stage(ids_T, rows)
+    if not world.is_last_stage:
+        dist.send(hidden_T1H, dst=parallel_state.get_pipeline_model_parallel_next_rank(), group=world.pp_group)
+        return None
+    local = float32_product(hidden_T1H[:, 0], stage.output_weight())
+    parts = [torch.empty_like(local) for _ in range(world.tp_size)]
+    dist.all_gather(parts, local, group=world.tp_group)
+    return torch.cat(parts, dim=1)
+
+
+def main() -> None:
+    layout, folder, out = LAYOUTS[sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    megatron = MegatronSettings(**layout)
+    world = start_world(megatron)
+    for member in MEMBERS:
+        shape = read_shape(folder / member)
+        stage = build_model(shape, ModelSettings(hf_path=str(folder / member), dtype="float32"), megatron, world)
+        load_stage(stage, folder / member, shape, world)
+        read = {name: p.detach().clone() for name, p in stage.named_parameters()}
+        stage.eval()  # Megatron trains experts under tensor parallelism with sequence parallelism alone
+        found = logits(stage, world)
+        speaks = world.is_last_stage and world.tp_rank == 0 and world.dp_rank == 0
+        if speaks:
+            torch.save(found, out / f"{member}.pt")
+        for parameter in stage.parameters():
+            parameter.data.zero_()
+        load_weights(stage, folder / f"{member}-megatron")
+        for name, parameter in stage.named_parameters():
+            assert torch.equal(parameter, read[name]), (member, name)
+        saved = out / f"{member}-saved"
+        if world.rank == 0:
+            saved.mkdir()
+        dist.barrier()
+        dist_checkpointing.save({"model": stage.sharded_state_dict()}, str(saved))
+        dist.barrier()
+    stop_world()
+
+
+if __name__ == "__main__":
+    main()

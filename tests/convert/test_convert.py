@@ -1,0 +1,230 @@
+"""The converter's commands on tiny models: there and back, refusals, interruptions, damage."""
+
+import json
+import os
+import pickle
+import random
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from megatron_paint.cli import main
+from megatron_paint.convert import work
+from megatron_paint.convert.check import compare
+from megatron_paint.convert.to_megatron import ToMegatron
+from megatron_paint.convert.torch_dist import METADATA, CheckpointReader
+from megatron_paint.convert.work import convert
+from megatron_paint.errors import UserError
+from tests.convert.family import MEMBERS, make_member
+
+DAMAGES = int(os.environ.get("CONVERT_DAMAGES", "300"))  # how many corrupted inputs are tried
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    """Folder with a bfloat16 model of each member in several files, and its conversion."""
+    folder = tmp_path_factory.mktemp("family")
+    for member in MEMBERS:
+        make_member(folder / member, member, shard="60KB")
+        (folder / member / "chat_template.jinja").write_text("{{ messages }}")
+        assert (
+            main(["convert", "to-megatron", str(folder / member), str(folder / f"{member}-megatron"), "--quiet"]) == 0
+        )
+    return folder
+
+
+def weights(folder):
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def same(ours, theirs):
+    return ours.keys() == theirs.keys() and all(
+        ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]) for name in theirs
+    )
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_there_and_back(member, family, tmp_path, capsys):
+    megatron, back = family / f"{member}-megatron", tmp_path / "back"
+    assert main(["convert", "check", str(family / member), str(megatron), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["equal"]
+    arguments = ["--base", str(family / member), "--shard-size", "100KB", "--json"]
+    assert main(["convert", "to-hf", str(megatron), str(back), *arguments]) == 0
+    assert json.loads(capsys.readouterr().out)["tensors"] == len(weights(back))
+    assert same(weights(back), weights(family / member))
+    assert len(list(back.glob("*.safetensors"))) > 1
+    assert (back / "chat_template.jinja").read_text() == "{{ messages }}"
+    model, source = (AutoModelForCausalLM.from_pretrained(path) for path in (back, family / member))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), source.parameters(), strict=True))
+
+
+def test_another_type(family, tmp_path):
+    source, out, back = family / "dense-tied", tmp_path / "out", tmp_path / "back"
+    assert main(["convert", "to-megatron", str(source), str(out), "--dtype", "float32", "--quiet"]) == 0
+    assert {t.dtype for t in CheckpointReader(out).tensors.values()} == {torch.float32}
+    assert main(["convert", "to-hf", str(out), str(back), "--base", str(source), "--quiet"]) == 0
+    assert same(weights(back), weights(source))
+    assert (
+        main(["convert", "to-hf", str(out), str(tmp_path / "wide"), "--base", str(source), "--dtype", "float32"]) == 0
+    )
+    assert same(weights(tmp_path / "wide"), {name: tensor.float() for name, tensor in weights(source).items()})
+    assert json.loads((tmp_path / "wide" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_what_is_there_stays(family, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    arguments = ["convert", "to-megatron", str(family / "dense-tied"), str(tmp_path / "out"), "--quiet"]
+    assert main(arguments) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (tmp_path / "out" / "mine").read_text() == "mine"
+    assert main([*arguments, "--overwrite"]) == 0
+    assert compare(family / "dense-tied", tmp_path / "out").equal
+
+
+def test_an_interrupted_conversion_goes_on(family, tmp_path, monkeypatch):
+    """What stood at the end is absent; the second time only the rest is done."""
+    monkeypatch.setattr(work, "TASK_BYTES", 20_000)
+    job, done = ToMegatron(source=family / "dense-untied"), []
+    right = ToMegatron.worker
+
+    def worker(self, folder):
+        do = right(self, folder)
+
+        def work_until_interrupted(task):
+            if len(done) == 3:
+                raise KeyboardInterrupt
+            done.append(task.number)
+            return do(task)
+
+        return work_until_interrupted
+
+    monkeypatch.setattr(ToMegatron, "worker", worker)
+    with pytest.raises(KeyboardInterrupt):
+        convert(job, tmp_path / "out", processes=1, overwrite=False)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(ToMegatron, "worker", right)
+    told = []
+    convert(job, tmp_path / "out", processes=1, overwrite=False, progress=told.append)
+    assert done == [0, 1, 2]
+    assert len(told) == len(job.tasks()) > 3
+    assert compare(family / "dense-untied", tmp_path / "out").equal
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_changed_source_is_not_mixed_with_the_old_one(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(work, "TASK_BYTES", 20_000)
+    source = shutil.copytree(family / "dense-untied", tmp_path / "source")
+    monkeypatch.setattr(ToMegatron, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        convert(ToMegatron(source=source), tmp_path / "out", processes=1, overwrite=False)
+    monkeypatch.undo()
+    shutil.rmtree(source)
+    torch.manual_seed(99)
+    make_member(source, "dense-untied", dtype=torch.float32)
+    convert(ToMegatron(source=source), tmp_path / "out", processes=1, overwrite=False)
+    assert compare(source, tmp_path / "out").equal
+
+
+def test_check_says_where(family, tmp_path, capsys):
+    megatron = shutil.copytree(family / "dense-tied-megatron", tmp_path / "megatron")
+    (file,) = megatron.glob("*.distcp")
+    content = bytearray(file.read_bytes())
+    value = weights(family / "dense-tied")["model.norm.weight"]
+    at = content.rindex(value.view(torch.uint8).numpy().tobytes())
+    content[at + 2 * 5] ^= 1
+    file.write_bytes(content)
+    assert main(["convert", "check", str(family / "dense-tied"), str(megatron), "--quiet"]) in (1, 2)
+    printed = capsys.readouterr()
+    assert "model.norm.weight" in printed.out + printed.err or "decoder.final_layernorm" in printed.err
+
+
+def test_another_model_is_refused(family, tmp_path, capsys):
+    arguments = ["convert", "to-hf", str(family / "dense-tied-megatron"), str(tmp_path / "out")]
+    assert main([*arguments, "--base", str(family / "dense-untied"), "--quiet"]) == 2
+    assert "lacks output_layer.weight" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/megatron_paint_payload",)
+
+
+def test_nothing_in_a_checkpoint_is_executed(family, tmp_path):
+    megatron = shutil.copytree(family / "dense-tied-megatron", tmp_path / "megatron")
+    (megatron / METADATA).write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(UserError, match="describes no checkpoint"):
+        CheckpointReader(megatron)
+    assert not os.path.exists("/tmp/megatron_paint_payload")
+
+
+def test_paths_stay_in_the_folder(family, tmp_path):
+    megatron = shutil.copytree(family / "dense-tied-megatron", tmp_path / "megatron")
+    (file,) = megatron.glob("*.distcp")
+    outside = "../" + file.name
+    content = (megatron / METADATA).read_bytes()
+    short = pickle.dumps(file.name)[-len(file.name) - 4 : -2]
+    assert short in content
+    described = pickle.loads(content)  # our own
+    for stored in described.storage_data.values():
+        stored.relative_path = outside
+    (megatron / METADATA).write_bytes(pickle.dumps(described))
+    with pytest.raises(UserError, match="outside its folder"):
+        CheckpointReader(megatron)
+
+
+@pytest.mark.parametrize("side", ["hugging face", "megatron"])
+def test_damage_never_passes(side, family, tmp_path):
+    """Cut, flipped and overwritten files: an error of the user's, or an output that is right; nothing half done."""
+    generator = random.Random(5)
+    source = family / "dense-tied" if side == "hugging face" else family / "dense-tied-megatron"
+    right = weights(family / "dense-tied")
+    refused = 0
+    for _ in range(DAMAGES // 2):
+        damaged, out = tmp_path / "damaged", tmp_path / "out"
+        shutil.copytree(source, damaged)
+        victims = sorted(
+            p for p in damaged.iterdir() if p.suffix in (".safetensors", ".distcp", ".json", "") and p.is_file()
+        )
+        damage(generator.choice(victims), generator)
+        try:
+            if side == "hugging face":
+                convert(ToMegatron(source=damaged), out, processes=1, overwrite=False)
+                assert compare(damaged, out).equal  # what was read is what stands there
+            else:
+                found = compare(family / "dense-tied", damaged)
+                assert not found.equal or same(exported(damaged, family, tmp_path), right)
+        except UserError:
+            refused += 1
+            assert not out.exists()
+        for path in tmp_path.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert refused > DAMAGES // 8
+
+
+def exported(megatron, family, tmp_path):
+    from megatron_paint.convert.to_hf import ToHuggingFace
+
+    convert(ToHuggingFace(source=megatron, base=family / "dense-tied"), tmp_path / "back", processes=1, overwrite=False)
+    return weights(tmp_path / "back")
+
+
+def damage(path, generator):
+    content = bytearray(path.read_bytes())
+    kind = generator.choice(("cut", "flip", "overwrite", "empty", "grow"))
+    at = generator.randrange(len(content))
+    if kind == "cut":
+        content = content[:at]
+    elif kind == "flip":
+        content[at] ^= 1 << generator.randrange(8)
+    elif kind == "overwrite":
+        content[at : at + 16] = generator.randbytes(16)
+    elif kind == "empty":
+        content = b""
+    else:
+        content += generator.randbytes(16)
+    path.write_bytes(content)
