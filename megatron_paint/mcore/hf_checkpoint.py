@@ -1,16 +1,13 @@
 """Hugging Face folders in and out of a live model: every rank reads its own slices, and all share the writing."""
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from megatron_paint.convert.adapters import ADAPTER_FILE, adapter_stem, write_config
 from megatron_paint.convert.hf_reader import HuggingFaceReader
 from megatron_paint.convert.hf_writer import SHARD_BYTES, copy_companions, name_shards
 from megatron_paint.convert.mapping import rule_of
@@ -18,6 +15,8 @@ from megatron_paint.disk import sync
 from megatron_paint.mcore.agree import fill_folder
 from megatron_paint.mcore.world import World
 from megatron_paint.qwen3 import Qwen3Shape
+
+WRITER_BYTES = 10**9  # ours: of a stage's weights, for which another rank takes a part of the writing
 
 
 def base_parameters(stage: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -45,16 +44,17 @@ def load_stage(stage: nn.Module, folder: str | Path, shape: Qwen3Shape, world: W
 
 
 def gathered_tensors(
-    named: Iterable[tuple[str, Tensor]], shape: Qwen3Shape, world: World, *, first_layer: int
+    named: Iterable[tuple[str, Tensor]], shape: Qwen3Shape, world: World, *, first_layer: int, writers: int = 1
 ) -> Iterator[tuple[str, Tensor]]:
-    """Hugging Face tensors of this replica's stage, one after another, each on one tensor-parallel rank in turn.
+    """Hugging Face tensors of this stage, one after another, each on one of `writers` ranks in turn: those of the first
+    replica, then those of the next.
 
     All tensor-parallel ranks of the stage must iterate together. A tied copy of the embedding is left out.
     """
     for number, (name, value) in enumerate(named):
-        if name == "output_layer.weight" and shape.tied:
+        replica, owner = divmod(number % writers, world.tp_size)
+        if replica != world.dp_rank or (name == "output_layer.weight" and shape.tied):
             continue
-        owner = number % world.tp_size
         shards = [value]
         if world.tp_size > 1:
             shards = [torch.empty_like(value) for _ in range(world.tp_size)] if world.tp_rank == owner else None
@@ -77,14 +77,14 @@ def export_stages(
 ) -> None:
     """Writes a Hugging Face folder from a live run; `out` appears complete or not at all.
 
-    Replicas share a stage's parameters and its tensor-parallel ranks take them in turn, so that every rank writes and
-    none holds more than one file's worth; config, tokenizer and chat template are copied from `source`, the checkpoint
-    that the run started from.
+    Ranks share the writing of a large model, and none holds more than one file's worth; config, tokenizer and chat
+    template are copied from `source`, the checkpoint that the run started from.
     """
+    share = shape.num_parameters * dtype.itemsize / world.pp_size / WRITER_BYTES
+    writers = max(1, min(world.tp_size * world.dp_size, round(share)))
 
     def write(folder: Path) -> dict[str, dict[str, int]]:
-        mine = islice(named, world.dp_rank, None, world.dp_size)
-        tensors = gathered_tensors(mine, shape, world, first_layer=first_layer)
+        tensors = gathered_tensors(named, shape, world, first_layer=first_layer, writers=writers)
         stem = f"stage{world.pp_rank:03d}-replica{world.dp_rank:04d}-rank{world.tp_rank:02d}"
         return _write_shards(tensors, folder, stem=stem, dtype=dtype, shard_bytes=shard_bytes)
 
@@ -122,33 +122,3 @@ def _write_shards(
             pass
         raise
     return written
-
-
-@torch.no_grad()
-def export_adapters(
-    adapters: Iterable[tuple[str, Tensor]], out: str | Path, *, world: World, rank: int, alpha: float, base: str
-) -> None:
-    """Writes a PEFT folder from a live LoRA run; `adapters`: this rank's parts by their Hugging Face module.
-
-    They are small beside the model: rank 0 writes one file, as PEFT reads no other. All ranks call together.
-    """
-
-    def write(folder: Path) -> dict[str, Tensor]:
-        gathered = dict(_gathered_adapters(adapters, world))
-        return gathered if world.dp_rank == 0 and world.tp_rank == 0 else {}
-
-    def finish(folder: Path, parts: list[dict[str, Any]]) -> None:
-        whole = {name: tensor for part in parts for name, tensor in part.items()}
-        save_file(whole, folder / ADAPTER_FILE, metadata={"format": "pt"})
-        write_config(folder, rank=rank, alpha=alpha, base=base)
-
-    fill_folder(out, world, write=write, finish=finish)
-
-
-def _gathered_adapters(adapters: Iterable[tuple[str, Tensor]], world: World) -> Iterator[tuple[str, Tensor]]:
-    for name, part in adapters:
-        parts = [part.detach()]
-        if part.tensor_model_parallel and world.tp_size > 1:
-            parts = [torch.empty_like(part) for _ in range(world.tp_size)]
-            dist.all_gather(parts, part.detach().contiguous(), group=world.tp_group)
-        yield adapter_stem(name), torch.cat(parts, dim=max(part.partition_dim, 0)).cpu().contiguous()

@@ -18,6 +18,7 @@ from megatron_paint.config import (
     TeacherSettings,
 )
 from megatron_paint.losses import InterpolationLossConfig
+from megatron_paint.mcore import hf_checkpoint
 from megatron_paint.mcore.batch import assign_replicas
 from megatron_paint.mcore.hf_checkpoint import first_layer_of, gathered_tensors, load_stage
 from megatron_paint.mcore.lora import adapters_of
@@ -197,6 +198,7 @@ def run_not_finite(folder: Path, out: Path, world, megatron: dict) -> None:
 def main() -> None:
     layout, folder, out = LAYOUTS[sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
+    hf_checkpoint.WRITER_BYTES = 10_000  # the ranks share the writing even of these models
     world = start_world(MegatronSettings(**layout.megatron))
     for case in parity.CASES:
         run_case(case, folder, out, world, layout.megatron)

@@ -1,0 +1,78 @@
+"""Checkpoints of LoRA runs: merged they are the run's own export, apart they are a PEFT adapter of the base model."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import Qwen3ForCausalLM
+
+from megatron_paint.cli import main
+from tests import tiny
+
+ROOT = Path(__file__).parents[2]
+LORA = ("model.lora={rank: 4, alpha: 8}", "run.steps=2", "optimizer.lr=0.05", "evaluation.problems=null")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(model folder, run folder) of two steps with adapters at tensor parallel 2."""
+    folder = tmp_path_factory.mktemp("lora")
+    tiny.make_model(folder / "model")
+    tiny.make_problems(folder / "problems.jsonl")
+    layout = "tensor_model_parallel_size: 2, sequence_parallel: true"
+    settings = tiny.make_settings(folder, folder / "model", folder / "problems.jsonl", layout=layout)
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_paint", "train", str(settings), *LORA, "--processes", "2", "--quiet"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "model", folder / "run"
+
+
+def to_hf(trained, out, *arguments):
+    model, run = trained
+    checkpoint = run / "checkpoints" / "step_000002"
+    command = ["convert", "to-hf", str(checkpoint), str(out), "--base", str(model), "--quiet", *arguments]
+    assert main(command) == 0
+    return out
+
+
+def test_merged_equals_the_runs_export(trained, tmp_path):
+    ours = load_file(to_hf(trained, tmp_path / "out") / "model.safetensors")
+    theirs = load_file(trained[1] / "hf" / "step_000002" / "model.safetensors")
+    base = load_file(trained[0] / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        # The products of B and A are cut in other places: float32's rounding.
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-6, atol=1e-6)
+    changed = [name for name in ours if not torch.equal(ours[name], base[name])]
+    assert len(changed) == 2 * 7
+
+
+def test_adapter_on_the_base_gives_the_same_logits(trained, tmp_path):
+    adapter = to_hf(trained, tmp_path / "adapter", "--lora", "adapter")
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        base = Qwen3ForCausalLM.from_pretrained(trained[0])
+        before = base(ids).logits
+        found = PeftModel.from_pretrained(base, adapter)(ids).logits
+        wanted = Qwen3ForCausalLM.from_pretrained(trained[1] / "hf" / "step_000002")(ids).logits
+    assert (wanted - before).abs().max() > 1e-3
+    assert (found - wanted).abs().max() / wanted.abs().max() < 2e-5
+
+
+def test_a_checkpoint_without_adapters_has_none_to_give(trained, tmp_path, capsys):
+    assert main(["convert", "to-megatron", str(trained[0]), str(tmp_path / "plain"), "--quiet"]) == 0
+    command = ["convert", "to-hf", str(tmp_path / "plain"), str(tmp_path / "out"), "--base", str(trained[0])]
+    assert main([*command, "--lora", "adapter"]) == 2
+    assert "holds no adapters" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
