@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_paint.apex import refuse_foreign_apex
-from megatron_paint.config import Settings
+from megatron_paint.config import MegatronSettings, Settings
 from megatron_paint.errors import UserError
 from megatron_paint.hardware import engine_environment, loss_kernel, triton_is_lacking, use_transformer_engine
 from megatron_paint.qwen3 import Qwen3Shape, read_shape
@@ -72,12 +72,7 @@ def make_plan(settings: Settings, *, processes: int) -> Plan:
     ):
         _must_divide("megatron.tensor_model_parallel_size", tp, size, what, shape)
     _must_divide("megatron.pipeline_model_parallel_size", pp, shape.num_layers, "number of layers", shape)
-    if processes % (tp * pp):
-        multiple = max(1, round(processes / (tp * pp))) * tp * pp
-        raise UserError(
-            f"{processes} processes cannot be laid out as tensor_model_parallel_size={tp} x "
-            f"pipeline_model_parallel_size={pp}: their number must be a multiple of {tp * pp} (nearest: {multiple})"
-        )
+    dp = data_parallel_size(processes, megatron)
     if megatron.sequence_parallel and tp == 1:
         raise UserError(
             "megatron.sequence_parallel=true splits activations over tensor-parallel ranks, but "
@@ -92,7 +87,6 @@ def make_plan(settings: Settings, *, processes: int) -> Plan:
     start = settings.model.megatron_path
     if start is not None and not Path(start).is_dir():
         raise UserError(f"model.megatron_path: {start} is not a folder; give the folder of a Megatron checkpoint")
-    dp = processes // (tp * pp)
     return Plan(
         shape=shape,
         processes=processes,
@@ -103,6 +97,19 @@ def make_plan(settings: Settings, *, processes: int) -> Plan:
         kernel=loss_kernel(settings.objective.kernel),
         memory=_memory(settings, shape, tp=tp, pp=pp, dp=dp),
     )
+
+
+def data_parallel_size(processes: int, megatron: MegatronSettings) -> int:
+    """Replicas that `processes` processes hold; UserError where the layout does not fit."""
+    tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
+    if processes % (tp * pp):
+        multiple = max(1, round(processes / (tp * pp))) * tp * pp
+        raise UserError(
+            f"{processes} processes cannot be laid out as tensor_model_parallel_size={tp} x "
+            f"pipeline_model_parallel_size={pp}: their number must be a multiple of {tp * pp} "
+            f"(nearest: --processes {multiple})"
+        )
+    return processes // (tp * pp)
 
 
 def _refuse_experts(settings: Settings, shape: Qwen3Shape) -> None:

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_paint.config import MegatronSettings
-from megatron_paint.errors import UserError
 from megatron_paint.hardware import device_of_rank, engine_environment
 from megatron_paint.mcore.cpu import redirect_cuda_to_cpu
+from megatron_paint.plan import data_parallel_size
 
 # Of messages between hosts: all ranks wait in one while rank 0 reads and grades a data set or writes to a slow disk.
 HOST_TIMEOUT = timedelta(hours=12)
@@ -51,19 +51,6 @@ class World:
     @property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
-
-
-def data_parallel_size(world_size: int, megatron: MegatronSettings) -> int:
-    """Replicas that `world_size` processes hold; UserError where the layout does not fit."""
-    tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
-    if world_size % (tp * pp):
-        multiple = max(1, round(world_size / (tp * pp))) * tp * pp
-        raise UserError(
-            f"{world_size} processes cannot be laid out as tensor_model_parallel_size={tp} x "
-            f"pipeline_model_parallel_size={pp}: their number must be a multiple of {tp * pp} "
-            f"(nearest: --processes {multiple})"
-        )
-    return world_size // (tp * pp)
 
 
 def start_world(megatron: MegatronSettings, *, backend: str | None = None) -> World:
