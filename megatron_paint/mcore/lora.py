@@ -8,6 +8,7 @@ Axes: T tokens of this rank, I inputs, O outputs of this rank, K rank of the ada
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
@@ -30,7 +31,7 @@ from megatron_paint.mcore.world import World
 from megatron_paint.qwen3 import Qwen3Shape
 
 
-class Adapters(nn.Module):
+class Adapters(nn.Module, ABC):
     """The adapters of one linear layer; `enabled` False leaves the layer as it was."""
 
     def __init__(self, projections: dict[str, tuple[Tensor, Tensor]], *, scale: float, sequence_parallel: bool):
@@ -44,8 +45,9 @@ class Adapters(nn.Module):
             self.a[name], self.b[name] = nn.Parameter(a_KI), nn.Parameter(b_OK)
             self._mark(self.a[name], self.b[name])
 
+    @abstractmethod
     def _mark(self, a_KI: nn.Parameter, b_OK: nn.Parameter) -> None:
-        raise NotImplementedError
+        """Tells Megatron which of the two is a shard, and whose gradient it has to sum over tensor-parallel ranks."""
 
     def add_to(self, module: nn.Module, inputs: tuple, output: tuple) -> tuple | None:
         """Forward hook of the linear layer."""

@@ -20,7 +20,7 @@ from megatron_paint.convert.work import convert
 from megatron_paint.errors import UserError
 from tests.convert.family import MEMBERS, make_member
 
-DAMAGES = int(os.environ.get("CONVERT_DAMAGES", "300"))  # how many corrupted inputs are tried
+DAMAGES = int(os.environ.get("CONVERT_DAMAGES", "2000"))  # how many corrupted inputs are tried
 
 
 @pytest.fixture(scope="module")
