@@ -128,6 +128,10 @@ class NewFolder:
     def discard(self) -> None:
         """Take back what was begun, by this attempt or an earlier one that a crash ended."""
         shutil.rmtree(self.unfinished, ignore_errors=True)
+        self.recover()
+
+    def recover(self) -> None:
+        """Put back what an attempt that ended between its two renames had moved away; remove what it left."""
         if self._replaced.exists() and not self.path.exists():  # the end came between the two renames
             os.replace(self._replaced, self.path)
         shutil.rmtree(self._replaced, ignore_errors=True)

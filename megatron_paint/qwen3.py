@@ -56,7 +56,7 @@ def read_shape(folder: str | Path) -> Qwen3Shape:
         raise UserError(
             f"model.hf_path: {folder} has no config.json; is it a Hugging Face checkpoint folder?"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"model.hf_path: {path} is not valid JSON ({error}); copy the checkpoint again") from None
     if not isinstance(raw, dict) or raw.get("model_type") not in ("qwen3", "qwen3_moe"):
         found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
@@ -66,7 +66,7 @@ def read_shape(folder: str | Path) -> Qwen3Shape:
         shape = _shape(raw, path)
     except KeyError as error:
         raise UserError(f"model.hf_path: {path} lacks {error}; it is not a complete Qwen3 config") from None
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"model.hf_path: {path} is not a Qwen3 config ({error}); copy the checkpoint again") from None
     _check_sizes(shape, path)
     return shape

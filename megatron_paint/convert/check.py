@@ -36,7 +36,8 @@ class Comparison:
     nbytes: int
     differences: tuple[Difference, ...]
     bad_checksums: tuple[str, ...]  # tensors of the Megatron side that are not what the manifest says
-    checksums: bool  # whether there was a manifest with checksums
+    checksums: int  # tensors that the manifest has a checksum of, and that were held to it
+    rounded: int  # tensors that stand in other types on the two sides, and were compared in the Megatron one's
 
     @property
     def equal(self) -> bool:
@@ -46,8 +47,8 @@ class Comparison:
 def compare(hf: Path, megatron: Path, *, progress: Callable[[int], None] = lambda nbytes: None) -> Comparison:
     """Compares every number, and the Megatron side with its manifest where it has one; adapters count as merged."""
     shape = read_shape(hf)
-    reader, source, manifest = HuggingFaceReader(hf, shape), MegatronSource(megatron, shape), read_manifest(megatron)
-    recorded = manifest["tensors"] if manifest and source.lora is None else {}
+    reader, source = HuggingFaceReader(hf, shape), MegatronSource(megatron, shape)
+    recorded = source.checksums()
     differences, bad = [], []
     for name in source.entry_of:
         place, digest, found = reader.tensors[name], hashlib.sha256(), None
@@ -57,8 +58,7 @@ def compare(hf: Path, megatron: Path, *, progress: Callable[[int], None] = lambd
             found = _worse(found, _difference(name, ours, theirs, rows.start))
         if found is not None:
             differences.append(found)
-        wanted = recorded.get(name, {}).get("sha256")
-        if wanted is not None and source.dtype(name) == place.dtype and digest.hexdigest() != wanted:
+        if name in recorded and digest.hexdigest() != recorded[name]:
             bad.append(name)
         progress(place.nbytes)
     return Comparison(
@@ -66,7 +66,8 @@ def compare(hf: Path, megatron: Path, *, progress: Callable[[int], None] = lambd
         nbytes=sum(reader.tensors[name].nbytes for name in source.entry_of),
         differences=tuple(differences),
         bad_checksums=tuple(bad),
-        checksums=any(entry.get("sha256") for entry in recorded.values()),
+        checksums=len(recorded),
+        rounded=sum(source.dtype(name) != reader.tensors[name].dtype for name in source.entry_of),
     )
 
 

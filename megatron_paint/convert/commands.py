@@ -86,13 +86,17 @@ def _as_json(found: Comparison) -> dict[str, Any]:
         "differences": differences,
         "bad_checksums": list(found.bad_checksums),
         "checksums": found.checksums,
+        "rounded": found.rounded,
     }
 
 
 def _lines(found: Comparison) -> Iterator[str]:
     if found.equal:
-        manifest = "; checksums of the manifest hold" if found.checksums else "; there is no manifest with checksums"
-        yield f"equal: {found.tensors} tensors, {found.nbytes / 1e9:.3g} GB, bit for bit{manifest}"
+        how = f"after rounding {found.rounded} of them to the Megatron side's type" if found.rounded else "bit for bit"
+        yield (
+            f"equal: {found.tensors} tensors, {found.nbytes / 1e9:.3g} GB, {how}; {found.checksums} held to the "
+            "checksums of the conversion"
+        )
         return
     worst = sorted(found.differences, key=lambda difference: -difference.largest)
     for difference in worst[:SHOWN]:

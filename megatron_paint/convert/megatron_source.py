@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_paint.convert.manifest import read_manifest
 from megatron_paint.convert.mapping import Entry, checkpoint_entries
 from megatron_paint.convert.torch_dist import CheckpointReader
 from megatron_paint.errors import UserError
@@ -56,12 +57,26 @@ class MegatronSource:
         path = self.folder / RUN_STATE
         try:
             recorded = json.loads(path.read_text(encoding="utf-8"))["settings"]["model"]["lora"]
-            return Lora(rank=int(recorded["rank"]), alpha=float(recorded["alpha"]))
+            lora = Lora(rank=int(recorded["rank"]), alpha=float(recorded["alpha"]))
+            if lora.rank < 1:
+                raise ValueError(f"rank {lora.rank}")
+            return lora
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{self.folder} holds adapters, but {path} does not tell their rank and alpha ({error}); it is not a "
                 "checkpoint that a run of megatron_paint wrote"
             ) from None
+
+    def checksums(self) -> dict[str, str]:
+        """SHA-256 of the Hugging Face tensors that stand here unchanged in type, as the conversion recorded them."""
+        manifest = read_manifest(self.folder)
+        if manifest is None or self.lora is not None:
+            return {}
+        return {
+            name: entry["sha256"]
+            for name, entry in manifest["tensors"].items()
+            if entry["sha256"] and name in self.entry_of and entry["dtype"] == str(self.dtype(name)).split(".")[-1]
+        }
 
     def dtype(self, name: str) -> torch.dtype:
         """The type in which a Hugging Face tensor's numbers are stored here."""
@@ -93,9 +108,23 @@ class MegatronSource:
     def _model_keys(self) -> Iterator[str]:
         return (key for key in self.reader.tensors if not key.startswith(BESIDE))
 
+    def _adapter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What a checkpoint with adapters holds of them: all seven projections, layers stacked."""
+        if self.lora is None:
+            return {}
+        shapes, layers = {}, self.shape.num_layers
+        for name, entry in self.entry_of.items():
+            projection = name.split(".")[-2]
+            if projection in ADAPTERS and entry.place == (0,):
+                outputs, inputs = entry.rule.hf_shapes()[name]
+                stem = f"decoder.layers.{ADAPTERS[projection]}"
+                shapes[f"{stem}.a.{projection}"] = (layers, self.lora.rank, inputs)
+                shapes[f"{stem}.b.{projection}"] = (layers, outputs, self.lora.rank)
+        return shapes
+
     def _check(self) -> None:
-        expected = {entry.key: entry.shape for entry in self.entry_of.values()}
-        found = {key for key in self._model_keys() if "_adapters." not in key}
+        expected = {entry.key: entry.shape for entry in self.entry_of.values()} | self._adapter_shapes()
+        found = set(self._model_keys())
         missing, surplus = sorted(expected.keys() - found), sorted(found - expected.keys())
         for keys, what in ((missing, "lacks"), (surplus, "has parameters that this Qwen3 has not:")):
             if keys:

@@ -24,7 +24,7 @@ from megatron_paint.convert.hf_writer import (
 from megatron_paint.convert.mapping import hugging_face_shapes
 from megatron_paint.convert.megatron_source import MegatronSource
 from megatron_paint.convert.to_megatron import PIECE_BYTES, raw_bytes, row_blocks
-from megatron_paint.convert.work import Task, cut_tasks, fingerprint
+from megatron_paint.convert.work import Task, check_names, cut_tasks, fingerprint, merged
 from megatron_paint.errors import UserError
 from megatron_paint.qwen3 import Qwen3Shape, read_shape
 
@@ -39,6 +39,10 @@ class ToHuggingFace:
     shard_bytes: int = SHARD_BYTES
     checksums: bool = True
 
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        return self.source, self.base
+
     def plan(self) -> dict[str, Any]:
         return {
             "conversion": "to-hf",
@@ -47,6 +51,7 @@ class ToHuggingFace:
             "base": fingerprint(self.base),
             "dtype": self.dtype,
             "shard_bytes": self.shard_bytes,
+            "piece_bytes": PIECE_BYTES,
             "checksums": self.checksums,
         }
 
@@ -69,8 +74,7 @@ class ToHuggingFace:
         return {name: place.dtype for name, place in HuggingFaceReader(self.base, self.shape).tensors.items()}
 
     def begin(self, folder: Path) -> None:
-        source = MegatronSource(self.source, self.shape)
-        assert source.lora is None or source.lora.rank > 0  # read now, so that a bad record is told before any work
+        MegatronSource(self.source, self.shape)  # a bad record is told before any work
         begin_files(folder, self.layout)
 
     def names(self) -> list[str]:
@@ -81,26 +85,32 @@ class ToHuggingFace:
 
     def worker(self, folder: Path) -> Callable[[Task], dict[str, Any]]:
         names, source, layout = self.names(), MegatronSource(self.source, self.shape), self.layout
+        recorded = source.checksums() if self.checksums else {}
 
         def work(task: Task) -> dict[str, Any]:
             writer, tensors = RowWriter(folder, layout), {}
             for index in task.entries:
-                tensors[names[index]] = self._convert(names[index], source, writer)
+                tensors[names[index]] = self._convert(names[index], source, writer, recorded.get(names[index]))
             writer.close()
             return {"files": sorted({layout.places[names[i]].file for i in task.entries}), "tensors": tensors}
 
         return work
 
-    def _convert(self, name: str, source: MegatronSource, writer: RowWriter) -> dict[str, Any]:
+    def _convert(self, name: str, source: MegatronSource, writer: RowWriter, recorded: str | None) -> dict[str, Any]:
         place, digest = self.layout.places[name], hashlib.sha256()
         for rows in row_blocks(place.shape, PIECE_BYTES):
-            values = source.read(name, rows).to(place.dtype)
-            if self.checksums:
+            values = source.read(name, rows)
+            if recorded is not None:
                 digest.update(raw_bytes(values))
             writer.write(name, rows.start, values)
-        return {"sha256": digest.hexdigest() if self.checksums else None}
+        if recorded is not None and digest.hexdigest() != recorded:
+            raise UserError(
+                f"{self.source}: {name} is not what was converted, as its SHA-256 shows; convert or copy it again"
+            )
+        return {"sha256": recorded}
 
     def finish(self, folder: Path, records: Sequence[dict[str, Any]]) -> None:
+        check_names(merged(records, "tensors"), self.layout.places)
         write_index(folder, self.layout)
         dtypes = {place.dtype for place in self.layout.places.values()}
         # Of mixed types the config keeps its own word.
@@ -114,6 +124,10 @@ class ToAdapter:
 
     source: Path
     base: Path
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        return self.source, self.base
 
     def plan(self) -> dict[str, Any]:
         return {"conversion": "to-adapter", "source": str(self.source.resolve()), "files": fingerprint(self.source)}
@@ -144,4 +158,4 @@ class ToAdapter:
 
     def finish(self, folder: Path, records: Sequence[dict[str, Any]]) -> None:
         lora = MegatronSource(self.source, read_shape(self.base)).lora
-        write_config(folder, rank=lora.rank, alpha=lora.alpha, base=str(self.base))
+        write_config(folder, rank=lora.rank, alpha=lora.alpha, base=str(self.base.resolve()))

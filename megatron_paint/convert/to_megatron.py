@@ -12,9 +12,9 @@ from torch import Tensor
 
 from megatron_paint.convert.hf_reader import HuggingFaceReader
 from megatron_paint.convert.manifest import write_manifest
-from megatron_paint.convert.mapping import Entry, checkpoint_entries
+from megatron_paint.convert.mapping import Entry, checkpoint_entries, hugging_face_shapes
 from megatron_paint.convert.torch_dist import PieceWriter, write_metadata
-from megatron_paint.convert.work import Task, cut_tasks, fingerprint, merged
+from megatron_paint.convert.work import Task, check_names, cut_tasks, fingerprint, merged
 from megatron_paint.qwen3 import read_shape
 
 PIECE_BYTES = 64 * 10**6  # what a rank that wants any row of a piece has to read
@@ -28,6 +28,10 @@ class ToMegatron:
     dtype: str | None = None
     checksums: bool = True
 
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        return (self.source,)
+
     def plan(self) -> dict[str, Any]:
         return {
             "conversion": "to-megatron",
@@ -35,6 +39,7 @@ class ToMegatron:
             "files": fingerprint(self.source),
             "dtype": self.dtype,
             "checksums": self.checksums,
+            "piece_bytes": PIECE_BYTES,
         }
 
     def begin(self, folder: Path) -> None:
@@ -44,7 +49,7 @@ class ToMegatron:
         return list(checkpoint_entries(read_shape(self.source)))
 
     def tasks(self) -> Sequence[Task]:
-        stored = HuggingFaceReader(self.source).tensors
+        stored = HuggingFaceReader(self.source, read_shape(self.source)).tensors
         return cut_tasks([sum(stored[name].nbytes for name in entry.rule.hf_shapes()) for entry in self.entries()])
 
     def worker(self, folder: Path) -> Callable[[Task], dict[str, Any]]:
@@ -84,8 +89,10 @@ class ToMegatron:
         }
 
     def finish(self, folder: Path, records: Sequence[dict[str, Any]]) -> None:
+        tensors = merged(records, "tensors")
+        check_names(tensors, hugging_face_shapes(read_shape(self.source)))
         write_metadata(folder, (piece for record in records for piece in record["pieces"]), common={})
-        write_manifest(folder, source=self.source, tensors=merged(records, "tensors"))
+        write_manifest(folder, source=self.source, tensors=tensors)
 
 
 def row_blocks(shape: Sequence[int], most_bytes: int) -> Iterator[slice]:

@@ -91,6 +91,8 @@ class CheckpointReader:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.tensors = _read_metadata(self.folder)
+        # Of tensors whose pieces each lie in one entry of the first axis: by key and that entry.
+        self._stacked = {key for key, tensor in self.tensors.items() if all(p.sizes[:1] == (1,) for p in tensor.pieces)}
         self._by_place: dict[tuple, list[Piece]] = defaultdict(list)
         for key, tensor in self.tensors.items():
             for piece in tensor.pieces:
@@ -105,11 +107,15 @@ class CheckpointReader:
         high = (*(at + 1 for at in place), rows.stop, *shape[1:])
         box = torch.empty([b - a for a, b in zip(low, high, strict=True)], dtype=stored.dtype)
         filled = 0
-        pieces = self._by_place[key, place[:1]] if place and self._is_stacked_by_one(stored) else stored.pieces
-        for piece in pieces:
+        by_place = bool(place) and key in self._stacked
+        boxes: list[tuple[list[int], list[int]]] = []
+        for piece in self._by_place[key, place[:1]] if by_place else stored.pieces:
             starts = [max(a, o) for a, o in zip(low, piece.offsets, strict=True)]
             stops = [min(b, o + s) for b, o, s in zip(high, piece.offsets, piece.sizes, strict=True)]
             if all(a < b for a, b in zip(starts, stops, strict=True)):
+                if any(_meet(starts, stops, *other) for other in boxes):
+                    raise UserError(f"{self.folder}: pieces of {key} overlap; the checkpoint is damaged: copy it again")
+                boxes.append((starts, stops))
                 there = tuple(slice(a - o, b - o) for a, b, o in zip(starts, stops, piece.offsets, strict=True))
                 here = tuple(slice(a - o, b - o) for a, b, o in zip(starts, stops, low, strict=True))
                 box[here] = self._load(key, stored, piece)[there]
@@ -120,10 +126,6 @@ class CheckpointReader:
                 f"{box.numel()} elements; the checkpoint is damaged: save or copy it again"
             )
         return box.reshape(rows.stop - rows.start, *shape[1:])
-
-    @staticmethod
-    def _is_stacked_by_one(stored: StoredTensor) -> bool:
-        return all(piece.sizes[0] == 1 for piece in stored.pieces)
 
     def _load(self, key: str, stored: StoredTensor, piece: Piece) -> Tensor:
         """The piece's tensor; the last one is kept, as its rows are often asked for in turn."""
@@ -142,6 +144,12 @@ class CheckpointReader:
             raise UserError(f"{path}: the piece of {key} at byte {piece.start} is not what {METADATA} says it is")
         self._last = (piece, tensor)
         return tensor
+
+
+def _meet(starts: list[int], stops: list[int], other_starts: list[int], other_stops: list[int]) -> bool:
+    """Whether two boxes share an element."""
+    edges = zip(starts, stops, other_starts, other_stops, strict=True)
+    return all(max(a, c) < min(b, d) for a, b, c, d in edges)
 
 
 class _Window(io.RawIOBase):

@@ -10,14 +10,17 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_paint import __version__
 from megatron_paint.disk import NewFolder, disk_errors, sync, write_atomically
 from megatron_paint.errors import UserError
+from megatron_paint.launch.lifetime import start_worker
 
 PLAN, RECORDS = "plan.json", "records"
 TASK_BYTES = 256 * 10**6
@@ -35,8 +38,12 @@ class Task:
 class Job(Protocol):
     """A conversion: picklable, so that each process can make its own worker of it."""
 
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """Folders that are read."""
+
     def plan(self) -> dict[str, Any]:
-        """What makes this conversion another one than the next: sources, options, tasks."""
+        """What makes this conversion another one than the next: sources and options."""
 
     def begin(self, folder: Path) -> None:
         """Makes what the tasks write into; called once, in an empty folder."""
@@ -47,7 +54,7 @@ class Job(Protocol):
         """A function that does a task and gives its record; made once in each process."""
 
     def finish(self, folder: Path, records: Sequence[dict[str, Any]]) -> None:
-        """Writes what describes the whole, once all tasks are done."""
+        """Writes what describes the whole, once all tasks are done; checks that nothing is lacking."""
 
 
 def cut_tasks(sizes: Sequence[int]) -> list[Task]:
@@ -75,24 +82,39 @@ def convert(
 ) -> list[dict[str, Any]]:
     """Does the job into `out`, complete or absent; gives the tasks' records. `progress` is told the bytes of each task
     that is done. UserError: `out` exists and `overwrite` is not set, the disk refuses, or a source is damaged."""
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists; remove it, give another folder, or say --overwrite")
+    out = Path(os.path.abspath(out))
+    _check_apart(out, job.sources)
     new = NewFolder(out)
     with disk_errors(out), _locked(new.unfinished):
-        records = _begin_or_resume(job, new.unfinished)
-        for task in job.tasks():
-            if task.number in records:
-                progress(task.nbytes)
-        left = [task for task in job.tasks() if task.number not in records]
+        new.recover()
+        _check_absent(out, overwrite)
+        tasks = job.tasks()
+        records = _begin_or_resume(job, tasks, new.unfinished)
+        progress(sum(task.nbytes for task in tasks if task.number in records))
+        left = [task for task in tasks if task.number not in records]
         for task, record in _run(job, new.unfinished, left, processes):
             records[task.number] = record
             progress(task.nbytes)
-        ordered = [records[task.number] for task in job.tasks()]
+        ordered = [records[task.number] for task in tasks]
         job.finish(new.unfinished, ordered)
+        _check_absent(out, overwrite)
         shutil.rmtree(new.unfinished / RECORDS)
         (new.unfinished / PLAN).unlink()
         new.finish(mark=False)
     return ordered
+
+
+def _check_absent(out: Path, overwrite: bool) -> None:
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists; remove it, give another folder, or say --overwrite")
+
+
+def _check_apart(out: Path, sources: Sequence[Path]) -> None:
+    """UserError where the output would take the place of what is read, or of a folder that holds it."""
+    resolved = out.resolve()
+    for source in (path.resolve() for path in sources):
+        if resolved == source or resolved in source.parents or source in resolved.parents:
+            raise UserError(f"{out} and {source}, which is read, lie in each other; give another folder for the output")
 
 
 @contextmanager
@@ -108,12 +130,13 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
-def _begin_or_resume(job: Job, folder: Path) -> dict[int, dict[str, Any]]:
+def _begin_or_resume(job: Job, tasks: Sequence[Task], folder: Path) -> dict[int, dict[str, Any]]:
     """Records of what an interrupted conversion with the same plan has done; else an empty start."""
-    plan = json.loads(json.dumps(job.plan()))
+    plan = job.plan() | {"version": __version__, "tasks": [[task.number, task.entries, task.nbytes] for task in tasks]}
+    plan = json.loads(json.dumps(plan))
     if _read_json(folder / PLAN) == plan:
         found = {int(path.stem): _read_json(path) for path in (folder / RECORDS).glob("*.json")}
         return {number: record for number, record in found.items() if record is not None}
@@ -146,6 +169,11 @@ def _run(job: Job, folder: Path, tasks: Sequence[Task], processes: int) -> Itera
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 yield running.pop(future), future.result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a process of the conversion was killed, most often for want of memory: use fewer --processes; the same "
+            "command goes on where it ended"
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -156,6 +184,7 @@ _folder: Path
 
 def _start_worker(job: Job, folder: Path) -> None:
     global _worker, _folder
+    start_worker()  # Ctrl-C is for the parent, and nobody writes on when it is gone
     _worker, _folder = job.worker(folder), folder
 
 
@@ -167,6 +196,7 @@ def _do(work: Callable[[Task], dict[str, Any]], folder: Path, task: Task) -> dic
     record = work(task)
     for name in record["files"]:
         sync(folder / name)
+    sync(folder)
     write_atomically(folder / RECORDS / f"{task.number}.json", json.dumps(record))
     return record
 
@@ -174,6 +204,17 @@ def _do(work: Callable[[Task], dict[str, Any]], folder: Path, task: Task) -> dic
 def merged(records: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
     """The dictionaries `name` of all records together."""
     return {key: value for record in records for key, value in record[name].items()}
+
+
+def check_names(done: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """UserError unless exactly the wanted tensors are done: the records of an interrupted conversion are other people's
+    files until then."""
+    if done.keys() != wanted.keys():
+        odd = sorted(done.keys() ^ wanted.keys())
+        raise UserError(
+            f"the records of the interrupted conversion are damaged: {len(odd)} tensors are lacking or too many, such "
+            f"as {odd[0]}; remove the unfinished folder and start again"
+        )
 
 
 def processes_or_cores(asked: int | None) -> int:

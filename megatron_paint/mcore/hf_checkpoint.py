@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megatron_paint.convert.hf_reader import HuggingFaceReader
 from megatron_paint.convert.hf_writer import SHARD_BYTES, copy_companions, name_shards
-from megatron_paint.convert.mapping import rule_of
+from megatron_paint.convert.mapping import hugging_face_shapes, rule_of
 from megatron_paint.disk import sync
 from megatron_paint.mcore.agree import fill_folder
 from megatron_paint.mcore.world import World
@@ -89,7 +89,11 @@ def export_stages(
         return _write_shards(tensors, folder, stem=stem, dtype=dtype, shard_bytes=shard_bytes)
 
     def finish(folder: Path, written: list[dict[str, dict[str, int]]]) -> None:
-        name_shards(folder, {file: sizes for files in written for file, sizes in files.items()})
+        files = {file: sizes for part in written for file, sizes in part.items()}
+        names = sorted(name for sizes in files.values() for name in sizes)
+        if names != sorted(hugging_face_shapes(shape)):
+            raise AssertionError(f"the ranks wrote {len(names)} tensors, not each of the model's once")
+        name_shards(folder, files)
         copy_companions(Path(source), folder, dtype=dtype)
 
     fill_folder(out, world, write=write, finish=finish)
