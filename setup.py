@@ -45,6 +45,7 @@ setup(
             "hypothesis>=6.100",
             "peft>=0.15",
             "ruff>=0.6",
+            "triton>=3; platform_system == 'Linux' and python_version < '3.12'",  # beside newer torch it is already
             "tensorboard>=2.16",
         ],
         "gpu": ["transformer-engine[pytorch,core_cu13]>=2.14", "triton>=3"],

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from megatron_paint.convert.hf_writer import copy_companions
 from megatron_paint.disk import COMPLETE, NewFolder, append_line, clear_left_overs, disk_errors, write_atomically
 from megatron_paint.errors import UserError
 from megatron_paint.run.folder import RunFolder
@@ -80,10 +81,8 @@ def test_what_safetensors_says_of_a_disk(tmp_path):
 
 
 def test_an_export_names_the_model_that_is_gone(tmp_path):
-    from megatron_paint.mcore.hf_checkpoint import _copy_other_files
-
     with pytest.raises(UserError, match=r"model\.hf_path: .*nowhere cannot be read .*an export copies from it"):
-        _copy_other_files(tmp_path / "nowhere", tmp_path)
+        copy_companions(tmp_path / "nowhere", tmp_path, dtype=torch.float32)
 
 
 def test_other_errors_stay_what_they_are():

@@ -19,14 +19,15 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Makes a machine: machine(gpus=..., engine=...)."""
+    """Makes a machine: machine(gpus=..., engine=..., broken=why the engine cannot be imported)."""
     for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", NONDETERMINISTIC):
         monkeypatch.delenv(name, raising=False)
 
-    def make(*, gpus, engine=True):
+    def make(*, gpus, engine=True, broken=None):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         monkeypatch.setattr(hardware, "find_spec", lambda name: object() if engine else None)
+        monkeypatch.setattr(hardware, "_import_error", lambda module: broken)
 
     return make
 
@@ -37,6 +38,17 @@ def test_the_engine_is_taken_where_it_is(machine):
     assert not use_transformer_engine(MegatronSettings(transformer_impl="local"))
     machine(gpus=1, engine=False)
     assert not use_transformer_engine(MegatronSettings())
+    machine(gpus=1, broken="it does not fit this torch")
+    assert not use_transformer_engine(MegatronSettings())
+    with pytest.raises(UserError, match="it does not fit this torch"):
+        use_transformer_engine(MegatronSettings(fp8="hybrid"))
+
+
+def test_a_module_that_cannot_be_imported_says_why(tmp_path, monkeypatch):
+    (tmp_path / "broken_engine.py").write_text("raise OSError('libcudnn.so.9: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "libcudnn.so.9: cannot open" in hardware._import_error("broken_engine")
+    assert hardware._import_error("json") is None
 
 
 @pytest.mark.parametrize(
