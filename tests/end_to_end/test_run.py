@@ -185,7 +185,8 @@ def test_another_model_does_not_resume(whole, tmp_path):
         timeout=240,
     )
     assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.splitlines()
+    # A CUDA build of torch says that it found no GPU when Megatron asks it.
+    (line,) = (line for line in done.stderr.splitlines() if "No CUDA runtime is found" not in line)
     assert line.startswith("megatron-paint: error: checkpoint ")
     assert "is of another model" in line
     assert before
