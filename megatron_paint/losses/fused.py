@@ -10,6 +10,7 @@ import torch
 from megatron_paint.losses import checks
 from megatron_paint.losses.chunks import chunk_size
 from megatron_paint.losses.config import InterpolationLossConfig, Kernel
+from megatron_paint.losses.cpu_math import settle_cpu_math
 from megatron_paint.losses.formed_gradient import attach_gradient
 from megatron_paint.losses.fused_pass import FusedPass, Inputs
 from megatron_paint.losses.gemm import OutputLayerGradient
@@ -54,6 +55,7 @@ def fused_interpolation_loss(
     one per redone chunk; that sum.
     Raises ValueError for arguments that do not fit together.
     """
+    settle_cpu_math()
     hidden_TH, weight_VH = student_hidden_TH, output_weight_VH
     teacher_weight_VH = weight_VH if teacher_output_weight_VH is None else teacher_output_weight_VH
     checks.check_matrix("teacher_output_weight_VH", teacher_weight_VH, "columns x hidden", like=(len(weight_VH), None))

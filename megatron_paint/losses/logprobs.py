@@ -12,6 +12,7 @@ import torch
 
 from megatron_paint.losses import checks
 from megatron_paint.losses.chunks import ChunkSize, Scratch, chunk_size, plan_chunks, tiles
+from megatron_paint.losses.cpu_math import settle_cpu_math
 from megatron_paint.losses.formed_gradient import attach_gradient
 from megatron_paint.losses.gemm import OutputLayerGradient, Projection, inverse
 from megatron_paint.losses.statistics import (
@@ -57,6 +58,7 @@ def token_logprobs(
     One collective a chunk, and one for the hidden states' gradient unless vocab.reduce_hidden_grad is False; without
     token_weight_T the latter runs in backward. Raises ValueError for arguments that do not fit together.
     """
+    settle_cpu_math()
     tokens, columns = hidden_TH.shape[0], output_weight_VH.shape[0]
     checks.check_matrix("output_weight_VH", output_weight_VH, "columns x hidden", like=(None, None))
     checks.check_matrix("hidden_TH", hidden_TH, "tokens x hidden", like=(None, output_weight_VH.shape[1]))

@@ -11,6 +11,7 @@ import torch
 
 from megatron_paint.losses import checks
 from megatron_paint.losses.config import InterpolationLossConfig
+from megatron_paint.losses.cpu_math import settle_cpu_math
 from megatron_paint.losses.output import LossOutput
 from megatron_paint.losses.selection import select_positions
 from megatron_paint.losses.vocab import VocabAxis, WholeVocab
@@ -41,6 +42,7 @@ def interpolation_loss(
     The gradient goes through student_logits_TV alone, and not where the student is a partner or is measured.
     Raises ValueError for arguments that do not fit together.
     """
+    settle_cpu_math()
     _check_logits(student_logits_TV, teacher_logits_TV, full_teacher_logits_TV, config, vocab)
     lengths = checks.checked_lengths(lengths, len(student_logits_TV))
     checks.check_vector("token_weight_T", token_weight_T, len(student_logits_TV))

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_paint.config import MegatronSettings
 from megatron_paint.hardware import device_of_rank, engine_environment
+from megatron_paint.losses.cpu_math import settle_cpu_math
 from megatron_paint.mcore.cpu import redirect_cuda_to_cpu
 from megatron_paint.plan import data_parallel_size
 
@@ -60,6 +61,7 @@ def start_world(megatron: MegatronSettings, *, backend: str | None = None) -> Wo
     """
     _silence_known_warnings()
     os.environ.update(engine_environment(megatron))  # before Megatron imports Transformer Engine
+    settle_cpu_math()
     device = device_of_rank()
     redirect_cuda_to_cpu()
     from megatron.core import parallel_state
