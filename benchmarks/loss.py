@@ -44,6 +44,7 @@ from loss_report import fill_fits, plot, print_table
 from loss_variants import PEERS, TEMPERATURE, Job, prepare, what_is_missing
 
 from megatron_paint.losses import ShardedVocab, VocabAxis, WholeVocab
+from megatron_paint.losses.cpu_math import settle_cpu_math
 
 STANDARD = ("gemms", "dense", "modelopt", "swift", "liger", "fused", "triton")
 SMALL = {"tokens": 24, "hidden": 64, "vocab": 8192}
@@ -163,6 +164,7 @@ def _rank(rank: int, job: Job, folder: str) -> None:
 
 
 def _start(rank: int, job: Job, folder: str) -> VocabAxis:
+    settle_cpu_math()  # for every variant: the error is to be the method's, not MKL's
     if job.device == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.tp))
     else:
