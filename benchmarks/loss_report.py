@@ -77,6 +77,10 @@ def plot(found: list[dict], path: Path) -> None:
     left.axhline(1.0, color="grey", linewidth=0.8)
     left.set(xlabel="response tokens", ylabel="time / bare products", xscale="log", ylim=(0, None))
     right.set(xlabel="response tokens", ylabel="extra memory a rank, GB", xscale="log", yscale="log")
+    for axes in (left, right):
+        axes.set_xticks(sorted(gemms), [f"{tokens:,}" for tokens in sorted(gemms)])
+        axes.minorticks_off()
+    right.set_yticks(*zip(*[(10.0**e, f"{10.0**e:g}") for e in range(-1, 3)], strict=True))
     left.legend()
     figure.suptitle(
         f"V = {first['vocab']:,}, H = {first['hidden']:,}, TP {first['tp']}, {first['dtype']}, {first['device']}"

@@ -38,6 +38,9 @@ def settings_class(cls: type) -> type:
 class LoraSettings:
     rank: Annotated[Count, setting("rank of the adapters on all seven projections")] = 64
     alpha: Annotated[Positive, setting("adapters are scaled by alpha / rank")] = 128.0
+    export: Annotated[
+        Literal["merged", "adapter"], setting("exports are whole models, or PEFT folders of the adapters alone")
+    ] = "merged"
 
 
 @settings_class

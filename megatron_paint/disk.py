@@ -12,14 +12,14 @@ from megatron_paint.errors import UserError
 
 COMPLETE = "complete"  # marker in a checkpoint's folder, written last
 ADVICE = {
-    errno.ENOSPC: "free space there, or set run.dir to another disk",
-    errno.EDQUOT: "the quota is used up: free space there, or set run.dir to another disk",
-    errno.EFBIG: "files may not grow that large: raise the limit (ulimit -f), or set run.dir to another disk",
-    errno.EROFS: "it is read-only: set run.dir to a place that can be written",
-    errno.EACCES: "it is not yours to write: set run.dir to a place that can be written",
-    errno.EPERM: "it is not yours to write: set run.dir to a place that can be written",
+    errno.ENOSPC: "free space there, or write to another disk",
+    errno.EDQUOT: "the quota is used up: free space there, or write to another disk",
+    errno.EFBIG: "files may not grow that large: raise the limit (ulimit -f), or write to another disk",
+    errno.EROFS: "it is read-only: choose a place that can be written",
+    errno.EACCES: "it is not yours to write: choose a place that can be written",
+    errno.EPERM: "it is not yours to write: choose a place that can be written",
 }
-OTHER_ADVICE = "check that run.dir is a folder that can be written"
+OTHER_ADVICE = "check that it is a place that can be written"
 # What torch's and safetensors' own writers say where a write fails; only the last one says why.
 WRITERS = re.compile(r"PytorchStreamWriter|inline_container|iostream error|I/O error: .*\(os error (\d+)\)")
 LEFT_OVER = re.compile(r"\.(?P<name>.+)\.(unfinished|replaced)")

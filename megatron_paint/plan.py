@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_paint.apex import refuse_foreign_apex
 from megatron_paint.config import MegatronSettings, Settings
-from megatron_paint.errors import UserError
+from megatron_paint.errors import UserError, about
 from megatron_paint.hardware import engine_environment, loss_kernel, triton_is_lacking, use_transformer_engine
 from megatron_paint.qwen3 import Qwen3Shape, read_shape
 
@@ -59,7 +59,8 @@ class Plan:
 def make_plan(settings: Settings, *, processes: int) -> Plan:
     """Checks model, layout and machine against each other; UserError names the setting and the nearest valid value."""
     refuse_foreign_apex()
-    shape = read_shape(settings.model.hf_path)
+    with about("model.hf_path"):
+        shape = read_shape(settings.model.hf_path)
     _refuse_experts(settings, shape)
     megatron = settings.megatron
     engine_environment(megatron)

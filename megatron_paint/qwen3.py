@@ -49,25 +49,28 @@ def read_shape(folder: str | Path) -> Qwen3Shape:
     """
     path = Path(folder) / "config.json"
     if not Path(folder).is_dir():
-        raise UserError(f"model.hf_path: {folder} is not a folder; give the folder of a Hugging Face Qwen3 checkpoint")
+        raise UserError(f"{folder} is not a folder; give the folder of a Hugging Face Qwen3 checkpoint")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(
-            f"model.hf_path: {folder} has no config.json; is it a Hugging Face checkpoint folder?"
-        ) from None
+        raise UserError(f"{folder} has no config.json; is it a Hugging Face checkpoint folder?") from None
     except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"model.hf_path: {path} is not valid JSON ({error}); copy the checkpoint again") from None
+        raise UserError(f"{path} is not valid JSON ({error}); copy the checkpoint again") from None
+    return shape_of(raw, path)
+
+
+def shape_of(raw: Any, path: Path) -> Qwen3Shape:
+    """The sizes that a config says; `path` is where it stands, for errors. Raises as read_shape does."""
     if not isinstance(raw, dict) or raw.get("model_type") not in ("qwen3", "qwen3_moe"):
         found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
-        raise UserError(f"model.hf_path: {path} has model_type {found!r}; only 'qwen3' and 'qwen3_moe' are understood")
+        raise UserError(f"{path} has model_type {found!r}; only 'qwen3' and 'qwen3_moe' are understood")
     _refuse_unknown(raw, path)
     try:
         shape = _shape(raw, path)
     except KeyError as error:
-        raise UserError(f"model.hf_path: {path} lacks {error}; it is not a complete Qwen3 config") from None
+        raise UserError(f"{path} lacks {error}; it is not a complete Qwen3 config") from None
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"model.hf_path: {path} is not a Qwen3 config ({error}); copy the checkpoint again") from None
+        raise UserError(f"{path} is not a Qwen3 config ({error}); copy the checkpoint again") from None
     _check_sizes(shape, path)
     return shape
 
@@ -77,27 +80,36 @@ def _shape(raw: dict[str, Any], path: Path) -> Qwen3Shape:
     experts = {}
     if raw["model_type"] == "qwen3_moe":
         experts = {
-            "num_experts": int(raw["num_local_experts"] if "num_local_experts" in raw else raw["num_experts"]),
-            "experts_per_token": int(raw["num_experts_per_tok"]),
-            "expert_ffn_size": int(raw["moe_intermediate_size"]),
+            "num_experts": _whole(raw, "num_local_experts" if "num_local_experts" in raw else "num_experts"),
+            "experts_per_token": _whole(raw, "num_experts_per_tok"),
+            "expert_ffn_size": _whole(raw, "moe_intermediate_size"),
             "normalise_experts": bool(raw.get("norm_topk_prob", False)),
         }
     return Qwen3Shape(
         source=str(path),
-        vocab_size=int(raw["vocab_size"]),
-        hidden_size=int(raw["hidden_size"]),
-        num_layers=int(raw["num_hidden_layers"]),
-        num_heads=int(raw["num_attention_heads"]),
-        num_groups=int(raw["num_key_value_heads"]),
-        head_dim=int(raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]),
-        ffn_size=int(raw["intermediate_size"]),
+        vocab_size=_whole(raw, "vocab_size"),
+        hidden_size=_whole(raw, "hidden_size"),
+        num_layers=_whole(raw, "num_hidden_layers"),
+        num_heads=_whole(raw, "num_attention_heads"),
+        num_groups=_whole(raw, "num_key_value_heads"),
+        head_dim=_whole(raw, "head_dim")
+        if raw.get("head_dim") is not None
+        else raw["hidden_size"] // raw["num_attention_heads"],
+        ffn_size=_whole(raw, "intermediate_size"),
         tied=bool(raw.get("tie_word_embeddings", False)),
         rope_theta=float(rope.get("rope_theta") or raw["rope_theta"]),
         norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        max_positions=int(raw["max_position_embeddings"]),
+        max_positions=_whole(raw, "max_position_embeddings"),
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
         **experts,
     )
+
+
+def _whole(raw: dict[str, Any], key: str) -> int:
+    value = raw[key]
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{key} is {value!r}, not a whole number")
+    return value
 
 
 def _check_sizes(shape: Qwen3Shape, path: Path) -> None:
@@ -111,20 +123,23 @@ def _check_sizes(shape: Qwen3Shape, path: Path) -> None:
         "intermediate_size": shape.ffn_size,
         "max_position_embeddings": shape.max_positions,
     }
+    if shape.num_experts:
+        sizes |= {"num_experts_per_tok": shape.experts_per_token, "moe_intermediate_size": shape.expert_ffn_size}
     for key, size in sizes.items():
         if not 0 < size < 2**31:
-            raise UserError(f"model.hf_path: {path} says {key}={size}; it must be a whole number from 1")
+            raise UserError(f"{path} says {key}={size}; it must be a whole number from 1")
     if shape.num_heads % shape.num_groups:
-        raise UserError(
-            f"model.hf_path: {path} has {shape.num_heads} heads, no multiple of its {shape.num_groups} key-value heads"
-        )
+        raise UserError(f"{path} has {shape.num_heads} heads, no multiple of its {shape.num_groups} key-value heads")
+    if not 0 <= shape.experts_per_token <= shape.num_experts < 2**31:
+        raise UserError(f"{path} says {shape.experts_per_token} of {shape.num_experts} experts a token; copy it again")
     if shape.dtype not in ("bfloat16", "float16", "float32"):
-        raise UserError(f"model.hf_path: {path} says dtype {shape.dtype!r}; bfloat16, float16 and float32 are read")
+        raise UserError(f"{path} says dtype {shape.dtype!r}; bfloat16, float16 and float32 are read")
 
 
 def _refuse_unknown(raw: dict[str, Any], path: Path) -> None:
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+    partial = raw.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1) if isinstance(rope, dict) else 1)
     refused = {
         "use_sliding_window": (bool(raw.get("use_sliding_window")), "sliding-window attention"),
         "attention_bias": (bool(raw.get("attention_bias")), "biases in the attention projections"),
@@ -132,9 +147,10 @@ def _refuse_unknown(raw: dict[str, Any], path: Path) -> None:
         "quantization_config": (raw.get("quantization_config") is not None, "quantised weights"),
         "hidden_act": (raw.get("hidden_act", "silu") != "silu", "an activation other than silu"),
         "rope type": (rope_type != "default", "RoPE scaling"),
+        "partial_rotary_factor": (partial != 1, "rotary embedding of a part of each head"),
         "mlp_only_layers": (bool(raw.get("mlp_only_layers")), "dense layers among sparse ones"),
         "decoder_sparse_step": (raw.get("decoder_sparse_step", 1) != 1, "dense layers among sparse ones"),
     }
     for key, (present, what) in refused.items():
         if present:
-            raise UserError(f"model.hf_path: {path} asks for {what} ({key}), which is not computed here")
+            raise UserError(f"{path} asks for {what} ({key}), which is not computed here")

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from megatron_paint.config import Settings
 from megatron_paint.convert.hf_reader import HuggingFaceReader
-from megatron_paint.errors import UserError
+from megatron_paint.errors import UserError, about
 from megatron_paint.evaluation.grading import grade
 from megatron_paint.problems import LoadedProblems, ProblemSet, PromptLimit, load_held_out, load_problems
 from megatron_paint.prompts import Prompts
@@ -70,7 +70,8 @@ def load_prompts(settings: Settings, shape: Qwen3Shape) -> Prompts:
 
 def check_sources(settings: Settings, shape: Qwen3Shape, *, run_folder: bool = True) -> tuple[str, ...]:
     """Everything that can be wrong with what a run reads and, with `run_folder`, where it writes; needs no model."""
-    HuggingFaceReader(settings.model.hf_path, shape)
+    with about("model.hf_path"):
+        HuggingFaceReader(settings.model.hf_path, shape).check_tied(shape)
     sources = load_sources(settings, shape)
     if run_folder:
         RunFolder(settings.run.dir).check(settings)

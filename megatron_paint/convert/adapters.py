@@ -7,9 +7,9 @@ ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def adapter_stem(name: str) -> str:
-    """PEFT's name of what belongs to a module of the model."""
-    return f"base_model.model.{name}"
+def adapter_name(weight: str, side: str) -> str:
+    """PEFT's name of the adapter `side` ("A" or "B") of a Hugging Face weight."""
+    return f"base_model.model.{weight.removesuffix('.weight')}.lora_{side}.weight"
 
 
 def write_config(folder: Path, *, rank: int, alpha: float, base: str) -> None:

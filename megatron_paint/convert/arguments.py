@@ -25,7 +25,7 @@ def add_commands(commands: Any) -> None:
     to_hf.add_argument("out", type=Path, metavar="OUT")
     to_hf.add_argument("--base", type=Path, required=True, metavar="HF_DIR", help="config, tokenizer, chat template")
     to_hf.add_argument("--lora", choices=("merged", "adapter"), default="merged", help="what becomes of adapters")
-    to_hf.add_argument("--shard-size", type=_size, default=5 * 10**9, metavar="5GB", help="largest file")
+    to_hf.add_argument("--shard-size", type=_size, metavar="SIZE", help="largest file (5GB)")
     _add_conversion(to_hf)
     to_hf.set_defaults(run=_run("run_to_hf"))
 

@@ -3,19 +3,20 @@
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_paint.convert.hf_reader import HuggingFaceReader
-from megatron_paint.convert.manifest import read_manifest
+from megatron_paint.convert.hf_reader import EMBEDDING, HEAD, HuggingFaceReader
+from megatron_paint.convert.manifest import MANIFEST, checksums, read_manifest
+from megatron_paint.convert.mapping import checkpoint_entries, hugging_face_shapes
 from megatron_paint.convert.megatron_source import BESIDE, MegatronSource
-from megatron_paint.convert.to_megatron import PIECE_BYTES, raw_bytes, row_blocks
-from megatron_paint.convert.torch_dist import METADATA, CheckpointReader
-from megatron_paint.qwen3 import read_shape
+from megatron_paint.convert.numbers import raw_bytes, row_blocks
+from megatron_paint.convert.torch_dist import METADATA, CheckpointReader, StoredTensor
+from megatron_paint.qwen3 import read_shape, shape_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +36,8 @@ class Comparison:
     tensors: int
     nbytes: int
     differences: tuple[Difference, ...]
-    bad_checksums: tuple[str, ...]  # tensors of the Megatron side that are not what the manifest says
-    checksums: int  # tensors that the manifest has a checksum of, and that were held to it
+    bad_checksums: tuple[tuple[str, str], ...]  # (tensor, folder): not what the manifest in that folder says
+    checksums: int  # how many were held to a checksum in a manifest
     rounded: int  # tensors that stand in other types on the two sides, and were compared in the Megatron one's
 
     @property
@@ -45,28 +46,32 @@ class Comparison:
 
 
 def compare(hf: Path, megatron: Path, *, progress: Callable[[int], None] = lambda nbytes: None) -> Comparison:
-    """Compares every number, and the Megatron side with its manifest where it has one; adapters count as merged."""
+    """Compares every number, and each side with its manifest where it has one; adapters count as merged."""
     shape = read_shape(hf)
     reader, source = HuggingFaceReader(hf, shape), MegatronSource(megatron, shape)
-    recorded = source.checksums()
+    recorded = source.checksums(), checksums(hf, {name: place.dtype for name, place in reader.tensors.items()})
     differences, bad = [], []
     for name in source.entry_of:
-        place, digest, found = reader.tensors[name], hashlib.sha256(), None
-        for rows in row_blocks(place.shape, PIECE_BYTES):
-            ours, theirs = source.read(name, rows), reader(name, rows=rows)
-            digest.update(raw_bytes(ours))
-            found = _worse(found, _difference(name, ours, theirs, rows.start))
+        place, found = reader.tensors[name], None
+        digests = hashlib.sha256(), hashlib.sha256()
+        for rows in row_blocks(place.shape):
+            sides = source.read(name, rows), reader(name, rows=rows)
+            for digest, of, values in zip(digests, recorded, sides, strict=True):
+                if name in of:
+                    digest.update(raw_bytes(values))
+            found = _worse(found, _difference(name, *sides, rows.start))
         if found is not None:
             differences.append(found)
-        if name in recorded and digest.hexdigest() != recorded[name]:
-            bad.append(name)
+        for folder, digest, of in zip((megatron, hf), digests, recorded, strict=True):
+            if name in of and digest.hexdigest() != of[name]:
+                bad.append((name, str(folder)))
         progress(place.nbytes)
     return Comparison(
         tensors=len(source.entry_of),
         nbytes=sum(reader.tensors[name].nbytes for name in source.entry_of),
         differences=tuple(differences),
         bad_checksums=tuple(bad),
-        checksums=len(recorded),
+        checksums=sum(map(len, recorded)),
         rounded=sum(source.dtype(name) != reader.tensors[name].dtype for name in source.entry_of),
     )
 
@@ -106,9 +111,13 @@ def describe(path: Path) -> dict[str, Any]:
 def _describe_hugging_face(path: Path) -> dict[str, Any]:
     shape, reader = read_shape(path), HuggingFaceReader(path)
     files = sorted({place.file for place in reader.tensors.values()})
-    odd = []
-    if shape.tied and "lm_head.weight" in reader.tensors:
-        odd.append("lm_head.weight is stored although the config ties it to the embedding; it is not read")
+    expected = hugging_face_shapes(shape)
+    found = {name: place.shape for name, place in reader.tensors.items()}
+    if shape.tied and HEAD in found:
+        expected = {**expected, HEAD: expected[EMBEDDING]}
+    odd = _compared(found, expected)
+    if shape.tied and HEAD in found:
+        odd.append(f"{HEAD} is stored although the config ties it to the embedding; it has to equal that")
     dtypes = _counts(place.dtype for place in reader.tensors.values())
     if len(dtypes) > 1:
         odd.append("tensors of several types")
@@ -118,6 +127,7 @@ def _describe_hugging_face(path: Path) -> dict[str, Any]:
         "kind": "Hugging Face",
         "model": _model(shape),
         "parameters": shape.num_parameters,
+        "stored_numbers": sum(math.prod(place.shape) for place in reader.tensors.values()),
         "bytes": sum(place.nbytes for place in reader.tensors.values()),
         "dtypes": dtypes,
         "tensors": len(reader.tensors),
@@ -130,6 +140,9 @@ def _describe_megatron(path: Path) -> dict[str, Any]:
     reader, manifest = CheckpointReader(path), read_manifest(path)
     model = {k: t for k, t in reader.tensors.items() if not k.startswith(BESIDE) and "_adapters." not in k}
     odd = [f"{k} is stored in no piece" for k, t in reader.tensors.items() if not t.pieces]
+    if manifest:
+        wanted = {entry.key: entry.shape for entry in checkpoint_entries(shape_of(manifest["config"], path / MANIFEST))}
+        odd += _compared({key: tensor.shape for key, tensor in model.items()}, wanted)
     return {
         "kind": "Megatron (torch_dist)",
         "converted_from": manifest["source"] if manifest else None,
@@ -141,10 +154,30 @@ def _describe_megatron(path: Path) -> dict[str, Any]:
         "adapters": sum("_adapters." in k and not k.startswith(BESIDE) for k in reader.tensors),
         "optimizer": any(k.startswith("optimizer.") for k in reader.tensors),
         "teacher": any(k.startswith("teacher.") for k in reader.tensors),
+        "layers": next((t.shape[0] for k, t in model.items() if k.startswith("decoder.layers.")), 0),
+        "tensor_parallel": _tensor_parallel(model),
         "files": len({piece.file for t in reader.tensors.values() for piece in t.pieces}),
         "pieces": sum(len(t.pieces) for t in reader.tensors.values()),
         "odd": odd,
     }
+
+
+def _compared(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What is missing, surplus or of another shape, a line each."""
+    missing = [f"{name} is missing" for name in expected if name not in found]
+    surplus = [f"{name} is there, and no Qwen3 of its config has it" for name in found if name not in expected]
+    shapes = [
+        f"{name} has shape {found[name]}, its config says {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != tuple(shape)
+    ]
+    return missing + surplus + shapes
+
+
+def _tensor_parallel(model: Mapping[str, StoredTensor]) -> int | None:
+    """How many ranks shared each layer when it was saved: the column shards of a row-parallel weight."""
+    stored = model.get("decoder.layers.self_attention.linear_proj.weight")
+    return len({piece.offsets[-1] for piece in stored.pieces}) if stored is not None else None
 
 
 def _counts(dtypes: Any) -> dict[str, int]:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from megatron_paint.convert.check import Comparison, compare, describe
 from megatron_paint.convert.hf_reader import HuggingFaceReader
+from megatron_paint.convert.hf_writer import SHARD_BYTES
 from megatron_paint.convert.to_hf import ToAdapter, ToHuggingFace
 from megatron_paint.convert.to_megatron import ToMegatron
 from megatron_paint.convert.work import Job, convert, processes_or_cores
@@ -31,12 +32,14 @@ def run_to_hf(options: argparse.Namespace) -> int:
     for folder in (options.source, options.base):
         _check_folder(folder)
     if options.lora == "adapter":
-        return _convert(ToAdapter(source=options.source, base=options.base), options)
+        if options.shard_size is not None:
+            raise UserError("--shard-size: adapters are one file, as PEFT reads them; leave it out")
+        return _convert(ToAdapter(source=options.source, base=options.base, dtype=options.dtype), options)
     job = ToHuggingFace(
         source=options.source,
         base=options.base,
         dtype=options.dtype,
-        shard_bytes=options.shard_size,
+        shard_bytes=options.shard_size or SHARD_BYTES,
         checksums=options.checksums,
     )
     return _convert(job, options)
@@ -84,7 +87,7 @@ def _as_json(found: Comparison) -> dict[str, Any]:
         "tensors": found.tensors,
         "bytes": found.nbytes,
         "differences": differences,
-        "bad_checksums": list(found.bad_checksums),
+        "bad_checksums": [{"name": name, "folder": folder} for name, folder in found.bad_checksums],
         "checksums": found.checksums,
         "rounded": found.rounded,
     }
@@ -104,8 +107,8 @@ def _lines(found: Comparison) -> Iterator[str]:
         yield f"{difference.name}: {difference.unequal} numbers differ, most at [{at}], by {difference.largest:.3g}"
     if len(worst) > SHOWN:
         yield f"and {len(worst) - SHOWN} more tensors"
-    for name in found.bad_checksums[:SHOWN]:
-        yield f"{name}: the Megatron checkpoint is not what its manifest says; it was changed after the conversion"
+    for name, folder in found.bad_checksums[:SHOWN]:
+        yield f"{name}: {folder} is not what its manifest says; it was changed after the conversion"
     yield f"not equal: {len(worst)} of {found.tensors} tensors differ"
 
 

@@ -17,9 +17,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_paint.convert.mapping import hugging_face_shapes
+from megatron_paint.convert.numbers import row_blocks
 from megatron_paint.errors import UserError
 from megatron_paint.qwen3 import Qwen3Shape
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -61,6 +63,18 @@ class HuggingFaceReader:
         values = flat.view(place.dtype).view(stop - first, *place.shape[1:])
         return values if columns is None else values[:, columns].contiguous()
 
+    def check_tied(self, shape: Qwen3Shape) -> None:
+        """UserError where an output layer that the config ties to the embedding is stored, and is not the embedding."""
+        if not shape.tied or HEAD not in self.tensors:
+            return
+        same = self.tensors[HEAD].shape == self.tensors[EMBEDDING].shape
+        blocks = row_blocks(self.tensors[EMBEDDING].shape)
+        if not same or not all(torch.equal(self(HEAD, rows=rows), self(EMBEDDING, rows=rows)) for rows in blocks):
+            raise UserError(
+                f"{self.folder}: its config.json ties {HEAD} to {EMBEDDING}, but the two that it holds differ; if the "
+                "output layer is one of its own, set tie_word_embeddings to false there"
+            )
+
     def close(self) -> None:
         while self._open:
             os.close(self._open.popitem()[1])
@@ -74,27 +88,27 @@ class HuggingFaceReader:
             while buffer:
                 count = os.preadv(self._open[place.file], [buffer], at)
                 if not count:
-                    raise UserError(f"model.hf_path: {path} became shorter while it was read; copy it again")
+                    raise UserError(f"{path} became shorter while it was read; copy it again")
                 buffer, at = buffer[count:], at + count
         except OSError as error:
-            raise UserError(f"model.hf_path: {path} cannot be read ({error.strerror})") from None
+            raise UserError(f"{path} cannot be read ({error.strerror})") from None
 
     def _locate(self) -> dict[str, TensorPlace]:
         index = self.folder / INDEX
         if not index.exists():
             if not (self.folder / SINGLE).exists():
                 pickled = " (.bin files are not read: convert them to safetensors)" * any(self.folder.glob("*.bin"))
-                raise UserError(f"model.hf_path: {self.folder} has neither {SINGLE} nor {INDEX}{pickled}")
+                raise UserError(f"{self.folder} has neither {SINGLE} nor {INDEX}{pickled}")
             return self._places(SINGLE)
         file_of = self._read_index(index)
         places = {file: self._places(file) for file in sorted(set(file_of.values()))}
         for name, file in file_of.items():
             if name not in places[file]:
-                raise UserError(f"model.hf_path: {INDEX} says that {file} holds {name}; it does not")
+                raise UserError(f"{INDEX} says that {file} holds {name}; it does not")
         for file, held in places.items():
             for name in held:
                 if file_of.get(name) != file:
-                    raise UserError(f"model.hf_path: {self.folder / file} holds {name}, which {INDEX} does not say")
+                    raise UserError(f"{self.folder / file} holds {name}, which {INDEX} does not say")
         return {name: places[file][name] for name, file in file_of.items()}
 
     def _read_index(self, index: Path) -> dict[str, str]:
@@ -103,10 +117,10 @@ class HuggingFaceReader:
             if not file_of or not all(isinstance(file, str) for file in file_of.values()):
                 raise TypeError("weight_map names no files")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"model.hf_path: {index} is not a safetensors index ({error!r}); copy it again") from None
+            raise UserError(f"{index} is not a safetensors index ({error!r}); copy it again") from None
         for file in sorted(set(file_of.values())):
             if Path(file).name != file or not file:
-                raise UserError(f"model.hf_path: {index} points outside its folder: {file!r}")
+                raise UserError(f"{index} points outside its folder: {file!r}")
         return file_of
 
     def _places(self, file: str) -> dict[str, TensorPlace]:
@@ -118,39 +132,33 @@ class HuggingFaceReader:
                 (length,) = struct.unpack("<Q", stream.read(8))
                 header: dict[str, Any] = json.loads(stream.read(length))
         except FileNotFoundError:
-            raise UserError(f"model.hf_path: shard {path} is missing; download the checkpoint again") from None
+            raise UserError(f"shard {path} is missing; download the checkpoint again") from None
         except (SafetensorError, OSError, ValueError, struct.error) as error:
-            raise UserError(
-                f"model.hf_path: {path} is truncated or not a safetensors file ({error}); download it again"
-            ) from None
+            raise UserError(f"{path} is truncated or not a safetensors file ({error}); download it again") from None
         header.pop("__metadata__", None)
         return {name: self._place(name, entry, file, 8 + length) for name, entry in header.items()}
 
     def _place(self, name: str, entry: dict[str, Any], file: str, data: int) -> TensorPlace:
         if entry["dtype"] not in DTYPES:
             raise UserError(
-                f"model.hf_path: {name} in {self.folder / file} is stored as {entry['dtype']}; only "
+                f"{name} in {self.folder / file} is stored as {entry['dtype']}; only "
                 f"{', '.join(DTYPES)} are read: quantised weights have to be converted first"
             )
         if not entry["shape"] or not all(entry["shape"]):
-            raise UserError(
-                f"model.hf_path: {name} in {self.folder / file} has shape {entry['shape']}; no Qwen3 has it"
-            )
+            raise UserError(f"{name} in {self.folder / file} has shape {entry['shape']}; no Qwen3 has it")
         start = data + entry["data_offsets"][0]
         return TensorPlace(file=file, dtype=DTYPES[entry["dtype"]], shape=tuple(entry["shape"]), start=start)
 
     def _check(self, shape: Qwen3Shape) -> None:
         expected = hugging_face_shapes(shape)
-        surplus_allowed = {"lm_head.weight"} if shape.tied else set()
+        surplus_allowed = {HEAD} if shape.tied else set()
         missing = sorted(expected.keys() - self.tensors.keys())
         surplus = sorted(self.tensors.keys() - expected.keys() - surplus_allowed)
         for names, what in ((missing, "lacks"), (surplus, "has tensors that no Qwen3 of its config has:")):
             if names:
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                raise UserError(f"model.hf_path: {self.folder} {what} {', '.join(names[:3])}{more}")
+                raise UserError(f"{self.folder} {what} {', '.join(names[:3])}{more}")
         for name, wanted in expected.items():
             found = self.tensors[name].shape
             if found != tuple(wanted):
-                raise UserError(
-                    f"model.hf_path: {name} in {self.folder} has shape {found}, its config.json says {tuple(wanted)}"
-                )
+                raise UserError(f"{name} in {self.folder} has shape {found}, its config.json says {tuple(wanted)}")

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_paint.convert.hf_reader import DTYPES, INDEX, SINGLE, TensorPlace
+from megatron_paint.convert.manifest import MANIFEST
+from megatron_paint.convert.numbers import cast, raw_bytes
 from megatron_paint.errors import UserError
 
 SHARD_BYTES = 5 * 10**9  # as Hugging Face's own tools
@@ -89,8 +91,7 @@ class RowWriter:
     def write(self, name: str, first_row: int, rows: Tensor) -> None:
         """`rows` of tensor `name` from `first_row`, in the layout's type."""
         place = self.layout.places[name]
-        values = rows.to(place.dtype).contiguous()
-        buffer = memoryview(values.view(-1).view(torch.uint8).numpy())
+        buffer = raw_bytes(cast(rows, place.dtype, name))
         at = place.start + first_row * (place.nbytes // place.shape[0])
         if place.file not in self._open:
             self._open[place.file] = os.open(self.folder / place.file, os.O_WRONLY)
@@ -133,9 +134,9 @@ def copy_companions(source: Path, folder: Path, *, dtype: torch.dtype) -> None:
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
         paths = [path for path in sorted(source.iterdir()) if path.is_file() and not path.name.startswith(".")]
     except (OSError, ValueError) as error:
-        raise UserError(f"model.hf_path: {source} cannot be read ({error}); an export copies from it") from error
+        raise UserError(f"{source} cannot be read ({error}); an export copies from it") from error
     for path in paths:
-        if path.suffix not in WEIGHTS and path.name != INDEX:
+        if path.suffix not in WEIGHTS and not path.name.endswith(".index.json") and path.name != MANIFEST:
             shutil.copyfile(path, folder / path.name)  # the content and not the permissions
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -241,6 +241,25 @@ def checkpoint_entries(shape: Qwen3Shape) -> Iterator[Entry]:
         yield Entry(key=key, rule=rule)
 
 
+# Modules of a layer beside which Megatron or Transformer Engine looks for state of their own.
+_STATEFUL = ("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention")
+_STATEFUL += ("self_attention.q_layernorm", "self_attention.k_layernorm", "input_layernorm", "pre_mlp_layernorm")
+
+
+def empty_entries(shape: Qwen3Shape) -> Iterator[str]:
+    """Names of the objects beside the weights that Megatron asks of a checkpoint; without FP8 scales they are empty."""
+    yield "decoder.final_layernorm._extra_state/shard_0_1"
+    layers, experts = shape.num_layers, shape.num_experts
+    linear = ("linear_fc1", "linear_fc2")
+    for layer in range(layers):
+        for module in (*_STATEFUL, *([] if experts else [f"mlp.{name}" for name in linear])):
+            yield f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
+        for expert in range(experts):
+            for name in linear:
+                key = f"decoder.layers.mlp.experts.experts.{name}._extra_state"
+                yield f"{key}/shard_{layer}.{expert}_{layers}.{experts}"
+
+
 def _layer_entries(shape: Qwen3Shape, layer: int) -> Iterator[Entry]:
     fused = {inside: spelling for spelling, inside in _SPELLINGS.items()}
     if shape.num_experts:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_paint.convert.manifest import read_manifest
+from megatron_paint.convert.manifest import checksums
 from megatron_paint.convert.mapping import Entry, checkpoint_entries
 from megatron_paint.convert.torch_dist import CheckpointReader
 from megatron_paint.errors import UserError
@@ -69,14 +69,9 @@ class MegatronSource:
 
     def checksums(self) -> dict[str, str]:
         """SHA-256 of the Hugging Face tensors that stand here unchanged in type, as the conversion recorded them."""
-        manifest = read_manifest(self.folder)
-        if manifest is None or self.lora is not None:
+        if self.lora is not None:
             return {}
-        return {
-            name: entry["sha256"]
-            for name, entry in manifest["tensors"].items()
-            if entry["sha256"] and name in self.entry_of and entry["dtype"] == str(self.dtype(name)).split(".")[-1]
-        }
+        return checksums(self.folder, {name: self.dtype(name) for name in self.entry_of})
 
     def dtype(self, name: str) -> torch.dtype:
         """The type in which a Hugging Face tensor's numbers are stored here."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_paint.convert.adapters import ADAPTER_FILE, adapter_stem, write_config
+from megatron_paint.convert.adapters import ADAPTER_FILE, adapter_name, write_config
 from megatron_paint.convert.hf_reader import INDEX, SINGLE, HuggingFaceReader
 from megatron_paint.convert.hf_writer import (
     SHARD_BYTES,
@@ -21,9 +21,10 @@ from megatron_paint.convert.hf_writer import (
     lay_out,
     write_index,
 )
+from megatron_paint.convert.manifest import manifest_entry, write_manifest
 from megatron_paint.convert.mapping import hugging_face_shapes
-from megatron_paint.convert.megatron_source import MegatronSource
-from megatron_paint.convert.to_megatron import PIECE_BYTES, raw_bytes, row_blocks
+from megatron_paint.convert.megatron_source import Lora, MegatronSource
+from megatron_paint.convert.numbers import PIECE_BYTES, cast, raw_bytes, row_blocks
 from megatron_paint.convert.work import Task, check_names, cut_tasks, fingerprint, merged
 from megatron_paint.errors import UserError
 from megatron_paint.qwen3 import Qwen3Shape, read_shape
@@ -97,25 +98,33 @@ class ToHuggingFace:
         return work
 
     def _convert(self, name: str, source: MegatronSource, writer: RowWriter, recorded: str | None) -> dict[str, Any]:
-        place, digest = self.layout.places[name], hashlib.sha256()
-        for rows in row_blocks(place.shape, PIECE_BYTES):
+        """Writes a tensor, holds what is read to the checksum `recorded`; the manifest's entry of what is written."""
+        place, read, written = self.layout.places[name], hashlib.sha256(), hashlib.sha256()
+        unchanged = recorded is not None and source.dtype(name) == place.dtype
+        for rows in row_blocks(place.shape):
             values = source.read(name, rows)
             if recorded is not None:
-                digest.update(raw_bytes(values))
+                read.update(raw_bytes(values))
+            values = cast(values, place.dtype, name)
+            if self.checksums and not unchanged:
+                written.update(raw_bytes(values))
             writer.write(name, rows.start, values)
-        if recorded is not None and digest.hexdigest() != recorded:
+        if recorded is not None and read.hexdigest() != recorded:
             raise UserError(
                 f"{self.source}: {name} is not what was converted, as its SHA-256 shows; convert or copy it again"
             )
-        return {"sha256": recorded}
+        sha256 = (read if unchanged else written).hexdigest() if self.checksums else None
+        return manifest_entry(place.dtype, place.shape, sha256)
 
     def finish(self, folder: Path, records: Sequence[dict[str, Any]]) -> None:
-        check_names(merged(records, "tensors"), self.layout.places)
+        tensors = merged(records, "tensors")
+        check_names(tensors, self.layout.places)
         write_index(folder, self.layout)
         dtypes = {place.dtype for place in self.layout.places.values()}
         # Of mixed types the config keeps its own word.
         dtype = dtypes.pop() if len(dtypes) == 1 else getattr(torch, self.shape.dtype)
         copy_companions(self.base, folder, dtype=dtype)
+        write_manifest(folder, source=self.source, base=self.base, tensors=tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,28 +133,36 @@ class ToAdapter:
 
     source: Path
     base: Path
+    dtype: str | None = None
 
     @property
     def sources(self) -> tuple[Path, ...]:
         return self.source, self.base
 
     def plan(self) -> dict[str, Any]:
-        return {"conversion": "to-adapter", "source": str(self.source.resolve()), "files": fingerprint(self.source)}
+        files, base = fingerprint(self.source), fingerprint(self.base)
+        source = str(self.source.resolve())
+        return {"conversion": "to-adapter", "source": source, "files": files, "base": base, "dtype": self.dtype}
+
+    @cached_property
+    def lora(self) -> Lora | None:
+        return MegatronSource(self.source, read_shape(self.base)).lora
 
     def begin(self, folder: Path) -> None:
-        if MegatronSource(self.source, read_shape(self.base)).lora is None:
-            raise UserError(f"{self.source} holds no adapters; leave --lora adapter out")
+        """Nothing has to be there before the one task."""
 
     def tasks(self) -> Sequence[Task]:
+        if self.lora is None:
+            raise UserError(f"{self.source} holds no adapters; leave --lora adapter out")
         return [Task(number=0, entries=(0,), nbytes=sum(t.nbytes for _, t in self._tensors()))]
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         source = MegatronSource(self.source, read_shape(self.base))
         for name in source.entry_of:
             if (pair := source.adapter(name)) is not None:
-                stem = adapter_stem(name.removesuffix(".weight"))
-                yield f"{stem}.lora_A.weight", pair[0]
-                yield f"{stem}.lora_B.weight", pair[1]
+                for side, values in zip("AB", pair, strict=True):
+                    dtype = getattr(torch, self.dtype) if self.dtype else values.dtype
+                    yield adapter_name(name, side), cast(values, dtype, adapter_name(name, side))
 
     def worker(self, folder: Path) -> Callable[[Task], dict[str, Any]]:
         def work(task: Task) -> dict[str, Any]:
@@ -157,5 +174,4 @@ class ToAdapter:
         return work
 
     def finish(self, folder: Path, records: Sequence[dict[str, Any]]) -> None:
-        lora = MegatronSource(self.source, read_shape(self.base)).lora
-        write_config(folder, rank=lora.rank, alpha=lora.alpha, base=str(self.base.resolve()))
+        write_config(folder, rank=self.lora.rank, alpha=self.lora.alpha, base=str(self.base.resolve()))

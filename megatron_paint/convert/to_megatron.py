@@ -1,23 +1,22 @@
 """Hugging Face -> Megatron: a checkpoint that any layout loads, without a model, a few tensors at a time."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_paint.convert.hf_reader import HuggingFaceReader
-from megatron_paint.convert.manifest import write_manifest
-from megatron_paint.convert.mapping import Entry, checkpoint_entries, hugging_face_shapes
+from megatron_paint.convert.hf_reader import HuggingFaceReader, TensorPlace
+from megatron_paint.convert.manifest import manifest_entry, write_manifest
+from megatron_paint.convert.mapping import Entry, checkpoint_entries, empty_entries, hugging_face_shapes
+from megatron_paint.convert.numbers import PIECE_BYTES, cast, raw_bytes, row_blocks
 from megatron_paint.convert.torch_dist import PieceWriter, write_metadata
 from megatron_paint.convert.work import Task, check_names, cut_tasks, fingerprint, merged
-from megatron_paint.qwen3 import read_shape
-
-PIECE_BYTES = 64 * 10**6  # what a rank that wants any row of a piece has to read
+from megatron_paint.qwen3 import Qwen3Shape, read_shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,18 +41,27 @@ class ToMegatron:
             "piece_bytes": PIECE_BYTES,
         }
 
-    def begin(self, folder: Path) -> None:
-        HuggingFaceReader(self.source, read_shape(self.source))  # refuses what is not a whole Qwen3
+    @cached_property
+    def shape(self) -> Qwen3Shape:
+        return read_shape(self.source)
 
+    @cached_property
+    def stored(self) -> Mapping[str, TensorPlace]:
+        """What the source holds; UserError unless it is a whole Qwen3."""
+        return HuggingFaceReader(self.source, self.shape).tensors
+
+    @cached_property
     def entries(self) -> list[Entry]:
-        return list(checkpoint_entries(read_shape(self.source)))
+        return list(checkpoint_entries(self.shape))
+
+    def begin(self, folder: Path) -> None:
+        HuggingFaceReader(self.source, self.shape).check_tied(self.shape)
 
     def tasks(self) -> Sequence[Task]:
-        stored = HuggingFaceReader(self.source, read_shape(self.source)).tensors
-        return cut_tasks([sum(stored[name].nbytes for name in entry.rule.hf_shapes()) for entry in self.entries()])
+        return cut_tasks([sum(self.stored[name].nbytes for name in entry.rule.hf_shapes()) for entry in self.entries])
 
     def worker(self, folder: Path) -> Callable[[Task], dict[str, Any]]:
-        entries, reader = self.entries(), HuggingFaceReader(self.source)
+        entries, reader = self.entries, HuggingFaceReader(self.source)
 
         def work(task: Task) -> dict[str, Any]:
             writer, hashes = PieceWriter(folder / f"__{task.number}_0.distcp"), {}
@@ -73,36 +81,22 @@ class ToMegatron:
                 digests[name].update(raw_bytes(values))
             return values
 
-        for rows in row_blocks(entry.rule.shape, PIECE_BYTES):
+        for rows in row_blocks(entry.rule.shape):
             values = entry.rule.read_rows(read, rows)
             if self.dtype is not None:
-                values = values.to(getattr(torch, self.dtype))
+                values = cast(values, getattr(torch, self.dtype), " and ".join(entry.rule.hf_shapes()))
             offsets = (*entry.place, rows.start, *[0] * (len(entry.rule.shape) - 1))
             writer.write(entry.key, entry.shape, offsets, values)
         return {
-            name: {
-                "dtype": str(reader.tensors[name].dtype).removeprefix("torch."),
-                "shape": list(shape),
-                "sha256": digests[name].hexdigest() if self.checksums else None,
-            }
+            name: manifest_entry(
+                reader.tensors[name].dtype, shape, digests[name].hexdigest() if self.checksums else None
+            )
             for name, shape in entry.rule.hf_shapes().items()
         }
 
     def finish(self, folder: Path, records: Sequence[dict[str, Any]]) -> None:
         tensors = merged(records, "tensors")
-        check_names(tensors, hugging_face_shapes(read_shape(self.source)))
-        write_metadata(folder, (piece for record in records for piece in record["pieces"]), common={})
-        write_manifest(folder, source=self.source, tensors=tensors)
-
-
-def row_blocks(shape: Sequence[int], most_bytes: int) -> Iterator[slice]:
-    """Runs of rows of about equal size, none above `most_bytes` of 2-byte numbers (or one row)."""
-    rows = shape[0]
-    blocks = max(1, -(-prod(shape) * 2 // most_bytes))
-    step = -(-rows // blocks)
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
-
-
-def raw_bytes(values: Tensor) -> memoryview:
-    """The numbers as they stand in a file."""
-    return memoryview(values.contiguous().view(-1).view(torch.uint8).numpy())
+        check_names(tensors, hugging_face_shapes(self.shape))
+        pieces = (piece for record in records for piece in record["pieces"])
+        write_metadata(folder, pieces, common={}, empty=empty_entries(self.shape))
+        write_manifest(folder, source=self.source, base=self.source, tensors=tensors)

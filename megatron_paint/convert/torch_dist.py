@@ -22,7 +22,7 @@ from torch.distributed.checkpoint import filesystem, metadata
 
 from megatron_paint.errors import UserError
 
-METADATA, BACKEND, COMMON = ".metadata", "metadata.json", "common.pt"
+METADATA, BACKEND, COMMON, EMPTY = ".metadata", "metadata.json", "common.pt", "__empty_0.distcp"
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 COMMON_FORMAT = {"common_backend": "torch", "common_backend_version": 1}
 
@@ -271,9 +271,14 @@ class PieceWriter:
         self._file.close()
 
 
-def write_metadata(folder: Path, written: Iterable[dict[str, Any]], common: dict[str, Any]) -> None:
-    """Describes the pieces in `folder`, so that Megatron's dist_checkpointing loads them at any layout."""
-    described: dict[str, metadata.TensorStorageMetadata] = {}
+def write_metadata(
+    folder: Path, written: Iterable[dict[str, Any]], common: dict[str, Any], *, empty: Iterable[str] = ()
+) -> None:
+    """Describes the pieces in `folder`, so that Megatron's dist_checkpointing loads them at any layout.
+
+    empty: names of objects that hold nothing; all of them are one entry of one file.
+    """
+    described: dict[str, metadata.TensorStorageMetadata | metadata.BytesStorageMetadata] = {}
     storage: dict[metadata.MetadataIndex, filesystem._StorageInfo] = {}
     for piece in written:
         key, offsets = piece["key"], torch.Size(piece["offsets"])
@@ -283,6 +288,11 @@ def write_metadata(folder: Path, written: Iterable[dict[str, Any]], common: dict
         index = metadata.MetadataIndex(key, offsets, len(described[key].chunks))
         described[key].chunks.append(metadata.ChunkStorageMetadata(offsets, torch.Size(piece["sizes"])))
         storage[index] = filesystem._StorageInfo(piece["file"], piece["start"], piece["length"])
+    torch.save([None], folder / EMPTY)  # as Megatron writes an object that is None
+    nothing = filesystem._StorageInfo(EMPTY, 0, (folder / EMPTY).stat().st_size)
+    for name in empty:
+        described[name] = metadata.BytesStorageMetadata()
+        storage[metadata.MetadataIndex(name)] = nothing
     torch.save(common, folder / COMMON)
     content = metadata.Metadata(described, planner_data={}, storage_data=storage, storage_meta=metadata.StorageMeta())
     (folder / METADATA).write_bytes(pickle.dumps(content))

@@ -125,6 +125,8 @@ def _locked(folder: Path) -> Iterator[None]:
     with open(path, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                raise BlockingIOError  # the other one has just ended and taken the file away
         except BlockingIOError:
             raise UserError(f"another conversion is writing {folder}; wait for it or give another folder") from None
         try:

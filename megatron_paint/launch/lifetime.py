@@ -1,6 +1,7 @@
 """Processes that end with the one that started them, whatever ends it."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -13,18 +14,22 @@ def end_with_launcher() -> None:
     """In a rank that our launcher started: to be killed as soon as the launcher is gone."""
     launcher = os.environ.get(LAUNCHER)
     if launcher is not None:
-        end_with_parent()
-        if sys.platform == "linux" and os.getppid() != int(launcher):
-            os._exit(1)  # it went before the kernel was told
+        end_with_parent(int(launcher))
 
 
-def end_with_parent() -> None:
-    """Has the kernel kill this process when its parent dies; only Linux can, elsewhere nothing is done."""
+def end_with_parent(parent: int | None = None) -> None:
+    """Has the kernel kill this process when its parent dies; only Linux can, elsewhere nothing is done.
+
+    parent: its process id; where it is gone already, before the kernel was told, this process ends here.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, int(signal.SIGKILL))
+        if parent is not None and os.getppid() != parent:
+            os._exit(1)
 
 
 def start_worker() -> None:
     """In a worker process of a pool: Ctrl-C is for its parent, whose end is its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
+    parent = multiprocessing.parent_process()
+    end_with_parent(parent.pid if parent is not None else None)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from megatron_paint.losses import checks
-from megatron_paint.losses.chunks import chunk_size
+from megatron_paint.losses.chunks import ChunkSize, chunk_size
 from megatron_paint.losses.config import InterpolationLossConfig, Kernel
 from megatron_paint.losses.cpu_math import settle_cpu_math
 from megatron_paint.losses.formed_gradient import attach_gradient
@@ -16,6 +16,7 @@ from megatron_paint.losses.fused_pass import FusedPass, Inputs
 from megatron_paint.losses.gemm import OutputLayerGradient
 from megatron_paint.losses.kernels import choose_kernel, make_passes
 from megatron_paint.losses.output import LossOutput
+from megatron_paint.losses.passes import Passes
 from megatron_paint.losses.vocab import VocabAxis
 
 
@@ -79,29 +80,43 @@ def fused_interpolation_loss(
     gradient, wants = None, (hidden_TH.requires_grad, weight_VH.requires_grad)
     if torch.is_grad_enabled() and any(wants):
         gradient = OutputLayerGradient(hidden_TH, weight_VH, columns=valid, dtype=inputs.dtype, wants=wants)
-    chosen = choose_kernel(kernel, device=hidden_TH.device, dtype=inputs.dtype)
-    overlap = vocab.ranks > 1
-    buffers = (2 if full_teacher_hidden_TH is None else 3) * (2 if overlap else 1) + (chosen == "triton")
-    size = chunk_size(
-        chunk_tokens,
-        chunk_bytes,
-        columns=vocab.widest(len(weight_VH)),
-        buffers=buffers,
-        dtype=inputs.dtype,
-        device=hidden_TH.device,
-    )
     dlogits_dtype = inputs.dtype if gradient is None else gradient.dlogits_dtype
-    # A tile for each thread; ranks may differ in threads, but not in the tokens of a chunk.
-    elements = size.elements * (torch.get_num_threads() if hidden_TH.device.type == "cpu" else 1)
-    passes = make_passes(chosen, config, elements=elements, dlogits_dtype=dlogits_dtype)
+    given = (chunk_tokens, chunk_bytes, kernel)
+    size, passes = _size_and_passes(inputs, *given, columns=len(weight_VH), dlogits_dtype=dlogits_dtype)
     with torch.no_grad():
-        output = FusedPass(inputs, size, passes, gradient, overlap=overlap).run()
+        output = FusedPass(inputs, size, passes, gradient, overlap=vocab.ranks > 1).run()
         if gradient is None:
             return output
         if gradient.dhidden_TH is not None and vocab.reduce_hidden_grad:
             vocab.sum_in_place(gradient.dhidden_TH)
     loss_T = attach_gradient(output.loss_T, hidden_TH=hidden_TH, weight_VH=weight_VH, gradient=gradient)
     return replace(output, loss_T=loss_T)
+
+
+def _size_and_passes(
+    inputs: Inputs,
+    chunk_tokens: int | None,
+    chunk_bytes: float,
+    kernel: Kernel,
+    *,
+    columns: int,
+    dlogits_dtype: torch.dtype,
+) -> tuple[ChunkSize, Passes]:
+    """How many tokens' logits exist at a time, and who does the elementwise work on them."""
+    device, vocab = inputs.student_TH.device, inputs.vocab
+    chosen = choose_kernel(kernel, device=device, dtype=inputs.dtype)
+    buffers = (2 if inputs.full_teacher_TH is None else 3) * (2 if vocab.ranks > 1 else 1) + (chosen == "triton")
+    size = chunk_size(
+        chunk_tokens,
+        chunk_bytes,
+        columns=vocab.widest(columns),
+        buffers=buffers,
+        dtype=inputs.dtype,
+        device=device,
+    )
+    # A tile for each thread; ranks may differ in threads, but not in the tokens of a chunk.
+    elements = size.elements * (torch.get_num_threads() if device.type == "cpu" else 1)
+    return size, make_passes(chosen, inputs.config, elements=elements, dlogits_dtype=dlogits_dtype)
 
 
 def _check(inputs: Inputs, *, columns: int) -> None:

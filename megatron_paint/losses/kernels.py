@@ -12,6 +12,7 @@ import torch
 
 from megatron_paint.losses.config import InterpolationLossConfig, Kernel
 from megatron_paint.losses.passes import Passes
+from megatron_paint.losses.token_passes import TokenPasses, TorchTokenPasses
 from megatron_paint.losses.torch_passes import TorchPasses
 
 
@@ -45,6 +46,15 @@ def make_passes(
     from megatron_paint.losses.triton_passes import TritonPasses  # Triton may be missing, and its import takes a second
 
     return TritonPasses(config, dlogits_dtype=dlogits_dtype)
+
+
+def make_token_passes(kernel: Literal["torch", "triton"], *, elements: int, dlogits_dtype: torch.dtype) -> TokenPasses:
+    """The same for token_logprobs."""
+    if kernel == "torch":
+        return TorchTokenPasses(elements=elements)
+    from megatron_paint.losses.triton_passes import TritonTokenPasses
+
+    return TritonTokenPasses(dlogits_dtype=dlogits_dtype)
 
 
 def _what_triton_lacks(device: torch.device) -> str | None:

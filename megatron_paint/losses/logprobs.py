@@ -5,26 +5,21 @@ Axes: T tokens, V this rank's vocabulary columns, H hidden, R ranks, K packed st
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from megatron_paint.losses import checks
-from megatron_paint.losses.chunks import ChunkSize, Scratch, chunk_size, plan_chunks, tiles
+from megatron_paint.losses.chunks import ChunkSize, chunk_size, plan_chunks
+from megatron_paint.losses.config import Kernel
 from megatron_paint.losses.cpu_math import settle_cpu_math
 from megatron_paint.losses.formed_gradient import attach_gradient
 from megatron_paint.losses.gemm import OutputLayerGradient, Projection, inverse
-from megatron_paint.losses.statistics import (
-    Softmax,
-    TokenQuery,
-    centred_statistics,
-    merge_entropy,
-    merge_softmax,
-    merge_token_logp,
-    query_tokens,
-    token_statistics,
-)
+from megatron_paint.losses.kernels import choose_kernel, make_token_passes
+from megatron_paint.losses.statistics import Softmax, TokenQuery, merge_entropy, merge_softmax, query_tokens
+from megatron_paint.losses.token_passes import TokenLogits, TokenPasses
 from megatron_paint.losses.vocab import VocabAxis
 
 
@@ -46,17 +41,19 @@ def token_logprobs(
     chunk_tokens: int | None = None,
     chunk_bytes: float = 1e9,
     token_weight_T: torch.Tensor | None = None,
+    kernel: Kernel = "auto",
 ) -> TokenLogprobs:
     """log softmax(hidden weight^T / temperature) at each token, with a bounded number of logits at any time.
 
     hidden_TH [T, H]: final hidden states; output_weight_VH [V, H]: this rank's rows of the output layer;
-    token_ids_T [T]: ids of the whole vocabulary. Types and chunks as in fused_interpolation_loss.
+    token_ids_T [T]: ids of the whole vocabulary. Types, chunks and kernel as in fused_interpolation_loss.
     Without token_weight_T any gradient may come in: backward makes each chunk's logits again (4 matrix products in
     all). With it logp_T is multiplied by the weights, the gradient is formed in the forward pass (3 products), and
     backward accepts one factor common to all tokens, else raises ValueError: cross entropy is
     -token_logprobs(..., token_weight_T=mask).logp_T.sum().
-    One collective a chunk, and one for the hidden states' gradient unless vocab.reduce_hidden_grad is False; without
-    token_weight_T the latter runs in backward. Raises ValueError for arguments that do not fit together.
+    One collective a chunk, which runs behind the next chunk's product, and one for the hidden states' gradient unless
+    vocab.reduce_hidden_grad is False; without token_weight_T the latter runs in backward. Raises ValueError for
+    arguments that do not fit together.
     """
     settle_cpu_math()
     tokens, columns = hidden_TH.shape[0], output_weight_VH.shape[0]
@@ -69,6 +66,8 @@ def token_logprobs(
     checks.check_token_ids(token_ids_T, tokens, vocab=vocab, columns=columns)
     dtype = checks.compute_dtype(hidden_TH, output_weight_VH)
     valid = vocab.valid_columns(columns)
+    chosen = choose_kernel(kernel, device=hidden_TH.device, dtype=dtype)
+    buffers = (2 if vocab.ranks > 1 else 1) + (chosen == "triton")
     head = _Head(
         hidden_TH=hidden_TH.detach(),
         weight_VH=output_weight_VH.detach()[:valid],
@@ -77,8 +76,14 @@ def token_logprobs(
         temperature=temperature,
         vocab=vocab,
         size=chunk_size(
-            chunk_tokens, chunk_bytes, columns=vocab.widest(columns), buffers=1, dtype=dtype, device=hidden_TH.device
+            chunk_tokens,
+            chunk_bytes,
+            columns=vocab.widest(columns),
+            buffers=buffers,
+            dtype=dtype,
+            device=hidden_TH.device,
         ),
+        kernel=chosen,
     )
     wants = (hidden_TH.requires_grad, output_weight_VH.requires_grad)
     wants = wants if torch.is_grad_enabled() else (False, False)
@@ -97,6 +102,15 @@ def token_logprobs(
     return TokenLogprobs(logp_T=logp_T, entropy_T=entropy_T)
 
 
+class _Visit(NamedTuple):
+    """A chunk whose statistics are on their way; gathered gives those of all ranks [R, T, K] when they are there."""
+
+    rows: slice
+    logits: TokenLogits
+    query: TokenQuery
+    gathered: Callable[[], torch.Tensor]
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Head:
     """Checked arguments: detached, the weight without padding rows."""
@@ -108,6 +122,7 @@ class _Head:
     temperature: float
     vocab: VocabAxis
     size: ChunkSize
+    kernel: Literal["torch", "triton"]
 
     def row_chunks(self) -> list[slice]:
         tokens = self.hidden_TH.shape[0]
@@ -119,50 +134,52 @@ class _Head:
         """Log-probabilities, entropies and normalisers [T]; fills the gradient of sum(weight logp) if there is one."""
         new = {"dtype": self.dtype, "device": self.hidden_TH.device}
         logp_T, entropy_T, max_T, sum_T = (torch.empty(self.hidden_TH.shape[0], **new) for _ in range(4))
-        project, scratch = self.projection(), Scratch()
-        for rows in self.row_chunks():
-            logits_TV = project(self.hidden_TH[rows])
-            query = self.query_of(rows)
-            token_TK = token_statistics(logits_TV, query, self.size.elements)
-            local_TK = centred_statistics(logits_TV, self.size.elements, scratch)
-            local_RTK, token_RTK = self.vocab.gather(torch.cat((local_TK, token_TK), dim=1)).split([3, 2], dim=-1)
+        overlap = self.vocab.ranks > 1
+        project, passes = self.projection(2 if overlap else 1), self.passes(gradient)
+        chunks = self.row_chunks()
+        visit = self.start_visit(chunks[0], project, passes) if chunks else None
+        for following in (*chunks[1:], None) if chunks else ():
+            rows, ahead = visit.rows, None
+            if overlap and following is not None:
+                ahead = self.start_visit(following, project, passes)
+            local_RTK, logit_RT = visit.gathered().split([3, 1], dim=-1)
             total = merge_softmax(local_RTK[..., 0], local_RTK[..., 1])
             max_T[rows], sum_T[rows] = total
             entropy_T[rows] = merge_entropy(local_RTK, total)
-            logp_T[rows] = merge_token_logp(token_RTK, local_RTK[..., 0], total, query.ratio)
+            logp_T[rows] = (logit_RT.sum(0).squeeze(1) - total.max_T) - total.sum_T.log()
             if gradient is not None:
-                shift_T = total.max_T - local_TK[:, 0]
-                gradient.put(rows, self.form_gradient(logits_TV, query, shift_T, total.sum_T, weight_T[rows]))
+                scale_T = weight_T[rows] / self.temperature
+                gradient.put(rows, passes.gradient(visit.logits, visit.query, total, scale_T))
+            if following is not None and ahead is None:
+                ahead = self.start_visit(following, project, passes)
+            visit = ahead
         self.reduce(gradient)
         return logp_T, entropy_T, Softmax(max_T, sum_T)
 
-    def projection(self) -> Projection:
-        most_rows = min(self.size.tokens, len(self.hidden_TH))
-        return Projection(self.weight_VH, self.dtype, most_rows=most_rows, scale=inverse(self.temperature, self.dtype))
+    def start_visit(self, rows: slice, project: Projection, passes: TokenPasses) -> _Visit:
+        logits, query = TokenLogits(values_TV=project(self.hidden_TH[rows])), self.query_of(rows)
+        return _Visit(rows, logits, query, self.vocab.start_gather(passes.statistics(logits, query)))
+
+    def fill(self, gradient: OutputLayerGradient, total: Softmax, grad_T: torch.Tensor) -> None:
+        """The gradient of sum(grad logp), from normalisers that are known."""
+        project, passes = self.projection(1), self.passes(gradient)
+        for rows in self.row_chunks():
+            logits = TokenLogits(values_TV=project(self.hidden_TH[rows]))
+            of_rows = Softmax(total.max_T[rows], total.sum_T[rows])
+            scale_T = grad_T[rows] / self.temperature
+            gradient.put(rows, passes.gradient(logits, self.query_of(rows), of_rows, scale_T))
+        self.reduce(gradient)
+
+    def projection(self, buffers: int) -> Projection:
+        most_rows, scale = min(self.size.tokens, len(self.hidden_TH)), inverse(self.temperature, self.dtype)
+        return Projection(self.weight_VH, self.dtype, most_rows=most_rows, scale=scale, buffers=buffers)
+
+    def passes(self, gradient: OutputLayerGradient | None) -> TokenPasses:
+        dlogits_dtype = self.dtype if gradient is None else gradient.dlogits_dtype
+        return make_token_passes(self.kernel, elements=self.size.elements, dlogits_dtype=dlogits_dtype)
 
     def query_of(self, rows: slice) -> TokenQuery:
         return TokenQuery(self.query.column_T[rows], self.query.here_T[rows], self.query.ratio)
-
-    def form_gradient(
-        self,
-        logits_TV: torch.Tensor,
-        query: TokenQuery,
-        max_T: torch.Tensor,
-        sum_T: torch.Tensor,
-        weight_T: torch.Tensor,
-    ) -> torch.Tensor:
-        """weight ([v is the token] - p) / temperature [T, V], in the buffer of the logits.
-
-        max_T is the softmax's maximum less what was subtracted from the logits already.
-        """
-        scale_T = weight_T / self.temperature
-        factor_T = -scale_T / sum_T
-        for rows, columns in tiles(logits_TV, self.size.elements):
-            logits_TV[rows, columns].sub_(max_T[rows, None]).exp_().mul_(factor_T[rows, None])
-        if logits_TV.shape[1]:
-            here_T = torch.where(query.here_T, scale_T, 0.0)
-            logits_TV.scatter_add_(1, query.column_T[:, None], here_T[:, None])
-        return logits_TV
 
     def reduce(self, gradient: OutputLayerGradient | None) -> None:
         if gradient is not None and gradient.dhidden_TH is not None and self.vocab.reduce_hidden_grad:
@@ -191,13 +208,7 @@ class _TokenLogprobs(torch.autograd.Function):
         wants = ctx.needs_input_grad[:2]
         columns = head.weight_VH.shape[0]
         gradient = OutputLayerGradient(hidden_TH, ctx.parameter_VH, columns=columns, dtype=head.dtype, wants=wants)
-        project = head.projection()
-        for rows in head.row_chunks():
-            max_T, sum_T = (values_T[rows] for values_T in total)
-            logits_TV = project(hidden_TH[rows])
-            dlogits_TV = head.form_gradient(logits_TV, head.query_of(rows), max_T, sum_T, grad_T[rows])
-            gradient.put(rows, dlogits_TV)
-        head.reduce(gradient)
+        head.fill(gradient, Softmax(*total), grad_T)
         dhidden_TH, weight = gradient.dhidden_TH, gradient.weight
         return (
             None if dhidden_TH is None else dhidden_TH.to(hidden_TH.dtype),

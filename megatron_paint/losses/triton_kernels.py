@@ -22,6 +22,17 @@ def _load(row_ptr, columns, inside, factor):
 
 
 @triton.jit
+def _load_all(student_ptr, teacher_ptr, partner_ptr, row_start, columns, inside, factor, FULL_TEACHER: tl.constexpr):
+    """Energies of student, teacher and partner, which is the student unless there is a full teacher."""
+    student = _load(student_ptr + row_start, columns, inside, factor)
+    teacher = _load(teacher_ptr + row_start, columns, inside, factor)
+    partner = student
+    if FULL_TEACHER:
+        partner = _load(partner_ptr + row_start, columns, inside, factor)
+    return student, teacher, partner
+
+
+@triton.jit
 def _lerp(start, end, weight):
     """As torch.lerp: exact at both ends."""
     return tl.where(weight < 0.5, start + weight * (end - start), end - (end - start) * (1.0 - weight))
@@ -52,6 +63,15 @@ def _log1p(w):
 def _terms(x, y, u):
     """x (expm1(u) - u), u = log y - log x; where expm1 could overflow, y - x (1 + u)."""
     return tl.where(u > 1.0, y - x * (1.0 + u), x * _expm1_less(tl.minimum(u, 1.0)))
+
+
+@triton.jit
+def _middle(p, q, u, beta):
+    """m = beta q + (1 - beta) p, log m - log p and log m - log q: the one whose expm1 cannot overflow gives both."""
+    low = -tl.abs(u)
+    share = tl.where(u > 0.0, beta, 1.0 - beta)
+    logarithm = _log1p((_expm1_less(low) + low) * share)
+    return beta * q + (1.0 - beta) * p, logarithm - tl.minimum(u, 0.0), tl.maximum(u, 0.0) + logarithm
 
 
 @triton.jit
@@ -100,8 +120,9 @@ def statistics_kernel(
     for start in range(0, columns, BLOCK):
         place = start + lanes
         inside = place < columns
-        student = _load(student_ptr + row * row_stride, place, inside, factor)
-        teacher = _load(teacher_ptr + row * row_stride, place, inside, factor)
+        student, teacher, partner = _load_all(
+            student_ptr, teacher_ptr, partner_ptr, row * row_stride, place, inside, factor, FULL_TEACHER
+        )
         if HEATED:
             d = student - s_max
             e = tl.where(inside, tl.exp(-tl.abs(d) * ratio), 0.0)
@@ -109,9 +130,6 @@ def statistics_kernel(
         s_max, s_sum, s_weighted = _grown(s_max, s_sum, s_weighted, student, inside)
         t_max, t_sum, t_weighted = _grown(t_max, t_sum, t_weighted, teacher, inside)
         if MIXED:
-            partner = student
-            if FULL_TEACHER:
-                partner = _load(partner_ptr + row * row_stride, place, inside, factor)
             mixed = _lerp(teacher, partner, weight)
             q_max, q_sum, q_weighted = _grown(q_max, q_sum, q_weighted, mixed, inside)
     heated = tl.sum(heated * tl.exp((s_max - tl.max(s_max, axis=0)) * ratio), axis=0)
@@ -128,6 +146,46 @@ def statistics_kernel(
     tl.store(out + 6, q_max)
     tl.store(out + 7, q_sum)
     tl.store(out + 8, heated)
+
+
+@triton.jit
+def token_statistics_kernel(logits_ptr, packed_ptr, row_stride, columns, BLOCK: tl.constexpr):
+    """[T, 3] from one read of the logits: maximum, sum, weighted sum."""
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    zero = tl.zeros([BLOCK], dtype=tl.float32)
+    maximum, total, weighted = zero + _LOWEST, zero, zero
+    for start in range(0, columns, BLOCK):
+        place = start + lanes
+        inside = place < columns
+        values = _load(logits_ptr + row * row_stride, place, inside, 1.0)
+        maximum, total, weighted = _grown(maximum, total, weighted, values, inside)
+    maximum, total, weighted = _met(maximum, total, weighted)
+    out = packed_ptr + row * 3
+    tl.store(out, maximum)
+    tl.store(out + 1, total)
+    tl.store(out + 2, weighted)
+
+
+@triton.jit
+def token_gradient_kernel(
+    logits_ptr, token_ptr, given_ptr, dlogits_ptr, row_stride, dlogits_stride, columns, BLOCK: tl.constexpr
+):
+    """scale ([v is the token] - p) from one read of the logits and one write, which may be the same buffer.
+
+    token [T]: its column, -1 where it is on another rank; given [T, 3]: maximum and log-sum of the softmax, scale.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    given = given_ptr + row * 3
+    maximum, logarithm, scale = tl.load(given), tl.load(given + 1), tl.load(given + 2)
+    token = tl.load(token_ptr + row)
+    for start in range(0, columns, BLOCK):
+        place = start + lanes
+        inside = place < columns
+        p = tl.exp((_load(logits_ptr + row * row_stride, place, inside, 1.0) - maximum) - logarithm)
+        change = scale * (tl.where(place == token, 1.0, 0.0) - p)
+        tl.store(dlogits_ptr + row * dlogits_stride + place, change.to(dlogits_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -167,12 +225,10 @@ def divergence_kernel(
     for start in range(0, columns, BLOCK):
         place = start + lanes
         inside = place < columns
-        student = _load(student_ptr + row * row_stride, place, inside, factor)
-        target = _load(teacher_ptr + row * row_stride, place, inside, factor)
+        student, target, partner = _load_all(
+            student_ptr, teacher_ptr, partner_ptr, row * row_stride, place, inside, factor, FULL_TEACHER
+        )
         if MIXED:
-            partner = student
-            if FULL_TEACHER:
-                partner = _load(partner_ptr + row * row_stride, place, inside, factor)
             target = tl.where(weight == 0.0, target, _lerp(target, partner, weight))
         log_p = (student - p_max) - p_log
         log_q = (target - q_max) - q_log
@@ -195,15 +251,11 @@ def divergence_kernel(
             if SUMS:
                 first += tl.where(inside, _terms(p, q, -u), 0.0)
         else:
-            low = -tl.abs(u)
-            share = tl.where(u > 0.0, beta, 1.0 - beta)
-            logarithm = _log1p((_expm1_less(low) + low) * share)
-            m = beta * q + (1.0 - beta) * p
-            u_p = logarithm - tl.minimum(u, 0.0)
+            m, u_p, u_q = _middle(p, q, u, beta)
             b = p * u_p * (1.0 - beta)
             if SUMS:
                 student_term = _terms(p, m, u_p)
-                target_term = _terms(q, m, tl.maximum(u, 0.0) + logarithm)
+                target_term = _terms(q, m, u_q)
                 first += tl.where(inside, beta * target_term + (1.0 - beta) * student_term, 0.0)
                 second += tl.where(inside, student_term, 0.0)
         if GRADIENT:

@@ -14,9 +14,15 @@ import torch
 from megatron_paint.losses.config import InterpolationLossConfig
 from megatron_paint.losses.gemm import inverse
 from megatron_paint.losses.passes import ChunkLogits, Target, Work
-from megatron_paint.losses.statistics import TokenQuery, token_logits
+from megatron_paint.losses.statistics import Softmax, TokenQuery, token_logits
 from megatron_paint.losses.terms import coefficient_is_one, sum_count
-from megatron_paint.losses.triton_kernels import divergence_kernel, statistics_kernel
+from megatron_paint.losses.token_passes import TokenLogits
+from megatron_paint.losses.triton_kernels import (
+    divergence_kernel,
+    statistics_kernel,
+    token_gradient_kernel,
+    token_statistics_kernel,
+)
 
 # Lanes of a program: 8 values a thread at 8 warps, which keeps every running value in registers.
 _BLOCK = 2048
@@ -124,6 +130,45 @@ class TritonPasses:
             BLOCK=self.block,
             num_warps=_WARPS,
         )
+
+
+class TritonTokenPasses:
+    """Implements `token_passes.TokenPasses`; dlogits_dtype: what the products with the gradient take."""
+
+    def __init__(self, *, dlogits_dtype: torch.dtype, block: int = _BLOCK) -> None:
+        self.dlogits_dtype, self.block = dlogits_dtype, block
+
+    def statistics(self, logits: TokenLogits, query: TokenQuery) -> torch.Tensor:
+        values_TV = logits.values_TV
+        packed_TK = values_TV.new_empty((len(values_TV), 3), dtype=torch.float32)
+        logit_T = packed_TK.new_zeros(len(packed_TK))
+        if len(values_TV):
+            token_statistics_kernel[(len(values_TV),)](
+                values_TV, packed_TK, values_TV.stride(0), values_TV.shape[1], BLOCK=self.block, num_warps=_WARPS
+            )
+        if values_TV.shape[1]:
+            logit_T = token_logits(values_TV, query).float()
+        return torch.cat((packed_TK, logit_T[:, None]), dim=1)
+
+    def gradient(self, logits: TokenLogits, query: TokenQuery, total: Softmax, scale_T: torch.Tensor) -> torch.Tensor:
+        """In the logits' buffer where the types agree."""
+        values_TV = dlogits_TV = logits.values_TV
+        if values_TV.dtype != self.dlogits_dtype:
+            dlogits_TV = torch.empty_like(values_TV, dtype=self.dlogits_dtype)
+        if len(values_TV):
+            given_TK = torch.stack([total.max_T, total.sum_T.log(), scale_T.float()], dim=1)
+            token_gradient_kernel[(len(values_TV),)](
+                values_TV,
+                torch.where(query.here_T, query.column_T, -1),
+                given_TK,
+                dlogits_TV,
+                values_TV.stride(0),
+                dlogits_TV.stride(0),
+                values_TV.shape[1],
+                BLOCK=self.block,
+                num_warps=_WARPS,
+            )
+        return dlogits_TV
 
 
 def _pointers(logits: ChunkLogits) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,18 +1,24 @@
 """Hugging Face folders in and out of a live model: every rank reads its own slices, and all share the writing."""
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from megatron_paint.config import LoraSettings
+from megatron_paint.convert.adapters import ADAPTER_FILE, write_config
 from megatron_paint.convert.hf_reader import HuggingFaceReader
 from megatron_paint.convert.hf_writer import SHARD_BYTES, copy_companions, name_shards
 from megatron_paint.convert.mapping import hugging_face_shapes, rule_of
 from megatron_paint.disk import sync
+from megatron_paint.errors import about
 from megatron_paint.mcore.agree import fill_folder
+from megatron_paint.mcore.lora import gathered_adapters, merged_weight
 from megatron_paint.mcore.world import World
 from megatron_paint.qwen3 import Qwen3Shape
 
@@ -32,7 +38,8 @@ def first_layer_of(stage: nn.Module) -> int:
 @torch.no_grad()
 def load_stage(stage: nn.Module, folder: str | Path, shape: Qwen3Shape, world: World) -> None:
     """Fills every base parameter of this rank's stage from its own slices of the checkpoint; no rank asks another."""
-    reader = HuggingFaceReader(folder, shape)
+    with about("model.hf_path"):
+        reader = HuggingFaceReader(folder, shape)
     first_expert = world.ep_rank * shape.num_experts // world.ep_size
     for name, parameter in base_parameters(stage):
         rule = rule_of(name, shape, first_layer=first_layer_of(stage), first_expert=first_expert)
@@ -44,10 +51,16 @@ def load_stage(stage: nn.Module, folder: str | Path, shape: Qwen3Shape, world: W
 
 
 def gathered_tensors(
-    named: Iterable[tuple[str, Tensor]], shape: Qwen3Shape, world: World, *, first_layer: int, writers: int = 1
+    named: Iterable[tuple[str, Tensor]],
+    shape: Qwen3Shape,
+    world: World,
+    *,
+    first_layer: int,
+    writers: int = 1,
+    prepare: Callable[[str, Tensor], Tensor] = lambda name, value: value,
 ) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face tensors of this stage, one after another, each on one of `writers` ranks in turn: those of the first
-    replica, then those of the next.
+    replica, then those of the next. `prepare` makes of each shard what is to be gathered.
 
     All tensor-parallel ranks of the stage must iterate together. A tied copy of the embedding is left out.
     """
@@ -55,6 +68,7 @@ def gathered_tensors(
         replica, owner = divmod(number % writers, world.tp_size)
         if replica != world.dp_rank or (name == "output_layer.weight" and shape.tied):
             continue
+        value = prepare(name, value)
         shards = [value]
         if world.tp_size > 1:
             shards = [torch.empty_like(value) for _ in range(world.tp_size)] if world.tp_rank == owner else None
@@ -64,18 +78,17 @@ def gathered_tensors(
 
 
 @torch.no_grad()
-def export_stages(
-    named: Iterable[tuple[str, Tensor]],
+def export_stage(
+    stage: nn.Module,
     out: str | Path,
     *,
     shape: Qwen3Shape,
     world: World,
-    first_layer: int,
     dtype: torch.dtype,
     source: str | Path,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes a Hugging Face folder from a live run; `out` appears complete or not at all.
+    """Writes a Hugging Face folder from a live run, adapters merged; `out` appears complete or not at all.
 
     Ranks share the writing of a large model, and none holds more than one file's worth; config, tokenizer and chat
     template are copied from `source`, the checkpoint that the run started from.
@@ -84,7 +97,14 @@ def export_stages(
     writers = max(1, min(world.tp_size * world.dp_size, round(share)))
 
     def write(folder: Path) -> dict[str, dict[str, int]]:
-        tensors = gathered_tensors(named, shape, world, first_layer=first_layer, writers=writers)
+        tensors = gathered_tensors(
+            base_parameters(stage),
+            shape,
+            world,
+            first_layer=first_layer_of(stage),
+            writers=writers,
+            prepare=partial(merged_weight, stage),
+        )
         stem = f"stage{world.pp_rank:03d}-replica{world.dp_rank:04d}-rank{world.tp_rank:02d}"
         return _write_shards(tensors, folder, stem=stem, dtype=dtype, shard_bytes=shard_bytes)
 
@@ -94,7 +114,35 @@ def export_stages(
         if names != sorted(hugging_face_shapes(shape)):
             raise AssertionError(f"the ranks wrote {len(names)} tensors, not each of the model's once")
         name_shards(folder, files)
-        copy_companions(Path(source), folder, dtype=dtype)
+        with about("model.hf_path"):
+            copy_companions(Path(source), folder, dtype=dtype)
+
+    fill_folder(out, world, write=write, finish=finish)
+
+
+def export_adapters(stage: nn.Module, out: str | Path, *, lora: LoraSettings, world: World, source: str | Path) -> None:
+    """Writes the adapters of a live run as a PEFT folder for the model in `source`; complete or not at all.
+
+    Each stage writes its own, and the first rank makes one file of them: PEFT reads no more than one.
+    """
+
+    def write(folder: Path) -> str | None:
+        if world.dp_rank > 0:
+            return None
+        tensors = dict(gathered_adapters(stage, world))
+        if world.tp_rank > 0:
+            return None
+        file = f"stage{world.pp_rank:03d}.safetensors"
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / file)
+        return file
+
+    def finish(folder: Path, written: list[str | None]) -> None:
+        parts = [folder / file for file in written if file is not None]
+        tensors = {name: tensor for part in parts for name, tensor in load_file(part).items()}
+        save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
+        write_config(folder, rank=lora.rank, alpha=lora.alpha, base=os.path.abspath(source))
+        for part in parts:
+            part.unlink()
 
     fill_folder(out, world, write=write, finish=finish)
 

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
@@ -24,6 +25,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from megatron_paint.config import LoraSettings
+from megatron_paint.convert.adapters import adapter_name
 from megatron_paint.convert.mapping import part
 from megatron_paint.keys import derive_key
 from megatron_paint.mcore.model import Qwen3Model
@@ -171,19 +173,45 @@ def adapters_of(stage: Qwen3Model) -> list[Adapters]:
     return [module for module in stage.modules() if isinstance(module, Adapters)]
 
 
-def merged_parameters(stage: Qwen3Model) -> Iterator[tuple[str, Tensor]]:
-    """Base parameters with the adapters added in float32 and rounded once, one after another."""
-    siblings = {"linear_qkv": "qkv_adapters", "linear_proj": "proj_adapters"}
-    siblings |= {"linear_fc1": "fc1_adapters", "linear_fc2": "fc2_adapters"}
-    for name, parameter in stage.named_parameters():
-        if "_adapters." in name:
-            continue
-        path = name.split(".")
-        adapters = None
-        if len(path) > 2 and path[-1] == "weight" and path[-2] in siblings:
-            adapters = getattr(stage.get_submodule(".".join(path[:-2])), siblings[path[-2]], None)
-        if adapters is None:
-            yield name, parameter.detach()
-        else:
-            with torch.no_grad():
-                yield name, (parameter.float() + adapters.weight_change()).to(parameter.dtype)
+_SIBLINGS = {
+    "linear_qkv": "qkv_adapters",
+    "linear_proj": "proj_adapters",
+    "linear_fc1": "fc1_adapters",
+    "linear_fc2": "fc2_adapters",
+}
+
+
+@torch.no_grad()
+def merged_weight(stage: Qwen3Model, name: str, parameter: Tensor) -> Tensor:
+    """A base parameter of the stage with its adapters, if it has any, added in float32 and rounded once."""
+    path = name.split(".")
+    adapters = None
+    if len(path) > 2 and path[-1] == "weight" and path[-2] in _SIBLINGS:
+        adapters = getattr(stage.get_submodule(".".join(path[:-2])), _SIBLINGS[path[-2]], None)
+    if adapters is None:
+        return parameter.detach()
+    return (parameter.float() + adapters.weight_change()).to(parameter.dtype)
+
+
+@torch.no_grad()
+def gathered_adapters(stage: Qwen3Model, world: World) -> Iterator[tuple[str, Tensor]]:
+    """Whole adapters of a stage by PEFT's names, on tensor-parallel rank 0; all ranks of its group iterate together."""
+    for layer in stage.decoder.layers:
+        for block, part_of in (("self_attn", layer.self_attention), ("mlp", layer.mlp)):
+            for adapters in (module for module in part_of.children() if isinstance(module, Adapters)):
+                for side, pairs in (("A", adapters.a), ("B", adapters.b)):
+                    for projection, parameter in pairs.items():
+                        name = f"model.layers.{layer.layer_number - 1}.{block}.{projection}.weight"
+                        whole = _whole(parameter, world)
+                        if whole is not None:
+                            yield adapter_name(name, side), whole
+
+
+def _whole(parameter: nn.Parameter, world: World) -> Tensor | None:
+    """The parameter of all tensor-parallel ranks, on the first of them."""
+    first = world.tp_rank == 0
+    if world.tp_size == 1 or not parameter.tensor_model_parallel:
+        return parameter if first else None
+    shards = [torch.empty_like(parameter) for _ in range(world.tp_size)] if first else None
+    dist.gather(parameter.contiguous(), shards, group_dst=0, group=world.tp_group)
+    return torch.cat(shards, dim=parameter.partition_dim) if first else None

@@ -31,8 +31,8 @@ from megatron_paint.mcore.batch import (
 )
 from megatron_paint.mcore.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from megatron_paint.mcore.generate import BatchLimits, Generator
-from megatron_paint.mcore.hf_checkpoint import export_stages, first_layer_of, load_stage
-from megatron_paint.mcore.lora import add_adapters, merged_parameters
+from megatron_paint.mcore.hf_checkpoint import export_adapters, export_stage, load_stage
+from megatron_paint.mcore.lora import add_adapters
 from megatron_paint.mcore.model import DTYPES, build_model
 from megatron_paint.mcore.optimizer import make_optimizer, take_step, wrap_data_parallel
 from megatron_paint.mcore.response_rows import response_rows
@@ -106,15 +106,12 @@ class MegatronPolicy:
         return load_checkpoint(folder, self.stage, self.optimizer, self.teacher)
 
     def export(self, folder: Path) -> None:
-        export_stages(
-            merged_parameters(self.stage),
-            folder,
-            shape=self.shape,
-            world=self.world,
-            first_layer=first_layer_of(self.stage),
-            dtype=DTYPES[self.settings.model.dtype],
-            source=self.settings.model.hf_path,
-        )
+        model, world = self.settings.model, self.world
+        if model.lora is not None and model.lora.export == "adapter":
+            export_adapters(self.stage, folder, lora=model.lora, world=world, source=model.hf_path)
+            return
+        dtype = DTYPES[model.dtype]
+        export_stage(self.stage, folder, shape=self.shape, world=world, dtype=dtype, source=model.hf_path)
 
     def accumulate(
         self,

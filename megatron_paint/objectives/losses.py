@@ -49,6 +49,7 @@ class CrossEntropyLoss:
     """Minus the log-probability of each response token (SFT)."""
 
     chunk_bytes: float
+    kernel: Kernel = "auto"
 
     needs_teacher = False
     needs_full_teacher = False
@@ -62,6 +63,7 @@ class CrossEntropyLoss:
             chunk_bytes=self.chunk_bytes,
             # With weights the gradient is formed in the forward pass: one product with the output layer fewer.
             token_weight_T=torch.ones_like(rows.token_ids_N, dtype=torch.float32),
+            kernel=self.kernel,
         )
         nothing = torch.zeros_like(scored.entropy_T)
         everywhere = torch.ones_like(nothing, dtype=torch.bool)

@@ -18,7 +18,7 @@ class Sft:
     def __init__(self, settings: Settings, prompts: Prompts):
         self.settings = settings
         self.prompts = prompts
-        self.loss = CrossEntropyLoss(chunk_bytes=settings.objective.chunk_bytes)
+        self.loss = CrossEntropyLoss(chunk_bytes=settings.objective.chunk_bytes, kernel=settings.objective.kernel)
 
     def step(self, policy: Policy, problems: Sequence[Problem], *, step: int, lr: float) -> StepReport:
         """Scores the solutions and updates once."""

@@ -1,19 +1,21 @@
 """At one layout: reads a Hugging Face folder into every stage, saves a Megatron checkpoint, loads one, gives logits."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_paint.config import MegatronSettings, ModelSettings
 from megatron_paint.mcore.attention import token_rows
 from megatron_paint.mcore.checkpoint import load_weights
 from megatron_paint.mcore.generate import float32_product
 from megatron_paint.mcore.hf_checkpoint import load_stage
-from megatron_paint.mcore.model import build_model
-from megatron_paint.mcore.world import start_world, stop_world
+from megatron_paint.mcore.model import Qwen3Model, build_model, layer_spec
+from megatron_paint.mcore.world import World, start_world, stop_world
 from megatron_paint.qwen3 import read_shape
 from tests.convert.family import LAYOUTS, MEMBERS, TOKENS
 
@@ -37,6 +39,43 @@ def logits(stage, world) -> torch.Tensor | None:
     return torch.cat(parts, dim=1)
 
 
+def check_virtual_stages(folder: Path, member: str, stage: Qwen3Model, megatron: MegatronSettings, world: World):
+    """Each pipeline rank holding two runs of layers: both ways of loading fill them, as the whole stages above."""
+    shape = read_shape(folder / member)
+    config = replace(stage.config, virtual_pipeline_model_parallel_size=2)
+    spec = layer_spec(with_engine=False, lora=False, num_experts=shape.num_experts)
+    norm = spec.submodules.self_attention.submodules.q_layernorm
+    number = shape.num_layers // (2 * world.pp_size)
+    chunks = []
+    for virtual in range(2):
+        chunk = Qwen3Model(
+            config,
+            TransformerBlockSubmodules(layer_specs=[spec] * number, layer_norm=norm),
+            vocab_size=shape.vocab_size,
+            max_sequence_length=shape.max_positions,
+            pre_process=world.is_first_stage and virtual == 0,
+            post_process=world.is_last_stage and virtual == 1,
+            parallel_output=True,
+            share_embeddings_and_output_weights=shape.tied,
+            position_embedding_type="rope",
+            rotary_base=shape.rope_theta,
+            vp_stage=virtual,
+        )
+        assert chunk.decoder.layers[0].layer_number == (virtual * world.pp_size + world.pp_rank) * number + 1
+        load_stage(chunk, folder / member, shape, world)
+        chunks.append(chunk)
+    read = [{name: p.detach().clone() for name, p in chunk.named_parameters()} for chunk in chunks]
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            parameter.data.zero_()
+    wanted = {f"model{virtual}": chunk.sharded_state_dict() for virtual, chunk in enumerate(chunks)}
+    loaded = dist_checkpointing.load(wanted, str(folder / f"{member}-megatron"))
+    for virtual, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[f"model{virtual}"], strict=False)
+    for values, chunk in zip(read, chunks, strict=True):
+        assert all(values[name].any() and torch.equal(p, values[name]) for name, p in chunk.named_parameters()), member
+
+
 def main() -> None:
     layout, folder, out = LAYOUTS[sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
@@ -57,6 +96,8 @@ def main() -> None:
         load_weights(stage, folder / f"{member}-megatron")
         for name, parameter in stage.named_parameters():
             assert torch.equal(parameter, read[name]), (member, name)
+        if world.pp_size > 1:
+            check_virtual_stages(folder, member, stage, megatron, world)
         saved = out / f"{member}-saved"
         if world.rank == 0:
             saved.mkdir()

@@ -47,8 +47,11 @@ TOKENS = (3, 17, 5, 60, 33, 2, 9, 41, 8, 22)
 LAYOUTS = {
     "tp1": {},
     "tp2-pp2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+    "tp2": {"tensor_model_parallel_size": 2},
+    "pp2": {"pipeline_model_parallel_size": 2},
     "tp4": {"tensor_model_parallel_size": 4},
     "ep2": {"expert_model_parallel_size": 2},
     "tp2-ep2": {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
+    "pp2-ep2": {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2},
 }
-PROCESSES = {"tp1": 1, "tp2-pp2": 4, "tp4": 4, "ep2": 2, "tp2-ep2": 4}
+PROCESSES = {"tp1": 1, "tp2": 2, "pp2": 2, "tp2-pp2": 4, "tp4": 4, "ep2": 2, "tp2-ep2": 4, "pp2-ep2": 4}

@@ -1,5 +1,6 @@
 """Checkpoints of LoRA runs: merged they are the run's own export, apart they are a PEFT adapter of the base model."""
 
+import json
 import os
 import subprocess
 import sys
@@ -21,13 +22,17 @@ LORA = ("model.lora={rank: 4, alpha: 8}", "run.steps=2", "optimizer.lr=0.05", "e
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """(model folder, run folder) of two steps with adapters at tensor parallel 2."""
-    folder = tmp_path_factory.mktemp("lora")
+    layout = "tensor_model_parallel_size: 2, sequence_parallel: true"
+    return train(tmp_path_factory.mktemp("lora"), layout)
+
+
+def train(folder, layout, *arguments, processes=2):
     tiny.make_model(folder / "model")
     tiny.make_problems(folder / "problems.jsonl")
-    layout = "tensor_model_parallel_size: 2, sequence_parallel: true"
     settings = tiny.make_settings(folder, folder / "model", folder / "problems.jsonl", layout=layout)
+    command = [sys.executable, "-m", "megatron_paint", "train", str(settings), *LORA, *arguments]
     done = subprocess.run(
-        [sys.executable, "-m", "megatron_paint", "train", str(settings), *LORA, "--processes", "2", "--quiet"],
+        [*command, "--processes", str(processes), "--quiet"],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -68,6 +73,29 @@ def test_adapter_on_the_base_gives_the_same_logits(trained, tmp_path):
         wanted = Qwen3ForCausalLM.from_pretrained(trained[1] / "hf" / "step_000002")(ids).logits
     assert (wanted - before).abs().max() > 1e-3
     assert (found - wanted).abs().max() / wanted.abs().max() < 2e-5
+
+
+def test_a_live_run_exports_adapters(tmp_path):
+    """From two stages of two tensor-parallel ranks: the same file that the converter makes of the run's checkpoint."""
+    layout = "tensor_model_parallel_size: 2, pipeline_model_parallel_size: 2, sequence_parallel: true"
+    found = train(tmp_path, layout, "model.lora.export=adapter", processes=4)
+    live, made = found[1] / "hf" / "step_000002", to_hf(found, tmp_path / "adapter", "--lora", "adapter")
+    assert sorted(path.name for path in live.iterdir()) == sorted(path.name for path in made.iterdir())
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (live, made))
+    assert ours.keys() == theirs.keys()
+    assert len(ours) == 2 * 2 * 7
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert json.loads((live / "adapter_config.json").read_text()) == json.loads(
+        (made / "adapter_config.json").read_text()
+    )
+    loaded = PeftModel.from_pretrained(Qwen3ForCausalLM.from_pretrained(found[0]), live)
+    assert sum(p.abs().sum() for name, p in loaded.named_parameters() if "lora_B" in name) > 0
+
+
+def test_adapters_are_one_file(trained, tmp_path, capsys):
+    command = ["convert", "to-hf", str(trained[1]), str(tmp_path / "out"), "--base", str(trained[0])]
+    assert main([*command, "--lora", "adapter", "--shard-size", "1MB"]) == 2
+    assert "--shard-size: adapters are one file" in capsys.readouterr().err
 
 
 def test_a_checkpoint_without_adapters_has_none_to_give(trained, tmp_path, capsys):

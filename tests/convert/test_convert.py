@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from transformers import AutoModelForCausalLM
@@ -16,12 +16,13 @@ from transformers import AutoModelForCausalLM
 from megatron_paint.cli import main
 from megatron_paint.convert import work
 from megatron_paint.convert.check import compare
+from megatron_paint.convert.hf_reader import INDEX
 from megatron_paint.convert.to_hf import ToHuggingFace
 from megatron_paint.convert.to_megatron import ToMegatron
 from megatron_paint.convert.torch_dist import METADATA, CheckpointReader, PieceWriter
 from megatron_paint.convert.work import convert
 from megatron_paint.errors import UserError
-from tests.convert.family import MEMBERS, make_member
+from tests.convert.family import MEMBERS, TOKENS, make_member
 
 DAMAGES = int(os.environ.get("CONVERT_DAMAGES", "2000"))  # how many corrupted inputs are tried
 
@@ -62,6 +63,9 @@ def test_there_and_back(member, family, tmp_path, capsys):
     assert (back / "chat_template.jinja").read_text() == "{{ messages }}"
     model, source = (AutoModelForCausalLM.from_pretrained(path) for path in (back, family / member))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), source.parameters(), strict=True))
+    answers = [m.generate(torch.tensor([TOKENS]), max_new_tokens=20, do_sample=False).tolist() for m in (model, source)]
+    assert answers[0] == answers[1]
+    assert len(set(answers[0][0])) > len(TOKENS) // 2
 
 
 def test_another_type(family, tmp_path):
@@ -145,10 +149,69 @@ def test_check_says_where(family, tmp_path, capsys):
     assert main(["convert", "check", str(family / "dense-tied"), str(megatron), "--quiet"]) == 1
     printed = capsys.readouterr().out
     assert "model.norm.weight: 1 numbers differ, most at [5], by " in printed
-    assert "model.norm.weight: the Megatron checkpoint is not what its manifest says" in printed
+    assert f"model.norm.weight: {megatron} is not what its manifest says" in printed
     assert main(["convert", "to-hf", str(megatron), str(tmp_path / "out"), "--base", str(family / "dense-tied")]) == 2
     assert "model.norm.weight is not what was converted" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_check_holds_an_export_to_its_manifest(family, tmp_path, capsys):
+    """A number that was changed after the export differs, and so does its checksum."""
+    megatron, back = family / "dense-tied-megatron", tmp_path / "back"
+    assert main(["convert", "to-hf", str(megatron), str(back), "--base", str(family / "dense-tied"), "--quiet"]) == 0
+    assert main(["convert", "check", str(back), str(megatron), "--json"]) == 0
+    tensors = weights(back)
+    assert json.loads(capsys.readouterr().out)["checksums"] == 2 * len(tensors)
+    tensors["model.norm.weight"][7] += 1
+    save_file(tensors, back / "model.safetensors", metadata={"format": "pt"})
+    assert main(["convert", "check", str(back), str(megatron)]) == 1
+    printed = capsys.readouterr().out
+    assert f"model.norm.weight: {back} is not what its manifest says" in printed
+    assert "not equal: 1 of" in printed
+
+
+def test_a_tied_output_layer_has_to_be_the_embedding(family, tmp_path, capsys):
+    source = shutil.copytree(family / "dense-tied", tmp_path / "source")
+    tensors = weights(source)
+    for file in (*source.glob("*.safetensors"), source / INDEX):
+        file.unlink()
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": head}, source / "model.safetensors")
+    assert main(["convert", "to-megatron", str(source), str(tmp_path / "out"), "--quiet"]) == 0
+    assert main(["convert", "inspect", str(source), "--json"]) == 0
+    (odd,) = json.loads(capsys.readouterr().out)["odd"]
+    assert "lm_head.weight is stored although" in odd
+    head[3, 4] += 1
+    save_file(tensors | {"lm_head.weight": head}, source / "model.safetensors")
+    assert main(["convert", "to-megatron", str(source), str(tmp_path / "other"), "--quiet"]) == 2
+    assert "set tie_word_embeddings to false" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_numbers_that_another_type_cannot_hold(tmp_path, capsys):
+    source = make_member(tmp_path / "source", "dense-tied", dtype=torch.float32)
+    tensors = weights(source)
+    tensors["model.norm.weight"][5] = 7e4
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    command = ["convert", "to-megatron", str(source), str(tmp_path / "out"), "--quiet", "--dtype"]
+    assert main([*command, "float16"]) == 2
+    assert "model.norm.weight holds numbers up to 7e+04, which float16 cannot" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*command, "bfloat16"]) == 0
+
+
+def test_inspect_says_what_is_odd(family, tmp_path, capsys):
+    source = shutil.copytree(family / "moe", tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3, "moe_intermediate_size": 23}))
+    assert main(["convert", "inspect", str(source), "--json"]) == 0
+    odd = json.loads(capsys.readouterr().out)["odd"]
+    assert any("model.layers.3.mlp.gate.weight is there, and no Qwen3 of its config has it" in line for line in odd)
+    assert any("experts.0.down_proj.weight has shape (48, 24), its config says (48, 23)" in line for line in odd)
+    assert main(["convert", "inspect", str(family / "moe-megatron"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["layers"], found["tensor_parallel"], found["odd"]) == (4, 1, [])
+    assert found["parameters"] == sum(tensor.numel() for tensor in weights(family / "moe").values())
 
 
 def test_another_model_is_refused(family, tmp_path, capsys):

@@ -16,8 +16,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 import megatron_paint.disk
 from megatron_paint.errors import UserError
-from megatron_paint.mcore.hf_checkpoint import export_stages, first_layer_of
-from megatron_paint.mcore.lora import merged_parameters
+from megatron_paint.mcore.hf_checkpoint import export_stage
 from megatron_paint.mcore.model import DTYPES
 from megatron_paint.mcore.policy import MegatronPolicy
 from megatron_paint.mcore.world import World, start_world, stop_world
@@ -47,12 +46,11 @@ def full_at(world: World, *, owner: object, name: str) -> Iterator[None]:
 
 def in_small_shards(policy: MegatronPolicy, folder: Path) -> None:
     """An export in which ranks gather tensors between one file and the next."""
-    export_stages(
-        merged_parameters(policy.stage),
+    export_stage(
+        policy.stage,
         folder,
         shape=policy.shape,
         world=policy.world,
-        first_layer=first_layer_of(policy.stage),
         dtype=DTYPES[policy.settings.model.dtype],
         source=policy.settings.model.hf_path,
         shard_bytes=4096,

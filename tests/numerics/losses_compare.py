@@ -31,7 +31,7 @@ def measure_case(case: Case, dtype: torch.dtype, vocab, columns: slice) -> dict[
     errors = {f"reference {key}": value for key, value in _measure_reference(case, data, vocab, columns, mine).items()}
     errors |= {f"fused {key}": value for key, value in _measure_fused(case, data, vocab, columns, mine).items()}
     if case.name in LOGPROB_CASES:
-        errors |= {f"logprobs {key}": value for key, value in _measure_logprobs(case, data, vocab, columns).items()}
+        errors |= {f"logprobs {key}": value for key, value in measure_logprobs(case, data, vocab, columns).items()}
     return errors
 
 
@@ -117,7 +117,7 @@ def _measure_fused(case: Case, data, vocab, columns: slice, mine) -> dict[str, f
     return errors
 
 
-def _measure_logprobs(case: Case, data, vocab, columns: slice) -> dict[str, float]:
+def measure_logprobs(case: Case, data, vocab, columns: slice) -> dict[str, float]:
     """Without weights under an uneven gradient, and with weights under an even one."""
     temperature = case.config.temperature
     uneven_T = torch.linspace(-1.0, 2.0, len(data.ids_T), dtype=torch.float64)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from losses_cases import LOGPROB_CASES
 
 from megatron_paint.losses.kernels import _say_once, choose_kernel
 
@@ -49,6 +50,14 @@ def test_fused_loss_equals_dense(found, name):
     errors = found["cases"][name]
     exact = ("selected_T", "clipped_entries_T", "carries_loss_T")
     assert not {key: value for key, value in errors.items() if value > (0.0 if key.endswith(exact) else 5e-6)}
+
+
+@pytest.mark.parametrize("name", LOGPROB_CASES)
+def test_token_logprobs_equal_dense(found, name):
+    """Log-probabilities, entropies and gradients in float32."""
+    errors = found["logprobs"][name]
+    assert len(errors) == 8
+    assert not {key: value for key, value in errors.items() if value > 5e-6}
 
 
 @pytest.mark.parametrize("run", KERNEL_RUNS)

@@ -4,7 +4,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_paint.losses.triton_kernels import divergence_kernel, statistics_kernel
+from megatron_paint.losses.triton_kernels import (
+    divergence_kernel,
+    statistics_kernel,
+    token_gradient_kernel,
+    token_statistics_kernel,
+)
 
 TARGET = GPUTarget("cuda", 90, 32)
 BLOCK = 2048
@@ -32,6 +37,9 @@ def main() -> None:
         for divergence, clipped in (("forward_kl", full), ("reverse_kl", False), ("jsd", False)):
             flags = {"CLIPPED": clipped, "MIXED": True, "FULL_TEACHER": full, "SUMS": True, "GRADIENT": True}
             compile_kernel(divergence_kernel, pointers, DIVERGENCE=divergence, **flags)
+        compile_kernel(token_statistics_kernel, {"logits_ptr": logits, "packed_ptr": "*fp32"})
+        pointers = {"logits_ptr": logits, "token_ptr": "*i64", "given_ptr": "*fp32", "dlogits_ptr": gradient}
+        compile_kernel(token_gradient_kernel, pointers)
 
 
 if __name__ == "__main__":

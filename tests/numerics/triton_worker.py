@@ -15,10 +15,16 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import losses_compare
 import torch
-from losses_cases import CASES
+from losses_cases import CASES, LOGPROB_CASES, make_data
 from losses_compare import relative
 
-from megatron_paint.losses import InterpolationLossConfig, WholeVocab, fused_interpolation_loss, triton_passes
+from megatron_paint.losses import (
+    InterpolationLossConfig,
+    WholeVocab,
+    fused_interpolation_loss,
+    token_logprobs,
+    triton_passes,
+)
 from megatron_paint.losses.passes import ChunkLogits, Target, split_statistics
 from megatron_paint.losses.statistics import Softmax, query_tokens
 from megatron_paint.losses.terms import finish
@@ -48,6 +54,18 @@ DIVERGENCES = {
     "jsd": {"divergence": "jsd", "jsd_beta": 0.3},
 }
 LOGITS = ("float32", "bfloat16", "float16", "masked", "extreme", "identical")
+
+
+def measure_logprobs() -> dict[str, dict[str, float]]:
+    """Errors of token log-probabilities against the dense ones, case by case, with kernel="triton"."""
+    losses_compare.token_logprobs = partial(token_logprobs, kernel="triton")
+    found = {}
+    for index, name in enumerate(LOGPROB_CASES):
+        triton_passes.TritonTokenPasses.__init__.__kwdefaults__["block"] = BLOCKS[index % 2]
+        case = CASES[name]
+        data, vocab = make_data(case, torch.float32), WholeVocab(valid_size=case.valid_size)
+        found[name] = losses_compare.measure_logprobs(case, data, vocab, slice(None))
+    return found
 
 
 def measure_cases() -> dict[str, dict[str, float]]:
@@ -127,7 +145,9 @@ def main() -> None:
         for divergence in DIVERGENCES
         for columns in ((1, 16, 37) if kind == "float32" else (37,))
     }
-    Path(sys.argv[1]).write_text(json.dumps({"cases": measure_cases(), "kernels": kernels}))
+    Path(sys.argv[1]).write_text(
+        json.dumps({"cases": measure_cases(), "logprobs": measure_logprobs(), "kernels": kernels})
+    )
 
 
 if __name__ == "__main__":

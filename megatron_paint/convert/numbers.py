@@ -1,0 +1,36 @@
+"""Numbers on their way from one file to another: in blocks of rows, as bytes, in another type."""
+
+from collections.abc import Iterator, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from megatron_paint.errors import UserError
+
+PIECE_BYTES = 64 * 10**6  # what a rank that wants any row of a piece has to read
+
+
+def row_blocks(shape: Sequence[int], most_bytes: int = PIECE_BYTES) -> Iterator[slice]:
+    """Runs of rows of about equal size, none above `most_bytes` of 2-byte numbers (or one row)."""
+    rows = shape[0]
+    blocks = max(1, -(-prod(shape) * 2 // most_bytes))
+    step = -(-rows // blocks)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def raw_bytes(values: Tensor) -> memoryview:
+    """The numbers as they stand in a file."""
+    return memoryview(values.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def cast(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The numbers of tensor `name` in another type; UserError where one of them is not finite then."""
+    if values.dtype == dtype:
+        return values
+    rounded = values.to(dtype)
+    if not torch.isfinite(rounded).all():
+        largest = float(values.abs().nan_to_num(nan=torch.inf).max())
+        kind = str(dtype).removeprefix("torch.")
+        raise UserError(f"{name} holds numbers up to {largest:.3g}, which {kind} cannot; convert to another type")
+    return rounded
