@@ -8,8 +8,8 @@ from torch import Tensor
 
 from megatron_paint.errors import UserError
 
-# What a rank that wants any row of a piece has to read. Memory of at most 32 MiB is taken from and given back to the heap,
-# where larger blocks are mapped anew each time, whose page faults cost half as much again.
+# What a rank that wants any row of a piece has to read. Memory of at most 32 MiB stays with the process for the next
+# block; larger ones are mapped anew each time, and their page faults cost half as much again.
 PIECE_BYTES = 32 * 10**6
 
 

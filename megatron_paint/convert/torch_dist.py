@@ -275,7 +275,7 @@ class PieceWriter:
 
 @contextmanager
 def _without_crc32() -> Iterator[None]:
-    """Spares torch.save two thirds of its time: torch.load never looks at these checksums, and ours are in the manifest."""
+    """Spares torch.save most of its time: torch.load never looks at these checksums, and ours are in the manifest."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
