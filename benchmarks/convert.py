@@ -1,11 +1,12 @@
 """The converter on full-size checkpoints of random weights: time beside `cp -r`, and memory, both ways.
 
-    python benchmarks/convert.py FOLDER [--sizes 0.6b,1.7b,8b] [--processes 2] [--json convert.json]
+    python benchmarks/convert.py FOLDER [--sizes 0.6b,1.7b,8b] [--json convert.json]
 
 FOLDER lies on the disk that is measured and needs room for three copies of the largest size (50 GB for 8b); what is
 made there is deleted. Each time is that of one command followed by `sync`, so that the copy, like the conversion, is on
-the disk; with root, the page cache is dropped before each, else it is as the command before left it, which is printed.
-Memory is the peak resident memory of the largest process of a command, and of all its processes together, as sampled.
+the disk; with root, the page cache is dropped before each and then holds the program alone, else it is as the command
+before left it, which is printed. Memory is the peak resident memory of the largest process of a command, and of all its
+processes together, as sampled.
 """
 
 import argparse
@@ -65,7 +66,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--sizes", default="0.6b,1.7b,8b")
-    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def main() -> None:
     print("| size | command | GB | s | / cp -r | MiB of a process | MiB together |\n|---|---|---:|---:|---:|---:|---:|")
     rows: list[Measured] = []
     for size in options.sizes.split(","):
-        for measured in measure_size(size, options.folder / size, options.processes):
+        for measured in measure_size(size, options.folder / size):
             rows.append(measured)
             print(
                 f"| {size} | {measured.command} | {measured.gigabytes:.1f} | {measured.seconds:.1f} "
@@ -84,16 +84,15 @@ def main() -> None:
                 options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
 
 
-def measure_size(size: str, folder: Path, processes: int):
+def measure_size(size: str, folder: Path):
     """Yields what each command took; deletes what it made."""
     shutil.rmtree(folder, ignore_errors=True)
     source, out = folder / "hf", folder / "out"
     write_checkpoint(source, **SIZES[size])
     convert = [sys.executable, str(ROOT / "tools" / "convert_qwen3.py")]
-    share = ["--processes", str(processes), "--quiet"]
     ways = {
-        "to-megatron": [*convert, "to-megatron", str(source), str(out), *share],
-        "to-hf": [*convert, "to-hf", str(folder / "megatron"), str(out), "--base", str(source), *share],
+        "to-megatron": [*convert, "to-megatron", str(source), str(out), "--quiet"],
+        "to-hf": [*convert, "to-hf", str(folder / "megatron"), str(out), "--base", str(source), "--quiet"],
     }
     for way, command in ways.items():
         read = Path(command[3])
@@ -148,6 +147,7 @@ def timed(command: list[str]) -> tuple[float, int, int]:
     if can_drop():
         DROP_CACHES.write_text("1")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", "import megatron_paint.convert.commands"], env=environment, check=True)
     one = together = 0
     start = time.perf_counter()
     running = subprocess.Popen(command, env=environment)

@@ -45,7 +45,7 @@ def add_commands(commands: Any) -> None:
 
 def _add_conversion(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the source's own")
-    parser.add_argument("--processes", type=int, help="default: one a core, at most 8")
+    parser.add_argument("--processes", type=int, help="default: one a core, at most 8, fewer for a small model")
     parser.add_argument("--no-checksums", dest="checksums", action="store_false", help="leave SHA-256 out")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists, once the new one is whole")
     _add_console(parser)

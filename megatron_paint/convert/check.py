@@ -14,7 +14,7 @@ from megatron_paint.convert.hf_reader import EMBEDDING, HEAD, HuggingFaceReader
 from megatron_paint.convert.manifest import MANIFEST, checksums, read_manifest
 from megatron_paint.convert.mapping import checkpoint_entries, hugging_face_shapes
 from megatron_paint.convert.megatron_source import BESIDE, MegatronSource
-from megatron_paint.convert.numbers import raw_bytes, row_blocks
+from megatron_paint.convert.numbers import raw_bytes
 from megatron_paint.convert.torch_dist import METADATA, CheckpointReader, StoredTensor
 from megatron_paint.qwen3 import read_shape, shape_of
 
@@ -50,26 +50,25 @@ def compare(hf: Path, megatron: Path, *, progress: Callable[[int], None] = lambd
     shape = read_shape(hf)
     reader, source = HuggingFaceReader(hf, shape), MegatronSource(megatron, shape)
     recorded = source.checksums(), checksums(hf, {name: place.dtype for name, place in reader.tensors.items()})
-    differences, bad = [], []
-    for name in source.entry_of:
-        place, found = reader.tensors[name], None
-        digests = hashlib.sha256(), hashlib.sha256()
-        for rows in row_blocks(place.shape):
-            sides = source.read(name, rows), reader(name, rows=rows)
-            for digest, of, values in zip(digests, recorded, sides, strict=True):
+    worst: dict[str, Difference | None] = {}
+    bad = []
+    for entry in checkpoint_entries(shape):
+        digests = {name: (hashlib.sha256(), hashlib.sha256()) for name in entry.rule.hf_shapes()}
+        for name, first_row, ours in source.blocks(entry):
+            sides = ours, reader(name, rows=slice(first_row, first_row + len(ours)))
+            for digest, of, values in zip(digests[name], recorded, sides, strict=True):
                 if name in of:
                     digest.update(raw_bytes(values))
-            found = _worse(found, _difference(name, *sides, rows.start))
-        if found is not None:
-            differences.append(found)
-        for folder, digest, of in zip((megatron, hf), digests, recorded, strict=True):
-            if name in of and digest.hexdigest() != of[name]:
-                bad.append((name, str(folder)))
-        progress(place.nbytes)
+            worst[name] = _worse(worst.get(name), _difference(name, *sides, first_row))
+        for name, found in digests.items():
+            for folder, digest, of in zip((megatron, hf), found, recorded, strict=True):
+                if name in of and digest.hexdigest() != of[name]:
+                    bad.append((name, str(folder)))
+            progress(reader.tensors[name].nbytes)
     return Comparison(
         tensors=len(source.entry_of),
         nbytes=sum(reader.tensors[name].nbytes for name in source.entry_of),
-        differences=tuple(differences),
+        differences=tuple(found for found in worst.values() if found is not None),
         bad_checksums=tuple(bad),
         checksums=sum(map(len, recorded)),
         rounded=sum(source.dtype(name) != reader.tensors[name].dtype for name in source.entry_of),

@@ -17,7 +17,7 @@ from megatron_paint.convert.hf_reader import HuggingFaceReader
 from megatron_paint.convert.hf_writer import SHARD_BYTES
 from megatron_paint.convert.to_hf import ToAdapter, ToHuggingFace
 from megatron_paint.convert.to_megatron import ToMegatron
-from megatron_paint.convert.work import Job, convert, processes_or_cores
+from megatron_paint.convert.work import Job, convert, processes_for
 from megatron_paint.errors import UserError
 
 SHOWN = 10  # differences that are listed
@@ -51,9 +51,9 @@ def _check_folder(path: Path) -> None:
 
 
 def _convert(job: Job, options: argparse.Namespace) -> int:
-    processes = processes_or_cores(options.processes)
     started = time.monotonic()
     total = sum(task.nbytes for task in job.tasks())
+    processes = processes_for(total, options.processes)
     with _progress(f"{options.source.name} -> {options.out.name}", total, options) as advance:
         records = convert(job, options.out, processes=processes, overwrite=options.overwrite, progress=advance)
     seconds = time.monotonic() - started

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_paint.convert.manifest import checksums
 from megatron_paint.convert.mapping import Entry, checkpoint_entries
+from megatron_paint.convert.numbers import row_blocks
 from megatron_paint.convert.torch_dist import CheckpointReader
 from megatron_paint.errors import UserError
 from megatron_paint.qwen3 import Qwen3Shape
@@ -77,12 +78,21 @@ class MegatronSource:
         """The type in which a Hugging Face tensor's numbers are stored here."""
         return self.reader.tensors[self.entry_of[name].key].dtype
 
-    def read(self, name: str, rows: slice, *, merge: bool = True) -> Tensor:
-        """Rows of a Hugging Face tensor; with `merge` its adapters are added in float32 and rounded once."""
-        entry = self.entry_of[name]
-        parts = [self.reader.read(entry.key, entry.place, found) for found in entry.rule.locate(name, rows)]
-        values = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if not merge or self.lora is None or (pair := self.adapter(name, rows)) is None:
+    def blocks(self, entry: Entry) -> Iterator[tuple[str, int, Tensor]]:
+        """All rows of the Hugging Face tensors that a parameter holds, in order: (tensor, first row, values).
+
+        Adapters are added in float32 and rounded once.
+        """
+        for rows in row_blocks(entry.rule.shape):
+            block = self.reader.read(entry.key, entry.place, rows)
+            for segment in entry.rule.segments:
+                low, high = max(rows.start, segment.row), min(rows.stop, segment.row + segment.rows)
+                if low < high:
+                    values, first = block[low - rows.start : high - rows.start], low - segment.row + segment.source
+                    yield segment.name, first, self._merged(segment.name, first, values)
+
+    def _merged(self, name: str, first_row: int, values: Tensor) -> Tensor:
+        if self.lora is None or (pair := self.adapter(name, slice(first_row, first_row + len(values)))) is None:
             return values
         a_KI, b_OK = pair
         return (values.float() + self.lora.scale * (b_OK.float() @ a_KI.float())).to(values.dtype)

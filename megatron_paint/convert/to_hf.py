@@ -1,7 +1,7 @@
 """Megatron -> Hugging Face: a folder that `transformers` and vLLM load as it is, a few tensors at a time."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,9 +22,9 @@ from megatron_paint.convert.hf_writer import (
     write_index,
 )
 from megatron_paint.convert.manifest import manifest_entry, write_manifest
-from megatron_paint.convert.mapping import hugging_face_shapes
+from megatron_paint.convert.mapping import Entry, checkpoint_entries, hugging_face_shapes
 from megatron_paint.convert.megatron_source import Lora, MegatronSource
-from megatron_paint.convert.numbers import PIECE_BYTES, cast, raw_bytes, row_blocks
+from megatron_paint.convert.numbers import PIECE_BYTES, cast, raw_bytes
 from megatron_paint.convert.work import Task, check_names, cut_tasks, fingerprint, merged
 from megatron_paint.errors import UserError
 from megatron_paint.qwen3 import Qwen3Shape, read_shape
@@ -78,43 +78,52 @@ class ToHuggingFace:
         MegatronSource(self.source, self.shape)  # a bad record is told before any work
         begin_files(folder, self.layout)
 
-    def names(self) -> list[str]:
-        return list(self.layout.places)
+    @cached_property
+    def entries(self) -> list[Entry]:
+        return list(checkpoint_entries(self.shape))
 
     def tasks(self) -> Sequence[Task]:
-        return cut_tasks([place.nbytes for place in self.layout.places.values()])
+        places = self.layout.places
+        return cut_tasks([sum(places[name].nbytes for name in entry.rule.hf_shapes()) for entry in self.entries])
 
     def worker(self, folder: Path) -> Callable[[Task], dict[str, Any]]:
-        names, source, layout = self.names(), MegatronSource(self.source, self.shape), self.layout
+        entries, source, layout = self.entries, MegatronSource(self.source, self.shape), self.layout
         recorded = source.checksums() if self.checksums else {}
 
         def work(task: Task) -> dict[str, Any]:
             writer, tensors = RowWriter(folder, layout), {}
             for index in task.entries:
-                tensors[names[index]] = self._convert(names[index], source, writer, recorded.get(names[index]))
+                tensors |= self._convert(entries[index], source, writer, recorded)
             writer.close()
-            return {"files": sorted({layout.places[names[i]].file for i in task.entries}), "tensors": tensors}
+            return {"files": sorted({layout.places[name].file for name in tensors}), "tensors": tensors}
 
         return work
 
-    def _convert(self, name: str, source: MegatronSource, writer: RowWriter, recorded: str | None) -> dict[str, Any]:
-        """Writes a tensor, holds what is read to the checksum `recorded`; the manifest's entry of what is written."""
-        place, read, written = self.layout.places[name], hashlib.sha256(), hashlib.sha256()
-        unchanged = recorded is not None and source.dtype(name) == place.dtype
-        for rows in row_blocks(place.shape):
-            values = source.read(name, rows)
-            if recorded is not None:
-                read.update(raw_bytes(values))
-            values = cast(values, place.dtype, name)
-            if self.checksums and not unchanged:
-                written.update(raw_bytes(values))
-            writer.write(name, rows.start, values)
-        if recorded is not None and read.hexdigest() != recorded:
-            raise UserError(
-                f"{self.source}: {name} is not what was converted, as its SHA-256 shows; convert or copy it again"
-            )
-        sha256 = (read if unchanged else written).hexdigest() if self.checksums else None
-        return manifest_entry(place.dtype, place.shape, sha256)
+    def _convert(
+        self, entry: Entry, source: MegatronSource, writer: RowWriter, recorded: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """Writes the tensors of a parameter, holds what is read to the checksums `recorded`; gives the manifest's
+        entries of what is written."""
+        names = list(entry.rule.hf_shapes())
+        read, written = ({name: hashlib.sha256() for name in names} for _ in range(2))
+        unchanged = {n for n in names if n in recorded and source.dtype(n) == self.layout.places[n].dtype}
+        for name, first_row, values in source.blocks(entry):
+            if name in recorded:
+                read[name].update(raw_bytes(values))
+            values = cast(values, self.layout.places[name].dtype, name)
+            if self.checksums and name not in unchanged:
+                written[name].update(raw_bytes(values))
+            writer.write(name, first_row, values)
+        manifest = {}
+        for name in names:
+            if name in recorded and read[name].hexdigest() != recorded[name]:
+                raise UserError(
+                    f"{self.source}: {name} is not what was converted, as its SHA-256 shows; convert or copy it again"
+                )
+            sha256 = (read if name in unchanged else written)[name].hexdigest() if self.checksums else None
+            place = self.layout.places[name]
+            manifest[name] = manifest_entry(place.dtype, place.shape, sha256)
+        return manifest
 
     def finish(self, folder: Path, records: Sequence[dict[str, Any]]) -> None:
         tensors = merged(records, "tensors")

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,6 +86,27 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class _Part(NamedTuple):
+    """What a piece holds of a box: from `starts` to `stops` of the tensor."""
+
+    piece: Piece
+    starts: tuple[int, ...]
+    stops: tuple[int, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(b - a for a, b in zip(self.starts, self.stops, strict=True))
+
+    def within(self, corner: Sequence[int]) -> tuple[slice, ...]:
+        """Where it lies in a box that begins at `corner` of the tensor."""
+        return tuple(slice(a - c, b - c) for a, b, c in zip(self.starts, self.stops, corner, strict=True))
+
+    def meets(self, other: "_Part") -> bool:
+        """Whether they share an element."""
+        edges = zip(self.starts, self.stops, other.starts, other.stops, strict=True)
+        return all(max(a, c) < min(b, d) for a, b, c, d in edges)
+
+
 class CheckpointReader:
     """The tensors of a Megatron checkpoint, any box of them at a time. UserError for what cannot be right."""
 
@@ -101,32 +122,43 @@ class CheckpointReader:
         self._last: tuple[Piece, Tensor] | None = None
 
     def read(self, key: str, place: tuple[int, ...], rows: slice) -> Tensor:
-        """Rows of what stands at `place` of the first axes of tensor `key`; UserError where pieces lack or overlap."""
+        """Rows of what stands at `place` of the first axes of tensor `key`; UserError where pieces lack or overlap.
+
+        The result may share its memory with others of the same piece; it is not to be written to.
+        """
         stored = self.tensors[key]
         shape = stored.shape[len(place) :]
         low = (*place, rows.start, *[0] * (len(shape) - 1))
         high = (*(at + 1 for at in place), rows.stop, *shape[1:])
-        box = torch.empty([b - a for a, b in zip(low, high, strict=True)], dtype=stored.dtype)
-        filled = 0
-        by_place = bool(place) and key in self._stacked
-        boxes: list[tuple[list[int], list[int]]] = []
-        for piece in self._by_place[key, place[:1]] if by_place else stored.pieces:
-            starts = [max(a, o) for a, o in zip(low, piece.offsets, strict=True)]
-            stops = [min(b, o + s) for b, o, s in zip(high, piece.offsets, piece.sizes, strict=True)]
-            if all(a < b for a, b in zip(starts, stops, strict=True)):
-                if any(_meet(starts, stops, *other) for other in boxes):
-                    raise UserError(f"{self.folder}: pieces of {key} overlap; the checkpoint is damaged: copy it again")
-                boxes.append((starts, stops))
-                there = tuple(slice(a - o, b - o) for a, b, o in zip(starts, stops, piece.offsets, strict=True))
-                here = tuple(slice(a - o, b - o) for a, b, o in zip(starts, stops, low, strict=True))
-                box[here] = self._load(key, stored, piece)[there]
-                filled += math.prod(b - a for a, b in zip(starts, stops, strict=True))
-        if filled != box.numel():
+        sizes = [b - a for a, b in zip(low, high, strict=True)]
+        parts = self._parts(key, place, low, high)
+        filled = sum(math.prod(part.sizes) for part in parts)
+        if filled != math.prod(sizes):
             raise UserError(
                 f"{self.folder}: the pieces of {key} at {place} rows {rows.start} to {rows.stop} hold {filled} of "
-                f"{box.numel()} elements; the checkpoint is damaged: save or copy it again"
+                f"{math.prod(sizes)} elements; the checkpoint is damaged: save or copy it again"
             )
+        if len(parts) == 1:
+            box = self._load(key, stored, parts[0].piece)[parts[0].within(parts[0].piece.offsets)]
+        else:
+            box = torch.empty(sizes, dtype=stored.dtype)
+            for part in parts:
+                box[part.within(low)] = self._load(key, stored, part.piece)[part.within(part.piece.offsets)]
         return box.reshape(rows.stop - rows.start, *shape[1:])
+
+    def _parts(self, key: str, place: tuple[int, ...], low: Sequence[int], high: Sequence[int]) -> list[_Part]:
+        """What the pieces hold of a box of a tensor; UserError where they overlap."""
+        by_place = bool(place) and key in self._stacked
+        found: list[_Part] = []
+        for piece in self._by_place[key, place[:1]] if by_place else self.tensors[key].pieces:
+            starts = tuple(map(max, low, piece.offsets))
+            stops = tuple(min(b, o + s) for b, o, s in zip(high, piece.offsets, piece.sizes, strict=True))
+            if all(a < b for a, b in zip(starts, stops, strict=True)):
+                part = _Part(piece, starts, stops)
+                if any(part.meets(other) for other in found):
+                    raise UserError(f"{self.folder}: pieces of {key} overlap; the checkpoint is damaged: copy it again")
+                found.append(part)
+        return found
 
     def _load(self, key: str, stored: StoredTensor, piece: Piece) -> Tensor:
         """The piece's tensor; the last one is kept, as its rows are often asked for in turn."""
@@ -145,12 +177,6 @@ class CheckpointReader:
             raise UserError(f"{path}: the piece of {key} at byte {piece.start} is not what {METADATA} says it is")
         self._last = (piece, tensor)
         return tensor
-
-
-def _meet(starts: list[int], stops: list[int], other_starts: list[int], other_stops: list[int]) -> bool:
-    """Whether two boxes share an element."""
-    edges = zip(starts, stops, other_starts, other_stops, strict=True)
-    return all(max(a, c) < min(b, d) for a, b, c, d in edges)
 
 
 class _Window(io.RawIOBase):

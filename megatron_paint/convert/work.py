@@ -24,6 +24,7 @@ from megatron_paint.launch.lifetime import start_worker
 
 PLAN, RECORDS = "plan.json", "records"
 TASK_BYTES = 256 * 10**6
+PROCESS_BYTES = 2 * 10**9  # ours: for which another process is started
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,8 +220,8 @@ def check_names(done: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         )
 
 
-def processes_or_cores(asked: int | None) -> int:
-    """The number of processes to use; UserError below 1."""
+def processes_for(nbytes: int, asked: int | None) -> int:
+    """The number of processes to use: one a core, at most 8, fewer where starting one takes longer than its share."""
     if asked is not None and asked < 1:
         raise UserError(f"--processes must be at least 1, got {asked}")
-    return asked or min(8, len(os.sched_getaffinity(0)))
+    return asked or max(1, min(8, len(os.sched_getaffinity(0)), nbytes // PROCESS_BYTES))

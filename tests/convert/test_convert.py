@@ -140,7 +140,7 @@ def test_a_changed_source_is_not_mixed_with_the_old_one(family, tmp_path, monkey
 
 def test_check_says_where(family, tmp_path, capsys):
     megatron = shutil.copytree(family / "dense-tied-megatron", tmp_path / "megatron")
-    (file,) = megatron.glob("*.distcp")
+    file = megatron / "__0_0.distcp"
     content = bytearray(file.read_bytes())
     value = weights(family / "dense-tied")["model.norm.weight"]
     at = content.rindex(value.view(torch.uint8).numpy().tobytes())
@@ -295,7 +295,7 @@ def test_other_tasks_are_another_conversion(family, tmp_path, monkeypatch):
 
 def test_paths_stay_in_the_folder(family, tmp_path):
     megatron = shutil.copytree(family / "dense-tied-megatron", tmp_path / "megatron")
-    (file,) = megatron.glob("*.distcp")
+    file = megatron / "__0_0.distcp"
     outside = "../" + file.name
     content = (megatron / METADATA).read_bytes()
     described = pickle.loads(content)  # our own
