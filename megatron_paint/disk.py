@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -141,12 +142,28 @@ def clear_left_overs(folder: Path) -> None:
     """Take back what attempts that a crash ended have left in `folder`."""
     with disk_errors(folder):
         for entry in list(folder.iterdir()) if folder.is_dir() else []:
-            if (match := LEFT_OVER.fullmatch(entry.name)) is None:
+            if (match := LEFT_OVER.fullmatch(entry.name)) is None or _in_use(entry):
                 continue
             if entry.is_dir():
                 NewFolder(folder / match["name"]).discard()
             else:
                 entry.unlink(missing_ok=True)
+
+
+def lock_of(folder: Path) -> Path:
+    """The file that whoever fills an unfinished folder may keep locked, so that nobody clears it away."""
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def _in_use(folder: Path) -> bool:
+    try:
+        with open(lock_of(folder), "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def sync(path: Path) -> None:

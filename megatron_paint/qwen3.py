@@ -1,6 +1,7 @@
 """The sizes of a Qwen3 checkpoint, read from its config.json; refuses what is not understood."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def _shape(raw: dict[str, Any], path: Path) -> Qwen3Shape:
             "num_experts": _whole(raw, "num_local_experts" if "num_local_experts" in raw else "num_experts"),
             "experts_per_token": _whole(raw, "num_experts_per_tok"),
             "expert_ffn_size": _whole(raw, "moe_intermediate_size"),
-            "normalise_experts": bool(raw.get("norm_topk_prob", False)),
+            "normalise_experts": _boolean(raw, "norm_topk_prob"),
         }
     return Qwen3Shape(
         source=str(path),
@@ -92,17 +93,27 @@ def _shape(raw: dict[str, Any], path: Path) -> Qwen3Shape:
         num_layers=_whole(raw, "num_hidden_layers"),
         num_heads=_whole(raw, "num_attention_heads"),
         num_groups=_whole(raw, "num_key_value_heads"),
-        head_dim=_whole(raw, "head_dim")
-        if raw.get("head_dim") is not None
-        else raw["hidden_size"] // raw["num_attention_heads"],
+        head_dim=_whole(raw, "head_dim") if raw.get("head_dim") is not None else _usual_head_dim(raw),
         ffn_size=_whole(raw, "intermediate_size"),
-        tied=bool(raw.get("tie_word_embeddings", False)),
+        tied=_boolean(raw, "tie_word_embeddings"),
         rope_theta=float(rope.get("rope_theta") or raw["rope_theta"]),
         norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
         max_positions=_whole(raw, "max_position_embeddings"),
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
         **experts,
     )
+
+
+def _usual_head_dim(raw: dict[str, Any]) -> int:
+    """As transformers has it where a config does not say."""
+    return 128 if raw["model_type"] == "qwen3" else raw["hidden_size"] // raw["num_attention_heads"]
+
+
+def _boolean(raw: dict[str, Any], key: str) -> bool:
+    value = raw.get(key, False)
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} is {value!r}, not true or false")
+    return value
 
 
 def _whole(raw: dict[str, Any], key: str) -> int:
@@ -128,6 +139,9 @@ def _check_sizes(shape: Qwen3Shape, path: Path) -> None:
     for key, size in sizes.items():
         if not 0 < size < 2**31:
             raise UserError(f"{path} says {key}={size}; it must be a whole number from 1")
+    for key, number in (("rope_theta", shape.rope_theta), ("rms_norm_eps", shape.norm_eps)):
+        if not 0 < number < math.inf:
+            raise UserError(f"{path} says {key}={number}; it must be a positive number")
     if shape.num_heads % shape.num_groups:
         raise UserError(f"{path} has {shape.num_heads} heads, no multiple of its {shape.num_groups} key-value heads")
     if not 0 <= shape.experts_per_token <= shape.num_experts < 2**31:
@@ -137,17 +151,18 @@ def _check_sizes(shape: Qwen3Shape, path: Path) -> None:
 
 
 def _refuse_unknown(raw: dict[str, Any], path: Path) -> None:
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-    partial = raw.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1) if isinstance(rope, dict) else 1)
+    # transformers 5 writes rope_parameters; a rope_scaling beside it counts all the same.
+    ropes = [raw.get(key) or {} for key in ("rope_parameters", "rope_scaling")]
+    scaled = any(not isinstance(r, dict) or r.get("rope_type", r.get("type", "default")) != "default" for r in ropes)
+    partial = [part.get("partial_rotary_factor", 1) for part in (raw, *ropes) if isinstance(part, dict)]
     refused = {
         "use_sliding_window": (bool(raw.get("use_sliding_window")), "sliding-window attention"),
         "attention_bias": (bool(raw.get("attention_bias")), "biases in the attention projections"),
         "attention_dropout": (bool(raw.get("attention_dropout")), "attention dropout"),
         "quantization_config": (raw.get("quantization_config") is not None, "quantised weights"),
         "hidden_act": (raw.get("hidden_act", "silu") != "silu", "an activation other than silu"),
-        "rope type": (rope_type != "default", "RoPE scaling"),
-        "partial_rotary_factor": (partial != 1, "rotary embedding of a part of each head"),
+        "rope type": (scaled, "RoPE scaling"),
+        "partial_rotary_factor": (any(share != 1 for share in partial), "rotary embedding of a part of each head"),
         "mlp_only_layers": (bool(raw.get("mlp_only_layers")), "dense layers among sparse ones"),
         "decoder_sparse_step": (raw.get("decoder_sparse_step", 1) != 1, "dense layers among sparse ones"),
     }

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_paint.convert.hf_reader import EMBEDDING, HEAD, HuggingFaceReader
-from megatron_paint.convert.manifest import MANIFEST, checksums, read_manifest
+from megatron_paint.convert.manifest import MANIFEST, Stored, checksums, read_manifest
 from megatron_paint.convert.mapping import checkpoint_entries, hugging_face_shapes
 from megatron_paint.convert.megatron_source import BESIDE, MegatronSource
 from megatron_paint.convert.numbers import raw_bytes
@@ -38,7 +38,7 @@ class Comparison:
     differences: tuple[Difference, ...]
     bad_checksums: tuple[tuple[str, str], ...]  # (tensor, folder): not what the manifest in that folder says
     checksums: int  # how many were held to a checksum in a manifest
-    rounded: int  # tensors that stand in other types on the two sides, and were compared in the Megatron one's
+    rounded: int  # tensors that stand in other types on the two sides, and were compared in the narrower one
 
     @property
     def equal(self) -> bool:
@@ -49,7 +49,13 @@ def compare(hf: Path, megatron: Path, *, progress: Callable[[int], None] = lambd
     """Compares every number, and each side with its manifest where it has one; adapters count as merged."""
     shape = read_shape(hf)
     reader, source = HuggingFaceReader(hf, shape), MegatronSource(megatron, shape)
-    recorded = source.checksums(), checksums(hf, {name: place.dtype for name, place in reader.tensors.items()})
+    reader.check_tied(shape)
+    recorded = (
+        source.checksums(),
+        checksums(
+            hf, {name: Stored(reader.tensors[name].dtype, reader.tensors[name].shape) for name in source.entry_of}
+        ),
+    )
     worst: dict[str, Difference | None] = {}
     bad = []
     for entry in checkpoint_entries(shape):
@@ -78,12 +84,14 @@ def compare(hf: Path, megatron: Path, *, progress: Callable[[int], None] = lambd
 def _difference(name: str, ours: torch.Tensor, theirs: torch.Tensor, first_row: int) -> Difference | None:
     if ours.dtype == theirs.dtype and torch.equal(_bits(ours), _bits(theirs)):
         return None
-    # A type that was changed on the way is compared in it: the numbers are then what they can be.
-    theirs = theirs.to(ours.dtype)
+    # A type that was changed on the way is compared in the narrower one: the numbers are then what they can be.
+    dtype = min((ours.dtype, theirs.dtype), key=lambda dtype: dtype.itemsize)
+    ours, theirs = ours.to(dtype), theirs.to(dtype)
     unequal = _bits(ours) != _bits(theirs)
     if not unequal.any():
         return None
     gap = (ours.double() - theirs.double()).abs().nan_to_num(nan=math.inf)
+    gap = torch.where(unequal, gap, -1.0)
     at = [int(i) for i in torch.unravel_index(gap.argmax(), gap.shape)]
     return Difference(
         name=name, largest=float(gap.max()), where=(at[0] + first_row, *at[1:]), unequal=int(unequal.sum())

@@ -47,18 +47,25 @@ def run_to_hf(options: argparse.Namespace) -> int:
 
 def _check_folder(path: Path) -> None:
     if not path.is_dir():
-        raise UserError(f"{path} is not a folder")
+        raise UserError(f"{path} is not a folder; give the folder of a checkpoint")
 
 
 def _convert(job: Job, options: argparse.Namespace) -> int:
     started = time.monotonic()
     total = sum(task.nbytes for task in job.tasks())
     processes = processes_for(total, options.processes)
+    steps: list[int] = []  # bytes: first those that an interrupted conversion had done
     with _progress(f"{options.source.name} -> {options.out.name}", total, options) as advance:
-        records = convert(job, options.out, processes=processes, overwrite=options.overwrite, progress=advance)
+
+        def progress(nbytes: int) -> None:
+            steps.append(nbytes)
+            advance(nbytes)
+
+        records = convert(job, options.out, processes=processes, overwrite=options.overwrite, progress=progress)
     seconds = time.monotonic() - started
     tensors = sum(len(record.get("tensors", {})) for record in records)
     summary = {"out": str(options.out), "tensors": tensors, "bytes": total, "seconds": round(seconds, 3)}
+    summary["resumed_bytes"] = steps[0]
     if options.json:
         print(json.dumps(summary | {"bytes_per_second": round(total / seconds) if seconds else None}))
     elif not options.quiet:
@@ -95,7 +102,11 @@ def _as_json(found: Comparison) -> dict[str, Any]:
 
 def _lines(found: Comparison) -> Iterator[str]:
     if found.equal:
-        how = f"after rounding {found.rounded} of them to the Megatron side's type" if found.rounded else "bit for bit"
+        how = (
+            f"after rounding {found.rounded} of them to the narrower of their two types"
+            if found.rounded
+            else "bit for bit"
+        )
         yield (
             f"equal: {found.tensors} tensors, {found.nbytes / 1e9:.3g} GB, {how}; {found.checksums} held to the "
             "checksums of the conversion"

@@ -133,6 +133,8 @@ class HuggingFaceReader:
                 header: dict[str, Any] = json.loads(stream.read(length))
         except FileNotFoundError:
             raise UserError(f"shard {path} is missing; download the checkpoint again") from None
+        except PermissionError:
+            raise UserError(f"{path} may not be read; ask its owner, or check its permissions") from None
         except (SafetensorError, OSError, ValueError, struct.error) as error:
             raise UserError(f"{path} is truncated or not a safetensors file ({error}); download it again") from None
         header.pop("__metadata__", None)

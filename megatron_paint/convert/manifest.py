@@ -1,9 +1,10 @@
 """What a conversion read or wrote on the Hugging Face side: every tensor with its type, shape and SHA-256."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,6 +12,7 @@ from megatron_paint import __version__
 from megatron_paint.errors import UserError
 
 MANIFEST = "conversion.json"
+TYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 def manifest_entry(dtype: torch.dtype, shape: Sequence[int], sha256: str | None) -> dict[str, Any]:
@@ -36,21 +38,35 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        tensors = content["tensors"]
-        if not all({"dtype", "shape", "sha256"} <= entry.keys() for entry in tensors.values()):
-            raise ValueError("an entry lacks its type, shape or checksum")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _ = content["config"]["model_type"], content["source"]
+        for name, entry in content["tensors"].items():
+            if entry["dtype"] not in TYPES or not isinstance(entry["shape"], list):
+                raise ValueError(f"{name} has no type or no shape")
+            if entry["sha256"] is not None and not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
+                raise ValueError(f"the checksum of {name} is none")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); convert the checkpoint again") from None
     return content
 
 
-def checksums(folder: Path, stored: Mapping[str, torch.dtype]) -> dict[str, str]:
-    """SHA-256 by tensor, as recorded, of those that stand in `folder` in the recorded type; stored: types there."""
+class Stored(NamedTuple):
+    """What stands in a folder under a tensor's name."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def checksums(folder: Path, stored: Mapping[str, Stored]) -> dict[str, str]:
+    """SHA-256 by tensor, as recorded, of those that stand in `folder` in the recorded type.
+
+    stored: all that stand there; UserError where the manifest tells of other tensors or shapes.
+    """
     manifest = read_manifest(folder)
     if manifest is None:
         return {}
-    return {
-        name: entry["sha256"]
-        for name, entry in manifest["tensors"].items()
-        if entry["sha256"] and name in stored and entry["dtype"] == str(stored[name]).removeprefix("torch.")
-    }
+    recorded = manifest["tensors"]
+    shapes = {name: list(tensor.shape) for name, tensor in stored.items()}
+    if shapes != {name: entry["shape"] for name, entry in recorded.items()}:
+        raise UserError(f"{folder / MANIFEST} is of other tensors than those beside it; convert the checkpoint again")
+    same = {n for n, tensor in stored.items() if recorded[n]["dtype"] == str(tensor.dtype).removeprefix("torch.")}
+    return {name: recorded[name]["sha256"] for name in same if recorded[name]["sha256"]}

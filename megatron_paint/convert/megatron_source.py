@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_paint.convert.manifest import checksums
+from megatron_paint.convert.manifest import Stored, checksums
 from megatron_paint.convert.mapping import Entry, checkpoint_entries
 from megatron_paint.convert.numbers import row_blocks
 from megatron_paint.convert.torch_dist import CheckpointReader
@@ -59,8 +59,8 @@ class MegatronSource:
         try:
             recorded = json.loads(path.read_text(encoding="utf-8"))["settings"]["model"]["lora"]
             lora = Lora(rank=int(recorded["rank"]), alpha=float(recorded["alpha"]))
-            if lora.rank < 1:
-                raise ValueError(f"rank {lora.rank}")
+            if lora.rank < 1 or not math.isfinite(lora.alpha):
+                raise ValueError(f"rank {lora.rank}, alpha {lora.alpha}")
             return lora
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
@@ -72,7 +72,8 @@ class MegatronSource:
         """SHA-256 of the Hugging Face tensors that stand here unchanged in type, as the conversion recorded them."""
         if self.lora is not None:
             return {}
-        return checksums(self.folder, {name: self.dtype(name) for name in self.entry_of})
+        stored = {name: Stored(self.dtype(name), entry.rule.hf_shapes()[name]) for name, entry in self.entry_of.items()}
+        return checksums(self.folder, stored)
 
     def dtype(self, name: str) -> torch.dtype:
         """The type in which a Hugging Face tensor's numbers are stored here."""
@@ -81,7 +82,7 @@ class MegatronSource:
     def blocks(self, entry: Entry) -> Iterator[tuple[str, int, Tensor]]:
         """All rows of the Hugging Face tensors that a parameter holds, in order: (tensor, first row, values).
 
-        Adapters are added in float32 and rounded once.
+        With adapters added the values are float32, to be rounded once by whoever takes them.
         """
         for rows in row_blocks(entry.rule.shape):
             block = self.reader.read(entry.key, entry.place, rows)
@@ -95,7 +96,7 @@ class MegatronSource:
         if self.lora is None or (pair := self.adapter(name, slice(first_row, first_row + len(values)))) is None:
             return values
         a_KI, b_OK = pair
-        return (values.float() + self.lora.scale * (b_OK.float() @ a_KI.float())).to(values.dtype)
+        return values.float() + self.lora.scale * (b_OK.float() @ a_KI.float())
 
     def adapter(self, name: str, rows: slice | None = None) -> tuple[Tensor, Tensor] | None:
         """A [K, I] and these rows of B [O, K] of a tensor's adapters; None where it has none."""
@@ -109,6 +110,10 @@ class MegatronSource:
             return None
         rank, outputs = self.reader.tensors[a].shape[1], self.reader.tensors[b].shape[1]
         return self.reader.read(a, place, slice(0, rank)), self.reader.read(b, place, rows or slice(0, outputs))
+
+    def adapter_bytes(self) -> int:
+        """Of all adapters."""
+        return sum(self.reader.tensors[key].nbytes for key in self._model_keys() if "_adapters." in key)
 
     def _model_keys(self) -> Iterator[str]:
         return (key for key in self.reader.tensors if not key.startswith(BESIDE))

@@ -31,8 +31,10 @@ def cast(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if values.dtype == dtype:
         return values
     rounded = values.to(dtype)
+    if not torch.isfinite(values).all():
+        raise UserError(f"{name} holds infinite numbers or NaN; the checkpoint is damaged or its training diverged")
     if not torch.isfinite(rounded).all():
-        largest = float(values.abs().nan_to_num(nan=torch.inf).max())
+        largest = float(values.abs().max())
         kind = str(dtype).removeprefix("torch.")
         raise UserError(f"{name} holds numbers up to {largest:.3g}, which {kind} cannot; convert to another type")
     return rounded

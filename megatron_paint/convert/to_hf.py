@@ -75,7 +75,8 @@ class ToHuggingFace:
         return {name: place.dtype for name, place in HuggingFaceReader(self.base, self.shape).tensors.items()}
 
     def begin(self, folder: Path) -> None:
-        MegatronSource(self.source, self.shape)  # a bad record is told before any work
+        source = MegatronSource(self.source, self.shape)
+        _ = source.lora, source.checksums()  # bad records are told before any work
         begin_files(folder, self.layout)
 
     @cached_property
@@ -163,7 +164,8 @@ class ToAdapter:
     def tasks(self) -> Sequence[Task]:
         if self.lora is None:
             raise UserError(f"{self.source} holds no adapters; leave --lora adapter out")
-        return [Task(number=0, entries=(0,), nbytes=sum(t.nbytes for _, t in self._tensors()))]
+        stored = MegatronSource(self.source, read_shape(self.base)).adapter_bytes()
+        return [Task(number=0, entries=(0,), nbytes=stored)]
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         source = MegatronSource(self.source, read_shape(self.base))

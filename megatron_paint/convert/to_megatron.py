@@ -16,6 +16,7 @@ from megatron_paint.convert.mapping import Entry, checkpoint_entries, empty_entr
 from megatron_paint.convert.numbers import PIECE_BYTES, cast, raw_bytes, row_blocks
 from megatron_paint.convert.torch_dist import PieceWriter, write_metadata
 from megatron_paint.convert.work import Task, check_names, cut_tasks, fingerprint, merged
+from megatron_paint.errors import UserError
 from megatron_paint.qwen3 import Qwen3Shape, read_shape
 
 
@@ -56,6 +57,20 @@ class ToMegatron:
 
     def begin(self, folder: Path) -> None:
         HuggingFaceReader(self.source, self.shape).check_tied(self.shape)
+        self._check_types()
+
+    def _check_types(self) -> None:
+        """UserError where tensors of one Megatron tensor, which stacks all layers, are of several types."""
+        first_of: dict[str, str] = {}
+        for entry in self.entries if self.dtype is None else []:
+            for name in entry.rule.hf_shapes():
+                first = first_of.setdefault(entry.key, name)
+                types = [str(self.stored[n].dtype).removeprefix("torch.") for n in (first, name)]
+                if types[0] != types[1]:
+                    raise UserError(
+                        f"{self.source}: {first} is {types[0]} and {name} {types[1]}, but Megatron keeps both in one "
+                        "tensor; choose their type with --dtype"
+                    )
 
     def tasks(self) -> Sequence[Task]:
         return cut_tasks([sum(self.stored[name].nbytes for name in entry.rule.hf_shapes()) for entry in self.entries])

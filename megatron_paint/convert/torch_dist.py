@@ -9,7 +9,6 @@ import io
 import json
 import math
 import pickle
-import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -169,7 +168,7 @@ class CheckpointReader:
         try:
             with open(path, "rb") as file:
                 tensor = torch.load(_Window(file, piece.start, piece.length), map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        except Exception as error:  # a damaged archive can raise anything
             raise UserError(
                 f"{path}: the piece of {key} at byte {piece.start} cannot be read ({_line(error)})"
             ) from None
@@ -222,6 +221,8 @@ def _read_metadata(folder: Path) -> dict[str, StoredTensor]:
         raise UserError(f"{folder / BACKEND}: not a torch_dist checkpoint, the one format that is read")
     try:
         return _tensors(found, folder)
+    except UserError:
+        raise
     except (AttributeError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"{path} describes no checkpoint ({_line(error)}); copy the checkpoint again") from None
 
@@ -324,6 +325,8 @@ def write_metadata(
         if key not in described:
             properties = metadata.TensorProperties(dtype=getattr(torch, piece["dtype"]))
             described[key] = metadata.TensorStorageMetadata(properties, torch.Size(piece["shape"]), [])
+        if described[key].properties.dtype != getattr(torch, piece["dtype"]):
+            raise ValueError(f"{key}: a piece of {piece['dtype']} among others of {described[key].properties.dtype}")
         index = metadata.MetadataIndex(key, offsets, len(described[key].chunks))
         described[key].chunks.append(metadata.ChunkStorageMetadata(offsets, torch.Size(piece["sizes"])))
         storage[index] = filesystem._StorageInfo(piece["file"], piece["start"], piece["length"])

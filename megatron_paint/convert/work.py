@@ -12,17 +12,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_paint import __version__
-from megatron_paint.disk import NewFolder, disk_errors, sync, write_atomically
+from megatron_paint.disk import NewFolder, disk_errors, lock_of, sync, write_atomically
 from megatron_paint.errors import UserError
 from megatron_paint.launch.lifetime import start_worker
 
 PLAN, RECORDS = "plan.json", "records"
+MARKS = ("config.json", "adapter_config.json", ".metadata")  # of folders that --overwrite may replace
 TASK_BYTES = 256 * 10**6
 PROCESS_BYTES = 2 * 10**9  # ours: for which another process is started
 
@@ -74,7 +76,10 @@ def cut_tasks(sizes: Sequence[int]) -> list[Task]:
 
 def fingerprint(folder: Path) -> dict[str, list[int]]:
     """Size and time of change of each file of a source; another number, another conversion."""
-    stats = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file()}
+    try:
+        stats = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file()}
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror}); is it being moved or deleted?") from None
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
@@ -89,25 +94,36 @@ def convert(
     with disk_errors(out), _locked(new.unfinished):
         new.recover()
         _check_absent(out, overwrite)
+        job = replace(job)  # without what it may have read of its sources before
+        plan = job.plan()
         tasks = job.tasks()
-        records = _begin_or_resume(job, tasks, new.unfinished)
+        records = _begin_or_resume(job, plan, tasks, new.unfinished)
         progress(sum(task.nbytes for task in tasks if task.number in records))
         left = [task for task in tasks if task.number not in records]
         for task, record in _run(job, new.unfinished, left, processes):
             records[task.number] = record
             progress(task.nbytes)
         ordered = [records[task.number] for task in tasks]
+        if job.plan() != plan:
+            raise UserError(f"{job.sources[0]} changed while it was read; run the same command again when it is whole")
         job.finish(new.unfinished, ordered)
-        _check_absent(out, overwrite)
         shutil.rmtree(new.unfinished / RECORDS)
         (new.unfinished / PLAN).unlink()
+        _check_absent(out, overwrite)
         new.finish(mark=False)
     return ordered
 
 
 def _check_absent(out: Path, overwrite: bool) -> None:
-    if out.exists() and not overwrite:
+    """UserError where something stands at `out` that is not to be replaced."""
+    if not os.path.lexists(out):
+        return
+    if out.is_symlink() or not out.is_dir():
+        raise UserError(f"{out} is {'a link' if out.is_symlink() else 'a file'}; give another folder for the output")
+    if not overwrite:
         raise UserError(f"{out} exists; remove it, give another folder, or say --overwrite")
+    if any(out.iterdir()) and not any((out / name).exists() for name in MARKS):
+        raise UserError(f"{out} holds no checkpoint, so --overwrite does not remove it; give another folder")
 
 
 def _check_apart(out: Path, sources: Sequence[Path]) -> None:
@@ -122,7 +138,7 @@ def _check_apart(out: Path, sources: Sequence[Path]) -> None:
 def _locked(folder: Path) -> Iterator[None]:
     """Keeps a second conversion out of the same folder; the lock goes with the process, however it ends."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    path = folder.with_name(f"{folder.name}.lock")
+    path = lock_of(folder)
     with open(path, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -136,18 +152,28 @@ def _locked(folder: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def _begin_or_resume(job: Job, tasks: Sequence[Task], folder: Path) -> dict[int, dict[str, Any]]:
+def _begin_or_resume(
+    job: Job, plan: Mapping[str, Any], tasks: Sequence[Task], folder: Path
+) -> dict[int, dict[str, Any]]:
     """Records of what an interrupted conversion with the same plan has done; else an empty start."""
-    plan = job.plan() | {"version": __version__, "tasks": [[task.number, task.entries, task.nbytes] for task in tasks]}
+    plan = {**plan, "version": __version__, "tasks": [[task.number, task.entries, task.nbytes] for task in tasks]}
     plan = json.loads(json.dumps(plan))
     if _read_json(folder / PLAN) == plan:
-        found = {int(path.stem): _read_json(path) for path in (folder / RECORDS).glob("*.json")}
-        return {number: record for number, record in found.items() if record is not None}
+        found = {task.number: _read_json(folder / RECORDS / f"{task.number}.json") for task in tasks}
+        return {number: record for number, record in found.items() if _is_done(record, folder)}
     shutil.rmtree(folder, ignore_errors=True)
     (folder / RECORDS).mkdir(parents=True)
     job.begin(folder)
     write_atomically(folder / PLAN, json.dumps(plan))
     return {}
+
+
+def _is_done(record: Any, folder: Path) -> bool:
+    """Whether a record is whole, and the files that it tells of are there."""
+    if not isinstance(record, dict) or not isinstance(record.get("sizes"), dict):
+        return False
+    paths = {folder / name: size for name, size in record["sizes"].items()}
+    return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
 
 
 def _read_json(path: Path) -> Any:
@@ -181,18 +207,24 @@ def _run(job: Job, folder: Path, tasks: Sequence[Task], processes: int) -> Itera
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_worker: Callable[[Task], dict[str, Any]]
+_job: Job
 _folder: Path
 
 
 def _start_worker(job: Job, folder: Path) -> None:
-    global _worker, _folder
+    global _job, _folder
     start_worker()  # Ctrl-C is for the parent, and nobody writes on when it is gone
-    _worker, _folder = job.worker(folder), folder
+    _job, _folder = job, folder
+
+
+@cache
+def _worker() -> Callable[[Task], dict[str, Any]]:
+    """Made with the first task, whose result brings its errors to the parent."""
+    return _job.worker(_folder)
 
 
 def _work(task: Task) -> dict[str, Any]:
-    return _do(_worker, _folder, task)
+    return _do(_worker(), _folder, task)
 
 
 def _do(work: Callable[[Task], dict[str, Any]], folder: Path, task: Task) -> dict[str, Any]:
@@ -200,6 +232,8 @@ def _do(work: Callable[[Task], dict[str, Any]], folder: Path, task: Task) -> dic
     for name in record["files"]:
         sync(folder / name)
     sync(folder)
+    record["nbytes"] = task.nbytes
+    record["sizes"] = {name: (folder / name).stat().st_size for name in record["files"]}
     write_atomically(folder / RECORDS / f"{task.number}.json", json.dumps(record))
     return record
 

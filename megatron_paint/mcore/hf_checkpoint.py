@@ -15,6 +15,7 @@ from megatron_paint.convert.adapters import ADAPTER_FILE, write_config
 from megatron_paint.convert.hf_reader import HuggingFaceReader
 from megatron_paint.convert.hf_writer import SHARD_BYTES, copy_companions, name_shards
 from megatron_paint.convert.mapping import hugging_face_shapes, rule_of
+from megatron_paint.convert.numbers import cast
 from megatron_paint.disk import sync
 from megatron_paint.errors import about
 from megatron_paint.mcore.agree import fill_folder
@@ -164,7 +165,7 @@ def _write_shards(
 
     try:
         for name, tensor in tensors:
-            tensor = tensor.to(device="cpu", dtype=dtype).contiguous()
+            tensor = cast(tensor.cpu(), dtype, name).contiguous()
             if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > shard_bytes:
                 flush()
             pending[name] = tensor

@@ -87,7 +87,10 @@ def test_what_is_there_stays(family, tmp_path, capsys):
     arguments = ["convert", "to-megatron", str(family / "dense-tied"), str(tmp_path / "out"), "--quiet"]
     assert main(arguments) == 2
     assert "--overwrite" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite"]) == 2
+    assert "holds no checkpoint, so --overwrite does not remove it" in capsys.readouterr().err
     assert (tmp_path / "out" / "mine").read_text() == "mine"
+    (tmp_path / "out" / "config.json").write_text("{}")
     assert main([*arguments, "--overwrite"]) == 0
     assert compare(family / "dense-tied", tmp_path / "out").equal
 
