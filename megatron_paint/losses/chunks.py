@@ -90,6 +90,11 @@ def chunk_size(
     return ChunkSize(tokens=max(1, tokens), elements=elements)
 
 
+def elements_of_tile(size: ChunkSize, device: torch.device) -> int:
+    """A tile for each thread; ranks may differ in threads, but not in the tokens of a chunk."""
+    return size.elements * (torch.get_num_threads() if device.type == "cpu" else 1)
+
+
 def tiles(values_TV: torch.Tensor, elements: int) -> Iterator[tuple[slice, slice]]:
     """Rows and columns of tiles of about so many elements: whole rows where they fit."""
     tokens, columns = values_TV.shape

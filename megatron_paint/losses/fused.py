@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from megatron_paint.losses import checks
-from megatron_paint.losses.chunks import ChunkSize, chunk_size
+from megatron_paint.losses.chunks import ChunkSize, chunk_size, elements_of_tile
 from megatron_paint.losses.config import InterpolationLossConfig, Kernel
 from megatron_paint.losses.cpu_math import settle_cpu_math
 from megatron_paint.losses.formed_gradient import attach_gradient
@@ -44,8 +44,9 @@ def fused_interpolation_loss(
     the output layer; output_weight_VH [V, H]: this rank's rows of it, teacher_output_weight_VH where the teacher has
     its own. bfloat16, float16, float32 or float64; logits are float32, or float64 if any input is.
     lengths: tokens of each rollout, in row order. chunk_tokens: rows at a time; None takes as many as keep logits and
-    temporaries within chunk_bytes. token_weight_T [T] multiplies loss_T. rollout_keys: one int per rollout, for
-    positions="random". token_ids_T [T], token_temperature (None: the loss temperature): for token_logp_T.
+    temporaries within chunk_bytes (a fifth above it where a rollout is cut, up to half with elsewhere="skip").
+    token_weight_T [T] multiplies loss_T. rollout_keys: one int per rollout, for positions="random". token_ids_T [T],
+    token_temperature (None: the loss temperature): for token_logp_T.
     kernel: who does the elementwise work; see kernels.choose_kernel.
 
     Gradients go to student_hidden_TH and output_weight_VH where they require one; under no_grad nothing is formed.
@@ -58,6 +59,7 @@ def fused_interpolation_loss(
     """
     settle_cpu_math()
     hidden_TH, weight_VH = student_hidden_TH, output_weight_VH
+    checks.check_matrix("output_weight_VH", weight_VH, "columns x hidden", like=(None, None))
     teacher_weight_VH = weight_VH if teacher_output_weight_VH is None else teacher_output_weight_VH
     checks.check_matrix("teacher_output_weight_VH", teacher_weight_VH, "columns x hidden", like=(len(weight_VH), None))
     valid = vocab.valid_columns(len(weight_VH))
@@ -114,8 +116,7 @@ def _size_and_passes(
         dtype=inputs.dtype,
         device=device,
     )
-    # A tile for each thread; ranks may differ in threads, but not in the tokens of a chunk.
-    elements = size.elements * (torch.get_num_threads() if device.type == "cpu" else 1)
+    elements = elements_of_tile(size, device)
     return size, make_passes(chosen, inputs.config, elements=elements, dlogits_dtype=dlogits_dtype)
 
 
@@ -123,7 +124,6 @@ def _check(inputs: Inputs, *, columns: int) -> None:
     """ValueError unless the arguments fit together; columns: the output weight's rows, padding included."""
     tokens, axes = len(inputs.student_TH), "tokens x hidden"
     weight_VH, teacher_weight_VH = inputs.weight_VH, inputs.teacher_weight_VH
-    checks.check_matrix("output_weight_VH", weight_VH, "columns x hidden", like=(None, None))
     checks.check_matrix("student_hidden_TH", inputs.student_TH, axes, like=(None, weight_VH.shape[1]))
     checks.check_matrix("teacher_hidden_TH", inputs.teacher_TH, axes, like=(tokens, teacher_weight_VH.shape[1]))
     checks.check_full_teacher("full_teacher_hidden_TH", inputs.full_teacher_TH, inputs.config)

@@ -160,7 +160,8 @@ class FusedPass:
         rows: Rows = chunk.rows
         if self.config.elsewhere == "skip":
             kept = selected_T.nonzero().squeeze(1)
-            rows, dlogits_TV = kept + chunk.start, dlogits_TV[kept]
+            if len(kept) < len(selected_T):
+                rows, dlogits_TV = kept + chunk.start, dlogits_TV[kept]
         self.gradient.put(rows, dlogits_TV)
 
     def _correct_guesses(self, statistics: Statistics, outcome: Outcome, guessed_T: torch.Tensor) -> torch.Tensor:
@@ -173,8 +174,8 @@ class FusedPass:
         )
         if self._selection_matters():
             wrong_rows = (selected_T != guessed_T).nonzero().squeeze(1)
-            # Half as many rows as a chunk: the wrong gradient and the right one exist at the same time.
-            for rows in wrong_rows.split(max(1, self.size.tokens // 2)):
+            # A quarter of a chunk's rows: logits, their copies, the wrong gradient and the right one exist together.
+            for rows in wrong_rows.split(max(1, self.size.tokens // 4)):
                 if rows.numel():
                     self._second_visit(rows, statistics.rows(rows), outcome)
         return selected_T

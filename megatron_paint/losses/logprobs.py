@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from megatron_paint.losses import checks
-from megatron_paint.losses.chunks import ChunkSize, chunk_size, plan_chunks
+from megatron_paint.losses.chunks import ChunkSize, chunk_size, elements_of_tile, plan_chunks
 from megatron_paint.losses.config import Kernel
 from megatron_paint.losses.cpu_math import settle_cpu_math
 from megatron_paint.losses.formed_gradient import attach_gradient
@@ -150,6 +150,7 @@ class _Head:
             if gradient is not None:
                 scale_T = weight_T[rows] / self.temperature
                 gradient.put(rows, passes.gradient(visit.logits, visit.query, total, scale_T))
+            visit = None  # and with it its logits, before the next ones exist
             if following is not None and ahead is None:
                 ahead = self.start_visit(following, project, passes)
             visit = ahead
@@ -168,6 +169,7 @@ class _Head:
             of_rows = Softmax(total.max_T[rows], total.sum_T[rows])
             scale_T = grad_T[rows] / self.temperature
             gradient.put(rows, passes.gradient(logits, self.query_of(rows), of_rows, scale_T))
+            del logits
         self.reduce(gradient)
 
     def projection(self, buffers: int) -> Projection:
@@ -176,7 +178,8 @@ class _Head:
 
     def passes(self, gradient: OutputLayerGradient | None) -> TokenPasses:
         dlogits_dtype = self.dtype if gradient is None else gradient.dlogits_dtype
-        return make_token_passes(self.kernel, elements=self.size.elements, dlogits_dtype=dlogits_dtype)
+        elements = elements_of_tile(self.size, self.hidden_TH.device)
+        return make_token_passes(self.kernel, elements=elements, dlogits_dtype=dlogits_dtype)
 
     def query_of(self, rows: slice) -> TokenQuery:
         return TokenQuery(self.query.column_T[rows], self.query.here_T[rows], self.query.ratio)

@@ -63,7 +63,7 @@ class Passes(Protocol):
         """Logits for another sums() and gradient(), which leave these as they are."""
 
 
-class Statistics(NamedTuple):
+class PackedStatistics(NamedTuple):
     """Packed statistics [..., K] by owner: (maximum, sum, weighted sum), the same, (maximum, sum), the token's two."""
 
     student: torch.Tensor
@@ -72,9 +72,9 @@ class Statistics(NamedTuple):
     token: torch.Tensor | None
 
 
-def split_statistics(packed: torch.Tensor, *, mixed: bool, token: bool) -> Statistics:
+def split_statistics(packed: torch.Tensor, *, mixed: bool, token: bool) -> PackedStatistics:
     """Cut what Passes.statistics packed, from one rank or from all of them."""
     parts = list(packed.split([3, 3, *([2] if mixed else []), *([2] if token else [])], dim=-1))
     token_part = parts.pop() if token else None
     mixed_part = parts.pop() if mixed else None
-    return Statistics(parts[0], parts[1], mixed_part, token_part)
+    return PackedStatistics(parts[0], parts[1], mixed_part, token_part)

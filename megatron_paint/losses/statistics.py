@@ -88,7 +88,7 @@ def merge_softmax(max_RT: torch.Tensor, sum_RT: torch.Tensor, ratio: float = 1.0
 
 
 def merge_entropy(parts_RTK: torch.Tensor, total: Softmax) -> torch.Tensor:
-    """The entropy [T] in nats from all ranks' softmax_statistics [R, T, 3]."""
+    """The entropy [T] in nats from all ranks' centred_statistics [R, T, 3]."""
     max_RT, sum_RT, weighted_RT = parts_RTK.unbind(-1)
     shift_RT = max_RT - total.max_T
     weighted_T = (shift_RT.exp() * (weighted_RT + shift_RT * sum_RT)).sum(0)

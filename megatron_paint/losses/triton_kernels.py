@@ -2,7 +2,8 @@
 
 Every lane keeps its own running values, which meet once at the end of the row: no reduction in the loop, and sums in as
 many parts as a block has lanes. Logits come in before the temperature, in any floating point type, and are float32 from
-there; -inf counts as -1e30, whose exponential is 0 and whose differences stay finite.
+there; -inf counts as -1e30, whose exponential is 0 and whose differences stay finite. NaN stays NaN: Triton's minimum
+and maximum would drop it, and a broken model would seem to learn.
 The formulas are those of terms.py. Axes: T tokens (rows), V this rank's vocabulary columns.
 """
 
@@ -17,8 +18,8 @@ _NEAR = tl.constexpr(0.5)
 @triton.jit
 def _load(row_ptr, columns, inside, factor):
     """Energies: factor is one over the temperature; those outside are -1e30."""
-    values = tl.load(row_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
-    return tl.maximum(values * factor, _LOWEST)
+    values = tl.load(row_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32) * factor
+    return tl.where(values < _LOWEST, _LOWEST, values)
 
 
 @triton.jit
@@ -62,7 +63,7 @@ def _log1p(w):
 @triton.jit
 def _terms(x, y, u):
     """x (expm1(u) - u), u = log y - log x; where expm1 could overflow, y - x (1 + u)."""
-    return tl.where(u > 1.0, y - x * (1.0 + u), x * _expm1_less(tl.minimum(u, 1.0)))
+    return tl.where(u > 1.0, y - x * (1.0 + u), x * _expm1_less(tl.where(u > 1.0, 1.0, u)))
 
 
 @triton.jit

@@ -45,7 +45,7 @@ def _rank(rank: int, ranks: int, folder: str) -> None:
     )
     cases = {
         f"{name} {dtype}": measure_case(
-            CASES[name], DTYPES[dtype], _axis(CASES[name], rank, ranks), _columns(CASES[name], rank, ranks)
+            CASES[name], DTYPES[dtype], axis_of(CASES[name], rank, ranks), columns_of(CASES[name], rank, ranks)
         )
         for tp, dtype, name in SHARDED_RUNS
         if tp == ranks
@@ -63,14 +63,14 @@ def _rank(rank: int, ranks: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def _columns(case: Case, rank: int, ranks: int) -> slice:
+def columns_of(case: Case, rank: int, ranks: int) -> slice:
     if case.skewed:
         return slice(*SKEWED_CUTS[ranks][rank : rank + 2])
     return slice(rank * COLUMNS // ranks, (rank + 1) * COLUMNS // ranks)
 
 
-def _axis(case: Case, rank: int, ranks: int, **more) -> ShardedVocab:
-    columns = _columns(case, rank, ranks)
+def axis_of(case: Case, rank: int, ranks: int, **more) -> ShardedVocab:
+    columns = columns_of(case, rank, ranks)
     if case.skewed or more:
         axis = {"start": columns.start, "stop": columns.stop, "size": COLUMNS, "valid_size": case.valid_size}
         return ShardedVocab(dist.group.WORLD, **axis, **more)
@@ -80,7 +80,7 @@ def _axis(case: Case, rank: int, ranks: int, **more) -> ShardedVocab:
 def _fused(case: Case, rank: int, ranks: int, vocab: ShardedVocab, data=None, **more):
     data = make_data(case, torch.float64) if data is None else data
     student_TH = data.student_TH.clone().requires_grad_()
-    weight_VH = data.weight_VH[_columns(case, rank, ranks)].clone().requires_grad_()
+    weight_VH = data.weight_VH[columns_of(case, rank, ranks)].clone().requires_grad_()
     output = fused_interpolation_loss(
         student_TH,
         weight_VH,
@@ -97,7 +97,7 @@ def _fused(case: Case, rank: int, ranks: int, vocab: ShardedVocab, data=None, **
 def _spread_over_ranks(rank: int, ranks: int) -> float:
     """How far the ranks' losses are apart, in all: what is replicated is so to the bit."""
     case = CASES["clipped-cut"]
-    loss_T = _fused(case, rank, ranks, _axis(case, rank, ranks))[0].loss_T.detach()
+    loss_T = _fused(case, rank, ranks, axis_of(case, rank, ranks))[0].loss_T.detach()
     losses = [torch.empty_like(loss_T) for _ in range(ranks)]
     dist.all_gather(losses, loss_T)
     return float(sum((other - losses[0]).abs().sum() for other in losses))
@@ -106,8 +106,8 @@ def _spread_over_ranks(rank: int, ranks: int) -> float:
 def _partial_hidden(rank: int, ranks: int) -> dict[str, float]:
     """reduce_hidden_grad=False: each rank's part is not the whole, and the parts add up to it."""
     case = CASES["jsd-cut"]
-    whole_TH = _fused(case, rank, ranks, _axis(case, rank, ranks))[1]
-    part_TH = _fused(case, rank, ranks, _axis(case, rank, ranks, reduce_hidden_grad=False))[1]
+    whole_TH = _fused(case, rank, ranks, axis_of(case, rank, ranks))[1]
+    part_TH = _fused(case, rank, ranks, axis_of(case, rank, ranks, reduce_hidden_grad=False))[1]
     total_TH = part_TH.clone()
     dist.all_reduce(total_TH)
     return {"part": relative(part_TH, whole_TH), "total": relative(total_TH, whole_TH)}
@@ -124,7 +124,7 @@ def _plain_all_reduce(rank: int, ranks: int) -> dict[str, dict[str, float]]:
     found = {}
     for name in ("forward", "reverse", "jsd"):
         case = CASES[name]
-        data, columns = make_data(case, torch.float64), _columns(case, rank, ranks)
+        data, columns = make_data(case, torch.float64), columns_of(case, rank, ranks)
         student_TV = (data.student_TH @ data.weight_VH.T).requires_grad_()
         teacher_TV = data.teacher_TH @ data.weight_VH.T
         want = dense_loss(student_TV, teacher_TV, lengths=data.lengths, config=case.config)
@@ -162,7 +162,7 @@ def _traffic(name: str, rank: int, ranks: int) -> dict[str, float]:
     try:
         data = make_data(case, torch.float32)
         more = {"chunk_tokens": 6, "token_ids_T": data.ids_T, "token_temperature": 0.9}
-        vocab = _axis(case, rank, ranks, reduce_hidden_grad=False)
+        vocab = axis_of(case, rank, ranks, reduce_hidden_grad=False)
         _fused(case, rank, ranks, vocab, data=data, **more)
     finally:
         dist.all_gather, dist.all_reduce = all_gather, all_reduce
@@ -173,10 +173,10 @@ def _empty(rank: int, ranks: int) -> dict[str, float]:
     """A micro-batch without response tokens: no loss, no gradient, nothing that waits for another rank."""
     case = CASES["clipped"]
     data = make_data(case, torch.float64, lengths=())
-    output, dhidden_TH, dweight_VH = _fused(case, rank, ranks, _axis(case, rank, ranks), data=data)
+    output, dhidden_TH, dweight_VH = _fused(case, rank, ranks, axis_of(case, rank, ranks), data=data)
     hidden_TH = data.student_TH.clone().requires_grad_()
-    weight_VH = data.weight_VH[_columns(case, rank, ranks)]
-    logprobs = token_logprobs(hidden_TH, weight_VH, data.ids_T, vocab=_axis(case, rank, ranks))
+    weight_VH = data.weight_VH[columns_of(case, rank, ranks)]
+    logprobs = token_logprobs(hidden_TH, weight_VH, data.ids_T, vocab=axis_of(case, rank, ranks))
     logprobs.logp_T.sum().backward()
     assert dhidden_TH.shape == hidden_TH.grad.shape == (0, HIDDEN)
     return {"loss": float(output.loss_T.detach().sum()), "dweight": float(dweight_VH.abs().sum())}
@@ -185,7 +185,7 @@ def _empty(rank: int, ranks: int) -> dict[str, float]:
 def _derived_chunks(rank: int, ranks: int) -> float:
     """Shards of unequal width and a padded vocabulary still agree on the chunks that chunk_bytes gives."""
     case = CASES["forward-skewed"]
-    vocab = _axis(case, rank, ranks)
+    vocab = axis_of(case, rank, ranks)
     whole = _fused(case, rank, ranks, vocab, chunk_tokens=None)
     small = _fused(case, rank, ranks, vocab, chunk_tokens=None, chunk_bytes=12 * 48 * 8)
     return max(relative(a, b) for a, b in zip(small[1:], whole[1:], strict=True))

@@ -8,7 +8,7 @@ import torch
 from losses_cases import CASES, make_data
 from losses_compare import relative
 
-from megatron_paint.losses import WholeVocab, fused_interpolation_loss, gemm
+from megatron_paint.losses import WholeVocab, fused_interpolation_loss, gemm, token_logprobs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,4 +57,26 @@ def test_products_run_while_collectives_do(monkeypatch):
     between = ["wait gather", "start sum", *start, "wait sum", "gradient"]
     assert vocab.events == [*start, *between, *between, "wait gather", "start sum", "wait sum", "gradient"]
     vocab.events.clear()
+    assert all(relative(one, two) <= 1e-15 for one, two in zip(found, run(WholeVocab()), strict=True))
+
+
+def test_products_run_while_token_statistics_travel(monkeypatch):
+    """One collective a chunk, behind which the next chunk's product stands."""
+    data = make_data(CASES["forward"], torch.float64)
+    vocab = _Recorded()
+    project, put = gemm.Projection.__call__, gemm.OutputLayerGradient.put
+    monkeypatch.setattr(gemm.Projection, "__call__", lambda *a: vocab.events.append("logits") or project(*a))
+    monkeypatch.setattr(gemm.OutputLayerGradient, "put", lambda *a: vocab.events.append("gradient") or put(*a))
+    token_weight_T = torch.linspace(-1.0, 2.0, len(data.ids_T), dtype=torch.float64)
+
+    def run(vocab):
+        hidden_TH, weight_VH = (tensor.clone().requires_grad_() for tensor in (data.student_TH, data.weight_VH))
+        settings = {"vocab": vocab, "chunk_tokens": 12, "token_weight_T": token_weight_T, "kernel": "torch"}
+        logp_T = token_logprobs(hidden_TH, weight_VH, data.ids_T, **settings).logp_T
+        logp_T.sum().backward()
+        return logp_T, hidden_TH.grad, weight_VH.grad
+
+    found = run(vocab)
+    start = ["logits", "start gather"]
+    assert vocab.events == [*start, *start, "wait gather", "gradient", "wait gather", "gradient"]
     assert all(relative(one, two) <= 1e-15 for one, two in zip(found, run(WholeVocab()), strict=True))

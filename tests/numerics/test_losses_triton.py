@@ -75,6 +75,29 @@ def test_kernels_equal_float64(found, run):
         assert errors["gradient"] <= (4e-3 if run.startswith("bfloat16") else 5e-6)
 
 
+@pytest.mark.parametrize("gradient", ["float32", "bfloat16"])
+@pytest.mark.parametrize("logits", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("columns", [1, 16, 37])
+def test_token_kernels_equal_float64(found, logits, gradient, columns):
+    """Of all types, the gradient in a buffer of its own where the types differ; one token on another rank."""
+    errors = found["tokens"][f"{logits} {gradient} {columns}"]
+    assert errors["statistics"] <= 5e-6
+    assert errors["gradient"] <= (5e-6 if gradient == "float32" else 4e-3)
+
+
+@pytest.mark.parametrize("kernel", ["torch", "triton"])
+def test_what_is_not_finite_stays_so(found, kernel):
+    """One broken hidden state: its row's loss is not finite, whatever the divergence and whoever's it is."""
+    assert len(found["broken"][kernel]) == 3 * (3 * 4 + 1)
+    assert {run: rows for run, rows in found["broken"][kernel].items() if rows != [True, False, True, True]} == {}
+
+
+def test_sharded_vocabularies_equal_dense(found):
+    """Two ranks, one of them with padding, unequal shards, tokens elsewhere."""
+    assert len(found["sharded"]) == 6
+    assert {name: error for name, error in found["sharded"].items() if error > 5e-6} == {}
+
+
 def test_kernels_compile_for_hopper():
     """Triton's compiler needs no GPU: what the interpreter forgives, it does not."""
     _run(str(HERE / "triton_compile.py"))

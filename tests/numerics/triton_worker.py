@@ -15,8 +15,11 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import losses_compare
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from losses_cases import CASES, LOGPROB_CASES, make_data
 from losses_compare import relative
+from losses_ranks import axis_of, columns_of
 
 from megatron_paint.losses import (
     InterpolationLossConfig,
@@ -28,6 +31,7 @@ from megatron_paint.losses import (
 from megatron_paint.losses.passes import ChunkLogits, Target, split_statistics
 from megatron_paint.losses.statistics import Softmax, query_tokens
 from megatron_paint.losses.terms import finish
+from megatron_paint.losses.token_passes import TokenLogits, TorchTokenPasses
 from megatron_paint.losses.torch_passes import TorchPasses
 
 # 48 columns in blocks of 16 or, with padding in the last one, 32.
@@ -47,6 +51,7 @@ CASE_NAMES = (
     "own-teacher-weight",
     "one-token-chunks",
 )
+SHARDED = ("forward-padded", "forward-skewed", "forward", "cold", "clipped-cut-skip", "jsd-cut-full-teacher")
 DIVERGENCES = {
     "forward": {},
     "clipped": {"clip": 0.05},
@@ -66,6 +71,80 @@ def measure_logprobs() -> dict[str, dict[str, float]]:
         data, vocab = make_data(case, torch.float32), WholeVocab(valid_size=case.valid_size)
         found[name] = losses_compare.measure_logprobs(case, data, vocab, slice(None))
     return found
+
+
+def measure_token_kernels(logits: str, gradient: str, columns: int) -> dict[str, float]:
+    """Token statistics and gradient of Triton's passes against torch's in float64, one token on another rank."""
+    generator = torch.Generator().manual_seed(columns)
+    values_TV = (torch.randn(4, columns, generator=generator) * 3.0).to(getattr(torch, logits))
+    ids_T = torch.tensor([0, 2, 3, 5]) % columns + torch.tensor([0, 0, columns, 0])
+    query = query_tokens(ids_T, start=0, columns=columns, ratio=1.0)
+    results = []
+    for exact in (True, False):
+        dtype = torch.float64 if exact else values_TV.dtype
+        passes = TorchTokenPasses(elements=7)
+        if not exact:
+            passes = triton_passes.TritonTokenPasses(dlogits_dtype=getattr(torch, gradient), block=16)
+        part = TokenLogits(values_TV=values_TV.to(dtype, copy=True))
+        packed_TK = passes.statistics(part, query)
+        # As if another rank's columns held as much again.
+        total = Softmax(packed_TK[:, 0], packed_TK[:, 1] * 2.0)
+        scale_T = torch.linspace(-0.5, 2.0, 4, dtype=packed_TK.dtype)
+        results.append((packed_TK, passes.gradient(part, query, total, scale_T)))
+    (statistics, dlogits_TV), (found, change_TV) = results
+    return {"statistics": relative(found, statistics), "gradient": relative(change_TV, dlogits_TV)}
+
+
+def measure_broken(kernel: str) -> dict[str, list[bool]]:
+    """Which rows' losses are finite where one hidden state of row 1 is not."""
+    found = {}
+    for value in (torch.nan, torch.inf, -torch.inf):
+        for side in ("student", "teacher", "full"):
+            for name, options in DIVERGENCES.items():
+                generator = torch.Generator().manual_seed(3)
+                hidden = {key: torch.randn(4, 6, generator=generator) for key in ("student", "teacher", "full")}
+                weight_VH = torch.randn(40, 6, generator=generator)
+                hidden[side][1, 3] = value
+                output = fused_interpolation_loss(
+                    hidden["student"],
+                    weight_VH,
+                    hidden["teacher"],
+                    full_teacher_hidden_TH=hidden["full"],
+                    lengths=[4],
+                    config=InterpolationLossConfig(**options, partner="full_teacher", positions="all"),
+                    vocab=WholeVocab(),
+                    kernel=kernel,
+                )
+                found[f"{value} {side} {name}"] = torch.isfinite(output.loss_T).tolist()
+                if side == "student":
+                    ids_T = torch.arange(4)
+                    scored = token_logprobs(hidden[side], weight_VH, ids_T, vocab=WholeVocab(), kernel=kernel)
+                    found[f"{value} logprobs"] = torch.isfinite(scored.logp_T).tolist()
+    return found
+
+
+def measure_sharded(folder: Path) -> dict[str, float]:
+    """The largest errors of the fused loss and of token log-probabilities over two ranks' columns."""
+    mp.spawn(_rank, (2, str(folder)), nprocs=2)
+    parts = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    return {key: max(part[key] for part in parts) for key in parts[0]}
+
+
+def _rank(rank: int, ranks: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
+    losses_compare.fused_interpolation_loss = partial(fused_interpolation_loss, kernel="triton")
+    losses_compare.token_logprobs = partial(token_logprobs, kernel="triton")
+    triton_passes.TritonPasses.__init__.__kwdefaults__["block"] = 16
+    triton_passes.TritonTokenPasses.__init__.__kwdefaults__["block"] = 16
+    found = {}
+    for name in SHARDED:
+        case = CASES[name]
+        columns = columns_of(case, rank, ranks)
+        errors = losses_compare.measure_case(case, torch.float32, axis_of(case, rank, ranks), columns)
+        found[name] = max(value for key, value in errors.items() if not key.startswith("reference"))
+    Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
 
 
 def measure_cases() -> dict[str, dict[str, float]]:
@@ -145,9 +224,16 @@ def main() -> None:
         for divergence in DIVERGENCES
         for columns in ((1, 16, 37) if kind == "float32" else (37,))
     }
-    Path(sys.argv[1]).write_text(
-        json.dumps({"cases": measure_cases(), "logprobs": measure_logprobs(), "kernels": kernels})
-    )
+    tokens = {
+        f"{logits} {gradient} {columns}": measure_token_kernels(logits, gradient, columns)
+        for logits in ("float32", "bfloat16", "float16")
+        for gradient in ("float32", "bfloat16")
+        for columns in (1, 16, 37)
+    }
+    path = Path(sys.argv[1])
+    found = {"cases": measure_cases(), "logprobs": measure_logprobs(), "kernels": kernels, "tokens": tokens}
+    found["broken"] = {kernel: measure_broken(kernel) for kernel in ("torch", "triton")}
+    path.write_text(json.dumps(found | {"sharded": measure_sharded(path.parent)}))
 
 
 if __name__ == "__main__":
