@@ -10,7 +10,13 @@ import torch
 
 from megatron_paint.config import DataSettings, LoraSettings, MegatronSettings, ModelSettings, RunSettings, Settings
 from megatron_paint.hardware import engine_is_lacking
-from megatron_paint.losses import InterpolationLossConfig, WholeVocab, fused_interpolation_loss, interpolation_loss
+from megatron_paint.losses import (
+    InterpolationLossConfig,
+    WholeVocab,
+    fused_interpolation_loss,
+    interpolation_loss,
+    token_logprobs,
+)
 from megatron_paint.objectives.losses import DistillationLoss
 from megatron_paint.policy import GenerationRequest, SamplingParameters
 from megatron_paint.records import Problem, Sample
@@ -170,6 +176,42 @@ def test_fused_loss_equals_float64(name, dtype, kernel):
     assert w.grad_added_to_main_grad
     assert torch.equal(found.selected_T.cpu(), wanted.selected_T)
     torch.testing.assert_close(found.loss_T.double().cpu(), wanted.loss_T, rtol=2e-5, atol=1e-6)
+    tolerance = 5e-6 if dtype == torch.float32 else 5e-3
+    for ours, theirs in ((h.grad, h64.grad), (w.main_grad, w64.grad)):
+        assert (ours.double().cpu() - theirs).norm() / theirs.norm() < tolerance
+
+
+@pytest.mark.parametrize("kernel", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_token_logprobs_equal_float64(weighted, dtype, kernel):
+    """Log-probabilities, entropies and gradients on CUDA against float64's on the same numbers."""
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(96, 64, generator=generator).to(dtype)
+    weight = (torch.randn(4099, 64, generator=generator) / 8).to(dtype)
+    ids = torch.randint(4099, (96,), generator=generator)
+    factor = torch.linspace(-1.0, 2.0, 96)
+    h64, w64 = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    logp = torch.log_softmax(h64 @ w64.t() / 1.1, 1)
+    wanted = logp.gather(1, ids[:, None]).squeeze(1)
+    (wanted * factor.double()).sum().backward()
+    h, w = hidden.cuda().requires_grad_(), torch.nn.Parameter(weight.cuda())
+    w.main_grad, w.grad_added_to_main_grad = torch.zeros(w.shape, device="cuda"), False
+    found = token_logprobs(
+        h,
+        w,
+        ids.cuda(),
+        vocab=WholeVocab(),
+        temperature=1.1,
+        chunk_tokens=48,
+        token_weight_T=factor.cuda() if weighted else None,
+        kernel=kernel,
+    )
+    (found.logp_T if weighted else found.logp_T * factor.cuda()).sum().backward()
+    values = found.logp_T.detach().double().cpu() / (factor.double() if weighted else 1.0)
+    torch.testing.assert_close(values, wanted.detach(), rtol=2e-5, atol=1e-6)
+    entropy = -(logp.exp() * logp).sum(1).detach()
+    torch.testing.assert_close(found.entropy_T.double().cpu(), entropy, rtol=2e-5, atol=1e-6)
     tolerance = 5e-6 if dtype == torch.float32 else 5e-3
     for ours, theirs in ((h.grad, h64.grad), (w.main_grad, w64.grad)):
         assert (ours.double().cpu() - theirs).norm() / theirs.norm() < tolerance
