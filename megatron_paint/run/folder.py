@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_paint.disk import COMPLETE, append_line, clear_left_overs, disk_errors, write_atomically
-from megatron_paint.errors import UserError
+from megatron_paint.errors import UserError, about
 from megatron_paint.records import EvalReport, Graded
 from megatron_paint.run.settings_file import changed_keys, moved_decay, plain, read_yaml, to_yaml
 from megatron_paint.run.strict_json import to_json
@@ -44,7 +44,7 @@ class RunFolder:
         refuses.
         """
         step = self.check(settings)
-        with disk_errors(self.path):
+        with about("run.dir"), disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.config_file, to_yaml(plain(settings)))
             for folder in (self.path / "samples", self.path / "eval", self.path / "checkpoints", self.logs):
@@ -83,7 +83,7 @@ class RunFolder:
         return step
 
     def _held(self) -> list[str]:
-        with disk_errors(self.path):
+        with about("run.dir"), disk_errors(self.path):
             if not self.path.exists():
                 return []
             return sorted(entry.name for entry in self.path.iterdir() if entry.name not in ALLOWED_BEFORE)
