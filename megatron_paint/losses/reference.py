@@ -104,23 +104,25 @@ def _entropy(logp_TV: torch.Tensor, vocab: VocabAxis) -> torch.Tensor:
 
 def _divergence(logp_TV: torch.Tensor, logq_TV: torch.Tensor, config: InterpolationLossConfig) -> torch.Tensor:
     """Terms whose sum over the vocabulary is the divergence of target q and student p."""
+    u_TV = logp_TV - logq_TV
     if config.divergence == "forward_kl":
-        return _kl_terms(logq_TV, logp_TV)
+        return _kl_terms(logq_TV, -u_TV)
     if config.divergence == "reverse_kl":
-        return _kl_terms(logp_TV, logq_TV)
-    beta = torch.tensor(config.jsd_beta, dtype=logp_TV.dtype, device=logp_TV.device)
-    logm_TV = torch.logaddexp(logq_TV + beta.log(), logp_TV + torch.log1p(-beta))
-    return beta * _kl_terms(logq_TV, logm_TV) + (1.0 - beta) * _kl_terms(logp_TV, logm_TV)
+        return _kl_terms(logp_TV, u_TV)
+    # m = beta q + (1 - beta) p. A ratio past e^80 is cut there: the one that stands below has no mass to speak of.
+    beta = config.jsd_beta
+    q_less_m_TV = -torch.log1p((1.0 - beta) * torch.expm1(u_TV.clamp(max=80.0)))
+    p_less_m_TV = -torch.log1p(beta * torch.expm1((-u_TV).clamp(max=80.0)))
+    return beta * _kl_terms(logq_TV, q_less_m_TV) + (1.0 - beta) * _kl_terms(logp_TV, p_less_m_TV)
 
 
-def _kl_terms(logx_TV: torch.Tensor, logy_TV: torch.Tensor) -> torch.Tensor:
+def _kl_terms(logx_TV: torch.Tensor, d_TV: torch.Tensor) -> torch.Tensor:
     """x (d + expm1(-d)), d = log x - log y: the sum is that of x d, as both sides sum to 1, and no term is negative.
 
     Where expm1 could overflow the same is x d + y - x.
     """
-    d_TV = logx_TV - logy_TV
     near_TV = logx_TV.exp() * (d_TV + torch.expm1(-d_TV.clamp(min=-1.0)))
-    far_TV = logx_TV.exp() * (d_TV - 1.0) + logy_TV.exp()
+    far_TV = logx_TV.exp() * (d_TV - 1.0) + (logx_TV - d_TV).exp()
     return torch.where(d_TV < -1.0, far_TV, near_TV)
 
 

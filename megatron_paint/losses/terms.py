@@ -99,16 +99,31 @@ def _jsd(
     p_TV: torch.Tensor, q_TV: torch.Tensor, u_TV: torch.Tensor, config: InterpolationLossConfig
 ) -> list[torch.Tensor]:
     beta = config.jsd_beta
-    # log m - log q = log(1 + (1-beta) expm1(u)) and log m - log p = log(1 + beta expm1(-u)): the one whose expm1 cannot
-    # overflow gives the other, as they differ by u.
-    share_TV = torch.gt(u_TV, 0.0, out=torch.empty_like(u_TV)).mul_(2.0 * beta - 1.0).add_(1.0 - beta)
-    log_TV = _expm1(u_TV.abs().neg_()).mul_(share_TV).log1p_()
+    above_TV = torch.gt(u_TV, 0.0, out=torch.empty_like(u_TV))
+    u_p_TV, u_q_TV = _logs_to_mixture(u_TV, above_TV, beta)
     m_TV = torch.lerp(p_TV, q_TV, beta)
-    target_T = _divergence_terms(q_TV, m_TV, torch.clamp(u_TV, min=0.0, out=share_TV).add_(log_TV)).sum(1)
-    u_p_TV = log_TV.sub_(u_TV.clamp_(max=0.0))
+    target_T = _divergence_terms(q_TV, m_TV, u_q_TV).sum(1)
     student_T = _divergence_terms(p_TV, m_TV, u_p_TV).sum(1)
     torch.mul(p_TV, u_p_TV, out=q_TV).mul_(1.0 - beta)
     return [beta * target_T + (1.0 - beta) * student_T, student_T]
+
+
+def _logs_to_mixture(u_TV: torch.Tensor, above_TV: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """log m - log p = log(1 + beta expm1(-u)) and log m - log q = log(1 + (1 - beta) expm1(u)); uses up u.
+
+    They differ by u, but a beta near 0 or 1 makes one of them far smaller than u, so each is taken by itself. With
+    v = |u|, `fall` is the one of -v, at most 0, `rise` the one of v, at least 0: expm1(v) is -expm1(-v) / exp(-v),
+    and past 80, where that could overflow, the logarithm is a line.
+    """
+    v_TV = u_TV.abs_()
+    near_TV = v_TV.clamp(max=80.0)
+    v_TV.sub_(near_TV)
+    fall_TV = _expm1(near_TV.neg())
+    below_TV = 1.0 - above_TV
+    rise_share_TV = above_TV * (1.0 - beta) + below_TV * beta
+    rise_TV = near_TV.exp_().mul_(fall_TV).mul_(rise_share_TV).neg_().log1p_().add_(v_TV)
+    fall_TV.mul_(above_TV * beta + below_TV * (1.0 - beta)).log1p_()
+    return torch.lerp(rise_TV, fall_TV, above_TV), torch.lerp(fall_TV, rise_TV, above_TV)
 
 
 _TERMS = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}

@@ -52,12 +52,12 @@ def _expm1_less(u):
 
 @triton.jit
 def _log1p(w):
-    """log(1 + w) for w in (-1, 0], with all its digits near 0."""
+    """log(1 + w) for w above -1, with all its digits near 0."""
     t = w / (2.0 + w)
     s = t * t
     series = 1.0 / 9.0 + s * (1.0 / 11.0 + s * (1.0 / 13.0 + s * (1.0 / 15.0)))
     series = 1.0 + s * (1.0 / 3.0 + s * (1.0 / 5.0 + s * (1.0 / 7.0 + s * series)))
-    return tl.where(w > -_NEAR, 2.0 * t * series, tl.log(1.0 + w))
+    return tl.where(tl.abs(w) < _NEAR, 2.0 * t * series, tl.log(1.0 + w))
 
 
 @triton.jit
@@ -67,12 +67,14 @@ def _terms(x, y, u):
 
 
 @triton.jit
-def _middle(p, q, u, beta):
-    """m = beta q + (1 - beta) p, log m - log p and log m - log q: the one whose expm1 cannot overflow gives both."""
-    low = -tl.abs(u)
-    share = tl.where(u > 0.0, beta, 1.0 - beta)
-    logarithm = _log1p((_expm1_less(low) + low) * share)
-    return beta * q + (1.0 - beta) * p, logarithm - tl.minimum(u, 0.0), tl.maximum(u, 0.0) + logarithm
+def _middle(p, q, u, beta, alpha):
+    """m = beta q + alpha p, log m - log p and log m - log q, each by itself: see terms.py."""
+    v = tl.abs(u)
+    near = tl.where(v > 80.0, 80.0, v)
+    expm1_of_fall = _expm1_less(-near) - near
+    fall = _log1p(expm1_of_fall * tl.where(u > 0.0, beta, alpha))
+    rise = _log1p(-expm1_of_fall * tl.exp(near) * tl.where(u > 0.0, alpha, beta)) + (v - near)
+    return beta * q + alpha * p, tl.where(u > 0.0, fall, rise), tl.where(u > 0.0, rise, fall)
 
 
 @triton.jit
@@ -203,6 +205,7 @@ def divergence_kernel(
     factor,
     clip,
     beta,
+    alpha,
     DIVERGENCE: tl.constexpr,
     CLIPPED: tl.constexpr,
     MIXED: tl.constexpr,
@@ -214,7 +217,7 @@ def divergence_kernel(
     """One read of the logits for the divergence's sums [T, 5] (SUMS), its gradient (GRADIENT: one write), or both.
 
     normalisers [T, 7]: student's maximum and log-sum, the target's, lambda, the gradient's coefficient c and its scale.
-    dlogits may be the teacher's buffer.
+    alpha: 1 - beta, of the JSD, which float32 could not take exactly. dlogits may be the teacher's buffer.
     """
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
@@ -252,12 +255,12 @@ def divergence_kernel(
             if SUMS:
                 first += tl.where(inside, _terms(p, q, -u), 0.0)
         else:
-            m, u_p, u_q = _middle(p, q, u, beta)
-            b = p * u_p * (1.0 - beta)
+            m, u_p, u_q = _middle(p, q, u, beta, alpha)
+            b = p * u_p * alpha
             if SUMS:
                 student_term = _terms(p, m, u_p)
                 target_term = _terms(q, m, u_q)
-                first += tl.where(inside, beta * target_term + (1.0 - beta) * student_term, 0.0)
+                first += tl.where(inside, beta * target_term + alpha * student_term, 0.0)
                 second += tl.where(inside, student_term, 0.0)
         if GRADIENT:
             change = (scale * (coefficient * p - b)).to(dlogits_ptr.dtype.element_ty)

@@ -121,6 +121,7 @@ class TritonPasses:
             self.factor,
             float(config.clip or 0.0),
             float(config.jsd_beta),
+            1.0 - config.jsd_beta,
             DIVERGENCE=config.divergence,
             CLIPPED=config.clip is not None,
             MIXED=config.interpolates,

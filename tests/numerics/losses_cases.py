@@ -63,6 +63,8 @@ def _cases() -> list[Case]:
         *cases,
         Case(name="teacher-minus-student", settings={"mismatch": "teacher_minus_student"}),
         Case(name="student-minus-teacher", settings={"mismatch": "student_minus_teacher", "fraction": 0.3}),
+        Case(name="jsd-low", settings={"divergence": "jsd", "jsd_beta": 0.001}, chunk_tokens=6),
+        Case(name="jsd-high", settings={"divergence": "jsd", "jsd_beta": 0.999}, chunk_tokens=6),
         Case(name="fraction-0", settings={"fraction": 0.0}, chunk_tokens=5),
         Case(name="fraction-1", settings={"fraction": 1.0, "weight": 0.3}, chunk_tokens=5),
         Case(name="weight-0", settings={"weight": 0.0}, chunk_tokens=5),
@@ -76,6 +78,23 @@ def _cases() -> list[Case]:
 
 # Token log-probabilities depend on the chunks, the vocabulary and the temperature alone.
 LOGPROB_CASES = ("forward", "forward-cut", "forward-padded", "forward-skewed", "one-token-chunks", "hot", "cold")
+TRITON_CASES = (
+    "forward",
+    "clipped",
+    "clipped-cut-skip",
+    "clipped-cut-full-teacher",
+    "clipped-padded",
+    "reverse-cut-most",
+    "reverse-random-skip-reweight",
+    "jsd",
+    "jsd-low",
+    "jsd-high",
+    "jsd-cut-full-teacher",
+    "jsd-threshold",
+    "hot",
+    "own-teacher-weight",
+    "one-token-chunks",
+)
 CASES = {case.name: case for case in _cases()}
 
 

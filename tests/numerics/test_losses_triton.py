@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from losses_cases import LOGPROB_CASES
+from losses_cases import LOGPROB_CASES, TRITON_CASES
 
 from megatron_paint.losses.kernels import _say_once, choose_kernel
 
@@ -24,9 +24,6 @@ KERNEL_RUNS = [
     for divergence in ("forward", "clipped", "reverse", "jsd")
     for columns in ((1, 16, 37) if kind == "float32" else (37,))
 ]
-CASES = ("forward", "clipped", "clipped-cut-skip", "clipped-cut-full-teacher", "clipped-padded", "reverse-cut-most")
-CASES += ("reverse-random-skip-reweight", "jsd", "jsd-cut-full-teacher", "jsd-threshold", "hot", "own-teacher-weight")
-CASES += ("one-token-chunks",)
 
 
 def _run(*arguments: str, **environment: str) -> None:
@@ -44,7 +41,7 @@ def found(tmp_path_factory):
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", TRITON_CASES)
 def test_fused_loss_equals_dense(found, name):
     """Values and gradients in float32; selections and counts exactly."""
     errors = found["cases"][name]

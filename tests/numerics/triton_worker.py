@@ -17,7 +17,7 @@ import losses_compare
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from losses_cases import CASES, LOGPROB_CASES, make_data
+from losses_cases import CASES, LOGPROB_CASES, TRITON_CASES, make_data
 from losses_compare import relative
 from losses_ranks import axis_of, columns_of
 
@@ -36,21 +36,6 @@ from megatron_paint.losses.torch_passes import TorchPasses
 
 # 48 columns in blocks of 16 or, with padding in the last one, 32.
 BLOCKS = (16, 32)
-CASE_NAMES = (
-    "forward",
-    "clipped",
-    "clipped-cut-skip",
-    "clipped-cut-full-teacher",
-    "clipped-padded",
-    "reverse-cut-most",
-    "reverse-random-skip-reweight",
-    "jsd",
-    "jsd-cut-full-teacher",
-    "jsd-threshold",
-    "hot",
-    "own-teacher-weight",
-    "one-token-chunks",
-)
 SHARDED = ("forward-padded", "forward-skewed", "forward", "cold", "clipped-cut-skip", "jsd-cut-full-teacher")
 DIVERGENCES = {
     "forward": {},
@@ -151,7 +136,7 @@ def measure_cases() -> dict[str, dict[str, float]]:
     """The fused loss's errors against the dense one, case by case, with kernel="triton"."""
     losses_compare.fused_interpolation_loss = partial(fused_interpolation_loss, kernel="triton")
     found = {}
-    for index, name in enumerate(CASE_NAMES):
+    for index, name in enumerate(TRITON_CASES):
         triton_passes.TritonPasses.__init__.__kwdefaults__["block"] = BLOCKS[index % 2]
         case = CASES[name]
         errors = losses_compare.measure_case(case, torch.float32, WholeVocab(valid_size=case.valid_size), slice(None))
