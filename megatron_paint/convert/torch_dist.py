@@ -9,6 +9,7 @@ import io
 import json
 import math
 import pickle
+import pickletools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -210,7 +211,7 @@ def _read_metadata(folder: Path) -> dict[str, StoredTensor]:
     path = folder / METADATA
     try:
         backend = json.loads((folder / BACKEND).read_text(encoding="utf-8"))
-        found = _Unpickler(io.BytesIO(path.read_bytes())).load()
+        found = _unpickled(path.read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{folder} has no {Path(error.filename).name}: it is not a Megatron checkpoint") from None
     except Exception as error:  # a damaged pickle can raise anything
@@ -225,6 +226,14 @@ def _read_metadata(folder: Path) -> dict[str, StoredTensor]:
         raise
     except (AttributeError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"{path} describes no checkpoint ({_line(error)}); copy the checkpoint again") from None
+
+
+def _unpickled(content: bytes) -> Any:
+    """What a pickle describes. A few bytes could ask for a memo of gigabytes, so its indices are looked at before."""
+    for operation, argument, _ in pickletools.genops(content):
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= argument <= len(content):
+            raise ValueError(f"memo index {argument} in {len(content)} bytes")
+    return _Unpickler(io.BytesIO(content)).load()
 
 
 def _tensors(found: Any, folder: Path) -> dict[str, StoredTensor]:

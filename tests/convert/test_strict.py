@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import resource
 import shutil
 
 import pytest
@@ -247,3 +248,13 @@ def test_every_layer_of_a_tensor_has_its_type(model):
     assert ToHuggingFace(source=model / "megatron", base=model / "hf").layout.nbytes == sum(
         t.properties.dtype.itemsize * t.size.numel() for t in stored.values()
     )
+
+
+def test_a_description_of_a_few_bytes_takes_no_memory(model, tmp_path):
+    """A memo index of 200 million makes Python's unpickler reserve gigabytes before it reads on."""
+    megatron = shutil.copytree(model / "megatron", tmp_path / "megatron")
+    (megatron / METADATA).write_bytes(b"N" + pickle.LONG_BINPUT + (200_000_000).to_bytes(4, "little") + b".")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match="memo index 200000000 in 7 bytes"):
+        CheckpointReader(megatron)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB; 3 GiB before
