@@ -119,8 +119,24 @@ class TeacherSettings:
 
 
 @settings_class
+class GrpoSettings:
+    samples_per_problem: Annotated[Whole, setting("responses of a group", ge=2)] = 8
+    updates_per_batch: Annotated[Count, setting("optimiser steps on each step's responses")] = 1
+    clip_low: Annotated[Number, setting("the ratio is cut below 1 - clip_low", ge=0, lt=1)] = 0.2
+    clip_high: Annotated[Number, setting("the ratio is cut above 1 + clip_high", ge=0)] = 0.2
+    normalisation: Annotated[
+        Literal["token_mean", "sequence_mean"],
+        setting("mean over all tokens of the step, or over responses of their means"),
+    ] = "token_mean"
+    kl_weight: Annotated[Number, setting("of the KL to the weights of objective.teacher (k3)", ge=0)] = 0.0
+    importance_limit: Annotated[
+        Positive | None, setting("largest importance weight of a token whose sampler and trainer differ; null: none")
+    ] = 2.0
+
+
+@settings_class
 class ObjectiveSettings:
-    name: Annotated[Literal["paint", "opsd", "sft"], setting("what is trained")] = "paint"
+    name: Annotated[Literal["paint", "opsd", "grpo", "sft"], setting("what is trained")] = "paint"
     reveal: RevealSettings = field(default_factory=RevealSettings)
     loss: InterpolationLossConfig = field(default_factory=InterpolationLossConfig)
     chunk_bytes: Annotated[Positive, setting("bytes of logits that the loss may hold at once")] = 1.0e9
@@ -129,6 +145,22 @@ class ObjectiveSettings:
         setting("who does the loss's elementwise work; auto takes torch where CUDA or Triton is missing"),
     ] = "auto"
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
+    grpo: GrpoSettings = field(default_factory=GrpoSettings)
+
+    @property
+    def distils(self) -> bool:
+        """Whether a teacher that sees a reference scores each rollout."""
+        return self.name in ("paint", "opsd")
+
+    @property
+    def samples_per_problem(self) -> int:
+        """Rollouts of each problem in a step; 0: the solution takes their place."""
+        return {"sft": 0, "grpo": self.grpo.samples_per_problem}.get(self.name, 1)
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether anything scores with the weights of `teacher`."""
+        return self.distils or (self.name == "grpo" and self.grpo.kl_weight > 0)
 
 
 @settings_class

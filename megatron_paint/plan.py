@@ -175,7 +175,7 @@ def _memory(settings: Settings, shape: Qwen3Shape, *, tp: int, pp: int, dp: int)
         trained = lora.rank * ends * shape.num_layers / pp / tp
     teacher = settings.objective.teacher
     held = teacher.weights == "ema" or (teacher.weights == "initial" and lora is None)
-    held = held and settings.objective.name != "sft"
+    held = held and settings.objective.has_teacher
     # In place for a pass an average is a copy in the student's type, and weights from host memory are a copy as well.
     resting = 0 if teacher.offload else FLOAT32 if teacher.weights == "ema" else width
     passing = width if teacher.offload or teacher.weights == "ema" else 0

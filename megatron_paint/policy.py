@@ -39,8 +39,8 @@ class GenerationRequest:
 class ResponseRows:
     """What a loss sees of a micro-batch: the rows that predict response tokens, rollout after rollout."""
 
-    lengths: tuple[int, ...]  # response tokens of each rollout; they sum to N
-    keys: tuple[int, ...]  # one a rollout
+    samples: tuple[Sample, ...]  # whose responses they are
+    lengths: tuple[int, ...]  # response tokens of each; they sum to N
     token_ids_N: Tensor  # the response tokens
     student_hidden_NH: Tensor
     output_weight_VH: Tensor
@@ -55,6 +55,7 @@ class TokenLoss(Protocol):
 
     needs_teacher: bool
     needs_full_teacher: bool
+    keeps_logprobs: bool  # whether the scores are to hold every token's log-probability
 
     def __call__(self, rows: ResponseRows) -> LossOutput: ...
 

@@ -77,6 +77,9 @@ class Sample:
     full_teacher_prompt_ids: TokenIds | None = None  # the whole reference; only for partner=full_teacher
     reveal: Reveal | None = None
     rollout: Rollout | None = None  # None: the response was not sampled (SFT)
+    advantage: float | None = None  # of every token of the response; only GRPO's
+    old_logprobs: tuple[float, ...] | None = None  # before the step's first update; None: this is the first
+    weight: float = 1.0  # of each token in the sum of the loss
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +95,8 @@ class SampleScore:
     divergence_selected_sum: float = 0.0  # unclipped
     divergence_other_sum: float = 0.0
     clipped_mass_sum: float = 0.0  # target mass on clipped entries, summed over tokens that carry loss
-    clipped_entries: int = 0
+    clipped_entries: int = 0  # of the target; GRPO: tokens whose ratio is clipped
+    token_logprobs: tuple[float, ...] | None = None  # of the response, where the loss asks for them
     sampler_gap_max: float | None = None  # max |sampler log-prob - trainer log-prob|; None: not sampled in this step
 
 

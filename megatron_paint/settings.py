@@ -58,7 +58,7 @@ def resolve_objective(settings: Settings, tree: Mapping[str, Any]) -> Settings:
 
 def _contradictions(settings: Settings) -> list[tuple[bool, str]]:
     reveal, rollout, megatron = settings.objective.reveal, settings.rollout, settings.megatron
-    optimizer = settings.optimizer
+    optimizer, objective = settings.optimizer, settings.objective
     return [
         (
             reveal.rule == "fixed" and reveal.share is None,
@@ -75,6 +75,16 @@ def _contradictions(settings: Settings) -> list[tuple[bool, str]]:
         (
             rollout.engine != "replay" and rollout.path is not None,
             f"rollout.path belongs to engine=replay, but engine={rollout.engine}; leave it out",
+        ),
+        (
+            objective.name == "grpo" and rollout.temperature == 0,
+            "rollout.temperature=0 makes all responses of a group the same, and objective.name=grpo learns from their "
+            "differences: set it above 0, such as 1.2",
+        ),
+        (
+            objective.name == "grpo" and rollout.engine == "replay" and objective.grpo.importance_limit is not None,
+            f"objective.grpo.importance_limit={objective.grpo.importance_limit} weighs by the sampler's "
+            "log-probabilities, and rollouts read from a file have none: set it to null",
         ),
         (
             optimizer.min_lr > optimizer.lr,

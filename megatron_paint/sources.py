@@ -38,9 +38,9 @@ def load_sources(
     prompts, held_out = load_held_out_sources(settings, shape, share=share)
     limit = _limit(settings, shape, prompts)
     problems: ProblemSet = share(lambda: load_problems(settings.data, grade=grade, prompt_limit=limit))
-    if settings.objective.name != "sft" and settings.objective.reveal.solution == "wrong":
+    if settings.objective.distils and settings.objective.reveal.solution == "wrong":
         _check_wrong_solutions(problems.problems, prompts, limit)
-    if settings.rollout.engine == "replay" and settings.objective.name != "sft":
+    if settings.rollout.engine == "replay" and settings.objective.samples_per_problem:
         share(lambda: _check_replay(settings, shape, problems))
     return Sources(prompts=prompts, problems=problems, held_out=held_out, notes=problems.notes)
 
@@ -93,13 +93,15 @@ def _check_wrong_solutions(problems: Sequence[Problem], prompts: Prompts, limit:
 
 def _check_replay(settings: Settings, shape: Qwen3Shape, problems: ProblemSet) -> None:
     """UserError where a rollout of a step that is still to be done is missing, or cannot be this model's."""
-    engine = ReplayEngine(settings.rollout.path)
+    engine, samples = ReplayEngine(settings.rollout.path), settings.objective.samples_per_problem
     resumes = settings.run.resume != "never"
     done = RunFolder(settings.run.dir).latest_checkpoint() if resumes else None
     for step in range((done or 0) + 1, settings.run.steps + 1):
         batch = problems.batch(step)
-        engine.check(step, batch)
-        engine.check_responses(step, batch, vocab_size=shape.vocab_size, max_tokens=settings.rollout.max_new_tokens)
+        engine.check(step, batch, samples=samples)
+        engine.check_responses(
+            step, batch, vocab_size=shape.vocab_size, max_tokens=settings.rollout.max_new_tokens, samples=samples
+        )
 
 
 def _limit(settings: Settings, shape: Qwen3Shape, prompts: Prompts) -> PromptLimit:
@@ -107,11 +109,13 @@ def _limit(settings: Settings, shape: Qwen3Shape, prompts: Prompts) -> PromptLim
     solution, and the line that the rest is hidden."""
 
     def length(problem: Problem) -> int:
-        if settings.objective.name == "sft":
-            return len(prompts.student_prompt(problem)) + len(prompts.sft_response(problem))
-        return prompts.longest_prompt(problem)
+        if objective.distils:
+            return prompts.longest_prompt(problem)
+        response = 0 if objective.samples_per_problem else len(prompts.sft_response(problem))
+        return len(prompts.student_prompt(problem)) + response
 
-    response = 0 if settings.objective.name == "sft" else settings.rollout.max_new_tokens
+    objective = settings.objective
+    response = settings.rollout.max_new_tokens if objective.samples_per_problem else 0
     return PromptLimit(
         length=length,
         most=shape.max_positions - response,

@@ -13,7 +13,7 @@ from megatron_paint.disk import write_atomically
 from megatron_paint.errors import UserError
 from megatron_paint.evaluation.evaluator import Answers, Evaluator
 from megatron_paint.evaluation.grading import GradingPool
-from megatron_paint.objectives import Paint, Sft, make_objective
+from megatron_paint.objectives import Objective, make_objective
 from megatron_paint.overlap import MaskerPool
 from megatron_paint.policy import Policy
 from megatron_paint.problems import ProblemSet
@@ -134,17 +134,17 @@ def prepare(settings: Settings, world: "World", *, mode: Mode, stack: ExitStack)
     evaluator = None
     if sources.held_out:
         evaluator = Evaluator(settings.evaluation, sources.held_out, sources.prompts, seed=settings.run.seed)
+    graders = stack.enter_context(GradingPool(seconds=settings.evaluation.grading_seconds)) if first else None
+    pool = _masker_pool(stack) if first and settings.objective.distils else None
     return Run(
         settings=settings,
         folder=folder,
         policy=policy,
         problems=sources.problems,
         prompts=sources.prompts,
-        objective=make_objective(
-            settings, sources.prompts, pool=_masker_pool(stack) if first else None, share=on_first_rank
-        ),
+        objective=make_objective(settings, sources.prompts, pool=pool, graders=graders, share=on_first_rank),
         evaluator=evaluator,
-        graders=stack.enter_context(GradingPool(seconds=settings.evaluation.grading_seconds)) if first else None,
+        graders=graders,
         progress=progress,
         start=start,
         on_first_rank=on_first_rank,
@@ -169,7 +169,7 @@ class Run:
     policy: Policy
     problems: ProblemSet
     prompts: Prompts
-    objective: Paint | Sft
+    objective: Objective
     evaluator: Evaluator | None
     graders: GradingPool | None  # on the rank that grades
     progress: Progress

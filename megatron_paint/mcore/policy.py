@@ -61,7 +61,7 @@ class MegatronPolicy:
             add_adapters(self.stage, settings.model.lora, shape, world, seed=settings.run.seed)
         self.wrapped = wrap_data_parallel(self.stage, megatron) if trained else self.stage
         self.optimizer = make_optimizer(self.wrapped, settings.optimizer, megatron) if trained else None
-        taught = trained and settings.objective.name != "sft"
+        taught = trained and settings.objective.has_teacher
         self.teacher = Teacher(self.stage, settings.objective.teacher if taught else TeacherSettings(weights="current"))
         self.multiple = token_multiple(megatron)
         self.generator = Generator(
@@ -261,7 +261,7 @@ class MegatronPolicy:
         output = loss(
             ResponseRows(
                 lengths=batch.lengths,
-                keys=tuple(samples[i].key for i in batch.indices),
+                samples=tuple(samples[i] for i in batch.indices),
                 token_ids_N=batch.token_ids_N,
                 student_hidden_NH=student_NH,
                 output_weight_VH=self.stage.output_weight(),
@@ -270,7 +270,7 @@ class MegatronPolicy:
                 **kept,
             )
         )
-        found |= score_samples(output, batch, samples, rank=self.world.rank)
+        found |= score_samples(output, batch, samples, rank=self.world.rank, keep_logprobs=loss.keeps_logprobs)
         return output.loss_T.sum(), output.carries_loss_T.sum().to(torch.int), {}
 
 

@@ -26,7 +26,7 @@ class NonFinite:
 
 
 def score_samples(
-    output: LossOutput, batch: MicroBatch, samples: Sequence[Sample], *, rank: int
+    output: LossOutput, batch: MicroBatch, samples: Sequence[Sample], *, rank: int, keep_logprobs: bool
 ) -> dict[int, SampleScore | NonFinite]:
     """Scores of the micro-batch's samples by their index in the step."""
     on_host = {
@@ -65,6 +65,7 @@ def score_samples(
             divergence_other_sum=float(part["divergence"][~selected].double().sum()),
             clipped_mass_sum=float(part["clipped_share"][carries].double().sum()),
             clipped_entries=int(part["clipped_entries"][carries].sum()),
+            token_logprobs=tuple(logps[place].tolist()) if keep_logprobs else None,
             sampler_gap_max=gap,
         )
     return scores

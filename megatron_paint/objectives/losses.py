@@ -1,11 +1,19 @@
 """The losses of the objectives, as the policy calls them: on the response rows of one micro-batch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from megatron_paint.config import GrpoSettings
 from megatron_paint.keys import derive_key
-from megatron_paint.losses import InterpolationLossConfig, LossOutput, fused_interpolation_loss, token_logprobs
+from megatron_paint.losses import (
+    InterpolationLossConfig,
+    LossOutput,
+    TokenLogprobs,
+    fused_interpolation_loss,
+    token_logprobs,
+)
 from megatron_paint.losses.config import Kernel
 from megatron_paint.policy import ResponseRows
 
@@ -20,6 +28,7 @@ class DistillationLoss:
     kernel: Kernel = "auto"
 
     needs_teacher = True
+    keeps_logprobs = False
 
     @property
     def needs_full_teacher(self) -> bool:
@@ -37,7 +46,7 @@ class DistillationLoss:
             teacher_output_weight_VH=rows.teacher_output_weight_VH,
             full_teacher_hidden_TH=rows.full_teacher_hidden_NH,
             # The rollout's own draws come from its key itself: positions drawn from it would be those of its draws.
-            rollout_keys=[derive_key(key, "positions") for key in rows.keys],
+            rollout_keys=[derive_key(sample.key, "positions") for sample in rows.samples],
             token_ids_T=rows.token_ids_N,
             token_temperature=self.token_temperature,
             kernel=self.kernel,
@@ -53,6 +62,7 @@ class CrossEntropyLoss:
 
     needs_teacher = False
     needs_full_teacher = False
+    keeps_logprobs = False
 
     def __call__(self, rows: ResponseRows) -> LossOutput:
         scored = token_logprobs(
@@ -65,16 +75,105 @@ class CrossEntropyLoss:
             token_weight_T=torch.ones_like(rows.token_ids_N, dtype=torch.float32),
             kernel=self.kernel,
         )
-        nothing = torch.zeros_like(scored.entropy_T)
-        everywhere = torch.ones_like(nothing, dtype=torch.bool)
-        return LossOutput(
-            loss_T=-scored.logp_T,
-            student_entropy_T=scored.entropy_T,
-            teacher_entropy_T=nothing,
-            selected_T=~everywhere,
-            divergence_T=-scored.logp_T.detach(),
-            clipped_share_T=nothing,
-            clipped_entries_T=nothing.long(),
-            carries_loss_T=everywhere,
-            token_logp_T=scored.logp_T.detach(),
+        return _output(-scored.logp_T, logp_T=scored.logp_T, entropy_T=scored.entropy_T)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyGradientLoss:
+    """The clipped policy gradient of GRPO on each response token, at the temperature of the rollout.
+
+    -w min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) + kl_weight k3, times the sample's weight. rho: the token's
+    probability over what it was before the step's first update; w = min(that / the sampler's, importance_limit),
+    without a gradient; k3 = exp(d) - d - 1, d = log p_reference - log p: an unbiased estimate of the KL to the
+    reference that is never negative. In the output `divergence_T` is k3, and `clipped_entries_T` is 1 where the clip
+    stops a token's gradient.
+    """
+
+    settings: GrpoSettings
+    chunk_bytes: float
+    temperature: float
+    kernel: Kernel = "auto"
+
+    needs_full_teacher = False
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.settings.kl_weight > 0
+
+    @property
+    def keeps_logprobs(self) -> bool:
+        return self.settings.updates_per_batch > 1
+
+    def __call__(self, rows: ResponseRows) -> LossOutput:
+        settings = self.settings
+        scored = self._score(rows, rows.student_hidden_NH, rows.output_weight_VH)
+        logp_N = scored.logp_T
+        advantage_N = _spread(rows, [sample.advantage for sample in rows.samples], like=logp_N)
+        old_N = logp_N.detach()
+        if rows.samples and rows.samples[0].old_logprobs is not None:
+            old_N = _joined([sample.old_logprobs for sample in rows.samples], like=logp_N)
+        ratio_N = (logp_N - old_N).exp()
+        cut_N = ratio_N.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high)
+        loss_N = -torch.minimum(ratio_N * advantage_N, cut_N * advantage_N)
+        clipped_N = (cut_N * advantage_N).detach() < (ratio_N * advantage_N).detach()
+        if settings.importance_limit is not None and rows.samples:
+            sampler_N = _joined([sample.rollout.logprobs for sample in rows.samples], like=logp_N)
+            loss_N = loss_N * (old_N - sampler_N).exp().clamp(max=settings.importance_limit)
+        k3_N = torch.zeros_like(logp_N)
+        if self.needs_teacher:
+            weight_VH = rows.teacher_output_weight_VH
+            with torch.no_grad():
+                reference = self._score(
+                    rows, rows.teacher_hidden_NH, rows.output_weight_VH if weight_VH is None else weight_VH
+                )
+            d_N = reference.logp_T - logp_N
+            k3_N = torch.expm1(d_N) - d_N
+            loss_N = loss_N + settings.kl_weight * k3_N
+        loss_N = loss_N * _spread(rows, [sample.weight for sample in rows.samples], like=logp_N)
+        return _output(loss_N, logp_T=logp_N, entropy_T=scored.entropy_T, divergence_T=k3_N, clipped_T=clipped_N)
+
+    def _score(self, rows: ResponseRows, hidden_NH: torch.Tensor, weight_VH: torch.Tensor) -> TokenLogprobs:
+        return token_logprobs(
+            hidden_NH,
+            weight_VH,
+            rows.token_ids_N,
+            vocab=rows.vocab,
+            temperature=self.temperature,
+            chunk_bytes=self.chunk_bytes,
+            kernel=self.kernel,
         )
+
+
+def _spread(rows: ResponseRows, values: Sequence[float], *, like: torch.Tensor) -> torch.Tensor:
+    """One value a sample, at each of its tokens [N]."""
+    value_S = torch.tensor(values, dtype=like.dtype, device=like.device)
+    return value_S.repeat_interleave(torch.tensor(rows.lengths, dtype=torch.int64, device=like.device))
+
+
+def _joined(values: Sequence[Sequence[float]], *, like: torch.Tensor) -> torch.Tensor:
+    """The samples' values at their tokens [N]."""
+    return torch.tensor([value for part in values for value in part], dtype=like.dtype, device=like.device)
+
+
+def _output(
+    loss_T: torch.Tensor,
+    *,
+    logp_T: torch.Tensor,
+    entropy_T: torch.Tensor,
+    divergence_T: torch.Tensor | None = None,
+    clipped_T: torch.Tensor | None = None,
+) -> LossOutput:
+    """A loss that all tokens carry, without a target distribution; divergence_T: -log p if left out."""
+    nothing = torch.zeros_like(entropy_T)
+    everywhere = torch.ones_like(nothing, dtype=torch.bool)
+    return LossOutput(
+        loss_T=loss_T,
+        student_entropy_T=entropy_T,
+        teacher_entropy_T=nothing,
+        selected_T=~everywhere,
+        divergence_T=(-logp_T if divergence_T is None else divergence_T).detach(),
+        clipped_share_T=nothing,
+        clipped_entries_T=nothing.long() if clipped_T is None else clipped_T.long(),
+        carries_loss_T=everywhere,
+        token_logp_T=logp_T.detach(),
+    )

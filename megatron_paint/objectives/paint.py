@@ -6,27 +6,19 @@ teacher's distribution, mixed with its own where their entropies differ most. OP
 """
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from megatron_paint.config import Settings
 from megatron_paint.hardware import loss_kernel
-from megatron_paint.keys import derive_key
 from megatron_paint.objectives.losses import DistillationLoss
+from megatron_paint.objectives.rollouts import RolloutSource
+from megatron_paint.objectives.share import Share, directly
 from megatron_paint.overlap import MaskerPool
-from megatron_paint.policy import GenerationRequest, Policy, SamplingParameters
+from megatron_paint.policy import Policy
 from megatron_paint.prompts import Prompts
 from megatron_paint.records import Problem, Reveal, Rollout, Sample, StepReport
 from megatron_paint.reveal import reveal_step
-from megatron_paint.rollout.replay import ReplayEngine
 from megatron_paint.run.report import metrics_of
-
-Share = Callable[[Callable[[], Any]], Any]
-
-
-def directly(act: Callable[[], Any]) -> Any:
-    """Where this process is the only one."""
-    return act()
 
 
 class Paint:
@@ -40,10 +32,7 @@ class Paint:
         self.prompts = prompts
         self.pool = pool
         self.share = share
-        self.stop_ids = frozenset(prompts.tokenizer.stop_ids)
-        self.replay = None
-        if settings.rollout.engine == "replay":
-            self.replay = ReplayEngine(settings.rollout.path, stop_ids=self.stop_ids)
+        self.source = RolloutSource(settings, prompts)
         # Greedy log-probabilities are taken at temperature 1.
         self.loss = DistillationLoss(
             config=settings.objective.loss,
@@ -55,7 +44,7 @@ class Paint:
     def step(self, policy: Policy, problems: Sequence[Problem], *, step: int, lr: float) -> StepReport:
         """Samples, masks, scores and updates once."""
         started = time.perf_counter()
-        rollouts = self.rollouts(policy, problems, step=step)
+        rollouts = self.source.rollouts(policy, problems, step=step)
         sampled = time.perf_counter()
         samples = self.samples(problems, rollouts, step=step)
         masked = time.perf_counter()
@@ -71,28 +60,9 @@ class Paint:
         )
         return StepReport(step=step, metrics=metrics, samples=tuple(samples), scores=update.scores)
 
-    def rollouts(self, policy: Policy, problems: Sequence[Problem], *, step: int) -> list[Rollout]:
-        """One response per problem, sampled by the student or read from a file."""
-        prompts = [self.prompts.student_prompt(problem) for problem in problems]
-        if self.replay is not None:
-            return self.replay.rollouts(step, problems, prompts)
-        requests = [
-            GenerationRequest(problem_id=problem.id, sample_index=0, prompt_ids=prompt, key=self._key(problem, step))
-            for problem, prompt in zip(problems, prompts, strict=True)
-        ]
-        rollout = self.settings.rollout
-        sampling = SamplingParameters(
-            max_new_tokens=rollout.max_new_tokens,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            stop_ids=self.stop_ids,
-        )
-        return policy.generate(requests, sampling)
-
     def samples(self, problems: Sequence[Problem], rollouts: Sequence[Rollout], *, step: int) -> list[Sample]:
         """Each rollout with the prompts of both sides: the teacher's shows what the masker reveals."""
-        keys = [self._key(problem, step) for problem in problems]
+        keys = [self.source.key(problem, step) for problem in problems]
         reveals = self.share(
             lambda: reveal_step(
                 problems,
@@ -118,7 +88,3 @@ class Paint:
             reveal=reveal,
             rollout=rollout,
         )
-
-    def _key(self, problem: Problem, step: int) -> int:
-        """All randomness of the problem's one sample of this step."""
-        return derive_key(self.settings.run.seed, step, problem.id, 0)

@@ -39,11 +39,16 @@ class Case:
     loss: dict = field(default_factory=dict)  # beyond LOSS
     offload: bool = False  # the teacher's weights rest in host memory
     overlap_grad_reduce: bool = False
+    grpo: dict | None = None  # settings of GRPO, which then takes the divergence's place
     num_samples: int = 5  # 1 leaves a data-parallel replica without any
 
     @property
     def loss_settings(self) -> dict:
         return LOSS | self.loss
+
+    @property
+    def has_teacher_prompt(self) -> bool:
+        return self.teacher != "none" and self.grpo is None
 
 
 CASES = (
@@ -95,7 +100,32 @@ CASES = (
     ),
     Case(name="sft-tied-adam", tied=True, teacher="none", optimizer="adam"),
     Case(name="sft-lora-sgd", tied=False, teacher="none", optimizer="sgd", lora=True, lr=5e-2),
+    Case(
+        name="grpo-kl-sgd",
+        tied=False,
+        teacher="initial",
+        optimizer="sgd",
+        lr=0.15,
+        grpo={
+            "updates_per_batch": 2,
+            "clip_low": 0.01,
+            "clip_high": 0.015,
+            "normalisation": "sequence_mean",
+            "kl_weight": 0.3,
+            "importance_limit": 1.2,
+        },
+    ),
+    Case(
+        name="grpo-lora-adam",
+        tied=True,
+        teacher="none",
+        optimizer="adam",
+        lora=True,
+        grpo={"updates_per_batch": 1, "importance_limit": None},
+    ),
 )
+GRPO_TEMPERATURE = 1.2
+ADVANTAGES = (1.3, -0.7, 0.4, -1.1, 0.9)
 
 
 def make_checkpoints(folder: Path) -> None:
@@ -120,6 +150,12 @@ def adapter_value(name: str, shape: torch.Size) -> torch.Tensor:
     """A whole adapter matrix, from its PEFT name: not zero, so that the teacher kinds differ."""
     generator = torch.Generator().manual_seed(sum(ord(c) * (i + 1) for i, c in enumerate(name)))
     return 0.1 * torch.randn(shape, generator=generator)
+
+
+def sampler_logprobs(index: int, length: int) -> tuple[float, ...]:
+    """As a sampler that differs from the trainer would have them."""
+    generator = torch.Generator().manual_seed(500 + index)
+    return tuple((-4.0 + 0.5 * torch.randn(length, generator=generator)).tolist())
 
 
 def step_samples(step: int) -> list[tuple[list[int], list[int], list[int], list[int]]]:

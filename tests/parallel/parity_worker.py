@@ -2,17 +2,20 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 
 from megatron_paint.config import (
     DataSettings,
+    GrpoSettings,
     LoraSettings,
     MegatronSettings,
     ModelSettings,
     ObjectiveSettings,
     OptimizerSettings,
+    RolloutSettings,
     RunSettings,
     Settings,
     TeacherSettings,
@@ -24,9 +27,10 @@ from megatron_paint.mcore.hf_checkpoint import first_layer_of, gathered_tensors,
 from megatron_paint.mcore.lora import adapters_of
 from megatron_paint.mcore.policy import MegatronPolicy
 from megatron_paint.mcore.world import start_world, stop_world
+from megatron_paint.objectives import Grpo
 from megatron_paint.objectives.losses import CrossEntropyLoss, DistillationLoss
 from megatron_paint.qwen3 import read_shape
-from megatron_paint.records import Problem, Sample
+from megatron_paint.records import Problem, Rollout, Sample
 from tests.parallel import parity_cases as parity
 from tests.parallel.layouts import LAYOUTS
 
@@ -42,12 +46,16 @@ def settings_of(case: parity.Case, folder: Path, megatron: dict) -> Settings:
         ),
         data=DataSettings(train="unused", micro_batch_tokens=40),
         run=RunSettings(dir="unused"),
+        rollout=RolloutSettings(temperature=parity.GRPO_TEMPERATURE),
         objective=ObjectiveSettings(
+            name="paint" if case.grpo is None else "grpo",
+            grpo=GrpoSettings(**(case.grpo or {})),
+            chunk_bytes=4e3,
             teacher=TeacherSettings(
                 weights=case.teacher if case.teacher != "none" else "current",
                 ema_decay=parity.EMA_DECAY,
                 offload=case.offload,
-            )
+            ),
         ),
         optimizer=OptimizerSettings(
             name=case.optimizer,
@@ -65,6 +73,8 @@ def settings_of(case: parity.Case, folder: Path, megatron: dict) -> Settings:
 
 
 def records(step: int, case: parity.Case) -> list[Sample]:
+    if case.grpo is not None:
+        return grpo_records(step, case)
     return [
         Sample(
             problem=Problem(id=str(i), problem="", solution="", answer=""),
@@ -76,6 +86,33 @@ def records(step: int, case: parity.Case) -> list[Sample]:
             response_ids=tuple(response),
         )
         for i, (student, teacher, full, response) in enumerate(parity.step_samples(step)[: case.num_samples])
+    ]
+
+
+def grpo_records(step: int, case: parity.Case) -> list[Sample]:
+    """Rollouts with advantages that are given; the weights are the objective's own work."""
+    rows = parity.step_samples(step)
+    tokens = sum(len(response) for *_, response in rows)
+    return [
+        Sample(
+            problem=Problem(id=str(i), problem="", solution="", answer=""),
+            sample_index=0,
+            key=i,
+            student_prompt_ids=tuple(student),
+            teacher_prompt_ids=tuple(student) if case.grpo.get("kl_weight") else None,
+            response_ids=tuple(response),
+            rollout=Rollout(
+                problem_id=str(i),
+                sample_index=0,
+                prompt_ids=tuple(student),
+                response_ids=tuple(response),
+                logprobs=parity.sampler_logprobs(i, len(response)),
+                finished=True,
+            ),
+            advantage=parity.ADVANTAGES[i],
+            weight=tokens / (len(rows) * len(response)) if case.grpo.get("normalisation") == "sequence_mean" else 1.0,
+        )
+        for i, (student, _, _, response) in enumerate(rows)
     ]
 
 
@@ -140,20 +177,26 @@ def run_case(case: parity.Case, folder: Path, out: Path, world, megatron: dict) 
     if not case.lora:
         policy.teacher.follow()
     loss = CrossEntropyLoss(chunk_bytes=1e9)
-    if case.teacher != "none":
+    if case.grpo is not None:
+        stops = SimpleNamespace(tokenizer=SimpleNamespace(stop_ids=(0,)))
+        objective = Grpo(settings, stops)
+        loss = objective.loss
+    elif case.teacher != "none":
         config = InterpolationLossConfig(**case.loss_settings)
         loss = DistillationLoss(config=config, chunk_bytes=4e3, token_temperature=1.1)
-    result = {"losses": [], "gradients": [], "norms": [], "hidden": {}}
-    if case.teacher != "none":
+    result = {"losses": [], "gradients": [], "norms": [], "hidden": {}, "clipped": []}
+    if case.has_teacher_prompt:
         result["hidden"] = teacher_hidden(policy, records(0, case))
     for step in range(parity.STEPS):
         samples = records(step, case)
         if not case.distributed_optimizer:
             policy.accumulate(samples, loss)
             result["gradients"].append(gradients(policy))
-        report = policy.update(samples, loss, lr=case.lr)
-        result["losses"].append([score.loss_sum for score in report.scores])
-        result["norms"].append(report.grad_norm)
+        reports = [policy.update(samples, loss, lr=case.lr)] if case.grpo is None else None
+        for report in reports or objective.update(policy, samples, lr=case.lr):
+            result["losses"].append([score.loss_sum for score in report.scores])
+            result["norms"].append(report.grad_norm)
+            result["clipped"].append(sum(score.clipped_entries for score in report.scores))
     policy.export(out / case.name)
     if world.rank == 0:
         torch.save(result, out / f"{case.name}.pt")

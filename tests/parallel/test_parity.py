@@ -68,22 +68,34 @@ def plain(checkpoints):
         )
         start_teacher(policy, case, checkpoints)
         before = exported(policy.model, case)
-        losses, gradients, norms = [], [], []
+        losses, gradients, norms, clipped = [], [], [], []
         keys = [derive_key(index, "positions") for index in range(case.num_samples)]
-        hidden = {} if case.teacher == "none" else policy.teacher_hidden(parity.step_samples(0)[: case.num_samples])
+        hidden = policy.teacher_hidden(parity.step_samples(0)[: case.num_samples]) if case.has_teacher_prompt else {}
         for step in range(parity.STEPS):
             samples = parity.step_samples(step)[: case.num_samples]
             if case.teacher == "none":
                 samples = [(student, None, None, response) for student, *_, response in samples]
-            step_losses, step_gradients = policy.train_step(samples, keys=keys, **case.loss_settings)
-            losses.append(step_losses)
-            gradients.append({short_name(n): g for n, g in step_gradients.items()})
-            norms.append(torch.stack([g.norm() for g in step_gradients.values()]).norm().item())
+            if case.grpo is None:
+                updates = [(*policy.train_step(samples, keys=keys, **case.loss_settings), 0)]
+            else:
+                updates = policy.grpo_step(
+                    samples,
+                    advantages=parity.ADVANTAGES,
+                    samplers=[parity.sampler_logprobs(i, len(row[-1])) for i, row in enumerate(samples)],
+                    settings=case.grpo,
+                    temperature=parity.GRPO_TEMPERATURE,
+                )
+            gradients.append({short_name(n): g for n, g in updates[0][1].items()})
+            for step_losses, step_gradients, cut in updates:
+                losses.append(step_losses)
+                norms.append(torch.stack([g.norm() for g in step_gradients.values()]).norm().item())
+                clipped.append(cut)
         results[case.name] = {
             "losses": losses,
             "gradients": gradients,
             "norms": norms,
             "hidden": hidden,
+            "clipped": clipped,
             "before": before,
             "after": exported(policy.model, case),
         }
@@ -137,6 +149,8 @@ def test_equals_plain_torch(case, layout, plain):
     found = torch.load(layout / f"{case.name}.pt")
     torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(wanted["losses"]), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(torch.tensor(found["norms"]), torch.tensor(wanted["norms"]), rtol=1e-5, atol=0)
+    if case.grpo is not None:
+        assert found["clipped"] == wanted["clipped"]
     assert found["hidden"].keys() == wanted["hidden"].keys()
     for index, hidden in wanted["hidden"].items():
         assert relative(found["hidden"][index], hidden) < 1e-5, index
@@ -165,6 +179,14 @@ def test_what_is_not_finite_stops_before_the_optimiser(layout):
     assert re.fullmatch(r"the gradient's norm is (nan|inf)", told[0]["gradient"])
     assert told[0]["loss same"]
     assert told[0]["gradient same"]
+
+
+def test_grpo_s_clip_is_met(plain):
+    """The second update clips some tokens and not all, so that a clip that does nothing cannot pass."""
+    tokens = sum(len(response) for *_, response in parity.step_samples(0))
+    first, second = plain["grpo-kl-sgd"]["clipped"][:2]
+    assert first == 0
+    assert 0 < second < tokens
 
 
 def test_teacher_kinds_differ(plain):

@@ -74,6 +74,26 @@ def paint_loss(student_NV: Tensor, teacher_NV: Tensor, full_teacher_NV: Tensor, 
     return losses.sum(), len(losses)
 
 
+def grpo_loss(student_NV: Tensor, reference_NV: Tensor, response, *, advantage, sampler, old_N, temperature, settings):
+    """(sum over the response of the clipped policy gradient with its KL, its log-probabilities, clipped tokens)."""
+    ids = torch.tensor(response)[:, None]
+    logp_N = F.log_softmax(student_NV / temperature, -1).gather(1, ids)[:, 0]
+    old_N = logp_N.detach() if old_N is None else old_N
+    ratio_N = (logp_N - old_N).exp()
+    low, high = 1 - settings.get("clip_low", 0.2), 1 + settings.get("clip_high", 0.2)
+    gained = ratio_N * advantage
+    cut = (ratio_N > high) if advantage > 0 else (ratio_N < low)
+    gained = torch.where(cut, torch.full_like(gained, (high if advantage > 0 else low) * advantage), gained)
+    if settings.get("importance_limit"):
+        gained = gained * (old_N.exp() / torch.tensor(sampler).exp()).clamp(max=settings["importance_limit"])
+    losses = -gained
+    if settings.get("kl_weight"):
+        reference_N = F.log_softmax(reference_NV / temperature, -1).gather(1, ids)[:, 0]
+        quotient = reference_N.exp() / logp_N.exp()
+        losses = losses + settings["kl_weight"] * (quotient - quotient.log() - 1)
+    return losses, logp_N.detach(), int(cut.sum())
+
+
 class PlainPolicy:
     """Student, teacher and optimiser of one process; `train_step` returns losses and gradients before the step."""
 
@@ -116,6 +136,41 @@ class PlainPolicy:
             ids = torch.tensor([[*prompt, *response]])
             states = self.teacher()(input_ids=ids, output_hidden_states=True).hidden_states
             found[index] = states[-1][0, len(prompt) - 1 : -1]
+        return found
+
+    def grpo_step(self, samples, *, advantages, samplers, settings, temperature):
+        """All updates on these samples: losses and gradient of each, and how many tokens were clipped."""
+        olds = [None] * len(samples)
+        found, tokens = [], sum(len(response) for *_, response in samples)
+        for update in range(settings.get("updates_per_batch", 1)):
+            self.optimizer.zero_grad()
+            sums, total, clipped = [], 0.0, 0
+            for index, (prompt, _, _, response) in enumerate(samples):
+                with torch.no_grad():
+                    reference = response_logits(self.start, prompt, response)
+                losses, logp_N, cut = grpo_loss(
+                    response_logits(self.model, prompt, response),
+                    reference,
+                    response,
+                    advantage=advantages[index],
+                    sampler=samplers[index],
+                    old_N=olds[index],
+                    temperature=temperature,
+                    settings=settings,
+                )
+                if update == 0:
+                    olds[index] = logp_N
+                clipped += cut
+                if settings.get("normalisation") == "sequence_mean":
+                    total = total + losses.mean() / len(samples)
+                    sums.append(losses.mean() * tokens / len(samples))
+                else:
+                    total = total + losses.sum() / tokens
+                    sums.append(losses.sum())
+            total.backward()
+            gradients = {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
+            self.optimizer.step()
+            found.append(([loss.item() for loss in sums], gradients, clipped))
         return found
 
     def train_step(self, samples, *, keys, **loss_settings):

@@ -1,0 +1,138 @@
+"""GRPO, one step from problems to updates (arXiv 2402.03300): a verified answer is worth 1, any other 0.
+
+The student samples a group of responses per problem. A response's advantage is how far its reward lies above its
+group's mean, in standard deviations; each of its tokens is made more likely by it, within a clipped ratio. A group
+whose rewards are all equal teaches nothing and is left out.
+"""
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Sequence
+
+from megatron_paint.config import Settings
+from megatron_paint.evaluation.grading import Grade, GradingPool
+from megatron_paint.hardware import loss_kernel
+from megatron_paint.objectives.losses import PolicyGradientLoss
+from megatron_paint.objectives.rollouts import RolloutSource
+from megatron_paint.objectives.share import Share, directly
+from megatron_paint.policy import Policy
+from megatron_paint.prompts import Prompts
+from megatron_paint.records import Problem, Rollout, Sample, SampleScore, StepReport, UpdateReport
+from megatron_paint.run.report import metrics_of, ratio
+
+EPSILON = 1e-6  # added to a group's standard deviation
+
+
+def advantages(rewards: Sequence[float]) -> list[float]:
+    """(r - mean) / (std + 1e-6) of one group, the standard deviation with n - 1; exactly 0 where all are equal."""
+    mean, deviation = statistics.fmean(rewards), statistics.stdev(rewards)
+    return [(reward - mean) / (deviation + EPSILON) if deviation else 0.0 for reward in rewards]
+
+
+class Grpo:
+    """The objective of `objective.name: grpo`."""
+
+    def __init__(
+        self, settings: Settings, prompts: Prompts, *, graders: GradingPool | None = None, share: Share = directly
+    ):
+        """share: has one rank run a function and gives all of them its result; `graders` is that rank's."""
+        self.settings = settings
+        self.grpo = settings.objective.grpo
+        self.prompts = prompts
+        self.graders = graders
+        self.share = share
+        self.source = RolloutSource(settings, prompts)
+        self.loss = PolicyGradientLoss(
+            settings=self.grpo,
+            chunk_bytes=settings.objective.chunk_bytes,
+            temperature=settings.rollout.temperature,
+            kernel=loss_kernel(settings.objective.kernel),
+        )
+
+    def step(self, policy: Policy, problems: Sequence[Problem], *, step: int, lr: float) -> StepReport:
+        """Samples groups, rewards them and updates up to `updates_per_batch` times."""
+        started = time.perf_counter()
+        rollouts = self.source.rollouts(policy, problems, step=step)
+        sampled = time.perf_counter()
+        grades = self.grades(problems, rollouts)
+        samples = self.samples(problems, rollouts, [float(grade.correct) for grade in grades], step=step)
+        graded = time.perf_counter()
+        taken = [index for index, sample in enumerate(samples) if sample.advantage != 0.0]
+        updates = self.update(policy, [samples[index] for index in taken], lr=lr)
+        scores = [SampleScore(loss_sum=0.0, num_tokens=len(s.response_ids), loss_tokens=0) for s in samples]
+        for index, score in zip(taken, updates[0].scores if updates else (), strict=True):
+            scores[index] = dataclasses.replace(score, token_logprobs=None)
+        every = [score for update in updates for score in update.scores]
+        phases = {name: sum(u.seconds[name] for u in updates) for name in (updates[0].seconds if updates else ())}
+        metrics = metrics_of(
+            step=step,
+            samples=samples,
+            scores=scores,
+            grad_norm=ratio(sum(update.grad_norm for update in updates), len(updates)),
+            lr=lr,
+            seconds={"rollout": sampled - started, **phases, "step": time.perf_counter() - started},
+        )
+        metrics |= {
+            "reward/mean": statistics.fmean(float(grade.correct) for grade in grades),
+            "reward/timeouts": float(sum(grade.outcome == "timeout" for grade in grades)),
+            "reward/equal_groups_share": 1.0 - len(taken) / len(samples),
+            "updates": float(len(updates)),
+            "ratio/clipped_share": ratio(sum(s.clipped_entries for s in every), sum(s.loss_tokens for s in every)),
+            "kl/mean": self._kl(every),
+            "time/grade_s": graded - sampled,
+        }
+        return StepReport(step=step, metrics=metrics, samples=tuple(samples), scores=tuple(scores))
+
+    def grades(self, problems: Sequence[Problem], rollouts: Sequence[Rollout]) -> list[Grade]:
+        """Verdicts in the order of the rollouts."""
+        answers = {problem.id: problem.answer for problem in problems}
+        pairs = [(self.prompts.response_text(r.response_ids), answers[r.problem_id]) for r in rollouts]
+        return self.share(lambda: self.graders.grade(pairs))
+
+    def samples(
+        self, problems: Sequence[Problem], rollouts: Sequence[Rollout], rewards: Sequence[float], *, step: int
+    ) -> list[Sample]:
+        """Each rollout with its advantage and its weight in the mean."""
+        size = self.source.samples
+        found = [a for start in range(0, len(rewards), size) for a in advantages(rewards[start : start + size])]
+        taught = [len(r.response_ids) for r, advantage in zip(rollouts, found, strict=True) if advantage != 0.0]
+        samples = []
+        for index, (rollout, advantage) in enumerate(zip(rollouts, found, strict=True)):
+            problem, weight = problems[index // size], 1.0
+            if self.grpo.normalisation == "sequence_mean" and taught:
+                weight = sum(taught) / (len(taught) * len(rollout.response_ids))
+            samples.append(
+                Sample(
+                    problem=problem,
+                    sample_index=rollout.sample_index,
+                    key=self.source.key(problem, step, rollout.sample_index),
+                    student_prompt_ids=rollout.prompt_ids,
+                    # The reference of the KL is the teacher's weights, shown what the student is shown.
+                    teacher_prompt_ids=rollout.prompt_ids if self.loss.needs_teacher else None,
+                    response_ids=rollout.response_ids,
+                    rollout=rollout,
+                    advantage=advantage,
+                    weight=weight,
+                )
+            )
+        return samples
+
+    def update(self, policy: Policy, samples: Sequence[Sample], *, lr: float) -> list[UpdateReport]:
+        """All updates on these samples; none, and no optimiser step, where no group teaches anything."""
+        updates: list[UpdateReport] = []
+        while samples and len(updates) < self.grpo.updates_per_batch:
+            updates.append(policy.update(samples, self.loss, lr=lr))
+            if len(updates) == 1:
+                first = updates[0].scores
+                samples = [
+                    dataclasses.replace(sample, old_logprobs=score.token_logprobs)
+                    for sample, score in zip(samples, first, strict=True)
+                ]
+        return updates
+
+    def _kl(self, scores: Sequence[SampleScore]) -> float:
+        if not self.loss.needs_teacher:
+            return math.nan
+        return ratio(sum(s.divergence_other_sum for s in scores), sum(s.num_tokens for s in scores))
