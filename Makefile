@@ -9,6 +9,8 @@ READY := .venv/.ready
 endif
 # pip chooses the newest torch; set TORCH to pin one, such as TORCH=torch==2.13.0 (a CPU build on Python 3.11).
 TORCH ?=
+# Test files that run side by side; some start four processes.
+JOBS ?= 2
 
 .PHONY: help quickstart test check test-gpu bench install
 
@@ -21,7 +23,7 @@ quickstart: $(READY)
 
 ## make test         every test that needs no GPU
 test: $(READY)
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" -n $(JOBS) --dist loadfile
 
 ## make check        lint and the fast tests
 check: $(READY)

@@ -1,4 +1,7 @@
-"""Reads settings: a YAML file, then `key=value` overrides, checked against `config.py`; a mistake is one line."""
+"""Reads settings: a YAML file, then `key=value` overrides, checked against `config.py`; a mistake is one line.
+
+A file may begin with `base: OTHER.yaml`, a path relative to itself, and then says only what differs from that file.
+"""
 
 import dataclasses
 import difflib
@@ -18,7 +21,7 @@ from megatron_paint.losses.config import InterpolationLossConfig
 
 def load_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
     """Settings of a YAML file with overrides such as `optimizer.lr=1e-5`; UserError names each bad key."""
-    tree = _read_yaml(Path(path))
+    tree = _read_with_base(Path(path))
     for override in overrides:
         _override(tree, override)
     return settings_of(tree)
@@ -42,7 +45,8 @@ def resolve_objective(settings: Settings, tree: Mapping[str, Any]) -> Settings:
         if rule != "full" or positions != "none":
             raise UserError(
                 f"objective.name=opsd shows the whole solution and interpolates nowhere, but reveal.rule={rule} and "
-                f"loss.positions={positions} are set: leave them out, or set objective.name=paint"
+                f"loss.positions={positions} are set: leave them out, or set objective.reveal.rule=full and "
+                "objective.loss.positions=none"
             )
         objective = dataclasses.replace(
             objective,
@@ -114,6 +118,27 @@ def _contradictions(settings: Settings) -> list[tuple[bool, str]]:
             f"megatron.fp8 needs model.dtype=bfloat16, got {settings.model.dtype}",
         ),
     ]
+
+
+def _read_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The file's tree laid over that of its base, section by section; a list or a value replaces what was there."""
+    if path.resolve() in above:
+        raise UserError(f"settings file {path} is its own base, by way of {above[-1]}: leave one `base:` out")
+    tree = _read_yaml(path)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise UserError(f"settings file {path}: base is {base!r}; it must be the path of another settings file")
+    return _laid_over(_read_with_base(path.parent / base, (*above, path.resolve())), tree)
+
+
+def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    both = dict(below)
+    for key, value in above.items():
+        nested = isinstance(value, Mapping) and isinstance(both.get(key), Mapping)
+        both[key] = _laid_over(both[key], value) if nested else value
+    return both
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

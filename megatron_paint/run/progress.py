@@ -1,5 +1,6 @@
 """What a run says on the console while it runs; only rank 0 has a Progress that is not silent."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -102,8 +103,8 @@ class Progress:
         metrics = report.metrics
         width = len(str(self.steps))
         parts = [f"step {report.step:>{width}}/{self.steps}", f"loss {metrics['loss']:.4f}"]
-        for name, key in (("overlap", "overlap/mean"), ("reveal", "reveal/mean")):
-            if metrics.get(key) == metrics.get(key):  # not NaN: the objective has it
+        for name, key in (("overlap", "overlap/mean"), ("reveal", "reveal/mean"), ("reward", "reward/mean")):
+            if not math.isnan(metrics.get(key, math.nan)):  # the objective has it
                 parts.append(f"{name} {metrics[key]:.2f}")
         if self._accuracy is not None:
             parts.append(f"accuracy {100 * self._accuracy:.1f} %")

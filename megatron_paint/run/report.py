@@ -71,7 +71,8 @@ def sample_lines(report: StepReport, *, decode: Callable[[Sequence[int]], str]) 
 
     decode: token ids -> text, special tokens kept. `loss` is in nats per token that carries loss, 0 without any;
     `overlap` and `reveal` are null, and `anchors` is empty, for a sample without a reveal; `finished` is null for a
-    response that was not sampled. A file of these lines, or a folder of such files, can be replayed.
+    response that was not sampled; `advantage` is null but under GRPO. A file of these lines, or a folder of such files,
+    can be replayed.
     """
     return [
         {
@@ -88,6 +89,7 @@ def sample_lines(report: StepReport, *, decode: Callable[[Sequence[int]], str]) 
             "reveal": None if sample.reveal is None else _reveal(sample.reveal),
             "loss": score.loss_sum / max(score.loss_tokens, 1),
             "selected": list(score.selected),
+            "advantage": sample.advantage,
         }
         for sample, score in zip(report.samples, report.scores, strict=True)
     ]

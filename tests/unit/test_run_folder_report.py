@@ -131,6 +131,7 @@ def test_sample_lines():
         },
         "loss": 1.5,
         "selected": [1],
+        "advantage": None,
     }
     assert second["id"] == "b"
     assert second["finished"] is False

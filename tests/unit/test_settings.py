@@ -1,6 +1,7 @@
 """Settings: every shipped file is read, defaults are the documented ones, OPSD is PAINT's special case."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,74 @@ from megatron_paint.schedule import due_after, learning_rate
 from megatron_paint.settings import load_settings, settings_of
 from tests import tiny
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").rglob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
 SMALLEST = {"model": {"hf_path": "m"}, "data": {"train": "p.jsonl"}, "run": {"dir": "r"}}
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_shipped_files_are_read(path):
     assert isinstance(load_settings(path), Settings)
+
+
+QWEN3 = {  # hidden, feed-forward, layers, heads of the published models
+    "1p7b": (2048, 6144, 28, 16),
+    "4b": (2560, 9728, 36, 32),
+    "8b": (4096, 12288, 36, 32),
+    "14b": (5120, 17408, 40, 40),
+    "32b": (5120, 25600, 64, 64),
+}
+
+
+@pytest.mark.parametrize("size", QWEN3)
+@pytest.mark.parametrize("name", ["paint", "opsd", "grpo", "sft"])
+def test_presets_fit_their_model_and_its_gpus(name, size, tmp_path):
+    hidden, ffn, layers, heads = QWEN3[size]
+    config = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 151936, "head_dim": 128}
+    config |= {"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers, "rope_theta": 1e6}
+    config |= {"num_attention_heads": heads, "num_key_value_heads": 8, "rms_norm_eps": 1e-6, "hidden_act": "silu"}
+    config |= {"max_position_embeddings": 40960, "tie_word_embeddings": size in ("1p7b", "4b")}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    folder = ROOT / "examples" / f"qwen3_{size}"
+    settings = load_settings(folder / f"{name}.yaml", [f"model.hf_path={tmp_path}"])
+    plan = make_plan(settings, processes=8)
+    assert sum(plan.memory.values()) < 80e9
+    paint = load_settings(folder / "paint.yaml", [f"model.hf_path={tmp_path}"])
+    assert settings.objective.name == name
+    assert (settings.model, settings.optimizer, settings.megatron) == (paint.model, paint.optimizer, paint.megatron)
+    assert settings.optimizer.lr == 5e-6
+    responses = settings.data.problems_per_step * max(settings.objective.samples_per_problem, 1)
+    assert responses == 32
+    assert settings.run.dir == f"runs/qwen3_{size}/{name}"
+
+
+def test_a_file_lies_over_its_base(tmp_path):
+    (tmp_path / "low.yaml").write_text(
+        "model: {hf_path: m, lora: {rank: 4, alpha: 8}}\ndata: {train: p}\nrun: {dir: r}\n"
+    )
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "mid.yaml").write_text("base: ../low.yaml\nmodel: {lora: {rank: 16}}\n")
+    (tmp_path / "top.yaml").write_text("base: sub/mid.yaml\nrun: {steps: 7}\n")
+    settings = load_settings(tmp_path / "top.yaml", ["run.seed=5"])
+    assert (settings.model.lora.rank, settings.model.lora.alpha) == (16, 8)
+    assert (settings.run.dir, settings.run.steps, settings.run.seed) == ("r", 7, 5)
+    (tmp_path / "top.yaml").write_text("base: sub/mid.yaml\nmodel: {lora: null}\n")
+    assert load_settings(tmp_path / "top.yaml").model.lora is None
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("base: b.yaml\n", r"a.yaml is its own base, by way of .*b.yaml"),
+        ("base: c.yaml\n", r"c.yaml does not exist"),
+        ("base: [b.yaml]\n", r"base is \['b.yaml'\]; it must be the path"),
+    ],
+)
+def test_a_base_that_cannot_be(text, says, tmp_path):
+    (tmp_path / "a.yaml").write_text(text)
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    with pytest.raises(UserError, match=says):
+        load_settings(tmp_path / "a.yaml")
 
 
 def test_documented_defaults():

@@ -1,0 +1,208 @@
+"""GRPO by hand-worked numbers: advantages, the clipped ratio and its gradient, which groups are trained on."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_paint.config import GrpoSettings
+from megatron_paint.errors import UserError
+from megatron_paint.evaluation.grading import Grade
+from megatron_paint.losses import WholeVocab
+from megatron_paint.objectives import Grpo
+from megatron_paint.objectives.grpo import advantages
+from megatron_paint.objectives.losses import PolicyGradientLoss
+from megatron_paint.policy import ResponseRows
+from megatron_paint.records import Problem, Rollout, Sample, SampleScore, UpdateReport
+from megatron_paint.settings import settings_of
+
+PROBLEM = Problem(id="a", problem="", solution="", answer="7")
+
+
+def test_advantages():
+    """(1, 0, 0, 0): mean 1/4; squared deviations 9/16 + 3/16 over 3 give 1/4, so the deviation is 1/2."""
+    assert advantages([1.0, 0.0, 0.0, 0.0]) == pytest.approx([0.75 / 0.500001] + [-0.25 / 0.500001] * 3, rel=1e-12)
+    assert advantages([1.0, 0.0]) == pytest.approx([0.5 / (math.sqrt(0.5) + 1e-6), -0.5 / (math.sqrt(0.5) + 1e-6)])
+    assert advantages([1.0] * 3) == advantages([0.0] * 3) == [0.0] * 3
+
+
+def loss_of(*, p, old=None, sampler=0.5, advantage=1.0, weight=1.0, reference=None, **settings):
+    """(loss, gradient with respect to log p, clipped) of one token that has probability p of two."""
+    logit = torch.tensor([[math.log(p / (1 - p)), 0.0]], dtype=torch.float64, requires_grad=True)
+    sample = Sample(
+        problem=PROBLEM,
+        sample_index=0,
+        key=0,
+        student_prompt_ids=(1,),
+        response_ids=(0,),
+        advantage=advantage,
+        weight=weight,
+        old_logprobs=None if old is None else (math.log(old),),
+        rollout=Rollout(
+            problem_id="a",
+            sample_index=0,
+            prompt_ids=(1,),
+            response_ids=(0,),
+            logprobs=(math.log(sampler),),
+            finished=True,
+        ),
+    )
+    loss = PolicyGradientLoss(settings=GrpoSettings(**settings), chunk_bytes=1e6, temperature=1.0, kernel="torch")
+    teacher = None
+    if reference is not None:
+        teacher = torch.tensor([[math.log(reference / (1 - reference)), 0.0]], dtype=torch.float64)
+    output = loss(
+        ResponseRows(
+            samples=(sample,),
+            lengths=(1,),
+            token_ids_N=torch.tensor([0]),
+            student_hidden_NH=logit,
+            output_weight_VH=torch.eye(2, dtype=torch.float64),
+            vocab=WholeVocab(),
+            teacher_hidden_NH=teacher,
+        )
+    )
+    output.loss_T.sum().backward()
+    # d log p / d (first logit) = 1 - p
+    return output.loss_T.item(), float(logit.grad[0, 0]) / (1 - p), int(output.clipped_entries_T)
+
+
+@pytest.mark.parametrize(
+    ("given", "loss", "gradient", "clipped"),
+    [
+        ({"p": 0.5}, -1.0, -1.0, 0),  # the first update: a ratio of 1, whose gradient is the advantage
+        ({"p": 0.5, "advantage": -2.0}, 2.0, 2.0, 0),
+        ({"p": 0.5, "old": 0.4}, -1.2, 0.0, 1),  # 1.25 is cut to 1.2
+        ({"p": 0.5, "old": 0.4, "clip_high": 0.28}, -1.25, -1.25, 0),  # the asymmetric bound lets it through
+        ({"p": 0.5, "old": 0.4, "advantage": -1.0}, 1.25, 1.25, 0),  # a bad token may always be made less likely
+        ({"p": 0.5, "old": 0.8}, -0.625, -0.625, 0),  # and a good one more likely
+        ({"p": 0.5, "old": 0.8, "advantage": -1.0}, 0.8, 0.0, 1),
+        ({"p": 0.5, "sampler": 0.4}, -1.25, -1.25, 0),  # importance weight 0.5 / 0.4
+        ({"p": 0.5, "sampler": 0.1}, -2.0, -2.0, 0),  # 5, cut to 2
+        ({"p": 0.5, "sampler": 0.1, "importance_limit": None}, -1.0, -1.0, 0),
+        ({"p": 0.5, "old": 0.8, "sampler": 0.5}, -0.625 * 1.6, -0.625 * 1.6, 0),  # of the old probability
+        ({"p": 0.5, "weight": 3.0}, -3.0, -3.0, 0),
+        # k3 of 0.25 / 0.5: 0.5 - log 0.5 - 1, and its gradient 1 - 0.5
+        ({"p": 0.5, "reference": 0.25, "kl_weight": 0.1}, -1.0 + 0.1 * (math.log(2) - 0.5), -1.0 + 0.1 * 0.5, 0),
+        ({"p": 0.5, "advantage": 0.0}, 0.0, 0.0, 0),
+    ],
+)
+def test_the_loss_of_a_token(given, loss, gradient, clipped):
+    if "old" in given and "sampler" not in given:
+        given = given | {"sampler": given["old"]}
+    assert loss_of(**given) == pytest.approx((loss, gradient, clipped), rel=1e-12, abs=1e-12)
+
+
+def test_a_group_whose_rewards_are_equal_has_a_gradient_of_exactly_0():
+    (advantage, *_) = advantages([1.0] * 8)
+    assert loss_of(p=0.3, sampler=0.3, advantage=advantage)[1] == 0.0
+
+
+class Taught:
+    """A policy that samples what it is told and notes what it is trained on."""
+
+    def __init__(self, lengths):
+        self.lengths = lengths
+        self.updates = []
+
+    def generate(self, requests, sampling):
+        return [
+            Rollout(
+                problem_id=request.problem_id,
+                sample_index=request.sample_index,
+                prompt_ids=request.prompt_ids,
+                response_ids=(5,) * length,
+                logprobs=(-1.0,) * length,
+                finished=True,
+            )
+            for request, length in zip(requests, self.lengths, strict=True)
+        ]
+
+    def update(self, samples, loss, *, lr):
+        self.updates.append(samples)
+        scores = tuple(
+            SampleScore(
+                loss_sum=1.0,
+                num_tokens=len(sample.response_ids),
+                loss_tokens=len(sample.response_ids),
+                token_logprobs=(-2.0,) * len(sample.response_ids),
+                clipped_entries=len(self.updates) - 1,
+            )
+            for sample in samples
+        )
+        return UpdateReport(scores=scores, grad_norm=float(len(self.updates)), seconds={"student": 1.0})
+
+
+def step(rewards, *, lengths, **grpo):
+    """(report, policy) of a step of one group after another of two."""
+    settings = settings_of(
+        {
+            "model": {"hf_path": "m"},
+            "data": {"train": "p.jsonl"},
+            "run": {"dir": "r"},
+            "objective": {"name": "grpo", "grpo": {"samples_per_problem": 2, **grpo}},
+        }
+    )
+    prompts = SimpleNamespace(
+        tokenizer=SimpleNamespace(stop_ids=(3,)), student_prompt=lambda problem: (1,), response_text=lambda ids: ""
+    )
+    verdicts = [Grade(correct=bool(r), extracted="", outcome="right" if r else "timeout") for r in rewards]
+    graders = SimpleNamespace(grade=lambda pairs: verdicts)
+    problems = [Problem(id=str(i), problem="", solution="", answer="") for i in range(len(rewards) // 2)]
+    policy = Taught(lengths)
+    return Grpo(settings, prompts, graders=graders).step(policy, problems, step=3, lr=1e-3), policy
+
+
+def test_only_groups_that_differ_are_trained_on():
+    report, policy = step([1, 1, 1, 0, 0, 0], lengths=[4, 2, 3, 1, 2, 2], updates_per_batch=2)
+    first, second = policy.updates
+    assert [sample.problem.id for sample in first] == ["1", "1"]
+    assert [sample.advantage > 0 for sample in first] == [True, False]
+    assert [sample.old_logprobs for sample in first] == [None, None]
+    assert [sample.old_logprobs for sample in second] == [(-2.0,) * 3, (-2.0,)]
+    assert [len({sample.key for sample in part}) for part in (first, report.samples)] == [2, 6]
+    assert [score.loss_tokens for score in report.scores] == [0, 0, 3, 1, 0, 0]
+    metrics = report.metrics
+    assert metrics["reward/mean"] == 0.5
+    assert metrics["reward/equal_groups_share"] == pytest.approx(2 / 3)
+    assert metrics["reward/timeouts"] == 3
+    assert metrics["updates"] == 2
+    assert metrics["grad_norm"] == 1.5
+    assert metrics["ratio/clipped_share"] == 2 / 8  # one token of each sample in the second update
+    assert metrics["num_tokens"] == 14
+    assert metrics["loss_tokens"] == 4
+    assert metrics["time/student_s"] == 2.0
+    assert all(score.token_logprobs is None for score in report.scores)
+
+
+def test_no_step_is_taken_where_no_group_differs():
+    report, policy = step([1, 1, 0, 0], lengths=[1, 2, 3, 4])
+    assert policy.updates == []
+    assert report.metrics["reward/equal_groups_share"] == 1.0
+    assert report.metrics["updates"] == report.metrics["loss"] == 0.0
+    assert math.isnan(report.metrics["grad_norm"])
+
+
+def test_a_mean_over_responses():
+    """Divided by the 4 tokens that are trained on, the weights make of a sum the mean of the two responses' means."""
+    _, policy = step([1, 1, 1, 0], lengths=[9, 9, 3, 1], normalisation="sequence_mean")
+    assert [sample.weight for sample in policy.updates[0]] == [4 / (2 * 3), 4 / (2 * 1)]
+    _, policy = step([1, 1, 1, 0], lengths=[9, 9, 3, 1])
+    assert [sample.weight for sample in policy.updates[0]] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"rollout": {"temperature": 0}}, "rollout.temperature=0"),
+        ({"rollout": {"engine": "replay", "path": "r.jsonl"}}, "importance_limit=2.0 .* set it to null"),
+        ({"objective": {"name": "grpo", "grpo": {"samples_per_problem": 1}}}, "samples_per_problem .*got 1"),
+        ({"objective": {"name": "grpo", "grpo": {"clip_low": 1.0}}}, "clip_low"),
+        ({"objective": {"name": "grpo", "grpo": {"beta": 0.1}}}, "unknown setting objective.grpo.beta"),
+    ],
+)
+def test_settings_that_cannot_work(changes, says):
+    tree = {"model": {"hf_path": "m"}, "data": {"train": "p"}, "run": {"dir": "r"}, "objective": {"name": "grpo"}}
+    with pytest.raises(UserError, match=says):
+        settings_of(tree | changes)
