@@ -37,6 +37,7 @@ setup(
         "jinja2>=3.1",
         "math-verify[antlr4_13_2]>=0.8",
         "rich>=13",
+        "matplotlib>=3.8",
     ],
     extras_require={
         "test": [
@@ -45,6 +46,7 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "peft>=0.15",
+            "scipy>=1.11",
             "ruff>=0.6",
             "triton>=3; platform_system == 'Linux' and python_version < '3.12'",  # beside newer torch it is already
             "tensorboard>=2.16",

@@ -67,7 +67,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
     Errors: UserError that names what is neither an option nor key=value.
     """
+    if list(arguments[:2]) == ["evaluate", "compare"]:
+        arguments = arguments[1:]
     options, left = make_parser().parse_known_args(arguments)
+    _settings_or_override(options)
     takes_overrides = hasattr(options, "overrides")
     for argument in left:
         if argument.startswith("-") or not takes_overrides:
@@ -75,6 +78,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if takes_overrides:
         options.overrides += left
     return options
+
+
+def _settings_or_override(options: argparse.Namespace) -> None:
+    """Where the settings file may be left out, the first key=value would be taken for it."""
+    config = getattr(options, "config", None)
+    if config is not None and "=" in str(config) and not config.exists():
+        options.overrides = [str(config), *options.overrides]
+        options.config = None
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -91,10 +102,27 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("--self-check", action="store_true", help="score the model against itself, and end")
     train.set_defaults(run=run_train)
 
-    evaluate = commands.add_parser("evaluate", help="evaluate the model of a settings file on its held-out problems")
-    _add_settings(evaluate)
-    evaluate.add_argument("--out", type=Path, help="write the report to this JSON file")
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="Avg@n, pass@k and maj@n of a model on benchmarks (evaluate compare A B: two of them, paired)",
+        epilog="megatron-paint evaluate compare A B compares two evaluations; see megatron-paint compare --help",
+    )
+    _add_settings(evaluate, needed=False)
+    evaluate.add_argument("--model", type=Path, help="Hugging Face folder, or a checkpoint of a run")
+    evaluate.add_argument(
+        "--benchmarks", help="names or files, with commas: aime24,aime25,hmmt25,math500,gsm8k,held_out.jsonl"
+    )
+    evaluate.add_argument("--n", type=int, dest="samples", help="samples a problem (evaluation.samples)")
+    evaluate.add_argument("--responses", type=Path, help="grade these recorded responses (JSONL); needs no model")
+    evaluate.add_argument("--out", type=Path, help="folder of the results; default: evaluations/MODEL")
     evaluate.set_defaults(run=run_evaluate)
+
+    compare = commands.add_parser("compare", help="two evaluations, paired by problem, with intervals and p-values")
+    compare.add_argument("a", type=Path, metavar="A", help="folder of an evaluation, or one of its BENCHMARK.json")
+    compare.add_argument("b", type=Path, metavar="B", help="the same of another model")
+    compare.add_argument("--json", action="store_true", help="print JSON")
+    compare.add_argument("--out", type=Path, help="write the table to this Markdown file too")
+    compare.set_defaults(run=run_compare)
 
     inspect = commands.add_parser("inspect", help="look into a run folder")
     things = inspect.add_subparsers(required=True, metavar="WHAT")
@@ -114,8 +142,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, metavar="SETTINGS.yaml")
+def _add_settings(parser: argparse.ArgumentParser, *, needed: bool = True) -> None:
+    parser.add_argument("config", type=Path, metavar="SETTINGS.yaml", nargs=None if needed else "?")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optimizer.lr=1e-5")
     parser.add_argument(
         "--processes", type=int, help="ranks to start here; default: one a GPU, or one replica without GPUs"
@@ -183,26 +211,72 @@ def _processes(settings: "Settings", options: argparse.Namespace, place: "Place 
 
 
 def run_evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
-    """Evaluates the model of the settings file, in as many ranks as the layout needs."""
+    """Evaluates a model, in as many ranks as the layout needs, or grades responses that are there."""
+    from megatron_paint.evaluate.requested import requested
     from megatron_paint.launch.local import run_here
     from megatron_paint.plan import make_plan
-    from megatron_paint.settings import load_settings
 
+    if options.responses is not None:
+        return _grade_responses(options)
     place = _place(options)
-    settings = load_settings(options.config, options.overrides)
-    if settings.evaluation.problems is None:
-        raise UserError("evaluation.problems is not set: give the file of held-out problems")
-    processes = _processes(settings, options, place)
-    plan = make_plan(settings, processes=processes)
+    asked = requested(
+        config=options.config,
+        model=options.model,
+        benchmarks=options.benchmarks,
+        samples=options.samples,
+        out=options.out,
+        overrides=options.overrides,
+    )
+    processes = _processes(asked.settings, options, place)
+    plan = make_plan(asked.settings, processes=processes)
     if place is None:
-        from megatron_paint.sources import load_held_out_sources
+        from megatron_paint.evaluate.command import answer_file, load_evaluators
 
-        load_held_out_sources(settings, plan.shape)
+        for name, evaluator in load_evaluators(asked, plan.shape):  # a mistake is told in seconds, by one process
+            answer_file(asked, name, evaluator).begin()
         if processes > 1:
             return run_here(arguments, processes)
     from megatron_paint.trainer import evaluate
 
-    evaluate(settings, mode=_mode(options), out=options.out)
+    evaluate(asked, mode=_mode(options))
+    return 0
+
+
+def _grade_responses(options: argparse.Namespace) -> int:
+    from megatron_paint.evaluate.recorded import grade_recorded
+
+    for name, value in (("--model", options.model), ("--n", options.samples), ("SETTINGS.yaml", options.config)):
+        if value is not None:
+            raise UserError(
+                f"{name} samples answers, and --responses gives those that are there: leave one of them out"
+            )
+    if options.benchmarks is None:
+        raise UserError("--responses needs --benchmarks: the problems with the right answers")
+    grade_recorded(options.responses, options.benchmarks, options.out, overrides=options.overrides, mode=_mode(options))
+    return 0
+
+
+def run_compare(options: argparse.Namespace, _: list[str]) -> int:
+    """Prints a comparison of two evaluations."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from megatron_paint.disk import write_atomically
+    from megatron_paint.evaluation import compare
+    from megatron_paint.evaluation.summary import table
+    from megatron_paint.strict_json import to_json
+
+    rows = compare.compare_files(options.a, options.b)
+    if options.out is not None:
+        write_atomically(options.out, compare.markdown(rows, a=options.a, b=options.b))
+    if options.json:
+        print(to_json([asdict(row) for row in rows], indent=1))
+        return 0
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120
+    console.print(table("Shares in %, with 95 % intervals over problems", compare.COLUMNS, compare.lines(rows)))
     return 0
 
 

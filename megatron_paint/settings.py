@@ -21,10 +21,19 @@ from megatron_paint.losses.config import InterpolationLossConfig
 
 def load_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
     """Settings of a YAML file with overrides such as `optimizer.lr=1e-5`; UserError names each bad key."""
-    tree = _read_with_base(Path(path))
+    return settings_of(override_tree(read_tree(path), overrides))
+
+
+def override_tree(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """The tree with overrides such as `optimizer.lr=1e-5` put in."""
     for override in overrides:
         _override(tree, override)
-    return settings_of(tree)
+    return tree
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """A settings file and its bases as nested dictionaries, unchecked."""
+    return _read_with_base(Path(path))
 
 
 def settings_of(tree: Mapping[str, Any]) -> Settings:

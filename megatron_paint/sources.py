@@ -52,7 +52,7 @@ def load_held_out_sources(
     prompts = load_prompts(settings, shape)
     if settings.evaluation.problems is None:
         return prompts, ()
-    limit = _evaluation_limit(settings, shape, prompts)
+    limit = evaluation_limit(settings, shape, prompts)
     loaded: LoadedProblems = share(lambda: load_held_out(settings.evaluation, prompt_limit=limit))
     return prompts, loaded.problems
 
@@ -124,7 +124,8 @@ def _limit(settings: Settings, shape: Qwen3Shape, prompts: Prompts) -> PromptLim
     )
 
 
-def _evaluation_limit(settings: Settings, shape: Qwen3Shape, prompts: Prompts) -> PromptLimit:
+def evaluation_limit(settings: Settings, shape: Qwen3Shape, prompts: Prompts) -> PromptLimit:
+    """Room for an answer after the prompt of an evaluation."""
     longest = settings.evaluation.max_new_tokens
     return PromptLimit(
         length=lambda problem: len(prompts.evaluation_prompt(problem, settings.evaluation.thinking)),

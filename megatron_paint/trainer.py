@@ -3,14 +3,14 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_paint.config import Settings
-from megatron_paint.disk import write_atomically
 from megatron_paint.errors import UserError
+from megatron_paint.evaluate.requested import Requested
 from megatron_paint.evaluation.evaluator import Answers, Evaluator
 from megatron_paint.evaluation.grading import GradingPool
 from megatron_paint.objectives import Objective, make_objective
@@ -23,7 +23,6 @@ from megatron_paint.run.folder import RunFolder
 from megatron_paint.run.progress import Mode, Progress
 from megatron_paint.run.report import ClipWatch, sample_lines
 from megatron_paint.run.settings_file import plain
-from megatron_paint.run.strict_json import to_json
 from megatron_paint.run.tensorboard_log import open_tensorboard
 from megatron_paint.schedule import due_after, learning_rate
 from megatron_paint.self_check import self_check
@@ -82,26 +81,13 @@ def _answer_mode(mode: Mode) -> Mode:
     return "normal" if mode == "quiet" else mode
 
 
-def evaluate(settings: Settings, *, mode: Mode = "normal", out: Path | None = None) -> None:
-    """Evaluates the model of `model.hf_path` on the held-out problems, without a run folder."""
-    from megatron_paint.mcore.agree import first_rank_does
-    from megatron_paint.mcore.policy import MegatronPolicy
+def evaluate(asked: Requested, *, mode: Mode = "normal") -> None:
+    """Evaluates a model without a run folder, in the world that the environment describes."""
+    from megatron_paint.evaluate import command
     from megatron_paint.plan import make_plan
-    from megatron_paint.sources import load_held_out_sources
 
-    def report(evaluator: Evaluator, answers: Answers) -> None:
-        with GradingPool(seconds=settings.evaluation.grading_seconds) as graders:
-            report = evaluator.report(answers, step=0, benchmark=_benchmark(settings), graders=graders)
-        if out is not None:
-            write_atomically(out, to_json(asdict(report), indent=1) + "\n")
-        Progress(mode, steps=0).end(after=[report], folder=str(out) if out else "")
-
-    with _world(settings) as world:
-        shape = make_plan(settings, processes=world.size).shape
-        prompts, held_out = load_held_out_sources(settings, shape, share=partial(first_rank_does, world))
-        evaluator = Evaluator(settings.evaluation, held_out, prompts, seed=settings.run.seed)
-        answers = evaluator.sample(MegatronPolicy(settings, shape, world, trained=False))
-        first_rank_does(world, lambda: report(evaluator, answers))
+    with _world(asked.settings) as world:
+        command.evaluate(asked, world, make_plan(asked.settings, processes=world.size).shape, mode=mode)
 
 
 def _benchmark(settings: Settings) -> str:

@@ -1,15 +1,16 @@
 """Avg@n of a policy on a file of problems: sample, grade in worker processes, report."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from megatron_paint.config import EvaluationSettings
+from megatron_paint.evaluation.answer_file import Key
 from megatron_paint.evaluation.grading import GradingPool
-from megatron_paint.evaluation.statistics import build_report
+from megatron_paint.evaluation.statistics import GREEDY, build_report
 from megatron_paint.keys import derive_key
 from megatron_paint.policy import GenerationRequest, Policy, SamplingParameters
 from megatron_paint.prompts import Prompts
-from megatron_paint.records import EvalReport, Graded, Problem, Rollout
+from megatron_paint.records import EvalReport, Graded, Problem, Rollout, TokenIds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,13 +30,44 @@ class Evaluator:
         self.prompts = prompts
         self.seed = seed
 
-    def sample(self, policy: Policy) -> Answers:
-        """The policy's answers; every rank takes part."""
-        settings = self.settings
+    def sample(
+        self,
+        policy: Policy,
+        *,
+        done: Mapping[Key, Rollout] | None = None,
+        save: Callable[[Sequence[Rollout]], None] = lambda rollouts: None,
+        at_once: int | None = None,
+    ) -> Answers:
+        """The policy's answers; every rank takes part.
+
+        done: answers that are there already, greedy ones as sample -1; save: is given `at_once` new ones at a time.
+        """
+        settings, done = self.settings, done or {}
+
+        def take(samples: int, temperature: float, *, greedy: bool) -> list[Rollout]:
+            wanted = {(r.problem_id, GREEDY if greedy else r.sample_index): r for r in self._requests(samples)}
+            missing = [key for key in wanted if key not in done]
+            found = {key: done[key] for key in wanted if key in done}
+            for start in range(0, len(missing), at_once or len(missing) or 1):
+                keys = missing[start : start + (at_once or len(missing))]
+                new = policy.generate([wanted[key] for key in keys], self._sampling(temperature))
+                found |= {key: replace(r, sample_index=key[1]) for key, r in zip(keys, new, strict=True)}
+                save([found[key] for key in keys])
+            return [found[key] for key in wanted]
+
         return Answers(
-            sampled=policy.generate(self._requests(settings.samples), self._sampling(settings.temperature)),
-            greedy=policy.generate(self._requests(1), self._sampling(0.0)) if settings.greedy else [],
+            sampled=take(settings.samples, settings.temperature, greedy=False),
+            greedy=take(1, 0.0, greedy=True) if settings.greedy else [],
         )
+
+    @property
+    def count(self) -> int:
+        """How many answers an evaluation takes."""
+        return len(self.problems) * (self.settings.samples + self.settings.greedy)
+
+    def prompt(self, problem: Problem) -> TokenIds:
+        """What the model is shown."""
+        return self.prompts.evaluation_prompt(problem, self.settings.thinking)
 
     def report(self, answers: Answers, *, step: int, benchmark: str, graders: GradingPool) -> EvalReport:
         """The answers graded; the work of one rank."""
@@ -47,7 +79,7 @@ class Evaluator:
             GenerationRequest(
                 problem_id=problem.id,
                 sample_index=index,
-                prompt_ids=self.prompts.evaluation_prompt(problem, self.settings.thinking),
+                prompt_ids=self.prompt(problem),
                 key=derive_key(self.seed, "evaluation", problem.id, index),
             )
             for problem in self.problems
@@ -65,17 +97,25 @@ class Evaluator:
 
     def _grade(self, rollouts: Sequence[Rollout], graders: GradingPool) -> list[Graded]:
         answers = {problem.id: problem.answer for problem in self.problems}
-        texts = [self.prompts.response_text(rollout.response_ids) for rollout in rollouts]
-        pairs = [(text, answers[rollout.problem_id]) for text, rollout in zip(texts, rollouts, strict=True)]
-        return [
+        ungraded = [
             Graded(
                 problem_id=rollout.problem_id,
                 sample_index=rollout.sample_index,
-                response_text=text,
+                response_text=self.prompts.response_text(rollout.response_ids),
                 num_tokens=len(rollout.response_ids),
                 finished=rollout.finished,
-                outcome=grade.outcome,
-                extracted=grade.extracted,
+                outcome="no_answer",
+                extracted=None,
             )
-            for rollout, text, grade in zip(rollouts, texts, graders.grade(pairs), strict=True)
+            for rollout in rollouts
         ]
+        return grade_all(ungraded, answers, graders)
+
+
+def grade_all(ungraded: Sequence[Graded], answers: Mapping[str, str], graders: GradingPool) -> list[Graded]:
+    """The same with their verdicts; answers: problem id -> the right one."""
+    grades = graders.grade([(one.response_text, answers[one.problem_id]) for one in ungraded])
+    return [
+        replace(one, outcome=grade.outcome, extracted=grade.extracted)
+        for one, grade in zip(ungraded, grades, strict=True)
+    ]

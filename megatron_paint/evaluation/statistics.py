@@ -20,6 +20,9 @@ GREEDY = -1  # sample_index of greedy answers in an EvalReport
 RESAMPLES = 10_000
 LEVEL = 0.95
 BLOCK = 2_000_000  # resampled scores held at once
+FLIPS = 100_000
+MOST_EXACT = 16  # problems whose signs are all gone through
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +153,35 @@ def macro_average(reports: Sequence[EvalReport]) -> Interval:
 
 def macro_difference(*, before: Sequence[EvalReport], after: Sequence[EvalReport]) -> Interval:
     """Macro average after minus before, paired by problem, with a 95 % interval; benchmarks in the same order."""
+    groups = paired_differences(before=before, after=after)
+    return bootstrap_interval(groups, key="/".join(report.benchmark for report in before))
+
+
+def sign_flip_p_value(groups: Sequence[np.ndarray], *, key: str) -> float:
+    """Chance of a mean of the groups' means as far from 0 as this one, if each problem's difference had either sign.
+
+    groups: one array [problems] of paired differences for each benchmark. Exact over all signs up to 16 problems that
+    differ at all, else over 100,000 draws that `key` names, with the observed signs counted as one of them.
+    """
+    weighted = np.concatenate([group / len(group) for group in groups]) / len(groups)
+    weighted = weighted[weighted != 0]
+    observed = abs(weighted.sum())
+    if len(weighted) <= MOST_EXACT:
+        signs = 1 - 2 * (np.arange(2 ** len(weighted))[:, None] >> np.arange(len(weighted)) & 1)
+        return float(np.mean(np.abs(signs @ weighted) >= observed * (1 - ROUNDING)))
+    generator = np.random.default_rng(zlib.crc32(key.encode("utf-8")))
+    rows, extreme = max(1, BLOCK // len(weighted)), 1
+    for start in range(0, FLIPS, rows):
+        drawn = generator.integers(0, 2, size=(min(rows, FLIPS - start), len(weighted))) * 2 - 1
+        extreme += int(np.sum(np.abs(drawn @ weighted) >= observed * (1 - ROUNDING)))
+    return extreme / (FLIPS + 1)
+
+
+def paired_differences(*, before: Sequence[EvalReport], after: Sequence[EvalReport]) -> list[np.ndarray]:
+    """Score after minus before of each problem, one array [problems] for each benchmark, in the same order.
+
+    Errors: UserError where benchmarks or problems are not the same.
+    """
     names = [[report.benchmark for report in reports] for reports in (before, after)]
     if names[0] != names[1] or not names[0]:
         raise UserError(f"Only evaluations on the same benchmarks can be compared, got {names[0]} and {names[1]}")
@@ -163,4 +195,4 @@ def macro_difference(*, before: Sequence[EvalReport], after: Sequence[EvalReport
                 f"such as {odd[0]!r}. Evaluate both models on the same file with the same evaluation.limit."
             )
         groups.append(np.array([new_scores[name] - old_scores[name] for name in old_scores]))
-    return bootstrap_interval(groups, key="/".join(names[0]))
+    return groups

@@ -20,6 +20,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron_paint.errors import UserError
 from megatron_paint.mcore.agree import fill_folder
 from megatron_paint.mcore.distributed_format import save_distributed
+from megatron_paint.mcore.lora import adapters_of
 from megatron_paint.mcore.model import Qwen3Model
 from megatron_paint.mcore.teacher import Teacher
 from megatron_paint.mcore.world import World
@@ -107,7 +108,7 @@ def load_weights(stage: Qwen3Model, folder: str | Path) -> None:
     """Fills the model alone from a Megatron checkpoint of the same architecture, of any run and layout."""
     wanted = {"model": _weights(stage)}
     adapters = [key for key in _keys(folder) if "_adapters." in key and not key.startswith(("teacher.", "optimizer."))]
-    if adapters:
+    if adapters and not adapters_of(stage):
         raise UserError(
             f"model.megatron_path: {folder} is the checkpoint of a LoRA run, whose adapters would be left out; start "
             "from its Hugging Face export, in which they are merged (model.hf_path)"

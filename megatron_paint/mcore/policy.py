@@ -55,10 +55,14 @@ class MegatronPolicy:
         megatron = settings.megatron
         self.stage = build_model(shape, settings.model, megatron, world)
         load_stage(self.stage, settings.model.hf_path, shape, world)
-        if settings.model.megatron_path is not None:
-            load_weights(self.stage, settings.model.megatron_path)
-        if settings.model.lora is not None:
-            add_adapters(self.stage, settings.model.lora, shape, world, seed=settings.run.seed)
+        # A run starts from whole weights. Adapters of a checkpoint, too, are taken where it is only to be looked at.
+        start, lora = settings.model.megatron_path, settings.model.lora
+        if start is not None and (trained or lora is None):
+            load_weights(self.stage, start)
+        if lora is not None:
+            add_adapters(self.stage, lora, shape, world, seed=settings.run.seed)
+            if start is not None and not trained:
+                load_weights(self.stage, start)
         self.wrapped = wrap_data_parallel(self.stage, megatron) if trained else self.stage
         self.optimizer = make_optimizer(self.wrapped, settings.optimizer, megatron) if trained else None
         taught = trained and settings.objective.has_teacher

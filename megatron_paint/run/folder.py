@@ -14,10 +14,11 @@ from typing import Any
 
 from megatron_paint.disk import COMPLETE, append_line, clear_left_overs, disk_errors, write_atomically
 from megatron_paint.errors import UserError, about
-from megatron_paint.records import EvalReport, Graded
+from megatron_paint.evaluation.summary import read_report
+from megatron_paint.records import EvalReport
 from megatron_paint.run.settings_file import changed_keys, moved_decay, plain, read_yaml, to_yaml
-from megatron_paint.run.strict_json import to_json
 from megatron_paint.schedule import Task
+from megatron_paint.strict_json import to_json
 
 STEP_NAME = re.compile(r"step_(\d{6,})")
 ALLOWED_BEFORE = {"logs"}  # the batch system opens its log files there before the run starts
@@ -160,11 +161,10 @@ class RunFolder:
         """The evaluation of one step. UserError: there is none, or it cannot be read."""
         file = self.path / "eval" / f"{step_name(step)}.json"
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            return EvalReport(**{**content, "answers": tuple(Graded(**answer) for answer in content["answers"])})
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            return read_report(file)
+        except UserError as error:
             there = ", ".join(str(at) for at in self.evaluated_steps()) or "none"
-            raise UserError(f"Cannot read the evaluation {file}: {error}; steps evaluated: {there}") from error
+            raise UserError(f"{error}; steps evaluated: {there}") from error
 
     def evaluated_steps(self) -> list[int]:
         """Steps that have an evaluation, rising."""

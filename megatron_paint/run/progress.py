@@ -12,8 +12,8 @@ from rich.table import Table
 
 from megatron_paint.evaluation.statistics import paired_difference
 from megatron_paint.records import EvalReport, StepReport
-from megatron_paint.run.strict_json import to_json
 from megatron_paint.run.tensorboard_log import TensorBoardLog
+from megatron_paint.strict_json import to_json
 
 Mode = Literal["normal", "quiet", "json", "silent"]
 RECENT = 20  # steps that the time left is estimated from
@@ -49,6 +49,10 @@ class Progress:
     def note(self, message: str, **values: Any) -> None:
         """Say something that is neither a step nor a problem; `values` go into the JSON event."""
         self._emit("note", {"message": message, **values}, "" if self.mode == "quiet" else escape(message))
+
+    def result(self, message: str, **values: Any) -> None:
+        """Say what the run was for: quiet or not."""
+        self._emit("result", {"message": message, **values}, escape(message))
 
     def warn(self, message: str) -> None:
         """Say something that asks for attention."""

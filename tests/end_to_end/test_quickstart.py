@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from megatron_paint.evaluation.statistics import paired_difference
-from megatron_paint.records import EvalReport, Graded
+from megatron_paint.evaluation.summary import read_reports
 from megatron_paint.run.folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
@@ -88,9 +88,8 @@ def test_transformers_gives_the_same_greedy_answers(trained):
 
 def test_no_training_changes_nothing(trained, tmp_path):
     """The untrained model, sampled once more with another key: the interval of the difference holds 0."""
-    command("evaluate", "run.seed=2", "--out", str(tmp_path / "again.json"))
-    content = json.loads((tmp_path / "again.json").read_text())
-    again = EvalReport(**{**content, "answers": tuple(Graded(**answer) for answer in content["answers"])})
+    command("evaluate", "run.seed=2", "--out", str(tmp_path / "again"))
+    (again,) = read_reports(tmp_path / "again")
     before, _ = reports(trained)
     difference = paired_difference(before=before, after=again)
     assert difference.low <= 0 <= difference.high

@@ -151,9 +151,73 @@ def test_replay_repeats_the_run(whole, tmp_path):
 
 def test_the_evaluate_command_gives_the_run_s_own_evaluation(whole, tmp_path):
     folder, unbroken, _ = whole
-    ended = ranks.run(tmp_path, "evaluate", folder / "settings.yaml", "--out", tmp_path / "report.json")
+    ended = ranks.run(tmp_path, "evaluate", folder / "settings.yaml", "--out", tmp_path / "out")
     assert ended.statuses == [0, 0], ended
-    assert (tmp_path / "report.json").read_bytes() == (unbroken / "eval" / "step_000000.json").read_bytes()
+    report = (tmp_path / "out" / "problems.json").read_bytes()
+    assert report == (unbroken / "eval" / "step_000000.json").read_bytes()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_checkpoint_is_evaluated_as_its_run_did(lora, whole, tmp_path):
+    """At another layout, and for LoRA with the adapters as they stand beside the weights."""
+    folder, run_dir, _ = whole
+    if lora:
+        run_dir = tmp_path / "lora"
+        ended = ranks.train(
+            tmp_path, folder / "settings.yaml", f"run.dir={run_dir}", "model.lora={rank: 4, alpha: 8}", "run.steps=2"
+        )
+        assert ended.statuses == [0, 0], ended
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "megatron_paint", "evaluate", "--model", run_dir / "checkpoints" / "step_000002"),
+            *("--benchmarks", folder / "problems.jsonl", "--n", "2", "--out", tmp_path / "out", "--processes", "1"),
+            *("evaluation.limit=3", "evaluation.max_new_tokens=12", "evaluation.thinking=false"),
+            *("evaluation.greedy=true", "rollout.batch_size=2"),
+        ],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found, wanted = (
+        json.loads(path.read_text()) for path in (tmp_path / "out/problems.json", run_dir / "eval/step_000002.json")
+    )
+    assert found["answers"] == wanted["answers"]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["benchmarks"]["problems"]["avg"] == wanted["metrics"]["avg"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"summary.md", "summary.png"}
+
+
+def test_a_killed_evaluation_goes_on(whole, tmp_path):
+    """Answers that are there are not sampled again, and the report is that of an unbroken evaluation."""
+    folder, run_dir, _ = whole
+    out = tmp_path / "out"
+    line = ("evaluate", folder / "settings.yaml", "--out", out, "rollout.batch_size=1", "evaluation.samples=2")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megatron_paint", *map(str, line), "--processes", "2"],
+        cwd=ROOT,
+        env=environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+    )
+    answers, deadline = out / "problems.answers.jsonl", time.monotonic() + 200
+    while not answers.exists() or answers.read_text().count("\n") < 3:
+        assert process.poll() is None, "the evaluation ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    there = answers.read_text().split("\n")
+    answers.write_text("\n".join(there[:3]) + "\n" + there[2][:20])  # the header, two answers, and one cut short
+    ended = ranks.run(tmp_path, *line, "--json")
+    assert ended.statuses == [0, 0], ended
+    assert "2 answers were there already" in ended.out[0]
+    assert answers.read_text().split("\n")[:3] == there[:3]
+    assert (out / "problems.json").read_bytes() == (run_dir / "eval" / "step_000000.json").read_bytes()
+    ended = ranks.run(tmp_path, *line, "evaluation.temperature=0.5")
+    assert "temperature was 1.0 and is 0.5" in ended.message
 
 
 def test_changed_settings_do_not_resume(whole, capsys):

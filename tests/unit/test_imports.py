@@ -32,9 +32,13 @@ def test_only_mcore_imports_megatron():
     ("part", "allowed"),
     [
         ("losses", {"losses"}),
-        ("evaluation", {"evaluation", "errors", "records", "config", "keys", "policy", "prompts"}),
+        (
+            "evaluation",
+            {"evaluation", "errors", "records", "config", "keys", "policy", "prompts", "disk", "problems", "rows"}
+            | {"strict_json"},
+        ),
         ("rollout", {"errors", "records", "rollout"}),
-        ("run", {"errors", "records", "config", "run", "evaluation", "disk", "schedule"}),
+        ("run", {"errors", "records", "config", "run", "evaluation", "disk", "schedule", "strict_json"}),
     ],
 )
 def test_directions(part, allowed):

@@ -11,7 +11,7 @@ from megatron_paint.errors import UserError
 from megatron_paint.evaluation.statistics import build_report
 from megatron_paint.records import Graded
 from megatron_paint.run.folder import RunFolder
-from megatron_paint.run.strict_json import to_json
+from megatron_paint.strict_json import to_json
 
 
 def settings(path, **changes):

@@ -1,0 +1,129 @@
+"""`megatron-paint evaluate`: samples every benchmark, saving answers as they arrive, then grades and reports."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_paint.config import Settings
+from megatron_paint.evaluate.requested import Requested
+from megatron_paint.evaluation.answer_file import AnswerFile
+from megatron_paint.evaluation.benchmarks import Benchmark, load_benchmarks
+from megatron_paint.evaluation.evaluator import Answers, Evaluator
+from megatron_paint.evaluation.grading import GradingPool
+from megatron_paint.evaluation.summary import Evaluated, write_summary
+from megatron_paint.qwen3 import Qwen3Shape
+from megatron_paint.records import EvalReport, Rollout
+from megatron_paint.run.progress import Mode, Progress
+from megatron_paint.sources import evaluation_limit, load_prompts
+
+if TYPE_CHECKING:
+    from megatron_paint.mcore.world import World
+
+Share = Callable[[Callable[[], Any]], Any]
+
+
+def load_evaluators(
+    asked: Requested, shape: Qwen3Shape, *, share: Share = lambda act: act()
+) -> tuple[tuple[str, Evaluator], ...]:
+    """(name, evaluator) of every benchmark; `share` has one rank read."""
+    settings = asked.settings
+    prompts = load_prompts(settings, shape)
+    limit = evaluation_limit(settings, shape, prompts)
+    benchmarks: Sequence[Benchmark] = share(
+        lambda: load_benchmarks(asked.benchmarks, settings.evaluation, prompt_limit=limit)
+    )
+    return tuple(
+        (one.name, Evaluator(settings.evaluation, one.problems, prompts, seed=settings.run.seed)) for one in benchmarks
+    )
+
+
+def evaluate(asked: Requested, world: "World", shape: Qwen3Shape, *, mode: Mode) -> None:
+    """Evaluates in the world's ranks; rank 0 reads, writes, grades and speaks."""
+    from megatron_paint.mcore.agree import first_rank_does
+    from megatron_paint.mcore.policy import MegatronPolicy
+
+    share = partial(first_rank_does, world)
+    evaluators = load_evaluators(asked, shape, share=share)
+    files = {name: answer_file(asked, name, evaluator) for name, evaluator in evaluators}
+    done = {name: share(file.begin) for name, file in files.items()}
+    progress = Progress(mode if world.rank == 0 else "silent", steps=0)
+    policy = MegatronPolicy(asked.settings, shape, world, trained=False)
+    found: dict[str, Answers] = {}
+    for name, evaluator in evaluators:
+        counted = _Counted(progress, name, total=evaluator.count, there=len(done[name]))
+        found[name] = evaluator.sample(
+            policy,
+            done=done[name],
+            save=lambda rollouts, name=name, counted=counted: share(
+                lambda: (files[name].add(rollouts), counted.add(rollouts))
+            ),
+            at_once=asked.settings.rollout.batch_size * world.dp_size,
+        )
+    share(lambda: _report(asked, evaluators, found, files, progress))
+
+
+class _Counted:
+    """Says how far the sampling of a benchmark is."""
+
+    def __init__(self, progress: Progress, name: str, *, total: int, there: int):
+        self.progress, self.name, self.total, self.there = progress, name, total, there
+        if there:
+            progress.note(f"{name}: {there} answers were there already")
+
+    def add(self, rollouts: Sequence[Rollout]) -> None:
+        self.there += len(rollouts)
+        self.progress.note(f"{self.name}: {self.there} of {self.total} answers", benchmark=self.name, done=self.there)
+
+
+def answer_file(asked: Requested, name: str, evaluator: Evaluator) -> AnswerFile:
+    """Where the answers to a benchmark stand, with what they depend on."""
+    return AnswerFile(asked.out / f"{name}.answers.jsonl", sampled_with(asked.settings, asked.model, evaluator))
+
+
+def sampled_with(settings: Settings, model: str, evaluator: Evaluator) -> dict[str, Any]:
+    """All that an answer depends on but its problem and number: a change of any of it is another evaluation."""
+    evaluation = settings.evaluation
+    prompts = repr([evaluator.prompt(problem) for problem in evaluator.problems]).encode()
+    return {
+        "model": str(Path(model).resolve()),
+        "dtype": settings.model.dtype,
+        "temperature": evaluation.temperature,
+        "top_p": evaluation.top_p,
+        "top_k": evaluation.top_k,
+        "max_new_tokens": evaluation.max_new_tokens,
+        "seed": settings.run.seed,
+        "prompts": hashlib.sha256(prompts).hexdigest()[:16],
+    }
+
+
+def _report(
+    asked: Requested,
+    evaluators: Sequence[tuple[str, Evaluator]],
+    found: dict[str, Answers],
+    files: dict[str, AnswerFile],
+    progress: Progress,
+) -> None:
+    reports: list[EvalReport] = []
+    with GradingPool(seconds=asked.settings.evaluation.grading_seconds) as graders:
+        for name, evaluator in evaluators:
+            reports.append(evaluator.report(found[name], step=0, benchmark=name, graders=graders))
+    common = next(iter(files.values())).sampled_with
+    common = {key: value for key, value in common.items() if key != "prompts"}
+    finish(asked.out, asked.model, reports, common, progress)
+
+
+def finish(
+    out: Path, model: str, reports: Sequence[EvalReport], sampled_with: dict[str, Any], progress: Progress
+) -> None:
+    """Writes the results and says them."""
+    evaluated = Evaluated(model=model, reports=tuple(reports), sampled_with=sampled_with)
+    write_summary(out, evaluated)
+    progress.end(after=reports, folder=str(out))
+    if len(reports) > 1:
+        macro = evaluated.macro
+        progress.result(
+            f"Macro average {100 * macro.mean:.1f} % [{100 * macro.low:.1f}, {100 * macro.high:.1f}]",
+            macro=[macro.mean, macro.low, macro.high],
+        )

@@ -1,0 +1,134 @@
+"""The results of an evaluation as files: JSON for programs, Markdown for readers, a plot."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_paint.disk import disk_errors, write_atomically
+from megatron_paint.errors import UserError
+from megatron_paint.evaluation.statistics import Interval, macro_average
+from megatron_paint.records import EvalReport, Graded
+from megatron_paint.strict_json import to_json
+
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """Reports of one model on several benchmarks."""
+
+    model: str
+    reports: tuple[EvalReport, ...]
+    sampled_with: Mapping[str, Any]
+
+    @property
+    def macro(self) -> Interval:
+        """Mean of the benchmarks' Avg@n."""
+        return macro_average(self.reports)
+
+
+def write_summary(out: Path, evaluated: Evaluated) -> None:
+    """`summary.json`, `summary.md`, `summary.png`, and all answers of each benchmark in `BENCHMARK.json`."""
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for report in evaluated.reports:
+            write_atomically(out / f"{report.benchmark}.json", to_json(asdict(report), indent=1) + "\n")
+        summary = {
+            "model": evaluated.model,
+            "sampled_with": dict(evaluated.sampled_with),
+            "macro": asdict(evaluated.macro),
+            "benchmarks": {report.benchmark: _of(report) for report in evaluated.reports},
+        }
+        write_atomically(out / SUMMARY, to_json(summary, indent=1) + "\n")
+        write_atomically(out / "summary.md", markdown(evaluated))
+        plot(out / "summary.png", evaluated)
+
+
+def _of(report: EvalReport) -> dict[str, Any]:
+    return {"problems": report.num_problems, "samples": report.samples_per_problem, **report.metrics}
+
+
+def markdown(evaluated: Evaluated) -> str:
+    """A table of the benchmarks, shares in per cent with 95 % intervals over problems."""
+    lines = [
+        f"# {evaluated.model}",
+        "",
+        "Shares in %, with 95 % intervals over the draw of problems.",
+        "",
+        "| benchmark | problems | Avg@n | interval | pass@n | maj@n | truncated | no box | time-outs | mean tokens |",
+        "|---|---:|---:|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for report in evaluated.reports:
+        metrics, n = report.metrics, report.samples_per_problem
+        values = [metrics["avg"], metrics[f"pass@{n}"], metrics[f"maj@{n}"], metrics["truncated_share"]]
+        avg, best, majority, truncated = (f"{100 * value:.1f}" for value in values)
+        lines.append(
+            f"| {report.benchmark} | {report.num_problems} | {avg} (n = {n}) "
+            f"| {100 * metrics['avg/low']:.1f} to {100 * metrics['avg/high']:.1f} | {best} | {majority} | {truncated} "
+            f"| {100 * metrics['no_answer_share']:.1f} | {metrics['timeouts']:.0f} | {metrics['length_mean']:,.0f} |"
+        )
+    if len(evaluated.reports) > 1:
+        macro = evaluated.macro
+        lines += [
+            "",
+            f"Macro average {100 * macro.mean:.1f}, 95 % interval {100 * macro.low:.1f} to {100 * macro.high:.1f}.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def plot(path: Path, evaluated: Evaluated) -> None:
+    """Avg@n and pass@n of each benchmark, with the interval of the first."""
+    from matplotlib.figure import Figure
+
+    names = [report.benchmark for report in evaluated.reports]
+    metrics = [report.metrics for report in evaluated.reports]
+    heights = [100 * m["avg"] for m in metrics]
+    below = [100 * (m["avg"] - m["avg/low"]) for m in metrics]
+    above = [100 * (m["avg/high"] - m["avg"]) for m in metrics]
+    figure = Figure(figsize=(1.5 + 1.2 * len(names), 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(names, heights, yerr=[below, above], capsize=4, color="tab:blue", label="Avg@n, 95 % interval")
+    best = [100 * r.metrics[f"pass@{r.samples_per_problem}"] for r in evaluated.reports]
+    axes.plot(names, best, "k_", markersize=18, label="pass@n")
+    axes.set(ylim=(0, 105), ylabel="right answers in %", title=Path(evaluated.model).name)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def read_reports(path: Path) -> tuple[EvalReport, ...]:
+    """The reports of an evaluation's folder, or of one report's file (those in a run folder's eval/ too).
+
+    Errors: UserError that names what cannot be read.
+    """
+    files = [path]
+    if path.is_dir():
+        try:
+            names = json.loads((path / SUMMARY).read_text(encoding="utf-8"))["benchmarks"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} holds no evaluation: {SUMMARY} cannot be read ({error})") from error
+        files = [path / f"{name}.json" for name in names]
+    return tuple(map(read_report, files))
+
+
+def read_report(file: Path) -> EvalReport:
+    """One report; UserError where it cannot be read."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return EvalReport(**{**content, "answers": tuple(Graded(**answer) for answer in content["answers"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"cannot read the evaluation {file}: {error}") from error
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> "Any":
+    """A console table, first column to the left."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    made = Table(title=title)
+    for number, name in enumerate(columns):
+        made.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        made.add_row(*map(escape, row))
+    return made
