@@ -7,7 +7,7 @@ figure uncertain (90 problems: about 3.5 points of standard error): compare two 
 import math
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -93,6 +93,18 @@ def _right(answers: Sequence[Graded]) -> int:
     return sum(answer.outcome == "right" for answer in answers)
 
 
+def _mean_length(graded: Sequence[Graded]) -> float:
+    """In tokens, over the answers whose length is known."""
+    known = [answer.num_tokens for answer in graded if answer.num_tokens]
+    return sum(known) / len(known) if known else math.nan
+
+
+def length_text(metrics: Mapping[str, float]) -> str:
+    """The mean length as a reader sees it; a file holds null where it is not known."""
+    length = metrics["length_mean"]
+    return "-" if length is None or math.isnan(length) else f"{length:,.0f}"
+
+
 def problem_scores(report: EvalReport) -> dict[str, float]:
     """Share of right samples of each problem, greedy answers left out."""
     sampled = [answer for answer in report.answers if answer.sample_index != GREEDY]
@@ -104,8 +116,8 @@ def build_report(step: int, benchmark: str, graded: Sequence[Graded], *, greedy:
 
     metrics, shares in [0, 1] unless said otherwise: avg, avg/low and avg/high (95 % over problems), avg/sampling_se
     (standard error from the draw of n samples alone; n > 1) and avg/problem_se (from the draw of problems; more than
-    one problem), pass@1 .. pass@n, maj@n, truncated_share, no_answer_share, length_mean (tokens), timeouts (a count);
-    greedy and greedy/length_mean with greedy answers, which are kept with sample_index -1.
+    one problem), pass@1 .. pass@n, maj@n, truncated_share, no_answer_share, length_mean (tokens; NaN where no length is
+    known), timeouts (a count); greedy and greedy/length_mean with greedy answers, which are kept with sample_index -1.
     """
     groups = _by_problem(graded)
     samples = len(next(iter(groups.values())))
@@ -122,11 +134,11 @@ def build_report(step: int, benchmark: str, graded: Sequence[Graded], *, greedy:
     metrics[f"maj@{samples}"] = float(np.mean([majority_score(group) for group in groups.values()]))
     metrics["truncated_share"] = sum(not answer.finished for answer in graded) / len(graded)
     metrics["no_answer_share"] = sum(answer.outcome == "no_answer" for answer in graded) / len(graded)
-    metrics["length_mean"] = sum(answer.num_tokens for answer in graded) / len(graded)
+    metrics["length_mean"] = _mean_length(graded)
     metrics["timeouts"] = float(sum(answer.outcome == "timeout" for answer in graded))
     if greedy:
         metrics["greedy"] = _right(greedy) / len(greedy)
-        metrics["greedy/length_mean"] = sum(answer.num_tokens for answer in greedy) / len(greedy)
+        metrics["greedy/length_mean"] = _mean_length(greedy)
     return EvalReport(
         step=step,
         benchmark=benchmark,

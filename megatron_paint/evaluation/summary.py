@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_paint.disk import disk_errors, write_atomically
 from megatron_paint.errors import UserError
-from megatron_paint.evaluation.statistics import Interval, macro_average
+from megatron_paint.evaluation.statistics import Interval, length_text, macro_average
 from megatron_paint.records import EvalReport, Graded
 from megatron_paint.strict_json import to_json
 
@@ -67,7 +67,7 @@ def markdown(evaluated: Evaluated) -> str:
         lines.append(
             f"| {report.benchmark} | {report.num_problems} | {avg} (n = {n}) "
             f"| {100 * metrics['avg/low']:.1f} to {100 * metrics['avg/high']:.1f} | {best} | {majority} | {truncated} "
-            f"| {100 * metrics['no_answer_share']:.1f} | {metrics['timeouts']:.0f} | {metrics['length_mean']:,.0f} |"
+            f"| {100 * metrics['no_answer_share']:.1f} | {metrics['timeouts']:.0f} | {length_text(metrics)} |"
         )
     if len(evaluated.reports) > 1:
         macro = evaluated.macro

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_paint.evaluation.statistics import paired_difference
+from megatron_paint.evaluation.statistics import length_text, paired_difference
 from megatron_paint.records import EvalReport, StepReport
 from megatron_paint.run.tensorboard_log import TensorBoardLog
 from megatron_paint.strict_json import to_json
@@ -150,7 +150,7 @@ def end_table(before: Sequence[EvalReport], after: Sequence[EvalReport]) -> Tabl
 
 def _greedy_and_length(report: EvalReport) -> tuple[str, str]:
     greedy = f"{100 * report.metrics['greedy']:.1f}" if "greedy" in report.metrics else "-"
-    return greedy, f"{report.metrics['length_mean']:,.0f}"
+    return greedy, length_text(report.metrics)
 
 
 def _difference_text(old: EvalReport, new: EvalReport) -> str:
