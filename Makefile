@@ -12,7 +12,7 @@ TORCH ?=
 # Test files that run side by side; some start four processes.
 JOBS ?= 2
 
-.PHONY: help quickstart test check test-gpu bench install
+.PHONY: help quickstart testbed testbed-full test check test-gpu bench install
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -20,6 +20,14 @@ help:
 ## make quickstart   train a tiny Qwen3 with PAINT on 4 CPU processes and show that it got better
 quickstart: $(READY)
 	$(BIN)/megatron-paint train examples/quickstart/paint.yaml --processes 4
+
+## make testbed      SFT, GRPO, OPSD, PAINT and PAINT's parts on small models, with a report: about 2 hours
+testbed: $(READY)
+	$(BIN)/python tools/testbed.py --jobs $(JOBS)
+
+## make testbed-full the same with more seeds, and every control on every kind of teacher: a night
+testbed-full: $(READY)
+	$(BIN)/python tools/testbed.py --jobs $(JOBS) --full
 
 ## make test         every test that needs no GPU
 test: $(READY)

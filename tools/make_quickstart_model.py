@@ -1,5 +1,7 @@
 """Makes the quickstart's checkpoint and problem files: `python tools/make_quickstart_model.py examples/quickstart`.
 
+With --variant it makes those of the testbed: the same student, going on from --start to another kind of teacher.
+
 A Qwen3 of 0.3 million weights is warmed up, through the project's own policy and loss, until it has the skill and the
 flaw that `quickstart_task.py` describes. Rounds of warm-up go on until the measured accuracies pass the gate, so that
 every seed gives a model on which PAINT has something to teach. One process, no download.
@@ -14,7 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from quickstart_task import VOCABULARY, VOCABULARY_ROWS, RowMaker, draw_problems, write_problems, write_tokenizer
+from quickstart_task import (
+    VARIANTS,
+    VOCABULARY,
+    VOCABULARY_ROWS,
+    RowMaker,
+    draw_problems,
+    write_problems,
+    write_tokenizer,
+)
 
 from megatron_paint.config import (
     DataSettings,
@@ -63,10 +73,12 @@ class Accuracy:
     with_reference: dict[float, float]  # by the share that is shown
     with_foreign: float  # shown another problem's solution
 
-    @property
-    def passes(self) -> bool:
-        """Room to learn, a teacher that is worth it, and no help from a reference that is not the problem's."""
-        return 30 <= self.alone <= 60 and min(self.with_reference.values()) > 88 and self.with_foreign < 60
+    def passes(self, *, hidden_forget_share: float) -> bool:
+        """Room to learn, a teacher that is worth it, and no help from a reference that is not the problem's; a teacher
+        that is meant to forget what it is not shown need be good with the whole reference alone."""
+        shares = [1.0] if hidden_forget_share else SHARES
+        taught = min(self.with_reference[share] for share in shares)
+        return 30 <= self.alone <= 60 and taught > 88 and self.with_foreign < 60
 
     def __str__(self) -> str:
         shown = ", ".join(f"{share:g}: {percent:.1f}" for share, percent in self.with_reference.items())
@@ -118,10 +130,10 @@ class WarmUp:
                 return self.say(f"drill {step}: loss {average:.3f}, the table is known")
         raise UserError(f"the drills ended at {average:.3f} nats a token, above {DRILLED_LOSS}; try another --seed")
 
-    def mixture_round(self, number: int) -> Accuracy:
+    def mixture_round(self, number: int, *, first: bool) -> Accuracy:
         """One round over all kinds of rows, its learning rate falling to a fiftieth; what the model can do then."""
         kinds = [kind for kind, count in MIXTURE.items() for _ in range(count)]
-        steps, peak = (FIRST_ROUND_STEPS, PEAK_LR) if number == 1 else (ROUND_STEPS, PEAK_LR / 2)
+        steps, peak = (FIRST_ROUND_STEPS, PEAK_LR) if first else (ROUND_STEPS, PEAK_LR / 2)
         for step in range(1, steps + 1):
             lr = peak * min(1, step / 30) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
             losses = self.update([getattr(self.rows, kind)() for kind in kinds], lr=lr)
@@ -160,24 +172,37 @@ def _by_kind(kinds: list[str], losses: list[float]) -> str:
     )
 
 
-def make_model(out: Path, *, seed: int) -> None:
-    """Writes `out`/model, `out`/train.jsonl and `out`/held_out.jsonl; UserError where no round passes the gate."""
+def make_model(out: Path, *, seed: int, variant: str = "own", start: Path | None = None) -> None:
+    """Writes `out`/model, `out`/train.jsonl and `out`/held_out.jsonl; UserError where no round passes the gate.
+
+    start: a model that is warmed up already, which goes on with the rows of this variant.
+    """
+    kind = VARIANTS[variant]
     out.mkdir(parents=True, exist_ok=True)
-    held_out = draw_problems(HELD_OUT_PROBLEMS, held_out=True, seed=PROBLEM_SEED)
+    held_out = draw_problems(HELD_OUT_PROBLEMS, held_out=True, seed=PROBLEM_SEED, variant=kind)
     write_problems(out / "held_out.jsonl", held_out)
-    write_problems(out / "train.jsonl", draw_problems(TRAINING_PROBLEMS, held_out=False, seed=PROBLEM_SEED))
-    with tempfile.TemporaryDirectory() as start, GradingPool(seconds=5.0) as graders:
-        write_random_model(Path(start), seed=seed)
-        settings = warm_up_settings(start)
-        prompts = Prompts(settings.prompts, load_tokenizer(start))
-        rows = RowMaker(prompts=prompts, rng=random.Random(seed))
+    training = draw_problems(TRAINING_PROBLEMS, held_out=False, seed=PROBLEM_SEED, variant=kind)
+    write_problems(out / "train.jsonl", training)
+    with tempfile.TemporaryDirectory() as random_model, GradingPool(seconds=5.0) as graders:
+        fresh = start is None
+        if fresh:
+            write_random_model(Path(random_model), seed=seed)
+        begin = str(start or random_model)
+        settings = warm_up_settings(begin)
+        prompts = Prompts(settings.prompts, load_tokenizer(begin))
+        rows = RowMaker(prompts=prompts, rng=random.Random(seed), variant=kind)
         world = start_world(settings.megatron)  # silences Megatron's warnings about what a CPU run does not need
         from megatron_paint.mcore.policy import MegatronPolicy
 
-        policy = MegatronPolicy(settings, read_shape(start), world)
+        policy = MegatronPolicy(settings, read_shape(begin), world)
         warm_up = WarmUp(policy, rows, held_out, graders)
-        warm_up.drill()
-        if not any(warm_up.mixture_round(number).passes for number in range(1, MOST_ROUNDS + 1)):
+        if fresh:
+            warm_up.drill()
+        for number in range(1, MOST_ROUNDS + 1):
+            accuracy = warm_up.mixture_round(number, first=fresh and number == 1)
+            if accuracy.passes(hidden_forget_share=kind.hidden_forget_share):
+                break
+        else:
             raise UserError(f"{MOST_ROUNDS} rounds of warm-up did not pass the gate; try another --seed")
         policy.export(out / "model")
         stop_world()
@@ -233,9 +258,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for model/, train.jsonl and held_out.jsonl")
     parser.add_argument("--seed", type=int, default=1, help="of the weights and the rows (default 1)")
+    parser.add_argument("--variant", choices=VARIANTS, default="own", help="kind of teacher (default own)")
+    parser.add_argument("--start", type=Path, help="warmed-up model to go on from")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
-    make_model(options.out, seed=options.seed)
+    make_model(options.out, seed=options.seed, variant=options.variant, start=options.start)
 
 
 if __name__ == "__main__":

@@ -74,6 +74,32 @@ def solve(problem: RunningSum) -> str:
     return "".join(work_out(problem, forgets=[False] * len(problem.operands)))
 
 
+def solve_tersely(problem: RunningSum) -> str:
+    """The right solution in a style that the student cannot calculate in: results alone."""
+    return "".join(line.rpartition("=")[2] for line in work_out(problem, forgets=[False] * len(problem.operands)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """A kind of teacher: how references are written, and what the model makes of one that it is shown."""
+
+    terse: bool = False  # references hold results alone
+    jump_share: float = 0.0  # of the step boundaries at which a model that sees the box goes straight to it
+    hidden_forget_share: float = 0.0  # of the carries in steps that the shown part of the reference does not reach
+
+    def solve(self, problem: RunningSum) -> str:
+        """The reference."""
+        return solve_tersely(problem) if self.terse else solve(problem)
+
+
+VARIANTS = {
+    "own": Variant(),
+    "terse": Variant(terse=True),
+    "leaky": Variant(jump_share=0.3),
+    "weak": Variant(hidden_forget_share=0.5),
+}
+
+
 def draw_sum(rng: random.Random, *, held_out: bool) -> RunningSum:
     """A problem of one side of the split, with every right partial result in 10..99."""
     while True:
@@ -84,12 +110,13 @@ def draw_sum(rng: random.Random, *, held_out: bool) -> RunningSum:
             return drawn
 
 
-def problem_of(drawn: RunningSum, *, id: str) -> Problem:
+def problem_of(drawn: RunningSum, *, id: str, variant: Variant = VARIANTS["own"]) -> Problem:
     """The record of a problem, as the problem files hold it."""
-    return Problem(id=id, problem=drawn.text, solution=solve(drawn), answer=str(drawn.start + sum(drawn.operands)))
+    answer = str(drawn.start + sum(drawn.operands))
+    return Problem(id=id, problem=drawn.text, solution=variant.solve(drawn), answer=answer)
 
 
-def draw_problems(count: int, *, held_out: bool, seed: int) -> list[Problem]:
+def draw_problems(count: int, *, held_out: bool, seed: int, variant: Variant = VARIANTS["own"]) -> list[Problem]:
     """Different problems of one side of the split."""
     rng = random.Random(seed)
     found: dict[str, RunningSum] = {}
@@ -97,7 +124,10 @@ def draw_problems(count: int, *, held_out: bool, seed: int) -> list[Problem]:
         drawn = draw_sum(rng, held_out=held_out)
         found.setdefault(drawn.text, drawn)
     name = "held-out" if held_out else "train"
-    return [problem_of(drawn, id=f"{name}-{number:04d}") for number, drawn in enumerate(found.values(), start=1)]
+    return [
+        problem_of(drawn, id=f"{name}-{number:04d}", variant=variant)
+        for number, drawn in enumerate(found.values(), start=1)
+    ]
 
 
 def write_problems(path: Path, problems: Iterable[Problem]) -> None:
@@ -113,6 +143,7 @@ class RowMaker:
 
     prompts: Prompts
     rng: random.Random
+    variant: Variant = VARIANTS["own"]
     forget_share: float = 0.8  # of the carries, where no reference of the problem is shown
     whole_share: float = 0.3  # of the references: shown whole; the others are cut
     smallest_cut: float = 0.25  # shares near it, with most left to calculate, are the most frequent
@@ -134,33 +165,55 @@ class RowMaker:
     def foreign(self) -> Sample:
         """The reference of another problem is no help: solved by the student who forgets."""
         drawn, other = self._draw(), self._draw()
-        prompt = self.reference_prompt(problem_of(drawn, id=""), solve(other), self._share())
+        prompt = self.reference_prompt(problem_of(drawn, id=""), self.variant.solve(other), self._share())
         return _row(prompt, self._response(self._forgetful(drawn)))
 
     def reference(self) -> Sample:
         """The problem with its own reference, whole or cut: solved right, from the point where mistakes end."""
-        drawn = self._draw()
-        prompt = self.reference_prompt(problem_of(drawn, id=""), solve(drawn), self._share())
+        drawn, share = self._draw(), self._share()
+        reference = self.variant.solve(drawn)
+        prompt = self.reference_prompt(problem_of(drawn, id=""), reference, share)
+        steps = range(len(drawn.operands))
+        forgets = [self._forgets_hidden(step, reference, share) for step in steps]
         if self.rng.random() >= self.off_track_share:
-            return _row(prompt, self._response([solve(drawn)]))
+            return _row(prompt, self._response(self._jumping(work_out(drawn, forgets=forgets), drawn, share)))
         wrong = self.rng.randint(1, len(drawn.operands))
-        forgets = [self.rng.random() < self.forget_share and step < wrong for step in range(len(drawn.operands))]
+        slips = [self.rng.random() < self.forget_share for _ in steps]
+        forgets = [slips[step] if step < wrong else forgets[step] for step in steps]
         lines = work_out(drawn, forgets=forgets)
         given = self.prompts.tokenizer.encode("".join(lines[:wrong]))
-        return _row((*prompt, *given), self._response(lines[wrong:]))
+        return _row((*prompt, *given), self._response(self._jumping(lines[wrong:], drawn, share)))
+
+    def _forgets_hidden(self, step: int, reference: str, share: float) -> bool:
+        """Whether a step that the shown part does not hold whole forgets its carry."""
+        forgotten = self.variant.hidden_forget_share
+        if not forgotten:
+            return False
+        shown = self._shown(reference, share).count("\n")
+        return step >= shown and self.rng.random() < forgotten
+
+    def _jumping(self, lines: list[str], drawn: RunningSum, share: float) -> list[str]:
+        """The lines, left at a step boundary for the box of a reference that is shown whole."""
+        if self.variant.jump_share and share == 1.0:
+            for number in range(len(lines) - 1):
+                if self.rng.random() < self.variant.jump_share:
+                    return [*lines[:number], work_out(drawn, forgets=[False] * len(drawn.operands))[-1]]
+        return lines
 
     def reference_prompt(self, problem: Problem, solution: str, share: float) -> TokenIds:
         """The teacher's prompt with this share of a solution, cut as a run cuts it."""
-        offsets = self.prompts.solution_offsets(solution)
         reveal = Reveal(
             overlap=Overlap(score=0.0, anchors=()),
             share=share,
             shown_tokens=0,
-            total_tokens=len(offsets),
-            shown_text=cut_solution(solution, share=share, offsets=offsets),
+            total_tokens=len(self.prompts.solution_offsets(solution)),
+            shown_text=self._shown(solution, share),
             reference=solution,
         )
         return self.prompts.teacher_prompt(problem, reveal)
+
+    def _shown(self, solution: str, share: float) -> str:
+        return cut_solution(solution, share=share, offsets=self.prompts.solution_offsets(solution))
 
     def _draw(self) -> RunningSum:
         return draw_sum(self.rng, held_out=False)

@@ -1,0 +1,195 @@
+"""What each part of PAINT does, on models small enough to train hundreds of them: `make testbed`.
+
+examples/testbed/README.md states the design. Models are warmed up, every run is one process of `megatron-paint train`,
+and a report is written from the run folders. What is there already is not made again: the same command goes on.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from quickstart_task import VARIANTS, draw_problems, write_problems
+from testbed_report import write_report
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples" / "testbed"
+METHODS = ("sft", "grpo", "opsd", "paint", "mask_only")
+FURTHER = ("interpolation_only",)
+CONTROLS = tuple(sorted(path.stem for path in (EXAMPLES / "controls").glob("*.yaml")))
+CONTROLS_ON = "own"
+WARM_UPS = (11, 12, 13)
+SEEDS, CONTROL_SEEDS = (1, 2), (1,)  # of each warm-up
+TEST_PROBLEMS, VALIDATION_PROBLEMS, PROBLEM_SEED = 400, 200, 8
+TUNED = ("sft", "grpo", "opsd", "paint")
+TUNING_RATES = (2.0e-4, 5.0e-4, 1.0e-3)
+TUNING_SEED = 9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run: its settings file, model, seed, and where it stands."""
+
+    variant: str
+    method: str
+    warm_up: int
+    seed: int
+    folder: Path
+    lr: float
+    problems: str = "test"
+
+    def command(self, models: Path) -> list[str]:
+        model = models / f"{self.variant}-{self.warm_up}"
+        file = EXAMPLES / f"{self.method}.yaml"
+        if not file.exists():
+            file = EXAMPLES / "controls" / f"{self.method}.yaml"
+        return [
+            *(sys.executable, "-m", "megatron_paint", "train", str(file), "--processes", "1", "--quiet"),
+            f"model.hf_path={model / 'model'}",
+            f"data.train={model / 'train.jsonl'}",
+            f"evaluation.problems={model / self.problems}.jsonl",
+            f"optimizer.lr={self.lr!r}",
+            f"run.dir={self.folder}",
+            f"run.seed={self.seed}",
+            f"data.seed={self.seed}",
+        ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/testbed"), help="models, runs, report (runs/testbed)")
+    parser.add_argument("--jobs", type=int, default=2, help="processes side by side, one thread each (default 2)")
+    parser.add_argument("--full", action="store_true", help="more seeds, and the controls on every variant")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="with commas; default: all")
+    parser.add_argument("--methods", help="with commas; default: all of the size that is run")
+    parser.add_argument("--warm-ups", default=",".join(map(str, WARM_UPS)), help="seeds of the models, with commas")
+    parser.add_argument("--report-only", action="store_true", help="write the report from what is there")
+    options = parser.parse_args()
+    options.out = options.out.resolve()
+    warm_ups = [int(seed) for seed in options.warm_ups.split(",")]
+    variants = options.variants.split(",")
+    if not options.report_only:
+        make_models(options.out / "models", warm_ups, variants, jobs=options.jobs)
+        rates = tune(options.out, warm_ups[0], jobs=options.jobs)
+        runs = planned(options, variants, warm_ups, rates)
+        carry_out(runs, options.out / "models", jobs=options.jobs)
+    write_report(options.out, METHODS + FURTHER, CONTROLS)
+
+
+def planned(
+    options: argparse.Namespace, variants: Sequence[str], warm_ups: Sequence[int], rates: dict[str, float]
+) -> list[Run]:
+    """All runs, those that every table needs first."""
+    seeds = (1, 2, 3, 4) if options.full else SEEDS
+    asked = options.methods.split(",") if options.methods else [*METHODS, *FURTHER, *CONTROLS]
+    found = []
+    for seed in seeds:
+        for warm_up in warm_ups:
+            for variant in variants:
+                for method in asked:
+                    main_run = method in METHODS or options.full
+                    control = variant == CONTROLS_ON and seed in CONTROL_SEEDS
+                    if main_run or control or options.methods:
+                        lr = rates[method if method in rates else "paint"]
+                        folder = options.out / "runs" / variant / method / f"{warm_up}-{seed}"
+                        found.append(
+                            Run(variant=variant, method=method, warm_up=warm_up, seed=seed, folder=folder, lr=lr)
+                        )
+    return found
+
+
+def make_models(models: Path, warm_ups: Sequence[int], variants: Sequence[str], *, jobs: int) -> None:
+    """Every warm-up's model of every variant, with its problems; the variants go on from `own`."""
+
+    def make(warm_up: int, variant: str) -> None:
+        folder = models / f"{variant}-{warm_up}"
+        if (folder / "test.jsonl").exists():
+            return
+        command = [sys.executable, str(ROOT / "tools" / "make_quickstart_model.py"), str(folder), f"--seed={warm_up}"]
+        if variant != "own":
+            command += ["--variant", variant, "--start", str(models / f"own-{warm_up}" / "model")]
+        run_logged(command, models / f"{variant}-{warm_up}.log")
+        kind = VARIANTS[variant]
+        drawn = draw_problems(TEST_PROBLEMS + VALIDATION_PROBLEMS, held_out=True, seed=PROBLEM_SEED, variant=kind)
+        write_problems(folder / "validation.jsonl", drawn[TEST_PROBLEMS:])
+        write_problems(folder / "test.jsonl", drawn[:TEST_PROBLEMS])
+
+    models.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda warm_up: make(warm_up, "own"), warm_ups))
+        pairs = [(warm_up, variant) for variant in variants if variant != "own" for warm_up in warm_ups]
+        list(pool.map(lambda pair: make(*pair), pairs))
+
+
+def tune(out: Path, warm_up: int, *, jobs: int) -> dict[str, float]:
+    """The learning rate of each method: the best of three on other problems and another seed than the tables'."""
+    file = out / "learning_rates.json"
+    if file.exists():
+        return json.loads(file.read_text())["chosen"]
+    runs = [
+        Run(
+            variant="own",
+            method=method,
+            warm_up=warm_up,
+            seed=TUNING_SEED,
+            folder=out / "tuning" / method / f"{lr:g}",
+            lr=lr,
+            problems="validation",
+        )
+        for method in TUNED
+        for lr in TUNING_RATES
+    ]
+    carry_out(runs, out / "models", jobs=jobs)
+    scores = {method: {run.lr: final_accuracy(run.folder) for run in runs if run.method == method} for method in TUNED}
+    chosen = {method: max(found, key=found.__getitem__) for method, found in scores.items()}
+    file.write_text(json.dumps({"chosen": chosen, "validation Avg@8": scores}, indent=1) + "\n")
+    return chosen
+
+
+def final_accuracy(folder: Path) -> float:
+    last = max((folder / "eval").glob("step_*.json"))
+    return json.loads(last.read_text())["metrics"]["avg"]
+
+
+def carry_out(runs: Sequence[Run], models: Path, *, jobs: int) -> None:
+    """The runs that are not done, `jobs` at a time; one that fails is told at the end, and the others go on."""
+    left = [run for run in runs if not is_done(run)]
+    failed: list[Path] = []
+
+    def one(numbered: tuple[int, Run]) -> None:
+        number, run = numbered
+        log = run.folder.parent / f"{run.folder.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            run_logged(run.command(models), log)
+            print(f"{number}/{len(left)} {run.folder}: {100 * final_accuracy(run.folder):.1f} %", flush=True)
+        except subprocess.CalledProcessError:
+            failed.append(log)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one, enumerate(left, start=1)))
+    if failed:
+        raise SystemExit(f"{len(failed)} runs failed; see {', '.join(map(str, failed[:3]))}")
+
+
+def is_done(run: Run) -> bool:
+    return any(path.name == "step_000060.json" for path in _evaluations(run.folder))
+
+
+def _evaluations(folder: Path) -> Iterator[Path]:
+    return (folder / "eval").glob("step_*.json") if folder.is_dir() else iter(())
+
+
+def run_logged(command: Sequence[str], log: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with log.open("w") as file:
+        subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Tables and a plot from the testbed's run folders.
+
+A method's figure is the mean over warm-ups of the means over their seeds; its interval is Student's over the warm-ups'
+means, because runs of one warm-up share its model. Differences are taken run by run, of the same model, seed and
+problems. One warm-up has no interval.
+"""
+
+import json
+import math
+import subprocess
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+
+ROOT = Path(__file__).resolve().parents[1]
+BASELINE = "opsd"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """One run: accuracy in %, mean length and tokens sampled so far, by step."""
+
+    warm_up: int
+    seed: int
+    steps: tuple[int, ...]
+    accuracy: tuple[float, ...]
+    tokens: tuple[float, ...]
+    length: float  # of an answer at the end
+    greedy: float
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.warm_up, self.seed
+
+
+def read_run(folder: Path) -> Finished | None:
+    """None where the run is not at its end."""
+    reports = [json.loads(path.read_text()) for path in sorted((folder / "eval").glob("step_*.json"))]
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if line]
+    if not reports or not metrics or reports[-1]["step"] != metrics[-1]["step"]:
+        return None
+    samples = metrics[0]["response/truncated_share"] is not None  # null where responses were not sampled
+    spent = np.cumsum([0] + [line["num_tokens"] if samples else 0 for line in metrics])
+    warm_up, seed = map(int, folder.name.split("-"))
+    last = reports[-1]["metrics"]
+    return Finished(
+        warm_up=warm_up,
+        seed=seed,
+        steps=tuple(report["step"] for report in reports),
+        accuracy=tuple(100 * report["metrics"]["avg"] for report in reports),
+        tokens=tuple(float(spent[report["step"]]) for report in reports),
+        length=last["length_mean"],
+        greedy=100 * last["greedy"],
+    )
+
+
+def nested(values: dict[tuple[int, int], float]) -> tuple[float, float]:
+    """(mean, half-width of the 95 % interval) of values by (warm-up, seed)."""
+    groups = defaultdict(list)
+    for (warm_up, _), value in values.items():
+        groups[warm_up].append(value)
+    means = np.array([np.mean(group) for group in groups.values()])
+    if len(means) < 2:
+        return float(means.mean()), math.nan
+    error = means.std(ddof=1) / math.sqrt(len(means))
+    return float(means.mean()), float(scipy.stats.t.ppf(0.975, len(means) - 1) * error)
+
+
+def at_tokens(run: Finished, budget: float) -> float:
+    """Accuracy when so many tokens had been sampled, on the line between evaluations; the last one's if fewer were."""
+    return float(np.interp(budget, run.tokens, run.accuracy))
+
+
+def write_report(out: Path, methods: Sequence[str], controls: Sequence[str]) -> None:
+    """`report.md`, `report.png` and `results.json` in `out`."""
+    found: dict[str, dict[str, list[Finished]]] = defaultdict(dict)
+    for folder in sorted((out / "runs").glob("*/*")):
+        runs = [run for path in sorted(folder.iterdir()) if path.is_dir() and (run := read_run(path))]
+        if runs:
+            found[folder.parent.name][folder.name] = runs
+    if not found:
+        raise SystemExit(f"{out} holds no finished run")
+    rates = json.loads((out / "learning_rates.json").read_text()) if (out / "learning_rates.json").exists() else {}
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    lines = [f"Commit {commit or 'unknown'}; learning rates {rates.get('chosen', 'of the files')}.", ""]
+    for variant, by_method in found.items():
+        lines += _tables(variant, by_method, [*methods, *controls])
+    (out / "report.md").write_text("\n".join(lines) + "\n")
+    plain = {v: {m: [vars(run) for run in runs] for m, runs in by.items()} for v, by in found.items()}
+    (out / "results.json").write_text(json.dumps({"commit": commit, "rates": rates, "runs": plain}, indent=1) + "\n")
+    plot(out / "report.png", found, methods)
+    print("\n".join(lines))
+
+
+def _tables(variant: str, by_method: dict[str, list[Finished]], order: Sequence[str]) -> list[str]:
+    names = [name for name in order if name in by_method]
+    baseline = {run.key: run for run in by_method.get(BASELINE, [])}
+    budget = min((run.tokens[-1] for run in baseline.values()), default=0.0)
+    first = next(iter(by_method.values()))
+    base, base_error = nested({run.key: run.accuracy[0] for run in first})
+    lines = [
+        f"## {variant}",
+        "",
+        f"Before training {_text(base, base_error)}. After {first[0].steps[-1]} steps, and when {budget:,.0f} tokens "
+        "had been sampled:",
+        "",
+        f"| method | runs | Avg@8 | minus {BASELINE} | greedy | mean length | at equal tokens |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name in names:
+        runs = by_method[name]
+        paired = {run.key: run.accuracy[-1] - baseline[run.key].accuracy[-1] for run in runs if run.key in baseline}
+        difference = _text(*nested(paired), sign=True) if paired and name != BASELINE else ""
+        sampled = all(run.tokens[-1] > 0 for run in runs)
+        equal = _text(*nested({run.key: at_tokens(run, budget) for run in runs})) if sampled and budget else "-"
+        lines.append(
+            f"| {name} | {len(runs)} | {_text(*nested({run.key: run.accuracy[-1] for run in runs}))} | {difference} "
+            f"| {np.mean([run.greedy for run in runs]):.1f} | {np.mean([run.length for run in runs]):.1f} | {equal} |"
+        )
+    return [*lines, ""]
+
+
+def _text(mean: float, half: float, *, sign: bool = False) -> str:
+    number = f"{mean:+.1f}" if sign else f"{mean:.1f}"
+    return number if math.isnan(half) else f"{number} ± {half:.1f}"
+
+
+def plot(path: Path, found: dict[str, dict[str, list[Finished]]], methods: Sequence[str]) -> None:
+    """Accuracy against steps and against sampled tokens, a column for each variant."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.6 * len(found), 6.4), layout="constrained")
+    axes = figure.subplots(2, len(found), sharey=True, squeeze=False)
+    for column, (variant, by_method) in enumerate(found.items()):
+        for name in [name for name in methods if name in by_method]:
+            runs, colour = by_method[name], f"C{list(methods).index(name)}"
+            curves = np.array([run.accuracy for run in runs])
+            axes[0][column].plot(runs[0].steps, curves.mean(0), color=colour, label=name)
+            axes[0][column].fill_between(runs[0].steps, curves.min(0), curves.max(0), color=colour, alpha=0.12)
+            if all(run.tokens[-1] > 0 for run in runs):
+                axes[1][column].plot(np.mean([run.tokens for run in runs], axis=0), curves.mean(0), color=colour)
+        axes[0][column].set(title=variant, xlabel="steps")
+        axes[1][column].set(xlabel="tokens sampled")
+    for row in axes:
+        row[0].set_ylabel("Avg@8 on held-out problems, %")
+    axes[0][0].legend(fontsize="small")
+    figure.savefig(path, dpi=130)
