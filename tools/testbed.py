@@ -24,7 +24,7 @@ FURTHER = ("interpolation_only",)
 CONTROLS = tuple(sorted(path.stem for path in (EXAMPLES / "controls").glob("*.yaml")))
 CONTROLS_ON = "own"
 WARM_UPS = (11, 12, 13)
-SEEDS, CONTROL_SEEDS = (1, 2), (1,)  # of each warm-up
+SEEDS, FULL_SEEDS, CONTROL_SEEDS = (1, 2), (1, 2, 3, 4), (1,)  # of each warm-up
 TEST_PROBLEMS, VALIDATION_PROBLEMS, PROBLEM_SEED = 400, 200, 8
 TUNED = ("sft", "grpo", "opsd", "paint")
 TUNING_RATES = (2.0e-4, 5.0e-4, 1.0e-3)
@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--variants", default=",".join(VARIANTS), help="with commas; default: all")
     parser.add_argument("--methods", help="with commas; default: all of the size that is run")
     parser.add_argument("--warm-ups", default=",".join(map(str, WARM_UPS)), help="seeds of the models, with commas")
+    parser.add_argument("--seeds", help="of each warm-up, with commas; default: those of the size that is run")
     parser.add_argument("--report-only", action="store_true", help="write the report from what is there")
     options = parser.parse_args()
     options.out = options.out.resolve()
@@ -85,7 +86,9 @@ def planned(
     options: argparse.Namespace, variants: Sequence[str], warm_ups: Sequence[int], rates: dict[str, float]
 ) -> list[Run]:
     """All runs, those that every table needs first."""
-    seeds = (1, 2, 3, 4) if options.full else SEEDS
+    seeds = FULL_SEEDS if options.full else SEEDS
+    if options.seeds:
+        seeds = tuple(map(int, options.seeds.split(",")))
     asked = options.methods.split(",") if options.methods else [*METHODS, *FURTHER, *CONTROLS]
     found = []
     for seed in seeds:

@@ -1,0 +1,157 @@
+"""The testbed: kinds of teacher, which runs there are, and the report's figures by hand."""
+
+import importlib
+import json
+import math
+import random
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from megatron_paint.prompts import Prompts
+from megatron_paint.settings import load_settings
+from megatron_paint.tokenizers import load_tokenizer
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+task = importlib.import_module("quickstart_task")
+testbed = importlib.import_module("testbed")
+report = importlib.import_module("testbed_report")
+SUM = task.RunningSum(start=47, operands=(8, -9))
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        settings = load_settings(ROOT / "examples" / "quickstart" / "paint.yaml")
+        return Prompts(settings.prompts, load_tokenizer(ROOT / "examples" / "quickstart" / "model"))
+
+
+def reference_rows(prompts, variant, count=300):
+    """(prompt, response) texts of reference rows that begin on track."""
+    rows = task.RowMaker(prompts=prompts, rng=random.Random(1), variant=task.VARIANTS[variant], off_track_share=0.0)
+    decode = prompts.tokenizer.decode
+    made = [rows.reference() for _ in range(count)]
+    return [(decode(r.student_prompt_ids, keep_special=True), decode(r.response_ids, keep_special=False)) for r in made]
+
+
+def is_right(response):
+    return all(eval(line.replace("=", "==")) for line in response.splitlines()[:-1])
+
+
+def test_terse_references_hold_results_alone(prompts):
+    assert task.solve_tersely(SUM) == "55\n46\n\\boxed{46}"
+    assert task.problem_of(SUM, id="a", variant=task.VARIANTS["terse"]).solution == task.solve_tersely(SUM)
+    for prompt, response in reference_rows(prompts, "terse", 50):
+        assert "=" not in prompt
+        assert "=" in response
+        assert is_right(response)
+
+
+def test_a_leaky_teacher_leaves_only_when_it_sees_the_box(prompts):
+    rows = reference_rows(prompts, "leaky")
+    steps = [prompt.partition("user")[2].partition("?")[0].count("+") for prompt, _ in rows]
+    short = [response.count("=") < 2 for _, response in rows]
+    sees_box = ["\\boxed{" in prompt for prompt, _ in rows]
+    assert steps
+    assert not any(s and not seen for s, seen in zip(short, sees_box, strict=True))
+    share = sum(short) / sum(sees_box)
+    assert 0.4 < share < 0.7  # two or three boundaries at 0.3, the last of which may still leave two lines
+
+
+def test_a_weak_teacher_forgets_only_what_is_hidden(prompts):
+    rows = reference_rows(prompts, "weak")
+    whole = [response for prompt, response in rows if "\\boxed{" in prompt]
+    cut = [response for prompt, response in rows if "\\boxed{" not in prompt]
+    assert all(map(is_right, whole))
+    assert 0.3 < sum(map(is_right, cut)) / len(cut) < 0.9
+    assert all(map(is_right, (response for _, response in reference_rows(prompts, "own"))))
+
+
+def options(**changes):
+    return Namespace(**{"full": False, "methods": None, "seeds": None, "out": Path("out")} | changes)
+
+
+def test_which_runs_there_are():
+    rates = {"sft": 1e-3, "grpo": 2e-4, "opsd": 5e-4, "paint": 1e-3}
+    runs = testbed.planned(options(), list(task.VARIANTS), testbed.WARM_UPS, rates)
+    assert len({run.folder for run in runs}) == len(runs)
+    main = [run for run in runs if run.method in testbed.METHODS]
+    assert len(main) == len(task.VARIANTS) * 3 * 2 * 5
+    others = [run for run in runs if run.method not in testbed.METHODS]
+    assert {run.variant for run in others} == {"own"}
+    assert len(others) == 3 * (len(testbed.CONTROLS) + 1)
+    assert {run.method: run.lr for run in runs}["mask_only"] == rates["paint"]
+    full = testbed.planned(options(full=True), list(task.VARIANTS), testbed.WARM_UPS, rates)
+    assert len(full) == 4 * 3 * 4 * (len(testbed.CONTROLS) + 6)
+    assert "reveal_fixed" in testbed.CONTROLS
+
+
+def test_every_control_differs_from_paint_in_one_thing():
+    paint = load_settings(testbed.EXAMPLES / "paint.yaml")
+    for name in testbed.CONTROLS:
+        control = load_settings(testbed.EXAMPLES / "controls" / f"{name}.yaml")
+        assert control.objective != paint.objective, name
+        assert [f for f in vars(paint) if getattr(control, f) != getattr(paint, f)] == ["objective"], name
+        parts = ("reveal", "loss", "teacher", "name")
+        odd = [part for part in parts if getattr(control.objective, part) != getattr(paint.objective, part)]
+        assert len(odd) == 1, name
+
+
+def finished(warm_up, seed, last, **changes):
+    values = {"steps": (0, 20), "accuracy": (40.0, last), "tokens": (0.0, 1000.0), "length": 25.0, "greedy": last}
+    return report.Finished(warm_up=warm_up, seed=seed, **values | changes)
+
+
+def test_nested_figures_by_hand():
+    """Warm-ups' means 10, 20, 30: mean 20, standard error 10 / sqrt(3), Student's 4.3027 with 2 degrees."""
+    values = {(1, 1): 8.0, (1, 2): 12.0, (2, 1): 20.0, (3, 1): 29.0, (3, 2): 31.0}
+    mean, half = report.nested(values)
+    assert mean == pytest.approx(20.0)
+    assert half == pytest.approx(4.302653 * 10 / math.sqrt(3), rel=1e-6)
+    assert math.isnan(report.nested({(1, 1): 3.0, (1, 2): 5.0})[1])
+
+
+def test_accuracy_at_equal_tokens():
+    run = finished(1, 1, 80.0, steps=(0, 20, 40), accuracy=(40.0, 60.0, 80.0), tokens=(0.0, 1000.0, 3000.0))
+    assert report.at_tokens(run, 500.0) == 50.0
+    assert report.at_tokens(run, 2000.0) == 70.0
+    assert report.at_tokens(run, 9000.0) == 80.0
+
+
+def write_run(folder, accuracies, *, tokens, sampled=True):
+    (folder / "eval").mkdir(parents=True)
+    for step, accuracy in accuracies.items():
+        metrics = {"avg": accuracy, "length_mean": 25.0, "greedy": accuracy}
+        (folder / "eval" / f"step_{step:06d}.json").write_text(json.dumps({"step": step, "metrics": metrics}))
+    share = 0.0 if sampled else None
+    lines = [
+        {"step": step, "num_tokens": tokens, "response/truncated_share": share}
+        for step in range(1, max(accuracies) + 1)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_the_report(tmp_path):
+    for warm_up, base in ((1, 0.5), (2, 0.7)):
+        runs = tmp_path / "runs" / "own"
+        write_run(runs / "opsd" / f"{warm_up}-1", {0: 0.4, 2: base}, tokens=100)
+        write_run(runs / "paint" / f"{warm_up}-1", {0: 0.4, 2: base + 0.1}, tokens=200)
+        write_run(runs / "sft" / f"{warm_up}-1", {0: 0.4, 2: base}, tokens=100, sampled=False)
+    write_run(tmp_path / "runs" / "own" / "paint" / "3-1", {0: 0.4}, tokens=1)
+    (tmp_path / "runs" / "own" / "paint" / "3-1" / "metrics.jsonl").write_text("")  # not at its end: left out
+    report.write_report(tmp_path, ("sft", "opsd", "paint"), ())
+    text = (tmp_path / "report.md").read_text()
+    assert "when 200 tokens had been sampled" in text
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in text.splitlines() if line.startswith("| ")}
+    assert rows["paint"][1] == "2"
+    assert rows["paint"][2].startswith("70.0 ± ")
+    assert rows["paint"][3] == "+10.0 ± 0.0"
+    assert rows["paint"][6].startswith("55.0 ± ")  # half-way, as it sampled twice as many tokens
+    assert rows["sft"][6] == "- |"
+    assert rows["opsd"][3] == ""
+    assert json.loads((tmp_path / "results.json").read_text())["runs"]["own"]["paint"][0]["tokens"] == [0.0, 400.0]
+    assert (tmp_path / "report.png").stat().st_size > 1000
