@@ -27,7 +27,7 @@ WARM_UPS = (11, 12, 13)
 SEEDS, FULL_SEEDS, CONTROL_SEEDS = (1, 2), (1, 2, 3, 4), (1,)  # of each warm-up
 TEST_PROBLEMS, VALIDATION_PROBLEMS, PROBLEM_SEED = 400, 200, 8
 TUNED = ("sft", "grpo", "opsd", "paint")
-TUNING_RATES = (2.0e-4, 5.0e-4, 1.0e-3)
+TUNING_RATES = (1.0e-4, 2.0e-4, 5.0e-4, 1.0e-3)
 TUNING_SEED = 9
 
 
@@ -130,7 +130,7 @@ def make_models(models: Path, warm_ups: Sequence[int], variants: Sequence[str], 
 
 
 def tune(out: Path, warm_up: int, *, jobs: int) -> dict[str, float]:
-    """The learning rate of each method: the best of three on other problems and another seed than the tables'."""
+    """The learning rate of each method: the best of four on other problems and another seed than the tables'."""
     file = out / "learning_rates.json"
     if file.exists():
         return json.loads(file.read_text())["chosen"]
