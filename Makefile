@@ -21,7 +21,7 @@ help:
 quickstart: $(READY)
 	$(BIN)/megatron-paint train examples/quickstart/paint.yaml --processes 4
 
-## make testbed      SFT, GRPO, OPSD, PAINT and PAINT's parts on small models, with a report: about 2 hours
+## make testbed      SFT, GRPO, OPSD, PAINT and PAINT's parts on small models, with a report: some hours
 testbed: $(READY)
 	$(BIN)/python tools/testbed.py --jobs $(JOBS)
 

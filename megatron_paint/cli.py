@@ -268,6 +268,8 @@ def run_compare(options: argparse.Namespace, _: list[str]) -> int:
     from megatron_paint.strict_json import to_json
 
     rows = compare.compare_files(options.a, options.b)
+    if odd := compare.sampled_otherwise(options.a, options.b):
+        print(f"megatron-paint: warning: the two were sampled otherwise: {'; '.join(odd)}", file=sys.stderr)
     if options.out is not None:
         write_atomically(options.out, compare.markdown(rows, a=options.a, b=options.b))
     if options.json:

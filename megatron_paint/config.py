@@ -126,7 +126,7 @@ class GrpoSettings:
     clip_high: Annotated[Number, setting("the ratio is cut above 1 + clip_high", ge=0)] = 0.2
     normalisation: Annotated[
         Literal["token_mean", "sequence_mean"],
-        setting("mean over all tokens of the step, or over responses of their means"),
+        setting("mean over all tokens that are trained on, or over responses of their means"),
     ] = "token_mean"
     kl_weight: Annotated[Number, setting("of the KL to the weights of objective.teacher (k3)", ge=0)] = 0.0
     importance_limit: Annotated[

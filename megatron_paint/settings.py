@@ -100,6 +100,11 @@ def _contradictions(settings: Settings) -> list[tuple[bool, str]]:
             "log-probabilities, and rollouts read from a file have none: set it to null",
         ),
         (
+            objective.name == "grpo" and objective.grpo.kl_weight > 0 and objective.teacher.weights == "current",
+            f"objective.grpo.kl_weight={objective.grpo.kl_weight} keeps the model near the weights of objective.teacher"
+            ", and with objective.teacher.weights=current these are its own: set it to initial or ema",
+        ),
+        (
             optimizer.min_lr > optimizer.lr,
             f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}; it is where the decay ends",
         ),

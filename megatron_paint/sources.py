@@ -1,9 +1,8 @@
 """What a run reads: tokenizer, prompts, training problems, held-out problems; checked, and the same on every rank."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from megatron_paint.config import Settings
 from megatron_paint.convert.hf_reader import HuggingFaceReader
@@ -15,9 +14,8 @@ from megatron_paint.qwen3 import Qwen3Shape
 from megatron_paint.records import Problem
 from megatron_paint.rollout.replay import ReplayEngine
 from megatron_paint.run.folder import RunFolder
+from megatron_paint.share import Share, directly
 from megatron_paint.tokenizers import load_tokenizer
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +28,7 @@ class Sources:
     notes: tuple[str, ...]  # what the user should know
 
 
-def load_sources(
-    settings: Settings, shape: Qwen3Shape, *, share: Callable[[Callable[[], T]], T] = lambda act: act()
-) -> Sources:
+def load_sources(settings: Settings, shape: Qwen3Shape, *, share: Share = directly) -> Sources:
     """Loads and checks; `share` runs a function on one rank and gives its result to all (reading and grading of many
     rows is done once, and a verdict that a time limit decides cannot differ between ranks)."""
     prompts, held_out = load_held_out_sources(settings, shape, share=share)
@@ -46,7 +42,7 @@ def load_sources(
 
 
 def load_held_out_sources(
-    settings: Settings, shape: Qwen3Shape, *, share: Callable[[Callable[[], T]], T] = lambda act: act()
+    settings: Settings, shape: Qwen3Shape, *, share: Share = directly
 ) -> tuple[Prompts, tuple[Problem, ...]]:
     """Prompts and held-out problems alone; no problems where `evaluation.problems` is not set."""
     prompts = load_prompts(settings, shape)

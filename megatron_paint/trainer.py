@@ -1,12 +1,12 @@
 """The training loop: problems in, a Hugging Face checkpoint out. Every rank runs it; rank 0 writes and speaks."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_paint.config import Settings
 from megatron_paint.errors import UserError
@@ -26,12 +26,12 @@ from megatron_paint.run.settings_file import plain
 from megatron_paint.run.tensorboard_log import open_tensorboard
 from megatron_paint.schedule import due_after, learning_rate
 from megatron_paint.self_check import self_check
+from megatron_paint.share import Share
 
 if TYPE_CHECKING:
     from megatron_paint.mcore.world import World
 
 MOST_MASKER_WORKERS = 8  # ours: a step of 512 problems is then measured in a tenth of a second
-OnFirstRank = Callable[[Callable[[], Any]], Any]  # rank 0 acts; its result, or its UserError, reaches all ranks
 
 
 def train(settings: Settings, *, mode: Mode = "normal", self_check_only: bool = False) -> None:
@@ -160,7 +160,7 @@ class Run:
     graders: GradingPool | None  # on the rank that grades
     progress: Progress
     start: int  # last step done
-    on_first_rank: OnFirstRank
+    on_first_rank: Share
 
     def train(self) -> None:
         """All steps that are left, each followed by what is due after it; the last one by everything, and a table."""
@@ -189,7 +189,7 @@ class Run:
             return self.objective.step(self.policy, self.problems.batch(step), step=step, lr=lr)
         except FloatingPointError as error:
             raise UserError(
-                f"step {step} stopped before the optimiser: {error}. No weight was changed, and what is in "
+                f"step {step} stopped before the optimiser: {error}. What is in "
                 f"{self.folder.path} is whole; a lower optimizer.lr or optimizer.clip_grad is the usual cure"
             ) from error
 

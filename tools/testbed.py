@@ -9,13 +9,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from quickstart_task import VARIANTS, draw_problems, write_problems
-from testbed_report import write_report
+from testbed_report import commit_file, is_done, present_commit, write_report
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples" / "testbed"
@@ -161,7 +161,7 @@ def final_accuracy(folder: Path) -> float:
 
 def carry_out(runs: Sequence[Run], models: Path, *, jobs: int) -> None:
     """The runs that are not done, `jobs` at a time; one that fails is told at the end, and the others go on."""
-    left = [run for run in runs if not is_done(run)]
+    left = [run for run in runs if not is_done(run.folder)]
     failed: list[Path] = []
 
     def one(numbered: tuple[int, Run]) -> None:
@@ -169,6 +169,7 @@ def carry_out(runs: Sequence[Run], models: Path, *, jobs: int) -> None:
         log = run.folder.parent / f"{run.folder.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         try:
+            commit_file(run.folder).write_text(present_commit() + "\n")
             run_logged(run.command(models), log)
             print(f"{number}/{len(left)} {run.folder}: {100 * final_accuracy(run.folder):.1f} %", flush=True)
         except subprocess.CalledProcessError:
@@ -178,14 +179,6 @@ def carry_out(runs: Sequence[Run], models: Path, *, jobs: int) -> None:
         list(pool.map(one, enumerate(left, start=1)))
     if failed:
         raise SystemExit(f"{len(failed)} runs failed; see {', '.join(map(str, failed[:3]))}")
-
-
-def is_done(run: Run) -> bool:
-    return any(path.name == "step_000060.json" for path in _evaluations(run.folder))
-
-
-def _evaluations(folder: Path) -> Iterator[Path]:
-    return (folder / "eval").glob("step_*.json") if folder.is_dir() else iter(())
 
 
 def run_logged(command: Sequence[str], log: Path) -> None:

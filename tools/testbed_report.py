@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import scipy.stats
+from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parents[1]
 BASELINE = "opsd"
@@ -37,12 +38,33 @@ class Finished:
         return self.warm_up, self.seed
 
 
+def is_done(folder: Path) -> bool:
+    """Whether the evaluation after the run's last step stands there."""
+    config = folder / "config.yaml"
+    if not config.exists():
+        return False
+    steps = YAML(typ="safe", pure=True).load(config.read_text())["run"]["steps"]
+    return (folder / "eval" / f"step_{steps:06d}.json").exists()
+
+
+def commit_file(folder: Path) -> Path:
+    """Where the commit stands that a run was made with."""
+    return folder.parent / f"{folder.name}.commit"
+
+
+def present_commit() -> str:
+    """The checkout's commit, with a mark if files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=8"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
 def read_run(folder: Path) -> Finished | None:
     """None where the run is not at its end."""
+    if not is_done(folder):
+        return None
     reports = [json.loads(path.read_text()) for path in sorted((folder / "eval").glob("step_*.json"))]
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if line]
-    if not reports or not metrics or reports[-1]["step"] != metrics[-1]["step"]:
-        return None
     samples = metrics[0]["response/truncated_share"] is not None  # null where responses were not sampled
     spent = np.cumsum([0] + [line["num_tokens"] if samples else 0 for line in metrics])
     warm_up, seed = map(int, folder.name.split("-"))
@@ -71,7 +93,7 @@ def nested(values: dict[tuple[int, int], float]) -> tuple[float, float]:
 
 
 def at_tokens(run: Finished, budget: float) -> float:
-    """Accuracy when so many tokens had been sampled, on the line between evaluations; the last one's if fewer were."""
+    """Accuracy when so many tokens had been sampled, on the line between evaluations."""
     return float(np.interp(budget, run.tokens, run.accuracy))
 
 
@@ -85,15 +107,16 @@ def write_report(out: Path, methods: Sequence[str], controls: Sequence[str]) -> 
     if not found:
         raise SystemExit(f"{out} holds no finished run")
     rates = json.loads((out / "learning_rates.json").read_text()) if (out / "learning_rates.json").exists() else {}
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    lines = [f"Commit {commit or 'unknown'}; learning rates {rates.get('chosen', 'of the files')}.", ""]
+    commits = sorted({file.read_text().strip() for file in (out / "runs").glob("*/*/*.commit")})
+    lines = [
+        f"Runs of commit {', '.join(commits) or 'unknown'}; learning rates {rates.get('chosen', 'of the files')}.",
+        "",
+    ]
     for variant, by_method in found.items():
         lines += _tables(variant, by_method, [*methods, *controls])
     (out / "report.md").write_text("\n".join(lines) + "\n")
     plain = {v: {m: [vars(run) for run in runs] for m, runs in by.items()} for v, by in found.items()}
-    (out / "results.json").write_text(json.dumps({"commit": commit, "rates": rates, "runs": plain}, indent=1) + "\n")
+    (out / "results.json").write_text(json.dumps({"commits": commits, "rates": rates, "runs": plain}, indent=1) + "\n")
     plot(out / "report.png", found, methods)
     print("\n".join(lines))
 
@@ -101,7 +124,7 @@ def write_report(out: Path, methods: Sequence[str], controls: Sequence[str]) -> 
 def _tables(variant: str, by_method: dict[str, list[Finished]], order: Sequence[str]) -> list[str]:
     names = [name for name in order if name in by_method]
     baseline = {run.key: run for run in by_method.get(BASELINE, [])}
-    budget = min((run.tokens[-1] for run in baseline.values()), default=0.0)
+    budget = min((run.tokens[-1] for runs in by_method.values() for run in runs if run.tokens[-1]), default=0.0)
     first = next(iter(by_method.values()))
     base, base_error = nested({run.key: run.accuracy[0] for run in first})
     lines = [

@@ -1,7 +1,7 @@
 """`megatron-paint evaluate`: samples every benchmark, saving answers as they arrive, then grades and reports."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,19 +13,21 @@ from megatron_paint.evaluation.benchmarks import Benchmark, load_benchmarks
 from megatron_paint.evaluation.evaluator import Answers, Evaluator
 from megatron_paint.evaluation.grading import GradingPool
 from megatron_paint.evaluation.summary import Evaluated, write_summary
+from megatron_paint.plan import cache_bytes_per_token
 from megatron_paint.qwen3 import Qwen3Shape
 from megatron_paint.records import EvalReport, Rollout
 from megatron_paint.run.progress import Mode, Progress
+from megatron_paint.share import Share, directly
 from megatron_paint.sources import evaluation_limit, load_prompts
 
 if TYPE_CHECKING:
     from megatron_paint.mcore.world import World
 
-Share = Callable[[Callable[[], Any]], Any]
+PROBED = 2**16  # bytes of a file's beginning, middle and end
 
 
 def load_evaluators(
-    asked: Requested, shape: Qwen3Shape, *, share: Share = lambda act: act()
+    asked: Requested, shape: Qwen3Shape, *, share: Share = directly
 ) -> tuple[tuple[str, Evaluator], ...]:
     """(name, evaluator) of every benchmark; `share` has one rank read."""
     settings = asked.settings
@@ -50,6 +52,10 @@ def evaluate(asked: Requested, world: "World", shape: Qwen3Shape, *, mode: Mode)
     done = {name: share(file.begin) for name, file in files.items()}
     progress = Progress(mode if world.rank == 0 else "silent", steps=0)
     policy = MegatronPolicy(asked.settings, shape, world, trained=False)
+    rows = rows_at_once(asked.settings, shape, evaluators)
+    progress.note(
+        f"{rows} answers are decoded together on a replica (rollout.batch_size, rollout.cache_bytes)", rows=rows
+    )
     found: dict[str, Answers] = {}
     for name, evaluator in evaluators:
         counted = _Counted(progress, name, total=evaluator.count, there=len(done[name]))
@@ -59,9 +65,16 @@ def evaluate(asked: Requested, world: "World", shape: Qwen3Shape, *, mode: Mode)
             save=lambda rollouts, name=name, counted=counted: share(
                 lambda: (files[name].add(rollouts), counted.add(rollouts))
             ),
-            at_once=asked.settings.rollout.batch_size * world.dp_size,
+            at_once=rows * world.dp_size,
         )
     share(lambda: _report(asked, evaluators, found, files, progress))
+
+
+def rows_at_once(settings: Settings, shape: Qwen3Shape, evaluators: Sequence[tuple[str, Evaluator]]) -> int:
+    """Answers that a replica decodes together at their longest: they are saved as these end."""
+    longest = max(len(evaluator.prompt(problem)) for _, evaluator in evaluators for problem in evaluator.problems)
+    tokens = int(settings.rollout.cache_bytes // cache_bytes_per_token(settings, shape))
+    return max(1, min(settings.rollout.batch_size, tokens // (longest + settings.evaluation.max_new_tokens)))
 
 
 class _Counted:
@@ -79,23 +92,42 @@ class _Counted:
 
 def answer_file(asked: Requested, name: str, evaluator: Evaluator) -> AnswerFile:
     """Where the answers to a benchmark stand, with what they depend on."""
-    return AnswerFile(asked.out / f"{name}.answers.jsonl", sampled_with(asked.settings, asked.model, evaluator))
+    prompts = {problem.id: digest(repr(evaluator.prompt(problem)).encode()) for problem in evaluator.problems}
+    return AnswerFile(asked.out / f"{name}.answers.jsonl", sampled_with(asked.settings, asked.model), prompts)
 
 
-def sampled_with(settings: Settings, model: str, evaluator: Evaluator) -> dict[str, Any]:
+def digest(content: bytes) -> str:
+    """Enough of a SHA-256 to tell contents apart."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def sampled_with(settings: Settings, model: str) -> dict[str, Any]:
     """All that an answer depends on but its problem and number: a change of any of it is another evaluation."""
     evaluation = settings.evaluation
-    prompts = repr([evaluator.prompt(problem) for problem in evaluator.problems]).encode()
     return {
         "model": str(Path(model).resolve()),
+        "weights": fingerprint(Path(model)),
         "dtype": settings.model.dtype,
+        "fp8": settings.megatron.fp8 and settings.megatron.fp8_recipe,
         "temperature": evaluation.temperature,
         "top_p": evaluation.top_p,
         "top_k": evaluation.top_k,
         "max_new_tokens": evaluation.max_new_tokens,
         "seed": settings.run.seed,
-        "prompts": hashlib.sha256(prompts).hexdigest()[:16],
     }
+
+
+def fingerprint(folder: Path) -> str:
+    """Of a folder's weights: names, sizes, and the bytes at each file's beginning, middle and end."""
+    found = hashlib.sha256()
+    for file in sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".distcp")):
+        size = file.stat().st_size
+        found.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as opened:
+            for place in (0, size // 2, max(0, size - PROBED)):
+                opened.seek(place)
+                found.update(opened.read(PROBED))
+    return found.hexdigest()[:16]
 
 
 def _report(
@@ -109,9 +141,7 @@ def _report(
     with GradingPool(seconds=asked.settings.evaluation.grading_seconds) as graders:
         for name, evaluator in evaluators:
             reports.append(evaluator.report(found[name], step=0, benchmark=name, graders=graders))
-    common = next(iter(files.values())).sampled_with
-    common = {key: value for key, value in common.items() if key != "prompts"}
-    finish(asked.out, asked.model, reports, common, progress)
+    finish(asked.out, asked.model, reports, next(iter(files.values())).sampled_with, progress)
 
 
 def finish(

@@ -6,7 +6,7 @@ a problem), `finished` (default true) and `num_tokens`.
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from megatron_paint.errors import UserError
@@ -42,7 +42,14 @@ def grade_recorded(
 
 def _read(path: Path, benchmarks: Sequence[Benchmark]) -> list[Graded]:
     """The responses, not yet graded. UserError that names a line that is wrong, or a problem with too few."""
-    known = {problem.id for benchmark in benchmarks for problem in benchmark.problems}
+    known: dict[str, str] = {}
+    for benchmark in benchmarks:
+        for problem in benchmark.problems:
+            if known.setdefault(problem.id, benchmark.name) != benchmark.name:
+                raise UserError(
+                    f"--benchmarks: {known[problem.id]} and {benchmark.name} both have a problem {problem.id!r}, and a "
+                    "response names its problem alone: grade them one by one"
+                )
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -65,7 +72,7 @@ def _read(path: Path, benchmarks: Sequence[Benchmark]) -> list[Graded]:
     return list(found.values())
 
 
-def _answer(line: str, where: str, known: set[str], counts: Counter[str]) -> Graded:
+def _answer(line: str, where: str, known: Collection[str], counts: Counter[str]) -> Graded:
     try:
         values = json.loads(line)
         id, text = values["id"], values["response"]
@@ -78,8 +85,8 @@ def _answer(line: str, where: str, known: set[str], counts: Counter[str]) -> Gra
         raise UserError(f"{where}: no benchmark has a problem {id!r}")
     index = values.get("sample", counts[id])
     tokens, finished = values.get("num_tokens", 0), values.get("finished", True)
-    if not (isinstance(index, int) and isinstance(tokens, int) and isinstance(finished, bool)):
-        raise UserError(f"{where}: sample and num_tokens are whole numbers, finished is true or false")
+    if not (type(index) is int and type(tokens) is int and min(index, tokens) >= 0 and isinstance(finished, bool)):
+        raise UserError(f"{where}: sample and num_tokens are whole numbers from 0, finished is true or false")
     counts[id] += 1
     return Graded(
         problem_id=id,

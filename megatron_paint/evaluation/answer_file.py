@@ -1,7 +1,7 @@
 """Answers on disk as they arrive, so that an evaluation that was ended goes on where it was.
 
 The first line of a file says what the answers were sampled with; each further line is one answer. A line that a crash
-cut short is sampled again.
+cut short, or that is damaged, is sampled again.
 """
 
 import json
@@ -18,42 +18,51 @@ Key = tuple[str, int]  # problem id, sample index
 
 
 class AnswerFile:
-    """The answers of one model to one benchmark."""
+    """The answers of one model to one benchmark; prompts: problem id -> what tells its prompt from others."""
 
-    def __init__(self, path: Path, sampled_with: Mapping[str, Any]):
+    def __init__(self, path: Path, sampled_with: Mapping[str, Any], prompts: Mapping[str, str]):
         self.path = path
         self.sampled_with = json.loads(to_json(dict(sampled_with)))
+        self.prompts = prompts
 
     def begin(self) -> dict[Key, Rollout]:
         """The answers that are there, in a file made ready for more.
 
-        Errors: UserError where they were sampled with something else, which is named.
+        Errors: UserError where they were sampled with something else, which is named, or the file holds other things.
         """
         with disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n") if self.path.exists() else []
-        kept = [line for line in map(_parsed, lines) if line is not None]
-        if kept:
-            self._check(kept[0])
-        answers = {(line["id"], line["sample"]): line for line in kept[1:] if "response_ids" in line}
-        header = to_json({"sampled_with": self.sampled_with})
-        whole = [header, *map(to_json, answers.values())]
+        if any(lines):
+            self._check_header(_parsed(lines[0]))
+        answers = {}
+        for line in lines[1:]:
+            values = _parsed(line)
+            if (rollout := _rollout(values)) is not None:
+                self._check_prompt(rollout.problem_id, values.get("prompt"))
+                answers[rollout.problem_id, rollout.sample_index] = rollout
+        whole = [to_json({"sampled_with": self.sampled_with}), *map(self._line, answers.values())]
         if lines != [*whole, ""]:
             write_atomically(self.path, "\n".join(whole) + "\n")
-        return {key: _rollout(line) for key, line in answers.items()}
+        return answers
 
     def add(self, rollouts: Sequence[Rollout]) -> None:
         """Write answers; a full disk ends in a UserError, and what was written stays."""
         for rollout in rollouts:
-            line = {
+            append_line(self.path, self._line(rollout))
+
+    def _line(self, rollout: Rollout) -> str:
+        return to_json(
+            {
                 "id": rollout.problem_id,
                 "sample": rollout.sample_index,
+                "prompt": self.prompts.get(rollout.problem_id),
                 "response_ids": list(rollout.response_ids),
                 "finished": rollout.finished,
             }
-            append_line(self.path, to_json(line))
+        )
 
-    def _check(self, header: Mapping[str, Any]) -> None:
+    def _check_header(self, header: Mapping[str, Any]) -> None:
         there, here = header.get("sampled_with"), self.sampled_with
         if not isinstance(there, dict):
             raise UserError(f"{self.path} is no file of answers; give another --out, or remove it")
@@ -64,21 +73,34 @@ class AnswerFile:
                 f"{self.path} holds answers that were sampled otherwise ({changes}); give another --out, or remove it"
             )
 
+    def _check_prompt(self, problem_id: str, prompt: Any) -> None:
+        if problem_id in self.prompts and prompt != self.prompts[problem_id]:
+            raise UserError(
+                f"{self.path} holds answers to another prompt of problem {problem_id!r}: the problem, the template or "
+                "evaluation.thinking has changed; give another --out, or remove it"
+            )
 
-def _parsed(line: str) -> dict[str, Any] | None:
+
+def _parsed(line: str) -> dict[str, Any]:
+    """The line's object; an empty one where there is none."""
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _rollout(line: Mapping[str, Any]) -> Rollout | None:
+    """None where the line is no whole answer."""
+    id, sample, ids, finished = (line.get(name) for name in ("id", "sample", "response_ids", "finished"))
+    whole = isinstance(id, str) and type(sample) is int and isinstance(finished, bool) and isinstance(ids, list)
+    if not whole or not ids or not all(type(token) is int and token >= 0 for token in ids):
         return None
-    return value if isinstance(value, dict) else None
-
-
-def _rollout(line: Mapping[str, Any]) -> Rollout:
     return Rollout(
-        problem_id=line["id"],
-        sample_index=line["sample"],
+        problem_id=id,
+        sample_index=sample,
         prompt_ids=(),
-        response_ids=tuple(line["response_ids"]),
+        response_ids=tuple(ids),
         logprobs=None,
-        finished=line["finished"],
+        finished=finished,
     )

@@ -33,7 +33,7 @@ NAMED = {
     "gsm8k": Source(
         path="openai/gsm8k:main",
         split="test",
-        columns=ColumnSettings(problem="question", solution="no solution column"),
+        columns=ColumnSettings(problem="question"),
         answer_mark="####",
     ),
 }
@@ -53,6 +53,8 @@ def load_benchmarks(
     """The benchmarks of these names or files; UserError that names the one that is not known or cannot be read."""
     found = [_load(name, settings, prompt_limit) for name in names]
     for number, benchmark in enumerate(found):
+        if benchmark.name == "summary":
+            raise UserError(f"--benchmarks: {names[number]} would take the place of the summary; rename the file")
         if benchmark.name in {earlier.name for earlier in found[:number]}:
             raise UserError(f"--benchmarks names {benchmark.name!r} twice; leave one out, or rename a file")
     return tuple(found)

@@ -13,7 +13,7 @@ from megatron_paint.evaluation.statistics import (
     paired_differences,
     sign_flip_p_value,
 )
-from megatron_paint.evaluation.summary import read_reports
+from megatron_paint.evaluation.summary import read_reports, read_sampled_with
 from megatron_paint.records import EvalReport
 
 MACRO = "macro average"
@@ -41,9 +41,16 @@ def compare(a: Sequence[EvalReport], b: Sequence[EvalReport]) -> list[Compared]:
     """Benchmark by benchmark, in the order of `a`; with several of them the macro average at the end."""
     by_name = {report.benchmark: report for report in b}
     b = [by_name[report.benchmark] for report in a] if by_name.keys() == {r.benchmark for r in a} else b
-    rows = [_compare(one.benchmark, [one], [other]) for one, other in zip(a, b, strict=False)]
-    macro = _compare(MACRO, a, b)  # also where benchmarks differ, which is told here
+    macro = _compare(MACRO, a, b)  # where benchmarks or problems differ, this tells it
+    rows = [_compare(one.benchmark, [one], [other]) for one, other in zip(a, b, strict=True)]
     return [*rows, macro] if len(rows) > 1 else rows
+
+
+def sampled_otherwise(a: Path, b: Path) -> list[str]:
+    """What else than the model the two evaluations differ in, where their folders say so."""
+    ours, theirs = read_sampled_with(a), read_sampled_with(b)
+    shared = sorted((ours.keys() & theirs.keys()) - {"model", "weights", "responses"})
+    return [f"{key} {ours[key]} and {theirs[key]}" for key in shared if ours[key] != theirs[key]]
 
 
 def _compare(name: str, a: Sequence[EvalReport], b: Sequence[EvalReport]) -> Compared:

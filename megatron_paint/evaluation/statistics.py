@@ -22,7 +22,7 @@ LEVEL = 0.95
 BLOCK = 2_000_000  # resampled scores held at once
 FLIPS = 100_000
 MOST_EXACT = 16  # problems whose signs are all gone through
-ROUNDING = 1e-9
+ROUNDING = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,12 +180,12 @@ def sign_flip_p_value(groups: Sequence[np.ndarray], *, key: str) -> float:
     observed = abs(weighted.sum())
     if len(weighted) <= MOST_EXACT:
         signs = 1 - 2 * (np.arange(2 ** len(weighted))[:, None] >> np.arange(len(weighted)) & 1)
-        return float(np.mean(np.abs(signs @ weighted) >= observed * (1 - ROUNDING)))
+        return float(np.mean(np.abs(signs @ weighted) >= observed - ROUNDING))
     generator = np.random.default_rng(zlib.crc32(key.encode("utf-8")))
     rows, extreme = max(1, BLOCK // len(weighted)), 1
     for start in range(0, FLIPS, rows):
         drawn = generator.integers(0, 2, size=(min(rows, FLIPS - start), len(weighted))) * 2 - 1
-        extreme += int(np.sum(np.abs(drawn @ weighted) >= observed * (1 - ROUNDING)))
+        extreme += int(np.sum(np.abs(drawn @ weighted) >= observed - ROUNDING))
     return extreme / (FLIPS + 1)
 
 

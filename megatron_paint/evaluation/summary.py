@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_paint.disk import disk_errors, write_atomically
 from megatron_paint.errors import UserError
-from megatron_paint.evaluation.statistics import Interval, length_text, macro_average
+from megatron_paint.evaluation.statistics import Interval, length_text, macro_average, problem_scores
 from megatron_paint.records import EvalReport, Graded
 from megatron_paint.strict_json import to_json
 
@@ -105,19 +105,35 @@ def read_reports(path: Path) -> tuple[EvalReport, ...]:
     files = [path]
     if path.is_dir():
         try:
-            names = json.loads((path / SUMMARY).read_text(encoding="utf-8"))["benchmarks"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} holds no evaluation: {SUMMARY} cannot be read ({error})") from error
-        files = [path / f"{name}.json" for name in names]
+            files = [path / f"{name}.json" for name in list(_summary(path)["benchmarks"])]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path} holds no evaluation: {SUMMARY} names no benchmarks") from error
     return tuple(map(read_report, files))
+
+
+def read_sampled_with(path: Path) -> dict[str, Any]:
+    """What an evaluation's folder says that its answers were sampled with; nothing of a lone report."""
+    return dict(_summary(path).get("sampled_with") or {}) if path.is_dir() else {}
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    try:
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{folder} holds no evaluation: {SUMMARY} cannot be read ({error})") from error
+    if not isinstance(summary, dict):
+        raise UserError(f"{folder} holds no evaluation: {SUMMARY} is no object")
+    return summary
 
 
 def read_report(file: Path) -> EvalReport:
     """One report; UserError where it cannot be read."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        return EvalReport(**{**content, "answers": tuple(Graded(**answer) for answer in content["answers"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        report = EvalReport(**{**content, "answers": tuple(Graded(**answer) for answer in content["answers"])})
+        problem_scores(report)
+        return report
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"cannot read the evaluation {file}: {error}") from error
 
 

@@ -44,6 +44,7 @@ def save_checkpoint(
 ) -> None:
     """Writes everything a run needs to go on; all ranks call together. A failed write looks like none."""
     folder = Path(folder)
+    _begin_state(optimizer)
 
     def write(unfinished: Path) -> None:
         sharded = _sharded_state(stage, optimizer, teacher, is_loading=False)
@@ -59,10 +60,13 @@ def save_checkpoint(
 def load_checkpoint(folder: Path, stage: Qwen3Model, optimizer: MegatronOptimizer, teacher: Teacher) -> dict[str, Any]:
     """Fills model, optimiser and teacher from `folder`, whatever layout wrote it; returns the run's state."""
     state = _read_state(folder, stage)
+    _begin_state(optimizer)
     _prepare_torch_adam(optimizer)
     wanted = _sharded_state(stage, optimizer, teacher, is_loading=True)
     loaded = _load(wanted, folder)
     _fill(stage, loaded["model"])
+    if all(isinstance(part.optimizer, torch.optim.Adam) for part in optimizer.chained_optimizers):
+        _restore_step_0(loaded["optimizer"])
     optimizer.load_state_dict(loaded["optimizer"])
     _part_torch_adam_steps(optimizer)
     teacher.load(loaded)
@@ -107,8 +111,7 @@ def _read_state(folder: str | Path, stage: Qwen3Model) -> dict[str, Any]:
 def load_weights(stage: Qwen3Model, folder: str | Path) -> None:
     """Fills the model alone from a Megatron checkpoint of the same architecture, of any run and layout."""
     wanted = {"model": _weights(stage)}
-    adapters = [key for key in _keys(folder) if "_adapters." in key and not key.startswith(("teacher.", "optimizer."))]
-    if adapters and not adapters_of(stage):
+    if has_adapters(folder) and not adapters_of(stage):
         raise UserError(
             f"model.megatron_path: {folder} is the checkpoint of a LoRA run, whose adapters would be left out; start "
             "from its Hugging Face export, in which they are merged (model.hf_path)"
@@ -132,12 +135,48 @@ def _fill(stage: Qwen3Model, state: dict) -> None:
         raise AssertionError(f"the checkpoint's entries do not fit the model: {wrong[:3]}")
 
 
+def _begin_state(optimizer: MegatronOptimizer) -> None:
+    """Gives an optimiser that has taken no step the state that its first one would begin from: Megatron can neither
+    save nor load one without. A step on zero gradients at a learning rate of 0 makes it, and does not count."""
+    for inner in (part.optimizer for part in optimizer.chained_optimizers):
+        if inner.state:
+            continue
+        kept = [(group["lr"], group.get("step")) for group in inner.param_groups]
+        for group in inner.param_groups:
+            group["lr"] = 0.0
+            for parameter in group["params"]:
+                if parameter.numel():  # Transformer Engine's and Apex's Adam refuse an empty shard
+                    parameter.grad = torch.zeros_like(parameter)
+        inner.step()
+        inner.zero_grad(set_to_none=True)
+        for group, (lr, step) in zip(inner.param_groups, kept, strict=True):
+            group["lr"] = lr
+            if "step" in group:  # Transformer Engine's and Apex's count
+                group["step"] = step or 0
+        for state in inner.state.values():
+            if "step" in state:
+                state["step"].zero_()
+
+
+def _restore_step_0(state: dict) -> None:
+    """Puts the step of an optimiser that has taken none into its loaded state: Megatron leaves a step of 0 out."""
+    for key, value in state.items():
+        moments = key == "state" and isinstance(value, dict) and any(isinstance(v, dict) for v in value.values())
+        if moments:
+            value.setdefault("common_step", torch.tensor(0.0))
+        elif isinstance(value, dict):
+            _restore_step_0(value)
+
+
+def has_adapters(folder: str | Path) -> bool:
+    """Whether a checkpoint holds LoRA adapters beside its weights."""
+    return any("_adapters." in key and not key.startswith(("teacher.", "optimizer.")) for key in _keys(folder))
+
+
 def _prepare_torch_adam(optimizer: MegatronOptimizer) -> None:
     """Lets Megatron's distributed optimiser load into torch's own Adam, which it has where neither Transformer Engine
-    nor Apex is installed: it asks for a step before any was taken, and forgets the step where it copies the moments."""
+    nor Apex is installed: it forgets the step where it copies the moments."""
     for part in _distributed_torch_optimizers(optimizer):
-        if not part.optimizer.state:  # a step on zero gradients; the weights it may decay are loaded right after
-            part._init_optimizer_states_with_dummy_values()
         part._set_main_param_and_optimizer_states = partial(_set_with_step, part)
 
 

@@ -29,7 +29,7 @@ from megatron_paint.mcore.batch import (
     make_micro_batches,
     token_multiple,
 )
-from megatron_paint.mcore.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from megatron_paint.mcore.checkpoint import has_adapters, load_checkpoint, load_weights, save_checkpoint
 from megatron_paint.mcore.generate import BatchLimits, Generator
 from megatron_paint.mcore.hf_checkpoint import export_adapters, export_stage, load_stage
 from megatron_paint.mcore.lora import add_adapters
@@ -57,12 +57,13 @@ class MegatronPolicy:
         load_stage(self.stage, settings.model.hf_path, shape, world)
         # A run starts from whole weights. Adapters of a checkpoint, too, are taken where it is only to be looked at.
         start, lora = settings.model.megatron_path, settings.model.lora
-        if start is not None and (trained or lora is None):
+        adapted = start is not None and not trained and lora is not None and has_adapters(start)
+        if start is not None and not adapted:
             load_weights(self.stage, start)
         if lora is not None:
             add_adapters(self.stage, lora, shape, world, seed=settings.run.seed)
-            if start is not None and not trained:
-                load_weights(self.stage, start)
+        if adapted:
+            load_weights(self.stage, start)
         self.wrapped = wrap_data_parallel(self.stage, megatron) if trained else self.stage
         self.optimizer = make_optimizer(self.wrapped, settings.optimizer, megatron) if trained else None
         taught = trained and settings.objective.has_teacher

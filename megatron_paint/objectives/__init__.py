@@ -8,11 +8,11 @@ from megatron_paint.evaluation.grading import GradingPool
 from megatron_paint.objectives.grpo import Grpo
 from megatron_paint.objectives.paint import Paint
 from megatron_paint.objectives.sft import Sft
-from megatron_paint.objectives.share import Share, directly
 from megatron_paint.overlap import MaskerPool
 from megatron_paint.policy import Policy
 from megatron_paint.prompts import Prompts
 from megatron_paint.records import Problem, StepReport
+from megatron_paint.share import Share, directly
 
 __all__ = ["Grpo", "Objective", "Paint", "Sft", "make_objective"]
 

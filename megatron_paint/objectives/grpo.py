@@ -16,11 +16,11 @@ from megatron_paint.evaluation.grading import Grade, GradingPool
 from megatron_paint.hardware import loss_kernel
 from megatron_paint.objectives.losses import PolicyGradientLoss
 from megatron_paint.objectives.rollouts import RolloutSource
-from megatron_paint.objectives.share import Share, directly
 from megatron_paint.policy import Policy
 from megatron_paint.prompts import Prompts
 from megatron_paint.records import Problem, Rollout, Sample, SampleScore, StepReport, UpdateReport
 from megatron_paint.run.report import metrics_of, ratio
+from megatron_paint.share import Share, directly
 
 EPSILON = 1e-6  # added to a group's standard deviation
 
@@ -61,8 +61,9 @@ class Grpo:
         graded = time.perf_counter()
         taken = [index for index, sample in enumerate(samples) if sample.advantage != 0.0]
         updates = self.update(policy, [samples[index] for index in taken], lr=lr)
+        first = updates[0].scores if updates else ()
         scores = [SampleScore(loss_sum=0.0, num_tokens=len(s.response_ids), loss_tokens=0) for s in samples]
-        for index, score in zip(taken, updates[0].scores if updates else (), strict=True):
+        for index, score in zip(taken, first, strict=True):
             scores[index] = dataclasses.replace(score, token_logprobs=None)
         every = [score for update in updates for score in update.scores]
         phases = {name: sum(u.seconds[name] for u in updates) for name in (updates[0].seconds if updates else ())}
@@ -75,6 +76,10 @@ class Grpo:
             seconds={"rollout": sampled - started, **phases, "step": time.perf_counter() - started},
         )
         metrics |= {
+            # Of what was scored: responses of groups that are left out have no entropy to count.
+            "entropy/student_mean": ratio(sum(s.student_entropy_sum for s in first), sum(s.num_tokens for s in first)),
+            "entropy/teacher_mean": math.nan,
+            "divergence/other_mean": self._kl(first),
             "reward/mean": statistics.fmean(float(grade.correct) for grade in grades),
             "reward/timeouts": float(sum(grade.outcome == "timeout" for grade in grades)),
             "reward/equal_groups_share": 1.0 - len(taken) / len(samples),

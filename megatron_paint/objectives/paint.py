@@ -12,13 +12,13 @@ from megatron_paint.config import Settings
 from megatron_paint.hardware import loss_kernel
 from megatron_paint.objectives.losses import DistillationLoss
 from megatron_paint.objectives.rollouts import RolloutSource
-from megatron_paint.objectives.share import Share, directly
 from megatron_paint.overlap import MaskerPool
 from megatron_paint.policy import Policy
 from megatron_paint.prompts import Prompts
 from megatron_paint.records import Problem, Reveal, Rollout, Sample, StepReport
 from megatron_paint.reveal import reveal_step
 from megatron_paint.run.report import metrics_of
+from megatron_paint.share import Share, directly
 
 
 class Paint:

@@ -123,6 +123,24 @@ CASES = (
         lora=True,
         grpo={"updates_per_batch": 1, "importance_limit": None},
     ),
+    Case(
+        name="grpo-lora-kl-distributed",
+        tied=False,
+        teacher="initial",
+        optimizer="adam",
+        lora=True,
+        distributed_optimizer=True,
+        grpo={"updates_per_batch": 2, "kl_weight": 0.3, "importance_limit": 2.0},
+    ),
+    Case(
+        name="grpo-one-sample",
+        tied=True,
+        teacher="initial",
+        optimizer="sgd",
+        lr=5e-2,
+        num_samples=1,
+        grpo={"updates_per_batch": 2, "kl_weight": 0.3, "normalisation": "sequence_mean", "importance_limit": None},
+    ),
 )
 GRPO_TEMPERATURE = 1.2
 ADVANTAGES = (1.3, -0.7, 0.4, -1.1, 0.9)

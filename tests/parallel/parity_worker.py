@@ -90,8 +90,8 @@ def records(step: int, case: parity.Case) -> list[Sample]:
 
 
 def grpo_records(step: int, case: parity.Case) -> list[Sample]:
-    """Rollouts with advantages that are given; the weights are the objective's own work."""
-    rows = parity.step_samples(step)
+    """Rollouts with advantages that are given, and the weights that `Grpo.samples` would give them."""
+    rows = parity.step_samples(step)[: case.num_samples]
     tokens = sum(len(response) for *_, response in rows)
     return [
         Sample(

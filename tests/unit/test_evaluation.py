@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -15,6 +16,7 @@ import scipy.stats
 from megatron_paint.cli import main
 from megatron_paint.config import EvaluationSettings
 from megatron_paint.errors import UserError
+from megatron_paint.evaluate.command import fingerprint
 from megatron_paint.evaluate.requested import requested
 from megatron_paint.evaluation.answer_file import AnswerFile
 from megatron_paint.evaluation.benchmarks import NAMED, load_benchmarks
@@ -132,48 +134,74 @@ def test_p_values_against_scipy(problems, shift):
 
 
 def test_p_values_at_the_ends():
+    assert sign_flip_p_value([np.array([0.1, 0.2, -0.3])], key="k") == 1.0  # a sum of 0 but for rounding
     assert sign_flip_p_value([np.zeros(40)], key="k") == 1.0
     assert sign_flip_p_value([np.full(10, 0.1)], key="k") == 2 / 2**10
     assert sign_flip_p_value([np.full(50, 0.1)], key="k") == 1 / 100_001
     assert sign_flip_p_value([np.full(5, 0.1), np.zeros(7)], key="k") == 2 / 2**5
 
 
-@needs_data
-def test_compare(recorded, tmp_path, capsys):
-    """The even samples against the odd ones, and against all answers wrong."""
-    folder, _ = recorded
-    lines = [json.loads(line) for line in (folder / "responses.jsonl").read_text().splitlines()]
-    for name, keep, text in (("even", 0, None), ("odd", 1, None), ("wrong", 0, "\\boxed{nothing}")):
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """Folder with evaluations of 20 problems, 2 samples each: `low`, `high`, right on 5 and on 15, and others."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    problems = [{"id": f"p{i}", "problem": "?", "answer": str(i)} for i in range(20)]
+    write(folder / "set.jsonl", problems)
+    write(folder / "part.jsonl", problems[:10])
+    for name, right, benchmark in (("low", 5, "set"), ("high", 15, "set"), ("part", 5, "part"), ("none", 0, "set")):
         rows = [
-            {"id": line["id"], "sample": line["sample"] // 2, "response": text or line["response"]}
-            for line in lines
-            if line["sample"] % 2 == keep
+            {"id": f"p{i}", "response": f"\\boxed{{{i if i < right else 'no'}}}"}
+            for i in range(20 if benchmark == "set" else 10)
+            for _ in range(2)
         ]
-        write(tmp_path / f"{name}.jsonl", rows)
-        options = ("--benchmarks", str(folder / "math100.jsonl"), "--out", str(tmp_path / name), "--quiet")
-        assert main(["evaluate", "--responses", str(tmp_path / f"{name}.jsonl"), *options]) == 0
-    (same,) = compare_files(tmp_path / "even", tmp_path / "odd")
-    assert same.difference.low <= 0 <= same.difference.high
-    assert same.p_value > 0.05
-    (worse,) = compare_files(tmp_path / "even", tmp_path / "wrong" / "math100.json")
-    assert worse.b == 0
-    assert worse.difference.mean == pytest.approx(-worse.a)
-    assert worse.p_value < 1e-4
-    capsys.readouterr()
+        write(folder / f"{name}-responses.jsonl", rows)
+        options = ("--benchmarks", str(folder / f"{benchmark}.jsonl"), "--out", str(folder / name), "--quiet")
+        assert main(["evaluate", "--responses", str(folder / f"{name}-responses.jsonl"), *options]) == 0
+    return folder
+
+
+def test_compare(evaluated, tmp_path, capsys):
+    """Ten of twenty problems go from wrong to right: +50 points, and p the chance of ten equal signs."""
+    (row,) = compare_files(evaluated / "low", evaluated / "high" / "set.json")
+    assert (row.a, row.b, row.problems) == (0.25, 0.75, 20)
+    assert row.difference.mean == pytest.approx(0.5)
+    assert 0.2 < row.difference.low < 0.4 < 0.6 < row.difference.high < 0.8
+    assert row.p_value == 2 / 2**10
+    (same,) = compare_files(evaluated / "low", evaluated / "low")
+    assert (same.difference.mean, same.p_value) == (0.0, 1.0)
     out = tmp_path / "table.md"
-    assert main(["evaluate", "compare", str(tmp_path / "even"), str(tmp_path / "wrong"), "--out", str(out)]) == 0
+    assert main(["evaluate", "compare", str(evaluated / "none"), str(evaluated / "high"), "--out", str(out)]) == 0
     assert "< 0.0001" in capsys.readouterr().out
-    assert "| math100 | 100 |" in out.read_text()
-    assert main(["compare", str(tmp_path / "even"), str(tmp_path / "odd"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)[0]["p_value"] == same.p_value
-    limited = tmp_path / "limited"
-    assert grade(folder, "evaluation.limit=1", responses="responses.jsonl") == 2  # responses to problems left out
-    capsys.readouterr()
-    few = write(tmp_path / "few.jsonl", [line for line in lines if line["id"] == lines[0]["id"]])
-    options = ("--benchmarks", str(folder / "math100.jsonl"), "--out", str(limited), "--quiet", "evaluation.limit=1")
-    assert main(["evaluate", "--responses", str(few), *options]) == 0
-    assert main(["compare", str(tmp_path / "even"), str(limited)]) == 2
+    assert "| set | 20 | 0.0 | 75.0 | +75.0 [" in out.read_text()
+    assert main(["compare", str(evaluated / "low"), str(evaluated / "high"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["p_value"] == row.p_value
+
+
+def test_what_cannot_be_compared(evaluated, tmp_path, capsys):
+    assert main(["compare", str(evaluated / "low"), str(evaluated / "part")]) == 2
+    assert "Only evaluations on the same benchmarks can be compared" in capsys.readouterr().err
+    renamed = json.loads((evaluated / "part" / "part.json").read_text()) | {"benchmark": "set"}
+    (tmp_path / "set.json").write_text(json.dumps(renamed))
+    assert main(["compare", str(evaluated / "low"), str(tmp_path / "set.json")]) == 2
     assert "only evaluations on the same problems can be compared" in capsys.readouterr().err
+    for content in ("{", '{"answers": []}', "[" * 100_000, json.dumps(renamed | {"answers": []})):
+        (tmp_path / "set.json").write_text(content)
+        assert main(["compare", str(evaluated / "low"), str(tmp_path / "set.json")]) == 2
+        assert "cannot read the evaluation" in capsys.readouterr().err
+    for content in ("{", "[]", '{"benchmarks": 3}', "{}"):
+        (tmp_path / "summary.json").write_text(content)
+        assert main(["compare", str(evaluated / "low"), str(tmp_path)]) == 2
+        assert "holds no evaluation" in capsys.readouterr().err
+
+
+def test_evaluations_that_were_sampled_otherwise_are_told(evaluated, tmp_path, capsys):
+    for name, temperature in (("a", 1.0), ("b", 0.6)):
+        shutil.copytree(evaluated / "low", tmp_path / name)
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        summary["sampled_with"] = {"model": name, "temperature": temperature, "seed": 1}
+        (tmp_path / name / "summary.json").write_text(json.dumps(summary))
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert "the two were sampled otherwise: temperature 1.0 and 0.6" in capsys.readouterr().err
 
 
 PROBLEMS = [{"id": "a", "problem": "p", "answer": "1"}, {"id": "b", "problem": "p", "answer": "2"}]
@@ -190,6 +218,8 @@ BOTH = [{"id": "a", "response": "\\boxed{1}"}, {"id": "b", "response": "\\boxed{
         ([{"id": "a", "text": "1"}], r"r.jsonl:1: not an object"),
         ([{"id": "a", "response": 1}], r"response is a int"),
         ([{"id": "a", "response": "", "sample": "1"}], r"whole numbers"),
+        ([{"id": "a", "response": "", "sample": -1}], r"whole numbers from 0"),
+        ([{"id": "a", "response": "", "num_tokens": True}], r"whole numbers from 0"),
     ],
 )
 def test_responses_that_cannot_be_graded(rows, says, tmp_path, capsys):
@@ -218,6 +248,7 @@ def test_named_benchmarks(monkeypatch):
     asked = []
     rows = {
         "HuggingFaceH4/aime_2024": [{"id": 60, "problem": "p", "answer": "204", "solution": "s"}],
+        "yentinglin/aime_2025": [{"id": "0", "problem": "p", "answer": "70", "solution": "70"}],
         "MathArena/hmmt_feb_2025": [{"problem_idx": 1, "problem": "p", "answer": "103"}],
         "HuggingFaceH4/MATH-500": [{"unique_id": "t/1.json", "problem": "p", "answer": "\\pi", "solution": "s"}],
         "openai/gsm8k": [{"question": "q", "answer": "5 + 5 = <<5+5=10>>10\n#### 1,010"}],
@@ -228,9 +259,10 @@ def test_named_benchmarks(monkeypatch):
         return rows[name]
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    found = load_benchmarks(["aime24", "hmmt25", "math500", "gsm8k"], EvaluationSettings())
+    found = load_benchmarks(["aime24", "aime25", "hmmt25", "math500", "gsm8k"], EvaluationSettings())
     assert [(b.name, b.problems[0].id, b.problems[0].answer) for b in found] == [
         ("aime24", "60", "204"),
+        ("aime25", "0", "70"),
         ("hmmt25", "1", "103"),
         ("math500", "t/1.json", "\\pi"),
         ("gsm8k", "gsm8k:main:1", "1010"),
@@ -255,45 +287,97 @@ def test_benchmark_files():
         (["aime2"], "'aime2' is neither a known benchmark nor a file.*Did you mean 'aime2[45]'"),
         (["nothing.jsonl"], "there is no file nothing.jsonl"),
         (["{p}", "{p}"], "names 'p' twice"),
+        (["{s}"], "would take the place of the summary"),
     ],
 )
 def test_benchmarks_that_are_not_there(names, says, tmp_path):
-    path = write(tmp_path / "p.jsonl", PROBLEMS)
+    path, summary = (write(tmp_path / f"{name}.jsonl", PROBLEMS) for name in ("p", "summary"))
     with pytest.raises(UserError, match=says):
-        load_benchmarks([name.format(p=path) for name in names], EvaluationSettings())
+        load_benchmarks([name.format(p=path, s=summary) for name in names], EvaluationSettings())
 
 
 def rollout(id, sample, ids=(1, 2)):
     return Rollout(problem_id=id, sample_index=sample, prompt_ids=(), response_ids=ids, logprobs=None, finished=True)
 
 
+def answer_file(path, prompts=None, **sampled_with):
+    return AnswerFile(path, {"model": "m", "temperature": 1.0} | sampled_with, prompts or {"a": "x", "b": "y"})
+
+
 def test_answers_are_kept(tmp_path):
     path = tmp_path / "sub" / "a.jsonl"
-    file = AnswerFile(path, {"model": "m", "temperature": 1.0})
-    assert file.begin() == {}
-    file.add([rollout("a", 0), rollout("a", -1, ids=(7,))])
+    assert answer_file(path).begin() == {}
+    answer_file(path).add([rollout("a", 0), rollout("a", -1, ids=(7,))])
     whole = path.read_bytes()
-    assert AnswerFile(path, {"model": "m", "temperature": 1.0}).begin() == {
-        ("a", 0): rollout("a", 0),
-        ("a", -1): rollout("a", -1, ids=(7,)),
-    }
+    assert answer_file(path).begin() == {("a", 0): rollout("a", 0), ("a", -1): rollout("a", -1, ids=(7,))}
     assert path.read_bytes() == whole
-    for cut in range(len(whole)):  # a crash at any byte loses the answer in the making and no other
+    header = whole.index(b"\n") + 1  # it is there whole or not at all
+    for cut in range(header, len(whole)):  # a crash at any byte loses the answer in the making and no other
         path.write_bytes(whole[:cut])
-        there = AnswerFile(path, {"model": "m", "temperature": 1.0}).begin()
-        assert len(there) == max(0, whole[: cut + 1].count(b"\n") - 1)
-        file.add([rollout("b", 0)])
-        assert ("b", 0) in AnswerFile(path, {"model": "m", "temperature": 1.0}).begin()
+        there = answer_file(path).begin()
+        assert len(there) == whole[: cut + 1].count(b"\n") - 1
+        answer_file(path).add([rollout("b", 0)])
+        assert ("b", 0) in answer_file(path).begin()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"sample": 0, "response_ids": [1], "finished": true}',
+        '{"id": "a", "sample": 0, "response_ids": [1]}',
+        '{"id": "a", "sample": 0, "response_ids": 3, "finished": true}',
+        '{"id": "a", "sample": 0, "response_ids": ["x"], "finished": true}',
+        '{"id": ["a"], "sample": 0, "response_ids": [1], "finished": true}',
+        "[" * 100_000,
+    ],
+    ids=range(6),
+)
+def test_a_damaged_answer_is_sampled_again(line, tmp_path):
+    path = tmp_path / "a.jsonl"
+    answer_file(path).begin()
+    answer_file(path).add([rollout("b", 0)])
+    with path.open("a") as file:
+        file.write(line + "\n")
+    assert answer_file(path).begin() == {("b", 0): rollout("b", 0)}
+    assert line not in path.read_text()
 
 
 def test_answers_of_another_kind_are_refused(tmp_path):
     path = tmp_path / "a.jsonl"
-    AnswerFile(path, {"model": "m", "seed": 1}).begin()
+    answer_file(path, seed=1).begin()
+    answer_file(path, seed=1).add([rollout("a", 0)])
     with pytest.raises(UserError, match="seed was 1 and is 2"):
-        AnswerFile(path, {"model": "m", "seed": 2}).begin()
-    path.write_text('{"id": "a"}\n')
-    with pytest.raises(UserError, match="is no file of answers"):
-        AnswerFile(path, {"model": "m"}).begin()
+        answer_file(path, seed=2).begin()
+    with pytest.raises(UserError, match="another prompt of problem 'a'"):
+        answer_file(path, {"a": "z"}, seed=1).begin()
+    assert answer_file(path, {"a": "x", "c": "new"}, seed=1).begin() == {("a", 0): rollout("a", 0)}
+    for content in ('{"id": "a"}\n', "my notes\nline two\n"):
+        path.write_text(content)
+        with pytest.raises(UserError, match="is no file of answers"):
+            answer_file(path).begin()
+        assert path.read_text() == content
+
+
+def test_other_weights_in_the_same_place_are_told(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(300_000))
+    before = fingerprint(tmp_path)
+    (tmp_path / "notes.txt").write_text("any")
+    assert fingerprint(tmp_path) == before
+    for place in (0, 150_000, 299_999):
+        content = bytearray(300_000)
+        content[place] = 1
+        file.write_bytes(content)
+        assert fingerprint(tmp_path) != before
+
+
+def test_responses_to_benchmarks_that_share_ids(tmp_path, capsys):
+    for name in ("one", "two"):
+        write(tmp_path / f"{name}.jsonl", PROBLEMS)
+    responses = write(tmp_path / "r.jsonl", BOTH)
+    both = f"{tmp_path / 'one.jsonl'},{tmp_path / 'two.jsonl'}"
+    assert main(["evaluate", "--responses", str(responses), "--benchmarks", both, "--out", str(tmp_path / "o")]) == 2
+    assert "one and two both have a problem 'a'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,8 @@ class Taught:
                 loss_tokens=len(sample.response_ids),
                 token_logprobs=(-2.0,) * len(sample.response_ids),
                 clipped_entries=len(self.updates) - 1,
+                student_entropy_sum=0.5 * len(sample.response_ids),
+                divergence_other_sum=0.25 * len(sample.response_ids),
             )
             for sample in samples
         )
@@ -171,9 +173,19 @@ def test_only_groups_that_differ_are_trained_on():
     assert metrics["grad_norm"] == 1.5
     assert metrics["ratio/clipped_share"] == 2 / 8  # one token of each sample in the second update
     assert metrics["num_tokens"] == 14
+    assert metrics["entropy/student_mean"] == 0.5  # of the tokens that were scored
+    assert math.isnan(metrics["entropy/teacher_mean"])
+    assert math.isnan(metrics["kl/mean"])
+    assert math.isnan(metrics["divergence/other_mean"])
     assert metrics["loss_tokens"] == 4
     assert metrics["time/student_s"] == 2.0
     assert all(score.token_logprobs is None for score in report.scores)
+
+
+def test_the_kl_is_that_of_what_was_scored():
+    report, policy = step([1, 0, 0, 0], lengths=[4, 2, 3, 1], kl_weight=0.1)
+    assert all(sample.teacher_prompt_ids == sample.student_prompt_ids for sample in policy.updates[0])
+    assert report.metrics["kl/mean"] == report.metrics["divergence/other_mean"] == 0.25
 
 
 def test_no_step_is_taken_where_no_group_differs():
@@ -199,6 +211,10 @@ def test_a_mean_over_responses():
         ({"rollout": {"engine": "replay", "path": "r.jsonl"}}, "importance_limit=2.0 .* set it to null"),
         ({"objective": {"name": "grpo", "grpo": {"samples_per_problem": 1}}}, "samples_per_problem .*got 1"),
         ({"objective": {"name": "grpo", "grpo": {"clip_low": 1.0}}}, "clip_low"),
+        (
+            {"objective": {"name": "grpo", "grpo": {"kl_weight": 0.1}, "teacher": {"weights": "current"}}},
+            "kl_weight=0.1 .* set it to initial or ema",
+        ),
         ({"objective": {"name": "grpo", "grpo": {"beta": 0.1}}}, "unknown setting objective.grpo.beta"),
     ],
 )

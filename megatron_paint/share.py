@@ -1,9 +1,9 @@
-"""How an objective has work done once and not on every rank."""
+"""How work is done once and not on every rank."""
 
 from collections.abc import Callable
 from typing import Any
 
-Share = Callable[[Callable[[], Any]], Any]
+Share = Callable[[Callable[[], Any]], Any]  # has one rank act; its result, or its UserError, reaches all ranks
 
 
 def directly(act: Callable[[], Any]) -> Any:
