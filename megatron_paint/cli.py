@@ -264,7 +264,6 @@ def run_compare(options: argparse.Namespace, _: list[str]) -> int:
 
     from megatron_paint.disk import write_atomically
     from megatron_paint.evaluation import compare
-    from megatron_paint.evaluation.summary import table
     from megatron_paint.strict_json import to_json
 
     rows = compare.compare_files(options.a, options.b)
@@ -278,7 +277,7 @@ def run_compare(options: argparse.Namespace, _: list[str]) -> int:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 120
-    console.print(table("Shares in %, with 95 % intervals over problems", compare.COLUMNS, compare.lines(rows)))
+    console.print(compare.console_table(rows))
     return 0
 
 

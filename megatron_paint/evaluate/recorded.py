@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_paint.errors import UserError
 from megatron_paint.evaluate.command import finish
 from megatron_paint.evaluate.requested import DEFAULT_OUT
-from megatron_paint.evaluation.benchmarks import Benchmark, load_benchmarks
+from megatron_paint.evaluation.benchmarks import Benchmark, load_benchmarks, names_in
 from megatron_paint.evaluation.evaluator import grade_all
 from megatron_paint.evaluation.grading import GradingPool
 from megatron_paint.evaluation.statistics import build_report
@@ -27,7 +27,7 @@ def grade_recorded(
     """Reports of recorded responses to benchmarks, written and said; every problem needs equally many responses."""
     bare = {"model": {"hf_path": "none"}, "data": {"train": "none"}, "run": {"dir": "none"}}
     settings = settings_of(override_tree(bare, overrides)).evaluation
-    found = load_benchmarks([name.strip() for name in benchmarks.split(",") if name.strip()], settings)
+    found = load_benchmarks(names_in(benchmarks), settings)
     recorded = _read(responses, found)
     with GradingPool(seconds=settings.grading_seconds) as graders:
         reports = []

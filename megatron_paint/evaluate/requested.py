@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_paint.config import Settings
 from megatron_paint.errors import UserError
+from megatron_paint.evaluation.benchmarks import names_in
 from megatron_paint.settings import override_tree, read_tree, settings_of
 
 RUN_STATE = "run_state.json"  # of a checkpoint that a run wrote
@@ -46,7 +47,7 @@ def requested(
         overrides = [*overrides, f"evaluation.samples={samples}"]
     settings = settings_of(override_tree(tree, overrides))
     held_out = settings.evaluation.problems
-    names = tuple(name.strip() for name in benchmarks.split(",") if name.strip()) if benchmarks else ()
+    names = names_in(benchmarks or "")
     if not names and held_out is None:
         raise UserError("evaluation.problems is not set: give --benchmarks aime24,FILE,..., or the file of problems")
     name = str(model or settings.model.megatron_path or settings.model.hf_path)

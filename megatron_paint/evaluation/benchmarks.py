@@ -47,6 +47,11 @@ class Benchmark:
     problems: tuple[Problem, ...]
 
 
+def names_in(text: str) -> tuple[str, ...]:
+    """The names and files of a list with commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def load_benchmarks(
     names: Sequence[str], settings: EvaluationSettings, *, prompt_limit: PromptLimit | None = None
 ) -> tuple[Benchmark, ...]:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+from rich.markup import escape
+from rich.table import Table
 
 from megatron_paint.evaluation.statistics import (
     Interval,
@@ -61,7 +62,7 @@ def _compare(name: str, a: Sequence[EvalReport], b: Sequence[EvalReport]) -> Com
         a=macro_average(a).mean,
         b=macro_average(b).mean,
         difference=macro_difference(before=a, after=b),
-        p_value=sign_flip_p_value([np.asarray(group) for group in groups], key=name),
+        p_value=sign_flip_p_value(groups, key=name),
     )
 
 
@@ -81,6 +82,16 @@ def lines(rows: Sequence[Compared]) -> list[list[str]]:
 
 
 COLUMNS = ("benchmark", "problems", "A", "B", "B - A (paired)", "p")
+
+
+def console_table(rows: Sequence[Compared]) -> Table:
+    """The comparison as a table for the console."""
+    made = Table(title="Shares in %, with 95 % intervals over problems")
+    for number, name in enumerate(COLUMNS):
+        made.add_column(name, justify="right" if number else "left")
+    for row in lines(rows):
+        made.add_row(*map(escape, row))
+    return made
 
 
 def markdown(rows: Sequence[Compared], *, a: Path, b: Path) -> str:

@@ -1,7 +1,7 @@
 """The results of an evaluation as files: JSON for programs, Markdown for readers, a plot."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -135,16 +135,3 @@ def read_report(file: Path) -> EvalReport:
         return report
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"cannot read the evaluation {file}: {error}") from error
-
-
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> "Any":
-    """A console table, first column to the left."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    made = Table(title=title)
-    for number, name in enumerate(columns):
-        made.add_column(name, justify="right" if number else "left")
-    for row in rows:
-        made.add_row(*map(escape, row))
-    return made
