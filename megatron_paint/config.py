@@ -101,6 +101,10 @@ class RevealSettings:
     minimum: Annotated[Number, setting("r_min: share shown to a rollout that has every anchor", ge=0, le=1)] = 0.3
     share: Annotated[Number | None, setting("share shown under rule: fixed", ge=0, le=1)] = None
     unit: Annotated[Literal["token", "segment"], setting("what the share is counted in")] = "token"
+    hidden_nats: Annotated[
+        Positive | None,
+        setting("most that may be hidden, by what the teacher still finds surprising in it, in nats; null: no limit"),
+    ] = None
     hide_answer: Annotated[Flag, setting("hide the last box whatever the share")] = False
     solution: Annotated[
         Literal["own", "wrong", "none"],
@@ -115,6 +119,9 @@ class RevealSettings:
 class TeacherSettings:
     weights: Annotated[Literal["initial", "current", "ema"], setting("which weights score as teacher")] = "initial"
     ema_decay: Annotated[Number, setting("decay of the EMA after each optimiser step", ge=0, lt=1)] = 0.999
+    ema_anchor: Annotated[
+        Number, setting("share of the initial weights in what the EMA moves towards, beside the student", ge=0, le=1)
+    ] = 0.0
     offload: Annotated[Flag, setting("keep the second set of weights in host memory between passes")] = False
 
 

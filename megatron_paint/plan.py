@@ -179,6 +179,8 @@ def _memory(settings: Settings, shape: Qwen3Shape, *, tp: int, pp: int, dp: int)
     # In place for a pass an average is a copy in the student's type, and weights from host memory are a copy as well.
     resting = 0 if teacher.offload else FLOAT32 if teacher.weights == "ema" else width
     passing = width if teacher.offload or teacher.weights == "ema" else 0
+    if teacher.weights == "ema" and teacher.ema_anchor > 0 and not teacher.offload:
+        resting += width  # the weights that it is anchored to
     optimizer = OPTIMIZER_BYTES * trained / (dp if settings.megatron.use_distributed_optimizer else 1)
     tokens = settings.data.micro_batch_tokens / (tp if settings.megatron.sequence_parallel else 1)
     kept = 1 if settings.megatron.recompute_granularity == "full" else shape.num_layers / pp

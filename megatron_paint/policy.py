@@ -77,6 +77,9 @@ class Policy(Protocol):
     ) -> tuple[SampleScore, ...]:
         """The loss of each sample without a step; with `teach_itself` the current weights are the teacher."""
 
+    def teacher_logprobs(self, samples: Sequence[Sample]) -> list[tuple[float, ...]]:
+        """Log-probabilities of each sample's response tokens, in nats, under the teacher's weights and prompt."""
+
     def save(self, folder: Path, state: dict[str, Any]) -> None:
         """Writes a checkpoint: weights, optimiser, teacher and `state`; complete or absent."""
 

@@ -74,6 +74,10 @@ class Prompts:
         seam = _seam([problem.solution])
         return (*self._encode(self._protect(problem.solution, seam), seam), self.tokenizer.stop_ids[0])
 
+    def solution_ids(self, solution: str) -> TokenIds:
+        """The tokens of a solution that `solution_offsets` gives the places of."""
+        return self.tokenizer.encode_with_offsets(solution)[0]
+
     def response_text(self, ids: TokenIds) -> str:
         """The text of a response without special tokens."""
         return self.tokenizer.decode(ids, keep_special=False)

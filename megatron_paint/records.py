@@ -62,6 +62,7 @@ class Reveal:
     total_tokens: int
     shown_text: str  # a prefix of the reference, or the reference itself
     reference: str  # the solution that was cut: the problem's own, or another one's under `solution: wrong`
+    hidden_nats: float | None = None  # what the rule's share hides, by the teacher's surprise; None: not asked for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,6 +4,7 @@ A higher overlap hides more (PAINT, arXiv 2604.26573); the linear map, its floor
 Everything is a pure function of text, settings and keys.
 """
 
+import dataclasses
 import math
 import re
 import unicodedata
@@ -101,6 +102,25 @@ def reveal_step(
         _reveal(overlap, reference, share, settings=settings, offsets=token_offsets(reference))
         for overlap, reference, share in zip(overlaps, references, shares, strict=True)
     ]
+
+
+def limit_hidden(reveal: Reveal, surprise: Sequence[float], *, settings: "RevealSettings", offsets: Offsets) -> Reveal:
+    """The reveal with more shown where what it hides would surprise the teacher by more than `settings.hidden_nats`.
+
+    surprise: minus the log-probability of each token of the reference, from a teacher that is shown what the reveal
+    shows. The first tokens whose rest is within the limit are shown, then cut as ever. The idea is ours: what a teacher
+    cannot write by itself it cannot teach either.
+    """
+    if len(surprise) != reveal.total_tokens:
+        raise ValueError(f"surprise: got {len(surprise)} values for a reference of {reveal.total_tokens} tokens")
+    kept, hidden = reveal.shown_tokens, math.fsum(surprise[reveal.shown_tokens :])
+    told = dataclasses.replace(reveal, hidden_nats=hidden)
+    if hidden <= settings.hidden_nats:
+        return told
+    while kept < len(surprise) and math.fsum(surprise[kept:]) > settings.hidden_nats:
+        kept += 1
+    shown = _reveal(reveal.overlap, reveal.reference, kept / len(surprise), settings=settings, offsets=offsets)
+    return dataclasses.replace(shown, hidden_nats=hidden)
 
 
 def _reveal(overlap: Overlap, reference: str, share: float, *, settings: "RevealSettings", offsets: Offsets) -> Reveal:

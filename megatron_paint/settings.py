@@ -82,6 +82,16 @@ def _contradictions(settings: Settings) -> list[tuple[bool, str]]:
             f"objective.reveal.share={reveal.share} belongs to rule=fixed, but rule={reveal.rule}; leave it out",
         ),
         (
+            reveal.hidden_nats is not None and reveal.unit != "token",
+            f"objective.reveal.hidden_nats={reveal.hidden_nats} is counted over tokens, but objective.reveal.unit="
+            f"{reveal.unit}; set unit to token or hidden_nats to null",
+        ),
+        (
+            objective.teacher.ema_anchor > 0 and objective.teacher.weights != "ema",
+            f"objective.teacher.ema_anchor={objective.teacher.ema_anchor} belongs to weights=ema, but weights="
+            f"{objective.teacher.weights}; leave it out",
+        ),
+        (
             rollout.engine == "replay" and rollout.path is None,
             "rollout.path is not set: engine=replay reads rollouts from this file",
         ),

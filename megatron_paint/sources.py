@@ -79,7 +79,7 @@ def _check_wrong_solutions(problems: Sequence[Problem], prompts: Prompts, limit:
     """UserError where the longest problem does not fit with another one's solution."""
     longest = max(problems, key=lambda problem: len(problem.problem))
     solution = max(problems, key=lambda problem: len(problem.solution)).solution
-    length = prompts.longest_prompt(dataclasses.replace(longest, solution=solution))
+    length = limit.length(dataclasses.replace(longest, solution=solution))
     if length > limit.most:
         raise UserError(
             f"objective.reveal.solution=wrong can make a prompt of {length} tokens, above {limit.most}, {limit.reason}"
@@ -106,11 +106,14 @@ def _limit(settings: Settings, shape: Qwen3Shape, prompts: Prompts) -> PromptLim
 
     def length(problem: Problem) -> int:
         if objective.distils:
-            return prompts.longest_prompt(problem)
-        response = 0 if objective.samples_per_problem else len(prompts.sft_response(problem))
-        return len(prompts.student_prompt(problem)) + response
+            # With hidden_nats the teacher's prompt is followed by the solution as well.
+            scored = len(prompts.solution_offsets(problem.solution)) if limits_hidden else 0
+            return prompts.longest_prompt(problem) + max(0, scored - response)
+        solution = 0 if objective.samples_per_problem else len(prompts.sft_response(problem))
+        return len(prompts.student_prompt(problem)) + solution
 
     objective = settings.objective
+    limits_hidden = objective.reveal.hidden_nats is not None
     response = settings.rollout.max_new_tokens if objective.samples_per_problem else 0
     return PromptLimit(
         length=length,

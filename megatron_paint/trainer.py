@@ -198,7 +198,7 @@ class Run:
         self.folder.append_metrics(report.metrics)
         self.folder.write_samples(report.step, sample_lines(report, decode=self.prompts.response_text))
         self.progress.step(report)
-        if warning := clip_watch.update(report.metrics):
+        if self.settings.objective.loss.clips_entries and (warning := clip_watch.update(report.metrics)):
             self.progress.warn(warning)
 
     def save(self, step: int) -> None:

@@ -12,6 +12,7 @@ Positions = Literal["top_fraction", "threshold", "all", "none", "random"]
 Mismatch = Literal["absolute", "teacher_minus_student", "student_minus_teacher"]
 Elsewhere = Literal["teacher", "skip"]
 Control = Literal["none", "reweight"]
+ClipRule = Literal["entry", "token"]
 Kernel = Literal["auto", "torch", "triton"]
 
 _CHOICES = {
@@ -21,6 +22,7 @@ _CHOICES = {
     "mismatch": get_args(Mismatch),
     "elsewhere": get_args(Elsewhere),
     "control": get_args(Control),
+    "clip_rule": get_args(ClipRule),
 }
 
 
@@ -28,18 +30,21 @@ _CHOICES = {
 class InterpolationLossConfig:
     """Which target a position gets, which divergence is taken to it, and where.
 
-    temperature > 0 divides all logits; clip > 0 in nats bounds each vocabulary entry of the forward KL, None = off;
+    temperature > 0 divides all logits; clip > 0 in nats, None = off. clip_rule="entry" bounds each vocabulary entry of
+    the forward KL, which can turn the gradient round; "token" bounds the gradient of a token, of any divergence: above
+    the clip the loss is clip (1 + ln(divergence / clip)), and the gradient keeps its direction.
     weight (lambda), fraction in [0, 1]; jsd_beta strictly in (0, 1); threshold_nats belongs to positions="threshold".
     elsewhere="skip" leaves positions that are not selected without loss. control="reweight" keeps the plain teacher as
     the target everywhere and multiplies the loss of selected positions, after the clip, by 1 - weight.
     Raises ValueError for anything else. Source: PAINT (arXiv 2604.26573); the clip is from OPSD (arXiv 2601.18734);
-    fraction and weight defaults, the student partner, and the control are ours.
+    fraction and weight defaults, the student partner, the control and the clip of tokens are ours.
     """
 
     divergence: Divergence = "forward_kl"
     jsd_beta: float = 0.5
     temperature: float = 1.1
     clip: float | None = None
+    clip_rule: ClipRule = "entry"
     weight: float = 0.1
     partner: Partner = "student"
     positions: Positions = "top_fraction"
@@ -74,13 +79,13 @@ class InterpolationLossConfig:
         if self.clip is not None:
             _check_number("clip", self.clip)
             if self.clip <= 0.0:
-                fact = "it is an upper bound in nats per vocabulary entry, above 0"
+                fact = "it is a bound in nats, per vocabulary entry or token, above 0"
                 raise _refusal("clip", self.clip, fact, "set null to turn the clip off, or 0.05 as OPSD does")
 
     def _check_combinations(self) -> None:
-        if self.clip is not None and self.divergence != "forward_kl":
-            fact = f"the clip is defined for divergence forward_kl alone, and divergence is {self.divergence}"
-            raise _refusal("clip", self.clip, fact, "set clip to null or divergence to forward_kl")
+        if self.clips_entries and self.divergence != "forward_kl":
+            fact = f"the clip of entries belongs to divergence forward_kl alone, and divergence is {self.divergence}"
+            raise _refusal("clip", self.clip, fact, "set clip to null, clip_rule to token or divergence to forward_kl")
         if self.positions == "threshold":
             if self.threshold_nats is None:
                 fact = "positions threshold selects where the entropy mismatch is above this number of nats"
@@ -95,6 +100,11 @@ class InterpolationLossConfig:
         if self.control == "reweight" and self.partner == "full_teacher":
             fact = "the control imitates the scale of a detached student partner and has no use for a full teacher"
             raise _refusal("control", self.control, fact, "set partner to student or control to none")
+
+    @property
+    def clips_entries(self) -> bool:
+        """Whether single vocabulary entries are clipped, which can turn the gradient of a token round."""
+        return self.clip is not None and self.clip_rule == "entry"
 
     @property
     def target_weight(self) -> float:

@@ -155,7 +155,7 @@ class FusedPass:
         return FirstVisit(chunk, logits, self.inputs.vocab.start_gather(packed_TK))
 
     def _put_gradient(self, chunk: Chunk, work: Work, outcome: Outcome, selected_T: torch.Tensor) -> None:
-        scale_T = self._gradient_scale(chunk.rows, selected_T)
+        scale_T = self._gradient_scale(chunk.rows, selected_T) * outcome.factor_T
         dlogits_TV = self.passes.gradient(work, outcome.coefficient_T, scale_T)
         rows: Rows = chunk.rows
         if self.config.elsewhere == "skip":
@@ -188,14 +188,15 @@ class FusedPass:
         replaced_TV = None
         if self.gradient is not None and self.gradient.weight is not None and guess_had_loss:
             work = self._sums(self.passes.copy(logits), statistics, rows, guess_T)
-            scale_T = self._gradient_scale(rows, guess_T)
+            scale_T = self._gradient_scale(rows, guess_T) * outcome.factor_T[rows]
             replaced_TV = self.passes.gradient(work, outcome.coefficient_T[rows], scale_T)
         work = self._sums(logits, statistics, rows, ~guess_T)
         right = finish(self.inputs.vocab.sum_in_place(work.sums_TK), self.config)
         for stored_T, right_T in zip(outcome, right, strict=True):
             stored_T[rows] = right_T
         if self.gradient is not None:
-            dlogits_TV = self.passes.gradient(work, right.coefficient_T, self._gradient_scale(rows, ~guess_T))
+            scale_T = self._gradient_scale(rows, ~guess_T) * right.factor_T
+            dlogits_TV = self.passes.gradient(work, right.coefficient_T, scale_T)
             self.gradient.put(rows, dlogits_TV, replaced_TV)
 
     def _logits(self, rows: Rows) -> ChunkLogits:

@@ -15,8 +15,9 @@ class LossOutput:
     student_entropy_T, teacher_entropy_T [T]: nats, over the whole vocabulary, at the loss temperature.
     selected_T [T] bool: positions in the sparse set M.
     divergence_T [T]: the divergence to the position's target in nats, at every position, without clip and weights.
-    clipped_share_T [T] in [0, 1]: target mass on clipped entries, 1 - Q_A; 0 without clip.
-    clipped_entries_T [T] int64: how many vocabulary entries were clipped.
+    clipped_share_T [T] in [0, 1]: target mass on clipped entries, 1 - Q_A; under the clip of tokens the share of the
+    gradient that the clip took; 0 without clip.
+    clipped_entries_T [T] int64: how many vocabulary entries were clipped; under the clip of tokens 1 where it was.
     carries_loss_T [T] bool: all positions, or the selected ones under elsewhere="skip".
     token_logp_T [T]: the student's log-probability of the given token at token_temperature, before any sampling
     filter; None when no token ids were given.

@@ -72,14 +72,23 @@ def interpolation_loss(
     scale_T = carries_loss_T * (1.0 - (1.0 - config.selected_loss_factor) * selected_T.to(dtype))
     if token_weight_T is not None:
         scale_T = scale_T * token_weight_T.detach().to(dtype)
+    loss_T = vocab.sum_shards(torch.where(clipped_TV, clip_TV, terms_TV).sum(1))
+    divergence_T = loss_T.detach() if not config.clips_entries else vocab.sum_shards(terms_TV.detach().sum(1))
+    clipped_share_T = vocab.sum_shards((target_logp_TV.exp() * clipped_TV).sum(1))
+    clipped_entries_T = vocab.sum_shards(clipped_TV.sum(1))
+    if config.clip is not None and config.clip_rule == "token":
+        above_T = divergence_T > config.clip
+        loss_T = torch.where(above_T, config.clip * (1.0 + (loss_T.clamp(min=config.clip) / config.clip).log()), loss_T)
+        clipped_share_T = 1.0 - config.clip / divergence_T.clamp(min=config.clip)
+        clipped_entries_T = above_T.long()
     return LossOutput(
-        loss_T=vocab.sum_shards(torch.where(clipped_TV, clip_TV, terms_TV).sum(1)) * scale_T,
+        loss_T=loss_T * scale_T,
         student_entropy_T=student_entropy_T,
         teacher_entropy_T=teacher_entropy_T,
         selected_T=selected_T,
-        divergence_T=vocab.sum_shards(terms_TV.detach().sum(1)),
-        clipped_share_T=vocab.sum_shards((target_logp_TV.exp() * clipped_TV).sum(1)),
-        clipped_entries_T=vocab.sum_shards(clipped_TV.sum(1)),
+        divergence_T=divergence_T,
+        clipped_share_T=clipped_share_T,
+        clipped_entries_T=clipped_entries_T,
         carries_loss_T=carries_loss_T,
         token_logp_T=token_logp_T,
     )
@@ -128,7 +137,7 @@ def _kl_terms(logx_TV: torch.Tensor, d_TV: torch.Tensor) -> torch.Tensor:
 
 def _clipped(logp_TV: torch.Tensor, logq_TV: torch.Tensor, config: InterpolationLossConfig) -> torch.Tensor:
     """Which terms of the forward KL are above the clip."""
-    if config.clip is None:
+    if not config.clips_entries:
         return torch.zeros_like(logq_TV, dtype=torch.bool)
     return logq_TV.exp() * (logq_TV - logp_TV) > config.clip
 

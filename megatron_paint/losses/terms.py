@@ -3,7 +3,8 @@
 p is the student, q the target, both over the whole vocabulary. Every sum of x log(x/y) is taken as the sum of
 x (expm1(u) - u), u = log y - log x: the same total, because both sides sum to 1, but no term is negative and nothing
 large cancels (off by 1e-6 in float32 where the plain sum is off by 1e-2 at 4e-5 nats). A clipped term counts as
-clip + p - q accordingly.
+clip + p - q accordingly. Under the clip of tokens the divergence itself is taken, then bent: the gradient of a token
+is that of its divergence, made smaller.
 
 Each gradient with respect to the student's logits has the form c p - B, where c needs sums over the vocabulary:
     forward KL   Q_A p - q [A]                  A: unclipped entries, Q_A: their target mass (1 without clip)
@@ -26,11 +27,13 @@ from megatron_paint.losses.config import InterpolationLossConfig
 
 
 class Outcome(NamedTuple):
-    """Per token: divergence and clipped loss in nats, without weights; c of the gradient; clipped mass and entries."""
+    """Per token: divergence and clipped loss in nats, without weights; c of the gradient, and what multiplies the whole
+    gradient; clipped mass and entries."""
 
     divergence_T: torch.Tensor
     loss_T: torch.Tensor
     coefficient_T: torch.Tensor
+    factor_T: torch.Tensor
     clipped_share_T: torch.Tensor
     clipped_entries_T: torch.Tensor
 
@@ -38,12 +41,12 @@ class Outcome(NamedTuple):
 def sum_count(config: InterpolationLossConfig) -> int:
     """How many sums a token has."""
     if config.divergence == "forward_kl":
-        return 1 if config.clip is None else 5
+        return 5 if config.clips_entries else 1
     return 2 if config.divergence == "jsd" else 1
 
 
 def coefficient_is_one(config: InterpolationLossConfig) -> bool:
-    """Whether the gradient is p - B whatever the sums turn out to be."""
+    """Whether the gradient is p - B, without a factor, whatever the sums turn out to be."""
     return config.divergence == "forward_kl" and config.clip is None
 
 
@@ -56,18 +59,23 @@ def take_terms(log_p_TV: torch.Tensor, log_q_TV: torch.Tensor, config: Interpola
 def finish(sums_TK: torch.Tensor, config: InterpolationLossConfig) -> Outcome:
     """The outcome from the sums over all ranks."""
     divergence_T = sums_TK[:, 0]
-    none_T = torch.zeros_like(divergence_T)
+    none_T, one_T = torch.zeros_like(divergence_T), torch.ones_like(divergence_T)
+    if config.clips_entries:
+        _, loss_T, kept_T, clipped_T, entries_T = sums_TK.unbind(1)
+        # Either sum is inexact near 1: take the small one, so that Q_A is exactly 1 where nothing is clipped.
+        kept_T = torch.where(clipped_T < 0.5, 1.0 - clipped_T, kept_T)
+        return Outcome(divergence_T, loss_T, kept_T, one_T, clipped_T, entries_T)
+    coefficient_T = one_T
     if config.divergence == "reverse_kl":
-        return Outcome(divergence_T, divergence_T, -divergence_T, none_T, none_T)
-    if config.divergence == "jsd":
+        coefficient_T = -divergence_T
+    elif config.divergence == "jsd":
         coefficient_T = (config.jsd_beta - 1.0) * sums_TK[:, 1]
-        return Outcome(divergence_T, divergence_T, coefficient_T, none_T, none_T)
     if config.clip is None:
-        return Outcome(divergence_T, divergence_T, torch.ones_like(divergence_T), none_T, none_T)
-    _, loss_T, kept_T, clipped_T, entries_T = sums_TK.unbind(1)
-    # Either sum is inexact near 1: take the small one, so that Q_A is exactly 1 where nothing is clipped.
-    kept_T = torch.where(clipped_T < 0.5, 1.0 - clipped_T, kept_T)
-    return Outcome(divergence_T, loss_T, kept_T, clipped_T, entries_T)
+        return Outcome(divergence_T, divergence_T, coefficient_T, one_T, none_T, none_T)
+    times_clip_T = (divergence_T / config.clip).clamp(min=1.0)
+    loss_T = torch.where(times_clip_T > 1.0, config.clip * (1.0 + times_clip_T.log()), divergence_T)
+    factor_T = 1.0 / times_clip_T
+    return Outcome(divergence_T, loss_T, coefficient_T, factor_T, 1.0 - factor_T, (times_clip_T > 1.0).to(loss_T.dtype))
 
 
 def _forward_kl(
@@ -75,7 +83,7 @@ def _forward_kl(
 ) -> list[torch.Tensor]:
     terms_TV = _divergence_terms(q_TV, p_TV, u_TV)
     divergence_T = terms_TV.sum(1)
-    if config.clip is None:
+    if not config.clips_entries:
         return [divergence_T]
     clipped_TV = torch.lt(u_TV.mul_(q_TV), -config.clip, out=torch.empty_like(u_TV))
     # Not the term less its excess over the clip: that would cancel where the term is large.

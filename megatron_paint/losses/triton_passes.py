@@ -123,7 +123,7 @@ class TritonPasses:
             float(config.jsd_beta),
             1.0 - config.jsd_beta,
             DIVERGENCE=config.divergence,
-            CLIPPED=config.clip is not None,
+            CLIPPED=config.clips_entries,
             MIXED=config.interpolates,
             FULL_TEACHER=logits.partner_TV is not None,
             SUMS=sums_TK is not None,

@@ -6,6 +6,7 @@ pipeline stage computes the loss from hidden states, and tensor-parallel ranks s
 Axes: T tokens of a micro-batch, N response tokens of it, H hidden size.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_paint.config import Settings, TeacherSettings
+from megatron_paint.hardware import loss_kernel
 from megatron_paint.losses import ShardedVocab, VocabAxis, WholeVocab
 from megatron_paint.mcore.batch import (
     MicroBatch,
@@ -39,6 +41,7 @@ from megatron_paint.mcore.response_rows import response_rows
 from megatron_paint.mcore.scores import NonFinite, score_samples
 from megatron_paint.mcore.teacher import Teacher
 from megatron_paint.mcore.world import World
+from megatron_paint.objectives.losses import CrossEntropyLoss
 from megatron_paint.plan import cache_bytes_per_token
 from megatron_paint.policy import GenerationRequest, ResponseRows, SamplingParameters, TokenLoss
 from megatron_paint.qwen3 import Qwen3Shape
@@ -103,6 +106,17 @@ class MegatronPolicy:
         scores row by row: the same numbers by another way."""
         teacher = Teacher(self.stage, TeacherSettings(weights="current")) if teach_itself else self.teacher
         return self.accumulate(samples, loss, forward_only=True, teacher=teacher, teacher_alone=teach_itself)[0]
+
+    def teacher_logprobs(self, samples: Sequence[Sample]) -> list[tuple[float, ...]]:
+        """Log-probabilities of each sample's response tokens, in nats, under the teacher's weights and prompt."""
+        objective = self.settings.objective
+        loss = CrossEntropyLoss(
+            chunk_bytes=objective.chunk_bytes, kernel=loss_kernel(objective.kernel), keeps_logprobs=True
+        )
+        shown = [dataclasses.replace(s, student_prompt_ids=s.teacher_prompt_ids, rollout=None) for s in samples]
+        with self.teacher.in_place():
+            scores, _ = self.accumulate(shown, loss, forward_only=True)
+        return [score.token_logprobs for score in scores]
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
         save_checkpoint(folder, self.stage, self.optimizer, self.teacher, state, self.world)

@@ -1,7 +1,9 @@
 """Whose weights score as teacher: the initial ones, the current ones, or their moving average.
 
 With LoRA the initial teacher is the model with its adapters off and an average covers the adapters alone; with full
-fine-tuning both are a second set of this rank's weights, on the device or in host memory.
+fine-tuning both are a second set of this rank's weights, on the device or in host memory. An average may be anchored:
+it then moves towards a mixture of the student's weights and the initial ones, a third set, and so can never follow the
+student wherever that goes.
 """
 
 import dataclasses
@@ -24,6 +26,8 @@ class Teacher:
         self.settings = settings
         self.lora = bool(adapters_of(stage))
         self.held = self._snapshot()
+        # In the weights' own type: they never move.
+        self.start = self._snapshot(average=False) if self._is_anchored else {}
 
     @property
     def held_parameters(self) -> dict[str, nn.Parameter]:
@@ -33,10 +37,14 @@ class Teacher:
         # A tied weight stands under two names on a lone stage; named_parameters gives it once.
         return {name: p for name, p in self.stage.named_parameters() if p.requires_grad}
 
+    @property
+    def _is_anchored(self) -> bool:
+        return self.settings.weights == "ema" and self.settings.ema_anchor > 0
+
     @torch.no_grad()
-    def _snapshot(self) -> dict[str, Tensor]:
+    def _snapshot(self, *, average: bool = True) -> dict[str, Tensor]:
         """Values on the device they rest on: an average is kept in float32, or it would stand still in bfloat16."""
-        dtype = torch.float32 if self.settings.weights == "ema" else None
+        dtype = torch.float32 if average and self.settings.weights == "ema" else None
         return {name: p.detach().to(self._home(p), dtype, copy=True) for name, p in self.held_parameters.items()}
 
     def _home(self, parameter: Tensor) -> torch.device:
@@ -76,20 +84,31 @@ class Teacher:
         if self.settings.weights != "ema":
             return
         for name, parameter in self.held_parameters.items():
-            self.held[name].lerp_(parameter.detach().to(self.held[name]), 1 - self.settings.ema_decay)
+            goal = parameter.detach().to(self.held[name])
+            if self._is_anchored:
+                goal = goal.lerp(self.start[name].to(goal), self.settings.ema_anchor)
+            self.held[name].lerp_(goal, 1 - self.settings.ema_decay)
 
     def sharded_state_dict(self, student: dict) -> dict:
         """Entries for a checkpoint, beside the student's own: the same sharding, other values."""
         entries = {}
-        for name, value in self.held.items():
-            entry = student[name]
-            # An average is wider than the weight it follows; an entry that is cut later (gate and up) has no type yet.
-            type_ = {"dtype": value.dtype} if hasattr(entry, "dtype") else {}
-            entries[f"teacher.{name}"] = dataclasses.replace(entry, key=f"teacher.{entry.key}", data=value, **type_)
+        for prefix, values in self._sets.items():
+            for name, value in values.items():
+                entry = student[name]
+                # An average is wider than the weight it follows; an entry that is cut later (gate, up) has no type yet.
+                type_ = {"dtype": value.dtype} if hasattr(entry, "dtype") else {}
+                key = f"{prefix}.{entry.key}"
+                entries[f"{prefix}.{name}"] = dataclasses.replace(entry, key=key, data=value, **type_)
         return entries
 
     @torch.no_grad()
     def load(self, loaded: dict) -> None:
         """Takes the values up that `sharded_state_dict` asked for."""
-        for name, value in self.held.items():
-            value.copy_(loaded[f"teacher.{name}"])
+        for prefix, values in self._sets.items():
+            for name, value in values.items():
+                value.copy_(loaded[f"{prefix}.{name}"])
+
+    @property
+    def _sets(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds of the teacher, by the prefix of its names."""
+        return {"teacher": self.held, "teacher.start": self.start}

@@ -5,6 +5,7 @@ is hidden from the teacher, which is the same network. The teacher re-scores the
 teacher's distribution, mixed with its own where their entropies differ most. OPSD: everything shown, nothing mixed.
 """
 
+import dataclasses
 import time
 from collections.abc import Sequence
 
@@ -16,7 +17,7 @@ from megatron_paint.overlap import MaskerPool
 from megatron_paint.policy import Policy
 from megatron_paint.prompts import Prompts
 from megatron_paint.records import Problem, Reveal, Rollout, Sample, StepReport
-from megatron_paint.reveal import reveal_step
+from megatron_paint.reveal import limit_hidden, reveal_step
 from megatron_paint.run.report import metrics_of
 from megatron_paint.share import Share, directly
 
@@ -48,8 +49,11 @@ class Paint:
         sampled = time.perf_counter()
         samples = self.samples(problems, rollouts, step=step)
         masked = time.perf_counter()
+        samples = self.limited(policy, samples)
+        limited = time.perf_counter()
         update = policy.update(samples, self.loss, lr=lr)
         seconds = {"rollout": sampled - started, "mask": masked - sampled, **update.seconds}
+        seconds["teacher"] += limited - masked
         metrics = metrics_of(
             step=step,
             samples=samples,
@@ -74,6 +78,29 @@ class Paint:
             )
         )
         return [self._sample(*row) for row in zip(problems, rollouts, reveals, keys, strict=True)]
+
+    def limited(self, policy: Policy, samples: list[Sample]) -> list[Sample]:
+        """The samples with no more hidden than `objective.reveal.hidden_nats` allows, by the teacher's own judgement.
+
+        Where it is set, the teacher scores the references of which something is hidden: one more pass without gradient.
+        """
+        settings = self.settings.objective.reveal
+        if settings.hidden_nats is None:
+            return samples
+        partly = [index for index, s in enumerate(samples) if s.reveal.shown_tokens < s.reveal.total_tokens]
+        references = [
+            dataclasses.replace(samples[index], response_ids=self.prompts.solution_ids(samples[index].reveal.reference))
+            for index in partly
+        ]
+        found = list(samples)
+        for index, logprobs in zip(partly, policy.teacher_logprobs(references) if partly else (), strict=True):
+            sample = samples[index]
+            offsets = self.prompts.solution_offsets(sample.reveal.reference)
+            surprise = [-logprob for logprob in logprobs]
+            reveal = limit_hidden(sample.reveal, surprise, settings=settings, offsets=offsets)
+            prompt = self.prompts.teacher_prompt(sample.problem, reveal)
+            found[index] = dataclasses.replace(sample, reveal=reveal, teacher_prompt_ids=prompt)
+        return found
 
     def _sample(self, problem: Problem, rollout: Rollout, reveal: Reveal, key: int) -> Sample:
         full = self.prompts.full_teacher_prompt(problem, reveal) if self.loss.needs_full_teacher else None

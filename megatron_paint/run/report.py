@@ -110,11 +110,13 @@ def _reveal(reveal: Reveal) -> dict[str, Any]:
         "total_tokens": reveal.total_tokens,
         "shown_text": reveal.shown_text,
         "reference_text": reveal.reference,
+        **({} if reveal.hidden_nats is None else {"hidden_nats": reveal.hidden_nats}),
     }
 
 
 class ClipWatch:
-    """Says so when the mean clipped share stays above 0.2 for 10 steps in a row: clipping reverses gradients then."""
+    """Says so when the mean clipped share stays above 0.2 for 10 steps in a row: a clip of entries, the one that this
+    watches, reverses gradients then."""
 
     def __init__(self) -> None:
         self.above = 0  # steps in a row

@@ -59,6 +59,13 @@ def _cases() -> list[Case]:
         # 30 of 48 columns: at TP 4 the last rank has padding alone, the one before it some.
         cases.append(Case(name=f"{name}-padded", settings=settings, valid_size=30, chunk_tokens=10, weights=True))
         cases.append(Case(name=f"{name}-skewed", settings=settings, skewed=True, chunk_tokens=10))
+    for divergence, clip in (("forward", 0.2), ("reverse", 0.2), ("jsd", 0.05)):
+        settings = divergences[divergence] | {"clip": clip, "clip_rule": "token"}
+        cases.append(Case(name=f"{divergence}-token-clip", settings=settings))
+        most = settings | {"fraction": 0.7, "weight": 0.4}
+        cases.append(Case(name=f"{divergence}-token-clip-cut-most", settings=most, chunk_tokens=6, weights=True))
+        skip = settings | {"elsewhere": "skip", "partner": "full_teacher"}
+        cases.append(Case(name=f"{divergence}-token-clip-padded-skip", settings=skip, valid_size=30, chunk_tokens=6))
     return [
         *cases,
         Case(name="teacher-minus-student", settings={"mismatch": "teacher_minus_student"}),
@@ -84,6 +91,8 @@ TRITON_CASES = (
     "clipped-cut-skip",
     "clipped-cut-full-teacher",
     "clipped-padded",
+    "forward-token-clip-cut-most",
+    "jsd-token-clip",
     "reverse-cut-most",
     "reverse-random-skip-reweight",
     "jsd",

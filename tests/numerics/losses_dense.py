@@ -33,8 +33,17 @@ def dense_loss(student_TV, teacher_TV, *, lengths, config, full_teacher_TV=None,
         beta = config.jsd_beta
         log_m_TV = torch.log(beta * q_TV + (1 - beta) * p_TV)
         terms_TV = beta * q_TV * (log_q_TV - log_m_TV) + (1 - beta) * p_TV * (log_p_TV - log_m_TV)
-    clip = math.inf if config.clip is None else config.clip
+    divergence_T = terms_TV.detach().sum(1)
+    by_token = config.clip is not None and config.clip_rule == "token"
+    clip = config.clip if config.clips_entries else math.inf
     clipped_TV = terms_TV.detach() > clip
+    loss_T = terms_TV.clamp(max=clip).sum(1)
+    clipped_share_T, clipped_entries_T = (q_TV * clipped_TV).sum(1), clipped_TV.sum(1)
+    if by_token:
+        above = [index for index, value in enumerate(divergence_T.tolist()) if value > config.clip]
+        loss_T[above] = config.clip + config.clip * torch.log(loss_T[above] / config.clip)
+        clipped_share_T[above] = 1.0 - config.clip / divergence_T[above]
+        clipped_entries_T[above] = 1
     factor_T = torch.ones(len(selected), dtype=student_TV.dtype)
     if config.control == "reweight":
         factor_T[selected_T] = 1 - config.weight
@@ -42,13 +51,13 @@ def dense_loss(student_TV, teacher_TV, *, lengths, config, full_teacher_TV=None,
         factor_T[~selected_T] = 0.0
     factor_T = factor_T if weight_T is None else factor_T * weight_T
     return SimpleNamespace(
-        loss_T=terms_TV.clamp(max=clip).sum(1) * factor_T,
+        loss_T=loss_T * factor_T,
         student_entropy_T=student_entropy_T,
         teacher_entropy_T=teacher_entropy_T,
         selected_T=selected_T,
-        divergence_T=terms_TV.detach().sum(1),
-        clipped_share_T=(q_TV * clipped_TV).sum(1),
-        clipped_entries_T=clipped_TV.sum(1),
+        divergence_T=divergence_T,
+        clipped_share_T=clipped_share_T,
+        clipped_entries_T=clipped_entries_T,
         carries_loss_T=selected_T if config.elsewhere == "skip" else torch.ones_like(selected_T),
     )
 

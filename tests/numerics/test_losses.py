@@ -110,6 +110,40 @@ def test_clip_gradient_is_the_formula(loss):
 
 
 @BOTH
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_clip_of_tokens_shortens_the_gradient_and_keeps_its_direction(loss, divergence):
+    """clip / divergence times the gradient without clip above the clip, the same below it; the value meets there."""
+    student_TV, teacher_TV = _logits(20)
+    gradients, outputs = [], []
+    clip = 0.04 if divergence == "jsd" else 0.2
+    for given in (None, clip):
+        logits_TV = student_TV.clone().requires_grad_()
+        config = InterpolationLossConfig(clip=given, clip_rule="token", divergence=divergence, positions="none")
+        outputs.append(loss(logits_TV, teacher_TV, lengths=[20], config=config))
+        outputs[-1].loss_T.sum().backward()
+        gradients.append(logits_TV.grad)
+    plain, clipped = outputs
+    shorter_T = (clip / plain.divergence_T).clamp(max=1.0)
+    assert 3 < (shorter_T < 1).sum() < 17
+    assert relative(gradients[1], gradients[0] * shorter_T[:, None]) <= 1e-12
+    expected_T = torch.where(shorter_T < 1, clip * (1 - shorter_T.log()), plain.loss_T)
+    assert relative(clipped.loss_T, expected_T) <= 1e-12
+    assert relative(clipped.clipped_share_T, 1 - shorter_T) <= 1e-12
+    assert clipped.clipped_entries_T.tolist() == (shorter_T < 1).long().tolist()
+
+
+@pytest.mark.parametrize("rule", ["entry", "token"])
+def test_only_a_clip_of_entries_pushes_the_right_token_down(rule):
+    """q = (.95, .04, .01), p = (.60, .35, .05): the target's top token must rise, and the clip of entries lowers it."""
+    student_TV = torch.tensor([[0.60, 0.35, 0.05]], dtype=torch.float64).log().requires_grad_()
+    teacher_TV = torch.tensor([[0.95, 0.04, 0.01]], dtype=torch.float64).log()
+    config = InterpolationLossConfig(clip=0.05, clip_rule=rule, temperature=1.0, positions="none")
+    interpolation_loss(student_TV, teacher_TV, lengths=[1], config=config).loss_T.sum().backward()
+    falls = student_TV.grad[0, 0].item() > 0
+    assert falls == (rule == "entry")
+
+
+@BOTH
 @ALL_OPTIONS
 def test_identical_teacher_gives_nothing(loss, options):
     student_TV, _ = _logits(9)

@@ -89,5 +89,8 @@ def test_cases_are_not_trivial():
     assert torch.tensor(LENGTHS).max() > 6
     clipped = dense_case(CASES["clipped"], torch.float64)
     assert 0 < clipped.clipped_entries_T.sum() < 48 * sum(LENGTHS)
+    for divergence in ("forward", "reverse", "jsd"):
+        bounded = dense_case(CASES[f"{divergence}-token-clip"], torch.float64)
+        assert 2 < bounded.clipped_entries_T.sum() < sum(LENGTHS) - 2
     threshold = dense_case(CASES["clipped-threshold"], torch.float64)
     assert 0 < threshold.selected_T.sum() < sum(LENGTHS)

@@ -27,11 +27,14 @@ def configs(draw) -> InterpolationLossConfig:
     divergence = draw(st.sampled_from(["forward_kl", "reverse_kl", "jsd"]))
     positions = draw(st.sampled_from(POSITIONS))
     control = draw(st.sampled_from(["none", "reweight"]))
+    clip_rule = draw(st.sampled_from(["entry", "token"]))
+    has_clip = divergence == "forward_kl" or clip_rule == "token"
     return InterpolationLossConfig(
         divergence=divergence,
         jsd_beta=draw(st.sampled_from([0.01, 0.5, 0.9])),
         temperature=draw(st.sampled_from([0.5, 1.1, 2.0])),
-        clip=draw(st.sampled_from([None, 0.01, 0.3])) if divergence == "forward_kl" else None,
+        clip=draw(st.sampled_from([None, 0.01, 0.3])) if has_clip else None,
+        clip_rule=clip_rule,
         weight=draw(st.sampled_from([0.0, 0.1, 0.6, 1.0])),
         partner=draw(st.sampled_from(["student", "full_teacher"])) if control == "none" else "student",
         positions=positions,

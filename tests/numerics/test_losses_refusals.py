@@ -39,6 +39,7 @@ from megatron_paint.losses import (
         ({"temperature": "1.1"}, "temperature"),
         ({"clip": 0.0}, "clip"),
         ({"clip": True}, "clip"),
+        ({"clip_rule": "entries"}, "clip_rule"),
         ({"clip": math.nan}, "clip"),
         ({"clip": 0.05, "divergence": "jsd"}, "clip"),
         ({"clip": 0.05, "divergence": "reverse_kl"}, "clip"),

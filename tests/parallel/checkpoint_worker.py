@@ -24,7 +24,7 @@ CASES = (
         name="full-initial", tied=False, teacher="initial", optimizer="adam", distributed_optimizer=True, eps=1e-8
     ),
     parity.Case(name="full-ema-tied", tied=True, teacher="ema", optimizer="adam", distributed_optimizer=True, eps=1e-8),
-    parity.Case(name="lora-ema", tied=True, teacher="ema", optimizer="adam", lora=True, eps=1e-8),
+    parity.Case(name="lora-ema", tied=True, teacher="ema", optimizer="adam", lora=True, eps=1e-8, ema_anchor=0.3),
     parity.Case(name="bfloat16", tied=True, teacher="ema", optimizer="adam", distributed_optimizer=True, eps=1e-8),
 )
 

@@ -36,6 +36,7 @@ class Case:
     eps: float = 1e-2  # large: near-zero gradients must not decide Adam's step
     clip_grad: float = 0.0
     weight_decay: float = 0.0
+    ema_anchor: float = 0.0
     loss: dict = field(default_factory=dict)  # beyond LOSS
     offload: bool = False  # the teacher's weights rest in host memory
     overlap_grad_reduce: bool = False
@@ -55,6 +56,14 @@ CASES = (
     Case(name="full-initial-sgd", tied=False, teacher="initial", optimizer="sgd", lr=5e-2, offload=True),
     Case(name="full-tied-ema-adam", tied=True, teacher="ema", optimizer="adam", clip_grad=0.5, weight_decay=0.3),
     Case(
+        name="full-anchored-token-clip",
+        tied=True,
+        teacher="ema",
+        optimizer="adam",
+        ema_anchor=0.4,
+        loss={"clip": 0.2, "clip_rule": "token"},
+    ),
+    Case(
         name="full-current-distributed-adam",
         tied=True,
         teacher="current",
@@ -70,6 +79,7 @@ CASES = (
         optimizer="sgd",
         lora=True,
         lr=5e-2,
+        ema_anchor=0.3,
         loss={"partner": "full_teacher"},
     ),
     Case(

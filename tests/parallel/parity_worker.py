@@ -54,6 +54,7 @@ def settings_of(case: parity.Case, folder: Path, megatron: dict) -> Settings:
             teacher=TeacherSettings(
                 weights=case.teacher if case.teacher != "none" else "current",
                 ema_decay=parity.EMA_DECAY,
+                ema_anchor=case.ema_anchor,
                 offload=case.offload,
             ),
         ),
@@ -187,6 +188,8 @@ def run_case(case: parity.Case, folder: Path, out: Path, world, megatron: dict) 
     result = {"losses": [], "gradients": [], "norms": [], "hidden": {}, "clipped": []}
     if case.has_teacher_prompt:
         result["hidden"] = teacher_hidden(policy, records(0, case))
+    if case.has_teacher_prompt:
+        result["teacher_logprobs"] = policy.teacher_logprobs(records(0, case))
     for step in range(parity.STEPS):
         samples = records(step, case)
         if not case.distributed_optimizer:

@@ -60,6 +60,7 @@ def plain(checkpoints):
             plain_model(case, checkpoints, "moved"),
             teacher=case.teacher,
             ema_decay=parity.EMA_DECAY,
+            ema_anchor=case.ema_anchor,
             optimizer=case.optimizer,
             lr=case.lr,
             eps=case.eps,
@@ -71,6 +72,7 @@ def plain(checkpoints):
         losses, gradients, norms, clipped = [], [], [], []
         keys = [derive_key(index, "positions") for index in range(case.num_samples)]
         hidden = policy.teacher_hidden(parity.step_samples(0)[: case.num_samples]) if case.has_teacher_prompt else {}
+        logprobs = policy.teacher_logprobs(parity.step_samples(0)[: case.num_samples]) if hidden else []
         for step in range(parity.STEPS):
             samples = parity.step_samples(step)[: case.num_samples]
             if case.teacher == "none":
@@ -95,6 +97,7 @@ def plain(checkpoints):
             "gradients": gradients,
             "norms": norms,
             "hidden": hidden,
+            "teacher_logprobs": logprobs,
             "clipped": clipped,
             "before": before,
             "after": exported(policy.model, case),
@@ -113,11 +116,13 @@ def start_teacher(policy: PlainPolicy, case: parity.Case, checkpoints: Path) -> 
             for name, p in policy.average.named_parameters():
                 if "lora_" in name:
                     p.copy_(fresh_adapter(name, p))
+        policy.anchor = copy.deepcopy(policy.average)
     else:
         policy.average.load_state_dict(policy.start.state_dict())
+        policy.anchor = policy.start
         with torch.no_grad():
             for mean, p in zip(policy.average.parameters(), policy.model.parameters(), strict=True):
-                mean.lerp_(p, 1 - parity.EMA_DECAY)
+                mean.lerp_(p.lerp(mean, case.ema_anchor), 1 - parity.EMA_DECAY)  # here still the start
 
 
 def fresh_adapter(name: str, p: torch.Tensor) -> torch.Tensor:
@@ -154,6 +159,8 @@ def test_equals_plain_torch(case, layout, plain):
     assert found["hidden"].keys() == wanted["hidden"].keys()
     for index, hidden in wanted["hidden"].items():
         assert relative(found["hidden"][index], hidden) < 1e-5, index
+    for mine, wished in zip(found.get("teacher_logprobs", []), wanted["teacher_logprobs"], strict=True):
+        assert mine == pytest.approx(wished, abs=1e-5)
     for step, gradients in enumerate(found["gradients"]):
         expected = {n: g for n, g in wanted["gradients"][step].items() if not (case.tied and n == "lm_head.weight")}
         assert gradients.keys() == expected.keys()

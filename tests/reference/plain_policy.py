@@ -66,7 +66,13 @@ def paint_loss(student_NV: Tensor, teacher_NV: Tensor, full_teacher_NV: Tensor, 
         losses = beta * kl(logq, logm) + (1 - beta) * kl(logp, logm)
     else:
         terms = logq.exp() * (logq - logp)
-        losses = (terms if get["clip"] is None else terms.clamp(max=get["clip"])).sum(-1)
+        if get["clip"] is None:
+            losses = terms.sum(-1)
+        elif get.get("clip_rule") == "token":
+            losses = terms.sum(-1)
+            losses = torch.where(losses > get["clip"], get["clip"] * (1 + (losses / get["clip"]).log()), losses)
+        else:
+            losses = terms.clamp(max=get["clip"]).sum(-1)
     if get["control"] == "reweight":
         losses = torch.where(selected, (1 - weight) * losses, losses)
     if get["elsewhere"] == "skip":
@@ -103,6 +109,7 @@ class PlainPolicy:
         *,
         teacher: str,
         ema_decay: float = 0.5,
+        ema_anchor: float = 0.0,
         optimizer: str = "sgd",
         lr=1e-2,
         eps=1e-8,
@@ -112,9 +119,11 @@ class PlainPolicy:
         self.model = model
         self.teacher_kind = teacher
         self.ema_decay = ema_decay
+        self.ema_anchor = ema_anchor
         self.clip = clip
         self.start = copy.deepcopy(model)
         self.average = copy.deepcopy(model)
+        self.anchor = self.average
         trained = [p for p in model.parameters() if p.requires_grad]
         if optimizer == "sgd":
             self.optimizer = torch.optim.SGD(trained, lr=lr)
@@ -136,6 +145,15 @@ class PlainPolicy:
             ids = torch.tensor([[*prompt, *response]])
             states = self.teacher()(input_ids=ids, output_hidden_states=True).hidden_states
             found[index] = states[-1][0, len(prompt) - 1 : -1]
+        return found
+
+    @torch.no_grad()
+    def teacher_logprobs(self, samples) -> list[list[float]]:
+        """Log-probabilities of each response under the teacher and its prompt."""
+        found = []
+        for _, prompt, _, response in samples:
+            logp_NV = F.log_softmax(response_logits(self.teacher(), prompt, response), -1)
+            found.append([logp_NV[place, token].item() for place, token in enumerate(response)])
         return found
 
     def grpo_step(self, samples, *, advantages, samplers, settings, temperature):
@@ -198,6 +216,7 @@ class PlainPolicy:
             torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], self.clip)
         self.optimizer.step()
         with torch.no_grad():
-            for mean, p in zip(self.average.parameters(), self.model.parameters(), strict=True):
-                mean.lerp_(p, 1 - self.ema_decay)
+            followed = (self.average.parameters(), self.model.parameters(), self.anchor.parameters())
+            for mean, p, anchor in zip(*followed, strict=True):
+                mean.lerp_((1 - self.ema_anchor) * p + self.ema_anchor * anchor, 1 - self.ema_decay)
         return losses, gradients

@@ -13,8 +13,8 @@ from megatron_paint.errors import UserError
 from megatron_paint.keys import derive_key
 from megatron_paint.latex import alignments, boxes, math_spans
 from megatron_paint.overlap import MaskerPool, measure_overlap
-from megatron_paint.records import Problem
-from megatron_paint.reveal import cut_solution, inverted_share, reveal_share, reveal_step
+from megatron_paint.records import Overlap, Problem, Reveal
+from megatron_paint.reveal import cut_solution, inverted_share, limit_hidden, reveal_share, reveal_step
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data folder is not beside the repository")
@@ -369,3 +369,48 @@ def test_real_solutions_are_cut_well():
         assert solution.startswith(shown)
         far += len(shown) < 0.5 * share * len(solution)
     assert far < 0.2 * len(lines)
+
+
+class TestLimitHidden:
+    TEXT = "abcdefghij"
+
+    def limited(self, surprise, limit, *, shown=4, text=TEXT, **options):
+        reveal = Reveal(
+            overlap=Overlap(score=1.0, anchors=()),
+            share=shown / len(text),
+            shown_tokens=shown,
+            total_tokens=len(text),
+            shown_text=text[:shown],
+            reference=text,
+        )
+        made = RevealSettings(hidden_nats=limit, **options)
+        return limit_hidden(reveal, surprise, settings=made, offsets=characters(text))
+
+    def test_within_the_limit_nothing_changes(self):
+        surprise = [9.0] * 4 + [0.0, 0.25, 0.0, 0.25, 0.0, 0.0]
+        reveal = self.limited(surprise, 0.5)
+        assert (reveal.shown_text, reveal.share, reveal.hidden_nats) == ("abcd", 0.4, 0.5)
+
+    @pytest.mark.parametrize(
+        ("limit", "shown"), [(0.49, "abcdef"), (0.25, "abcdef"), (0.2, "abcdefgh"), (1e-9, "abcdefgh"), (0.5, "abcd")]
+    )
+    def test_more_is_shown_up_to_what_surprises(self, limit, shown):
+        """0.25 nats at f and at h: whoever hides both hides 0.5."""
+        reveal = self.limited([9.0] * 4 + [0.0, 0.25, 0.0, 0.25, 0.0, 0.0], limit)
+        assert reveal.shown_text == shown
+        assert reveal.share == len(shown) / 10
+        assert reveal.hidden_nats == 0.5
+
+    def test_a_teacher_that_knows_nothing_is_shown_everything(self):
+        reveal = self.limited([5.0] * 10, 0.5, shown=3)
+        assert (reveal.shown_text, reveal.shown_tokens, reveal.share) == (self.TEXT, 10, 1.0)
+
+    def test_the_new_cut_backs_off_as_any_other(self):
+        text = "We say ab. And so"
+        reveal = self.limited([0.0] * 10 + [1.0] + [0.0] * 6, 0.5, text=text)
+        assert reveal.shown_text == "We say ab."
+        assert reveal.share == 11 / 17
+
+    def test_as_many_values_as_tokens(self):
+        with pytest.raises(ValueError, match="got 3 values for a reference of 10 tokens"):
+            self.limited([1.0] * 3, 0.5)
