@@ -21,11 +21,13 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples" / "testbed"
 METHODS = ("sft", "grpo", "opsd", "paint", "mask_only")
 FURTHER = ("interpolation_only",)
+ON_EVERY_VARIANT = (*METHODS, "hidden_050")  # in the small size, too
 CONTROLS = tuple(sorted(path.stem for path in (EXAMPLES / "controls").glob("*.yaml")))
 CONTROLS_ON = "own"
 WARM_UPS = (11, 12, 13)
 SEEDS, FULL_SEEDS, CONTROL_SEEDS = (1, 2), (1, 2, 3, 4), (1,)  # of each warm-up
 TEST_PROBLEMS, VALIDATION_PROBLEMS, PROBLEM_SEED = 400, 200, 8
+STEPS = 60
 TUNED = ("sft", "grpo", "opsd", "paint")
 TUNING_RATES = (1.0e-4, 2.0e-4, 5.0e-4, 1.0e-3)
 TUNING_SEED = 9
@@ -42,6 +44,7 @@ class Run:
     folder: Path
     lr: float
     problems: str = "test"
+    steps: int = STEPS
 
     def command(self, models: Path) -> list[str]:
         model = models / f"{self.variant}-{self.warm_up}"
@@ -55,6 +58,8 @@ class Run:
             f"evaluation.problems={model / self.problems}.jsonl",
             f"optimizer.lr={self.lr!r}",
             f"run.dir={self.folder}",
+            f"run.steps={self.steps}",
+            f"run.evaluate_every={self.steps // 3}",
             f"run.seed={self.seed}",
             f"data.seed={self.seed}",
         ]
@@ -69,6 +74,7 @@ def main() -> None:
     parser.add_argument("--methods", help="with commas; default: all of the size that is run")
     parser.add_argument("--warm-ups", default=",".join(map(str, WARM_UPS)), help="seeds of the models, with commas")
     parser.add_argument("--seeds", help="of each warm-up, with commas; default: those of the size that is run")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of a run; another number makes other runs (60)")
     parser.add_argument("--report-only", action="store_true", help="write the report from what is there")
     options = parser.parse_args()
     options.out = options.out.resolve()
@@ -79,7 +85,12 @@ def main() -> None:
         rates = tune(options.out, warm_ups[0], jobs=options.jobs)
         runs = planned(options, variants, warm_ups, rates)
         carry_out(runs, options.out / "models", jobs=options.jobs)
-    write_report(options.out, METHODS + FURTHER, CONTROLS)
+    write_report(options.out, METHODS + FURTHER, CONTROLS, name=runs_name(options.steps))
+
+
+def runs_name(steps: int) -> str:
+    """The folder, in that of the testbed, of all runs of so many steps."""
+    return "runs" if steps == STEPS else f"runs_of_{steps}_steps"
 
 
 def planned(
@@ -95,13 +106,21 @@ def planned(
         for warm_up in warm_ups:
             for variant in variants:
                 for method in asked:
-                    main_run = method in METHODS or options.full
+                    main_run = method in ON_EVERY_VARIANT or options.full
                     control = variant == CONTROLS_ON and seed in CONTROL_SEEDS
                     if main_run or control or options.methods:
                         lr = rates[method if method in rates else "paint"]
-                        folder = options.out / "runs" / variant / method / f"{warm_up}-{seed}"
+                        runs = options.out / runs_name(options.steps)
                         found.append(
-                            Run(variant=variant, method=method, warm_up=warm_up, seed=seed, folder=folder, lr=lr)
+                            Run(
+                                variant=variant,
+                                method=method,
+                                warm_up=warm_up,
+                                seed=seed,
+                                folder=runs / variant / method / f"{warm_up}-{seed}",
+                                lr=lr,
+                                steps=options.steps,
+                            )
                         )
     return found
 

@@ -97,23 +97,28 @@ def at_tokens(run: Finished, budget: float) -> float:
     return float(np.interp(budget, run.tokens, run.accuracy))
 
 
-def write_report(out: Path, methods: Sequence[str], controls: Sequence[str]) -> None:
-    """`report.md`, `report.png` and `results.json` in `out`."""
+def write_report(out: Path, methods: Sequence[str], controls: Sequence[str], *, name: str = "runs") -> None:
+    """`report.md`, `report.png` and `results.json` in `out`, from its folder `name`; for another name than `runs` they
+    stand in a folder `report_of_<name>`."""
+    runs_folder = out / name
     found: dict[str, dict[str, list[Finished]]] = defaultdict(dict)
-    for folder in sorted((out / "runs").glob("*/*")):
+    for folder in sorted(runs_folder.glob("*/*")):
         runs = [run for path in sorted(folder.iterdir()) if path.is_dir() and (run := read_run(path))]
         if runs:
             found[folder.parent.name][folder.name] = runs
     if not found:
-        raise SystemExit(f"{out} holds no finished run")
+        raise SystemExit(f"{runs_folder} holds no finished run")
     rates = json.loads((out / "learning_rates.json").read_text()) if (out / "learning_rates.json").exists() else {}
-    commits = sorted({file.read_text().strip() for file in (out / "runs").glob("*/*/*.commit")})
+    commits = sorted({file.read_text().strip() for file in runs_folder.glob("*/*/*.commit")})
     lines = [
         f"Runs of commit {', '.join(commits) or 'unknown'}; learning rates {rates.get('chosen', 'of the files')}.",
         "",
     ]
     for variant, by_method in found.items():
         lines += _tables(variant, by_method, [*methods, *controls])
+    if name != "runs":
+        out = out / f"report_of_{name}"
+        out.mkdir(exist_ok=True)
     (out / "report.md").write_text("\n".join(lines) + "\n")
     plain = {v: {m: [vars(run) for run in runs] for m, runs in by.items()} for v, by in found.items()}
     (out / "results.json").write_text(json.dumps({"commits": commits, "rates": rates, "runs": plain}, indent=1) + "\n")

@@ -167,3 +167,21 @@ def test_plan_counts_weights(tmp_path):
         settings = settings_of(SMALLEST | {"model": {"hf_path": str(folder)}, "rollout": {"max_new_tokens": 8}})
         model = Qwen3ForCausalLM.from_pretrained(folder)
         assert make_plan(settings, processes=1).shape.num_parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("objective", "says"),
+    [
+        ({"teacher": {"ema_anchor": 0.5}}, "ema_anchor=0.5 belongs to weights=ema, but weights=initial"),
+        ({"teacher": {"weights": "ema", "ema_anchor": 1.5}}, "nearest valid value is 1"),
+        ({"reveal": {"hidden_nats": 1.0, "unit": "segment"}}, "hidden_nats=1.0 is counted over tokens"),
+        ({"reveal": {"hidden_nats": 0.0}}, "greater than 0"),
+        (
+            {"loss": {"clip": 0.1, "clip_rule": "tokens"}},
+            "objective.loss.clip_rule: got 'tokens'; it is one of ",
+        ),
+    ],
+)
+def test_further_options_that_cannot_be(objective, says):
+    with pytest.raises(UserError, match=says):
+        settings_of(SMALLEST | {"objective": objective})

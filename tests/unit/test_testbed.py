@@ -70,7 +70,8 @@ def test_a_weak_teacher_forgets_only_what_is_hidden(prompts):
 
 
 def options(**changes):
-    return Namespace(**{"full": False, "methods": None, "seeds": None, "out": Path("out")} | changes)
+    given = {"full": False, "methods": None, "seeds": None, "out": Path("out"), "steps": 60}
+    return Namespace(**given | changes)
 
 
 def test_which_runs_there_are():
@@ -79,13 +80,18 @@ def test_which_runs_there_are():
     assert len({run.folder for run in runs}) == len(runs)
     main = [run for run in runs if run.method in testbed.METHODS]
     assert len(main) == len(task.VARIANTS) * 3 * 2 * 5
-    others = [run for run in runs if run.method not in testbed.METHODS]
+    hidden = [run for run in runs if run.method == "hidden_050"]
+    assert len(hidden) == len(task.VARIANTS) * 3 * 2
+    others = [run for run in runs if run not in main and run not in hidden]
     assert {run.variant for run in others} == {"own"}
-    assert len(others) == 3 * (len(testbed.CONTROLS) + 1)
+    assert len(others) == 3 * len(testbed.CONTROLS)  # all but hidden_050, and interpolation_only
     assert {run.method: run.lr for run in runs}["mask_only"] == rates["paint"]
     full = testbed.planned(options(full=True), list(task.VARIANTS), testbed.WARM_UPS, rates)
     assert len(full) == 4 * 3 * 4 * (len(testbed.CONTROLS) + 6)
     assert "reveal_fixed" in testbed.CONTROLS
+    (long, *_) = testbed.planned(options(methods="paint", steps=300), ["own"], [11], rates)
+    assert long.folder == Path("out/runs_of_300_steps/own/paint/11-1")
+    assert {"run.steps=300", "run.evaluate_every=100"} <= set(long.command(Path("models")))
 
 
 def test_every_control_differs_from_paint_in_one_thing():
@@ -159,3 +165,7 @@ def test_the_report(tmp_path):
     assert rows["opsd"][3] == ""
     assert json.loads((tmp_path / "results.json").read_text())["runs"]["own"]["paint"][0]["tokens"] == [0.0, 400.0]
     assert (tmp_path / "report.png").stat().st_size > 1000
+    write_run(tmp_path / "runs_of_6_steps" / "own" / "opsd" / "1-1", {0: 0.4, 2: 0.5}, tokens=100)
+    report.write_report(tmp_path, ("opsd",), (), name="runs_of_6_steps")
+    assert "| opsd | 1 | 50.0 |" in (tmp_path / "report_of_runs_of_6_steps" / "report.md").read_text()
+    assert "| paint | 2 |" in (tmp_path / "report.md").read_text()
