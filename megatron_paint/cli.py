@@ -133,6 +133,11 @@ def make_parser() -> argparse.ArgumentParser:
     samples.add_argument("--id", help="the sample of this problem instead")
     samples.set_defaults(run=run_inspect)
 
+    status = commands.add_parser("status", help="where a run stands, also while it runs")
+    status.add_argument("run_dir", type=Path, metavar="RUN")
+    status.add_argument("--json", action="store_true", help="print JSON")
+    status.set_defaults(run=run_status)
+
     convert = commands.add_parser("convert", help="Qwen3 checkpoints between Hugging Face and Megatron")
     add_commands(convert.add_subparsers(required=True, metavar="ACTION"))
 
@@ -180,10 +185,11 @@ def run_train(options: argparse.Namespace, arguments: list[str]) -> int:
         from megatron_paint.launch.local import run_here
 
         return run_here(arguments, processes)
+    from megatron_paint.run.stop import exit_status
     from megatron_paint.trainer import train
 
-    train(settings, mode=_mode(options), self_check_only=options.self_check)
-    return 0
+    finished = train(settings, mode=_mode(options), self_check_only=options.self_check)
+    return 0 if finished else exit_status()
 
 
 def _place(options: argparse.Namespace) -> "Place | None":
@@ -296,6 +302,16 @@ def run_inspect(options: argparse.Namespace, _: list[str]) -> int:
         return tokenizer.decode(ids, keep_special=True)
 
     inspect_sample(options.run_dir, options.step, index=options.index, id=options.id, tokenizer_decode=decode)
+    return 0
+
+
+def run_status(options: argparse.Namespace, _: list[str]) -> int:
+    """Prints where a run stands."""
+    from megatron_paint.run.status import as_plain, read_status, status_lines
+    from megatron_paint.strict_json import to_json
+
+    status = read_status(options.run_dir)
+    print(to_json(as_plain(status)) if options.json else "\n".join(status_lines(status)))
     return 0
 
 

@@ -253,6 +253,19 @@ class RunSettings:
     save_every: Annotated[Whole, setting("steps between checkpoints; 0: only at the end", ge=0)] = 25
     evaluate_every: Annotated[Whole, setting("steps between evaluations; 0: only before and after", ge=0)] = 25
     export_every: Annotated[Whole, setting("steps between Hugging Face exports; 0: only at the end", ge=0)] = 0
+    keep_last: Annotated[Count | None, setting("newest checkpoints that are kept; null: all are")] = None
+    keep_every: Annotated[
+        Count | None, setting("checkpoints of steps that are multiples of it are kept as well; null: none")
+    ] = None
+    exit_before_limit_s: Annotated[
+        Number, setting("seconds before the end of the Slurm job at which to stop, with a checkpoint", ge=0)
+    ] = 300.0
+    hang_timeout_s: Annotated[
+        Positive | None, setting("longest time without progress, ten times it in a save or evaluation; null: no watch")
+    ] = 1800.0
+    max_skipped_steps: Annotated[
+        Whole, setting("steps of a run that may be left out because a loss or gradient is not finite", ge=0)
+    ] = 0
     seed: Annotated[Whole, setting("key of all sampling", ge=0)] = 1
     resume: Annotated[
         Literal["never", "auto", "required"], setting("go on from the newest complete checkpoint of run.dir")

@@ -1,6 +1,7 @@
 """What a step's number decides: its learning rate and what is due after it; a resumed run has nothing to restore."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 from megatron_paint.config import OptimizerSettings, RunSettings
@@ -22,6 +23,13 @@ def learning_rate(step: int, *, steps: int, settings: OptimizerSettings) -> floa
     progress = min(1.0, (step - settings.warmup_steps) / (end - settings.warmup_steps))
     height = 1.0 - progress if settings.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
     return settings.min_lr + (settings.lr - settings.min_lr) * height
+
+
+def outlived(steps: Sequence[int], run: RunSettings) -> list[int]:
+    """Which of the complete checkpoints at these steps are kept no longer; the newest always is."""
+    if run.keep_last is None:
+        return []
+    return [step for step in sorted(steps)[: -run.keep_last] if run.keep_every is None or step % run.keep_every]
 
 
 def due_after(step: int, run: RunSettings) -> list[Task]:

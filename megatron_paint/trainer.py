@@ -1,7 +1,8 @@
 """The training loop: problems in, a Hugging Face checkpoint out. Every rank runs it; rank 0 writes and speaks."""
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from megatron_paint.errors import UserError
 from megatron_paint.evaluate.requested import Requested
 from megatron_paint.evaluation.evaluator import Answers, Evaluator
 from megatron_paint.evaluation.grading import GradingPool
+from megatron_paint.launch.notes import leave_note
 from megatron_paint.objectives import Objective, make_objective
 from megatron_paint.overlap import MaskerPool
 from megatron_paint.policy import Policy
@@ -20,11 +22,13 @@ from megatron_paint.problems import ProblemSet
 from megatron_paint.prompts import Prompts
 from megatron_paint.records import EvalReport, StepReport
 from megatron_paint.run.folder import RunFolder
+from megatron_paint.run.heartbeat import Heart, beat, start_heart, stop_heart
 from megatron_paint.run.progress import Mode, Progress
 from megatron_paint.run.report import ClipWatch, sample_lines
 from megatron_paint.run.settings_file import plain
+from megatron_paint.run.stop import StopRequest, job_end
 from megatron_paint.run.tensorboard_log import open_tensorboard
-from megatron_paint.schedule import due_after, learning_rate
+from megatron_paint.schedule import due_after, learning_rate, outlived
 from megatron_paint.self_check import self_check
 from megatron_paint.share import Share
 
@@ -34,15 +38,18 @@ if TYPE_CHECKING:
 MOST_MASKER_WORKERS = 8  # ours: a step of 512 problems is then measured in a tenth of a second
 
 
-def train(settings: Settings, *, mode: Mode = "normal", self_check_only: bool = False) -> None:
-    """Runs a whole training run in the world that the environment describes; UserError for bad input."""
+def train(settings: Settings, *, mode: Mode = "normal", self_check_only: bool = False) -> bool:
+    """Runs a training run in the world that the environment describes; whether it came to its end.
+
+    False: it was asked to stop, and has left a checkpoint. UserError for bad input.
+    """
     with _world(settings) as world, ExitStack() as stack:
         if self_check_only:
             check_model(settings, world, mode=mode)
-        else:
-            run = prepare(settings, world, mode=mode, stack=stack)
-            self_check(settings, run.policy, run.problems, run.prompts, run.progress)
-            run.train()
+            return True
+        run = prepare(settings, world, mode=mode, stack=stack)
+        self_check(settings, run.policy, run.problems, run.prompts, run.progress)
+        return run.train()
 
 
 @contextmanager
@@ -105,14 +112,18 @@ def prepare(settings: Settings, world: "World", *, mode: Mode, stack: ExitStack)
     plan = make_plan(settings, processes=world.size)
     sources = load_sources(settings, plan.shape, share=on_first_rank)
     folder = RunFolder(settings.run.dir)
+    set_aside = set_damaged_aside(folder, world) if settings.run.resume != "never" else []
     start = on_first_rank(lambda: folder.prepare(settings))
     first = world.rank == 0
+    watch_over(settings, folder, world, stack)
     board, note = None, ""
     if first and settings.run.tensorboard:
         board, note = open_tensorboard(folder.path / "tensorboard", resume_step=start)
     progress = Progress(mode if first else "silent", steps=settings.run.steps, tensorboard=board)
     for line in [*plan.lines(settings), *sources.notes, *([note] if note else [])]:
         progress.note(line)
+    for warning in set_aside:
+        progress.warn(warning)
     policy = MegatronPolicy(settings, plan.shape, world)
     if start:
         _take_up(policy, folder.checkpoint_folder(start), start)
@@ -134,7 +145,44 @@ def prepare(settings: Settings, world: "World", *, mode: Mode, stack: ExitStack)
         progress=progress,
         start=start,
         on_first_rank=on_first_rank,
+        asked_to_stop=asked_to_stop(settings, world, stack),
     )
+
+
+def set_damaged_aside(folder: RunFolder, world: "World") -> list[str]:
+    """Renames the newest checkpoints whose files are not what was written, up to the first that is whole; warnings."""
+    from megatron_paint.mcore.agree import first_rank_does
+    from megatron_paint.mcore.checkpoint import checkpoint_damage
+
+    warnings = []
+    while (step := first_rank_does(world, folder.latest_checkpoint)) is not None:
+        found = checkpoint_damage(folder.checkpoint_folder(step), world)
+        if found is None:
+            break
+        aside = first_rank_does(world, lambda step=step: folder.set_aside(step))
+        warnings.append(f"checkpoint {folder.checkpoint_folder(step)} is damaged: {found}. It is {aside.name} now")
+    return warnings
+
+
+def watch_over(settings: Settings, folder: RunFolder, world: "World", stack: ExitStack) -> None:
+    """Starts this rank's heartbeat, which ends the process where the run hangs."""
+
+    def give_up(message: str) -> None:
+        if not leave_note(message, mistake=False):
+            print(message, file=sys.stderr, flush=True)
+
+    heart = Heart(folder.heartbeats, rank=world.rank, limit=settings.run.hang_timeout_s, give_up=give_up)
+    start_heart(heart)
+    stack.callback(stop_heart)
+
+
+def asked_to_stop(settings: Settings, world: "World", stack: ExitStack) -> Callable[[], str | None]:
+    """Asks, on all ranks together, whether any of them was told to stop, and why."""
+    from megatron_paint.mcore.agree import any_rank_says
+
+    end_at = job_end() if world.rank == 0 else None
+    request = stack.enter_context(StopRequest(end_at=end_at, margin=settings.run.exit_before_limit_s))
+    return lambda: any_rank_says(world, request.reason())
 
 
 def _take_up(policy: Policy, checkpoint: Path, step: int) -> None:
@@ -161,18 +209,61 @@ class Run:
     progress: Progress
     start: int  # last step done
     on_first_rank: Share
+    asked_to_stop: Callable[[], str | None] = lambda: None
 
-    def train(self) -> None:
-        """All steps that are left, each followed by what is due after it; the last one by everything, and a table."""
+    def train(self) -> bool:
+        """All steps that are left, each followed by what is due after it; the last one by everything, and a table.
+
+        False where it was asked to stop before its end, which it does between two steps, with a checkpoint.
+        """
         run, clip_watch = self.settings.run, ClipWatch()
         self.do_what_is_due(self.start)
         self.progress.start_clock()
         for step in range(self.start + 1, run.steps + 1):
+            beat("rollout", step)
             lr = learning_rate(step, steps=run.steps, settings=self.settings.optimizer)
-            report = self.step(step, lr)
-            self.on_first_rank(lambda report=report: self.record(report, clip_watch))
+            try:
+                report = self.objective.step(self.policy, self.problems.batch(step), step=step, lr=lr)
+                self.on_first_rank(lambda report=report: self.record(report, clip_watch))
+            except FloatingPointError as error:
+                self.on_first_rank(lambda step=step, error=error: self.leave_out(step, error))
+            if self.stops_after(step):
+                return False
             self.do_what_is_due(step)
+            if self.stops_after(step):  # an evaluation takes long
+                return False
         self.on_first_rank(self.end)
+        return True
+
+    def stops_after(self, step: int) -> bool:
+        """Whether the run ends here because it was asked to; its checkpoint stands then."""
+        if step == self.settings.run.steps or (reason := self.asked_to_stop()) is None:
+            return False
+        if not self.on_first_rank(lambda: self.folder.holds("checkpoint", step)):
+            self.save(step)
+        self.progress.result(
+            f"Stopped after step {step} by {reason}; the same command with run.resume=auto goes on from "
+            f"{self.folder.checkpoint_folder(step)}",
+            step=step,
+            reason=reason,
+        )
+        return True
+
+    def leave_out(self, step: int, error: FloatingPointError) -> None:
+        """Counts a step whose loss or gradient is not finite, before which no weight was touched; the work of one rank.
+
+        UserError: more of them than run.max_skipped_steps.
+        """
+        before = sum("skipped" in line for line in self.folder.read_metrics())
+        allowed = self.settings.run.max_skipped_steps
+        if before >= allowed:
+            counted = f"; {before} steps were left out before, all that run.max_skipped_steps allows" if allowed else ""
+            raise UserError(
+                f"step {step} stopped before the optimiser: {error}{counted}. What is in "
+                f"{self.folder.path} is whole; a lower optimizer.lr or optimizer.clip_grad is the usual cure"
+            ) from error
+        self.folder.append_metrics({"step": step, "skipped": str(error)})
+        self.progress.warn(f"step {step} is left out ({before + 1} of at most {allowed}): {error}")
 
     def do_what_is_due(self, step: int) -> None:
         """Checkpoint, export and evaluation, where they are due; at the step that the run goes on from only what its
@@ -181,17 +272,8 @@ class Run:
         for task in due_after(step, self.settings.run):
             done = step == self.start and self.on_first_rank(lambda task=task: self.folder.holds(task, step))
             if not done:
+                beat(task, step)
                 does[task](step)
-
-    def step(self, step: int, lr: float) -> StepReport:
-        """One step; a loss or gradient that is not finite ends the run before a weight is touched."""
-        try:
-            return self.objective.step(self.policy, self.problems.batch(step), step=step, lr=lr)
-        except FloatingPointError as error:
-            raise UserError(
-                f"step {step} stopped before the optimiser: {error}. What is in "
-                f"{self.folder.path} is whole; a lower optimizer.lr or optimizer.clip_grad is the usual cure"
-            ) from error
 
     def record(self, report: StepReport, clip_watch: ClipWatch) -> None:
         """Writes the step's metrics and samples and says its line; the work of one rank."""
@@ -203,7 +285,11 @@ class Run:
 
     def save(self, step: int) -> None:
         """A checkpoint from which a run goes on at any layout."""
+        beat("checkpoint", step)
         self.policy.save(self.folder.checkpoint_folder(step), {"step": step, "settings": plain(self.settings)})
+        self.on_first_rank(
+            lambda: self.folder.remove_checkpoints(outlived(self.folder.checkpoints(), self.settings.run))
+        )
 
     def export(self, step: int) -> None:
         """A Hugging Face checkpoint."""

@@ -4,6 +4,7 @@ import signal
 from collections.abc import Sequence
 
 from megatron_paint.launch.notes import Note
+from megatron_paint.run.stop import STOPPED
 
 # A library calls abort() when it finds that another rank has gone, so that this one is rarely the cause.
 LIKELY = {
@@ -35,6 +36,8 @@ def reason(exits: Sequence[int | None], notes: Sequence[Note]) -> tuple[str, int
         return notes[0].text, 2 if notes[0].mistake else 1
     if killed:
         return _killed(killed), 1
+    if STOPPED in exits and set(exits) <= {0, STOPPED}:
+        return "", STOPPED
     for rank, code in enumerate(exits):
         if code:
             return f"megatron-paint: error: rank {rank} ended with exit status {code}", 1

@@ -14,8 +14,9 @@ from megatron_paint.errors import UserError
 from megatron_paint.launch.ending import reason, stopped
 from megatron_paint.launch.lifetime import LAUNCHER
 from megatron_paint.launch.notes import FOLDER, read_notes
+from megatron_paint.run.stop import STOPPED, STOPPING
 
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ENDING = (signal.SIGINT, signal.SIGHUP, *STOPPING)
 LOOK_SECONDS = 0.05
 SETTLE_SECONDS = 0.5  # a rank that was killed may be seen after one that only lost its connection to it
 GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
@@ -41,8 +42,9 @@ def number_of_processes(megatron: MegatronSettings, asked: int | None) -> int:
 def run_here(arguments: Sequence[str], processes: int) -> int:
     """Runs `megatron-paint ARGUMENTS` in so many processes; the exit status of the run.
 
-    0: all ended well; 2: an error of the user's; 1: a rank failed or was killed; 128 + signal: the launcher was told
-    to end. What the ranks met is printed once; no rank outlives this call.
+    0: all ended well; 2: an error of the user's; 1: a rank failed or was killed; 75: stopped early, with a checkpoint;
+    128 + signal: the launcher was told to end. The first SIGTERM or SIGUSR1 is handed on to the ranks, which stop after
+    their step; whatever comes after it ends them. What the ranks met is printed once; no rank outlives this call.
     """
     from torch.distributed import TCPStore
 
@@ -57,17 +59,20 @@ def run_here(arguments: Sequence[str], processes: int) -> int:
             exits = [rank.poll() for rank in ranks]
         finally:
             _end(ranks)
-        message, status = stopped(told.signal) if told.signal else reason(exits, read_notes(notes))
+        message, status = reason(exits, read_notes(notes))
+        if told.signal and status not in (0, STOPPED):
+            message, status = stopped(told.signal)
     if message:
         print(message, file=sys.stderr)
     return status
 
 
 class _EndingSignals:
-    """Notes the first signal that asks this process to end, instead of ending; `signal` is None until then."""
+    """Notes the signals that ask this process to end, instead of ending; `signal` is the first, None until then."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.count = 0
         self._before: dict[signal.Signals, Callable | int | None] = {}
 
     def __enter__(self) -> "_EndingSignals":
@@ -82,6 +87,16 @@ class _EndingSignals:
 
     def _note(self, number: int, _: object) -> None:
         self.signal = self.signal or signal.Signals(number)
+        self.count += 1
+
+    @property
+    def asks_to_stop(self) -> bool:
+        """Whether all that came is one signal that lets a run stop in its own time."""
+        return self.count == 1 and self.signal in STOPPING
+
+    @property
+    def asks_to_end(self) -> bool:
+        return self.count > 0 and not self.asks_to_stop
 
 
 def _environment(rank: int, processes: int, port: int, notes: str) -> dict[str, str]:
@@ -111,9 +126,14 @@ def _start(arguments: Sequence[str], environment: dict[str, str]) -> subprocess.
 
 def _watch(ranks: Sequence[subprocess.Popen], told: _EndingSignals) -> None:
     """Returns when all ranks have ended, soon after one has failed, or when a signal asks for the end."""
-    failed_at = None
-    while not told.signal and any(rank.poll() is None for rank in ranks):
-        if failed_at is None and any(rank.returncode for rank in ranks):
+    failed_at, handed_on = None, False
+    while not told.asks_to_end and any(rank.poll() is None for rank in ranks):
+        if told.asks_to_stop and not handed_on:
+            handed_on = True
+            for rank in ranks:
+                with suppress(ProcessLookupError):
+                    rank.send_signal(told.signal)
+        if failed_at is None and any(rank.returncode not in (None, 0, STOPPED) for rank in ranks):
             failed_at = time.monotonic()
         if failed_at is not None and time.monotonic() > failed_at + SETTLE_SECONDS:
             return

@@ -27,6 +27,13 @@ def first_rank_does(world: World, act: Callable[[], T]) -> T:
     return box[0]
 
 
+def any_rank_says(world: World, reason: str | None) -> str | None:
+    """The reason of the first rank that has one, on all of them."""
+    everyone: list[str | None] = [None] * world.size
+    dist.all_gather_object(everyone, reason, group=world.host_group)
+    return next((said for said in everyone if said is not None), None)
+
+
 def all_ranks_do(world: World, act: Callable[[], T]) -> list[T]:
     """What `act` gives on each rank, by rank, on all of them; where it raises a UserError on any, all raise the first.
 

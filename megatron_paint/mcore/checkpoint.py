@@ -17,8 +17,9 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_paint.checksums import Checksum, checksums_of, damage, read_checksums, write_checksums
 from megatron_paint.errors import UserError
-from megatron_paint.mcore.agree import fill_folder
+from megatron_paint.mcore.agree import all_ranks_do, fill_folder, first_rank_does
 from megatron_paint.mcore.distributed_format import save_distributed
 from megatron_paint.mcore.lora import adapters_of
 from megatron_paint.mcore.model import Qwen3Model
@@ -46,15 +47,34 @@ def save_checkpoint(
     folder = Path(folder)
     _begin_state(optimizer)
 
-    def write(unfinished: Path) -> None:
+    def write(unfinished: Path) -> dict[str, Checksum]:
         sharded = _sharded_state(stage, optimizer, teacher, is_loading=False)
         save_distributed(sharded, unfinished, world, named=folder)
+        # A rank's tensors are in files of its own; each rank reads its own back.
+        return checksums_of(sorted(unfinished.glob(f"__{world.rank}_*.distcp")))
 
-    def finish(unfinished: Path, _: list[None]) -> None:
+    def finish(unfinished: Path, parts: list[dict[str, Checksum]]) -> None:
         content = {**state, "model": _sizes(stage)}
         (unfinished / STATE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        checksums = {name: checksum for part in parts for name, checksum in part.items()}
+        rest = [file for file in sorted(unfinished.iterdir()) if file.is_file() and file.name not in checksums]
+        write_checksums(unfinished, checksums | checksums_of(rest))
 
     fill_folder(folder, world, write=write, finish=finish, mark=True)
+
+
+def checkpoint_damage(folder: Path, world: World) -> str | None:
+    """What is wrong with a checkpoint's files, by their checksums; None where nothing is. The ranks share the reading.
+
+    A checkpoint without checksums, of an earlier version, is taken as it is.
+    """
+    try:
+        checksums = first_rank_does(world, lambda: read_checksums(folder))
+    except UserError as error:
+        return str(error)
+    names = sorted(checksums or {})[world.rank :: world.size]
+    found = all_ranks_do(world, lambda: damage(folder, {name: checksums[name] for name in names}))
+    return next((what for what in found if what is not None), None)
 
 
 def load_checkpoint(folder: Path, stage: Qwen3Model, optimizer: MegatronOptimizer, teacher: Teacher) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from megatron_paint.mcore.sampling import choose_tokens
 from megatron_paint.mcore.world import World
 from megatron_paint.policy import GenerationRequest, SamplingParameters
 from megatron_paint.records import Rollout
+from megatron_paint.run.heartbeat import go_on
 
 COMPACT_AT = 0.25  # share of finished rows at which a batch drops them; ours
 
@@ -126,6 +127,7 @@ class Generator:
 
     def _call(self, tokens: list[int], lengths: list[int], starts: list[int] | None, cache: KeyValueCache):
         """Runs the stages on new tokens; float32 logits [R, V] after each row's last one, where tokens are drawn."""
+        go_on()
         padding = -len(tokens) % self.token_multiple
         rows = token_rows(lengths, padding=padding, device=self.world.device, starts=starts, cache=cache)
         ids_T = torch.tensor(tokens + [0] * padding, device=self.world.device)

@@ -46,6 +46,7 @@ from megatron_paint.plan import cache_bytes_per_token
 from megatron_paint.policy import GenerationRequest, ResponseRows, SamplingParameters, TokenLoss
 from megatron_paint.qwen3 import Qwen3Shape
 from megatron_paint.records import Rollout, Sample, SampleScore, UpdateReport
+from megatron_paint.run.heartbeat import beat
 
 
 class MegatronPolicy:
@@ -234,6 +235,7 @@ class MegatronPolicy:
         )
 
         def forward_step(iterator: Iterator[MicroBatch], model) -> tuple[Tensor, Callable]:
+            beat("student" if prompts == "student_prompt_ids" else "teacher")
             batch = next(iterator)
             return model(batch.ids_T, batch.rows), partial(at_the_end, batch)
 
@@ -305,6 +307,7 @@ def _check_normalisation(config: TransformerConfig) -> None:
 @contextmanager
 def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     """Wall time of a phase on this rank, up to the end of what it put to work on the device."""
+    beat(phase)
     torch.cuda.synchronize()
     start = time.perf_counter()
     yield

@@ -5,14 +5,16 @@ logs/. Only one process, rank 0, writes; any process may read.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_paint.disk import COMPLETE, append_line, clear_left_overs, disk_errors, write_atomically
+from megatron_paint.disk import COMPLETE, NewFolder, append_line, clear_left_overs, disk_errors, write_atomically
 from megatron_paint.errors import UserError, about
 from megatron_paint.evaluation.summary import read_report
 from megatron_paint.records import EvalReport
@@ -32,6 +34,7 @@ class RunFolder:
         self.config_file = self.path / "config.yaml"
         self.metrics_file = self.path / "metrics.jsonl"
         self.logs = self.path / "logs"
+        self.heartbeats = self.logs / "heartbeats"
 
     # Starting
 
@@ -183,6 +186,21 @@ class RunFolder:
     def latest_checkpoint(self) -> int | None:
         """The newest step that has a complete checkpoint."""
         return max(self.checkpoints(), default=None)
+
+    def set_aside(self, step: int) -> Path:
+        """Give a damaged checkpoint another name, under which it is no checkpoint any more; the name."""
+        folder = self.checkpoint_folder(step)
+        with disk_errors(folder):
+            number = next(n for n in itertools.count(1) if not folder.with_name(f"damaged_{n}_{folder.name}").exists())
+            return folder.rename(folder.with_name(f"damaged_{number}_{folder.name}"))
+
+    def remove_checkpoints(self, steps: Iterable[int]) -> None:
+        """Remove checkpoints; one that a crash cuts short is an unfinished one, which goes with the next start."""
+        for step in steps:
+            unfinished = NewFolder(self.checkpoint_folder(step)).unfinished
+            with disk_errors(unfinished):
+                self.checkpoint_folder(step).rename(unfinished)
+                shutil.rmtree(unfinished)
 
     def hf_folder(self, step: int) -> Path:
         """Where the exported checkpoint of one step stands."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_paint.run.folder import RunFolder
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -113,11 +114,29 @@ def test_control_c_ends_quietly(running):
 
 
 @linux
-def test_sigterm_to_the_launcher_ends_all(running):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_launcher_stops_all_with_a_checkpoint(running, number):
+    process, run = running
+    os.kill(process.pid, number)
+    status, out, err = end(process)
+    assert (status, err) == (75, [])
+    (checkpoint,) = RunFolder(run).checkpoints()
+    assert f"Stopped after step {checkpoint} by {number.name}; the same command with run.resume=auto" in out
+    assert len(RunFolder(run).read_metrics()) == checkpoint
+    assert not left(run)
+
+
+@linux
+def test_a_second_signal_to_the_launcher_ends_all(running):
     process, mark = running
+    os.kill(rank_pid(mark, 1), signal.SIGSTOP)  # so that the first has no end
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(1.0)
+    assert process.poll() is None
     os.kill(process.pid, signal.SIGTERM)
     status, _, err = end(process)
     assert (status, err) == (143, ["megatron-paint: ended by SIGTERM"])
+    assert RunFolder(mark).checkpoints() == []
     assert not left(mark)
 
 
@@ -145,10 +164,10 @@ def test_ranks_end_with_a_killed_launcher(running):
 BUG = """
 import os, sys
 if os.environ.get("RANK") == "1":
-    from megatron_paint.trainer import Run
-    def step(self, step, lr):
+    from megatron_paint.objectives import Paint
+    def step(self, *_, **__):
         raise RuntimeError("a bug on rank 1")
-    Run.step = step
+    Paint.step = step
 """
 
 

@@ -1,0 +1,67 @@
+"""Checksums of a folder's files, by which what was written is told from what is there."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TypedDict
+
+from megatron_paint.errors import UserError
+
+CHECKSUMS = "checksums.json"
+_BLOCK = 1 << 22
+
+
+class Checksum(TypedDict):
+    """Of one file."""
+
+    bytes: int
+    sha256: str
+
+
+def checksums_of(files: Iterable[Path]) -> dict[str, Checksum]:
+    """Size and SHA-256 of files, by name."""
+    return {file.name: Checksum(bytes=file.stat().st_size, sha256=_sha256(file)) for file in files}
+
+
+def write_checksums(folder: Path, checksums: Mapping[str, Checksum]) -> None:
+    """Puts a folder's checksums into it."""
+    text = json.dumps({name: checksums[name] for name in sorted(checksums)}, indent=1)
+    (folder / CHECKSUMS).write_text(text + "\n", encoding="utf-8")
+
+
+def read_checksums(folder: Path) -> dict[str, Checksum] | None:
+    """What `write_checksums` wrote; None where it has not. UserError: it cannot be read."""
+    file = folder / CHECKSUMS
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return {name: Checksum(bytes=entry["bytes"], sha256=entry["sha256"]) for name, entry in found.items()}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} cannot be read ({error!r})") from error
+
+
+def damage(folder: Path, checksums: Mapping[str, Checksum]) -> str | None:
+    """What is wrong with the first of these files that is not as it was written; None where all are."""
+    for name, wanted in checksums.items():
+        file = folder / name
+        try:
+            size = file.stat().st_size
+            if size != wanted["bytes"]:
+                return f"{name} has {size:,} bytes, not {wanted['bytes']:,}"
+            if _sha256(file) != wanted["sha256"]:
+                return f"{name} is not what was written: its SHA-256 is another"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror or error}"
+    return None
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

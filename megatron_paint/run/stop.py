@@ -1,0 +1,66 @@
+"""A run that is asked to stop: by a signal, or because the job's time is nearly over."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from types import FrameType
+
+STOPPING = (signal.SIGTERM, signal.SIGUSR1)
+STOPPED = 75  # EX_TEMPFAIL: stopped early with a checkpoint; the same command goes on
+
+
+class StopRequest:
+    """Notes, between `__enter__` and `__exit__`, that this process has been asked to stop; nothing is interrupted.
+
+    A further signal changes nothing: the checkpoint that is being written is finished. end_at: when the job ends, in
+    seconds since 1970; margin: how long before it to stop.
+    """
+
+    def __init__(
+        self, *, end_at: float | None = None, margin: float = 0.0, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._end_at, self._margin, self._clock = end_at, margin, clock
+        self._signal: signal.Signals | None = None
+        self._before: dict[signal.Signals, Callable | int | None] = {}
+
+    def __enter__(self) -> "StopRequest":
+        # Even where they are ignored: a job script has its launchers ignore them, and ranks inherit that.
+        self._before = {number: signal.signal(number, self._note) for number in STOPPING}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self._signal = self._signal or signal.Signals(number)
+
+    def reason(self) -> str | None:
+        """Why to stop, None while there is no reason."""
+        if self._signal is not None:
+            return self._signal.name
+        if self._end_at is not None and self._clock() >= self._end_at - self._margin:
+            return f"the job's time limit in {max(0.0, self._end_at - self._clock()):.0f} s"
+        return None
+
+
+def job_end(environ: Mapping[str, str] = os.environ) -> float | None:
+    """When Slurm will end this job, in seconds since 1970; None outside a job or where it has no limit."""
+    if "SLURM_JOB_END_TIME" in environ:
+        return float(environ["SLURM_JOB_END_TIME"])
+    if "SLURM_JOB_ID" not in environ:
+        return None
+    # Older than 23.02: the controller knows.
+    command = ["squeue", "--noheader", f"--jobs={environ['SLURM_JOB_ID']}", "--format=%e"]
+    with suppress(OSError, subprocess.SubprocessError, ValueError):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        return time.mktime(time.strptime(done.stdout.strip(), "%Y-%m-%dT%H:%M:%S"))
+    return None
+
+
+def exit_status(environ: Mapping[str, str] = os.environ) -> int:
+    """Of a rank that stopped early: torchrun would take any other than 0 for a failure and start it again."""
+    return 0 if "TORCHELASTIC_RUN_ID" in environ else STOPPED

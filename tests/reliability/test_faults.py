@@ -1,0 +1,163 @@
+"""Faults without a cluster: each ends in a run that goes on as if nothing had been, or in one clear error."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_paint.checksums import CHECKSUMS
+from megatron_paint.run.folder import RunFolder
+from megatron_paint.run.heartbeat import read_beats
+from megatron_paint.run.status import read_status
+from tests.end_to_end import ranks
+from tests.end_to_end.conftest import trained  # noqa: F401
+from tests.end_to_end.test_resume import metrics, same, weights
+
+SPOILT = "tests.reliability.spoilt"
+
+
+def train(trained, folder, *arguments, target=None, **how):  # noqa: F811
+    """A run in a folder of its own, evaluation left out."""
+    arguments = (f"run.dir={folder / 'run'}", "evaluation.problems=null", "run.resume=auto", *arguments)
+    if target is None:
+        return ranks.train(folder, trained.settings, *arguments, **how)
+    command = ("train", trained.settings, *arguments, "--json")
+    return ranks.run(folder, *command, target=f"{SPOILT}:{target}", **how)
+
+
+def events(ended, kind):
+    return [event for event in map(json.loads, ended.out[0].splitlines()) if event["event"] == kind]
+
+
+def check_is_as_if_unbroken(run, trained):  # noqa: F811
+    assert same(weights(run, 4), weights(trained.run, 4))
+    assert metrics(run) == metrics(trained.run)
+
+
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(trained, tmp_path):  # noqa: F811
+    """Rank 1 gets two signals in step 2: all stop after it, and the run goes on to the weights of an unbroken one."""
+    run = tmp_path / "run"
+    ended = train(trained, tmp_path, "run.save_every=0", target="signalled")
+    assert ended.statuses == [75, 75], ended
+    (stopped,) = events(ended, "result")
+    assert (stopped["step"], stopped["reason"]) in ((2, "SIGUSR1"), (2, "SIGTERM"))
+    assert RunFolder(run).checkpoints() == [2]
+    assert read_status(run).state == "stopped"
+    again = train(trained, tmp_path, "run.save_every=0")
+    assert again.statuses == [0, 0], again
+    assert [event["step"] for event in events(again, "step")] == [3, 4]
+    check_is_as_if_unbroken(run, trained)
+    assert read_status(run).state == "finished"
+
+
+def test_the_end_of_the_job_stops_a_run(trained, tmp_path, monkeypatch):  # noqa: F811
+    """A job that ends in 200 s, of which 300 are to be left: it stops after its first step."""
+    end = time.time() + 200
+    settings = trained.settings
+    ended = ranks.run(
+        tmp_path,
+        *("train", settings, f"run.dir={tmp_path / 'run'}", "evaluation.problems=null", "--json", str(end)),
+        target=f"{SPOILT}:in_a_job",
+    )
+    assert ended.statuses == [75, 75], ended
+    (stopped,) = events(ended, "result")
+    assert stopped["step"] == 1
+    assert stopped["reason"].startswith("the job's time limit in 1")
+    assert RunFolder(tmp_path / "run").checkpoints() == [1]
+
+
+def truncate(file: Path) -> str:
+    file.write_bytes(file.read_bytes()[:-100])
+    return "bytes, not"
+
+
+def flip(file: Path) -> str:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    return "its SHA-256 is another"
+
+
+def remove(file: Path) -> str:
+    file.unlink()
+    return "is missing"
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [("__1_0.distcp", truncate), ("__0_0.distcp", flip), (".metadata", remove), ("run_state.json", flip)],
+)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(trained, tmp_path, name, spoil):  # noqa: F811
+    run = tmp_path / "run"
+    ignored = shutil.ignore_patterns("step_000004.json*", "hf", "eval")
+    shutil.copytree(trained.run, run, ignore=ignored)
+    what = spoil(run / "checkpoints" / "step_000004" / name)
+    ended = train(trained, tmp_path, f"evaluation.problems={trained.folder / 'problems.jsonl'}", "evaluation.limit=3")
+    assert ended.statuses == [0, 0], ended
+    (warning,) = [e["message"] for e in events(ended, "warning") if "damaged" in e["message"]]
+    assert f"step_000004 is damaged: {name} " in warning
+    assert what in warning
+    assert warning.endswith("It is damaged_1_step_000004 now")
+    assert [event["step"] for event in events(ended, "step")] == [3, 4]
+    assert RunFolder(run).checkpoints() == [2, 4]
+    assert read_status(run).damaged == ("damaged_1_step_000004",)
+    check_is_as_if_unbroken(run, trained)
+
+
+def test_all_checkpoints_damaged_is_an_error_where_one_is_required(trained, tmp_path):  # noqa: F811
+    run = tmp_path / "run"
+    shutil.copytree(trained.run, run)
+    for step in (2, 4):
+        truncate(run / "checkpoints" / f"step_{step:06d}" / CHECKSUMS)
+    ended = ranks.train(tmp_path, trained.settings, f"run.dir={run}", "run.resume=required")
+    assert "holds no complete checkpoint to resume from" in ended.message
+    assert {entry.name for entry in (run / "checkpoints").iterdir()} == {
+        "damaged_1_step_000002",
+        "damaged_1_step_000004",
+    }
+
+
+def test_old_checkpoints_go_when_newer_ones_are_whole(trained, tmp_path):  # noqa: F811
+    arguments = ("run.steps=6", "run.save_every=1", "run.keep_last=2", "run.keep_every=3")
+    ended = train(trained, tmp_path, *arguments)
+    assert ended.statuses == [0, 0], ended
+    assert RunFolder(tmp_path / "run").checkpoints() == [3, 5, 6]
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 3
+
+
+def test_steps_without_a_finite_loss_are_left_out_up_to_a_limit(trained, tmp_path):  # noqa: F811
+    ended = train(trained, tmp_path, "run.max_skipped_steps=2", target="not_finite")
+    assert ended.statuses == [0, 0], ended
+    warnings = [event["message"] for event in events(ended, "warning")]
+    assert warnings == [
+        "step 2 is left out (1 of at most 2): loss is not finite in step 2",
+        "step 3 is left out (2 of at most 2): loss is not finite in step 3",
+    ]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], "skipped" in line) for line in lines] == [(1, False), (2, True), (3, True), (4, False)]
+    assert read_status(tmp_path / "run").skipped == 2
+
+
+def test_one_step_too_many_without_a_finite_loss_ends_the_run(trained, tmp_path):  # noqa: F811
+    message = train(trained, tmp_path, "run.max_skipped_steps=1", target="not_finite").message
+    assert "step 3 stopped before the optimiser: loss is not finite in step 3; 1 steps were left out before" in message
+
+
+def test_a_hang_names_the_rank_that_is_behind(trained, tmp_path):  # noqa: F811
+    run = tmp_path / "run"
+    ended = train(trained, tmp_path, "run.save_every=1", "run.hang_timeout_s=4", target="hanging")
+    assert ended.statuses == [70, 70], ended
+    (line,) = [line for line in ended.err[0].splitlines() if "no progress" in line]
+    assert "no progress: rank 1 on " in line
+    assert "has been in step 2, rollout, for " in line
+    assert "no progress" not in ended.err[1]
+    stacks = (run / "logs" / "heartbeats" / "stacks_00001.txt").read_text()
+    assert "in hang_here" in stacks
+    assert (run / "logs" / "heartbeats" / "stacks_00000.txt").exists()
+    assert all(beat.hung for beat in read_beats(run / "logs" / "heartbeats"))
+    assert read_status(run).state == "hung"
+    again = train(trained, tmp_path, "run.hang_timeout_s=60")
+    assert again.statuses == [0, 0], again
+    check_is_as_if_unbroken(run, trained)
