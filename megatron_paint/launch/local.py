@@ -60,7 +60,7 @@ def run_here(arguments: Sequence[str], processes: int) -> int:
         finally:
             _end(ranks)
         message, status = reason(exits, read_notes(notes))
-        if told.signal and status not in (0, STOPPED):
+        if told.asks_to_end or (told.signal and status not in (0, STOPPED)):
             message, status = stopped(told.signal)
     if message:
         print(message, file=sys.stderr)
