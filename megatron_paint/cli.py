@@ -67,8 +67,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
     Errors: UserError that names what is neither an option nor key=value.
     """
+    from megatron_paint.launch.slurm.arguments import join_sbatch_lines
+
     if list(arguments[:2]) == ["evaluate", "compare"]:
         arguments = arguments[1:]
+    arguments = join_sbatch_lines(arguments)
     options, left = make_parser().parse_known_args(arguments)
     _settings_or_override(options)
     takes_overrides = hasattr(options, "overrides")
@@ -91,6 +94,7 @@ def _settings_or_override(options: argparse.Namespace) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     from megatron_paint.convert.arguments import add_commands
+    from megatron_paint.launch.slurm.arguments import add_commands as add_launch_commands
 
     parser = _Parser(prog="megatron-paint", description="PAINT on Megatron-Core")
     parser.add_argument("--version", action="version", version=f"megatron-paint {__version__}")
@@ -140,6 +144,9 @@ def make_parser() -> argparse.ArgumentParser:
 
     convert = commands.add_parser("convert", help="Qwen3 checkpoints between Hugging Face and Megatron")
     add_commands(convert.add_subparsers(required=True, metavar="ACTION"))
+
+    launch = commands.add_parser("launch", help="submit a run to a cluster")
+    add_launch_commands(launch.add_subparsers(required=True, metavar="WHERE"))
 
     doctor = commands.add_parser("doctor", help="what was found on this machine, and what lacking it costs")
     doctor.add_argument("--json", action="store_true", help="print JSON")

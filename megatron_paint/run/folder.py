@@ -1,7 +1,7 @@
 """The run folder: its layout, how it starts, and how a run goes on in it.
 
 config.yaml, metrics.jsonl, samples/step_000001.jsonl, eval/step_000100.json, checkpoints/step_000025/, hf/step_000100/,
-logs/. Only one process, rank 0, writes; any process may read.
+logs/; on Slurm links.jsonl. Only one process, rank 0, writes; any process may read.
 """
 
 import dataclasses
@@ -23,7 +23,9 @@ from megatron_paint.schedule import Task
 from megatron_paint.strict_json import to_json
 
 STEP_NAME = re.compile(r"step_(\d{6,})")
-ALLOWED_BEFORE = {"logs"}  # the batch system opens its log files there before the run starts
+LINKS = "links.jsonl"  # a line for each begin and end of a Slurm job of the run
+STOPPED = "STOPPED"  # why no further job of the run is to start
+ALLOWED_BEFORE = {"logs", LINKS, STOPPED}  # the batch system and its jobs write there before the run starts
 
 
 class RunFolder:

@@ -1,0 +1,169 @@
+"""A link is one life of one job of a run; this records them in RUN/links.jsonl and says how a run is to go on.
+
+The batch script calls `python -m megatron_paint.launch.slurm.link begin RUN`, and `end RUN --status S` after training.
+Both print one word and a reason: `go` or `next` where the run is to go on, `done`, or `stop`.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_paint.disk import append_line, disk_errors, write_atomically
+from megatron_paint.errors import UserError
+from megatron_paint.run.folder import LINKS, STOPPED, RunFolder
+from megatron_paint.run.settings_file import read_yaml
+from megatron_paint.schedule import due_after
+from megatron_paint.settings import settings_of
+from megatron_paint.strict_json import to_json
+
+Word = Literal["go", "done", "next", "stop"]
+MISTAKE = 2  # exit status of a user's mistake, which no repetition mends
+IDLE_LINKS = 2  # so many in a row without a newer checkpoint end the run
+
+
+def record_launch(run: Path, *, steps: int) -> None:
+    """Notes a launch by the user, from which links are counted anew; an earlier stop no longer holds."""
+    with disk_errors(run):
+        run.mkdir(parents=True, exist_ok=True)
+        (run / STOPPED).unlink(missing_ok=True)
+    _record(run, {"event": "launch", "steps": steps})
+
+
+def begin(run: Path, environ: Mapping[str, str]) -> tuple[Word, str]:
+    """Records that a link begins, where it is to."""
+    records = read_records(run)
+    if (run / STOPPED).exists():
+        return "stop", (run / STOPPED).read_text(encoding="utf-8").strip()
+    if records and records[-1].get("decision") == "done":
+        return "done", records[-1].get("reason", "")
+    checkpoint = RunFolder(run).latest_checkpoint() or 0
+    if (idle := idle_links(records, checkpoint)) >= IDLE_LINKS:
+        return _stop(run, f"{idle} links in a row ended without a checkpoint newer than step {checkpoint}")
+    _record(run, {"event": "begin", **_job(environ), "checkpoint": checkpoint})
+    return "go", f"from step {checkpoint}"
+
+
+def end(run: Path, status: int, environ: Mapping[str, str]) -> tuple[Word, str]:
+    """Records the end of a link and says what follows; training's exit status alone tells too little.
+
+    torchrun has one status for every failure, and 0 for a run that a signal stopped as well.
+    """
+    word, reason = _decide(run, status)
+    checkpoint = RunFolder(run).latest_checkpoint() or 0
+    line = {"event": "end", **_job(environ), "checkpoint": checkpoint, "status": status}
+    _record(run, {**line, "decision": word, "reason": reason})
+    return (word, reason) if word != "stop" else _stop(run, reason)
+
+
+def _decide(run: Path, status: int) -> tuple[Word, str]:
+    records = read_records(run)
+    checkpoint = RunFolder(run).latest_checkpoint() or 0
+    if (steps := finished_steps(run, records)) is not None:
+        return "done", f"all {steps} steps, with what was due after them"
+    if status == MISTAKE:
+        return "stop", f"exit status {MISTAKE}: a mistake in the settings or the data, told in the log"
+    idle = idle_links(records, checkpoint)
+    if idle >= IDLE_LINKS:
+        return "stop", (
+            f"{idle} links in a row ended without a checkpoint newer than step {checkpoint}, the last one with exit "
+            f"status {status}"
+        )
+    what = "no newer checkpoint yet" if idle else "a newer checkpoint was written"
+    return "next", f"exit status {status}, step {checkpoint}: {what}"
+
+
+def finished_steps(run: Path, records: Sequence[Mapping[str, Any]]) -> int | None:
+    """The steps of a run whose last one has its checkpoint and all else that is due after it; None before that."""
+    folder = RunFolder(run)
+    if not folder.config_file.exists():
+        return None
+    settings = settings_of(read_yaml(folder.config_file))
+    steps = settings.run.steps
+    asked = next((record["steps"] for record in reversed(records) if record.get("event") == "launch"), steps)
+    if steps < asked:
+        return None  # the settings of an earlier launch: this one's training has not begun
+    due = [task for task in due_after(steps, settings.run) if task != "evaluation" or settings.evaluation.problems]
+    return steps if all(folder.holds(task, steps) for task in due) else None
+
+
+def idle_links(records: Sequence[Mapping[str, Any]], checkpoint: int) -> int:
+    """Links in a row, up to now, in which no newer checkpoint came; `checkpoint` is the newest one's step, 0: none.
+
+    A link that never recorded its end, as where its node died, counts like any other: it ended before the next began.
+    """
+    steps: list[int] = []
+    for record in records:
+        if record.get("event") == "launch":
+            steps = []
+        elif record.get("event") == "begin":
+            steps.append(record["checkpoint"])
+    idle = 0
+    for earlier, later in reversed(list(pairwise([*steps, checkpoint]))):
+        if later > earlier:
+            break
+        idle += 1
+    return idle
+
+
+def read_records(run: Path) -> list[dict[str, Any]]:
+    """All whole lines of links.jsonl; a line that a crash cut short is left out."""
+    file = run / LINKS
+    records = []
+    for line in file.read_text(encoding="utf-8").split("\n") if file.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def _stop(run: Path, reason: str) -> tuple[Word, str]:
+    """Leaves the reason in RUN/STOPPED, which keeps links that are still queued from beginning."""
+    write_atomically(run / STOPPED, f"{reason}\n")
+    return "stop", reason
+
+
+def _job(environ: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "job": environ.get("SLURM_JOB_ID", ""),
+        "restart": int(environ.get("SLURM_RESTART_COUNT") or 0),
+        "nodes": environ.get("SLURM_JOB_NODELIST", ""),
+    }
+
+
+def _record(run: Path, record: Mapping[str, Any]) -> None:
+    append_line(run / LINKS, to_json({**record, "time": datetime.now(UTC).isoformat(timespec="seconds")}))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the word and the reason; exit status 2 where the folder cannot be read or written."""
+    parser = argparse.ArgumentParser(prog="python -m megatron_paint.launch.slurm.link", description=__doc__)
+    actions = parser.add_subparsers(required=True, dest="action")
+    for name in ("begin", "end"):
+        action = actions.add_parser(name)
+        action.add_argument("run", type=Path, metavar="RUN")
+        if name == "end":
+            action.add_argument("--status", type=int, required=True, help="exit status of training")
+    options = parser.parse_args(arguments)
+    try:
+        if options.action == "begin":
+            word, reason = begin(options.run, os.environ)
+        else:
+            word, reason = end(options.run, options.status, os.environ)
+    except UserError as error:
+        print(f"link: error: {error}", file=sys.stderr)
+        return 2
+    print(word, reason)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

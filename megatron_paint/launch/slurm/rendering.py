@@ -1,0 +1,96 @@
+"""The batch script of a run, from what was asked of Slurm."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+
+from megatron_paint.launch.slurm.options import SlurmOptions, as_dict
+
+TEMPLATES = Path(__file__).parents[2] / "templates"
+RESUME = "run.resume=auto"  # every job of a run but the first goes on from a checkpoint
+
+
+def render(options: SlurmOptions, *, settings_file: str, overrides: Sequence[str], run_dir: str) -> str:
+    """The script. All paths are as they were given, and so relative to the folder that the job is submitted from."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    environment.filters.update(quote=shlex.quote, path=_path, line=lambda text: " ".join(text.split()))
+    return environment.get_template("slurm.jinja").render(
+        as_dict(options),
+        settings_file=settings_file,
+        run=run_dir,
+        directives=_directives(options, run_dir),
+        step_flags=" ".join(_step_flags(options)),
+        in_container=_in_container(options),
+        rank_python=options.container_python if options.container else options.python,
+        train_arguments=["train", _plain_path(settings_file), *overrides, RESUME],
+    )
+
+
+def log_file(run_dir: str | Path, job: str) -> Path:
+    """The console of a job, in Slurm's notation or with a job's id."""
+    return Path(run_dir) / "logs" / f"{job}.out"
+
+
+def _directives(options: SlurmOptions, run_dir: str) -> list[str]:
+    """Everything that stands behind #SBATCH."""
+    lines = [f"--job-name={options.job_name}"]
+    lines += [f"--{name}={value}" for name, value in options.placing.items()]
+    lines += [f"--nodes={options.nodes}", f"--ntasks-per-node={options.tasks_per_node}"]
+    if options.gpus_per_node:
+        lines.append(f"--gpus-per-node={options.gpus_per_node}")
+    if options.cpus_per_task is not None:
+        lines.append(f"--cpus-per-task={options.cpus_per_task}")
+    lines.append(f"--mem={options.mem}")
+    if options.exclusive:
+        lines.append("--exclusive")
+    # A requeued job, as any, adds to its log.
+    lines += [f'--output="{log_file(run_dir, "%j")}"', "--open-mode=append", "--requeue"]
+    lines.append(f"--signal=B:USR1@{options.signal_seconds}")
+    if options.links > 1:
+        lines.append("--dependency=singleton")
+    # Only names: sbatch takes the values from where it is called. NIL: none at all.
+    lines.append(f"--export={','.join(options.env) or 'NIL'}")
+    return [*lines, *options.sbatch]
+
+
+def _step_flags(options: SlurmOptions) -> list[str]:
+    """Flags of every srun. It takes the CPUs of a task not from the job, and the environment not where --export is."""
+    cpus = "--cpu-bind=none" if options.cpus_per_task is None else f"--cpus-per-task={options.cpus_per_task}"
+    flags = [f"--nodes={options.nodes}", "--export=ALL", "--kill-on-bad-exit=1", cpus]
+    if options.container and options.container_runtime == "pyxis":
+        flags += [
+            f"--container-image={shlex.quote(options.container)}",
+            f'--container-mounts="$PWD:$PWD"{shlex.quote("," + ",".join(options.mounts)) if options.mounts else ""}',
+            '--container-workdir="$PWD"',
+        ]
+        if options.env:
+            flags.append(f"--container-env={','.join(options.env)}")
+    return flags
+
+
+def _in_container(options: SlurmOptions) -> str:
+    """What stands before a command of the ranks."""
+    if not options.container or options.container_runtime != "apptainer":
+        return ""
+    words = ["apptainer", "exec", *(["--nv"] if options.gpus_per_node else []), '--bind "$PWD" --pwd "$PWD"']
+    words += [f"--bind {shlex.quote(mount)}" for mount in options.mounts]
+    return " ".join([*words, shlex.quote(options.container), ""])
+
+
+def _plain_path(path: str) -> str:
+    """The path, so that nothing takes it for an option."""
+    return f"./{path}" if path.startswith("-") else path
+
+
+def _path(path: str) -> str:
+    """Quoted for the shell, whose `source` would search PATH for a name without a slash."""
+    return shlex.quote(path if "/" in path else f"./{path}")

@@ -1,0 +1,92 @@
+"""`megatron-paint launch slurm`: refuses what could not run, writes the script into the run folder, submits it."""
+
+import argparse
+import dataclasses
+import getpass
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+from megatron_paint.config import Settings
+from megatron_paint.disk import write_atomically
+from megatron_paint.errors import UserError, about
+from megatron_paint.launch.slurm.link import record_launch
+from megatron_paint.launch.slurm.options import SlurmOptions, check_run_dir, make_options
+from megatron_paint.launch.slurm.rendering import RESUME, log_file, render
+from megatron_paint.plan import Plan, make_plan
+from megatron_paint.run.folder import RunFolder
+from megatron_paint.settings import load_settings
+
+
+def launch(given: argparse.Namespace) -> int:
+    """Submits the run's jobs, or prints what would be submitted; the exit status.
+
+    Errors: UserError for settings that cannot run on so many ranks, for an option, or where sbatch refuses.
+    """
+    settings = load_settings(given.config, [*given.overrides, RESUME])
+    check_run_dir(settings.run.dir)
+    for text in (str(given.config), *given.overrides):
+        if not text.isprintable():
+            raise UserError(f"{text!r} must be one line of text without control characters")
+    options = make_options(given, run_dir=settings.run.dir, environ=os.environ)
+    plan = plan_elsewhere(settings, options)
+    RunFolder(settings.run.dir).check(settings)
+    script = render(options, settings_file=str(given.config), overrides=given.overrides, run_dir=settings.run.dir)
+    file = RunFolder(settings.run.dir).logs.absolute() / "launch.sbatch"
+    command = ["sbatch", "--parsable", str(file)]
+    if given.dry_run:
+        print(script)
+        for _ in range(options.links):
+            print(shlex.join(command))
+        return 0
+    print("\n".join(plan.lines(settings)[1:2]))
+    _refuse_name_in_use(options.job_name, file)
+    write_atomically(file, script)
+    record_launch(Path(settings.run.dir), steps=settings.run.steps)
+    jobs = [_submit(command) for _ in range(options.links)]
+    print(f"submitted  {', '.join(jobs)}; console {log_file(settings.run.dir, jobs[0])}")
+    return 0
+
+
+def plan_elsewhere(settings: Settings, options: SlurmOptions) -> Plan:
+    """The plan of a job; what only a GPU node can answer, this machine is not asked."""
+    megatron = dataclasses.replace(settings.megatron, fp8=None, transformer_impl="auto", deterministic_mode=False)
+    objective = dataclasses.replace(settings.objective, kernel="auto")
+    try:
+        return make_plan(
+            dataclasses.replace(settings, megatron=megatron, objective=objective), processes=options.processes
+        )
+    except UserError as error:
+        with about(f"--nodes={options.nodes} with {options.processes_per_node} processes a node"):
+            raise UserError(str(error).replace(" (nearest: --processes ", " (nearest: ")) from None
+
+
+def _refuse_name_in_use(job_name: str, file: Path) -> None:
+    """The jobs of a run find each other by their name, and cancel by it those that are no longer needed."""
+    query = ["squeue", "--noheader", f"--user={getpass.getuser()}", f"--name={job_name}", "--format=%i %o"]
+    try:
+        queued = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return  # sbatch will say what is wrong
+    for line in queued:
+        job, _, script = line.strip().partition(" ")
+        if script.strip() != str(file):
+            raise UserError(
+                f"--job-name={job_name}: job {job} of yours has this name and belongs to another run: give another "
+                "--job-name"
+            )
+
+
+def _submit(command: list[str]) -> str:
+    """The id of the job."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise UserError(
+            "sbatch was not found: launch from a machine that submits to Slurm, or add --dry-run to see the script"
+        ) from None
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise UserError(f"sbatch refused the job: {'; '.join(lines)}. The script is {command[-1]}")
+    return done.stdout.strip().partition(";")[0]
