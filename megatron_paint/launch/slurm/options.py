@@ -213,9 +213,7 @@ def _check_variable(name: str, environ: Mapping[str, str]) -> None:
     if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) or name in ("ALL", "NIL", "NONE"):
         raise UserError(f"--env {name!r} must be the name of a variable")
     if name not in environ:
-        raise UserError(
-            f"--env {name}: {name} is not set in the shell that you launch from: export it, or leave it out"
-        )
+        raise UserError(f"--env {name}: {name} is not set where you launch from: export it, or leave it out")
 
 
 def _check_mount(mount: str) -> None:
@@ -253,6 +251,5 @@ def check_run_dir(run_dir: str) -> None:
 
 def as_dict(options: SlurmOptions) -> dict[str, Any]:
     """The options as the template sees them."""
-    return {
-        name: getattr(options, name) for name in (*SlurmOptions.__dataclass_fields__, "processes", "tasks_per_node")
-    }
+    names = (*SlurmOptions.__dataclass_fields__, "processes", "tasks_per_node")
+    return {name: getattr(options, name) for name in names}

@@ -1,5 +1,6 @@
 """The batch script of a run, from what was asked of Slurm."""
 
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ def render(options: SlurmOptions, *, settings_file: str, overrides: Sequence[str
         settings_file=settings_file,
         run=run_dir,
         directives=_directives(options, run_dir),
-        step_flags=" ".join(_step_flags(options)),
+        step_flags=_step_flags(options),
         in_container=_in_container(options),
         rank_python=options.container_python if options.container else options.python,
         train_arguments=["train", _plain_path(settings_file), *overrides, RESUME],
@@ -69,7 +70,7 @@ def _step_flags(options: SlurmOptions) -> list[str]:
     if options.container and options.container_runtime == "pyxis":
         flags += [
             f"--container-image={shlex.quote(options.container)}",
-            f'--container-mounts="$PWD:$PWD"{shlex.quote("," + ",".join(options.mounts)) if options.mounts else ""}',
+            f'--container-mounts="{",".join(["$PWD:$PWD", *map(_escape, options.mounts)])}"',
             '--container-workdir="$PWD"',
         ]
         if options.env:
@@ -84,6 +85,11 @@ def _in_container(options: SlurmOptions) -> str:
     words = ["apptainer", "exec", *(["--nv"] if options.gpus_per_node else []), '--bind "$PWD" --pwd "$PWD"']
     words += [f"--bind {shlex.quote(mount)}" for mount in options.mounts]
     return " ".join([*words, shlex.quote(options.container), ""])
+
+
+def _escape(text: str) -> str:
+    """For use between double quotes."""
+    return re.sub(r'(["$`\\])', r"\\\1", text)
 
 
 def _plain_path(path: str) -> str:

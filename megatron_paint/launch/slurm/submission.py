@@ -37,8 +37,9 @@ def launch(given: argparse.Namespace) -> int:
     command = ["sbatch", "--parsable", str(file)]
     if given.dry_run:
         print(script)
+        print("# would be submitted with:")
         for _ in range(options.links):
-            print(shlex.join(command))
+            print(f"# {shlex.join(command)}")
         return 0
     print("\n".join(plan.lines(settings)[1:2]))
     _refuse_name_in_use(options.job_name, file)

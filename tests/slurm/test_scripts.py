@@ -1,0 +1,267 @@
+"""Rendered scripts: equal to the golden ones, clean, and right in what they call; Slurm's commands are stand-ins."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_paint.launch.slurm.link import read_records
+from tests.slurm.fake_job import RECORD, FakeJob
+from tests.slurm.scripts import (
+    ENVIRON,
+    EXAMPLE_NODES,
+    EXAMPLES,
+    GOLDEN,
+    GOLDEN_CASES,
+    REPOSITORY,
+    example_script,
+    golden_script,
+    script,
+)
+
+SKIPPED = {".venv", ".venv312", "node_modules", ".git", "build", "runs"}
+TRAIN = ["--nodes=2", "--gpus-per-node=2"]
+
+
+@pytest.mark.parametrize("name", GOLDEN_CASES)
+def test_golden(name):
+    """`python -m tests.slurm.scripts` writes them anew; read what changed."""
+    assert golden_script(name) == (GOLDEN / f"{name}.sbatch").read_text()
+
+
+def test_golden_folder_holds_nothing_else():
+    assert {path.stem for path in GOLDEN.iterdir()} == set(GOLDEN_CASES)
+
+
+@pytest.mark.parametrize("model", EXAMPLE_NODES)
+def test_examples_are_what_the_command_prints(model):
+    text = (EXAMPLES / f"{model}.sbatch").read_text()
+    assert example_script(model) == text
+    assert f"#SBATCH --nodes={EXAMPLE_NODES[model]}\n" in text
+
+
+def shell_files() -> list[str]:
+    """All golden scripts and examples, and every shell script of the project."""
+    loose = [path for path in REPOSITORY.rglob("*.sh") if not SKIPPED & set(path.relative_to(REPOSITORY).parts)]
+    scripts = [*GOLDEN.glob("*.sbatch"), *EXAMPLES.glob("*.sbatch")]
+    return sorted(map(str, [*loose, *scripts]))
+
+
+def test_shell_scripts_are_clean():
+    files = shell_files()
+    assert len(files) >= len(GOLDEN_CASES) + len(EXAMPLE_NODES)
+    for file in files:
+        subprocess.run(["bash", "-n", file], check=True)
+    done = subprocess.run(["shellcheck", *files], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_shellcheck_would_complain(tmp_path):
+    """The check above can fail."""
+    (tmp_path / "x.sh").write_text("#!/bin/bash\necho $1\n")
+    assert subprocess.run(["shellcheck", str(tmp_path / "x.sh")], capture_output=True).returncode == 1
+
+
+def test_values_of_variables_are_nowhere():
+    for name in GOLDEN_CASES:
+        text = golden_script(name)
+        assert not [value for value in ENVIRON.values() if value in text]
+    assert "#SBATCH --export=HF_TOKEN,WANDB_API_KEY\n" in golden_script("env")
+    assert "#SBATCH --export=NIL\n" in golden_script("plain")
+
+
+NASTY = """a  b; it's "so" $(touch pwned)`touch pwned`; touch pwned & | > pwned < * ? ~ # !x \\ ${HOME}"""
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_values_reach_training_as_they_are(tmp_path, launcher):
+    run = "runs/" + NASTY.translate(str.maketrans("", "", '"\\%/')).replace("..", "")
+    python, settings, override = f"py {NASTY}/python", f"conf {NASTY}/s.yaml", f"model.hf_path={NASTY}"
+    fake = FakeJob(tmp_path, run=run, python=python)
+    text = script(*TRAIN, f"--launcher={launcher}", f"--python={python}", override, run_dir=run, settings=settings)
+    status, output = fake.job(text, "checkpoint=25 exit=1")
+    assert status == 0, output
+    preflight, train = fake.called("python")
+    assert preflight == ["-m", "megatron_paint.launch.preflight", "--run", run, "--rendezvous", "n1:27340"]
+    assert train[-5:] == ["megatron_paint", "train", settings, override, "run.resume=auto"]
+    assert not list(tmp_path.rglob("pwned"))
+    assert (fake.run / "logs" / "1234-0").is_dir()
+    assert fake.called("scontrol")[-1] == ["requeue", "1234"]
+
+
+def test_nasty_containers_and_mounts(tmp_path):
+    image, mount = """im age's "$(touch pwned)`id`.sif""", """/d a's"$(touch pwned):/data"""
+    for runtime in ("pyxis", "apptainer"):
+        fake = FakeJob(tmp_path / runtime)
+        fake.executable(fake.fakes / "apptainer", f'#!/bin/bash\n{RECORD}while [ "$1" != bash ]; do shift; done\n"$@"')
+        inside = [f"--container={image}", f"--container-runtime={runtime}", "--container-python=.venv/bin/python"]
+        text = script(*TRAIN, *inside, f"--mount={mount}", "--no-preflight")
+        fake.job(text, "exit=1")
+        (flags,) = fake.called("srun")
+        if runtime == "pyxis":
+            here = fake.folder
+            assert f"--container-image={image}" in flags
+            assert f"--container-mounts={here}:{here},{mount}" in flags
+        else:
+            (called,) = fake.called("apptainer")
+            assert called[:5] == ["exec", "--nv", "--bind", str(fake.folder), "--pwd"]
+            assert called[6:9] == ["--bind", mount, image]
+    assert not list(tmp_path.rglob("pwned"))
+
+
+def test_torchrun_call(tmp_path):
+    fake = FakeJob(tmp_path)
+    status, output = fake.job(script(*TRAIN, "--max-restarts=3"), "checkpoint=25 exit=1")
+    assert status == 0
+    assert "link: go from step 0\n" in output
+    assert "link: next exit status 1, step 25: a newer checkpoint was written\n" in output
+    (_, train) = fake.called("python")
+    assert train == [
+        *["-m", "torch.distributed.run", "--log-dir=runs/paint/logs/1234-0/node_0", "--nnodes=2"],
+        *["--nproc-per-node=2", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-endpoint=n1:27340"],
+        *["--rdzv-id=1234-0", "--tee=3", "--local-ranks-filter=0"],
+        *["-m", "megatron_paint", "train", "paint.yaml", "run.resume=auto"],
+    ]
+    preflight, step = fake.called("srun")
+    flags = [
+        "--nodes=2",
+        "--export=ALL",
+        "--kill-on-bad-exit=1",
+        "--cpu-bind=none",
+        "--ntasks=2",
+        "--ntasks-per-node=1",
+    ]
+    assert (preflight[:6], step[:6]) == (flags, flags)
+
+
+def test_srun_call_and_files_of_ranks(tmp_path):
+    """Rank 0 writes to the console and to its file, the others to theirs alone; the exit status is training's."""
+    fake = FakeJob(tmp_path)
+    text = script(*TRAIN, "--launcher=srun", "--no-preflight")
+    status, output = fake.job(text, "take=0 exit=75")
+    assert (status, output.count("hello from training")) == (0, 1)
+    assert (fake.run / "logs" / "1234-0" / "rank_0.log").read_text() == "hello from training no token\n"
+    assert [record["status"] for record in read_records(fake.run) if record["event"] == "end"] == [75]
+    (step,) = fake.called("srun")
+    assert step[4:6] == ["--ntasks=4", "--ntasks-per-node=2"]
+    srun = fake.fakes / "srun"
+    srun.write_text(srun.read_text().replace("SLURM_PROCID=0", "SLURM_PROCID=3"))
+    status, output = fake.job(text, "exit=1")
+    assert "hello" not in output
+    assert (fake.run / "logs" / "1234-1" / "rank_3.log").read_text() == "hello from training no token\n"
+
+
+def test_a_second_link_without_a_checkpoint_stops_the_run(tmp_path):
+    fake = FakeJob(tmp_path)
+    text = script(*TRAIN, "--no-preflight", "--job-name=my.run")
+    assert fake.job(text, "exit=1")[0] == 0
+    assert fake.called("scontrol")[-1] == ["requeue", "1234"]
+    status, output = fake.job(text, "exit=1")
+    reason = "2 links in a row ended without a checkpoint newer than step 0, the last one with exit status 1"
+    assert (status, f"link: stop {reason}\n" in output) == (1, True)
+    assert (fake.run / "STOPPED").read_text() == f"{reason}\n"
+    assert len(fake.called("scontrol")) == 3  # host names twice, one requeue
+    user = subprocess.run(["id", "-un"], capture_output=True, text=True).stdout.strip()
+    assert fake.called("scancel") == [["--state=PENDING", "--name=my.run", f"--user={user}"]]
+    trained = len(fake.called("python"))
+    status, output = fake.job(text, "exit=0")  # a job that was queued already
+    assert (status, f"link: stop {reason}\n" in output, len(fake.called("python"))) == (1, True, trained)
+
+
+def test_a_finished_run_cancels_what_is_queued(tmp_path):
+    fake = FakeJob(tmp_path)
+    fake.configure()
+    status, output = fake.job(script(*TRAIN, "--links=3"), "checkpoint=100 export=100 exit=0")
+    assert (status, "link: done all 100 steps, with what was due after them\n" in output) == (0, True)
+    assert len(fake.called("scancel")) == 1
+    assert "requeue" not in [call[0] for call in fake.called("scontrol")]
+    status, output = fake.job(script(*TRAIN, "--links=3"), "exit=1")
+    assert (status, "link: done" in output) == (0, True)
+    assert len(fake.called("srun")) == 2  # preflight and training of the first
+
+
+def test_a_chain_leaves_going_on_to_its_next_job(tmp_path):
+    fake = FakeJob(tmp_path)
+    status, output = fake.job(script(*TRAIN, "--links=3"), "checkpoint=50 exit=0")
+    assert (status, "link: next exit status 0, step 50" in output) == (0, True)
+    assert [call[0] for call in fake.called("scontrol")] == ["show"]
+    assert not fake.called("scancel")
+    assert "#SBATCH --dependency=singleton\n" in script(*TRAIN, "--links=3")
+    assert "singleton" not in script(*TRAIN)
+
+
+@pytest.mark.parametrize(("preflight", "ends"), [("3", 0), ("2", 1)])
+def test_nothing_is_trained_where_the_preflight_fails(tmp_path, preflight, ends):
+    fake = FakeJob(tmp_path)
+    status, output = fake.job(script(*TRAIN), "exit=0", PREFLIGHT=preflight)
+    assert (status, len(fake.called("srun"))) == (ends, 1)
+    assert "hello" not in output
+    assert [record["status"] for record in read_records(fake.run) if record["event"] == "end"] == [int(preflight)]
+
+
+def signalled(fake: FakeJob, text: str, training: str, *signals: signal.Signals) -> tuple[int, str]:
+    """Sends signals to the script once training listens."""
+    job = fake.start(text, training)
+    deadline = time.monotonic() + 30
+    while not (fake.fakes / "listening").exists():
+        assert time.monotonic() < deadline
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.02)
+    for number in signals:
+        job.send_signal(number)
+        time.sleep(0.1)
+    output, _ = job.communicate(timeout=60)
+    return job.returncode, output
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_the_checkpoint_is_awaited_before_the_requeue(tmp_path, launcher):
+    fake = FakeJob(tmp_path)
+    text = script(*TRAIN, f"--launcher={launcher}", "--no-preflight")
+    training = "until_told take=0.7 checkpoint=7 take=0.3 exit=75"
+    status, output = signalled(fake, text, training, signal.SIGUSR1, signal.SIGUSR1)
+    assert (status, "link: next exit status 75, step 7: a newer checkpoint" in output) == (0, True), output
+    order = [call[:2] for call in fake.calls() if call[0] in ("checkpoint", "scontrol")]
+    assert order == [["scontrol", "show"], ["checkpoint"], ["scontrol", "requeue"]]
+
+
+def test_a_cancelled_job_is_not_requeued(tmp_path):
+    """TERM too asks for a checkpoint, but who cancels a job wants no other."""
+    fake = FakeJob(tmp_path)
+    training = "until_told take=0.3 checkpoint=7 exit=0"
+    status, output = signalled(fake, script(*TRAIN, "--no-preflight"), training, signal.SIGTERM)
+    assert (status, "ended by TERM: not requeued\n" in output) == (143, True)
+    assert "link: next exit status 0, step 7" in output
+    assert [call[0] for call in fake.called("scontrol")] == ["show"]
+
+
+def test_file_of_variables(tmp_path):
+    """Its values reach training and no argument, script or record; a file that others can read is refused."""
+    fake = FakeJob(tmp_path)
+    file = fake.folder / "secrets.env"
+    file.write_text("HF_TOKEN='hf do not tell'\n")
+    file.chmod(0o600)
+    os.chdir(fake.folder)
+    text = script(*TRAIN, "--env-file=secrets.env")
+    status, output = fake.job(text, "checkpoint=1 exit=1")
+    assert (status, "hello from training hf do not tell\n" in output) == (0, True)
+    assert "hf do not tell" not in text + (fake.fakes / "calls").read_text() + (fake.run / "links.jsonl").read_text()
+    file.chmod(0o640)
+    status, output = fake.job(text, "exit=0")
+    assert (status, output) == (2, "./secrets.env can be read or written by others than you: chmod 600 it\n")
+
+
+def test_modules_are_loaded_first(tmp_path):
+    fake = FakeJob(tmp_path)
+    fake.job(script(*TRAIN, "--module=cuda/12.8", "--module=gcc/13", "--no-preflight"), "exit=1")
+    assert fake.calls()[:2] == [["module", "load", "cuda/12.8"], ["module", "load", "gcc/13"]]
+
+
+@pytest.fixture(autouse=True)
+def _stay_here():
+    before = Path.cwd()
+    yield
+    os.chdir(before)
