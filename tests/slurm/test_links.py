@@ -1,6 +1,5 @@
 """What a job does at its end, decided from run folders made by hand."""
 
-import json
 from itertools import count
 
 import pytest
@@ -148,5 +147,4 @@ def test_the_commands_print_one_line(run, capsys):
 def test_training_may_begin_in_a_folder_that_holds_records_alone(run):
     record_launch(run.path, steps=3)
     run.link(1)
-    settings = json.loads(json.dumps({"run": {"resume": "never", "steps": 3}}))
-    assert run.folder.check(settings) == 0
+    assert run.folder.check({"run": {"resume": "never", "steps": 3}}) == 0

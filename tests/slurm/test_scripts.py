@@ -1,8 +1,10 @@
 """Rendered scripts: equal to the golden ones, clean, and right in what they call; Slurm's commands are stand-ins."""
 
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -23,6 +25,8 @@ from tests.slurm.scripts import (
 )
 
 SKIPPED = {".venv", ".venv312", "node_modules", ".git", "build", "runs"}
+# Beside the Python of the tests, whose environment need not be active.
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or "shellcheck"
 TRAIN = ["--nodes=2", "--gpus-per-node=2"]
 
 
@@ -55,14 +59,14 @@ def test_shell_scripts_are_clean():
     assert len(files) >= len(GOLDEN_CASES) + len(EXAMPLE_NODES)
     for file in files:
         subprocess.run(["bash", "-n", file], check=True)
-    done = subprocess.run(["shellcheck", *files], capture_output=True, text=True)
+    done = subprocess.run([SHELLCHECK, *files], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")
 
 
 def test_shellcheck_would_complain(tmp_path):
     """The check above can fail."""
     (tmp_path / "x.sh").write_text("#!/bin/bash\necho $1\n")
-    assert subprocess.run(["shellcheck", str(tmp_path / "x.sh")], capture_output=True).returncode == 1
+    assert subprocess.run([SHELLCHECK, str(tmp_path / "x.sh")], capture_output=True).returncode == 1
 
 
 def test_values_of_variables_are_nowhere():
