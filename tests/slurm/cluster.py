@@ -36,6 +36,8 @@ class Cluster:
         self.names = [f"n{number}" for number in range(1, nodes + 1)]
         self._hardware = {"gpus": gpus, "cpus": cpus, "memory_mb": memory_mb}
         self._hosts: dict[str, Host] = {}
+        self._cut: set[str] = set()
+        self._kept: set[int] = set()
 
     def __enter__(self) -> "Cluster":
         self._owned = OwnedFolder()
@@ -113,9 +115,12 @@ class Cluster:
     def cut(self, node: str) -> None:
         """Takes the node off the network; what runs on it runs on."""
         self._set_cable(node, "down")
+        self._cut.add(node)
 
     def mend(self, node: str) -> None:
+        """Puts it back on the network; Slurm takes some 20 s to see it."""
         self._set_cable(node, "up")
+        self._cut.discard(node)
 
     def start_controller(self) -> None:
         """Starts slurmctld and returns when it answers."""
@@ -136,6 +141,32 @@ class Cluster:
             lambda: self._hosts[LOGIN].daemon_ended("slurmctld"),
             seconds=START_SECONDS,
             otherwise=lambda: f"slurmctld did not end:\n{self.logs()}",
+        )
+
+    def keep(self, job: Job) -> None:
+        """Has `repair` leave a job alone."""
+        self._kept.add(job.id)
+
+    def repair(self) -> None:
+        """Ends all jobs, and brings back whatever a test took down and did not."""
+        if self._hosts[LOGIN].daemon_ended("slurmctld"):
+            self.start_controller()
+        if left := self._active_jobs():
+            self.run(["scancel", *left])
+        for node in list(self._cut):
+            self.mend(node)
+        for node in self.names:
+            if node not in self._hosts:
+                self.start(node)
+
+        def repaired() -> bool:
+            nodes = self._known_nodes()
+            return bool(nodes) and set(nodes.values()) <= {"idle", "mixed", "allocated"} and not self._active_jobs()
+
+        until(
+            repaired,
+            seconds=START_SECONDS,
+            otherwise=lambda: f"jobs {self._active_jobs()} on {self._known_nodes()}\n{self.logs()}",
         )
 
     def logs(self, lines: int = 15) -> str:
@@ -178,6 +209,11 @@ class Cluster:
 
     def _set_cable(self, node: str, state: str) -> None:
         self.run(["ip", "link", "set", node, state])
+
+    def _active_jobs(self) -> list[str]:
+        """Jobs that wait or run and are not kept."""
+        jobs = self.run(["squeue", "--noheader", "--format=%A"]).stdout.split()
+        return [job for job in jobs if int(job) not in self._kept]
 
     def _known_nodes(self) -> dict[str, str]:
         """As `nodes`, and empty while the controller does not answer."""

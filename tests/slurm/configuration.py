@@ -29,8 +29,8 @@ def write_configuration(folder: Path, nodes: Sequence[str], *, gpus: int, cpus: 
     (folder / "slurm.conf").write_text(text + "".join(f"NodeName={node} {hardware}\n" for node in nodes))
 
 
-# config_overrides: nodes are as large as they claim. cred_expire: how long a requeued job has to wait, 120 s by default.
-# The time-outs let a dead node be noticed in about 10 s; jobs run at their submitter's priority, not at the daemons'.
+# config_overrides: nodes are as large as they claim. cred_expire: how long a requeued job waits, 120 s by default.
+# The time-outs let a dead node be noticed in about 10 s. Jobs run at their submitter's priority, not at the daemons'.
 SLURM_CONF = """\
 ClusterName=test
 SlurmctldHost={login}

@@ -10,7 +10,7 @@ from tests.slurm.host import NAMESPACES
 INSTALL = "apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge iproute2"
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter", "setpriv")
 PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"  # daemons are often not on a user's path
-CABLE = "ip link add br0 type bridge && ip link add a type veth peer name b"
+CABLE = "ip link add br0 type bridge && ip link add cable0 type veth peer name cable1"
 
 
 def what_is_missing() -> str | None:
