@@ -1,0 +1,13 @@
+"""Run as one of four ranks on two nodes: adds up rank + 1 by gloo and says where it ran."""
+
+import os
+import socket
+
+import torch
+import torch.distributed as dist
+
+dist.init_process_group("gloo")
+total = torch.tensor(dist.get_rank() + 1.0)
+dist.all_reduce(total)
+print(socket.gethostname(), os.environ["LOCAL_RANK"], total.item(), flush=True)
+dist.destroy_process_group()
