@@ -9,14 +9,13 @@ from statistics import median
 from typing import Any
 
 from megatron_paint.errors import UserError
-from megatron_paint.run.folder import RunFolder, step_name
+from megatron_paint.run.folder import LINKS, RunFolder, step_name
 from megatron_paint.run.heartbeat import Beat, read_beats, slowest
 from megatron_paint.run.progress import duration
 from megatron_paint.run.settings_file import read_yaml
 
 RECENT = 20  # steps that the speed is the median of
 STALE_SECONDS = 120.0  # a heart writes every 10
-LINKS = "links.jsonl"  # what the links of a chain of jobs have done
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,21 @@
 """The cluster that the other tests stand on is a cluster: machines of their own, and Slurm's real behaviour on them."""
 
+import sys
+
 import pytest
 
 from tests.slurm.until import until
 
 # Waits for a file without which the job would not end, and says on which node.
 HOLD = "echo holding on $(hostname); until [ -e {go} ]; do sleep 0.2; done"
+
+LISTEN = """
+import os, socket, sys, time
+kept = socket.create_server(("0.0.0.0", 29500))
+print("bound", flush=True)
+while not os.path.exists(sys.argv[1]):
+    time.sleep(0.2)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +43,12 @@ def test_a_node_has_its_own_name_and_address(cluster):
     assert job.nodes() == ["n1", "n2"]
 
 
-def test_two_nodes_bind_the_same_port(cluster):
-    listen = "import socket, time; socket.create_server(('0.0.0.0', 29500)); print('bound', flush=True); time.sleep(3)"
-    job = cluster.submit(batch(f'srun python3 -c "{listen}"'), "--nodes=2")
+def test_two_nodes_bind_the_same_port(cluster, tmp_path):
+    (tmp_path / "listen.py").write_text(LISTEN)
+    job = cluster.submit(batch(f"srun {sys.executable} {tmp_path}/listen.py {tmp_path}/go"), "--nodes=2")
+    job.wait_output("bound\nbound\n")
+    (tmp_path / "go").touch()
     job.wait("COMPLETED")
-    assert job.output() == "bound\nbound\n"
 
 
 def test_shared_memory_is_a_nodes_own(cluster):
@@ -106,8 +117,10 @@ def test_a_crashed_node_fails_its_jobs_or_requeues_them(cluster, tmp_path, place
 def test_a_node_off_the_network_is_down_until_it_is_back(cluster, tmp_path):
     job = cluster.submit(batch(HOLD.format(go=tmp_path / "go")), "--nodelist=n3", "--no-requeue")
     job.wait_output("holding")
+    connect = ["timeout", "2", "bash", "-c", "< /dev/tcp/n3/6818"]  # slurmd's port
+    cluster.run(connect)
     cluster.cut("n3")
-    assert cluster.run(["ping", "-c1", "-W1", "n3"], check=False).returncode != 0
+    assert cluster.run(connect, check=False).returncode != 0
     cluster.wait_nodes("down*", "n3")
     assert cluster.run(["hostname"], on="n3").stdout == "n3\n"
     job.wait("NODE_FAIL")
