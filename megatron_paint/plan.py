@@ -162,6 +162,13 @@ def _cache(settings: Settings, shape: Qwen3Shape) -> float:
     return min(float(settings.rollout.cache_bytes), cache_bytes_per_token(settings, shape) * tokens)
 
 
+def adapter_parameters(shape: Qwen3Shape, rank: int) -> int:
+    """Number of weights of LoRA adapters on all seven projections of every layer."""
+    q, kv = shape.num_heads * shape.head_dim, shape.num_groups * shape.head_dim
+    ends = 2 * (shape.hidden_size + q) + 2 * (shape.hidden_size + kv) + 3 * (shape.hidden_size + shape.ffn_size)
+    return rank * ends * shape.num_layers
+
+
 def _memory(settings: Settings, shape: Qwen3Shape, *, tp: int, pp: int, dp: int) -> dict[str, float]:
     """Bytes per rank of what is held at once; the last stage, with its share of embeddings."""
     width = WIDTHS[settings.model.dtype]
@@ -170,9 +177,7 @@ def _memory(settings: Settings, shape: Qwen3Shape, *, tp: int, pp: int, dp: int)
     weights = (layers / pp + embedding) / tp
     trained = weights
     if (lora := settings.model.lora) is not None:
-        q, kv = shape.num_heads * shape.head_dim, shape.num_groups * shape.head_dim
-        ends = 2 * (shape.hidden_size + q) + 2 * (shape.hidden_size + kv) + 3 * (shape.hidden_size + shape.ffn_size)
-        trained = lora.rank * ends * shape.num_layers / pp / tp
+        trained = adapter_parameters(shape, lora.rank) / pp / tp
     teacher = settings.objective.teacher
     held = teacher.weights == "ema" or (teacher.weights == "initial" and lora is None)
     held = held and settings.objective.has_teacher

@@ -1,0 +1,80 @@
+"""The command line of the preflight."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_paint.errors import UserError
+from megatron_paint.launch.preflight.port import Rendezvous, parse_rendezvous
+
+LIMIT_SECONDS = 60.0
+LEAST_SECONDS = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What was asked for."""
+
+    run: Path
+    rendezvous: Rendezvous
+    settings: Path
+    overrides: tuple[str, ...]
+    expect_gpus: int | None
+    bandwidth_floor: float | None  # GB/s
+    exclude_bad: Path | None
+    report: Path | None
+    limit_seconds: float
+    node_rank: int | None
+    nodes: int | None
+    node_name: str | None
+    node_names: str | None
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see python -m megatron_paint.launch.preflight --help)")
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """The options. Errors: UserError."""
+    given = vars(_parser().parse_intermixed_args(list(arguments)))
+    for override in given["overrides"]:
+        if "=" not in override:
+            raise UserError(f"unknown argument {override!r}: settings are changed by key=value")
+    if not LEAST_SECONDS <= given["limit_seconds"] < float("inf"):
+        raise UserError(f"--limit-seconds {given['limit_seconds']:g} must be at least {LEAST_SECONDS:g}")
+    if given["expect_gpus"] is not None and given["expect_gpus"] < 0:
+        raise UserError(f"--expect-gpus {given['expect_gpus']} must be 0 or more: the GPUs of one node")
+    floor = given["bandwidth_floor"]
+    if floor is not None and not 0 < floor < float("inf"):
+        raise UserError(f"--bandwidth-floor {floor:g} must be above 0, in GB/s; leave it out for no floor")
+    rendezvous = parse_rendezvous(given.pop("rendezvous"))
+    return Options(**{**given, "overrides": tuple(given["overrides"]), "rendezvous": rendezvous})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m megatron_paint.launch.preflight",
+        description="Checks every node before training: one process a node (srun --ntasks-per-node=1), or one machine.",
+        epilog="exit status: 0 all is well; 2 a mistake on the command line; 3 a check failed",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings, as megatron-paint train takes them"
+    )
+    parser.add_argument("--run", type=Path, required=True, metavar="RUN_DIR", help="run folder, on the shared disk")
+    parser.add_argument("--rendezvous", required=True, metavar="HOST:PORT", help="first node, and training's port")
+    parser.add_argument("--settings", type=Path, required=True, metavar="SETTINGS.yaml")
+    parser.add_argument("--expect-gpus", type=int, metavar="N", help="GPUs a node; default: the same on every node")
+    parser.add_argument("--bandwidth-floor", type=float, metavar="GB/s", help="least of the all-reduce over all nodes")
+    parser.add_argument("--exclude-bad", type=Path, metavar="FILE", help="write bad nodes' names there, one a line")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write everything found there, as JSON")
+    parser.add_argument("--limit-seconds", type=float, default=LIMIT_SECONDS, metavar="S", help="default: %(default)g")
+    parser.add_argument("--node-rank", type=int, metavar="I", help="default: SLURM_NODEID, else 0")
+    parser.add_argument("--nodes", type=int, metavar="N", help="default: SLURM_NNODES, else 1")
+    parser.add_argument("--node-name", metavar="NAME", help="default: SLURMD_NODENAME, else the host's name")
+    parser.add_argument("--node-names", metavar="A,B,...", help="of all nodes; default: from Slurm's list of nodes")
+    return parser

@@ -1,0 +1,77 @@
+"""Whether the settings can be read here and the disk has room for the next checkpoint."""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_paint.errors import UserError
+from megatron_paint.launch.preflight.finding import Finding
+
+if TYPE_CHECKING:
+    from megatron_paint.config import Settings
+    from megatron_paint.qwen3 import Qwen3Shape
+
+SETTINGS, SPACE = "settings", "space"
+COPIES = 2  # the old checkpoint stays until the new one is complete
+FILES_BESIDE_RANKS = 8  # metadata, common state, run_state.json, complete, the folder and what is renamed into it
+GB = 1e9
+
+
+def check_space(
+    run: Path, settings: Path, overrides: Sequence[str], *, ranks: int, statvfs: Callable[[str], os.statvfs_result]
+) -> list[Finding]:
+    """Findings about the settings and, where they can be read, about the disk of the run folder.
+
+    ranks: processes that will write a checkpoint, a file each.
+    """
+    from megatron_paint.qwen3 import read_shape
+    from megatron_paint.settings import load_settings
+
+    try:
+        read = load_settings(settings, overrides)
+        shape = read_shape(read.model.hf_path)
+    except UserError as error:
+        advice = "if it can be read on other nodes, mount the file system that it lies on"
+        return [Finding(check=SETTINGS, ok=False, seen=" ".join(str(error).split()), advice=advice)]
+    needed = COPIES * checkpoint_bytes(read, shape)
+    files = COPIES * (ranks + FILES_BESIDE_RANKS)
+    return [Finding(check=SETTINGS, ok=True, seen=str(settings)), room(run, needed, files, statvfs)]
+
+
+def checkpoint_bytes(settings: "Settings", shape: "Qwen3Shape") -> int:
+    """Bytes of one checkpoint, estimated: weights, the optimiser's float32 state, and the teacher's own weights."""
+    from megatron_paint.plan import FLOAT32, OPTIMIZER_BYTES, WIDTHS, adapter_parameters
+
+    width, lora = WIDTHS[settings.model.dtype], settings.model.lora
+    adapters = adapter_parameters(shape, lora.rank) if lora is not None else 0
+    trained = adapters if lora is not None else shape.num_parameters
+    teacher, held = settings.objective.teacher, 0
+    if settings.objective.has_teacher:
+        if teacher.weights == "ema":
+            held = FLOAT32 + (width if teacher.ema_anchor > 0 else 0)
+        elif teacher.weights == "initial" and lora is None:
+            held = width
+    return (shape.num_parameters + adapters) * width + trained * (OPTIMIZER_BYTES + held)
+
+
+def room(run: Path, needed: int, files: int, statvfs: Callable[[str], os.statvfs_result]) -> Finding:
+    """Free bytes and free inodes where the run folder is, or will be; a file system may count no inodes."""
+    place = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
+    disk = statvfs(str(place))
+    free = disk.f_bavail * disk.f_frsize
+    wanted = f"two checkpoints need about {_gb(needed, math.ceil)} and {files} files"
+    advice = "free space there, or give another run.dir"
+    if free < needed:
+        seen = f"{_gb(free, math.floor)} free at {place}, but {wanted}"
+        return Finding(check=SPACE, ok=False, seen=seen, advice=advice, fault="job")
+    if disk.f_files and disk.f_favail < files:
+        seen = f"{disk.f_favail} inodes free at {place}, but {wanted}"
+        return Finding(check=SPACE, ok=False, seen=seen, advice=advice, fault="job")
+    return Finding(check=SPACE, ok=True, seen=f"{_gb(free, math.floor)} free at {place}; {wanted}")
+
+
+def _gb(count: int, towards: Callable[[float], int]) -> str:
+    """In GB with one decimal, rounded such that what is short never looks like enough."""
+    return f"{towards(count / GB * 10) / 10:.1f} GB"
