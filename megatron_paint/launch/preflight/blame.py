@@ -24,7 +24,8 @@ def judge(
     wrong = [node for node in results if set(ranks[node]) & {r for each in results.values() for r in each.wrong_ranks}]
     wrong = wrong or [node for node, result in results.items() if result.wrong_sum]
     if wrong:
-        seen = f"the sum is wrong on {sum(r.wrong_sum for r in results.values())} of {len(results)} nodes, by its part"
+        count = sum(result.wrong_sum for result in results.values())
+        seen = f"the sum is wrong on {count} of {len(results)} nodes, by what this one adds or makes of it"
         return [Finding(check=CHECK, ok=False, seen=seen, advice=SICK, node=node) for node in wrong]
     slowest = min(result.bandwidth for result in results.values())
     if floor is not None and len(results) > 1 and slowest < floor:

@@ -11,7 +11,7 @@ from megatron_paint.launch.preflight.meeting import Meeting
 CHECK = "clock"
 LIMIT = 1.0  # seconds
 ROUNDS = 3  # the quickest counts
-SERVE_SECONDS = 5.0
+SERVE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +58,8 @@ def judge(offsets: Mapping[str, Offset]) -> list[Finding]:
     for name, offset in offsets.items():
         off = offset.seconds - middle
         bad = abs(off) - offset.round_trip / 2 > LIMIT
-        way = "ahead of" if off > 0 else "behind"
-        seen = f"{abs(off):.1f} s {way} the other nodes', give or take {offset.round_trip / 2:.1g} s"
+        way = "behind" if off < 0 else "ahead of"
+        seen = f"{abs(off):.1f} s {way} the other nodes, give or take {offset.round_trip / 2:.1g} s"
         advice = f"set it by NTP or chrony: {LIMIT:.0f} s is the limit" if bad else ""
         findings.append(Finding(check=CHECK, ok=not bad, seen=seen, advice=advice, node=name))
     return findings

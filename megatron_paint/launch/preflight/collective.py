@@ -38,9 +38,7 @@ class Result:
 
     problem: str = ""  # why there is no sum
     kind: str = "done"  # how its worst errand ended
-    progress: int = (
-        0  # of its slowest process: 1 has met the others, 2 has its part, 3 has all parts, then a round each
-    )
+    progress: int = 0  # of its slowest process; 1: it has met the others, 2: it has its part, 3: all parts, 4..: rounds
     wrong_sum: bool = False
     wrong_ranks: tuple[int, ...] = ()  # processes whose own part arrived wrong
     bandwidth: float = 0.0  # GB/s

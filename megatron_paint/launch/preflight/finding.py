@@ -3,8 +3,9 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-# Of the node: the job would do better without it. Of the job: it would meet the same on any other node.
-Fault = Literal["node", "job"]
+# Of the node: the job would do better without it. Odd: the same, but only where other nodes have it right. Of the job:
+# it would meet the same on any other node.
+Fault = Literal["node", "odd", "job"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +31,16 @@ class Finding:
 def nodes_at_fault(findings: list[Finding], nodes: list[str]) -> list[str]:
     """Nodes that the job would do better without, in the order of `nodes`.
 
-    What several nodes all fail alike is no node's fault: without them there would be none left.
+    What all of several nodes fail alike is no node's fault: without them there would be none left.
     """
     at_fault: set[str] = set()
     for check in {finding.check for finding in findings}:
-        failed = {f.node for f in findings if f.check == check and not f.ok}
-        blamed = {f.node for f in findings if f.check == check and not f.ok and f.fault == "node"}
-        if len(nodes) == 1 or failed != set(nodes):
-            at_fault |= blamed
+        of_it = [finding for finding in findings if finding.check == check]
+        checked = {finding.node for finding in of_it}
+        failed = {finding.node for finding in of_it if not finding.ok}
+        some_right = failed != checked
+        for finding in of_it:
+            alone = len(checked) == 1 and finding.fault == "node"
+            if not finding.ok and finding.fault != "job" and (some_right or alone):
+                at_fault.add(finding.node)
     return [node for node in nodes if node in at_fault]

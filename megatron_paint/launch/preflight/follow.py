@@ -16,20 +16,20 @@ from megatron_paint.launch.preflight.time_limit import BAD, TimeLimit
 def follow(options: Options, me: Node, probes: Probes, limit: TimeLimit) -> int:
     """All phases; the exit status. A node that the first one cannot hear of says by itself why it ends."""
     try:
-        limit.phase = "joining"
+        limit.phase = f"the joining of {me.first}"
         met = meeting.join(options.rendezvous, limit.at(time_limit.JOIN))
     except port.Unusable as error:
         _say(f"preflight: node {me.name}: {port.CHECK}: {error}{f'; {error.advice}' if error.advice else ''}")
         return BAD
     try:
         _take_part(met, options, me, probes, limit)
-        limit.phase = "waiting for the verdict"
+        limit.phase = f"the wait for the verdict of {me.first}"
         status = int(met.wait_for("verdict", limit.at(1.0)))
         met.post(f"bye/{me.rank}", json.dumps("bye"))
     except meeting.Lost as error:
         _say(
-            f"preflight: node {me.name}: {me.first}, the first node, stopped answering in {limit.phase} ({error}); "
-            "look at its message, or have that node looked at"
+            f"preflight: node {me.name}: {me.first}, the first node, stopped answering ({error}; this node was in "
+            f"{limit.phase}); look at its message, or have that node looked at"
         )
         return BAD
     finally:
@@ -42,13 +42,13 @@ def _take_part(met: meeting.Meeting, options: Options, me: Node, probes: Probes,
     told = json.loads(met.wait_for("local/told", limit.at(1.0)))
     if me.rank not in told["members"]:  # it came too late, and is not waited for
         return
-    limit.phase = "the checks of each node"
+    limit.phase = f"the checks of each node, gathered by {me.first}"
     deadline = _deadline(limit, told["seconds"])
     offset = clock.ask(met, me.rank, probes.clock, deadline)
     canary = Canary(name=told["canary"][0], token=told["canary"][1]) if told["canary"] else None
     local = examine(options, me, probes, canary, deadline)
     met.post(f"local/{me.rank}", json.dumps({"local": local.plain(), "clock": asdict(offset)}))
-    limit.phase = blame.CHECK
+    limit.phase = f"the {blame.CHECK}, started by {me.first}"
     told = json.loads(met.wait_for("sum/told", limit.at(1.0)))
     ranks = told.get("ranks", {}).get(str(me.rank))
     if ranks is not None:

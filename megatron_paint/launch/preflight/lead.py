@@ -4,10 +4,9 @@ import json
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 from megatron_paint.launch.preflight import blame, clock, collective, gpus, meeting, packages, port, shared, time_limit
 from megatron_paint.launch.preflight.errand import carry_out
@@ -20,6 +19,7 @@ from megatron_paint.launch.preflight.time_limit import TimeLimit
 
 DISK_SECONDS = 10.0
 FAREWELL_SECONDS = 2.0
+ANSWERS = "answers"
 INSTALL = "install the same on every node"
 
 
@@ -37,19 +37,15 @@ class Case:
         """The node's name."""
         return self.node.names[rank]
 
-    def lose(self, answered: Mapping[int, Any], phase: str) -> None:
-        """Leaves out the members that have not answered in a phase."""
-        for rank in [rank for rank in self.members if rank not in answered]:
-            self.members.remove(rank)
-            self.findings.append(
-                Finding(
-                    check=phase,
-                    ok=False,
-                    seen="stopped answering",
-                    advice="have the node looked at, and leave it out until then",
-                    node=self.name(rank),
-                )
-            )
+    def lose(self, answered: Iterable[int], phase: str) -> None:
+        """Leaves out the members that have not answered in a phase, and says of each member whether it has."""
+        kept = [rank for rank in self.members if rank in set(answered)]
+        for rank in self.members:
+            ok = rank in kept
+            seen = f"answered in {phase}" if ok else f"stopped answering in {phase}"
+            advice = "" if ok else "have the node looked at, and leave it out until then"
+            self.findings.append(Finding(check=ANSWERS, ok=ok, seen=seen, advice=advice, node=self.name(rank)))
+        self.members = kept
 
 
 def lead(options: Options, me: Node, probes: Probes, limit: TimeLimit, conclude: Callable[[Case], int]) -> int:
@@ -89,8 +85,8 @@ def _gather_nodes(met: meeting.Meeting, case: Case, options: Options, limit: Tim
         rank=0, name=case.node.name, names=tuple(joined.get(r, name) for r, name in enumerate(case.node.names))
     )
     case.members = [0, *sorted(joined)]
-    for rank in others:
-        ok = rank in joined
+    for rank in range(case.node.count):
+        ok = rank in case.members
         seen = "joined" if ok else f"did not join within {time_limit.JOIN * limit.seconds:.0f} s"
         advice = "" if ok else f"see whether it was started and can reach {options.rendezvous}; else leave it out"
         case.findings.append(Finding(check="join", ok=ok, seen=seen, advice=advice, node=case.name(rank)))
@@ -110,7 +106,7 @@ def _examine_all(
     clock.serve(met, len(case.members) - 1, probes.clock, limit.at(time_limit.LOCAL))
     mine = examine(options, case.node, probes, None, limit.at(time_limit.LOCAL))
     sent = met.collect("local", case.members[1:], limit.at(time_limit.LOCAL + time_limit.GRACE))
-    case.lose({0: None, **sent}, "checks of the node")
+    case.lose((0, *sent), "the checks of each node")
     found = {0: mine} | {rank: Local.of(plain["local"]) for rank, plain in sent.items()}
     offsets = {case.name(0): clock.Offset(seconds=0.0, round_trip=0.0)}
     offsets |= {case.name(rank): clock.Offset(**plain["clock"]) for rank, plain in sent.items()}
@@ -172,8 +168,9 @@ def _add_up_all(
     deadline = limit.at(time_limit.COLLECTIVE + time_limit.GRACE)
     sent = met.collect("sum", [rank for rank in able if rank], deadline)
     results |= {rank: collective.Result(**plain) for rank, plain in sent.items()}
-    case.lose({**dict.fromkeys(set(case.members) - set(able)), **results}, blame.CHECK)
-    _judge(case, results, ranks, [case.name(rank) for rank in able if rank not in results], options.bandwidth_floor)
+    silent = {rank for rank in able if rank not in results}
+    case.lose(set(case.members) - silent, f"the {blame.CHECK}")
+    _judge(case, results, ranks, [case.name(rank) for rank in sorted(silent)], options.bandwidth_floor)
 
 
 def _judge(

@@ -5,9 +5,9 @@ is then found here, and no other one has to be free.
 """
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -87,15 +87,28 @@ def host(rendezvous: port.Rendezvous) -> Meeting:
 
 def join(rendezvous: port.Rendezvous, deadline: float) -> Meeting:
     """On another node. Errors: port.Unusable where nobody answers by the deadline."""
+    port.reach(rendezvous, deadline)
+    found: list[TCPStore | RuntimeError] = []
+    # In a thread, which is given up: torch waits without end for a greeting from what is no store of its own.
+    greeting = threading.Thread(target=_greet, args=(rendezvous, found), daemon=True)
+    greeting.start()
+    greeting.join(max(1.0, deadline - time.monotonic()))
+    if not found or isinstance(found[0], RuntimeError):
+        why = str(found[0]).strip().splitlines()[0] if found else "it does not answer"
+        raise port.Unusable(
+            f"what listens at {rendezvous} is no preflight of the first node ({why})",
+            "look at the first node's message",
+        )
+    return Meeting(found[0])
+
+
+def _greet(rendezvous: port.Rendezvous, found: list["TCPStore | RuntimeError"]) -> None:
     from torch.distributed import TCPStore
 
-    port.reach(rendezvous, deadline)
-    timeout = timedelta(seconds=max(1.0, deadline - time.monotonic()))
+    timeout = timedelta(seconds=OPERATION_SECONDS)
     try:
-        store = TCPStore(rendezvous.host, rendezvous.port, is_master=False, wait_for_workers=False, timeout=timeout)
+        found.append(
+            TCPStore(rendezvous.host, rendezvous.port, is_master=False, wait_for_workers=False, timeout=timeout)
+        )
     except RuntimeError as error:
-        why = str(error).strip().splitlines()[0]
-        raise port.Unusable(f"what listens at {rendezvous} is no preflight of the first node ({why})") from None
-    with suppress(RuntimeError):
-        store.set_timeout(timedelta(seconds=OPERATION_SECONDS))
-    return Meeting(store)
+        found.append(error)

@@ -4,7 +4,6 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from megatron_paint.disk import disk_errors, sync
@@ -14,6 +13,7 @@ from megatron_paint.launch.preflight.finding import Finding
 CHECK = "shared folder"
 PREFIX = ".preflight_"
 TOKEN = "token"
+OLD_SECONDS = 3600.0
 PATIENCE = 5.0  # seconds in which a network file system must show what another node has synced
 LOOK_SECONDS = 0.1
 ADVICE = "mount the shared file system there, or give a run.dir that is on one"
@@ -30,10 +30,18 @@ def release(run: Path, name: str, token: str) -> Finding:
     try:
         with disk_errors(folder):
             folder.mkdir(parents=True)
+            _clear_old(folder.parent)
             _write(folder / TOKEN, token)
     except UserError as error:
         return Finding(check=CHECK, ok=False, seen=str(error), advice="", fault="job")
     return Finding(check=CHECK, ok=True, seen=f"{run} on {mount_of(run)}")
+
+
+def _clear_old(logs: Path) -> None:
+    """Removes what preflights left that were killed; one that still runs is younger."""
+    for entry in logs.glob(f"{PREFIX}*"):
+        if time.time() - entry.stat().st_mtime > OLD_SECONDS:
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 def answer(run: Path, name: str, token: str, *, rank: int, node: str, first: str) -> Finding:
@@ -74,8 +82,6 @@ def missing_answers(run: Path, name: str, token: str, answered: Mapping[int, str
 def remove(run: Path, name: str) -> None:
     """Takes the token away again; also that of an answer that comes late."""
     shutil.rmtree(canary_folder(run, name), ignore_errors=True)
-    with suppress(OSError):
-        canary_folder(run, name).parent.rmdir()  # only if nothing else is in it
 
 
 def mount_of(path: Path) -> str:

@@ -34,7 +34,7 @@ def check_space(
         shape = read_shape(read.model.hf_path)
     except UserError as error:
         advice = "if it can be read on other nodes, mount the file system that it lies on"
-        return [Finding(check=SETTINGS, ok=False, seen=" ".join(str(error).split()), advice=advice)]
+        return [Finding(check=SETTINGS, ok=False, seen=" ".join(str(error).split()), advice=advice, fault="odd")]
     needed = COPIES * checkpoint_bytes(read, shape)
     files = COPIES * (ranks + FILES_BESIDE_RANKS)
     return [Finding(check=SETTINGS, ok=True, seen=str(settings)), room(run, needed, files, statvfs)]
@@ -58,7 +58,7 @@ def checkpoint_bytes(settings: "Settings", shape: "Qwen3Shape") -> int:
 
 def room(run: Path, needed: int, files: int, statvfs: Callable[[str], os.statvfs_result]) -> Finding:
     """Free bytes and free inodes where the run folder is, or will be; a file system may count no inodes."""
-    place = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
+    place = next(folder for folder in (run.absolute(), *run.absolute().parents) if folder.exists())
     disk = statvfs(str(place))
     free = disk.f_bavail * disk.f_frsize
     wanted = f"two checkpoints need about {_gb(needed, math.ceil)} and {files} files"

@@ -1,0 +1,95 @@
+"""Several nodes of a preflight on this machine, each a process in a group of its own; torch is imported once for all.
+
+Run as a program with one JSON argument: {"nodes": [{"name": .., "arguments": [..], "faults": {..}}, ..]}. Prints one
+JSON line for each node that ends: its name, exit status and output. Faults are answers put in the machine's place.
+"""
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import torch.distributed  # noqa: F401  (with the next two, what the nodes share)
+
+import megatron_paint.plan
+import megatron_paint.settings  # noqa: F401
+from megatron_paint.launch.lifetime import end_with_parent
+from megatron_paint.launch.preflight.command import main
+from megatron_paint.launch.preflight.probes import Probes
+
+
+def probes_with(faults: dict) -> Probes:
+    """The machine's answers but for the faults."""
+    probes = Probes(versions=lambda: {"torch": "2.13.0", "triton": "absent"}, gpus=lambda: faults.get("gpus", 0))
+    if "ahead" in faults:
+        probes = replace(probes, clock=lambda: time.time() + faults["ahead"])
+    if "versions" in faults:
+        probes = replace(probes, versions=lambda: faults["versions"])
+    if "free" in faults:
+        disk = SimpleNamespace(f_bavail=faults["free"], f_frsize=1, f_files=100, f_favail=faults.get("inodes", 100))
+        probes = replace(probes, statvfs=lambda path: disk)
+    if faults.get("stops"):
+        probes = replace(probes, contribution=stop)
+    if "adds" in faults:
+        probes = replace(probes, contribution=lambda rank: faults["adds"])
+    return probes
+
+
+def stop(rank: int) -> float:
+    """Stops this node, with all of its processes, where it would add its part."""
+    os.killpg(0, signal.SIGSTOP)
+    return rank + 1.0
+
+
+def start(node: dict) -> tuple[int, str]:
+    """Starts one node; its process id and the file of its output."""
+    descriptor, path = tempfile.mkstemp()
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        os.setpgid(0, 0)
+        end_with_parent(parent)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        status = main(node["arguments"], probes_with(node.get("faults", {})))
+        sys.stdout.flush()
+        os._exit(status)
+    os.close(descriptor)
+    return pid, path
+
+
+def run(nodes: list[dict]) -> None:
+    """Starts all, and tells of each that ends; one that stops itself is told as stopped and then killed."""
+    running = {}
+    for node in nodes:
+        pid, path = start(node)
+        running[pid] = (node["name"], path)
+    stopped = set()
+    while running.keys() - stopped:
+        pid, status = os.waitpid(-1, os.WUNTRACED)
+        if os.WIFSTOPPED(status):
+            stopped.add(pid)
+            continue
+        name, path = running.pop(pid)
+        tell(name, os.waitstatus_to_exitcode(status), path)
+    for pid in stopped:
+        os.killpg(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        name, path = running.pop(pid)
+        tell(name, "stopped", path)
+
+
+def tell(name: str, status: int | str, path: str) -> None:
+    """One line for a node that has ended."""
+    with open(path, encoding="utf-8") as stream:
+        text = stream.read()
+    os.unlink(path)
+    print(json.dumps({"name": name, "status": status, "output": text}), flush=True)
+
+
+if __name__ == "__main__":
+    run(json.loads(sys.argv[1])["nodes"])
