@@ -185,10 +185,10 @@ def waits(tmp_path_factory):
         taken.listen()
         port = taken.getsockname()[1]
         runs = {
-            "absent": pool.submit(preflight, folder["absent"], {}, {}, None, limit=20),
-            "stops": pool.submit(preflight, folder["stops"], {}, {}, {"stops": True}, limit=20),
-            "first_stops": pool.submit(preflight, folder["first_stops"], {"stops": True}, {}, limit=20),
-            "taken": pool.submit(preflight, folder["taken"], {}, {}, limit=12, port=port),
+            "absent": pool.submit(preflight, folder["absent"], {}, {}, None, limit=16),
+            "stops": pool.submit(preflight, folder["stops"], {}, {}, {"stops": True}, limit=16),
+            "first_stops": pool.submit(preflight, folder["first_stops"], {"stops": True}, {}, limit=16),
+            "taken": pool.submit(preflight, folder["taken"], {}, {}, limit=8, port=port),
         }
         return {name: run.result() for name, run in runs.items()} | {"port": port}
 
@@ -197,9 +197,9 @@ def test_a_node_that_never_starts(waits):
     ended = waits["absent"]
     assert ended.status == {"n0": 3, "n1": 3}
     assert ended.failed() == {("n2", "join")}
-    assert "preflight: node n2: join: did not join within 10 s; see whether it was started" in ended.output["n0"]
+    assert "preflight: node n2: join: did not join within 8 s; see whether it was started" in ended.output["n0"]
     assert ended.excluded == ["n2"]
-    assert ended.report["seconds"] < 20
+    assert ended.report["seconds"] < 16
 
 
 def test_a_node_that_stops_in_the_sum(waits):
@@ -208,13 +208,13 @@ def test_a_node_that_stops_in_the_sum(waits):
     assert ended.failed() == {("n2", "answers")}
     assert ended.seen("n2", "answers") == "stopped answering in the all-reduce over all nodes"
     assert ended.excluded == ["n2"]
-    assert ended.report["seconds"] < 20
+    assert ended.report["seconds"] < 16
 
 
 def test_the_first_node_stops(waits):
     ended = waits["first_stops"]
     assert ended.status == {"n0": "stopped", "n1": 3}
-    assert ended.output["n1"] == "preflight: node n1: time is up after 20 s, in the wait for the verdict of n0\n"
+    assert ended.output["n1"] == "preflight: node n1: time is up after 16 s, in the wait for the verdict of n0\n"
 
 
 def test_a_port_that_is_taken(waits):

@@ -44,10 +44,12 @@ def _clear_old(logs: Path) -> None:
             shutil.rmtree(entry, ignore_errors=True)
 
 
-def answer(run: Path, name: str, token: str, *, rank: int, node: str, first: str) -> Finding:
+def answer(
+    run: Path, name: str, token: str, *, rank: int, node: str, first: str, patience: float = PATIENCE
+) -> Finding:
     """On another node: reads the token and writes it back beside it."""
     folder = canary_folder(run, name)
-    seen = _read(folder / TOKEN, token)
+    seen = _read(folder / TOKEN, token, patience=patience)
     where = f"{run} is on {mount_of(run)} here"
     if seen is None:
         lacking = f"{run} does not show what {first} wrote into it: it is another folder; {where}"
@@ -108,7 +110,7 @@ def _write(path: Path, text: str) -> None:
     sync(path.parent)
 
 
-def _read(path: Path, expected: str, *, patience: float = PATIENCE) -> str | None:
+def _read(path: Path, expected: str, *, patience: float) -> str | None:
     """The file's text once it is what is expected; else what it is when patience ends, None if it is not there."""
     deadline = time.monotonic() + patience
     while True:
