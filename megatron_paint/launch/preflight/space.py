@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 SETTINGS, SPACE = "settings", "space"
 COPIES = 2  # the old checkpoint stays until the new one is complete
+FILES_OF_A_RANK = 2  # at most: 13 files from 4 ranks, 6 from one
 FILES_BESIDE_RANKS = 8  # metadata, common state, run_state.json, complete, the folder and what is renamed into it
 GB = 1e9
 
@@ -24,7 +25,7 @@ def check_space(
 ) -> list[Finding]:
     """Findings about the settings and, where they can be read, about the disk of the run folder.
 
-    ranks: processes that will write a checkpoint, a file each.
+    ranks: processes that will write a checkpoint.
     """
     from megatron_paint.qwen3 import read_shape
     from megatron_paint.settings import load_settings
@@ -36,7 +37,7 @@ def check_space(
         advice = "if it can be read on other nodes, mount the file system that it lies on"
         return [Finding(check=SETTINGS, ok=False, seen=" ".join(str(error).split()), advice=advice, fault="odd")]
     needed = COPIES * checkpoint_bytes(read, shape)
-    files = COPIES * (ranks + FILES_BESIDE_RANKS)
+    files = COPIES * (FILES_OF_A_RANK * ranks + FILES_BESIDE_RANKS)
     return [Finding(check=SETTINGS, ok=True, seen=str(settings)), room(run, needed, files, statvfs)]
 
 
