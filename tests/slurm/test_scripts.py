@@ -89,7 +89,7 @@ def test_values_reach_training_as_they_are(tmp_path, launcher):
     status, output = fake.job(text, "checkpoint=25 exit=1")
     assert status == 0, output
     preflight, train = fake.called("python")
-    expected = ["-m", "megatron_paint.launch.preflight", "--run", run, "--rendezvous", "n1:27340", "--expect-gpus=8"]
+    expected = ["-m", "megatron_paint.launch.preflight", "--run", run, "--rendezvous", "n1:27340", "--expect-gpus=2"]
     assert preflight == [*expected, "--settings", settings, override, "run.resume=auto"]
     assert train[-5:] == ["megatron_paint", "train", settings, override, "run.resume=auto"]
     assert not list(tmp_path.rglob("pwned"))
