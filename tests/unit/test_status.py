@@ -1,0 +1,131 @@
+"""Where a run stands, read off a folder made by hand; who is behind; which checkpoints go; when a job ends."""
+
+import json
+import signal
+import time
+
+import pytest
+
+from megatron_paint.config import RunSettings
+from megatron_paint.errors import UserError
+from megatron_paint.run.heartbeat import Beat, hang_message, slowest
+from megatron_paint.run.status import read_status, status_lines
+from megatron_paint.run.stop import StopRequest, exit_status, job_end
+from megatron_paint.schedule import outlived
+
+NOW = 1_000_000.0
+
+
+def beat(rank, step, *, since=NOW - 5, phase="student", written=NOW - 5, hung=False):
+    return Beat(
+        rank=rank, host=f"n{rank}", pid=7, step=step, phase=phase, count=1, since=since, written=written, hung=hung
+    )
+
+
+def run_folder(path, *, steps=10, done=(), beats=(), checkpoints=()):
+    path.mkdir()
+    (path / "config.yaml").write_text(f"run: {{steps: {steps}}}\n")
+    lines = [
+        {"step": step, "loss": 1 / step, "tokens_per_second": 10.0 * step, "time/rollout_s": 1.0, "time/student_s": 0.5}
+        for step in done
+    ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    hearts = path / "logs" / "heartbeats"
+    hearts.mkdir(parents=True)
+    for one in beats:
+        content = {name: getattr(one, name) for name in Beat.__dataclass_fields__}
+        (hearts / f"rank_{one.rank:05d}.json").write_text(json.dumps(content))
+    for step in checkpoints:
+        folder = path / "checkpoints" / f"step_{step:06d}"
+        folder.mkdir(parents=True)
+        (folder / "complete").touch()
+    return path
+
+
+def test_a_running_run(tmp_path):
+    beats = [beat(0, 5), beat(1, 4, since=NOW - 30), beat(2, 5, since=NOW - 90)]
+    run = run_folder(tmp_path / "run", done=range(1, 5), beats=beats, checkpoints=[2, 4])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "skipped": "loss is not finite"}\n{"step": 6, "lo')
+    status = read_status(run, now=NOW)
+    assert (status.state, status.step, status.steps, status.skipped, status.checkpoint) == ("running", 5, 10, 1, 4)
+    assert (status.seconds_per_step, status.tokens_per_second, status.seconds_left) == (1.5, 25.0, 7.5)
+    assert (status.behind, status.oldest_beat) == ("rank 1 on n1, step 4, student", 30.0)
+    text = "\n".join(status_lines(status))
+    assert "running, step 5 of 10, about 0:00:08 left" in text
+    assert "left out    1 steps" in text
+    assert "3 ranks; furthest behind: rank 1 on n1, step 4, student, 0:00:30 ago" in text
+
+
+@pytest.mark.parametrize(
+    ("state", "made"),
+    [
+        ("not begun", {}),
+        ("stopped", {"done": [1], "beats": [beat(0, 1, phase="end")]}),
+        ("stopped", {"done": [1], "beats": [beat(0, 1, written=NOW - 500)]}),
+        ("hung", {"done": [1], "beats": [beat(0, 1, hung=True), beat(1, 1)]}),
+        ("finished", {"done": range(1, 11), "checkpoints": [10], "beats": [beat(0, 10, phase="end")]}),
+        ("running", {"done": range(1, 11), "checkpoints": [10], "beats": [beat(0, 10, phase="evaluation")]}),
+        ("running", {"beats": [beat(0, 0, phase="start")]}),
+    ],
+)
+def test_states(tmp_path, state, made):
+    assert read_status(run_folder(tmp_path / "run", **made), now=NOW).state == state
+
+
+def test_no_run_folder(tmp_path):
+    with pytest.raises(UserError, match=r"is no run folder: it holds no config.yaml"):
+        read_status(tmp_path)
+
+
+def test_who_is_behind():
+    """The earliest step counts first, then the oldest beat."""
+    beats = [beat(0, 7, since=NOW - 99), beat(1, 6, since=NOW - 10), beat(2, 6, since=NOW - 40)]
+    assert slowest(beats).rank == 2
+    message = hang_message(beats, folder="hearts", now=NOW)
+    assert "rank 2 on n2 (process 7) has been in step 6, student, for 40 s" in message
+
+
+@pytest.mark.parametrize(
+    ("keep", "gone"),
+    [({}, []), ({"keep_last": 2}, [1, 2, 3, 4]), ({"keep_last": 1, "keep_every": 2}, [1, 3, 5])],
+)
+def test_which_checkpoints_go(keep, gone):
+    assert outlived([6, 1, 2, 3, 4, 5], RunSettings(dir="r", **keep)) == gone
+
+
+def test_a_job_is_stopped_before_its_end():
+    now = [100.0]
+    request = StopRequest(end_at=1000.0, margin=300.0, clock=lambda: now[0])
+    assert request.reason() is None
+    now[0] = 700.0
+    assert request.reason() == "the job's time limit in 300 s"
+
+
+def test_signals_are_noted_and_handlers_given_back():
+    before = signal.getsignal(signal.SIGUSR1)
+    with StopRequest() as request:
+        assert request.reason() is None
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGTERM)
+        assert request.reason() == "SIGUSR1"
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_the_end_of_a_job(tmp_path, monkeypatch):
+    assert job_end({}) is None
+    assert job_end({"SLURM_JOB_ID": "5", "SLURM_JOB_END_TIME": "1700000000"}) == 1_700_000_000.0
+    squeue = tmp_path / "squeue"
+    for told, expected in (
+        ("2023-11-14T22:13:20", time.mktime((2023, 11, 14, 22, 13, 20, 0, 0, -1))),
+        ("N/A", None),
+    ):
+        squeue.write_text(f'#!/bin/sh\n[ "$*" = "--noheader --jobs=5 --format=%e" ] && echo {told}\n')
+        squeue.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+        assert job_end({"SLURM_JOB_ID": "5"}) == expected
+
+
+def test_the_status_of_a_stopped_rank():
+    assert exit_status({}) == 75
+    assert exit_status({"TORCHELASTIC_RUN_ID": "x"}) == 0
