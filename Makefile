@@ -12,7 +12,7 @@ TORCH ?=
 # Test files that run side by side; some start four processes.
 JOBS ?= 2
 
-.PHONY: help quickstart testbed testbed-full test check test-gpu bench install
+.PHONY: help quickstart testbed testbed-full test check soak test-gpu bench install
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -38,6 +38,10 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q tests/unit tests/numerics
+
+## make soak         a run whose ranks are killed 100 times, and goes on each time
+soak: $(READY)
+	MEGATRON_PAINT_KILLS=100 $(BIN)/python -m pytest -q -s tests/reliability/test_soak.py
 
 ## make test-gpu     the tests that need a GPU
 test-gpu: $(READY)

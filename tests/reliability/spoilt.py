@@ -7,6 +7,7 @@ import time
 
 from megatron_paint import cli
 from megatron_paint.objectives import Paint
+from megatron_paint.run.heartbeat import Heart
 
 AT = 2
 
@@ -61,4 +62,23 @@ def hanging() -> None:
 def in_a_job() -> None:
     """The last argument is when the job ends, as Slurm would tell in the environment."""
     os.environ["SLURM_JOB_END_TIME"] = sys.argv.pop()
+    sys.exit(cli.main(sys.argv[1:]))
+
+
+def killed() -> None:
+    """The last argument, RANK:N, is the rank that dies at its N-th sign of life (a token, a micro-batch, a phase) after
+    the start, or at the -N-th within it."""
+    rank, number = map(int, sys.argv.pop().split(":"))
+    if int(os.environ["RANK"]) == rank:
+        whole, counts = Heart.beat, {True: 0, False: 0}
+
+        def beat(self, *arguments, **options):
+            whole(self, *arguments, **options)
+            started = self._state[1] > 0
+            counts[started] += 1
+            if counts[started] == (number if started else -number):
+                self._write()  # for the test to see in which phase
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Heart.beat = beat
     sys.exit(cli.main(sys.argv[1:]))
