@@ -24,7 +24,7 @@ GOLDEN_CASES: dict[str, list[str]] = {
     "srun": ["--nodes=2", "--launcher=srun"],
     "srun_cpus": ["--nodes=2", "--launcher=srun", "--cpus-per-task=12"],
     "torchrun_cpus": ["--nodes=2", "--cpus-per-task=96"],
-    "restarts": ["--nodes=2", "--max-restarts=3"],
+    "restarts": ["--nodes=2", "--max-restarts=5"],
     "placing": [
         *["--nodes=2", "--time=1-12:00:00", "--account=team", "--partition=gpu,long", "--qos=high"],
         *["--constraint=h100&ib", "--reservation=weekly", "--exclude=n[01-03],n7", "--job-name=my-run.2"],

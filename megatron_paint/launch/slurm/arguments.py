@@ -47,7 +47,7 @@ def _add_size(slurm: argparse.ArgumentParser) -> None:
         help="torchrun: one a node, restarts ranks that fail; srun: one Slurm task a rank",
     )
     slurm.add_argument(
-        "--max-restarts", type=int, metavar="R", help="of torchrun, within a job, before the job ends; default: 1"
+        "--max-restarts", type=int, metavar="R", help="of torchrun, within a job, before the job ends; default: 3"
     )
     slurm.add_argument(
         "--cpus-per-task",

@@ -13,7 +13,7 @@ from megatron_paint.errors import UserError
 from megatron_paint.launch.slurm.arguments import PLACING
 
 MOST_SIGNAL_SECONDS = 65535  # Slurm's own limit
-RESTARTS = 1  # ours: one failure that does not come back costs no wait in the queue
+RESTARTS = 3  # a death is seen by several agents, and each of them starts a round: two nodes may use up two
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<a>\d+)(?::(?P<b>\d+))?(?::(?P<c>\d+))?")
 # What each value may hold; Slurm reads #SBATCH lines itself, so that blanks, quotes and `#` would end a value.
