@@ -76,7 +76,8 @@ def read_status(path: Path, *, now: float | None = None) -> Status:
 
 def status_lines(status: Status) -> list[str]:
     """The status for a reader."""
-    left = "" if status.seconds_left is None else f", about {duration(status.seconds_left)} left"
+    goes_on = status.state == "running" and status.seconds_left is not None
+    left = f", about {duration(status.seconds_left)} left" if goes_on else ""
     lines = [f"{status.folder}: {status.state}, step {status.step:,} of {status.steps:,}{left}"]
     if status.seconds_per_step is not None:
         lines.append(
@@ -92,7 +93,7 @@ def status_lines(status: Status) -> list[str]:
     lines.append(f"checkpoint  {saved}{damaged}")
     if status.evaluation is not None:
         lines.append(f"evaluation  {100 * status.evaluation[1]:.1f} % after step {status.evaluation[0]}")
-    if status.ranks:
+    if status.ranks and status.state in ("running", "hung"):
         lines.append(f"heartbeats  {status.ranks} ranks; furthest behind: {status.behind}, {_ago(status.oldest_beat)}")
     lines += [f"link        {_link_text(link)}" for link in status.links[-5:]]
     return lines
