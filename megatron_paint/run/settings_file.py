@@ -9,6 +9,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from megatron_paint.config import DataSettings, ModelSettings, RunSettings, Settings
 from megatron_paint.errors import UserError
 
 # How long, how often and where; none of these changes what a step computes, but run.steps where a decay ends there.
@@ -77,11 +78,20 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def changed_keys(*, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What a resumed run may not change and does, each as "key: old -> new"."""
-    before, after = flat(old), flat(new)
+    """What a resumed run may not change and does, each as "key: old -> new".
+
+    A setting that an earlier version did not have stood, in effect, at its default.
+    """
+    before, after, defaults = flat(old), flat(new), _defaults()
     names = [name for name in {**before, **after} if name not in FREE]
-    pairs = [(name, before.get(name, ABSENT), after.get(name, ABSENT)) for name in names]
+    pairs = [(name, before.get(name, defaults.get(name, ABSENT)), after.get(name, ABSENT)) for name in names]
     return [f"{name}: {was!r} -> {now!r}" for name, was, now in pairs if was != now]
+
+
+def _defaults() -> dict[str, Any]:
+    smallest = Settings(model=ModelSettings(hf_path="-"), data=DataSettings(train="-"), run=RunSettings(dir="-"))
+    needed = ("model.hf_path", "data.train", "run.dir")
+    return {name: value for name, value in flat(plain(smallest)).items() if name not in needed}
 
 
 def moved_decay(*, old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:

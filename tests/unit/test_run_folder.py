@@ -11,6 +11,7 @@ from megatron_paint.errors import UserError
 from megatron_paint.evaluation.statistics import build_report
 from megatron_paint.records import Graded
 from megatron_paint.run.folder import RunFolder
+from megatron_paint.run.settings_file import changed_keys
 from megatron_paint.strict_json import to_json
 
 
@@ -232,3 +233,12 @@ def test_evaluations_round_trip(tmp_path):
     assert folder.read_eval(25) == report
     with pytest.raises(UserError, match="steps evaluated: 25"):
         folder.read_eval(26)
+
+
+def test_a_setting_that_an_earlier_version_did_not_have_stood_at_its_default():
+    """clip_rule is new: at its default nothing has changed, at another value it has."""
+    old = {"objective": {"loss": {"clip": 0.05}}}
+    same = {"objective": {"loss": {"clip": 0.05, "clip_rule": "entry"}}}
+    other = {"objective": {"loss": {"clip": 0.05, "clip_rule": "token"}}}
+    assert changed_keys(old=old, new=same) == []
+    assert changed_keys(old=old, new=other) == ["objective.loss.clip_rule: 'entry' -> 'token'"]
