@@ -12,7 +12,13 @@ from pathlib import Path
 RECORD = '{ printf "%s\\0" "${0##*/}" "$@"; echo; } >> "$FAKES/calls"\n'
 STUBS = {
     "scancel": "",
-    "scontrol": '[ "$1" != show ] || printf "n1\\nn2\\n"\n',
+    "scontrol": """
+case $1-${2-} in
+    show-job) echo "JobId=1 ReqNodeList=(null) ExcNodeList=${STAYS_OFF-(null)} NodeList=n[1-2]" ;;
+    show-*) printf "n1\\nn2\\n" ;;
+esac
+""",
+    "squeue": "printf '1235\\n1236\\n'\n",
     # One task, the first; Slurm sends USR1 to all processes of a step.
     "srun": """
 while [ "${1#--}" != "$1" ]; do shift; done
@@ -38,6 +44,7 @@ fakes = pathlib.Path(os.environ["FAKES"])
 with open(fakes / "calls", "a") as calls:
     calls.write("\\0".join(["python", *sys.argv[1:]]) + "\\0\\n")
 if "megatron_paint.launch.preflight" in sys.argv:
+    pathlib.Path(sys.argv[sys.argv.index("--exclude-bad") + 1]).write_text(os.environ.get("BAD_NODES", ""))
     sys.exit(int(os.environ.get("PREFLIGHT", "0")))
 told = []
 signal.signal(signal.SIGUSR1, lambda *_: told.append(1))

@@ -90,6 +90,7 @@ def test_values_reach_training_as_they_are(tmp_path, launcher):
     assert status == 0, output
     preflight, train = fake.called("python")
     expected = ["-m", "megatron_paint.launch.preflight", "--run", run, "--rendezvous", "n1:27340", "--expect-gpus=2"]
+    expected += ["--exclude-bad", f"{run}/logs/bad_nodes"]
     assert preflight == [*expected, "--settings", settings, override, "run.resume=auto"]
     assert train[-5:] == ["megatron_paint", "train", settings, override, "run.resume=auto"]
     assert not list(tmp_path.rglob("pwned"))
@@ -140,6 +141,7 @@ def test_torchrun_call(tmp_path):
         "--ntasks-per-node=1",
     ]
     assert (preflight[:6], step[:6]) == (flags, flags)
+    assert (preflight[6], "--kill-on-bad-exit=0" in step) == ("--kill-on-bad-exit=0", False)
 
 
 def test_srun_call_and_files_of_ranks(tmp_path):
@@ -205,6 +207,24 @@ def test_nothing_is_trained_where_the_preflight_fails(tmp_path, preflight, ends)
     assert (status, len(fake.called("srun"))) == (ends, 1)
     assert "hello" not in output
     assert [record["status"] for record in read_records(fake.run) if record["event"] == "end"] == [int(preflight)]
+
+
+@pytest.mark.parametrize(("stays_off", "excluded"), [("(null)", "n2,n5"), ("n[7-8]", "n[7-8],n2,n5")])
+def test_bad_nodes_are_left_out_from_the_requeue_on(tmp_path, stays_off, excluded):
+    """Beside those that the job was to stay off before, and only after the requeue, as Slurm has it."""
+    fake = FakeJob(tmp_path)
+    status, output = fake.job(script(*TRAIN), "exit=0", PREFLIGHT="3", BAD_NODES="n2\nn5\n", STAYS_OFF=stays_off)
+    assert (status, "job 1234 stays off nodes: n2,n5\n" in output) == (0, True), output
+    requeue, _, update = fake.called("scontrol")[1:]
+    assert (requeue, update) == (["requeue", "1234"], ["update", "JobId=1234", f"ExcNodeList={excluded}"])
+
+
+def test_bad_nodes_are_left_out_by_the_rest_of_a_chain(tmp_path):
+    fake = FakeJob(tmp_path)
+    status, output = fake.job(script(*TRAIN, "--links=3"), "exit=0", PREFLIGHT="3", BAD_NODES="n2\n")
+    assert status == 0, output
+    updates = [call[1:] for call in fake.called("scontrol") if call[0] == "update"]
+    assert updates == [[f"JobId={job}", "ExcNodeList=n2"] for job in (1235, 1236)]
 
 
 def signalled(fake: FakeJob, text: str, training: str, *signals: signal.Signals) -> tuple[int, str]:

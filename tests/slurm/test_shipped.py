@@ -121,3 +121,38 @@ def test_a_killed_rank_is_started_again_within_the_job(cluster, undisturbed, tmp
     job.wait("COMPLETED", restarts=0, seconds=MINUTES)
     assert lives(run) == [0]
     check_is_undisturbed(run, undisturbed)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_a_node_that_the_preflight_names_is_left_out(cluster, undisturbed, tmp_path, launcher):
+    """n2 has another folder in the run's place; the job stays off it from then on, and off n4 as it did before."""
+    run = tmp_path / "run"
+    run.mkdir()
+    cluster.run(["mount", "-t", "tmpfs", "other", run], on="n2")
+    try:
+        (job,) = launch(cluster, run, "--exclude=n4", launcher=launcher)
+        job.wait("COMPLETED", restarts=1, seconds=MINUTES)
+    finally:
+        cluster.run(["umount", run], on="n2")
+    assert f"preflight: node n2: shared folder: {run} does not show what n1 wrote into it" in job.output()
+    assert f"job {job.id} stays off nodes: n2\n" in job.output()
+    assert [record["status"] for record in read_records(run) if record["event"] == "end"] == [3, 0]
+    assert job.nodes() == ["n1", "n3"]
+    check_is_undisturbed(run, undisturbed)
+
+
+def test_a_chain_leaves_out_a_node_that_the_preflight_names(cluster, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    cluster.run(["mount", "-t", "tmpfs", "other", run], on="n2")
+    try:
+        first, second, third = launch(cluster, run, "--links=3")
+        first.wait("COMPLETED", seconds=MINUTES)
+        second.wait("COMPLETED", seconds=MINUTES)
+    finally:
+        cluster.run(["umount", run], on="n2")
+    third.wait("CANCELLED")
+    assert first.nodes() == ["n1", "n2"]
+    assert "n2" not in second.nodes()
+    assert [record["status"] for record in read_records(run) if record["event"] == "end"] == [3, 0]
+    check_is_undisturbed(run, undisturbed)
