@@ -123,14 +123,13 @@ def test_a_killed_rank_is_started_again_within_the_job(cluster, undisturbed, tmp
     check_is_undisturbed(run, undisturbed)
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
-def test_a_node_that_the_preflight_names_is_left_out(cluster, undisturbed, tmp_path, launcher):
+def test_a_node_that_the_preflight_names_is_left_out(cluster, undisturbed, tmp_path):
     """n2 has another folder in the run's place; the job stays off it from then on, and off n4 as it did before."""
     run = tmp_path / "run"
     run.mkdir()
     cluster.run(["mount", "-t", "tmpfs", "other", run], on="n2")
     try:
-        (job,) = launch(cluster, run, "--exclude=n4", launcher=launcher)
+        (job,) = launch(cluster, run, "--exclude=n4")
         job.wait("COMPLETED", restarts=1, seconds=MINUTES)
     finally:
         cluster.run(["umount", run], on="n2")
@@ -154,5 +153,7 @@ def test_a_chain_leaves_out_a_node_that_the_preflight_names(cluster, undisturbed
     third.wait("CANCELLED")
     assert first.nodes() == ["n1", "n2"]
     assert "n2" not in second.nodes()
+    for job in (second, third):
+        assert "ExcNodeList=n2 " in cluster.run(["scontrol", "show", "job", "--oneliner", str(job.id)]).stdout
     assert [record["status"] for record in read_records(run) if record["event"] == "end"] == [3, 0]
     check_is_undisturbed(run, undisturbed)
