@@ -9,7 +9,6 @@ from typing import TypedDict
 from megatron_paint.errors import UserError
 
 CHECKSUMS = "checksums.json"
-_BLOCK = 1 << 22
 
 
 class Checksum(TypedDict):
@@ -60,8 +59,5 @@ def damage(folder: Path, checksums: Mapping[str, Checksum]) -> str | None:
 
 
 def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
     with open(file, "rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -6,12 +6,13 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from megatron_paint import __version__
 from megatron_paint.errors import UserError
 from megatron_paint.launch.lifetime import end_with_launcher
 from megatron_paint.launch.notes import leave_note
+from megatron_paint.parser import Parser
 
 if TYPE_CHECKING:
     from megatron_paint.config import Settings
@@ -55,13 +56,6 @@ def _tell(message: str) -> None:
         print_once(message, place)
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as all others are."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command and its options; overrides may stand anywhere after the settings file.
 
@@ -96,7 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
     from megatron_paint.convert.arguments import add_commands
     from megatron_paint.launch.slurm.arguments import add_commands as add_launch_commands
 
-    parser = _Parser(prog="megatron-paint", description="PAINT on Megatron-Core")
+    parser = Parser(prog="megatron-paint", description="PAINT on Megatron-Core")
     parser.add_argument("--version", action="version", version=f"megatron-paint {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -314,11 +308,13 @@ def run_inspect(options: argparse.Namespace, _: list[str]) -> int:
 
 def run_status(options: argparse.Namespace, _: list[str]) -> int:
     """Prints where a run stands."""
-    from megatron_paint.run.status import as_plain, read_status, status_lines
+    from dataclasses import asdict
+
+    from megatron_paint.run.status import read_status, status_lines
     from megatron_paint.strict_json import to_json
 
     status = read_status(options.run_dir)
-    print(to_json(as_plain(status)) if options.json else "\n".join(status_lines(status)))
+    print(to_json(asdict(status)) if options.json else "\n".join(status_lines(status)))
     return 0
 
 

@@ -169,6 +169,16 @@ def adapter_parameters(shape: Qwen3Shape, rank: int) -> int:
     return rank * ends * shape.num_layers
 
 
+def teacher_bytes(settings: Settings) -> int:
+    """Bytes of the teacher's own values of each weight that is trained; 0 where it has none."""
+    teacher, width = settings.objective.teacher, WIDTHS[settings.model.dtype]
+    if not settings.objective.has_teacher:
+        return 0
+    if teacher.weights == "ema":
+        return FLOAT32 + (width if teacher.ema_anchor > 0 else 0)  # and those that it is anchored to
+    return width if teacher.weights == "initial" and settings.model.lora is None else 0
+
+
 def _memory(settings: Settings, shape: Qwen3Shape, *, tp: int, pp: int, dp: int) -> dict[str, float]:
     """Bytes per rank of what is held at once; the last stage, with its share of embeddings."""
     width = WIDTHS[settings.model.dtype]
@@ -178,14 +188,10 @@ def _memory(settings: Settings, shape: Qwen3Shape, *, tp: int, pp: int, dp: int)
     trained = weights
     if (lora := settings.model.lora) is not None:
         trained = adapter_parameters(shape, lora.rank) / pp / tp
-    teacher = settings.objective.teacher
-    held = teacher.weights == "ema" or (teacher.weights == "initial" and lora is None)
-    held = held and settings.objective.has_teacher
+    teacher, held = settings.objective.teacher, teacher_bytes(settings)
+    resting = 0 if teacher.offload else held
     # In place for a pass an average is a copy in the student's type, and weights from host memory are a copy as well.
-    resting = 0 if teacher.offload else FLOAT32 if teacher.weights == "ema" else width
-    passing = width if teacher.offload or teacher.weights == "ema" else 0
-    if teacher.weights == "ema" and teacher.ema_anchor > 0 and not teacher.offload:
-        resting += width  # the weights that it is anchored to
+    passing = width if held and (teacher.offload or teacher.weights == "ema") else 0
     optimizer = OPTIMIZER_BYTES * trained / (dp if settings.megatron.use_distributed_optimizer else 1)
     tokens = settings.data.micro_batch_tokens / (tp if settings.megatron.sequence_parallel else 1)
     kept = 1 if settings.megatron.recompute_granularity == "full" else shape.num_layers / pp
@@ -193,7 +199,7 @@ def _memory(settings: Settings, shape: Qwen3Shape, *, tp: int, pp: int, dp: int)
         "weights": weights * width,
         "gradients": trained * FLOAT32,
         "optimiser": optimizer,
-        "teacher": trained * (resting + passing) if held else 0.0,
+        "teacher": float(trained * (resting + passing)),
         # The loss's float32 sum, and the zeros that Megatron's hook is handed.
         "output layer's gradient": 0.0 if lora else embedding / tp * (FLOAT32 + width),
         "activations": tokens * shape.hidden_size * ACTIVATION_BYTES * kept * width / 2 * min(pp, IN_FLIGHT),

@@ -10,6 +10,7 @@ import re
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from megatron_paint.errors import UserError
@@ -113,12 +114,11 @@ def limit_hidden(reveal: Reveal, surprise: Sequence[float], *, settings: "Reveal
     """
     if len(surprise) != reveal.total_tokens:
         raise ValueError(f"surprise: got {len(surprise)} values for a reference of {reveal.total_tokens} tokens")
-    kept, hidden = reveal.shown_tokens, math.fsum(surprise[reveal.shown_tokens :])
-    told = dataclasses.replace(reveal, hidden_nats=hidden)
+    rest = [0.0, *accumulate(reversed(surprise))][::-1]  # what is hidden where so many tokens are shown, in nats
+    hidden = rest[reveal.shown_tokens]
     if hidden <= settings.hidden_nats:
-        return told
-    while kept < len(surprise) and math.fsum(surprise[kept:]) > settings.hidden_nats:
-        kept += 1
+        return dataclasses.replace(reveal, hidden_nats=hidden)
+    kept = next(kept for kept, nats in enumerate(rest) if kept > reveal.shown_tokens and nats <= settings.hidden_nats)
     shown = _reveal(reveal.overlap, reveal.reference, kept / len(surprise), settings=settings, offsets=offsets)
     return dataclasses.replace(shown, hidden_nats=hidden)
 

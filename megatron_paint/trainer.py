@@ -240,6 +240,7 @@ class Run:
         if step == self.settings.run.steps or (reason := self.asked_to_stop()) is None:
             return False
         if not self.on_first_rank(lambda: self.folder.holds("checkpoint", step)):
+            beat("checkpoint", step)
             self.save(step)
         self.progress.result(
             f"Stopped after step {step} by {reason}; the same command with run.resume=auto goes on from "
@@ -285,7 +286,6 @@ class Run:
 
     def save(self, step: int) -> None:
         """A checkpoint from which a run goes on at any layout."""
-        beat("checkpoint", step)
         self.policy.save(self.folder.checkpoint_folder(step), {"step": step, "settings": plain(self.settings)})
         self.on_first_rank(
             lambda: self.folder.remove_checkpoints(outlived(self.folder.checkpoints(), self.settings.run))

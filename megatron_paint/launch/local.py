@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 
 from megatron_paint.config import MegatronSettings
@@ -14,6 +14,7 @@ from megatron_paint.errors import UserError
 from megatron_paint.launch.ending import reason, stopped
 from megatron_paint.launch.lifetime import LAUNCHER
 from megatron_paint.launch.notes import FOLDER, read_notes
+from megatron_paint.run.signals import NotedSignals
 from megatron_paint.run.stop import STOPPED, STOPPING
 
 ENDING = (signal.SIGINT, signal.SIGHUP, *STOPPING)
@@ -67,27 +68,11 @@ def run_here(arguments: Sequence[str], processes: int) -> int:
     return status
 
 
-class _EndingSignals:
-    """Notes the signals that ask this process to end, instead of ending; `signal` is the first, None until then."""
+class _EndingSignals(NotedSignals):
+    """What asks this process to end."""
 
     def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-        self.count = 0
-        self._before: dict[signal.Signals, Callable | int | None] = {}
-
-    def __enter__(self) -> "_EndingSignals":
-        for number in ENDING:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's, or a shell's for what it runs behind
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: object) -> None:
-        self.signal = self.signal or signal.Signals(number)
-        self.count += 1
+        super().__init__(ENDING)  # but those of nohup, or of a shell for what it runs behind: they are ignored
 
     @property
     def asks_to_stop(self) -> bool:

@@ -214,6 +214,21 @@ class RunFolder:
             return step in self.checkpoints()
         return self.hf_folder(step).is_dir() if task == "export" else step in self.evaluated_steps()
 
+    # Jobs
+
+    def read_links(self) -> list[dict[str, Any]]:
+        """All whole lines of links.jsonl; a line that a crash cut short is left out."""
+        file = self.path / LINKS
+        records = []
+        for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                records.append(record)
+        return records
+
 
 def step_name(step: int) -> str:
     """Name of a step's file or folder, without ending."""

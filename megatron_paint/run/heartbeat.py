@@ -34,7 +34,6 @@ class Beat:
     pid: int
     step: int
     phase: str
-    count: int  # beats so far: who has fewer is behind
     since: float  # of the last beat, in seconds since 1970
     written: float  # of this file
     hung: bool = False
@@ -56,7 +55,7 @@ class Heart:
         speaks for all; the process ends after it."""
         self.folder, self.rank, self.limit, self.give_up = folder, rank, limit, give_up
         self._interval = min(write_seconds, limit / 4) if limit else write_seconds
-        self._state = ("start", 0, 0, time.time())  # phase, step, count, since: one assignment, seen whole
+        self._state = ("start", 0, time.time())  # phase, step, since: one assignment, seen whole
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
@@ -76,13 +75,13 @@ class Heart:
 
     def beat(self, phase: str | None = None, step: int | None = None) -> None:
         """Says that this rank goes on, and with what; None: with the same."""
-        phase_before, step_before, count, _ = self._state
-        self._state = (phase or phase_before, step_before if step is None else step, count + 1, time.time())
+        phase_before, step_before, _ = self._state
+        self._state = (phase or phase_before, step_before if step is None else step, time.time())
 
     def _watch(self) -> None:
         while not self._ended.wait(self._interval):
             self._write()
-            phase, _, _, since = self._state
+            phase, _, since = self._state
             if self.limit is not None and time.time() - since > self.limit * (LONG if phase in LONG_PHASES else 1):
                 self._give_up()
 
@@ -98,14 +97,13 @@ class Heart:
         os._exit(HUNG)
 
     def _write(self, *, hung: bool = False) -> None:
-        phase, step, count, since = self._state
+        phase, step, since = self._state
         beat = Beat(
             rank=self.rank,
             host=socket.gethostname(),
             pid=os.getpid(),
             step=step,
             phase=phase,
-            count=count,
             since=since,
             written=time.time(),
             hung=hung,

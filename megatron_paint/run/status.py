@@ -1,15 +1,14 @@
 """What a run folder says about its run, also while it runs: `megatron-paint status RUN`."""
 
-import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from megatron_paint.errors import UserError
-from megatron_paint.run.folder import LINKS, RunFolder, step_name
+from megatron_paint.run.folder import RunFolder, step_name
 from megatron_paint.run.heartbeat import Beat, read_beats, slowest
 from megatron_paint.run.progress import duration
 from megatron_paint.run.settings_file import read_yaml
@@ -70,7 +69,7 @@ def read_status(path: Path, *, now: float | None = None) -> Status:
         ranks=len(beats),
         oldest_beat=None if last is None else now - last.since,
         behind="" if last is None else f"rank {last.rank} on {last.host}, step {last.step}, {last.phase}",
-        links=tuple(_links(path / LINKS)),
+        links=tuple(folder.read_links()),
     )
 
 
@@ -99,11 +98,6 @@ def status_lines(status: Status) -> list[str]:
     return lines
 
 
-def as_plain(status: Status) -> dict[str, Any]:
-    """The status as JSON has it."""
-    return asdict(status)
-
-
 def _state(*, step: int, steps: int, checkpoint: int | None, beats: Sequence[Beat], now: float) -> str:
     alive = bool(beats) and now - max(beat.written for beat in beats) < STALE_SECONDS
     if any(beat.hung for beat in beats):
@@ -127,18 +121,6 @@ def _median(values: Sequence[float | None]) -> float | None:
 def _evaluation(folder: RunFolder) -> tuple[int, float] | None:
     steps = folder.evaluated_steps()
     return (steps[-1], folder.read_eval(steps[-1]).metrics["avg"]) if steps else None
-
-
-def _links(file: Path) -> list[dict[str, Any]]:
-    if not file.exists():
-        return []
-    links = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            links.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
-            continue  # cut short by a crash
-    return links
 
 
 def _link_text(link: dict[str, Any]) -> str:

@@ -6,13 +6,14 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from types import FrameType
+
+from megatron_paint.run.signals import NotedSignals
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)
 STOPPED = 75  # EX_TEMPFAIL: stopped early with a checkpoint; the same command goes on
 
 
-class StopRequest:
+class StopRequest(NotedSignals):
     """Notes, between `__enter__` and `__exit__`, that this process has been asked to stop; nothing is interrupted.
 
     A further signal changes nothing: the checkpoint that is being written is finished. end_at: when the job ends, in
@@ -22,26 +23,14 @@ class StopRequest:
     def __init__(
         self, *, end_at: float | None = None, margin: float = 0.0, clock: Callable[[], float] = time.time
     ) -> None:
-        self._end_at, self._margin, self._clock = end_at, margin, clock
-        self._signal: signal.Signals | None = None
-        self._before: dict[signal.Signals, Callable | int | None] = {}
-
-    def __enter__(self) -> "StopRequest":
         # Even where they are ignored: a job script has its launchers ignore them, and ranks inherit that.
-        self._before = {number: signal.signal(number, self._note) for number in STOPPING}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self._signal = self._signal or signal.Signals(number)
+        super().__init__(STOPPING, also_ignored=True)
+        self._end_at, self._margin, self._clock = end_at, margin, clock
 
     def reason(self) -> str | None:
         """Why to stop, None while there is no reason."""
-        if self._signal is not None:
-            return self._signal.name
+        if self.signal is not None:
+            return self.signal.name
         if self._end_at is not None and self._clock() >= self._end_at - self._margin:
             return f"the job's time limit in {max(0.0, self._end_at - self._clock()):.0f} s"
         return None

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from megatron_paint.cli import main
-from megatron_paint.launch.slurm.link import read_records
+from megatron_paint.run.folder import RunFolder
 from tests.slurm.scripts import SHAPES, write_config
 
 CPU = ["--nodes=2", "--gpus-per-node=0", "--processes-per-node=2"]
@@ -51,7 +51,7 @@ def test_submission(place, capsys):
     assert "-m megatron_paint train s.yaml optimizer.lr=1e-5 run.resume=auto\n" in text
     assert "the value" not in text
     subprocess.run(["bash", "-n", str(script)], check=True)
-    assert [(line["event"], line["steps"]) for line in read_records(script.parents[1])] == [("launch", 40)]
+    assert [(line["event"], line["steps"]) for line in RunFolder(script.parents[1]).read_links()] == [("launch", 40)]
     (place / "runs" / "a run" / "STOPPED").write_text("x\n")
     assert launch(*CPU) == 0
     assert not (place / "runs" / "a run" / "STOPPED").exists()

@@ -4,7 +4,7 @@ from itertools import count
 
 import pytest
 
-from megatron_paint.launch.slurm.link import begin, end, idle_links, main, read_records, record_launch
+from megatron_paint.launch.slurm.link import begin, end, idle_links, main, record_launch
 from megatron_paint.run.folder import RunFolder
 
 
@@ -59,7 +59,7 @@ def test_an_incomplete_checkpoint_is_none(run):
     run.write("hf", 100)
     (run.path / "checkpoints" / "step_000100").mkdir(parents=True)
     assert run.link(0) == ("go", "next")
-    assert read_records(run.path)[-1]["checkpoint"] == 0
+    assert RunFolder(run.path).read_links()[-1]["checkpoint"] == 0
 
 
 @pytest.mark.parametrize("status", [0, 1, 75, 143])
@@ -125,7 +125,7 @@ def test_records_and_a_line_cut_short(run):
     run.link(75, checkpoint=25)
     with open(run.path / "links.jsonl", "a") as file:
         file.write('{"event": "beg')
-    first, last = read_records(run.path)
+    first, last = RunFolder(run.path).read_links()
     assert (first["event"], first["job"], first["restart"], first["nodes"], first["checkpoint"]) == (
         *("begin", "7", 0, "n[1-2]", 0),
     )

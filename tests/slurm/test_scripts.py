@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_paint.launch.slurm.link import read_records
+from megatron_paint.run.folder import RunFolder
 from tests.slurm.fake_job import RECORD, FakeJob
 from tests.slurm.scripts import (
     ENVIRON,
@@ -151,7 +151,7 @@ def test_srun_call_and_files_of_ranks(tmp_path):
     status, output = fake.job(text, "take=0 exit=75")
     assert (status, output.count("hello from training")) == (0, 1)
     assert (fake.run / "logs" / "1234-0" / "rank_0.log").read_text() == "hello from training no token\n"
-    assert [record["status"] for record in read_records(fake.run) if record["event"] == "end"] == [75]
+    assert [record["status"] for record in RunFolder(fake.run).read_links() if record["event"] == "end"] == [75]
     (step,) = fake.called("srun")
     assert step[4:6] == ["--ntasks=4", "--ntasks-per-node=2"]
     srun = fake.fakes / "srun"
@@ -206,7 +206,9 @@ def test_nothing_is_trained_where_the_preflight_fails(tmp_path, preflight, ends)
     status, output = fake.job(script(*TRAIN), "exit=0", PREFLIGHT=preflight)
     assert (status, len(fake.called("srun"))) == (ends, 1)
     assert "hello" not in output
-    assert [record["status"] for record in read_records(fake.run) if record["event"] == "end"] == [int(preflight)]
+    assert [record["status"] for record in RunFolder(fake.run).read_links() if record["event"] == "end"] == [
+        int(preflight)
+    ]
 
 
 @pytest.mark.parametrize(("stays_off", "excluded"), [("(null)", "n2,n5"), ("n[7-8]", "n[7-8],n2,n5")])

@@ -5,13 +5,14 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_paint.launch.slurm.link import read_records
 from megatron_paint.run.folder import RunFolder
 from tests.slurm.job import Job
 from tests.slurm.until import until
@@ -66,12 +67,12 @@ def check_is_undisturbed(run: Path, undisturbed: Path) -> None:
     assert ours.keys() == theirs.keys()
     assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []
     assert [line["step"] for line in RunFolder(run).read_metrics()] == list(range(1, STEPS + 1))
-    assert read_records(run)[-1]["decision"] == "done"
+    assert RunFolder(run).read_links()[-1]["decision"] == "done"
 
 
 def lives(run: Path) -> list[int]:
     """The newest checkpoint at each beginning of a link."""
-    return [record["checkpoint"] for record in read_records(run) if record["event"] == "begin"]
+    return [record["checkpoint"] for record in RunFolder(run).read_links() if record["event"] == "begin"]
 
 
 def test_a_chain_of_which_the_first_link_finishes(cluster, undisturbed, tmp_path):
@@ -123,37 +124,40 @@ def test_a_killed_rank_is_started_again_within_the_job(cluster, undisturbed, tmp
     check_is_undisturbed(run, undisturbed)
 
 
+@contextmanager
+def another_folder(cluster, run: Path, node: str) -> Iterator[None]:
+    """Inside, a node sees another folder in the run's place."""
+    run.mkdir()
+    cluster.run(["mount", "-t", "tmpfs", "other", run], on=node)
+    try:
+        yield
+    finally:
+        cluster.run(["umount", run], on=node)
+
+
 def test_a_node_that_the_preflight_names_is_left_out(cluster, undisturbed, tmp_path):
     """n2 has another folder in the run's place; the job stays off it from then on, and off n4 as it did before."""
     run = tmp_path / "run"
-    run.mkdir()
-    cluster.run(["mount", "-t", "tmpfs", "other", run], on="n2")
-    try:
+    with another_folder(cluster, run, "n2"):
         (job,) = launch(cluster, run, "--exclude=n4")
         job.wait("COMPLETED", restarts=1, seconds=MINUTES)
-    finally:
-        cluster.run(["umount", run], on="n2")
     assert f"preflight: node n2: shared folder: {run} does not show what n1 wrote into it" in job.output()
     assert f"job {job.id} stays off nodes: n2\n" in job.output()
-    assert [record["status"] for record in read_records(run) if record["event"] == "end"] == [3, 0]
+    assert [record["status"] for record in RunFolder(run).read_links() if record["event"] == "end"] == [3, 0]
     assert job.nodes() == ["n1", "n3"]
     check_is_undisturbed(run, undisturbed)
 
 
 def test_a_chain_leaves_out_a_node_that_the_preflight_names(cluster, undisturbed, tmp_path):
     run = tmp_path / "run"
-    run.mkdir()
-    cluster.run(["mount", "-t", "tmpfs", "other", run], on="n2")
-    try:
+    with another_folder(cluster, run, "n2"):
         first, second, third = launch(cluster, run, "--links=3")
         first.wait("COMPLETED", seconds=MINUTES)
         second.wait("COMPLETED", seconds=MINUTES)
-    finally:
-        cluster.run(["umount", run], on="n2")
     third.wait("CANCELLED")
     assert first.nodes() == ["n1", "n2"]
     assert "n2" not in second.nodes()
     for job in (second, third):
         assert "ExcNodeList=n2 " in cluster.run(["scontrol", "show", "job", "--oneliner", str(job.id)]).stdout
-    assert [record["status"] for record in read_records(run) if record["event"] == "end"] == [3, 0]
+    assert [record["status"] for record in RunFolder(run).read_links() if record["event"] == "end"] == [3, 0]
     check_is_undisturbed(run, undisturbed)

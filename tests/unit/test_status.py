@@ -17,9 +17,7 @@ NOW = 1_000_000.0
 
 
 def beat(rank, step, *, since=NOW - 5, phase="student", written=NOW - 5, hung=False):
-    return Beat(
-        rank=rank, host=f"n{rank}", pid=7, step=step, phase=phase, count=1, since=since, written=written, hung=hung
-    )
+    return Beat(rank=rank, host=f"n{rank}", pid=7, step=step, phase=phase, since=since, written=written, hung=hung)
 
 
 def run_folder(path, *, steps=10, done=(), beats=(), checkpoints=()):

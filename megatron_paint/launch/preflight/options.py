@@ -4,10 +4,10 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from megatron_paint.errors import UserError
 from megatron_paint.launch.preflight.port import Rendezvous, parse_rendezvous
+from megatron_paint.parser import Parser
 
 LIMIT_SECONDS = 60.0
 LEAST_SECONDS = 5.0
@@ -32,13 +32,6 @@ class Options:
     node_names: str | None
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as all others are."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see python -m megatron_paint.launch.preflight --help)")
-
-
 def parse(arguments: Sequence[str]) -> Options:
     """The options. Errors: UserError."""
     given = vars(_parser().parse_intermixed_args(list(arguments)))
@@ -57,7 +50,7 @@ def parse(arguments: Sequence[str]) -> Options:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m megatron_paint.launch.preflight",
         description="Checks every node before training: one process a node (srun --ntasks-per-node=1), or one machine.",
         epilog="exit status: 0 all is well; 2 a mistake on the command line; 3 a check failed",

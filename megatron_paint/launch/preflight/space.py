@@ -43,18 +43,12 @@ def check_space(
 
 def checkpoint_bytes(settings: "Settings", shape: "Qwen3Shape") -> int:
     """Bytes of one checkpoint, estimated: weights, the optimiser's float32 state, and the teacher's own weights."""
-    from megatron_paint.plan import FLOAT32, OPTIMIZER_BYTES, WIDTHS, adapter_parameters
+    from megatron_paint.plan import OPTIMIZER_BYTES, WIDTHS, adapter_parameters, teacher_bytes
 
     width, lora = WIDTHS[settings.model.dtype], settings.model.lora
     adapters = adapter_parameters(shape, lora.rank) if lora is not None else 0
     trained = adapters if lora is not None else shape.num_parameters
-    teacher, held = settings.objective.teacher, 0
-    if settings.objective.has_teacher:
-        if teacher.weights == "ema":
-            held = FLOAT32 + (width if teacher.ema_anchor > 0 else 0)
-        elif teacher.weights == "initial" and lora is None:
-            held = width
-    return (shape.num_parameters + adapters) * width + trained * (OPTIMIZER_BYTES + held)
+    return (shape.num_parameters + adapters) * width + trained * (OPTIMIZER_BYTES + teacher_bytes(settings))
 
 
 def room(run: Path, needed: int, files: int, statvfs: Callable[[str], os.statvfs_result]) -> Finding:

@@ -5,7 +5,6 @@ Both print one word and a reason: `go` or `next` where the run is to go on, `don
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -37,7 +36,7 @@ def record_launch(run: Path, *, steps: int) -> None:
 
 def begin(run: Path, environ: Mapping[str, str]) -> tuple[Word, str]:
     """Records that a link begins, where it is to."""
-    records = read_records(run)
+    records = RunFolder(run).read_links()
     if (run / STOPPED).exists():
         return "stop", (run / STOPPED).read_text(encoding="utf-8").strip()
     if records and records[-1].get("decision") == "done":
@@ -54,16 +53,15 @@ def end(run: Path, status: int, environ: Mapping[str, str]) -> tuple[Word, str]:
 
     torchrun has one status for every failure, and 0 for a run that a signal stopped as well.
     """
-    word, reason = _decide(run, status)
     checkpoint = RunFolder(run).latest_checkpoint() or 0
+    word, reason = _decide(run, status, checkpoint)
     line = {"event": "end", **_job(environ), "checkpoint": checkpoint, "status": status}
     _record(run, {**line, "decision": word, "reason": reason})
     return (word, reason) if word != "stop" else _stop(run, reason)
 
 
-def _decide(run: Path, status: int) -> tuple[Word, str]:
-    records = read_records(run)
-    checkpoint = RunFolder(run).latest_checkpoint() or 0
+def _decide(run: Path, status: int, checkpoint: int) -> tuple[Word, str]:
+    records = RunFolder(run).read_links()
     if (steps := finished_steps(run, records)) is not None:
         return "done", f"all {steps} steps, with what was due after them"
     if status == MISTAKE:
@@ -109,20 +107,6 @@ def idle_links(records: Sequence[Mapping[str, Any]], checkpoint: int) -> int:
             break
         idle += 1
     return idle
-
-
-def read_records(run: Path) -> list[dict[str, Any]]:
-    """All whole lines of links.jsonl; a line that a crash cut short is left out."""
-    file = run / LINKS
-    records = []
-    for line in file.read_text(encoding="utf-8").split("\n") if file.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
 
 
 def _stop(run: Path, reason: str) -> tuple[Word, str]:

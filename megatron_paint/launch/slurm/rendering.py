@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jinja2
 
+from megatron_paint.launch.place import PORTS, STEPS_PER_JOB
 from megatron_paint.launch.slurm.options import SlurmOptions, as_dict
 
 TEMPLATES = Path(__file__).parents[2] / "templates"
@@ -28,6 +29,8 @@ def render(options: SlurmOptions, *, settings_file: str, overrides: Sequence[str
         as_dict(options),
         settings_file=settings_file,
         run=run_dir,
+        ports=PORTS,
+        lives=STEPS_PER_JOB,
         directives=_directives(options, run_dir),
         step_flags=_step_flags(options),
         in_container=_in_container(options),
