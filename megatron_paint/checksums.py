@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import socket
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypedDict
@@ -9,6 +10,10 @@ from typing import TypedDict
 from megatron_paint.errors import UserError
 
 CHECKSUMS = "checksums.json"
+
+
+class Damaged(Exception):
+    """A file that is not what was written."""
 
 
 class Checksum(TypedDict):
@@ -30,19 +35,24 @@ def write_checksums(folder: Path, checksums: Mapping[str, Checksum]) -> None:
 
 
 def read_checksums(folder: Path) -> dict[str, Checksum] | None:
-    """What `write_checksums` wrote; None where it has not. UserError: it cannot be read."""
+    """What `write_checksums` wrote; None where it has not. Damaged: it holds something else. UserError: the disk."""
     file = folder / CHECKSUMS
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         return {name: Checksum(bytes=entry["bytes"], sha256=entry["sha256"]) for name, entry in found.items()}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} cannot be read ({error!r})") from error
+    except OSError as error:
+        raise unreadable(file, error) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{CHECKSUMS} is not what was written ({error!r})") from error
 
 
 def damage(folder: Path, checksums: Mapping[str, Checksum]) -> str | None:
-    """What is wrong with the first of these files that is not as it was written; None where all are."""
+    """What is wrong with the first of these files that is not as it was written; None where all are.
+
+    UserError: a file is there and the disk does not give it, which says nothing about what is in it.
+    """
     for name, wanted in checksums.items():
         file = folder / name
         try:
@@ -54,8 +64,16 @@ def damage(folder: Path, checksums: Mapping[str, Checksum]) -> str | None:
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:
-            return f"{name} cannot be read: {error.strerror or error}"
+            raise unreadable(file, error) from error
     return None
+
+
+def unreadable(file: Path, error: OSError) -> UserError:
+    """What to raise where the disk does not give a file."""
+    return UserError(
+        f"{file} cannot be read by {socket.gethostname()}: {error.strerror or error}. Nothing was changed; start again "
+        "when the disk is well, or move the folder away to go on without it"
+    )
 
 
 def _sha256(file: Path) -> str:

@@ -226,7 +226,10 @@ class MegatronSettings:
     num_layers_at_start_in_bf16: Annotated[Whole, setting("with first_last_layers_bf16", ge=0)] = 1
     num_layers_at_end_in_bf16: Annotated[Whole, setting("with first_last_layers_bf16", ge=0)] = 1
     deterministic_mode: Annotated[Flag, setting("only deterministic kernels")] = False
-    distributed_timeout_minutes: Annotated[Count, setting("time-out of a collective")] = 10
+    distributed_timeout_minutes: Annotated[
+        Count | None,
+        setting("time-out of a collective; null: 10 and so many that run.hang_timeout_s comes first"),
+    ] = None
 
 
 @settings_class
@@ -253,6 +256,9 @@ class RunSettings:
     save_every: Annotated[Whole, setting("steps between checkpoints; 0: only at the end", ge=0)] = 25
     evaluate_every: Annotated[Whole, setting("steps between evaluations; 0: only before and after", ge=0)] = 25
     export_every: Annotated[Whole, setting("steps between Hugging Face exports; 0: only at the end", ge=0)] = 0
+    async_save: Annotated[
+        Flag, setting("write a checkpoint, from a copy in host memory, while training goes on; false: it waits")
+    ] = True
     keep_last: Annotated[Count | None, setting("newest checkpoints that are kept; null: all are")] = None
     keep_every: Annotated[
         Count | None, setting("checkpoints of steps that are multiples of it are kept as well; null: none")
@@ -262,7 +268,7 @@ class RunSettings:
     ] = 300.0
     hang_timeout_s: Annotated[
         Positive | None, setting("longest time without progress, ten times it in a save or evaluation; null: no watch")
-    ] = 1800.0
+    ] = 600.0
     max_skipped_steps: Annotated[
         Whole, setting("steps of a run that may be left out because a loss or gradient is not finite", ge=0)
     ] = 0

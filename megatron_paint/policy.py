@@ -81,7 +81,14 @@ class Policy(Protocol):
         """Log-probabilities of each sample's response tokens, in nats, under the teacher's weights and prompt."""
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
-        """Writes a checkpoint: weights, optimiser, teacher and `state`; complete or absent."""
+        """Begins to write a checkpoint: weights, optimiser, teacher and `state`; complete or absent.
+
+        What it holds is settled on return; the write goes on behind it. One at a time: see `finish_save`.
+        """
+
+    def finish_save(self, *, wait: bool) -> bool:
+        """Whether the checkpoint that was begun stands now, which is said once; `wait` until it does. UserError: a disk
+        refused, and there is none."""
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Takes a checkpoint up, at any layout, and returns its state."""

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from megatron_paint.problems import ProblemSet
 from megatron_paint.prompts import Prompts
 from megatron_paint.records import EvalReport, StepReport
 from megatron_paint.run.folder import RunFolder
-from megatron_paint.run.heartbeat import Heart, beat, start_heart, stop_heart
+from megatron_paint.run.heartbeat import LONG, Heart, beat, go_on, start_heart, stop_heart
 from megatron_paint.run.progress import Mode, Progress
 from megatron_paint.run.report import ClipWatch, sample_lines
 from megatron_paint.run.settings_file import plain
@@ -43,21 +44,24 @@ def train(settings: Settings, *, mode: Mode = "normal", self_check_only: bool = 
 
     False: it was asked to stop, and has left a checkpoint. UserError for bad input.
     """
-    with _world(settings) as world, ExitStack() as stack:
+    with ExitStack() as stack:
+        request = stack.enter_context(StopRequest(margin=settings.run.exit_before_limit_s))
+        hang = settings.run.hang_timeout_s
+        world = stack.enter_context(_world(settings, hang_seconds=None if hang is None else LONG * hang))
         if self_check_only:
             check_model(settings, world, mode=mode)
             return True
-        run = prepare(settings, world, mode=mode, stack=stack)
+        run = prepare(settings, world, mode=mode, stack=stack, request=request)
         self_check(settings, run.policy, run.problems, run.prompts, run.progress)
         return run.train()
 
 
 @contextmanager
-def _world(settings: Settings) -> Iterator["World"]:
+def _world(settings: Settings, *, hang_seconds: float | None = None) -> Iterator["World"]:
     """The ranks' groups; after an error they stay up unless this rank is alone: one that died would be waited for."""
     from megatron_paint.mcore.world import start_world, stop_world
 
-    world = start_world(settings.megatron)
+    world = start_world(settings.megatron, hang_seconds=hang_seconds)
     try:
         yield world
     except BaseException:
@@ -97,13 +101,20 @@ def evaluate(asked: Requested, *, mode: Mode = "normal") -> None:
         command.evaluate(asked, world, make_plan(asked.settings, processes=world.size).shape, mode=mode)
 
 
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    begun = time.monotonic()
+    yield
+    seconds[name] = time.monotonic() - begun
+
+
 def _benchmark(settings: Settings) -> str:
     return Path(str(settings.evaluation.problems)).stem
 
 
-def prepare(settings: Settings, world: "World", *, mode: Mode, stack: ExitStack) -> "Run":
+def prepare(settings: Settings, world: "World", *, mode: Mode, stack: ExitStack, request: StopRequest) -> "Run":
     """Everything that the loop needs: data checked, the folder ready, the model loaded, the checkpoint taken up."""
-    from megatron_paint.mcore.agree import first_rank_does
+    from megatron_paint.mcore.agree import any_rank_says, first_rank_does
     from megatron_paint.mcore.policy import MegatronPolicy
     from megatron_paint.plan import make_plan
     from megatron_paint.sources import load_sources
@@ -111,10 +122,11 @@ def prepare(settings: Settings, world: "World", *, mode: Mode, stack: ExitStack)
     on_first_rank = partial(first_rank_does, world)
     plan = make_plan(settings, processes=world.size)
     sources = load_sources(settings, plan.shape, share=on_first_rank)
-    folder = RunFolder(settings.run.dir)
+    folder, first = RunFolder(settings.run.dir), world.rank == 0
+    request.end_at = job_end() if first else None
+    on_first_rank(lambda: folder.check(settings))
     set_aside = set_damaged_aside(folder, world) if settings.run.resume != "never" else []
     start = on_first_rank(lambda: folder.prepare(settings))
-    first = world.rank == 0
     watch_over(settings, folder, world, stack)
     board, note = None, ""
     if first and settings.run.tensorboard:
@@ -131,7 +143,8 @@ def prepare(settings: Settings, world: "World", *, mode: Mode, stack: ExitStack)
     evaluator = None
     if sources.held_out:
         evaluator = Evaluator(settings.evaluation, sources.held_out, sources.prompts, seed=settings.run.seed)
-    graders = stack.enter_context(GradingPool(seconds=settings.evaluation.grading_seconds)) if first else None
+    seconds = settings.evaluation.grading_seconds
+    graders = stack.enter_context(GradingPool(seconds=seconds, on_verdict=go_on)) if first else None
     pool = _masker_pool(stack) if first and settings.objective.distils else None
     return Run(
         settings=settings,
@@ -145,23 +158,32 @@ def prepare(settings: Settings, world: "World", *, mode: Mode, stack: ExitStack)
         progress=progress,
         start=start,
         on_first_rank=on_first_rank,
-        asked_to_stop=asked_to_stop(settings, world, stack),
+        asked_to_stop=lambda seconds: any_rank_says(world, request.reason(next_seconds=seconds)),
     )
 
 
 def set_damaged_aside(folder: RunFolder, world: "World") -> list[str]:
-    """Renames the newest checkpoints whose files are not what was written, up to the first that is whole; warnings."""
+    """Renames the newest checkpoints whose files are not what was written, up to the first that is whole; warnings.
+
+    UserError, and nothing is renamed: none is whole, or a disk cannot be read.
+    """
     from megatron_paint.mcore.agree import first_rank_does
     from megatron_paint.mcore.checkpoint import checkpoint_damage
 
-    warnings = []
-    while (step := first_rank_does(world, folder.latest_checkpoint)) is not None:
+    damaged: list[tuple[int, str]] = []
+    steps = first_rank_does(world, folder.checkpoints)
+    for step in reversed(steps):
         found = checkpoint_damage(folder.checkpoint_folder(step), world)
         if found is None:
             break
-        aside = first_rank_does(world, lambda step=step: folder.set_aside(step))
-        warnings.append(f"checkpoint {folder.checkpoint_folder(step)} is damaged: {found}. It is {aside.name} now")
-    return warnings
+        damaged.append((step, f"checkpoint {folder.checkpoint_folder(step)} is damaged: {found}"))
+    if damaged and len(damaged) == len(steps):
+        raise UserError(
+            f"{damaged[0][1]}; and so is every other there ({len(steps)} in all). Nothing was changed: see whether "
+            f"every node shows {folder.path} whole, put a copy of a checkpoint back, or start anew in another run.dir"
+        )
+    names = [first_rank_does(world, lambda step=step: folder.set_aside(step)).name for step, _ in damaged]
+    return [f"{message}. It is {name} now" for (_, message), name in zip(damaged, names, strict=True)]
 
 
 def watch_over(settings: Settings, folder: RunFolder, world: "World", stack: ExitStack) -> None:
@@ -174,15 +196,6 @@ def watch_over(settings: Settings, folder: RunFolder, world: "World", stack: Exi
     heart = Heart(folder.heartbeats, rank=world.rank, limit=settings.run.hang_timeout_s, give_up=give_up)
     start_heart(heart)
     stack.callback(stop_heart)
-
-
-def asked_to_stop(settings: Settings, world: "World", stack: ExitStack) -> Callable[[], str | None]:
-    """Asks, on all ranks together, whether any of them was told to stop, and why."""
-    from megatron_paint.mcore.agree import any_rank_says
-
-    end_at = job_end() if world.rank == 0 else None
-    request = stack.enter_context(StopRequest(end_at=end_at, margin=settings.run.exit_before_limit_s))
-    return lambda: any_rank_says(world, request.reason())
 
 
 def _take_up(policy: Policy, checkpoint: Path, step: int) -> None:
@@ -209,39 +222,74 @@ class Run:
     progress: Progress
     start: int  # last step done
     on_first_rank: Share
-    asked_to_stop: Callable[[], str | None] = lambda: None
+    # Why to stop, on all ranks together; given the seconds until it is asked again.
+    asked_to_stop: Callable[[float], str | None] = lambda seconds: None
 
     def train(self) -> bool:
         """All steps that are left, each followed by what is due after it; the last one by everything, and a table.
 
         False where it was asked to stop before its end, which it does between two steps, with a checkpoint.
         """
+        try:
+            return self.do_all_steps()
+        except UserError:  # met by all ranks; what was being saved is worth having
+            self.finish_save()
+            raise
+
+    def do_all_steps(self) -> bool:
+        """What `train` does."""
         run, clip_watch = self.settings.run, ClipWatch()
+        took = {"step": 0.0, "due": 0.0}  # seconds, the last time
         self.do_what_is_due(self.start)
+        if self.stops_after(self.start, next_seconds=0.0):
+            return False
         self.progress.start_clock()
         for step in range(self.start + 1, run.steps + 1):
-            beat("rollout", step)
-            lr = learning_rate(step, steps=run.steps, settings=self.settings.optimizer)
-            try:
-                report = self.objective.step(self.policy, self.problems.batch(step), step=step, lr=lr)
-                self.on_first_rank(lambda report=report: self.record(report, clip_watch))
-            except FloatingPointError as error:
-                self.on_first_rank(lambda step=step, error=error: self.leave_out(step, error))
-            if self.stops_after(step):
+            with _timed(took, "step"):
+                self.step(step, clip_watch)
+            self.finish_save(wait=False)
+            is_due = bool(due_after(step, run))
+            if self.stops_after(step, next_seconds=took["due" if is_due else "step"]):
                 return False
-            self.do_what_is_due(step)
-            if self.stops_after(step):  # an evaluation takes long
-                return False
+            if is_due:
+                with _timed(took, "due"):
+                    self.do_what_is_due(step)
+                if self.stops_after(step, next_seconds=took["step"]):
+                    return False
+        beat("checkpoint")
+        self.finish_save()
         self.on_first_rank(self.end)
         return True
 
-    def stops_after(self, step: int) -> bool:
-        """Whether the run ends here because it was asked to; its checkpoint stands then."""
-        if step == self.settings.run.steps or (reason := self.asked_to_stop()) is None:
+    def step(self, step: int, clip_watch: ClipWatch) -> None:
+        """One step of the objective, recorded; or counted where its loss or gradient is not finite."""
+        beat("rollout", step)
+        lr = learning_rate(step, steps=self.settings.run.steps, settings=self.settings.optimizer)
+        try:
+            report = self.objective.step(self.policy, self.problems.batch(step), step=step, lr=lr)
+            self.on_first_rank(lambda: self.record(report, clip_watch))
+        except FloatingPointError as error:
+            self.on_first_rank(lambda error=error: self.leave_out(step, error))
+
+    def stops_after(self, step: int, *, next_seconds: float) -> bool:
+        """Whether the run ends here because it was asked to; its checkpoint stands then, if a step was done.
+
+        next_seconds: about how long it takes until this is asked again.
+        """
+        if step == self.settings.run.steps or (reason := self.asked_to_stop(next_seconds)) is None:
             return False
+        if step == 0:
+            self.progress.result(
+                f"Stopped before the first step by {reason}; the same command with run.resume=auto begins it",
+                step=step,
+                reason=reason,
+            )
+            return True
+        beat("checkpoint", step)
+        self.finish_save()
         if not self.on_first_rank(lambda: self.folder.holds("checkpoint", step)):
-            beat("checkpoint", step)
             self.save(step)
+            self.finish_save()
         self.progress.result(
             f"Stopped after step {step} by {reason}; the same command with run.resume=auto goes on from "
             f"{self.folder.checkpoint_folder(step)}",
@@ -285,11 +333,18 @@ class Run:
             self.progress.warn(warning)
 
     def save(self, step: int) -> None:
-        """A checkpoint from which a run goes on at any layout."""
+        """A checkpoint from which a run goes on at any layout, written as training goes on with `run.async_save`."""
+        self.finish_save()  # of the checkpoint before
         self.policy.save(self.folder.checkpoint_folder(step), {"step": step, "settings": plain(self.settings)})
-        self.on_first_rank(
-            lambda: self.folder.remove_checkpoints(outlived(self.folder.checkpoints(), self.settings.run))
-        )
+        if not self.settings.run.async_save:
+            self.finish_save()
+
+    def finish_save(self, *, wait: bool = True) -> None:
+        """Once the checkpoint that was begun stands, removes those that it outlives."""
+        if self.policy.finish_save(wait=wait):
+            self.on_first_rank(
+                lambda: self.folder.remove_checkpoints(outlived(self.folder.checkpoints(), self.settings.run))
+            )
 
     def export(self, step: int) -> None:
         """A Hugging Face checkpoint."""

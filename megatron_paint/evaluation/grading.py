@@ -8,7 +8,7 @@ import atexit
 import os
 import re
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -125,12 +125,15 @@ class GradingPool:
     """Grades many responses in `workers` processes, each verdict under a hard limit of `seconds` of wall time.
 
     A stuck or crashed worker is killed and replaced, and its item is a `timeout`. Workers start when one is needed and
-    import neither torch nor megatron. Not to be shared by processes; threads wait for one another.
+    import neither torch nor megatron. Not to be shared by processes; threads wait for one another. on_verdict: called
+    with each.
     """
 
-    def __init__(self, workers: int | None = None, seconds: float = SECONDS) -> None:
+    def __init__(
+        self, workers: int | None = None, seconds: float = SECONDS, *, on_verdict: Callable[[], None] = lambda: None
+    ) -> None:
         self.seconds = seconds
-        self._pool = WorkerPool(workers or min(8, os.cpu_count() or 1))
+        self._pool = WorkerPool(workers or min(8, os.cpu_count() or 1), on_verdict=on_verdict)
         self._lock = threading.Lock()
 
     def __enter__(self) -> "GradingPool":

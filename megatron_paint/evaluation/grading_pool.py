@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,8 +85,8 @@ class Worker:
 class WorkerPool:
     """Up to `workers` processes, started when first needed, that answer questions in any order."""
 
-    def __init__(self, workers: int) -> None:
-        self.size = workers
+    def __init__(self, workers: int, *, on_verdict: Callable[[], None] = lambda: None) -> None:
+        self.size, self._on_verdict = workers, on_verdict
         self._owner = os.getpid()
         self._workers: list[Worker] = []
         self._selector = selectors.DefaultSelector()
@@ -149,6 +149,7 @@ class WorkerPool:
         if worker.index is not None:
             failed = message is None or "failed" in message
             verdicts[worker.index] = NO_VERDICT if failed else Verdict(agrees=message["agrees"])
+            self._on_verdict()
         worker.index = None
         if message is None:
             self._drop(worker)

@@ -1,6 +1,7 @@
 """Ranks act and share how it went: a result, or a user's error, of one reaches all."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -64,7 +65,37 @@ def fill_folder(
     write: every rank's part, given the folder; finish: what rank 0 adds, given what the parts gave; mark: write the
     file `complete`, last of all. UserError: a disk refused; what stood at `path` is intact.
     """
+    finish_folder(begin_folder(path, world), world, write=write, finish=finish, mark=mark)
+
+
+def begin_folder(path: str | Path, world: World) -> NewFolder:
+    """The first part of `fill_folder`: an unfinished folder that all ranks may write into."""
     folder = NewFolder(path)
+    with discarded_on_error(folder, world):
+        first_rank_does(world, folder.begin)
+    return folder
+
+
+@contextmanager
+def discarded_on_error(folder: NewFolder, world: World) -> Iterator[None]:
+    """Takes an unfinished folder back where all ranks meet a UserError inside."""
+    try:
+        yield
+    except UserError:
+        if world.rank == 0:
+            folder.discard()
+        raise
+
+
+def finish_folder(
+    folder: NewFolder,
+    world: World,
+    *,
+    write: Callable[[Path], T],
+    finish: Callable[[Path, list[T]], None],
+    mark: bool = False,
+) -> None:
+    """The second part of `fill_folder`."""
 
     def write_part() -> T:
         with disk_errors(folder.path):
@@ -75,11 +106,6 @@ def fill_folder(
             finish(folder.unfinished, parts)
         folder.finish(mark=mark)
 
-    try:
-        first_rank_does(world, folder.begin)
+    with discarded_on_error(folder, world):
         parts = all_ranks_do(world, write_part)
         first_rank_does(world, lambda: put_in_place(parts))
-    except UserError:
-        if world.rank == 0:
-            folder.discard()
-        raise

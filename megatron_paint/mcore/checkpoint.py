@@ -4,7 +4,7 @@ Saved at one layout, loaded at any other: weights and optimiser state are stored
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,19 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_paint.checksums import Checksum, checksums_of, damage, read_checksums, write_checksums
+from megatron_paint.checksums import (
+    CHECKSUMS,
+    Checksum,
+    Damaged,
+    checksums_of,
+    damage,
+    read_checksums,
+    unreadable,
+    write_checksums,
+)
 from megatron_paint.errors import UserError
-from megatron_paint.mcore.agree import all_ranks_do, fill_folder, first_rank_does
-from megatron_paint.mcore.distributed_format import save_distributed
+from megatron_paint.mcore.agree import all_ranks_do, begin_folder, discarded_on_error, finish_folder, first_rank_does
+from megatron_paint.mcore.distributed_format import copy_distributed
 from megatron_paint.mcore.lora import adapters_of
 from megatron_paint.mcore.model import Qwen3Model
 from megatron_paint.mcore.teacher import Teacher
@@ -40,41 +49,66 @@ _METADATA = MappingProxyType(
 ENGINE_STATE = "_extra_state"  # Transformer Engine's own entries beside the weights
 
 
-def save_checkpoint(
-    folder: Path, stage: Qwen3Model, optimizer: MegatronOptimizer, teacher: Teacher, state: dict[str, Any], world: World
-) -> None:
-    """Writes everything a run needs to go on; all ranks call together. A failed write looks like none."""
-    folder = Path(folder)
-    _begin_state(optimizer)
+def copy_checkpoint(
+    path: Path, stage: Qwen3Model, optimizer: MegatronOptimizer, teacher: Teacher, state: dict[str, Any], world: World
+) -> Callable[[World], None]:
+    """Copies everything a run needs to go on to host memory; all ranks call together.
 
-    def write(unfinished: Path) -> dict[str, Checksum]:
+    The function that is returned writes the copy to `path`, on all ranks together, with the world whose host group it
+    is to talk over. A failed write looks like none. UserError, from either: a disk refused.
+    """
+    _begin_state(optimizer)
+    folder = begin_folder(path, world)
+    with discarded_on_error(folder, world):
         sharded = _sharded_state(stage, optimizer, teacher, is_loading=False)
-        save_distributed(sharded, unfinished, world, named=folder)
+        write_tensors = copy_distributed(sharded, folder.unfinished, world, named=folder.path)
+    content = {**state, "model": _sizes(stage), "has_checksums": True}
+
+    def write(world: World) -> None:
+        finish_folder(folder, world, write=partial(write_part, world), finish=finish, mark=True)
+
+    def write_part(world: World, unfinished: Path) -> dict[str, Checksum]:
+        write_tensors(world)
         # A rank's tensors are in files of its own; each rank reads its own back.
         return checksums_of(sorted(unfinished.glob(f"__{world.rank}_*.distcp")))
 
     def finish(unfinished: Path, parts: list[dict[str, Checksum]]) -> None:
-        content = {**state, "model": _sizes(stage)}
         (unfinished / STATE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         checksums = {name: checksum for part in parts for name, checksum in part.items()}
         rest = [file for file in sorted(unfinished.iterdir()) if file.is_file() and file.name not in checksums]
         write_checksums(unfinished, checksums | checksums_of(rest))
 
-    fill_folder(folder, world, write=write, finish=finish, mark=True)
+    return write
 
 
 def checkpoint_damage(folder: Path, world: World) -> str | None:
     """What is wrong with a checkpoint's files, by their checksums; None where nothing is. The ranks share the reading.
 
-    A checkpoint without checksums, of an earlier version, is taken as it is.
+    A checkpoint of an earlier version, which has no checksums, is taken as it is. UserError: a disk cannot be read.
     """
-    try:
-        checksums = first_rank_does(world, lambda: read_checksums(folder))
-    except UserError as error:
-        return str(error)
-    names = sorted(checksums or {})[world.rank :: world.size]
+    checksums, problem = first_rank_does(world, lambda: _known_checksums(folder))
+    if problem is not None:
+        return problem
+    names = sorted(checksums)[world.rank :: world.size]
     found = all_ranks_do(world, lambda: damage(folder, {name: checksums[name] for name in names}))
     return next((what for what in found if what is not None), None)
+
+
+def _known_checksums(folder: Path) -> tuple[dict[str, Checksum], str | None]:
+    """The checksums of a checkpoint, or what is wrong with them."""
+    try:
+        if (checksums := read_checksums(folder)) is not None:
+            return checksums, None
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        return {}, f"{CHECKSUMS} is missing" if state.get("has_checksums") else None
+    except Damaged as error:
+        return {}, str(error)
+    except FileNotFoundError:
+        return {}, f"{STATE} is missing"
+    except OSError as error:
+        raise unreadable(folder / STATE, error) from error
+    except (ValueError, AttributeError) as error:
+        return {}, f"{STATE} is not what was written ({error!r})"
 
 
 def load_checkpoint(folder: Path, stage: Qwen3Model, optimizer: MegatronOptimizer, teacher: Teacher) -> dict[str, Any]:

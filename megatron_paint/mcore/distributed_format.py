@@ -1,74 +1,122 @@
-"""Writes Megatron's distributed checkpoint format such that a disk that refuses one rank ends all ranks.
+"""Writes Megatron's distributed checkpoint format in two parts: a copy that training waits for, and the write.
 
-Megatron's own writer leaves the other ranks in a collective where rank 0 cannot write one of its small files.
+A disk that refuses one rank ends all ranks: Megatron's own writer leaves the others in a collective where rank 0 cannot
+write one of its small files. Reading is Megatron's own.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import core
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_paint.disk import disk_errors
 from megatron_paint.errors import UserError
-from megatron_paint.mcore.agree import all_ranks_do
+from megatron_paint.mcore.agree import all_ranks_do, first_rank_does
 from megatron_paint.mcore.world import World
 
 
-class _AgreedStrategy(TorchDistSaveShardedStrategy):
-    """Writes all ranks' tensors through torch's own writer, whose errors reach every rank."""
+def copy_distributed(state: dict[str, Any], folder: Path, world: World, *, named: Path) -> Callable[[World], None]:
+    """Copies what this rank is to write of `state` to host memory; all ranks call together.
 
-    def __init__(self, world: World) -> None:
+    The function that is returned writes the copy into the empty `folder`, on all ranks together, with the world whose
+    host group it is to talk over. Rank 0 writes the small part that has no tensors at once. named: the folder that a
+    UserError names. UserError, from either: a disk refused, on this rank or on another.
+    """
+    strategy = _CopyStrategy(world, named=named)
+    try:
+        with disk_errors(named):
+            dist_checkpointing.save(state, str(folder), sharded_strategy=strategy, async_sharded_save=True)
+    except UserError as error:
+        if not strategy.begun:  # the others wait at the strategy's beginning
+            all_ranks_do(world, _raiser(error))
+        raise
+    return strategy.copy.write
+
+
+def _raiser(error: Exception) -> Callable[[], None]:
+    def fail() -> None:
+        raise error
+
+    return fail
+
+
+class _CopyStrategy(TorchDistSaveShardedStrategy):
+    """Stands in Megatron's place for a writer: agrees with the other ranks on who writes what, and copies it."""
+
+    def __init__(self, world: World, *, named: Path) -> None:
         super().__init__("torch_dist", 1)
-        self.world = world
-        self.begun = self.done = False
+        self.world, self.named = world, named
+        self.begun = False
 
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
-        """Called by Megatron on all ranks between the files that rank 0 writes alone."""
+    def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path, *_: Any) -> AsyncRequest:
+        """Called by Megatron on all ranks after rank 0 has written its common part."""
         self.begun = True
         all_ranks_do(self.world, lambda: None)
         state, *_ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        torch_checkpoint.save(
-            mcore_to_pyt_state_dict(state, False),
-            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir),
-            planner=MCoreSavePlanner(flatten_state_dict=False),
-            process_group=self.world.host_group,
-        )
-        self.done = True
+        state = mcore_to_pyt_state_dict(state, False)
+        self.copy = _Copy(state, Path(checkpoint_dir), self.world, named=self.named)
+        return AsyncRequest(None, (), [])
 
 
-def save_distributed(state: dict[str, Any], folder: Path, world: World, *, named: Path) -> None:
-    """Writes `state` into the empty `folder`; all ranks call together and all come back.
+class _Copy:
+    """What this rank is to write, in host memory: torch's own plan, carried out later."""
 
-    named: the folder that a UserError names. UserError: a disk refused, on this rank or on another.
-    """
-    strategy = _AgreedStrategy(world)
-    try:
-        with disk_errors(named):
-            _save(state, folder, strategy)
-    except UserError as error:
-        message = str(error)
-        if not strategy.begun:  # the others wait at the strategy's beginning
+    def __init__(self, state: dict[str, Any], folder: Path, world: World, *, named: Path) -> None:
+        self.folder, self.named = folder, named
+        self.writer = FileSystemWriter(folder)
+        planner, first = MCoreSavePlanner(flatten_state_dict=False), world.rank == 0
+        planner.set_up_planner(state, self.writer.storage_meta(), first)
+        self.writer.set_up_storage_writer(first)
+        plans = _gathered(self.writer.prepare_local_plan(planner.create_local_plan()), world)
+        if first:
+            plans, self.metadata = planner.create_global_plan(plans)
+            plans = self.writer.prepare_global_plan(plans)
+        mine: list[SavePlan | None] = [None]
+        dist.scatter_object_list(mine, plans, src=0, group=world.host_group)
+        self.plan = planner.finish_plan(mine[0])
+        self.data = {item.index: _in_host_memory(planner.resolve_data(item)) for item in self.plan.items}
 
-            def fail() -> None:
-                raise UserError(message)
+    def resolve_data(self, item: WriteItem) -> Any:
+        """What torch's writer asks a planner for."""
+        return self.data[item.index]
 
-            all_ranks_do(world, fail)
-        if strategy.done:  # the others wait at Megatron's last barrier
-            dist.barrier()
-        raise
+    def write(self, world: World) -> None:
+        """Every rank's tensors, then rank 0's two files that make them a checkpoint."""
+        written: list[list[WriteResult]] = []
+        all_ranks_do(world, lambda: written.append(self._write_mine()))
+        everyones = _gathered(written[0], world)
+        first_rank_does(world, lambda: self._finish(everyones))
+
+    def _write_mine(self) -> list[WriteResult]:
+        with disk_errors(self.named):
+            return self.writer.write_data(self.plan, self).wait()
+
+    def _finish(self, results: list[list[WriteResult]]) -> None:
+        with disk_errors(self.named):
+            self.writer.finish(self.metadata, results)
+            core.save_config(core.CheckpointingConfig("torch_dist", 1), str(self.folder))
 
 
-def _save(state: dict[str, Any], folder: Path, strategy: _AgreedStrategy) -> None:
-    try:
-        dist_checkpointing.save(state, str(folder), sharded_strategy=strategy)
-    except torch_checkpoint.CheckpointException as failure:
-        error, _ = next(iter(failure.failures.values()))
-        raise error from failure
+def _gathered(mine: Any, world: World) -> list | None:
+    """What each rank gives, by rank, on rank 0."""
+    everyones = [None] * world.size if world.rank == 0 else None
+    dist.gather_object(mine, everyones, dst=0, group=world.host_group)
+    return everyones
+
+
+def _in_host_memory(data: Any) -> Any:
+    return data.detach().to("cpu", copy=True) if isinstance(data, torch.Tensor) else data

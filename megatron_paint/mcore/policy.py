@@ -31,7 +31,7 @@ from megatron_paint.mcore.batch import (
     make_micro_batches,
     token_multiple,
 )
-from megatron_paint.mcore.checkpoint import has_adapters, load_checkpoint, load_weights, save_checkpoint
+from megatron_paint.mcore.checkpoint import copy_checkpoint, has_adapters, load_checkpoint, load_weights
 from megatron_paint.mcore.generate import BatchLimits, Generator
 from megatron_paint.mcore.hf_checkpoint import export_adapters, export_stage, load_stage
 from megatron_paint.mcore.lora import add_adapters
@@ -41,6 +41,7 @@ from megatron_paint.mcore.response_rows import response_rows
 from megatron_paint.mcore.scores import NonFinite, score_samples
 from megatron_paint.mcore.teacher import Teacher
 from megatron_paint.mcore.world import World
+from megatron_paint.mcore.writer import Writer
 from megatron_paint.objectives.losses import CrossEntropyLoss
 from megatron_paint.plan import cache_bytes_per_token
 from megatron_paint.policy import GenerationRequest, ResponseRows, SamplingParameters, TokenLoss
@@ -72,6 +73,7 @@ class MegatronPolicy:
         self.optimizer = make_optimizer(self.wrapped, settings.optimizer, megatron) if trained else None
         taught = trained and settings.objective.has_teacher
         self.teacher = Teacher(self.stage, settings.objective.teacher if taught else TeacherSettings(weights="current"))
+        self.writer = Writer(world)
         self.multiple = token_multiple(megatron)
         self.generator = Generator(
             self.stage,
@@ -120,7 +122,11 @@ class MegatronPolicy:
         return [score.token_logprobs for score in scores]
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
-        save_checkpoint(folder, self.stage, self.optimizer, self.teacher, state, self.world)
+        write = copy_checkpoint(folder, self.stage, self.optimizer, self.teacher, state, self.world)
+        self.writer.start(write)
+
+    def finish_save(self, *, wait: bool) -> bool:
+        return self.writer.finish(wait=wait)
 
     def load(self, folder: Path) -> dict[str, Any]:
         return load_checkpoint(folder, self.stage, self.optimizer, self.teacher)

@@ -19,6 +19,7 @@ from megatron_paint.plan import data_parallel_size
 
 # Of messages between hosts: all ranks wait in one while rank 0 reads and grades a data set or writes to a slow disk.
 HOST_TIMEOUT = timedelta(hours=12)
+TIMEOUT = timedelta(minutes=10)  # torch's, of NCCL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +55,11 @@ class World:
         return self.pp_rank == self.pp_size - 1
 
 
-def start_world(megatron: MegatronSettings, *, backend: str | None = None) -> World:
+def start_world(megatron: MegatronSettings, *, hang_seconds: float | None = None, backend: str | None = None) -> World:
     """Joins the process group that RANK, WORLD_SIZE and MASTER_ADDR describe and forms Megatron's groups.
 
-    Without these variables the world is this one process. The backend is NCCL with CUDA, else gloo.
+    Without these variables the world is this one process. The backend is NCCL with CUDA, else gloo. hang_seconds: after
+    how long, at most, something else than a collective's time-out ends a hang.
     """
     _silence_known_warnings()
     os.environ.update(engine_environment(megatron))  # before Megatron imports Transformer Engine
@@ -69,7 +71,7 @@ def start_world(megatron: MegatronSettings, *, backend: str | None = None) -> Wo
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
-    timeout = timedelta(minutes=megatron.distributed_timeout_minutes)
+    timeout = _collective_timeout(megatron, hang_seconds)
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
         dist.init_process_group(backend or ("nccl" if on_gpu else "gloo"), timeout=timeout, **alone)
@@ -78,7 +80,7 @@ def start_world(megatron: MegatronSettings, *, backend: str | None = None) -> Wo
         tensor_model_parallel_size=megatron.tensor_model_parallel_size,
         pipeline_model_parallel_size=megatron.pipeline_model_parallel_size,
         expert_model_parallel_size=megatron.expert_model_parallel_size,
-        distributed_timeout_minutes=megatron.distributed_timeout_minutes,
+        distributed_timeout_minutes=timeout // timedelta(minutes=1),
     )
     _seed_libraries()
     return World(
@@ -98,6 +100,12 @@ def start_world(megatron: MegatronSettings, *, backend: str | None = None) -> Wo
         replica_group=parallel_state.get_model_parallel_group(),
         host_group=dist.new_group(backend="gloo", timeout=HOST_TIMEOUT),
     )
+
+
+def _collective_timeout(megatron: MegatronSettings, hang_seconds: float | None) -> timedelta:
+    if megatron.distributed_timeout_minutes is not None:
+        return timedelta(minutes=megatron.distributed_timeout_minutes)
+    return TIMEOUT + timedelta(seconds=hang_seconds or 0.0)
 
 
 def stop_world() -> None:

@@ -18,6 +18,7 @@ from megatron_paint.disk import COMPLETE, NewFolder, append_line, clear_left_ove
 from megatron_paint.errors import UserError, about
 from megatron_paint.evaluation.summary import read_report
 from megatron_paint.records import EvalReport
+from megatron_paint.run.heartbeat import clear_beats
 from megatron_paint.run.settings_file import changed_keys, moved_decay, plain, read_yaml, to_yaml
 from megatron_paint.schedule import Task
 from megatron_paint.strict_json import to_json
@@ -111,6 +112,7 @@ class RunFolder:
     def _take_back(self, step: int) -> None:
         for folder in (self.path, *(self.path / kind for kind in ("samples", "eval", "checkpoints", "hf"))):
             clear_left_overs(folder)
+        clear_beats(self.heartbeats)
         kept = [line for line, at in self._metric_lines() if at <= step]
         write_atomically(self.metrics_file, "".join(line + "\n" for line in kept))
         with disk_errors(self.path):
@@ -202,7 +204,7 @@ class RunFolder:
             unfinished = NewFolder(self.checkpoint_folder(step)).unfinished
             with disk_errors(unfinished):
                 self.checkpoint_folder(step).rename(unfinished)
-                shutil.rmtree(unfinished)
+            shutil.rmtree(unfinished, ignore_errors=True)
 
     def hf_folder(self, step: int) -> Path:
         """Where the exported checkpoint of one step stands."""

@@ -1,8 +1,8 @@
 """A sign of life of each rank, and the watch that ends a run which has none.
 
 Whatever takes long says `beat(phase)` as it goes on. A thread writes the last beat to a file of the rank's own. Where
-there has been none for too long it writes down where all threads stand, says which rank is behind, and ends the
-process, so that the job can start again from its last checkpoint.
+no rank has had one for too long it writes down where all threads stand, says which rank is behind, and ends the
+process, so that the job can start again from its last checkpoint. A rank that only waits for one that goes on is well.
 """
 
 import faulthandler
@@ -21,7 +21,7 @@ from megatron_paint.disk import disk_errors
 LONG_PHASES = ("start", "checkpoint", "export", "evaluation")
 LONG = 10  # times as long may those take between two beats; ours
 WRITE_SECONDS = 10.0
-SETTLE_SECONDS = 3.0  # for all ranks to notice
+SETTLE_SECONDS = 3.0  # beyond one look of every rank, for all to notice
 HUNG = 70  # EX_SOFTWARE
 
 
@@ -56,6 +56,7 @@ class Heart:
         self.folder, self.rank, self.limit, self.give_up = folder, rank, limit, give_up
         self._interval = min(write_seconds, limit / 4) if limit else write_seconds
         self._state = ("start", 0, time.time())  # phase, step, since: one assignment, seen whole
+        self._quiet_at = 0.0  # when all ranks' beats, as last read, will have been too long ago
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
@@ -79,17 +80,37 @@ class Heart:
         self._state = (phase or phase_before, step_before if step is None else step, time.time())
 
     def _watch(self) -> None:
+        quiet, seen, before = 0.0, self._state, time.monotonic()
         while not self._ended.wait(self._interval):
-            self._write()
-            phase, _, since = self._state
-            if self.limit is not None and time.time() - since > self.limit * (LONG if phase in LONG_PHASES else 1):
+            now = time.monotonic()
+            # At most twice what was waited: a process that its batch system suspended has not been hanging.
+            quiet = quiet + min(now - before, 2 * self._interval) if self._state is seen else 0.0
+            seen, before = self._state, now
+            if self.limit is not None and quiet > self._allowed(seen[0]) and self._all_are_quiet():
                 self._give_up()
+            self._write()
+
+    def _allowed(self, phase: str) -> float:
+        return self.limit * (LONG if phase in LONG_PHASES else 1)
+
+    def _all_are_quiet(self) -> bool:
+        """Whether no rank has had a beat for as long as it may; the files are read no more often than that can be."""
+        if time.time() < self._quiet_at:
+            return False
+        beats = read_beats(self.folder)
+        # A file is as old as two looks of its rank.
+        ends = (beat.since + self._allowed(beat.phase) + 2 * self._interval for beat in beats)
+        self._quiet_at = max(ends, default=0.0)
+        return time.time() >= self._quiet_at
 
     def _give_up(self) -> None:
+        last_resort = threading.Timer(2 * (self._interval + SETTLE_SECONDS), os._exit, [HUNG])
+        last_resort.daemon = True
+        last_resort.start()  # a disk may be what hangs
         with suppress(OSError), open(self.folder / f"stacks_{self.rank:05d}.txt", "w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         self._write(hung=True)
-        time.sleep(SETTLE_SECONDS)
+        time.sleep(self._interval + SETTLE_SECONDS)
         beats = read_beats(self.folder)
         speaker = min((beat.rank for beat in beats if beat.hung), default=self.rank)
         if speaker == self.rank:
@@ -108,11 +129,20 @@ class Heart:
             written=time.time(),
             hung=hung,
         )
-        # A sign of life is not worth ending a run for: a disk that refuses it refuses the next checkpoint aloud.
-        with suppress(OSError):
-            unfinished = self.folder / f".rank_{self.rank:05d}.{os.getpid()}.unfinished"
+        unfinished = self.folder / f".rank_{self.rank:05d}.{os.getpid()}.unfinished"
+        try:
             unfinished.write_text(json.dumps(asdict(beat)), encoding="utf-8")
             unfinished.replace(self.folder / f"rank_{self.rank:05d}.json")
+        except OSError:  # not worth ending a run for: a disk that refuses it refuses the next checkpoint aloud
+            with suppress(OSError):
+                unfinished.unlink(missing_ok=True)
+
+
+def clear_beats(folder: Path) -> None:
+    """Removes the beats of an earlier life, which may have had more ranks; the stacks of its hang stay."""
+    for file in [*folder.glob("rank_*.json"), *folder.glob(".rank_*.unfinished")]:
+        with suppress(OSError):
+            file.unlink()
 
 
 def read_beats(folder: Path) -> list[Beat]:

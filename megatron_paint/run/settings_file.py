@@ -14,7 +14,7 @@ from megatron_paint.errors import UserError
 
 # How long, how often and where; none of these changes what a step computes, but run.steps where a decay ends there.
 FREE_RUN = {"dir", "steps", "save_every", "evaluate_every", "export_every", "resume", "tensorboard"}
-FREE_RUN |= {"keep_last", "keep_every", "exit_before_limit_s", "hang_timeout_s", "max_skipped_steps"}
+FREE_RUN |= {"async_save", "keep_last", "keep_every", "exit_before_limit_s", "hang_timeout_s", "max_skipped_steps"}
 FREE = {f"run.{name}" for name in FREE_RUN} | {
     "run.self_check_limit",
     "run.sampler_gap_limit",

@@ -17,22 +17,22 @@ class StopRequest(NotedSignals):
     """Notes, between `__enter__` and `__exit__`, that this process has been asked to stop; nothing is interrupted.
 
     A further signal changes nothing: the checkpoint that is being written is finished. end_at: when the job ends, in
-    seconds since 1970; margin: how long before it to stop.
+    seconds since 1970, None: never; margin: how long before it to stop.
     """
 
-    def __init__(
-        self, *, end_at: float | None = None, margin: float = 0.0, clock: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, *, margin: float = 0.0, clock: Callable[[], float] = time.time) -> None:
         # Even where they are ignored: a job script has its launchers ignore them, and ranks inherit that.
         super().__init__(STOPPING, also_ignored=True)
-        self._end_at, self._margin, self._clock = end_at, margin, clock
+        self.end_at: float | None = None
+        self._margin, self._clock = margin, clock
 
-    def reason(self) -> str | None:
-        """Why to stop, None while there is no reason."""
+    def reason(self, *, next_seconds: float = 0.0) -> str | None:
+        """Why to stop, None while there is no reason; next_seconds: until it can be asked again."""
         if self.signal is not None:
             return self.signal.name
-        if self._end_at is not None and self._clock() >= self._end_at - self._margin:
-            return f"the job's time limit in {max(0.0, self._end_at - self._clock()):.0f} s"
+        if self.end_at is not None and self._clock() + next_seconds >= self.end_at - self._margin:
+            left = max(0.0, self.end_at - self._clock())
+            return f"the job's time limit in {left:.0f} s (run.exit_before_limit_s={self._margin:g})"
         return None
 
 

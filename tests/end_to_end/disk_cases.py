@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
-from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing import core
 from torch.distributed.checkpoint import FileSystemWriter
 
 import megatron_paint.disk
@@ -68,7 +68,11 @@ def main() -> None:
     world = start_world(settings.megatron)
     policy = MegatronPolicy(settings, read_shape(settings.model.hf_path), world)
     policy.load(checkpoint)
-    save = partial(policy.save, out / "checkpoint", {"step": 1})
+
+    def save() -> None:
+        policy.save(out / "checkpoint", {"step": 1})
+        policy.finish_save(wait=True)
+
     export = partial(policy.export, out / "export")
     save()
     export()
@@ -76,7 +80,7 @@ def main() -> None:
         "first file of rank 0": (save, partial(no_byte, rank=0)),
         "tensors of rank 1": (save, partial(no_byte, rank=1)),
         "metadata of the tensors": (save, partial(full_at, owner=FileSystemWriter, name="finish")),
-        "metadata of the checkpoint": (save, partial(full_at, owner=serialization, name="save_config")),
+        "metadata of the checkpoint": (save, partial(full_at, owner=core, name="save_config")),
         "flush": (save, partial(full_at, owner=megatron_paint.disk, name="sync")),
         "export": (export, partial(no_byte, rank=0)),
         "first of many shards": (partial(in_small_shards, policy, out / "export"), partial(no_byte, rank=0)),

@@ -75,6 +75,7 @@ def main() -> None:
         ]
         if part == "first":
             policy.save(saved / case.name, {"step": HALF})
+            policy.finish_save(wait=True)
         policy.export(out / case.name)
     if world.rank == 0:
         torch.save(losses, out / "losses.pt")

@@ -1,15 +1,35 @@
 """Runs in which something goes wrong at a set step: targets for `tests.end_to_end.ranks`."""
 
+import itertools
+import json
 import os
 import signal
 import sys
+import threading
 import time
 
-from megatron_paint import cli
+from megatron_paint import cli, disk
+from megatron_paint.disk import NewFolder
+from megatron_paint.mcore import checkpoint, distributed_format
+from megatron_paint.mcore.policy import MegatronPolicy
+from megatron_paint.mcore.writer import Writer
 from megatron_paint.objectives import Paint
+from megatron_paint.run.folder import RunFolder
 from megatron_paint.run.heartbeat import Heart
+from megatron_paint.run.stop import StopRequest
 
 AT = 2
+CALLS = {
+    "copy": (checkpoint, "copy_distributed"),
+    "write": (distributed_format.FileSystemWriter, "write_data"),
+    "checksum": (checkpoint, "checksums_of"),
+    "metadata": (distributed_format.core, "save_config"),
+    "flush": (disk, "sync"),
+    "rename": (disk.os, "replace"),
+    "finish": (NewFolder, "finish"),
+    "remove": (RunFolder, "remove_checkpoints"),
+    "record": (RunFolder, "append_metrics"),
+}
 
 
 def _before_step(act) -> None:
@@ -59,26 +79,89 @@ def hanging() -> None:
     _before_step(act)
 
 
-def in_a_job() -> None:
-    """The last argument is when the job ends, as Slurm would tell in the environment."""
-    os.environ["SLURM_JOB_END_TIME"] = sys.argv.pop()
+def signalled_at_the_start() -> None:
+    """Rank 1 is told to stop while it makes its model."""
+    whole = MegatronPolicy.__init__
+
+    def make(self, *arguments, **options):
+        whole(self, *arguments, **options)
+        if int(os.environ["RANK"]) == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    MegatronPolicy.__init__ = make
     sys.exit(cli.main(sys.argv[1:]))
 
 
-def killed() -> None:
-    """The last argument, RANK:N, is the rank that dies at its N-th sign of life (a token, a micro-batch, a phase) after
-    the start, or at the -N-th within it."""
-    rank, number = map(int, sys.argv.pop().split(":"))
-    if int(os.environ["RANK"]) == rank:
-        whole, counts = Heart.beat, {True: 0, False: 0}
+def in_a_job_that_ends_soon() -> None:
+    """The job ends in 200 s, as Slurm tells in the environment."""
+    os.environ["SLURM_JOB_END_TIME"] = str(time.time() + 200)
+    sys.exit(cli.main(sys.argv[1:]))
 
-        def beat(self, *arguments, **options):
-            whole(self, *arguments, **options)
-            started = self._state[1] > 0
-            counts[started] += 1
-            if counts[started] == (number if started else -number):
-                self._write()  # for the test to see in which phase
+
+def in_a_job_that_ends_in_step_1() -> None:
+    """By step 1 there are 200 s left."""
+    requests, whole = [], StopRequest.__enter__
+
+    def enter(self):
+        requests.append(self)
+        return whole(self)
+
+    def act(step: int) -> None:
+        if step == 1:
+            requests[0].end_at = time.time() + 200
+
+    StopRequest.__enter__ = enter
+    _before_step(act)
+
+
+def slow_to_write() -> None:
+    """The checkpoint of step 2 waits until step 4 begins; then rank 0 says which checkpoints there are."""
+    may_write, whole = threading.Event(), Writer.start
+
+    def start(self, write):
+        def write_later(world):
+            assert may_write.wait(300)
+            write(world)
+
+        whole(self, write_later)
+
+    def act(step: int) -> None:
+        if step == 2 * AT:
+            if int(os.environ["RANK"]) == 0:
+                run = next(argument for argument in sys.argv if argument.startswith("run.dir=")).removeprefix(
+                    "run.dir="
+                )
+                found = RunFolder(run).checkpoints()
+                print(json.dumps({"event": "held", "message": f"checkpoints after step {step - 1}: {found}"}))
+            may_write.set()
+
+    Writer.start = start
+    _before_step(act)
+
+
+def killed() -> None:
+    """The last argument, RANK:WHERE:N, is the rank that dies, and at what: at its N-th sign of life (a token, a
+    micro-batch) in a phase, or before its first step ("start"), or at the N-th call of one of `CALLS`."""
+    rank, where, number = sys.argv.pop().split(":")
+    if int(os.environ["RANK"]) == int(rank):
+        count = itertools.count(1)
+
+        def die_in_time() -> None:
+            if next(count) == int(number):
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        Heart.beat = beat
+        if where in CALLS:
+            owner, name = CALLS[where]
+            call = getattr(owner, name)
+            setattr(owner, name, lambda *arguments, **options: (die_in_time(), call(*arguments, **options))[1])
+        else:
+            whole = Heart.beat
+
+            def beat(self, *arguments, **options):
+                whole(self, *arguments, **options)
+                phase, step, _ = self._state
+                if where == (phase if step else "start"):
+                    die_in_time()
+
+            Heart.beat = beat
     sys.exit(cli.main(sys.argv[1:]))

@@ -1,8 +1,8 @@
 """Faults without a cluster: each ends in a run that goes on as if nothing had been, or in one clear error."""
 
 import json
+import re
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -52,20 +52,41 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(trained, tmp_path):  #
     assert read_status(run).state == "finished"
 
 
-def test_the_end_of_the_job_stops_a_run(trained, tmp_path, monkeypatch):  # noqa: F811
-    """A job that ends in 200 s, of which 300 are to be left: it stops after its first step."""
-    end = time.time() + 200
-    settings = trained.settings
-    ended = ranks.run(
-        tmp_path,
-        *("train", settings, f"run.dir={tmp_path / 'run'}", "evaluation.problems=null", "--json", str(end)),
-        target=f"{SPOILT}:in_a_job",
-    )
+@pytest.mark.parametrize(("target", "step"), [("in_a_job_that_ends_soon", 0), ("in_a_job_that_ends_in_step_1", 1)])
+def test_the_end_of_the_job_stops_a_run(trained, tmp_path, target, step):  # noqa: F811
+    """A job that ends in 200 s, of which 300 are to be left, as it is told at the start or as time goes by."""
+    ended = train(trained, tmp_path, target=target)
     assert ended.statuses == [75, 75], ended
     (stopped,) = events(ended, "result")
-    assert stopped["step"] == 1
-    assert stopped["reason"].startswith("the job's time limit in 1")
-    assert RunFolder(tmp_path / "run").checkpoints() == [1]
+    assert stopped["step"] == step
+    assert re.fullmatch(r"the job's time limit in (1\d\d|200) s \(run.exit_before_limit_s=300\)", stopped["reason"])
+    assert RunFolder(tmp_path / "run").checkpoints() == [step][:step]
+
+
+def test_a_signal_before_the_first_step(trained, tmp_path):  # noqa: F811
+    """Rank 1 gets it while it loads the model; nothing was done, and the same command does all."""
+    ended = train(trained, tmp_path, target="signalled_at_the_start")
+    assert ended.statuses == [75, 75], ended
+    (stopped,) = events(ended, "result")
+    assert "Stopped before the first step by SIGUSR1" in stopped["message"]
+    assert RunFolder(tmp_path / "run").checkpoints() == []
+    again = train(trained, tmp_path)
+    assert again.statuses == [0, 0], again
+    check_is_as_if_unbroken(tmp_path / "run", trained)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(trained, tmp_path):  # noqa: F811
+    """The checkpoint of step 2 is held back until step 3 is done, and yet it is that of step 2."""
+    run = tmp_path / "run"
+    ended = train(trained, tmp_path, target="slow_to_write")
+    assert ended.statuses == [0, 0], ended
+    assert [event["message"] for event in events(ended, "held")] == ["checkpoints after step 3: []"]
+    check_is_as_if_unbroken(run, trained)
+    shutil.rmtree(run / "checkpoints" / "step_000004")
+    shutil.rmtree(run / "hf")
+    again = train(trained, tmp_path)
+    assert [event["step"] for event in events(again, "step")] == [3, 4]
+    check_is_as_if_unbroken(run, trained)
 
 
 def truncate(file: Path) -> str:
@@ -87,7 +108,7 @@ def remove(file: Path) -> str:
 
 @pytest.mark.parametrize(
     ("name", "spoil"),
-    [("__1_0.distcp", truncate), ("__0_0.distcp", flip), (".metadata", remove), ("run_state.json", flip)],
+    [("__1_0.distcp", truncate), ("__0_0.distcp", flip), (".metadata", remove), (CHECKSUMS, remove)],
 )
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(trained, tmp_path, name, spoil):  # noqa: F811
     run = tmp_path / "run"
@@ -106,17 +127,26 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(trained, tmp
     check_is_as_if_unbroken(run, trained)
 
 
-def test_all_checkpoints_damaged_is_an_error_where_one_is_required(trained, tmp_path):  # noqa: F811
+def test_nothing_is_touched_where_no_checkpoint_is_whole(trained, tmp_path):  # noqa: F811
+    """It may be the disk that is unwell; to begin anew would take all back that the run has written."""
     run = tmp_path / "run"
     shutil.copytree(trained.run, run)
     for step in (2, 4):
         truncate(run / "checkpoints" / f"step_{step:06d}" / CHECKSUMS)
-    ended = ranks.train(tmp_path, trained.settings, f"run.dir={run}", "run.resume=required")
-    assert "holds no complete checkpoint to resume from" in ended.message
-    assert {entry.name for entry in (run / "checkpoints").iterdir()} == {
-        "damaged_1_step_000002",
-        "damaged_1_step_000004",
-    }
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    message = ranks.train(tmp_path, trained.settings, f"run.dir={run}", "run.resume=auto").message
+    assert "step_000004 is damaged: checksums.json is not what was written" in message
+    assert "and so is every other there (2 in all). Nothing was changed" in message
+    after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_another_setting_is_refused_before_a_damaged_checkpoint_is_set_aside(trained, tmp_path):  # noqa: F811
+    run = tmp_path / "run"
+    shutil.copytree(trained.run, run)
+    truncate(run / "checkpoints" / "step_000004" / CHECKSUMS)
+    assert "optimizer.lr" in train(trained, tmp_path, "optimizer.lr=0.5").message
+    assert (run / "checkpoints" / "step_000004").is_dir()
 
 
 def test_old_checkpoints_go_when_newer_ones_are_whole(trained, tmp_path):  # noqa: F811

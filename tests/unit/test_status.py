@@ -94,10 +94,13 @@ def test_which_checkpoints_go(keep, gone):
 
 def test_a_job_is_stopped_before_its_end():
     now = [100.0]
-    request = StopRequest(end_at=1000.0, margin=300.0, clock=lambda: now[0])
-    assert request.reason() is None
+    request = StopRequest(margin=300.0, clock=lambda: now[0])
+    assert request.reason(next_seconds=1e9) is None
+    request.end_at = 1000.0
+    assert request.reason(next_seconds=599.0) is None
+    assert request.reason(next_seconds=600.0) == "the job's time limit in 900 s (run.exit_before_limit_s=300)"
     now[0] = 700.0
-    assert request.reason() == "the job's time limit in 300 s"
+    assert request.reason() == "the job's time limit in 300 s (run.exit_before_limit_s=300)"
 
 
 def test_signals_are_noted_and_handlers_given_back():

@@ -27,10 +27,18 @@ ANSWER = Graded(
 class Notes(list):
     """A policy, an objective and an evaluator that note what they are asked for."""
 
+    begun = None  # a checkpoint's folder
+
     def save(self, folder, state):
         self.append(("save", state["step"]))
         self.state = state
-        self._write(folder, mark=True)
+        self.begun = folder
+
+    def finish_save(self, *, wait):
+        begun, self.begun = self.begun, None
+        if begun is not None:
+            self._write(begun, mark=True)
+        return begun is not None
 
     def export(self, folder):
         self.append(("export", int(folder.name[-6:])))
@@ -150,7 +158,7 @@ def test_groups_are_taken_down_where_nobody_can_be_waited_for(monkeypatch, ranks
             raise fails
         return SimpleNamespace(policy=None, problems=None, prompts=None, progress=None, train=lambda: None)
 
-    monkeypatch.setattr(world_module, "start_world", lambda _: SimpleNamespace(size=ranks))
+    monkeypatch.setattr(world_module, "start_world", lambda *_, **__: SimpleNamespace(size=ranks))
     monkeypatch.setattr(world_module, "stop_world", lambda: stopped.append(True))
     monkeypatch.setattr(trainer, "prepare", prepare)
     monkeypatch.setattr(trainer, "self_check", lambda *_: None)
