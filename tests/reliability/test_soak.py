@@ -14,7 +14,7 @@ from tests.end_to_end.conftest import trained  # noqa: F401
 from tests.end_to_end.test_resume import check_whole, metrics, same, weights
 
 KILLS = int(os.environ.get("MEGATRON_PAINT_KILLS", "10"))
-STEPS_A_KILL = 1.2  # steps that a life adds, about
+STEPS_A_KILL = 1.0  # steps that a life adds, about
 # Where a rank dies and up to at which time of coming there in its life; what rank 0 alone does is below.
 WHERE = {"start": 8, "rollout": 40, "teacher": 4, "student": 4, "optimizer": 2, "checkpoint": 2}
 WHERE |= {"copy": 2, "write": 2, "checksum": 2}

@@ -1,0 +1,133 @@
+"""How long training waits for a checkpoint, with and without `run.async_save`, and what the write costs the steps.
+
+    python benchmarks/checkpoint.py [--layers 8] [--rounds 5] [--folder FOLDER]
+
+One process, a Qwen3 of random weights in float32 with AdamW and an initial teacher. A round: steps alone; a save that
+is waited for; a save, with steps until its file `complete` stands. All in one process, alternating; medians.
+"""
+
+import argparse
+import random
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from megatron_paint.config import DataSettings, ModelSettings, RunSettings, Settings
+from megatron_paint.losses import InterpolationLossConfig
+from megatron_paint.mcore.world import start_world, stop_world
+from megatron_paint.objectives.losses import DistillationLoss
+from megatron_paint.qwen3 import read_shape
+from megatron_paint.records import Problem, Rollout, Sample
+
+VOCABULARY = 16_384
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="where checkpoints are written (default: a temporary folder)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        make_model(f"{folder}/model", options.layers)
+        settings = Settings(
+            model=ModelSettings(hf_path=f"{folder}/model", dtype="float32"),
+            data=DataSettings(train="none"),
+            run=RunSettings(dir="none"),
+        )
+        world = start_world(settings.megatron)
+        from megatron_paint.mcore.policy import MegatronPolicy
+
+        policy = MegatronPolicy(settings, read_shape(settings.model.hf_path), world)
+        measure(policy, Path(folder) / "checkpoint", rounds=options.rounds)
+        stop_world()
+
+
+def make_model(folder: str, layers: int) -> None:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        tie_word_embeddings=True,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+
+
+def measure(policy, checkpoint: Path, *, rounds: int) -> None:
+    loss = DistillationLoss(config=InterpolationLossConfig(), chunk_bytes=1e8, token_temperature=1.1)
+    samples = make_samples(4, tokens=96)
+
+    def step() -> None:
+        policy.update(samples, loss, lr=1e-6)
+
+    waited, copied, alone, beside, written = [], [], [], [], []
+    step()
+    for _ in range(rounds):
+        alone += [seconds(step) for _ in range(3)]
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        waited.append(seconds(lambda: (policy.save(checkpoint, {"step": 1}), policy.finish_save(wait=True))))
+        shutil.rmtree(checkpoint)
+        begun = time.perf_counter()
+        copied.append(seconds(lambda: policy.save(checkpoint, {"step": 1})))
+        while not policy.finish_save(wait=False):
+            beside.append(seconds(step))
+        written.append(time.perf_counter() - begun)
+    size = sum(file.stat().st_size for file in checkpoint.iterdir())
+    wait, copy, pace = (statistics.median(times) for times in (waited, copied, alone))
+    print(f"checkpoint of {size / 1e9:.2f} GB; a step alone takes {pace:.2f} s")
+    print("| | seconds | ratio |\n|---|---:|---:|")
+    print(f"| training waits, async_save: false | {wait:.2f} | 1 |")
+    print(f"| training waits, async_save: true | {copy:.2f} | {copy / wait:.3f} |")
+    print(f"| until the checkpoint stands, with steps beside it | {statistics.median(written):.2f} | |")
+    slowed = statistics.median(beside)
+    print(f"| a step beside the write | {slowed:.2f} | {slowed / pace:.2f} of alone |")
+
+
+def seconds(act) -> float:
+    begun = time.perf_counter()
+    act()
+    return time.perf_counter() - begun
+
+
+def make_samples(count: int, *, tokens: int) -> list[Sample]:
+    draw = random.Random(0)
+    samples = []
+    for index in range(count):
+        prompt, response = (tuple(draw.randrange(VOCABULARY) for _ in range(n)) for n in (40, tokens))
+        rollout = Rollout(
+            problem_id=str(index),
+            sample_index=0,
+            prompt_ids=prompt,
+            response_ids=response,
+            logprobs=None,
+            finished=True,
+        )
+        samples.append(
+            Sample(
+                problem=Problem(id=str(index), problem="", solution="", answer=""),
+                sample_index=0,
+                key=index,
+                student_prompt_ids=prompt,
+                teacher_prompt_ids=prompt[::-1],
+                response_ids=response,
+                rollout=rollout,
+            )
+        )
+    return samples
+
+
+if __name__ == "__main__":
+    main()
