@@ -30,7 +30,7 @@ class Plan:
     uses_engine: bool
     kernel: str  # who does the loss's elementwise work
     memory: dict[str, float]
-    saved: float  # of a checkpoint; copied to host memory
+    saved: float  # of a checkpoint's part of a rank, which is copied to host memory
 
     def lines(self, settings: Settings) -> list[str]:
         """The plan as a user reads it."""
@@ -54,7 +54,7 @@ class Plan:
         ]
         total = sum(self.memory.values())
         parts = ", ".join(f"{name} {_size(size)}" for name, size in self.memory.items() if size)
-        copied = "" if not settings.run.async_save else f"; a save copies {_size(self.saved)} to host memory"
+        copied = "" if not settings.run.async_save else f"; a save copies about {_size(self.saved)} to host memory"
         return [*rows, f"memory     about {_size(total)} a rank (estimate): {parts}{copied}"]
 
 
@@ -99,7 +99,7 @@ def make_plan(settings: Settings, *, processes: int) -> Plan:
         uses_engine=use_transformer_engine(megatron),
         kernel=loss_kernel(settings.objective.kernel),
         memory=_memory(settings, shape, tp=tp, pp=pp, dp=dp),
-        saved=_saved(settings, shape, tp=tp, pp=pp),
+        saved=checkpoint_bytes(settings, shape) / (tp * pp),  # the first replica writes for all
     )
 
 
@@ -182,26 +182,24 @@ def teacher_bytes(settings: Settings) -> int:
     return width if teacher.weights == "initial" and settings.model.lora is None else 0
 
 
-def _weights(settings: Settings, shape: Qwen3Shape, *, tp: int, pp: int) -> tuple[float, float]:
-    """Number of a rank's weights and of those that are trained; the last stage, with its share of embeddings."""
-    embedding = shape.vocab_size * shape.hidden_size
-    layers = shape.num_parameters - embedding * (1 if shape.tied else 2)
-    weights = (layers / pp + embedding) / tp
+def checkpoint_bytes(settings: Settings, shape: Qwen3Shape) -> int:
+    """Bytes of one checkpoint, estimated: weights, the optimiser's float32 state, and the teacher's own weights."""
     lora = settings.model.lora
-    return weights, weights if lora is None else adapter_parameters(shape, lora.rank) / pp / tp
-
-
-def _saved(settings: Settings, shape: Qwen3Shape, *, tp: int, pp: int) -> float:
-    """Bytes of a checkpoint that a rank of the first replica writes, the others' shares of the optimiser included."""
-    weights, trained = _weights(settings, shape, tp=tp, pp=pp)
-    return weights * WIDTHS[settings.model.dtype] + trained * (OPTIMIZER_BYTES + teacher_bytes(settings))
+    adapters = adapter_parameters(shape, lora.rank) if lora is not None else 0
+    trained = adapters if lora is not None else shape.num_parameters
+    width = WIDTHS[settings.model.dtype]
+    return (shape.num_parameters + adapters) * width + trained * (OPTIMIZER_BYTES + teacher_bytes(settings))
 
 
 def _memory(settings: Settings, shape: Qwen3Shape, *, tp: int, pp: int, dp: int) -> dict[str, float]:
     """Bytes per rank of what is held at once; the last stage, with its share of embeddings."""
-    width, lora = WIDTHS[settings.model.dtype], settings.model.lora
+    width = WIDTHS[settings.model.dtype]
     embedding = shape.vocab_size * shape.hidden_size
-    weights, trained = _weights(settings, shape, tp=tp, pp=pp)
+    layers = shape.num_parameters - embedding * (1 if shape.tied else 2)
+    weights = (layers / pp + embedding) / tp
+    trained = weights
+    if (lora := settings.model.lora) is not None:
+        trained = adapter_parameters(shape, lora.rank) / pp / tp
     teacher, held = settings.objective.teacher, teacher_bytes(settings)
     resting = 0 if teacher.offload else held
     # In place for a pass an average is a copy in the student's type, and weights from host memory are a copy as well.

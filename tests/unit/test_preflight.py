@@ -21,6 +21,7 @@ from megatron_paint.launch.preflight.finding import Finding, nodes_at_fault
 from megatron_paint.launch.preflight.identity import find_node
 from megatron_paint.launch.preflight.options import parse
 from megatron_paint.launch.preflight.verdict import failure_lines, summary
+from megatron_paint.plan import checkpoint_bytes
 from megatron_paint.qwen3 import Qwen3Shape
 
 NEEDED = ["--run", "r", "--rendezvous", "h:29500", "--settings", "s.yaml"]
@@ -261,13 +262,13 @@ def test_bytes_of_a_checkpoint():
     # By hand: a layer has 4*2*(2*2+2*1) + 2*2 attention, 3*4*6 feed-forward and 2*4 norms: 132; embedding 40, norm 4.
     weights = 2 * 132 + 40 + 4
     assert SHAPE.num_parameters == weights
-    assert space.checkpoint_bytes(settings(teacher=Teacher(weights="current")), SHAPE) == weights * (2 + 12)
-    assert space.checkpoint_bytes(settings(), SHAPE) == weights * (2 + 12 + 2)
+    assert checkpoint_bytes(settings(teacher=Teacher(weights="current")), SHAPE) == weights * (2 + 12)
+    assert checkpoint_bytes(settings(), SHAPE) == weights * (2 + 12 + 2)
     anchored = Teacher(weights="ema", ema_anchor=0.1)
-    assert space.checkpoint_bytes(settings(teacher=anchored), SHAPE) == weights * (2 + 12 + 4 + 2)
+    assert checkpoint_bytes(settings(teacher=anchored), SHAPE) == weights * (2 + 12 + 4 + 2)
     # Rank 1 on q, k, v, o, gate, up, down: (4+4) + (4+2) + (4+2) + (4+4) + 3*(4+6), in each of two layers.
     adapters = 2 * 58
-    adapted = space.checkpoint_bytes(settings(lora=LoraSettings(rank=1)), SHAPE)
+    adapted = checkpoint_bytes(settings(lora=LoraSettings(rank=1)), SHAPE)
     assert adapted == weights * 2 + adapters * (2 + 12)
 
 

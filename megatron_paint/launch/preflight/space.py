@@ -4,14 +4,9 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_paint.errors import UserError
 from megatron_paint.launch.preflight.finding import Finding
-
-if TYPE_CHECKING:
-    from megatron_paint.config import Settings
-    from megatron_paint.qwen3 import Qwen3Shape
 
 SETTINGS, SPACE = "settings", "space"
 COPIES = 2  # the old checkpoint stays until the new one is complete
@@ -27,6 +22,7 @@ def check_space(
 
     ranks: processes that will write a checkpoint.
     """
+    from megatron_paint.plan import checkpoint_bytes
     from megatron_paint.qwen3 import read_shape
     from megatron_paint.settings import load_settings
 
@@ -39,16 +35,6 @@ def check_space(
     needed = COPIES * checkpoint_bytes(read, shape)
     files = COPIES * (FILES_OF_A_RANK * ranks + FILES_BESIDE_RANKS)
     return [Finding(check=SETTINGS, ok=True, seen=str(settings)), room(run, needed, files, statvfs)]
-
-
-def checkpoint_bytes(settings: "Settings", shape: "Qwen3Shape") -> int:
-    """Bytes of one checkpoint, estimated: weights, the optimiser's float32 state, and the teacher's own weights."""
-    from megatron_paint.plan import OPTIMIZER_BYTES, WIDTHS, adapter_parameters, teacher_bytes
-
-    width, lora = WIDTHS[settings.model.dtype], settings.model.lora
-    adapters = adapter_parameters(shape, lora.rank) if lora is not None else 0
-    trained = adapters if lora is not None else shape.num_parameters
-    return (shape.num_parameters + adapters) * width + trained * (OPTIMIZER_BYTES + teacher_bytes(settings))
 
 
 def room(run: Path, needed: int, files: int, statvfs: Callable[[str], os.statvfs_result]) -> Finding:
