@@ -20,7 +20,7 @@ from megatron_paint.run.stop import STOPPED, STOPPING
 ENDING = (signal.SIGINT, signal.SIGHUP, *STOPPING)
 LOOK_SECONDS = 0.05
 SETTLE_SECONDS = 0.5  # a rank that was killed may be seen after one that only lost its connection to it
-GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
+GRACE_SECONDS = 5.0  # after another rank's failure: for what is begun on a disk to be taken back
 
 
 def number_of_processes(megatron: MegatronSettings, asked: int | None) -> int:
@@ -59,7 +59,7 @@ def run_here(arguments: Sequence[str], processes: int) -> int:
             _watch(ranks, told)
             exits = [rank.poll() for rank in ranks]
         finally:
-            _end(ranks)
+            _end(ranks, grace=0.0 if told.asks_to_end else GRACE_SECONDS)
         message, status = reason(exits, read_notes(notes))
         if told.asks_to_end or (told.signal and status not in (0, STOPPED)):
             message, status = stopped(told.signal)
@@ -125,12 +125,12 @@ def _watch(ranks: Sequence[subprocess.Popen], told: _EndingSignals) -> None:
         time.sleep(LOOK_SECONDS)
 
 
-def _end(ranks: Sequence[subprocess.Popen]) -> None:
-    """Ends the ranks that are left, and every process that they started."""
+def _end(ranks: Sequence[subprocess.Popen], *, grace: float) -> None:
+    """Ends the ranks that are left, and every process that they started; grace: seconds to end by themselves."""
     for rank in ranks:
         if rank.poll() is None:
             _signal_group(rank, signal.SIGTERM)
-    deadline = time.monotonic() + GRACE_SECONDS
+    deadline = time.monotonic() + grace
     while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
         time.sleep(LOOK_SECONDS)
     for rank in ranks:
