@@ -3,13 +3,17 @@
 import hashlib
 import json
 import socket
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, TypeVar
 
 from megatron_paint.errors import UserError
 
 CHECKSUMS = "checksums.json"
+AGAIN_AFTER = (1.0, 5.0, 20.0)  # seconds; ours
+
+T = TypeVar("T")
 
 
 class Damaged(Exception):
@@ -38,7 +42,7 @@ def read_checksums(folder: Path) -> dict[str, Checksum] | None:
     """What `write_checksums` wrote; None where it has not. Damaged: it holds something else. UserError: the disk."""
     file = folder / CHECKSUMS
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(_patiently(Path.read_text, file))
         return {name: Checksum(bytes=entry["bytes"], sha256=entry["sha256"]) for name, entry in found.items()}
     except FileNotFoundError:
         return None
@@ -56,16 +60,28 @@ def damage(folder: Path, checksums: Mapping[str, Checksum]) -> str | None:
     for name, wanted in checksums.items():
         file = folder / name
         try:
-            size = file.stat().st_size
+            size = _patiently(Path.stat, file).st_size
             if size != wanted["bytes"]:
                 return f"{name} has {size:,} bytes, not {wanted['bytes']:,}"
-            if _sha256(file) != wanted["sha256"]:
+            if _patiently(_sha256, file) != wanted["sha256"]:
                 return f"{name} is not what was written: its SHA-256 is another"
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:
             raise unreadable(file, error) from error
     return None
+
+
+def _patiently(read: Callable[[Path], T], file: Path) -> T:
+    """Reads again where a disk fails, as a shared one may for a moment."""
+    for seconds in AGAIN_AFTER:
+        try:
+            return read(file)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            time.sleep(seconds)
+    return read(file)
 
 
 def unreadable(file: Path, error: OSError) -> UserError:

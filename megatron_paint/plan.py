@@ -30,7 +30,7 @@ class Plan:
     uses_engine: bool
     kernel: str  # who does the loss's elementwise work
     memory: dict[str, float]
-    saved: float  # of a checkpoint's part of a rank, which is copied to host memory
+    saved: float  # host memory while a rank copies its part of a checkpoint
 
     def lines(self, settings: Settings) -> list[str]:
         """The plan as a user reads it."""
@@ -54,7 +54,7 @@ class Plan:
         ]
         total = sum(self.memory.values())
         parts = ", ".join(f"{name} {_size(size)}" for name, size in self.memory.items() if size)
-        copied = "" if not settings.run.async_save else f"; a save copies about {_size(self.saved)} to host memory"
+        copied = f"; a save takes about {_size(self.saved)} of host memory" if settings.run.async_save else ""
         return [*rows, f"memory     about {_size(total)} a rank (estimate): {parts}{copied}"]
 
 
@@ -99,7 +99,7 @@ def make_plan(settings: Settings, *, processes: int) -> Plan:
         uses_engine=use_transformer_engine(megatron),
         kernel=loss_kernel(settings.objective.kernel),
         memory=_memory(settings, shape, tp=tp, pp=pp, dp=dp),
-        saved=checkpoint_bytes(settings, shape) / (tp * pp),  # the first replica writes for all
+        saved=_saved(settings, shape) / (tp * pp),  # the first replica writes for all
     )
 
 
@@ -184,11 +184,20 @@ def teacher_bytes(settings: Settings) -> int:
 
 def checkpoint_bytes(settings: Settings, shape: Qwen3Shape) -> int:
     """Bytes of one checkpoint, estimated: weights, the optimiser's float32 state, and the teacher's own weights."""
+    trained = _trained(settings, shape)
+    weights = shape.num_parameters + (trained if settings.model.lora is not None else 0)
+    return weights * WIDTHS[settings.model.dtype] + trained * (OPTIMIZER_BYTES + teacher_bytes(settings))
+
+
+def _saved(settings: Settings, shape: Qwen3Shape) -> float:
+    """Bytes of a checkpoint and, once more, of the optimiser's state: Megatron gathers a sharded one in host memory."""
+    gathered = OPTIMIZER_BYTES * _trained(settings, shape) if settings.megatron.use_distributed_optimizer else 0
+    return checkpoint_bytes(settings, shape) + gathered
+
+
+def _trained(settings: Settings, shape: Qwen3Shape) -> int:
     lora = settings.model.lora
-    adapters = adapter_parameters(shape, lora.rank) if lora is not None else 0
-    trained = adapters if lora is not None else shape.num_parameters
-    width = WIDTHS[settings.model.dtype]
-    return (shape.num_parameters + adapters) * width + trained * (OPTIMIZER_BYTES + teacher_bytes(settings))
+    return shape.num_parameters if lora is None else adapter_parameters(shape, lora.rank)
 
 
 def _memory(settings: Settings, shape: Qwen3Shape, *, tp: int, pp: int, dp: int) -> dict[str, float]:

@@ -2,10 +2,9 @@
 
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +23,7 @@ from megatron_paint.prompts import Prompts
 from megatron_paint.records import EvalReport, StepReport
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.run.heartbeat import LONG, Heart, beat, go_on, start_heart, stop_heart
+from megatron_paint.run.pace import Pace
 from megatron_paint.run.progress import Mode, Progress
 from megatron_paint.run.report import ClipWatch, sample_lines
 from megatron_paint.run.settings_file import plain
@@ -46,8 +46,8 @@ def train(settings: Settings, *, mode: Mode = "normal", self_check_only: bool = 
     """
     with ExitStack() as stack:
         request = stack.enter_context(StopRequest(margin=settings.run.exit_before_limit_s))
-        hang = settings.run.hang_timeout_s
-        world = stack.enter_context(_world(settings, hang_seconds=None if hang is None else LONG * hang))
+        hang = None if self_check_only else settings.run.hang_timeout_s
+        world = stack.enter_context(_world(settings, hang_seconds=None if hang is None else 2 * LONG * hang))
         if self_check_only:
             check_model(settings, world, mode=mode)
             return True
@@ -99,13 +99,6 @@ def evaluate(asked: Requested, *, mode: Mode = "normal") -> None:
 
     with _world(asked.settings) as world:
         command.evaluate(asked, world, make_plan(asked.settings, processes=world.size).shape, mode=mode)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    begun = time.monotonic()
-    yield
-    seconds[name] = time.monotonic() - begun
 
 
 def _benchmark(settings: Settings) -> str:
@@ -193,7 +186,9 @@ def watch_over(settings: Settings, folder: RunFolder, world: "World", stack: Exi
         if not leave_note(message, mistake=False):
             print(message, file=sys.stderr, flush=True)
 
-    heart = Heart(folder.heartbeats, rank=world.rank, limit=settings.run.hang_timeout_s, give_up=give_up)
+    heart = Heart(
+        folder.heartbeats, rank=world.rank, ranks=world.size, limit=settings.run.hang_timeout_s, give_up=give_up
+    )
     start_heart(heart)
     stack.callback(stop_heart)
 
@@ -224,6 +219,7 @@ class Run:
     on_first_rank: Share
     # Why to stop, on all ranks together; given the seconds until it is asked again.
     asked_to_stop: Callable[[float], str | None] = lambda seconds: None
+    pace: Pace = field(default_factory=Pace)
 
     def train(self) -> bool:
         """All steps that are left, each followed by what is due after it; the last one by everything, and a table.
@@ -232,29 +228,29 @@ class Run:
         """
         try:
             return self.do_all_steps()
-        except UserError:  # met by all ranks; what was being saved is worth having
-            self.finish_save()
+        except UserError as error:  # what was being saved is worth having
+            self.rescue_save(error)
             raise
 
     def do_all_steps(self) -> bool:
-        """What `train` does."""
+        """The loop, which leaves a save that goes on behind it where it ends by an error."""
         run, clip_watch = self.settings.run, ClipWatch()
-        took = {"step": 0.0, "due": 0.0}  # seconds, the last time
+        if self.stops_after(self.start, ["evaluation"]):
+            return False
         self.do_what_is_due(self.start)
-        if self.stops_after(self.start, next_seconds=0.0):
+        if self.stops_after(self.start, ["step"]):
             return False
         self.progress.start_clock()
         for step in range(self.start + 1, run.steps + 1):
-            with _timed(took, "step"):
+            with self.pace.timed("step"):
                 self.step(step, clip_watch)
             self.finish_save(wait=False)
-            is_due = bool(due_after(step, run))
-            if self.stops_after(step, next_seconds=took["due" if is_due else "step"]):
+            due = due_after(step, run)
+            if self.stops_after(step, due or ["step"]):
                 return False
-            if is_due:
-                with _timed(took, "due"):
-                    self.do_what_is_due(step)
-                if self.stops_after(step, next_seconds=took["step"]):
+            if due:
+                self.do_what_is_due(step)
+                if self.stops_after(step, ["step"]):
                     return False
         beat("checkpoint")
         self.finish_save()
@@ -271,12 +267,14 @@ class Run:
         except FloatingPointError as error:
             self.on_first_rank(lambda error=error: self.leave_out(step, error))
 
-    def stops_after(self, step: int, *, next_seconds: float) -> bool:
+    def stops_after(self, step: int, coming: Sequence[str]) -> bool:
         """Whether the run ends here because it was asked to; its checkpoint stands then, if a step was done.
 
-        next_seconds: about how long it takes until this is asked again.
+        coming: what is done until this is asked again, for which there may be no time.
         """
-        if step == self.settings.run.steps or (reason := self.asked_to_stop(next_seconds)) is None:
+        if step == self.settings.run.steps:
+            return False
+        if (reason := self.asked_to_stop(self.pace.expected(coming))) is None:
             return False
         if step == 0:
             self.progress.result(
@@ -322,7 +320,8 @@ class Run:
             done = step == self.start and self.on_first_rank(lambda task=task: self.folder.holds(task, step))
             if not done:
                 beat(task, step)
-                does[task](step)
+                with self.pace.timed(task):
+                    does[task](step)
 
     def record(self, report: StepReport, clip_watch: ClipWatch) -> None:
         """Writes the step's metrics and samples and says its line; the work of one rank."""
@@ -335,6 +334,7 @@ class Run:
     def save(self, step: int) -> None:
         """A checkpoint from which a run goes on at any layout, written as training goes on with `run.async_save`."""
         self.finish_save()  # of the checkpoint before
+        self.pace.begin("write")
         self.policy.save(self.folder.checkpoint_folder(step), {"step": step, "settings": plain(self.settings)})
         if not self.settings.run.async_save:
             self.finish_save()
@@ -342,9 +342,21 @@ class Run:
     def finish_save(self, *, wait: bool = True) -> None:
         """Once the checkpoint that was begun stands, removes those that it outlives."""
         if self.policy.finish_save(wait=wait):
+            self.pace.end("write")
             self.on_first_rank(
                 lambda: self.folder.remove_checkpoints(outlived(self.folder.checkpoints(), self.settings.run))
             )
+
+    def rescue_save(self, error: UserError) -> None:
+        """Waits for the save that goes on while a run ends by an error; UserError: it met one, too.
+
+        The error may be this rank's alone, so that this asks no other rank anything.
+        """
+        beat("checkpoint")
+        try:
+            self.policy.finish_save(wait=True)
+        except UserError as another:
+            raise UserError(f"{error}. And the checkpoint that was being written is not whole: {another}") from error
 
     def export(self, step: int) -> None:
         """A Hugging Face checkpoint."""

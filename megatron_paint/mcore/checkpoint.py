@@ -64,13 +64,13 @@ def copy_checkpoint(
         write_tensors = copy_distributed(sharded, folder.unfinished, world, named=folder.path)
     content = {**state, "model": _sizes(stage), "has_checksums": True}
 
-    def write(world: World) -> None:
-        finish_folder(folder, world, write=partial(write_part, world), finish=finish, mark=True)
+    def write(behind: World) -> None:
+        def write_part(unfinished: Path) -> dict[str, Checksum]:
+            write_tensors(behind)
+            # A rank's tensors are in files of its own; each rank reads its own back.
+            return checksums_of(sorted(unfinished.glob(f"__{behind.rank}_*.distcp")))
 
-    def write_part(world: World, unfinished: Path) -> dict[str, Checksum]:
-        write_tensors(world)
-        # A rank's tensors are in files of its own; each rank reads its own back.
-        return checksums_of(sorted(unfinished.glob(f"__{world.rank}_*.distcp")))
+        finish_folder(folder, behind, write=write_part, finish=finish, mark=True)
 
     def finish(unfinished: Path, parts: list[dict[str, Checksum]]) -> None:
         (unfinished / STATE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

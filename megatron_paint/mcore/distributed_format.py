@@ -61,6 +61,7 @@ class _CopyStrategy(TorchDistSaveShardedStrategy):
         super().__init__("torch_dist", 1)
         self.world, self.named = world, named
         self.begun = False
+        self.copy: _Copy | None = None
 
     def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path, *_: Any) -> AsyncRequest:
         """Called by Megatron on all ranks after rank 0 has written its common part."""
@@ -77,7 +78,8 @@ class _Copy:
 
     def __init__(self, state: dict[str, Any], folder: Path, world: World, *, named: Path) -> None:
         self.folder, self.named = folder, named
-        self.writer = FileSystemWriter(folder)
+        # Without its copying ahead, which is for tensors on a GPU: the thread that writes touches no CUDA.
+        self.writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
         planner, first = MCoreSavePlanner(flatten_state_dict=False), world.rank == 0
         planner.set_up_planner(state, self.writer.storage_meta(), first)
         self.writer.set_up_storage_writer(first)

@@ -3,7 +3,9 @@
 import logging
 import os
 import random
+import resource
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -41,6 +43,7 @@ class World:
     ep_size: int
     replica_group: dist.ProcessGroup  # the ranks of one replica: stages one after another, tensor-parallel ranks within
     host_group: dist.ProcessGroup  # gloo, all ranks: for records and messages
+    writer_group: dist.ProcessGroup  # the same, for a thread that writes while they are busy
 
     @property
     def replica_size(self) -> int:
@@ -64,6 +67,7 @@ def start_world(megatron: MegatronSettings, *, hang_seconds: float | None = None
     _silence_known_warnings()
     os.environ.update(engine_environment(megatron))  # before Megatron imports Transformer Engine
     settle_cpu_math()
+    _allow_many_connections()
     device = device_of_rank()
     redirect_cuda_to_cpu()
     from megatron.core import parallel_state
@@ -99,6 +103,7 @@ def start_world(megatron: MegatronSettings, *, hang_seconds: float | None = None
         ep_size=parallel_state.get_expert_model_parallel_world_size(),
         replica_group=parallel_state.get_model_parallel_group(),
         host_group=dist.new_group(backend="gloo", timeout=HOST_TIMEOUT),
+        writer_group=dist.new_group(backend="gloo", timeout=HOST_TIMEOUT),
     )
 
 
@@ -115,6 +120,14 @@ def stop_world() -> None:
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def _allow_many_connections() -> None:
+    """As many open files as the system lets this process have: a group over gloo takes one a rank."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(ValueError, OSError):  # a system may promise more than it gives
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _silence_known_warnings() -> None:

@@ -4,11 +4,9 @@ import dataclasses
 import threading
 from collections.abc import Callable
 
-import torch.distributed as dist
-
 from megatron_paint.errors import UserError
 from megatron_paint.mcore.agree import all_ranks_do
-from megatron_paint.mcore.world import HOST_TIMEOUT, World
+from megatron_paint.mcore.world import World
 
 
 class Writer:
@@ -16,7 +14,7 @@ class Writer:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self._behind: World | None = None  # with that group; made with the first write
+        self._behind = dataclasses.replace(world, host_group=world.writer_group)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -24,9 +22,6 @@ class Writer:
         """Begins; all ranks call together. RuntimeError: `finish` has not said yet that the write before is done."""
         if self._thread is not None:
             raise RuntimeError("a write goes on already: finish it first")
-        if self._behind is None:
-            group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
-            self._behind = dataclasses.replace(self.world, host_group=group)
         self._error = None
         # A daemon: a run that ends by an error does not wait for it, and an unfinished write counts as none.
         self._thread = threading.Thread(target=self._run, args=[write], name="writer", daemon=True)
@@ -35,7 +30,8 @@ class Writer:
     def finish(self, *, wait: bool) -> bool:
         """Whether a write has ended since the last call, on all ranks, which call together; `wait` until it has.
 
-        UserError: the write's, on all ranks. Any other error of it is raised on the rank that met it.
+        To wait takes no message between ranks but the threads' own. UserError: the write's, on all ranks. Any other
+        error of it is raised on the rank that met it.
         """
         if self._thread is None:
             return False
@@ -44,7 +40,7 @@ class Writer:
         ended = not self._thread.is_alive()
         if ended and self._error is not None and not isinstance(self._error, UserError):
             raise self._error
-        if not all(all_ranks_do(self.world, lambda: ended)):
+        if not wait and not all(all_ranks_do(self.world, lambda: ended)):
             return False
         self._thread = None
         if self._error is not None:

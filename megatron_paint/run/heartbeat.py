@@ -3,6 +3,7 @@
 Whatever takes long says `beat(phase)` as it goes on. A thread writes the last beat to a file of the rank's own. Where
 no rank has had one for too long it writes down where all threads stand, says which rank is behind, and ends the
 process, so that the job can start again from its last checkpoint. A rank that only waits for one that goes on is well.
+A hang is noticed one and a half to two times the limit after the last beat.
 """
 
 import faulthandler
@@ -23,6 +24,7 @@ LONG = 10  # times as long may those take between two beats; ours
 WRITE_SECONDS = 10.0
 SETTLE_SECONDS = 3.0  # beyond one look of every rank, for all to notice
 HUNG = 70  # EX_SOFTWARE
+HUNG_RUN = "HUNG"  # the file that tells all ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,16 +49,19 @@ class Heart:
         folder: Path,
         *,
         rank: int,
+        ranks: int,
         limit: float | None,
         give_up: Callable[[str], None],
         write_seconds: float = WRITE_SECONDS,
     ) -> None:
-        """limit: seconds between two beats, None: no watch; give_up: what is done with the reason on the rank that
-        speaks for all; the process ends after it."""
+        """ranks: of the run; limit: seconds that all may be without a beat, None: no watch; give_up: what is done with
+        the reason on the rank that speaks for all; the process ends after it."""
         self.folder, self.rank, self.limit, self.give_up = folder, rank, limit, give_up
         self._interval = min(write_seconds, limit / 4) if limit else write_seconds
         self._state = ("start", 0, time.time())  # phase, step, since: one assignment, seen whole
-        self._quiet_at = 0.0  # when all ranks' beats, as last read, will have been too long ago
+        self._is_written = False  # the last beat
+        self._others = Others(folder, ranks=ranks, limit=limit or 0.0)
+        self._next_look = 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
@@ -80,35 +85,37 @@ class Heart:
         self._state = (phase or phase_before, step_before if step is None else step, time.time())
 
     def _watch(self) -> None:
-        quiet, seen, before = 0.0, self._state, time.monotonic()
+        clock, moved, state, before = 0.0, 0.0, self._state, time.monotonic()
         while not self._ended.wait(self._interval):
             now = time.monotonic()
             # At most twice what was waited: a process that its batch system suspended has not been hanging.
-            quiet = quiet + min(now - before, 2 * self._interval) if self._state is seen else 0.0
-            seen, before = self._state, now
-            if self.limit is not None and quiet > self._allowed(seen[0]) and self._all_are_quiet():
+            clock, before = clock + min(now - before, 2 * self._interval), now
+            if self._state is not state:
+                state, moved = self._state, clock
+            if self.limit is not None and self._is_hung(clock, quiet=clock - moved):
                 self._give_up()
             self._write()
 
-    def _allowed(self, phase: str) -> float:
-        return self.limit * (LONG if phase in LONG_PHASES else 1)
-
-    def _all_are_quiet(self) -> bool:
-        """Whether no rank has had a beat for as long as it may; the files are read no more often than that can be."""
-        if time.time() < self._quiet_at:
+    def _is_hung(self, clock: float, *, quiet: float) -> bool:
+        """Whether the run is: rank 0 finds out, which reads what all have written; another only where it does not."""
+        if quiet < self.limit / 2:
             return False
-        beats = read_beats(self.folder)
-        # A file is as old as two looks of its rank.
-        ends = (beat.since + self._allowed(beat.phase) + 2 * self._interval for beat in beats)
-        self._quiet_at = max(ends, default=0.0)
-        return time.time() >= self._quiet_at
+        if (self.folder / HUNG_RUN).exists():
+            return True
+        if quiet < self.limit * (0.5 if self.rank == 0 else 3.0) or clock < self._next_look:
+            return False
+        self._next_look = clock + self.limit / 4
+        # With a disk that refuses this rank's beats, those of the others may be old ones as well.
+        return self._others.all_quiet(clock) and self._is_written
 
     def _give_up(self) -> None:
         last_resort = threading.Timer(2 * (self._interval + SETTLE_SECONDS), os._exit, [HUNG])
         last_resort.daemon = True
         last_resort.start()  # a disk may be what hangs
-        with suppress(OSError), open(self.folder / f"stacks_{self.rank:05d}.txt", "w") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
+        with suppress(OSError):
+            (self.folder / HUNG_RUN).touch()
+            with open(self.folder / f"stacks_{self.rank:05d}.txt", "w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
         self._write(hung=True)
         time.sleep(self._interval + SETTLE_SECONDS)
         beats = read_beats(self.folder)
@@ -130,17 +137,38 @@ class Heart:
             hung=hung,
         )
         unfinished = self.folder / f".rank_{self.rank:05d}.{os.getpid()}.unfinished"
+        self._is_written = False
         try:
             unfinished.write_text(json.dumps(asdict(beat)), encoding="utf-8")
             unfinished.replace(self.folder / f"rank_{self.rank:05d}.json")
+            self._is_written = True
         except OSError:  # not worth ending a run for: a disk that refuses it refuses the next checkpoint aloud
             with suppress(OSError):
                 unfinished.unlink(missing_ok=True)
 
 
+class Others:
+    """What one rank has seen of all ranks' beats, by a clock of its own: hosts' clocks differ."""
+
+    def __init__(self, folder: Path, *, ranks: int, limit: float) -> None:
+        self.folder, self.ranks, self.limit = folder, ranks, limit
+        self._moved: dict[int, tuple[float, float]] = {}  # by rank: the last beat, and when it was first seen
+
+    def all_quiet(self, clock: float) -> bool:
+        """Whether no rank has been seen to beat for as long as its phase may take; False where one is not known."""
+        beats = read_beats(self.folder)
+        for beat in beats:
+            if self._moved.get(beat.rank, (None, 0.0))[0] != beat.since:
+                self._moved[beat.rank] = (beat.since, clock)
+        return len(beats) >= self.ranks and all(
+            clock - self._moved[beat.rank][1] >= self.limit * (LONG if beat.phase in LONG_PHASES else 1)
+            for beat in beats
+        )
+
+
 def clear_beats(folder: Path) -> None:
     """Removes the beats of an earlier life, which may have had more ranks; the stacks of its hang stay."""
-    for file in [*folder.glob("rank_*.json"), *folder.glob(".rank_*.unfinished")]:
+    for file in [*folder.glob("rank_*.json"), *folder.glob(".rank_*.unfinished"), folder / HUNG_RUN]:
         with suppress(OSError):
             file.unlink()
 

@@ -1,6 +1,8 @@
 """The loop with a policy that only takes notes: what is done after which step, by whom, and after a resume."""
 
+import itertools
 import os
+import time
 from contextlib import ExitStack
 from types import SimpleNamespace
 
@@ -68,9 +70,9 @@ def settings(path, **run):
     return settings_of({"model": {"hf_path": "m"}, "data": {"train": "p.jsonl"}, "run": {"dir": str(path), **changes}})
 
 
-def life(path, *, on_first_rank=lambda act: act(), **run) -> Notes:
+def life(path, *, on_first_rank=lambda act: act(), asked_to_stop=lambda seconds: None, notes=None, **run) -> Notes:
     """One life of a run; what it did."""
-    made, notes = settings(path, **run), Notes()
+    made, notes = settings(path, **run), Notes() if notes is None else notes
     folder = RunFolder(path)
     Run(
         settings=made,
@@ -84,6 +86,7 @@ def life(path, *, on_first_rank=lambda act: act(), **run) -> Notes:
         progress=Progress("silent", steps=made.run.steps),
         start=folder.prepare(made),
         on_first_rank=on_first_rank,
+        asked_to_stop=asked_to_stop,
     ).train()
     return notes
 
@@ -137,6 +140,69 @@ def test_a_longer_run_goes_on(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("asks", "done"),
+    [
+        (1, []),
+        (2, [("evaluate", 0)]),
+        (3, [("evaluate", 0), ("step", 1), ("save", 1)]),
+        (5, [("evaluate", 0), ("step", 1), ("step", 2), ("save", 2), ("evaluate", 2)]),
+    ],
+)
+def test_a_run_stops_where_it_is_asked_to(tmp_path, asks, done):
+    """By the n-th time that it asks; then it has a checkpoint, and what is left is done by the next life."""
+    times = itertools.count(1)
+    notes = life(tmp_path, asked_to_stop=lambda seconds: "SIGUSR1" if next(times) == asks else None)
+    assert notes == done
+    assert RunFolder(tmp_path).checkpoints() == [step for what, step in done if what == "save"]
+    assert [line["step"] for line in RunFolder(tmp_path).read_metrics()] == [s for what, s in done if what == "step"]
+    assert life(tmp_path)[-3:] == [("save", 5), ("export", 5), ("evaluate", 5)]
+
+
+def test_what_is_next_must_fit_into_the_time_that_is_left(tmp_path):
+    """A step takes 0.02 s and an evaluation 0.2 s: after a step it is asked whether there is time for what is due."""
+
+    class Slow(Notes):
+        def step(self, *_, **values):
+            time.sleep(0.02)
+            return super().step(*_, **values)
+
+        def report(self, *_, **values):
+            time.sleep(0.2)
+            return super().report(*_, **values)
+
+    asked = []
+    life(tmp_path, asked_to_stop=asked.append, notes=Slow())
+    # Before the evaluation of step 0 and after it, after step 1, and after step 2 and what is due there.
+    assert asked[:2] == [0.0, 0.0]
+    assert 0.02 <= asked[2] < 0.2 <= asked[3]
+    assert 0.02 <= asked[4] < 0.2
+
+
+def test_a_save_that_goes_on_is_finished_where_the_run_ends_by_an_error(tmp_path):
+    class Breaking(Notes):
+        def step(self, *_, step, **values):
+            if step == 3:
+                raise UserError("the third step")
+            return super().step(*_, step=step, **values)
+
+        def finish_save(self, *, wait):
+            return super().finish_save(wait=wait) if wait else False
+
+    with pytest.raises(UserError, match=r"^the third step$"):
+        life(tmp_path, notes=Breaking())
+    assert RunFolder(tmp_path).checkpoints() == [2]
+
+    class Full(Breaking):
+        def finish_save(self, *, wait):
+            if wait and self.begun is not None:
+                raise UserError("full")
+            return False
+
+    with pytest.raises(UserError, match=r"^the third step. And the checkpoint .* is not whole: full$"):
+        life(tmp_path / "full", notes=Full())
+
+
 def test_only_the_first_rank_writes(tmp_path):
     life(tmp_path / "first")
     notes = life(tmp_path / "other", on_first_rank=lambda act: None)
@@ -171,7 +237,7 @@ class Ended(BaseException):
     """What os._exit is made to raise."""
 
 
-def test_a_rank_that_failed_ends_at_once(monkeypatch, capsys):
+def test_a_process_that_failed_ends_at_once(monkeypatch, capsys):
     def end_at_once(status):
         raise Ended(status)
 
@@ -179,13 +245,7 @@ def test_a_rank_that_failed_ends_at_once(monkeypatch, capsys):
         raise KeyError("a bug")
 
     monkeypatch.setattr(os, "_exit", end_at_once)
-    for world_size, main, end, status in (
-        ("2", lambda: 0, SystemExit, 0),
-        ("2", lambda: 2, Ended, 2),
-        ("2", bug, Ended, 1),
-        ("1", lambda: 2, SystemExit, 2),
-    ):
-        monkeypatch.setenv("WORLD_SIZE", world_size)
+    for main, end, status in ((lambda: 0, SystemExit, 0), (lambda: 2, Ended, 2), (bug, Ended, 1)):
         monkeypatch.setattr(command, "main", main)
         with pytest.raises(end) as caught:
             command.run()
