@@ -219,7 +219,7 @@ def _processes(settings: "Settings", options: argparse.Namespace, place: "Place 
 
 def run_evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
     """Evaluates a model, in as many ranks as the layout needs, or grades responses that are there."""
-    from megatron_paint.evaluate.requested import requested
+    from megatron_paint.evaluation.requested import requested
     from megatron_paint.launch.local import run_here
     from megatron_paint.plan import make_plan
 
@@ -237,7 +237,7 @@ def run_evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
     processes = _processes(asked.settings, options, place)
     plan = make_plan(asked.settings, processes=processes)
     if place is None:
-        from megatron_paint.evaluate.command import answer_file, load_evaluators
+        from megatron_paint.evaluation.command import answer_file, load_evaluators
 
         for name, evaluator in load_evaluators(asked, plan.shape):  # a mistake is told in seconds, by one process
             answer_file(asked, name, evaluator).begin()
@@ -250,7 +250,7 @@ def run_evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _grade_responses(options: argparse.Namespace) -> int:
-    from megatron_paint.evaluate.recorded import grade_recorded
+    from megatron_paint.evaluation.recorded import grade_recorded
 
     for name, value in (("--model", options.model), ("--n", options.samples), ("SETTINGS.yaml", options.config)):
         if value is not None:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from megatron_paint.config import Settings
 from megatron_paint.errors import UserError
-from megatron_paint.evaluate.requested import Requested
 from megatron_paint.evaluation.evaluator import Answers, Evaluator
 from megatron_paint.evaluation.grading import GradingPool
+from megatron_paint.evaluation.requested import Requested
 from megatron_paint.launch.notes import leave_note
 from megatron_paint.objectives import Objective, make_objective
 from megatron_paint.overlap import MaskerPool
@@ -94,7 +94,7 @@ def _answer_mode(mode: Mode) -> Mode:
 
 def evaluate(asked: Requested, *, mode: Mode = "normal") -> None:
     """Evaluates a model without a run folder, in the world that the environment describes."""
-    from megatron_paint.evaluate import command
+    from megatron_paint.evaluation import command
     from megatron_paint.plan import make_plan
 
     with _world(asked.settings) as world:

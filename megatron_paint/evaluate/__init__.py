@@ -1,1 +1,0 @@
-"""The evaluate command: a model, or recorded responses, on benchmarks; results as files."""
