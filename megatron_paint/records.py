@@ -118,6 +118,7 @@ class StepReport:
     metrics: dict[str, float]
     samples: tuple[Sample, ...]
     scores: tuple[SampleScore, ...]
+    warnings: tuple[str, ...] = ()  # for the console
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -60,7 +60,7 @@ class Grpo:
         samples = self.samples(problems, rollouts, [float(grade.correct) for grade in grades], step=step)
         graded = time.perf_counter()
         taken = [index for index, sample in enumerate(samples) if sample.advantage != 0.0]
-        updates = self.update(policy, [samples[index] for index in taken], lr=lr)
+        updates, stopped_by = self.update(policy, [samples[index] for index in taken], lr=lr)
         first = updates[0].scores if updates else ()
         scores = [SampleScore(loss_sum=0.0, num_tokens=len(s.response_ids), loss_tokens=0) for s in samples]
         for index, score in zip(taken, first, strict=True):
@@ -88,7 +88,14 @@ class Grpo:
             "kl/mean": self._kl(every),
             "time/grade_s": graded - sampled,
         }
-        return StepReport(step=step, metrics=metrics, samples=tuple(samples), scores=tuple(scores))
+        done = f"step {step} ended after {len(updates)} of {self.grpo.updates_per_batch} updates"
+        return StepReport(
+            step=step,
+            metrics=metrics,
+            samples=tuple(samples),
+            scores=tuple(scores),
+            warnings=(f"{done}: {stopped_by}",) if stopped_by else (),
+        )
 
     def grades(self, problems: Sequence[Problem], rollouts: Sequence[Rollout]) -> list[Grade]:
         """Verdicts in the order of the rollouts."""
@@ -124,18 +131,27 @@ class Grpo:
             )
         return samples
 
-    def update(self, policy: Policy, samples: Sequence[Sample], *, lr: float) -> list[UpdateReport]:
-        """All updates on these samples; none, and no optimiser step, where no group teaches anything."""
+    def update(self, policy: Policy, samples: Sequence[Sample], *, lr: float) -> tuple[list[UpdateReport], str]:
+        """All updates on these samples; none, and no optimiser step, where no group teaches anything.
+
+        A loss or gradient that is not finite is a FloatingPointError in the first update, before any weight is touched.
+        In a later one it ends the updates, since the weights have the earlier ones; the text then says what it was.
+        """
         updates: list[UpdateReport] = []
         while samples and len(updates) < self.grpo.updates_per_batch:
-            updates.append(policy.update(samples, self.loss, lr=lr))
+            try:
+                updates.append(policy.update(samples, self.loss, lr=lr))
+            except FloatingPointError as error:
+                if not updates:
+                    raise
+                return updates, str(error)
             if len(updates) == 1:
                 first = updates[0].scores
                 samples = [
                     dataclasses.replace(sample, old_logprobs=score.token_logprobs)
                     for sample, score in zip(samples, first, strict=True)
                 ]
-        return updates
+        return updates, ""
 
     def _kl(self, scores: Sequence[SampleScore]) -> float:
         if not self.loss.needs_teacher:

@@ -64,11 +64,13 @@ class Progress:
         self._times.append(self._clock())
 
     def step(self, report: StepReport) -> None:
-        """Report one step."""
+        """Report one step, and what it warns of."""
         self._times.append(self._clock())
         left = self.seconds_left(report.step)
         line = "" if self.mode == "quiet" else self._step_line(report, left)
         self._emit("step", {**report.metrics, "steps": self.steps, "seconds_left": left}, line)
+        for warning in report.warnings:
+            self.warn(warning)
         if self.tensorboard is not None and self.mode != "silent":
             self.tensorboard.add(report.step, report.metrics)
 

@@ -152,6 +152,12 @@ CASES = (
         grpo={"updates_per_batch": 2, "kl_weight": 0.3, "normalisation": "sequence_mean", "importance_limit": None},
     ),
 )
+# Cases in which single updates are not finite, with the type of the weights.
+NOT_FINITE = {
+    "full-tied-ema-adam": "float32",
+    "full-initial-sgd": "bfloat16",
+    "full-current-distributed-adam": "bfloat16",
+}
 GRPO_TEMPERATURE = 1.2
 ADVANTAGES = (1.3, -0.7, 0.4, -1.1, 0.9)
 

@@ -1,5 +1,6 @@
 """Runs all parity cases at one layout; rank 0 writes what came out. Started by torchrun, once per layout."""
 
+import dataclasses
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -196,7 +197,7 @@ def run_case(case: parity.Case, folder: Path, out: Path, world, megatron: dict) 
             policy.accumulate(samples, loss)
             result["gradients"].append(gradients(policy))
         reports = [policy.update(samples, loss, lr=case.lr)] if case.grpo is None else None
-        for report in reports or objective.update(policy, samples, lr=case.lr):
+        for report in reports or objective.update(policy, samples, lr=case.lr)[0]:
             result["losses"].append([score.loss_sum for score in report.scores])
             result["norms"].append(report.grad_norm)
             result["clipped"].append(sum(score.clipped_entries for score in report.scores))
@@ -216,29 +217,57 @@ class InfiniteGradient(DistillationLoss):
         return output
 
 
-def run_not_finite(folder: Path, out: Path, world, megatron: dict) -> None:
-    """What is raised, and whether a weight moved, where the loss or only the gradient is not finite."""
-    case = parity.CASES[0]
+class NoNumber(DistillationLoss):
+    """The loss, which is no number for one sample of the step."""
+
+    def __call__(self, rows):
+        output = super().__call__(rows)
+        parts = zip(rows.samples, output.loss_T.split(rows.lengths), strict=True)
+        losses = [part * torch.nan if sample.problem.id == "2" else part for sample, part in parts]
+        return dataclasses.replace(output, loss_T=torch.cat(losses)) if losses else output
+
+
+def state_of(policy: MegatronPolicy) -> list[torch.Tensor]:
+    """This rank's weights, the optimiser's own, its state, and the teacher's weights."""
+    inner = [part.optimizer for part in policy.optimizer.chained_optimizers]
+    own = [p for optimizer in inner for group in optimizer.param_groups for p in group["params"]]
+    moments = [value for optimizer in inner for state in optimizer.state.values() for value in state.values()]
+    found = [*policy.stage.parameters(), *own, *moments, *policy.teacher.held.values()]
+    return [tensor.detach().clone() for tensor in found if isinstance(tensor, torch.Tensor)]
+
+
+def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
+    return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+
+
+def run_not_finite(name: str, folder: Path, world, megatron: dict) -> list[dict]:
+    """What each rank is told, and whether anything stays of it, where a loss or only the gradient is not finite."""
+    (case,) = (case for case in parity.CASES if case.name == name)
     settings = settings_of(case, folder, megatron)
-    policy = MegatronPolicy(settings, read_shape(settings.model.hf_path), world)
+    settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype=parity.NOT_FINITE[name]))
+    policy, unharmed = (MegatronPolicy(settings, read_shape(settings.model.hf_path), world) for _ in range(2))
     config = InterpolationLossConfig(**parity.LOSS)
-    told = {}
-    for name, kind in (("gradient", InfiniteGradient), ("loss", DistillationLoss)):
-        if name == "loss" and world.is_last_stage:
-            policy.stage.decoder.final_layernorm.weight.data[0] = torch.nan
-        before = [p.detach().clone() for p in policy.stage.parameters()]
+
+    def update(policy: MegatronPolicy, kind: type[DistillationLoss], step: int) -> None:
+        policy.update(records(step, case), kind(config=config, chunk_bytes=4e3, token_temperature=1.1), lr=case.lr)
+
+    found = {"told": [], "stays": []}
+    states = []
+    for step, kind in enumerate((NoNumber, InfiniteGradient)):
+        before = state_of(policy)
         try:
-            policy.update(records(0, case), kind(config=config, chunk_bytes=4e3, token_temperature=1.1), lr=1e-2)
-            told[name] = "nothing"
+            update(policy, kind, step)
         except FloatingPointError as error:
-            told[name] = str(error)
-        after = list(policy.stage.parameters())
-        same = all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(before, after, strict=True))
-        told[f"{name} same"] = same
+            found["told"].append(str(error))
+        found["stays"].append(same(before, state_of(policy)))
+        for one in (policy, unharmed):
+            update(one, DistillationLoss, step)
+        states.append(state_of(policy))
+    found["goes on"] = same(states[-1], state_of(unharmed))
+    found["moves"] = not same(*states)
     everyone = [None] * world.size
-    dist.all_gather_object(everyone, told, group=world.host_group)
-    if world.rank == 0:
-        torch.save(everyone, out / "not_finite.pt")
+    dist.all_gather_object(everyone, found, group=world.host_group)
+    return everyone
 
 
 def main() -> None:
@@ -248,7 +277,9 @@ def main() -> None:
     world = start_world(MegatronSettings(**layout.megatron))
     for case in parity.CASES:
         run_case(case, folder, out, world, layout.megatron)
-    run_not_finite(folder, out, world, layout.megatron)
+    told = {name: run_not_finite(name, folder, world, layout.megatron) for name in parity.NOT_FINITE}
+    if world.rank == 0:
+        torch.save(told, out / "not_finite.pt")
     stop_world()
 
 

@@ -100,10 +100,11 @@ def test_a_group_whose_rewards_are_equal_has_a_gradient_of_exactly_0():
 
 
 class Taught:
-    """A policy that samples what it is told and notes what it is trained on."""
+    """A policy that samples what it is told and notes what it is trained on; one update may not be finite."""
 
-    def __init__(self, lengths):
+    def __init__(self, lengths, not_finite_in=None):
         self.lengths = lengths
+        self.not_finite_in = not_finite_in
         self.updates = []
 
     def generate(self, requests, sampling):
@@ -121,6 +122,8 @@ class Taught:
 
     def update(self, samples, loss, *, lr):
         self.updates.append(samples)
+        if len(self.updates) == self.not_finite_in:
+            raise FloatingPointError("the gradient's norm is nan")
         scores = tuple(
             SampleScore(
                 loss_sum=1.0,
@@ -136,7 +139,7 @@ class Taught:
         return UpdateReport(scores=scores, grad_norm=float(len(self.updates)), seconds={"student": 1.0})
 
 
-def step(rewards, *, lengths, **grpo):
+def step(rewards, *, lengths, not_finite_in=None, **grpo):
     """(report, policy) of a step of one group after another of two."""
     settings = settings_of(
         {
@@ -152,7 +155,7 @@ def step(rewards, *, lengths, **grpo):
     verdicts = [Grade(correct=bool(r), extracted="", outcome="right" if r else "timeout") for r in rewards]
     graders = SimpleNamespace(grade=lambda pairs: verdicts)
     problems = [Problem(id=str(i), problem="", solution="", answer="") for i in range(len(rewards) // 2)]
-    policy = Taught(lengths)
+    policy = Taught(lengths, not_finite_in)
     return Grpo(settings, prompts, graders=graders).step(policy, problems, step=3, lr=1e-3), policy
 
 
@@ -194,6 +197,21 @@ def test_no_step_is_taken_where_no_group_differs():
     assert report.metrics["reward/equal_groups_share"] == 1.0
     assert report.metrics["updates"] == report.metrics["loss"] == 0.0
     assert math.isnan(report.metrics["grad_norm"])
+
+
+def test_an_update_that_is_not_finite_ends_the_updates():
+    """The step stands with the updates before it, and says so; without any it is none."""
+    given = {"lengths": [3, 1], "updates_per_batch": 4}
+    whole, _ = step([1, 0], **given)
+    report, policy = step([1, 0], not_finite_in=3, **given)
+    assert len(policy.updates) == 3
+    assert (whole.metrics["updates"], report.metrics["updates"]) == (4, 2)
+    assert (whole.metrics["grad_norm"], report.metrics["grad_norm"]) == (2.5, 1.5)  # norms of 1, 2, 3 and 4
+    assert whole.warnings == ()
+    assert report.warnings == ("step 3 ended after 2 of 4 updates: the gradient's norm is nan",)
+    assert (report.samples, report.scores) == (whole.samples, whole.scores)
+    with pytest.raises(FloatingPointError, match="norm is nan"):
+        step([1, 0], not_finite_in=1, **given)
 
 
 def test_a_mean_over_responses():

@@ -4,6 +4,7 @@ import builtins
 import io
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -52,8 +53,7 @@ def run(mode, *, terminal=False):
     progress = Progress(mode, steps=4, console=console, clock=Clock())
     progress.note("32 problems a step [bold]", problems=32)
     progress.evaluation(BEFORE)
-    progress.step(step(1))
-    progress.warn("clip/share [above]")
+    progress.step(replace(step(1), warnings=("clip/share [above]",)))
     progress.step(step(2, **{"overlap/mean": math.nan, "reveal/mean": math.nan}))
     progress.evaluation(AFTER)
     progress.step(step(3))
