@@ -62,6 +62,7 @@ CASES = (
         optimizer="adam",
         ema_anchor=0.4,
         loss={"clip": 0.2, "clip_rule": "token"},
+        offload=True,
     ),
     Case(
         name="full-current-distributed-adam",
