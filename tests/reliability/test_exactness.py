@@ -1,0 +1,183 @@
+"""A run that is killed and goes on is the unbroken run: to the bit at the same layout, in its data at any other.
+
+`tests/end_to_end/test_resume.py` and `test_soak.py` kill at any moment; here it is the numbers that count: weights, the
+optimiser's state, metrics and samples, in both types and over tensor and pipeline parallelism.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_paint import cli
+from tests import tiny
+from tests.end_to_end import ranks
+from tests.end_to_end.test_resume import events, metrics
+
+ROOT = Path(__file__).parents[2]
+STEPS, SAVED = 4, 2  # a checkpoint after every second step; the run is killed in the one after that
+SHORT = (
+    *("run.resume=auto", f"run.steps={STEPS}", f"run.save_every={SAVED}", "run.export_every=1"),
+    *("run.tensorboard=false", "evaluation.problems=null"),
+    "objective.loss.positions=random",  # drawn from the sample's key, which the lines of samples thus show
+)
+TP = ("megatron.tensor_model_parallel_size=2", "megatron.sequence_parallel=true")
+PP = ("megatron.pipeline_model_parallel_size=2",)
+BF16 = ("model.dtype=bfloat16",)
+GRPO = ("megatron.pipeline_model_parallel_size=1", "data.problems_per_step=4", "objective.grpo.updates_per_batch=2")
+CASES = {
+    "paint-float32-tp2": TP,
+    "paint-float32-pp2": PP,
+    "paint-bfloat16-tp2": TP + BF16,
+    "paint-bfloat16-pp2": PP + BF16,
+    "grpo-bfloat16-tp2": GRPO + BF16,  # killed between the two updates of a step
+}
+OTHERS = {"pp2": (2, PP), "one-rank": (1, ()), "dp2": (2, ())}
+
+
+def killed_after_an_update() -> None:
+    """The command line, all of whose ranks die after their N-th update, when what they save stands; N is the last
+    argument."""
+    from megatron_paint.mcore.policy import MegatronPolicy
+
+    last, done, whole = int(sys.argv.pop()), 0, MegatronPolicy.update
+
+    def update(self, samples, loss, *, lr):
+        nonlocal done
+        report = whole(self, samples, loss, lr=lr)
+        done += 1
+        if done == last:
+            self.finish_save(wait=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return report
+
+    MegatronPolicy.update = update
+    sys.exit(cli.main(sys.argv[1:]))
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Folders of an unbroken run, of one as a kill left it, and of that one when it had gone on to the end."""
+
+    settings: Path
+    unbroken: Path
+    killed: Path
+    resumed: Path
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Callable[[str], Runs]:
+    """The runs of a case, made once."""
+    made: dict[str, Runs] = {}
+    folder = tmp_path_factory.mktemp("runs")
+    tiny.make_model(folder / "model")
+    tiny.make_problems(folder / "problems.jsonl")
+    paint = tiny.make_settings(folder, folder / "model", folder / "problems.jsonl")
+
+    def of(case: str) -> Runs:
+        if case not in made:
+            settings = ROOT / "examples" / "quickstart" / "grpo.yaml" if case.startswith("grpo") else paint
+            made[case] = make_runs(folder / case, settings, (*SHORT, *CASES[case]))
+        return made[case]
+
+    return of
+
+
+def make_runs(folder: Path, settings: Path, arguments: tuple[str, ...]) -> Runs:
+    found = Runs(settings, *(folder / name for name in ("unbroken", "killed", "resumed")))
+    folder.mkdir()
+    # Its checkpoints are written while it waits, the others' while weights change.
+    ended = ranks.train(folder, settings, f"run.dir={found.unbroken}", *arguments, "run.async_save=false")
+    assert ended.statuses == [0, 0], ended
+    a_step = int(metrics(found.unbroken)[0].get("updates", 1))
+    command = ("train", settings, f"run.dir={found.killed}", *arguments, "--json", SAVED * a_step + 1)
+    ended = ranks.run(folder, *command, target="tests.reliability.test_exactness:killed_after_an_update")
+    assert -signal.SIGKILL in ended.statuses, ended
+    shutil.copytree(found.killed, found.resumed)
+    ended = ranks.train(folder, settings, f"run.dir={found.resumed}", *arguments)
+    assert ended.statuses == [0, 0], ended
+    assert events(ended, "step") == [("step", step) for step in range(SAVED + 1, STEPS + 1)]
+    return found
+
+
+def digests(folder: Path, *patterns: str) -> dict[str, str]:
+    """SHA-256 by the file's name."""
+    files = [path for pattern in patterns for path in folder.glob(pattern)]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    files = (run / "hf" / f"step_{step:06d}").glob("*.safetensors")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def samples(run: Path, step: int) -> list[dict]:
+    return [json.loads(line) for line in (run / "samples" / f"step_{step:06d}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_killed_run_has_the_weights_and_the_optimiser_of_an_unbroken_one(case, runs):
+    """Exports are the same bytes, and so are a checkpoint's .distcp files, which hold the optimiser's state too."""
+    found = runs(case)
+    for step in range(1, STEPS + 1):
+        exported = [
+            digests(run / "hf" / f"step_{step:06d}", "*.safetensors") for run in (found.resumed, found.unbroken)
+        ]
+        assert exported[0] == exported[1], step
+        assert exported[0]
+    for step in (SAVED, STEPS):
+        saved = [
+            digests(run / "checkpoints" / f"step_{step:06d}", "*.distcp", "common.pt")
+            for run in (found.resumed, found.unbroken)
+        ]
+        assert saved[0] == saved[1], step
+        assert len(saved[0]) == 3
+    before, after = (weights(found.unbroken, step) for step in (SAVED, STEPS))
+    assert not all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_killed_run_has_the_metrics_and_the_samples_of_an_unbroken_one(case, runs):
+    found = runs(case)
+    assert metrics(found.resumed) == metrics(found.unbroken)
+    names = [f"step_{step:06d}.jsonl" for step in range(1, STEPS + 1)]
+    assert sorted(digests(found.unbroken / "samples", "*")) == names
+    assert digests(found.resumed / "samples", "*") == digests(found.unbroken / "samples", "*")
+
+
+@pytest.mark.parametrize("layout", OTHERS)
+def test_a_run_goes_on_at_another_layout_with_the_same_data(layout, runs, tmp_path):
+    """Problems, their order and all keys stay; so do the responses to the weights of the checkpoint.
+
+    From then on rounding may part them: another layout adds in another order, so that weights differ in their last
+    digits, and now and then a token does, whose random number lies between the two sums. In bfloat16, with its three
+    digits, the first responses part already.
+    """
+    found, run = runs("paint-float32-tp2"), tmp_path / "run"
+    shutil.copytree(found.killed, run)
+    processes, arguments = OTHERS[layout]
+    ended = ranks.train(tmp_path, found.settings, f"run.dir={run}", *SHORT, *arguments, processes=processes)
+    assert ended.statuses == [0] * processes, ended
+    assert events(ended, "step") == [("step", step) for step in range(SAVED + 1, STEPS + 1)]
+    assert [line["step"] for line in metrics(run)] == list(range(1, STEPS + 1))
+    for step in range(1, STEPS + 1):
+        ours, theirs = samples(run, step), samples(found.unbroken, step)
+        same = ("id", "step", "sample", "student_prompt_ids")
+        if step <= SAVED + 1:
+            same += ("response_ids", "finished", "teacher_prompt_ids", "reveal", "selected")
+        assert [[line[key] for key in same] for line in ours] == [[line[key] for key in same] for line in theirs], step
+        assert any(line["selected"] for line in ours)
+    first = SAVED + 1
+    assert metrics(run)[first - 1]["loss"] == pytest.approx(metrics(found.unbroken)[first - 1]["loss"], rel=1e-6)
+    ours, theirs = weights(run, first), weights(found.unbroken, first)
+    assert ours.keys() == theirs.keys()
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) < 1e-6  # a step moves them by 1e-3
