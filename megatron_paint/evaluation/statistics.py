@@ -23,11 +23,12 @@ BLOCK = 2_000_000  # resampled scores held at once
 FLIPS = 100_000
 MOST_EXACT = 16  # problems whose signs are all gone through
 ROUNDING = 1e-12
+SHARES, DIFFERENCES = (0.0, 1.0), (-1.0, 1.0)  # what a problem's score, or a difference of two, can be
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean and its bootstrap interval, all three shares or differences of shares."""
+    """A mean and its interval, all three shares or differences of shares."""
 
     mean: float
     low: float
@@ -61,22 +62,41 @@ def majority_score(answers: Sequence[Graded]) -> float:
     return float(votes["right"] == most) / sum(count == most for count in votes.values())
 
 
-def bootstrap_interval(groups: Sequence[np.ndarray], *, key: str, level: float = LEVEL) -> Interval:
+def mean_interval(
+    groups: Sequence[np.ndarray], *, key: str, level: float = LEVEL, limits: tuple[float, float] = SHARES
+) -> Interval:
     """Mean of the groups' means, with a percentile interval that redraws problems within each group.
 
-    groups: one array [problems] of scores for each benchmark. key: names the draw; the same key and sizes give the same
-    problems again. level: coverage in (0, 1).
+    groups: one array [problems] of scores within `limits` for each benchmark. key: names the draw; the same key and
+    sizes give the same problems again. level: coverage in (0, 1). A group whose scores are all alike, which would be
+    certain by redrawing, widens the interval by that of `alike_interval`.
     """
     generator = np.random.default_rng(zlib.crc32(key.encode("utf-8")))
-    means = np.zeros(RESAMPLES)
+    means, below, above = np.zeros(RESAMPLES), 0.0, 0.0
     for scores in groups:
         rows = max(1, BLOCK // len(scores))
         for start in range(0, RESAMPLES, rows):
             stop = min(start + rows, RESAMPLES)
             drawn = generator.integers(0, len(scores), size=(stop - start, len(scores)))
             means[start:stop] += scores[drawn].mean(axis=1) / len(groups)
+        if np.ptp(scores) < ROUNDING:
+            alike = alike_interval(float(scores[0]), len(scores), level=level, limits=limits)
+            below += (alike.mean - alike.low) / len(groups)
+            above += (alike.high - alike.mean) / len(groups)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(np.mean([scores.mean() for scores in groups])), float(low), float(high))
+    return Interval(float(np.mean([scores.mean() for scores in groups])), float(low - below), float(high + above))
+
+
+def alike_interval(score: float, problems: int, *, level: float, limits: tuple[float, float]) -> Interval:
+    """Interval of the mean score where all of so many problems have the same one, of scores within `limits`.
+
+    Problems with this score make up at least q = ((1 - level) / 2)^(1 / problems) of all: with fewer, so many in a row
+    would be less likely than (1 - level) / 2. The others score anything within the limits. Where all are right, or none
+    is, this is the interval of Clopper and Pearson (Biometrika 26, 1934), about [0, 3.7 / problems] at 0 and 95 %.
+    """
+    others = 1 - ((1 - level) / 2) ** (1 / problems)
+    low, high = (score + others * (limit - score) for limit in limits)
+    return Interval(score, low, high)
 
 
 def _by_problem(graded: Sequence[Graded]) -> dict[str, list[Graded]]:
@@ -122,7 +142,7 @@ def build_report(step: int, benchmark: str, graded: Sequence[Graded], *, greedy:
     groups = _by_problem(graded)
     samples = len(next(iter(groups.values())))
     scores = np.array([_right(group) / samples for group in groups.values()])
-    interval = bootstrap_interval([scores], key=benchmark)
+    interval = mean_interval([scores], key=benchmark)
     metrics = {"avg": interval.mean, "avg/low": interval.low, "avg/high": interval.high}
     if samples > 1:
         variances = scores * (1 - scores) / (samples - 1)  # of each problem's score; unbiased
@@ -160,13 +180,13 @@ def paired_difference(*, before: EvalReport, after: EvalReport) -> Interval:
 def macro_average(reports: Sequence[EvalReport]) -> Interval:
     """Mean of the benchmarks' Avg@n, with a 95 % interval over the problems within each."""
     groups = [np.array(list(problem_scores(report).values())) for report in reports]
-    return bootstrap_interval(groups, key="/".join(report.benchmark for report in reports))
+    return mean_interval(groups, key="/".join(report.benchmark for report in reports))
 
 
 def macro_difference(*, before: Sequence[EvalReport], after: Sequence[EvalReport]) -> Interval:
     """Macro average after minus before, paired by problem, with a 95 % interval; benchmarks in the same order."""
     groups = paired_differences(before=before, after=after)
-    return bootstrap_interval(groups, key="/".join(report.benchmark for report in before))
+    return mean_interval(groups, key="/".join(report.benchmark for report in before), limits=DIFFERENCES)
 
 
 def sign_flip_p_value(groups: Sequence[np.ndarray], *, key: str) -> float:

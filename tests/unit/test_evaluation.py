@@ -21,7 +21,7 @@ from megatron_paint.evaluation.benchmarks import NAMED, load_benchmarks
 from megatron_paint.evaluation.command import fingerprint
 from megatron_paint.evaluation.compare import compare_files
 from megatron_paint.evaluation.requested import requested
-from megatron_paint.evaluation.statistics import bootstrap_interval, pass_at_k, sign_flip_p_value
+from megatron_paint.evaluation.statistics import mean_interval, pass_at_k, sign_flip_p_value
 from megatron_paint.evaluation.summary import read_reports
 from megatron_paint.records import Rollout
 
@@ -114,7 +114,7 @@ def test_recorded_rollouts_agree_with_their_source(recorded):
 def test_pass_at_k_and_intervals_against_scipy():
     generator = np.random.default_rng(3)
     scores = generator.integers(0, 13, size=90) / 12
-    ours = bootstrap_interval([scores], key="any")
+    ours = mean_interval([scores], key="any")
     theirs = scipy.stats.bootstrap((scores,), np.mean, n_resamples=20_000, method="percentile", rng=generator)
     assert ours.low == pytest.approx(theirs.confidence_interval.low, abs=0.01)
     assert ours.high == pytest.approx(theirs.confidence_interval.high, abs=0.01)

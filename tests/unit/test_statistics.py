@@ -4,14 +4,15 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from megatron_paint.errors import UserError
 from megatron_paint.evaluation.statistics import (
-    bootstrap_interval,
     build_report,
     macro_average,
     macro_difference,
     majority_score,
+    mean_interval,
     paired_difference,
     pass_at_k,
 )
@@ -105,7 +106,8 @@ def test_report_by_hand():
 
 def test_report_with_one_sample_has_no_sampling_error():
     report = build_report(0, "tiny", graded("a", "r"))
-    assert report.metrics["avg"] == report.metrics["avg/low"] == report.metrics["avg/high"] == 1.0
+    assert report.metrics["avg"] == report.metrics["avg/high"] == 1.0
+    assert report.metrics["avg/low"] == pytest.approx(0.025)  # of one problem, a share of 2.5 % is right so often
     assert "avg/sampling_se" not in report.metrics
     assert "avg/problem_se" not in report.metrics
     assert all(math.isfinite(value) for value in report.metrics.values())
@@ -121,21 +123,49 @@ def test_report_refuses_uneven_and_no_samples():
 def test_interval_is_that_of_the_binomial():
     """100 problems, half of them right: the bootstrap draws Binomial(100, 1/2)/100, whose 2.5 % point is 0.40."""
     scores = np.array([0.0, 1.0] * 50)
-    interval = bootstrap_interval([scores], key="x")
+    interval = mean_interval([scores], key="x")
     assert interval.mean == 0.5
     assert interval.low == pytest.approx(0.40, abs=0.011)
     assert interval.high == pytest.approx(0.60, abs=0.011)
-    assert bootstrap_interval([scores], key="x") == interval
-    assert bootstrap_interval([scores], key="x", level=0.5).low > interval.low
+    assert mean_interval([scores], key="x") == interval
+    assert mean_interval([scores], key="x", level=0.5).low > interval.low
 
 
 def test_interval_covers_the_truth_about_as_often_as_it_says():
     generator = np.random.default_rng(0)
     covered = 0
     for number in range(60):
-        interval = bootstrap_interval([generator.binomial(12, 0.4, size=60) / 12], key=str(number))
+        interval = mean_interval([generator.binomial(12, 0.4, size=60) / 12], key=str(number))
         covered += interval.low <= 0.4 <= interval.high
     assert 51 <= covered <= 60  # 95 % of 60 is 57, minus 3.5 standard deviations
+
+
+@pytest.mark.parametrize("problems", [1, 2, 30, 500])
+@pytest.mark.parametrize("level", [0.5, 0.95])
+def test_interval_where_all_problems_are_right_or_none_is(problems, level):
+    """Redrawing would call it certain; it is the exact interval of the binomial."""
+    for score in (0, 1):
+        found = mean_interval([np.full(problems, float(score))], key="x", level=level)
+        exact = scipy.stats.binomtest(score * problems, problems).proportion_ci(level, method="exact")
+        assert found.mean == score
+        assert (found.low, found.high) == pytest.approx((exact.low, exact.high), abs=1e-12)
+        assert min(max(found.low, 0.0), 1.0) == found.low  # no rounding below 0 or above 1
+        assert min(max(found.high, 0.0), 1.0) == found.high
+
+
+def test_interval_where_all_problems_score_alike():
+    """0.025^(1/10) = 0.6915: that many problems score 1/3, and the others score anything."""
+    found = mean_interval([np.full(10, 1 / 3)], key="x")
+    assert (found.low, found.high) == pytest.approx((0.6915 / 3, 0.6915 / 3 + 0.3085), abs=1e-4)
+    half = np.array([0.0, 1.0] * 50)  # [0.40, 0.60], as above
+    found = mean_interval([np.zeros(30), half], key="x")  # [0, 0.1157], as of 30 problems none of which is right
+    assert (found.low, found.high) == pytest.approx((0.40 / 2, 0.60 / 2 + 0.1157 / 2), abs=0.006)
+
+
+def test_difference_where_no_problem_changes():
+    before = build_report(0, "x", [g for i in range(30) for g in graded(str(i), "ww")])
+    found = paired_difference(before=before, after=before)
+    assert (found.mean, found.low, found.high) == pytest.approx((0, -0.1157, 0.1157), abs=1e-4)
 
 
 def test_paired_difference_by_hand():
@@ -148,13 +178,15 @@ def test_paired_difference_by_hand():
 
 
 def test_pairing_removes_the_spread_between_problems():
-    """Every problem gains exactly one sample in four: the difference is certain, though the scores vary widely."""
-    marks = ["wwww", "rwww", "rrww", "rrrw"] * 5
+    """All but one problem gain one sample in four: the difference is nearly certain, though the scores vary widely."""
+    marks = ["wwww", "rwww", "rrww", "rrrw"] * 5 + ["rrrr"]
     gains = [mark.replace("w", "r", 1) for mark in marks]
     before = build_report(0, "x", [g for i, mark in enumerate(marks) for g in graded(str(i), mark)])
     after = build_report(1, "x", [g for i, mark in enumerate(gains) for g in graded(str(i), mark)])
     found = paired_difference(before=before, after=after)
-    assert (found.mean, found.low, found.high) == (0.25, 0.25, 0.25)
+    assert found.mean == pytest.approx(0.25 * 20 / 21)
+    assert found.high == 0.25
+    assert found.high - found.low < 0.05
     assert after.metrics["avg/high"] - after.metrics["avg/low"] > 0.15
 
 
