@@ -8,6 +8,8 @@ import os
 from collections import Counter
 from random import Random
 
+import pytest
+
 from megatron_paint.run.folder import RunFolder
 from tests.end_to_end import ranks
 from tests.end_to_end.conftest import trained  # noqa: F401
@@ -27,6 +29,7 @@ def draw(random: Random) -> tuple[int, str, int]:
     return 0 if where in FIRST_RANK else random.randrange(2), where, random.randint(1, most)
 
 
+@pytest.mark.timeout(600 + 90 * KILLS)
 def test_ranks_killed_at_any_moment(trained, tmp_path):  # noqa: F811
     """No step before the newest checkpoint is done again, nothing is damaged, and the end is the unbroken run's."""
     steps = 4 + round(STEPS_A_KILL * KILLS)
