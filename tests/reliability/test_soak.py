@@ -35,14 +35,16 @@ def test_ranks_killed_at_any_moment(trained, tmp_path):  # noqa: F811
     steps = 4 + round(STEPS_A_KILL * KILLS)
     arguments = ("evaluation.problems=null", f"run.steps={steps}", "run.save_every=1", "run.keep_last=2")
     unbroken, run = tmp_path / "unbroken", tmp_path / "run"
-    assert ranks.train(tmp_path, trained.settings, f"run.dir={unbroken}", *arguments).statuses == [0, 0]
+    limit = 120.0 + 10.0 * steps
+    ended = ranks.train(tmp_path, trained.settings, f"run.dir={unbroken}", *arguments, limit=limit)
+    assert ended.statuses == [0, 0], ended
     random, places, folder = Random(3), Counter(), RunFolder(run)
     while sum(places.values()) < KILLS:
         rank, where, number = draw(random)
         before = folder.latest_checkpoint() or 0
         command = ("train", trained.settings, f"run.dir={run}", "run.resume=auto", *arguments, "--json")
         target = "tests.reliability.spoilt:killed"
-        ended = ranks.run(tmp_path, *command, f"{rank}:{where}:{number}", target=target)
+        ended = ranks.run(tmp_path, *command, f"{rank}:{where}:{number}", target=target, limit=limit)
         if ended.statuses == [0, 0]:
             break  # it came to its end before it came there
         assert ended.statuses[rank] == -9, ended
@@ -54,7 +56,7 @@ def test_ranks_killed_at_any_moment(trained, tmp_path):  # noqa: F811
         assert newest <= len(done) <= newest + 2  # a step is done while the checkpoint of the one before is written
     print(f"killed {sum(places.values())} times up to step {folder.latest_checkpoint()} of {steps}: {dict(places)}")
     assert len(places) > min(KILLS, len(WHERE | FIRST_RANK)) / 2
-    ended = ranks.train(tmp_path, trained.settings, f"run.dir={run}", "run.resume=auto", *arguments)
+    ended = ranks.train(tmp_path, trained.settings, f"run.dir={run}", "run.resume=auto", *arguments, limit=limit)
     assert ended.statuses == [0, 0], ended
     assert same(weights(run, steps), weights(unbroken, steps))
     assert metrics(run) == metrics(unbroken)
