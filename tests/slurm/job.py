@@ -25,6 +25,13 @@ class Job:
         """PENDING, RUNNING, COMPLETING, COMPLETED, ..."""
         return self._fields()["JobState"]
 
+    def has_ended(self) -> bool:
+        """Whether it has ended for good; False also while the controller does not answer."""
+        try:
+            return self.state() in FINAL
+        except AssertionError:
+            return False
+
     def restarts(self) -> int:
         return int(self._fields()["Restarts"])
 

@@ -1,0 +1,121 @@
+"""Runs that `megatron-paint launch slurm` submits to the cluster, and what is asked of them whatever happens."""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from megatron_paint.run.folder import RunFolder
+from tests.slurm.cluster import Cluster
+from tests.slurm.configuration import LOGIN
+from tests.slurm.job import Job
+from tests.slurm.until import until
+
+ROOT = Path(__file__).parents[2]
+MINUTES = 900.0  # processes import torch at once, on a machine with few cores, and again after a requeue
+STEPS = 24
+SETTINGS = (
+    *("examples/quickstart/paint.yaml", f"run.steps={STEPS}", "run.save_every=3", "evaluation.problems=null"),
+    *("data.problems_per_step=8", "rollout.max_new_tokens=24"),
+)
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+PROCESSES = "--processes-per-node=2"
+NODES = ("--nodes=2", "--gpus-per-node=0", PROCESSES, "--mem=64G")
+CPUS = {"torchrun": "--cpus-per-task=24", "srun": "--cpus-per-task=12"}
+STEP_LINE = re.compile(r"\bstep +(\d+)/\d+ ")
+
+
+def launch(cluster: Cluster, run: Path, *options: str, launcher: str = "torchrun", on: str = LOGIN) -> list[Job]:
+    """The jobs of a run on two nodes that share their machine with others."""
+    return launch_on(cluster, run, *NODES, f"--launcher={launcher}", CPUS[launcher], *options, on=on)
+
+
+def launch_on(cluster: Cluster, run: Path, *options: str, on: str = LOGIN) -> list[Job]:
+    """The submitted jobs. options: all that the command gets beside the settings; on: the host that it is given on."""
+    command = [sys.executable, "-m", "megatron_paint", "launch", "slurm", *SETTINGS, f"run.dir={run}"]
+    command += ["--env=PYTHONPATH", "--env=OMP_NUM_THREADS", *options]
+    done = cluster.run(command, cwd=ROOT, env=ENVIRONMENT, seconds=MINUTES, on=on)
+    (submitted,) = re.findall(r"^submitted +(.*); console", done.stdout, re.MULTILINE)
+    return [Job(cluster, int(number)) for number in submitted.split(", ")]
+
+
+def wait_for_step(job: Job, run: Path, step: int) -> None:
+    """Returns when the run has done a step."""
+
+    def reached() -> bool:
+        assert not job.has_ended(), job.describe()
+        return len(RunFolder(run).read_metrics()) >= step
+
+    until(reached, seconds=MINUTES, otherwise=job.describe)
+
+
+def beats(run: Path) -> list[dict[str, Any]]:
+    """The last sign of life of each rank, by rank: host, pid, step, ..."""
+    files = sorted((run / "logs" / "heartbeats").glob("rank_*.json"))
+    return [json.loads(file.read_text()) for file in files]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    (exported,) = (run / "hf").iterdir()
+    return {name: tensor for file in exported.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def check_is_undisturbed(run: Path, undisturbed: Path, *, steps: int = STEPS) -> None:
+    """The same weights to the bit, each step once, and the run folder says that it is done."""
+    print(describe_lives(run))
+    ours, theirs = weights(run), weights(undisturbed)
+    assert len(theirs) > 20
+    assert ours.keys() == theirs.keys()
+    assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []
+    assert [line["step"] for line in RunFolder(run).read_metrics()] == list(range(1, steps + 1))
+    assert RunFolder(run).read_links()[-1]["decision"] == "done"
+
+
+def lives(run: Path) -> list[int]:
+    """The newest checkpoint at each beginning of a link."""
+    return [record["checkpoint"] for record in RunFolder(run).read_links() if record["event"] == "begin"]
+
+
+def ends(run: Path) -> list[int]:
+    """The exit status of each link that recorded its end."""
+    return [record["status"] for record in RunFolder(run).read_links() if record["event"] == "end"]
+
+
+def describe_lives(run: Path) -> str:
+    """Steps done twice, and when each life began, had its first step and ended, in seconds from the first one's begin.
+
+    A step's samples are written anew by the last life that does it.
+    """
+    folder = RunFolder(run)
+    printed = [step for file in folder.logs.glob("*.out") for step in STEP_LINE.findall(file.read_text())]
+    records = [record for record in folder.read_links() if record["event"] != "launch"]
+    times = [datetime.fromisoformat(record["time"]).timestamp() for record in records]
+    lines = [f"steps done twice: {len(printed) - len(set(printed))}"]
+    for record, time in zip(records, times, strict=True):
+        line = f"{time - times[0]:4.0f} s  {record['event']} on {record['nodes']}, checkpoint {record['checkpoint']}"
+        if record["event"] == "end":
+            line += f", status {record['status']}: {record['decision']}"
+        elif (first := folder.samples_file(record["checkpoint"] + 1)).exists():
+            line += f", its first step after {first.stat().st_mtime - time:.0f} s"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+@contextmanager
+def another_folder(cluster: Cluster, run: Path, *nodes: str) -> Iterator[None]:
+    """Inside, these nodes see another folder in the run's place."""
+    run.mkdir()
+    for node in nodes:
+        cluster.run(["mount", "-t", "tmpfs", "other", run], on=node)
+    try:
+        yield
+    finally:
+        for node in nodes:
+            cluster.run(["umount", run], on=node)
