@@ -14,10 +14,15 @@ STUBS = {
     "scancel": "",
     "scontrol": """
 case $1-${2-} in
-    show-job) echo "JobId=1 ReqNodeList=(null) ExcNodeList=${STAYS_OFF-(null)} NodeList=n[1-2]" ;;
+    show-job) 
+        [ ! -e "$FAKES/away" ] || { rm "$FAKES/away"; echo "Unable to contact slurm controller" >&2; exit 1; }
+        restarts=${RESTARTS-$SLURM_RESTART_COUNT}
+        echo "JobId=1 Restarts=$restarts ExcNodeList=${STAYS_OFF-(null)} NodeList=n[1-2]"
+        ;;
     show-*) printf "n1\\nn2\\n" ;;
 esac
 """,
+    "sleep": "",
     "squeue": "printf '1235\\n1236\\n'\n",
     # One task, the first; Slurm sends USR1 to all processes of a step.
     "srun": """

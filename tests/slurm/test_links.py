@@ -29,13 +29,13 @@ class Run:
         if kind == "checkpoints":
             (place / "complete").touch()
 
-    def link(self, status, *, checkpoint=None, ends=True):
+    def link(self, status, *, checkpoint=None, ends=True, bad_nodes=()):
         """One life of a job; the words of its begin and its end."""
         environ = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(next(self.restarts)), "SLURM_JOB_NODELIST": "n[1-2]"}
         first = begin(self.path, environ)[0]
         if checkpoint is not None:
             self.write("checkpoints", checkpoint)
-        return first, (end(self.path, status, environ)[0] if ends else None)
+        return first, (end(self.path, status, environ, bad_nodes=bad_nodes)[0] if ends else None)
 
 
 @pytest.fixture
@@ -86,6 +86,25 @@ def test_links_that_never_ended_count(run):
     assert run.link(1, ends=False) == ("go", None)
     word, reason = begin(run.path, {})
     assert (word, reason) == ("stop", "2 links in a row ended without a checkpoint newer than step 0")
+
+
+def test_links_that_name_new_bad_nodes_are_not_idle(run):
+    """Nor do they make up for those that are."""
+    named = [["n1"], ["n2", "n1"], [], ["n3"], ["n1", "n2"]]
+    words = [run.link(3, bad_nodes=nodes)[1] for nodes in named]
+    assert words == ["next", "next", "next", "next", "stop"]
+    record_launch(run.path, steps=100)
+    assert [run.link(3, bad_nodes=nodes)[1] for nodes in (["n1"], ["n1"], ["n1"])] == ["next", "next", "stop"]
+
+
+def test_a_link_that_another_one_has_followed_decides_nothing(run):
+    """The script goes on where its node was cut off, while Slurm has started the job on other nodes."""
+    lost = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "0"}
+    begin(run.path, lost)
+    begin(run.path, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"})
+    word, reason = end(run.path, 2, lost)
+    assert (word, "job 7 has begun its life 1 meanwhile" in reason) == ("next", True)
+    assert not (run.path / "STOPPED").exists()
 
 
 def test_a_mistake_stops_at_once(run):

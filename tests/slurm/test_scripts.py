@@ -170,7 +170,7 @@ def test_a_second_link_without_a_checkpoint_stops_the_run(tmp_path):
     reason = "2 links in a row ended without a checkpoint newer than step 0, the last one with exit status 1"
     assert (status, f"link: stop {reason}\n" in output) == (1, True)
     assert (fake.run / "STOPPED").read_text() == f"{reason}\n"
-    assert len(fake.called("scontrol")) == 3  # host names twice, one requeue
+    assert [call[0] for call in fake.called("scontrol")] == ["show", "show", "requeue", "show"]
     user = subprocess.run(["id", "-un"], capture_output=True, text=True).stdout.strip()
     assert fake.called("scancel") == [["--state=PENDING", "--name=my.run", f"--user={user}"]]
     trained = len(fake.called("python"))
@@ -217,8 +217,36 @@ def test_bad_nodes_are_left_out_from_the_requeue_on(tmp_path, stays_off, exclude
     fake = FakeJob(tmp_path)
     status, output = fake.job(script(*TRAIN), "exit=0", PREFLIGHT="3", BAD_NODES="n2\nn5\n", STAYS_OFF=stays_off)
     assert (status, "job 1234 stays off nodes: n2,n5\n" in output) == (0, True), output
-    requeue, _, update = fake.called("scontrol")[1:]
+    requeue, _, update = fake.called("scontrol")[2:]
     assert (requeue, update) == (["requeue", "1234"], ["update", "JobId=1234", f"ExcNodeList={excluded}"])
+
+
+def test_links_that_name_new_bad_nodes_are_not_idle(tmp_path):
+    fake = FakeJob(tmp_path)
+    fake.job(script(*TRAIN), "exit=1")
+    for named, ends, said in (
+        *(("n2\nn5\n", 0, "named for the first time: n2, n5"), ("n1\nn5\n", 0, "named for the first time: n1")),
+        ("n2\n", 1, "2 links in a row ended without a checkpoint newer than step 0"),
+    ):
+        status, output = fake.job(script(*TRAIN), "exit=0", PREFLIGHT="3", BAD_NODES=named)
+        assert status == ends
+        assert said in output
+
+
+def test_a_controller_that_is_away_is_waited_for(tmp_path):
+    fake = FakeJob(tmp_path)
+    (fake.fakes / "away").touch()
+    status, output = fake.job(script(*TRAIN, "--no-preflight"), "exit=1")
+    assert (status, "Unable to contact slurm controller" in output) == (0, True)
+    assert fake.called("sleep") == [["10"]]
+    assert [call[0] for call in fake.called("scontrol")] == ["show", "show", "show", "requeue"]
+
+
+def test_a_job_that_runs_elsewhere_meanwhile_is_not_requeued(tmp_path):
+    fake = FakeJob(tmp_path)
+    status, output = fake.job(script(*TRAIN), "exit=1", RESTARTS="1")
+    assert (status, "started again elsewhere meanwhile" in output) == (143, True)
+    assert "requeue" not in [call[0] for call in fake.called("scontrol")]
 
 
 def test_bad_nodes_are_left_out_by_the_rest_of_a_chain(tmp_path):
@@ -252,7 +280,7 @@ def test_the_checkpoint_is_awaited_before_the_requeue(tmp_path, launcher):
     status, output = signalled(fake, text, training, signal.SIGUSR1, signal.SIGUSR1)
     assert (status, "link: next exit status 75, step 7: a newer checkpoint" in output) == (0, True), output
     order = [call[:2] for call in fake.calls() if call[0] in ("checkpoint", "scontrol")]
-    assert order == [["scontrol", "show"], ["checkpoint"], ["scontrol", "requeue"]]
+    assert order == [["scontrol", "show"], ["checkpoint"], ["scontrol", "show"], ["scontrol", "requeue"]]
 
 
 def test_a_cancelled_job_is_not_requeued(tmp_path):

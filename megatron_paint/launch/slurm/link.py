@@ -1,7 +1,8 @@
 """A link is one life of one job of a run; this records them in RUN/links.jsonl and says how a run is to go on.
 
-The batch script calls `python -m megatron_paint.launch.slurm.link begin RUN`, and `end RUN --status S` after training.
-Both print one word and a reason: `go` or `next` where the run is to go on, `done`, or `stop`.
+The batch script calls `python -m megatron_paint.launch.slurm.link begin RUN`, and `end RUN --status S` after training,
+with `--bad-nodes FILE` where the preflight may have named nodes. Both print one word and a reason: `go` or `next` where
+the run is to go on, `done`, or `stop`.
 """
 
 import argparse
@@ -48,24 +49,31 @@ def begin(run: Path, environ: Mapping[str, str]) -> tuple[Word, str]:
     return "go", f"from step {checkpoint}"
 
 
-def end(run: Path, status: int, environ: Mapping[str, str]) -> tuple[Word, str]:
+def end(run: Path, status: int, environ: Mapping[str, str], *, bad_nodes: Sequence[str] = ()) -> tuple[Word, str]:
     """Records the end of a link and says what follows; training's exit status alone tells too little.
 
-    torchrun has one status for every failure, and 0 for a run that a signal stopped as well.
+    torchrun has one status for every failure, and 0 for a run that a signal stopped as well. bad_nodes: those that the
+    preflight named, which the next link stays off.
     """
     checkpoint = RunFolder(run).latest_checkpoint() or 0
-    word, reason = _decide(run, status, checkpoint)
     line = {"event": "end", **_job(environ), "checkpoint": checkpoint, "status": status}
+    line |= {"bad_nodes": list(bad_nodes)} if bad_nodes else {}
+    word, reason = _decide(run, line, [*RunFolder(run).read_links(), line])
     _record(run, {**line, "decision": word, "reason": reason})
     return (word, reason) if word != "stop" else _stop(run, reason)
 
 
-def _decide(run: Path, status: int, checkpoint: int) -> tuple[Word, str]:
-    records = RunFolder(run).read_links()
+def _decide(run: Path, ended: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> tuple[Word, str]:
+    """What follows the link that `ended`, the last of the records."""
+    status, checkpoint = ended["status"], ended["checkpoint"]
     if (steps := finished_steps(run, records)) is not None:
         return "done", f"all {steps} steps, with what was due after them"
+    if (now := _newest_link(records)) != _newest_link([ended]):
+        return "next", f"job {now[0]} has begun its life {now[1]} meanwhile, as where this one's node was cut off"
     if status == MISTAKE:
         return "stop", f"exit status {MISTAKE}: a mistake in the settings or the data, told in the log"
+    if new := new_bad_nodes(records):
+        return "next", f"exit status {status}, step {checkpoint}: named for the first time: {', '.join(new)}"
     idle = idle_links(records, checkpoint)
     if idle >= IDLE_LINKS:
         return "stop", (
@@ -90,17 +98,39 @@ def finished_steps(run: Path, records: Sequence[Mapping[str, Any]]) -> int | Non
     return steps if all(folder.holds(task, steps) for task in due) else None
 
 
+def _newest_link(records: Sequence[Mapping[str, Any]]) -> tuple[str, int]:
+    """Job and restart of the link that began last; of a lone record its own."""
+    begun = [record for record in records if record.get("event") == "begin"] or records
+    return begun[-1]["job"], begun[-1]["restart"]
+
+
+def new_bad_nodes(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of the bad nodes in the last record, those that no link before it named since the launch."""
+    known: set[str] = set()
+    new: list[str] = []
+    for record in records:
+        if record.get("event") == "launch":
+            known = set()
+        named = record.get("bad_nodes", [])
+        new = [node for node in named if node not in known]
+        known.update(named)
+    return new
+
+
 def idle_links(records: Sequence[Mapping[str, Any]], checkpoint: int) -> int:
     """Links in a row, up to now, in which no newer checkpoint came; `checkpoint` is the newest one's step, 0: none.
 
     A link that never recorded its end, as where its node died, counts like any other: it ended before the next began.
+    One that named a bad node for the first time does not: the next one stays off it, so that this comes to an end.
     """
     steps: list[int] = []
-    for record in records:
+    for number, record in enumerate(records):
         if record.get("event") == "launch":
             steps = []
         elif record.get("event") == "begin":
             steps.append(record["checkpoint"])
+        elif steps and new_bad_nodes(records[: number + 1]):
+            steps.pop()
     idle = 0
     for earlier, later in reversed(list(pairwise([*steps, checkpoint]))):
         if later > earlier:
@@ -127,6 +157,10 @@ def _record(run: Path, record: Mapping[str, Any]) -> None:
     append_line(run / LINKS, to_json({**record, "time": datetime.now(UTC).isoformat(timespec="seconds")}))
 
 
+def _read_names(file: Path | None) -> list[str]:
+    return file.read_text(encoding="utf-8").split() if file is not None and file.is_file() else []
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the word and the reason; exit status 2 where the folder cannot be read or written."""
     parser = argparse.ArgumentParser(prog="python -m megatron_paint.launch.slurm.link", description=__doc__)
@@ -136,12 +170,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action.add_argument("run", type=Path, metavar="RUN")
         if name == "end":
             action.add_argument("--status", type=int, required=True, help="exit status of training")
+            action.add_argument("--bad-nodes", type=Path, metavar="FILE", help="nodes' names, if it is there")
     options = parser.parse_args(arguments)
     try:
         if options.action == "begin":
             word, reason = begin(options.run, os.environ)
         else:
-            word, reason = end(options.run, options.status, os.environ)
+            bad_nodes = _read_names(options.bad_nodes)
+            word, reason = end(options.run, options.status, os.environ, bad_nodes=bad_nodes)
     except UserError as error:
         print(f"link: error: {error}", file=sys.stderr)
         return 2
