@@ -126,7 +126,7 @@ def test_torchrun_call(tmp_path):
     assert "link: next exit status 1, step 25: a newer checkpoint was written\n" in output
     (_, train) = fake.called("python")
     assert train == [
-        *["-m", "torch.distributed.run", "--log-dir=runs/paint/logs/1234-0/node_0", "--nnodes=2"],
+        *["-u", "-m", "torch.distributed.run", "--log-dir=runs/paint/logs/1234-0/node_0", "--nnodes=2"],
         *["--nproc-per-node=2", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-endpoint=n1:27340"],
         *["--rdzv-id=1234-0", "--tee=3", "--local-ranks-filter=0"],
         *["-m", "megatron_paint", "train", "paint.yaml", "run.resume=auto"],
