@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from megatron_paint.cli import main, parse
+from megatron_paint.config import RunSettings
 from megatron_paint.launch.slurm.options import make_options
 from megatron_paint.launch.slurm.rendering import render
 
@@ -64,7 +65,7 @@ def script(*arguments: str, run_dir: str = "runs/paint", settings: str = "paint.
     """The script of `megatron-paint launch slurm SETTINGS ARGUMENTS`; no settings are read."""
     python = [] if any(argument.startswith(("--python", "--venv")) for argument in arguments) else ["--venv=.venv"]
     given = parse(["launch", "slurm", settings, *arguments, *python])
-    options = make_options(given, run_dir=run_dir, environ=ENVIRON)
+    options = make_options(given, run=RunSettings(dir=run_dir), environ=ENVIRON)
     return render(options, settings_file=settings, overrides=given.overrides, run_dir=run_dir)
 
 

@@ -87,6 +87,7 @@ REFUSALS = [
     (["--nodes=1", "--signal-seconds=70000"], "--signal-seconds must be in 1 to 65535, got 70000"),
     (["--nodes=1", "--time=tomorrow"], "--time='tomorrow' must be minutes, HH:MM:SS or D-HH:MM:SS"),
     (["--nodes=1", "--time=5"], "--time=5 is 300 s, and --signal-seconds=300"),
+    (["--nodes=1", "--time=5", "--signal-seconds=60"], "a run stops run.exit_before_limit_s=300 s before its end"),
     (["--nodes=1", "--account=a b"], "--account='a b' must be"),
     (["--nodes=1", "--partition=a#b"], "--partition='a#b' must be"),
     (["--nodes=1", "--qos=$(id)"], "--qos='$(id)' must be"),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_paint.config import RunSettings
 from megatron_paint.errors import UserError
 from megatron_paint.launch.slurm.arguments import PLACING
 
@@ -69,14 +70,15 @@ class SlurmOptions:
         return 1 if self.launcher == "torchrun" else self.processes_per_node
 
 
-def make_options(given: argparse.Namespace, *, run_dir: str, environ: Mapping[str, str]) -> SlurmOptions:
+def make_options(given: argparse.Namespace, *, run: RunSettings, environ: Mapping[str, str]) -> SlurmOptions:
     """Checks the command line's options; UserError names the option, what it got and what holds."""
     _check_numbers(given)
     _check_combinations(given)
     placing = {name: value for name in PLACING if (value := getattr(given, name)) is not None}
     for name in placing.keys() - {"time"}:
         _check_text(name, placing[name])
-    _check_time(given.time, given.signal_seconds)
+    if given.time is not None:
+        _check_time(given.time, given.signal_seconds, run.exit_before_limit_s)
     _check_text("mem", given.mem)
     for module in given.module:
         _check_text("module", module)
@@ -86,7 +88,7 @@ def make_options(given: argparse.Namespace, *, run_dir: str, environ: Mapping[st
         _check_line(f"--{option.replace('_', '-')}", getattr(given, option))
     for mount in given.mount:
         _check_mount(mount)
-    job_name = given.job_name or re.sub(r"[^\w.+-]", "_", Path(run_dir).absolute().name)
+    job_name = given.job_name or re.sub(r"[^\w.+-]", "_", Path(run.dir).absolute().name)
     _check_text("job-name", job_name)
     return SlurmOptions(
         nodes=given.nodes,
@@ -181,10 +183,8 @@ def _check_line(what: str, value: str | None) -> None:
         raise UserError(f"{what}={value!r} must be one line of text without control characters")
 
 
-def _check_time(text: str | None, signal_seconds: int) -> None:
+def _check_time(text: str, signal_seconds: int, exit_seconds: float) -> None:
     """Slurm's ways to write a time limit: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
-    if text is None:
-        return
     match = TIME.fullmatch(text)
     if match is None:
         raise UserError(f"--time={text!r} must be minutes, HH:MM:SS or D-HH:MM:SS, such as 12:00:00")
@@ -199,6 +199,11 @@ def _check_time(text: str | None, signal_seconds: int) -> None:
         raise UserError(
             f"--time={text} is {seconds} s, and --signal-seconds={signal_seconds} asks for a checkpoint so long before "
             "its end: give more time, or fewer seconds"
+        )
+    if seconds <= exit_seconds:
+        raise UserError(
+            f"--time={text} is {seconds} s, and a run stops run.exit_before_limit_s={exit_seconds:g} s before its end, "
+            "after one step: give more time, or set fewer seconds"
         )
 
 

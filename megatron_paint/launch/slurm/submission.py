@@ -29,7 +29,7 @@ def launch(given: argparse.Namespace) -> int:
     for text in (str(given.config), *given.overrides):
         if not text.isprintable():
             raise UserError(f"{text!r} must be one line of text without control characters")
-    options = make_options(given, run_dir=settings.run.dir, environ=os.environ)
+    options = make_options(given, run=settings.run, environ=os.environ)
     plan = plan_elsewhere(settings, options)
     RunFolder(settings.run.dir).check(settings)
     script = render(options, settings_file=str(given.config), overrides=given.overrides, run_dir=settings.run.dir)
