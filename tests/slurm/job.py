@@ -91,6 +91,16 @@ class Job:
     def requeue(self) -> None:
         self._control("requeue", str(self.id))
 
+    def hold(self) -> None:
+        """Has a job that waits go on waiting until `release`."""
+        self._control("hold", str(self.id))
+
+    def release(self) -> None:
+        self._control("release", str(self.id))
+
+    def set_time_limit(self, minutes: int) -> None:
+        self._control("update", f"JobId={self.id}", f"TimeLimit={minutes}")
+
     def cancel(self) -> None:
         self.cluster.run(["scancel", str(self.id)])
 

@@ -94,7 +94,8 @@ def describe_lives(run: Path) -> str:
     A step's samples are written anew by the last life that does it.
     """
     folder = RunFolder(run)
-    printed = [step for file in folder.logs.glob("*.out") for step in STEP_LINE.findall(file.read_text())]
+    files = [*folder.logs.glob("*/node_*/*/attempt_*/*/stdout.log"), *folder.logs.glob("*/rank_0.log")]
+    printed = [step for file in files for step in STEP_LINE.findall(file.read_text())]
     records = [record for record in folder.read_links() if record["event"] != "launch"]
     times = [datetime.fromisoformat(record["time"]).timestamp() for record in records]
     lines = [f"steps done twice: {len(printed) - len(set(printed))}"]
