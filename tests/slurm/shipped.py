@@ -89,7 +89,7 @@ def ends(run: Path) -> list[int]:
 
 
 def describe_lives(run: Path) -> str:
-    """Steps done twice, and when each life began, had its first step and ended, in seconds from the first one's begin.
+    """Steps done twice, and when each life began and ended, in seconds from the first one's begin.
 
     A step's samples are written anew by the last life that does it.
     """
@@ -100,11 +100,14 @@ def describe_lives(run: Path) -> str:
     times = [datetime.fromisoformat(record["time"]).timestamp() for record in records]
     lines = [f"steps done twice: {len(printed) - len(set(printed))}"]
     for record, time in zip(records, times, strict=True):
-        line = f"{time - times[0]:4.0f} s  {record['event']} on {record['nodes']}, checkpoint {record['checkpoint']}"
+        checkpoint = record["checkpoint"]
+        line = f"{time - times[0]:4.0f} s  {record['event']} on {record['nodes']}, checkpoint {checkpoint}"
         if record["event"] == "end":
             line += f", status {record['status']}: {record['decision']}"
-        elif (first := folder.samples_file(record["checkpoint"] + 1)).exists():
-            line += f", its first step after {first.stat().st_mtime - time:.0f} s"
+        else:
+            for step, what in ((checkpoint, "since that step"), (checkpoint + 1, "to its next step")):
+                if (samples := folder.samples_file(step)).exists():
+                    line += f", {abs(samples.stat().st_mtime - time):.0f} s {what}"
         lines.append(line)
     return "\n".join(lines)
 
