@@ -164,6 +164,7 @@ def test_slurm_itself_signals_before_the_time_limit(cluster, undisturbed, tmp_pa
             return bool(int(pending, 16) & usr1)
 
         until(signalled, seconds=MINUTES, otherwise=job.describe)
+        job.set_time_limit(60)
     job.wait("COMPLETED", restarts=1, seconds=MINUTES)
     assert f"Stopped after step {lives(run)[1]} by SIGUSR1" in job.output()
     check_is_undisturbed(run, undisturbed)
