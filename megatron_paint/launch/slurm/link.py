@@ -71,7 +71,7 @@ def _decide(run: Path, ended: Mapping[str, Any], records: Sequence[Mapping[str, 
     if (now := _newest_link(records)) != _newest_link([ended]):
         return "next", f"job {now[0]} has begun its life {now[1]} meanwhile, as where this one's node was cut off"
     if status == MISTAKE:
-        return "stop", f"exit status {MISTAKE}: a mistake in the settings or the data, told in the log"
+        return "stop", f"exit status {MISTAKE}: a mistake in the settings or the data, or a full disk; see the log"
     if new := new_bad_nodes(records):
         return "next", f"exit status {status}, step {checkpoint}: named for the first time: {', '.join(new)}"
     idle = idle_links(records, checkpoint)
