@@ -74,6 +74,12 @@ class Cluster:
         assert not check or done.returncode == 0, f"{command}: {done.returncode}: {done.stdout}{done.stderr}"
         return done
 
+    def start_program(self, argv: Sequence[str | Path], *, on: str) -> subprocess.Popen[str]:
+        """Starts a command on a host; a context manager, at whose end the command's stdin ends and it is waited for."""
+        command = self._hosts[on].enter([*map(str, argv)])
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, env=self._environment(), stdin=pipe, stdout=pipe, text=True)
+
     def submit(
         self,
         script: str | Path,

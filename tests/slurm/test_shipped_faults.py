@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -141,13 +142,12 @@ def test_a_checkpoint_is_damaged_between_two_jobs(cluster, undisturbed, tmp_path
 
 @contextmanager
 def standing_still(cluster: Cluster, run: Path, rank: int) -> Iterator[dict]:
-    """Inside, a rank is stopped, and so all that wait for it; gives its host and pid."""
+    """Inside, a rank does nothing, and so all that wait for it; gives its host and pid."""
     beat = beats(run)[rank]
-    cluster.run(["kill", "-STOP", str(beat["pid"])], on=beat["host"])
-    try:
+    program = [sys.executable, ROOT / "tests/slurm/hold.py", str(beat["pid"])]
+    with cluster.start_program(program, on=beat["host"]) as holder:
+        assert holder.stdout.readline() == "held\n"
         yield beat
-    finally:
-        cluster.run(["kill", "-CONT", str(beat["pid"])], on=beat["host"], check=False)
 
 
 def test_slurm_itself_signals_before_the_time_limit(cluster, undisturbed, tmp_path):
@@ -178,7 +178,7 @@ def test_the_time_limit_leaves_no_time_for_a_checkpoint(cluster, undisturbed, tm
         first.set_time_limit(1)
         first.wait("TIMEOUT", seconds=MINUTES)
     second.wait("COMPLETED", seconds=MINUTES)
-    assert len(ends(run)) == 1
+    assert len(ends(run)) == 1  # the first was killed before it could record its own
     assert lives(run)[1] % 3 == 0
     check_is_undisturbed(run, undisturbed)
 
