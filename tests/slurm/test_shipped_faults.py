@@ -101,7 +101,10 @@ def small_disk(cluster, tmp_path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("launcher", ["torchrun", "srun"])
 def test_the_disk_is_full_at_a_save(cluster, undisturbed, small_disk, launcher):
-    """The run stops and says where there is no space; launched again, with some, it goes on."""
+    """The run stops and says where there is no space; launched again, with some, it goes on.
+
+    With torchrun, whose exit status says little, it is the preflight of the next two starts that finds it.
+    """
     run, options = small_disk / "run", ["--sbatch=--nodelist=n1,n2"]
     (job,) = launch(cluster, run, *options, launcher=launcher, on="n1")
     wait_for_step(job, run, 4)
@@ -112,8 +115,9 @@ def test_the_disk_is_full_at_a_save(cluster, undisturbed, small_disk, launcher):
     kept = RunFolder(run).latest_checkpoint()
     refused = f"megatron-paint: error: Cannot write {RunFolder(run).checkpoint_folder(kept + 3)}: "
     assert refused in job.output()
-    print(job.output(), (run / STOPPED).read_text())
-    assert not list(run.rglob("*.unfinished"))
+    assert {"torchrun": "space: 0.0 GB free at", "srun": "or a full disk; see the log"}[launcher] in job.output()
+    assert (run / STOPPED).exists()
+    assert not list((run / "checkpoints").glob(".*"))
     ballast.unlink()
     (job,) = launch(cluster, run, *options, launcher=launcher, on="n1")
     job.wait("COMPLETED", seconds=MINUTES)
