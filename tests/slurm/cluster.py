@@ -114,6 +114,11 @@ class Cluster:
 
     def start(self, node: str) -> None:
         """Boots a node."""
+        until(
+            lambda: self.run(["ip", "link", "show", node], check=False).returncode,
+            seconds=START_SECONDS,
+            otherwise=lambda: f"the cable of the crashed {node} is still there",
+        )
         host = self._boot(node)
         host.connect(node, f"{address(node)}/24", self._hosts[LOGIN])
         host.start_daemon(["slurmd", "-D", "-N", node], self._environment())
