@@ -203,7 +203,7 @@ def _check_time(text: str, signal_seconds: int, exit_seconds: float) -> None:
     if seconds <= exit_seconds:
         raise UserError(
             f"--time={text} is {seconds} s, and a run stops run.exit_before_limit_s={exit_seconds:g} s before its end, "
-            "after one step: give more time, or set fewer seconds"
+            "before its first step: give more time, or set fewer seconds"
         )
 
 
