@@ -89,14 +89,16 @@ def small_disk(cluster, tmp_path) -> Iterator[Path]:
     disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "disk", disk], check=True)
-    for node in ("n1", "n2"):
-        cluster.crash(node)
-        cluster.start(node)
-    cluster.wait_nodes("idle")
-    yield disk
-    for node in ("n1", "n2"):
-        cluster.run(["umount", "--lazy", disk], on=node)
-    subprocess.run(["umount", "--lazy", disk], check=True)
+    try:
+        for node in ("n1", "n2"):
+            cluster.crash(node)
+            cluster.start(node)
+        cluster.wait_nodes("idle")
+        yield disk
+        for node in ("n1", "n2"):
+            cluster.run(["umount", "--lazy", disk], on=node)
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "srun"])
