@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 PATIENCE = 60.0  # seconds that a rank waits for the first one to come up
 LINGER = 10.0  # seconds that the store's host stays for the others
+COURTESY = 5.0  # seconds in which rank 0 may come first, whose output is the one that a job's console shows
 _hosted: "TCPStore | None" = None
 
 
@@ -38,11 +39,13 @@ def host_store(place: Place) -> None:
 
 
 def print_once(message: str, place: Place) -> None:
-    """Prints a message on stderr, on the first of the ranks that have the same one."""
-    store, key = None, f"megatron_paint/{hashlib.sha256(message.encode()).hexdigest()}"
+    """Prints a message on stderr, on rank 0 if it has it too, else on the first of the ranks that have the same one."""
+    store, key = None, _key(message)
     try:
         host_store(place)
         store = _hosted or _join(place)
+        if store is not None and place.rank > 0:
+            _let_rank_0_come_first(store, key)
         first = store is None or store.add(key, 1) == 1
     except (UserError, OSError, RuntimeError):  # rank 0 has gone: a line twice is better than none
         first = True
@@ -50,6 +53,16 @@ def print_once(message: str, place: Place) -> None:
         print(message, file=sys.stderr, flush=True)
     deadline = time.monotonic() + LINGER
     while _hosted is not None and _hosted.add(key, 0) < place.size and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _key(message: str) -> str:
+    return f"megatron_paint/{hashlib.sha256(message.encode()).hexdigest()}"
+
+
+def _let_rank_0_come_first(store: "TCPStore", key: str) -> None:
+    deadline = time.monotonic() + COURTESY
+    while store.add(key, 0) == 0 and time.monotonic() < deadline:
         time.sleep(0.05)
 
 

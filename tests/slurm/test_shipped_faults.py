@@ -116,7 +116,7 @@ def test_the_disk_is_full_at_a_save(cluster, undisturbed, small_disk, launcher):
     job.wait("FAILED", seconds=MINUTES)
     kept = RunFolder(run).latest_checkpoint()
     refused = f"megatron-paint: error: Cannot write {RunFolder(run).checkpoint_folder(kept + 3)}: "
-    assert refused in job.output()
+    assert refused in job.output(), job.output()
     assert {"torchrun": "space: 0.0 GB free at", "srun": "or a full disk; see the log"}[launcher] in job.output()
     assert (run / STOPPED).exists()
     assert not list((run / "checkpoints").glob(".*"))

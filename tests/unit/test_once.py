@@ -1,6 +1,7 @@
 """The store that ranks ask who prints: kept by rank 0 alone, and a port that is taken is an error of the user's."""
 
 import socket
+import threading
 
 import pytest
 
@@ -14,6 +15,7 @@ def outside_torchrun(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     monkeypatch.setattr(once, "_hosted", None)
     monkeypatch.setattr(once, "LINGER", 0.1)
+    monkeypatch.setattr(once, "COURTESY", 0.1)
 
 
 @pytest.fixture
@@ -50,6 +52,24 @@ def test_of_two_ranks_with_one_message_one_prints(capsys):
         once.print_once(message, place(port, rank=1))
     assert host is not None
     assert capsys.readouterr().err.splitlines() == ["one", "two"]
+
+
+def test_rank_0_comes_first(capsys, monkeypatch):
+    """Though it meets the error later: what the others print, the console of a job may not show."""
+    monkeypatch.setattr(once, "COURTESY", 60.0)
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    once.host_store(place(port))
+    host, once._hosted = once._hosted, None
+    other = threading.Thread(target=once.print_once, args=("one", place(port, rank=1)))
+    other.start()
+    other.join(0.5)
+    assert other.is_alive()
+    assert host.add(once._key("one"), 1) == 1  # as rank 0 does
+    other.join(30)
+    assert not other.is_alive()
+    assert capsys.readouterr().err == ""
 
 
 def test_a_rank_that_meets_nobody_prints(capsys, monkeypatch):
