@@ -12,7 +12,7 @@ TORCH ?=
 # Test files that run side by side; some start four processes.
 JOBS ?= 2
 
-.PHONY: help quickstart testbed testbed-full test check soak test-slurm test-gpu bench install
+.PHONY: help quickstart testbed testbed-full test check soak test-slurm test-long test-gpu bench install
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -29,9 +29,9 @@ testbed: $(READY)
 testbed-full: $(READY)
 	$(BIN)/python tools/testbed.py --jobs $(JOBS) --full
 
-## make test         every test that needs no GPU, but the long ones on a Slurm cluster
+## make test         every test that needs no GPU and is not long
 test: $(READY)
-	$(BIN)/python -m pytest -m "not gpu and not long_cluster" -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu and not long" -n $(JOBS) --dist loadfile
 
 ## make check        lint and the fast tests
 check: $(READY)
@@ -46,6 +46,10 @@ soak: $(READY)
 ## make test-slurm   everything on a Slurm cluster that it starts itself, as root: half an hour
 test-slurm: $(READY)
 	$(BIN)/python -m pytest -n 0 -rP tests/slurm
+
+## make test-long    the long tests: of the quickstart, and on that cluster
+test-long: $(READY)
+	$(BIN)/python -m pytest -n 0 -m long
 
 ## make test-gpu     the tests that need a GPU
 test-gpu: $(READY)

@@ -96,6 +96,7 @@ def test_no_training_changes_nothing(trained, tmp_path):
     assert again.metrics["greedy"] == before.metrics["greedy"]
 
 
+@pytest.mark.long
 def test_shuffled_solutions_do_not_teach(trained, tmp_path):
     """Solutions of other problems have the format and not the content: they must not give the rise."""
     command("train", f"run.dir={tmp_path / 'run'}", "objective.reveal.solution=wrong")

@@ -58,7 +58,10 @@ class Host:
 
     def connect(self, cable: str, address: str, switch: "Host") -> None:
         """Lays a cable to a bridge called `br0` on another machine; `cable` is the name of its end there."""
-        lay = ["ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", str(self.pid)]
+        # The same hardware address after a crash: others send to the one that they know.
+        card = "02:00:00:00:00:" + format(int(address.split("/")[0].rsplit(".", 1)[1]), "02x")
+        lay = ["ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "address", card]
+        lay += ["netns", str(self.pid)]
         # With the outside's process numbers, by which ip finds the namespace of the other end.
         _run(["nsenter", f"--target={switch.pid}", "--net", "--", *lay])
         _run(switch.enter(["ip", "link", "set", cable, "master", "br0", "up"]))

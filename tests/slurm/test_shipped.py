@@ -29,7 +29,7 @@ def test_a_chain_of_which_the_first_link_finishes(cluster, undisturbed, tmp_path
     assert "preflight: 2 nodes ok in" in first.output()
 
 
-@pytest.mark.long_cluster
+@pytest.mark.long
 def test_a_run_of_one_task_a_rank(cluster, undisturbed, tmp_path):
     (job,) = launch(cluster, tmp_path / "run", launcher="srun")
     job.wait("COMPLETED", restarts=0, seconds=MINUTES)
@@ -43,7 +43,7 @@ def test_the_ready_made_scripts_are_accepted(cluster, script):
     assert "to start at" in done.stderr
 
 
-@pytest.mark.long_cluster
+@pytest.mark.long
 def test_whole_nodes_with_their_gpus(cluster, undisturbed, tmp_path):
     """The #SBATCH lines of the defaults; the ranks run on CPUs, which the preflight would object to."""
     (job,) = launch_on(cluster, tmp_path / "run", "--nodes=2", PROCESSES, "--no-preflight")
@@ -51,7 +51,7 @@ def test_whole_nodes_with_their_gpus(cluster, undisturbed, tmp_path):
     check_is_undisturbed(tmp_path / "run", undisturbed)
 
 
-@pytest.mark.long_cluster
+@pytest.mark.long
 def test_four_nodes_and_two_replicas(cluster, on_one_machine, tmp_path):
     """TP 2 x PP 2 x DP 2."""
     run, steps = tmp_path / "run", 4
@@ -63,7 +63,7 @@ def test_four_nodes_and_two_replicas(cluster, on_one_machine, tmp_path):
     check_is_undisturbed(run, one, steps=steps)
 
 
-@pytest.mark.parametrize("launcher", [pytest.param("torchrun", marks=pytest.mark.long_cluster), "srun"])
+@pytest.mark.parametrize("launcher", [pytest.param("torchrun", marks=pytest.mark.long), "srun"])
 def test_a_signal_stops_the_run_and_requeues_it(cluster, undisturbed, tmp_path, launcher):
     """What --signal does before the time limit."""
     run = tmp_path / "run"
@@ -78,7 +78,7 @@ def test_a_signal_stops_the_run_and_requeues_it(cluster, undisturbed, tmp_path, 
     check_is_undisturbed(run, undisturbed)
 
 
-@pytest.mark.parametrize("place", ["worker", pytest.param("head", marks=pytest.mark.long_cluster)])
+@pytest.mark.parametrize("place", ["worker", pytest.param("head", marks=pytest.mark.long)])
 def test_a_node_crashes(cluster, undisturbed, tmp_path, place):
     run = tmp_path / "run"
     (job,) = launch(cluster, run)
@@ -92,7 +92,7 @@ def test_a_node_crashes(cluster, undisturbed, tmp_path, place):
     check_is_undisturbed(run, undisturbed)
 
 
-@pytest.mark.long_cluster
+@pytest.mark.long
 def test_a_killed_rank_is_started_again_within_the_job(cluster, undisturbed, tmp_path):
     run = tmp_path / "run"
     (job,) = launch(cluster, run)
@@ -104,7 +104,7 @@ def test_a_killed_rank_is_started_again_within_the_job(cluster, undisturbed, tmp
     check_is_undisturbed(run, undisturbed)
 
 
-@pytest.mark.long_cluster
+@pytest.mark.long
 def test_a_node_that_the_preflight_names_is_left_out(cluster, undisturbed, tmp_path):
     """n2 has another folder in the run's place; the job stays off it from then on, and off n4 as it did before."""
     run = tmp_path / "run"

@@ -25,7 +25,7 @@ from tests.slurm.shipped import (
 )
 from tests.slurm.until import until
 
-pytestmark = [pytest.mark.long_cluster, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
 DISK = 80_000_000  # bytes: all checkpoints of a run, of 6 MB each
 LEFT = 4_000_000  # less than a checkpoint

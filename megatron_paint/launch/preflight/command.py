@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import NoReturn
 
 from megatron_paint.errors import UserError
@@ -40,12 +41,15 @@ def main(arguments: Sequence[str] | None = None, probes: Probes | None = None) -
         return MISTAKE
     limit = TimeLimit(options.limit_seconds, me.name)
     limit.enforce()
-    signal.signal(signal.SIGTERM, _end)
+    told: list[int] = []
+    signal.signal(signal.SIGTERM, partial(_end, told))
     probes = probes or Probes()
     try:
         if me.rank == 0:
-            return lead(options, me, probes, limit, lambda case: conclude(case, options, limit.elapsed))
-        return follow(options, me, probes, limit)
+            status = lead(options, me, probes, limit, lambda case: conclude(case, options, limit.elapsed))
+        else:
+            status = follow(options, me, probes, limit)
+        return 128 + told[0] if told else status  # Python drops what is raised while it forks
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except SystemExit as error:  # of _end
@@ -54,6 +58,7 @@ def main(arguments: Sequence[str] | None = None, probes: Probes | None = None) -
         end_all()
 
 
-def _end(number: int, _: object) -> NoReturn:
+def _end(told: list[int], number: int, _: object) -> NoReturn:
     """Lets what must be taken back, such as the token, be taken back on the way out."""
+    told.append(number)
     raise SystemExit(128 + number)
