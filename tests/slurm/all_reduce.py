@@ -9,5 +9,6 @@ import torch.distributed as dist
 dist.init_process_group("gloo")
 total = torch.tensor(dist.get_rank() + 1.0)
 dist.all_reduce(total)
-print(socket.gethostname(), os.environ["LOCAL_RANK"], total.item(), flush=True)
+# In one write: ranks share the console.
+os.write(1, f"{socket.gethostname()} {os.environ['LOCAL_RANK']} {total.item()}\n".encode())
 dist.destroy_process_group()
