@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
+from random_model import make_model
 
 from megatron_paint.config import DataSettings, ModelSettings, RunSettings, Settings
 from megatron_paint.losses import InterpolationLossConfig
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where checkpoints are written (default: a temporary folder)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        make_model(f"{folder}/model", options.layers)
+        make_model(f"{folder}/model", vocabulary=VOCABULARY, layers=options.layers)
         settings = Settings(
             model=ModelSettings(hf_path=f"{folder}/model", dtype="float32"),
             data=DataSettings(train="none"),
@@ -45,25 +45,6 @@ def main() -> None:
         policy = MegatronPolicy(settings, read_shape(settings.model.hf_path), world)
         measure(policy, Path(folder) / "checkpoint", rounds=options.rounds)
         stop_world()
-
-
-def make_model(folder: str, layers: int) -> None:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=64,
-        tie_word_embeddings=True,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
 
 
 def measure(policy, checkpoint: Path, *, rounds: int) -> None:

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from random_model import make_model
 
 from megatron_paint.config import DataSettings, MegatronSettings, ModelSettings, RolloutSettings, RunSettings, Settings
 from megatron_paint.evaluation.boxes import last_box
@@ -29,33 +30,13 @@ from megatron_paint.qwen3 import read_shape
 VOCABULARY, NEVER = 4096, 4095  # an id that both are told to stop at and that is never sampled
 
 
-def make_model(folder: str) -> None:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=64,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-
-
 def measure_sampling(rounds: int, *, rows: int, tokens: int) -> None:
     from transformers import Qwen3ForCausalLM
 
     generator = random.Random(0)
     prompts = [[generator.randrange(NEVER) for _ in range(generator.randint(20, 120))] for _ in range(rows)]
     with tempfile.TemporaryDirectory() as folder:
-        make_model(folder)
+        make_model(folder, vocabulary=VOCABULARY, layers=4)
         settings = Settings(
             model=ModelSettings(hf_path=folder, dtype="float32"),
             data=DataSettings(train="none"),

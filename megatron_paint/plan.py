@@ -54,8 +54,8 @@ class Plan:
         ]
         total = sum(self.memory.values())
         parts = ", ".join(f"{name} {_size(size)}" for name, size in self.memory.items() if size)
-        copied = f"; a save takes about {_size(self.saved)} of host memory" if settings.run.async_save else ""
-        return [*rows, f"memory     about {_size(total)} a rank (estimate): {parts}{copied}"]
+        saving = f"a save takes about {_size(self.saved)} of host memory"
+        return [*rows, f"memory     about {_size(total)} a rank (estimate): {parts}; {saving}"]
 
 
 def make_plan(settings: Settings, *, processes: int) -> Plan:
