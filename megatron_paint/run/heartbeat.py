@@ -10,6 +10,7 @@ import faulthandler
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -38,6 +39,7 @@ class Beat:
     phase: str
     since: float  # of the last beat, in seconds since 1970
     written: float  # of this file
+    waits: bool = False  # for another rank, in a collective
     hung: bool = False
 
 
@@ -134,6 +136,7 @@ class Heart:
             phase=phase,
             since=since,
             written=time.time(),
+            waits=_is_in_collective(),
             hung=hung,
         )
         unfinished = self.folder / f".rank_{self.rank:05d}.{os.getpid()}.unfinished"
@@ -166,6 +169,13 @@ class Others:
         )
 
 
+def _is_in_collective() -> bool:
+    """Whether the main thread stands in a call of torch.distributed. What CUDA has yet to do of an earlier one does not
+    show here."""
+    frame = sys._current_frames().get(threading.main_thread().ident)
+    return frame is not None and str(frame.f_globals.get("__name__")).startswith("torch.distributed.")
+
+
 def clear_beats(folder: Path) -> None:
     """Removes the beats of an earlier life, which may have had more ranks; the stacks of its hang stay."""
     for file in [*folder.glob("rank_*.json"), *folder.glob(".rank_*.unfinished"), folder / HUNG_RUN]:
@@ -183,8 +193,9 @@ def read_beats(folder: Path) -> list[Beat]:
 
 
 def slowest(beats: Sequence[Beat]) -> Beat:
-    """The rank that is behind: of those in the earliest step the one whose last beat is the oldest."""
-    return min(beats, key=lambda beat: (beat.step, beat.since, beat.rank))
+    """The rank that is behind: of those in the earliest step one that does not wait for another, or else the one whose
+    last beat is the oldest."""
+    return min(beats, key=lambda beat: (beat.step, beat.waits, beat.since, beat.rank))
 
 
 def hang_message(beats: Sequence[Beat], *, folder: Path, now: float | None = None) -> str:

@@ -15,7 +15,7 @@ from megatron_paint.mcore.policy import MegatronPolicy
 from megatron_paint.mcore.writer import Writer
 from megatron_paint.objectives import Paint
 from megatron_paint.run.folder import RunFolder
-from megatron_paint.run.heartbeat import Heart
+from megatron_paint.run.heartbeat import Heart, go_on
 from megatron_paint.run.stop import StopRequest
 
 AT = 2
@@ -66,9 +66,11 @@ def not_finite() -> None:
 
 
 def hanging() -> None:
-    """Rank 1 never comes to the sampling of step 2."""
+    """Rank 1 never comes to the sampling of step 2. Its last sign of life is later than that of rank 0, which waits."""
 
     def hang_here() -> None:
+        time.sleep(1.0)
+        go_on()
         while True:
             time.sleep(0.1)
 

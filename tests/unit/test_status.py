@@ -16,8 +16,8 @@ from megatron_paint.schedule import outlived
 NOW = 1_000_000.0
 
 
-def beat(rank, step, *, since=NOW - 5, phase="student", written=NOW - 5, hung=False):
-    return Beat(rank=rank, host=f"n{rank}", pid=7, step=step, phase=phase, since=since, written=written, hung=hung)
+def beat(rank, step, *, since=NOW - 5, phase="student", written=NOW - 5, **more):
+    return Beat(rank=rank, host=f"n{rank}", pid=7, step=step, phase=phase, since=since, written=written, **more)
 
 
 def run_folder(path, *, steps=10, done=(), beats=(), checkpoints=()):
@@ -77,8 +77,13 @@ def test_no_run_folder(tmp_path):
 
 
 def test_who_is_behind():
-    """The earliest step counts first, then the oldest beat."""
-    beats = [beat(0, 7, since=NOW - 99), beat(1, 6, since=NOW - 10), beat(2, 6, since=NOW - 40)]
+    """The earliest step counts first, then who waits for nobody, then the oldest beat."""
+    beats = [
+        beat(0, 7, since=NOW - 99),
+        beat(1, 6, since=NOW - 10),
+        beat(2, 6, since=NOW - 40),
+        beat(3, 6, since=NOW - 50, waits=True),
+    ]
     assert slowest(beats).rank == 2
     message = hang_message(beats, folder="hearts", now=NOW)
     assert "rank 2 on n2 (process 7) has been in step 6, student, for 40 s" in message
