@@ -172,7 +172,7 @@ def set_damaged_aside(folder: RunFolder, world: "World") -> list[str]:
         damaged.append((step, f"checkpoint {folder.checkpoint_folder(step)} is damaged: {found}"))
     if damaged and len(damaged) == len(steps):
         raise UserError(
-            f"{damaged[0][1]}; and so is every other there ({len(steps)} in all). Nothing was changed: see whether "
+            f"{damaged[0][1]}, and no other is whole. Nothing was changed: see whether "
             f"every node shows {folder.path} whole, put a copy of a checkpoint back, or start anew in another run.dir"
         )
     names = [first_rank_does(world, lambda step=step: folder.set_aside(step)).name for step, _ in damaged]
