@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 import unicodedata
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -109,8 +109,9 @@ def limit_hidden(reveal: Reveal, surprise: Sequence[float], *, settings: "Reveal
     """The reveal with more shown where what it hides would surprise the teacher by more than `settings.hidden_nats`.
 
     surprise: minus the log-probability of each token of the reference, from a teacher that is shown what the reveal
-    shows. The first tokens whose rest is within the limit are shown, then cut as ever. The idea is ours: what a teacher
-    cannot write by itself it cannot teach either.
+    shows. Shown are the fewest tokens whose rest is within the limit once they are cut as ever; with `hide_answer` all
+    but the last box, where nothing less will do. The idea is ours: what a teacher cannot write by itself it cannot
+    teach either.
     """
     if len(surprise) != reveal.total_tokens:
         raise ValueError(f"surprise: got {len(surprise)} values for a reference of {reveal.total_tokens} tokens")
@@ -118,9 +119,14 @@ def limit_hidden(reveal: Reveal, surprise: Sequence[float], *, settings: "Reveal
     hidden = rest[reveal.shown_tokens]
     if hidden <= settings.hidden_nats:
         return dataclasses.replace(reveal, hidden_nats=hidden)
-    kept = next(kept for kept, nats in enumerate(rest) if kept > reveal.shown_tokens and nats <= settings.hidden_nats)
-    shown = _reveal(reveal.overlap, reveal.reference, kept / len(surprise), settings=settings, offsets=offsets)
-    return dataclasses.replace(shown, hidden_nats=hidden)
+
+    def cut_at(kept: int) -> Reveal:
+        return _reveal(reveal.overlap, reveal.reference, kept / len(surprise), settings=settings, offsets=offsets)
+
+    # A later cut never shows less, so that the first one that will do can be bisected for.
+    kept = range(reveal.shown_tokens + 1, len(rest))
+    enough = bisect_left(kept, True, key=lambda count: rest[cut_at(count).shown_tokens] <= settings.hidden_nats)
+    return dataclasses.replace(cut_at(kept[min(enough, len(kept) - 1)]), hidden_nats=hidden)
 
 
 def _reveal(overlap: Overlap, reference: str, share: float, *, settings: "RevealSettings", offsets: Offsets) -> Reveal:

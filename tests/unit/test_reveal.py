@@ -407,9 +407,38 @@ class TestLimitHidden:
 
     def test_the_new_cut_backs_off_as_any_other(self):
         text = "We say ab. And so"
-        reveal = self.limited([0.0] * 10 + [1.0] + [0.0] * 6, 0.5, text=text)
+        reveal = self.limited([0.0] * 9 + [1.0] + [0.0] * 7, 0.5, text=text)
         assert reveal.shown_text == "We say ab."
-        assert reveal.share == 11 / 17
+        assert reveal.share == 10 / 17
+
+    @pytest.mark.parametrize(
+        ("text", "surprising", "shown"),
+        [
+            ("Adding them gives $a+b=17$. So the answer is it.", "17", "Adding them gives $a+b=17$"),
+            ("Adding them gives it. So it is \\boxed{17}.", "17", "Adding them gives it. So it is \\boxed{17}"),
+            ("We say ab. And so", " ", "We say ab. A"),
+        ],
+    )
+    def test_the_limit_holds_for_what_is_shown_in_the_end(self, text, surprising, shown):
+        """A cut that backs off in front of what surprises would hide it again."""
+        at = text.rindex(surprising, 0, text.index("A", 1) if surprising == " " else None)
+        reveal = self.limited([0.0] * at + [5.0] + [0.0] * (len(text) - at - 1), 0.5, text=text)
+        assert reveal.shown_text == shown
+        assert reveal.shown_tokens > at
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.lists(TestCut.pieces, min_size=1, max_size=40).map("".join), st.data())
+    def test_any_text_shows_the_least_that_keeps_the_limit(self, text, data):
+        surprise = data.draw(st.lists(st.sampled_from([0.0, 0.0, 1.0]), min_size=len(text), max_size=len(text)))
+        cuts = [cut(text, kept / len(text)) for kept in range(1, len(text) + 1)]
+        enough = [shown for shown in cuts if sum(surprise[len(shown) :]) <= 0.5]
+        reveal = self.limited(surprise, 0.5, text=text, shown=0)
+        assert reveal.shown_text == ("" if sum(surprise) <= 0.5 else enough[0])
+
+    def test_a_hidden_answer_stays_hidden(self):
+        text = "So it is \\boxed{17}."
+        reveal = self.limited([5.0] * len(text), 0.5, text=text, hide_answer=True)
+        assert reveal.shown_text == "So it is"
 
     def test_as_many_values_as_tokens(self):
         with pytest.raises(ValueError, match="got 3 values for a reference of 10 tokens"):
