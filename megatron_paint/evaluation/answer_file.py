@@ -23,7 +23,7 @@ class AnswerFile:
     def __init__(self, path: Path, sampled_with: Mapping[str, Any], prompts: Mapping[str, str]):
         self.path = path
         self.sampled_with = json.loads(to_json(dict(sampled_with)))
-        self.prompts = prompts
+        self.prompts = dict(prompts)
 
     def begin(self) -> dict[Key, Rollout]:
         """The answers that are there, in a file made ready for more.
@@ -40,6 +40,7 @@ class AnswerFile:
             values = _parsed(line)
             if (rollout := _rollout(values)) is not None:
                 self._check_prompt(rollout.problem_id, values.get("prompt"))
+                self.prompts.setdefault(rollout.problem_id, values.get("prompt"))  # of a problem not asked for now
                 answers[rollout.problem_id, rollout.sample_index] = rollout
         whole = [to_json({"sampled_with": self.sampled_with}), *map(self._line, answers.values())]
         if lines != [*whole, ""]:

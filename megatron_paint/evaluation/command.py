@@ -15,7 +15,7 @@ from megatron_paint.evaluation.requested import Requested
 from megatron_paint.evaluation.summary import Evaluated, write_summary
 from megatron_paint.plan import cache_bytes_per_token
 from megatron_paint.qwen3 import Qwen3Shape
-from megatron_paint.records import EvalReport, Rollout
+from megatron_paint.records import EvalReport, Problem, Rollout
 from megatron_paint.run.progress import Mode, Progress
 from megatron_paint.share import Share, directly
 from megatron_paint.sources import evaluation_limit, load_prompts
@@ -93,7 +93,7 @@ class _Counted:
 def answer_file(asked: Requested, name: str, evaluator: Evaluator) -> AnswerFile:
     """Where the answers to a benchmark stand, with what they depend on."""
     prompts = {problem.id: digest(repr(evaluator.prompt(problem)).encode()) for problem in evaluator.problems}
-    return AnswerFile(asked.out / f"{name}.answers.jsonl", sampled_with(asked.settings, asked.model), prompts)
+    return AnswerFile(asked.out / f"{name}.answers.jsonl", sampled_with(asked, evaluator), prompts)
 
 
 def digest(content: bytes) -> str:
@@ -101,18 +101,22 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def sampled_with(settings: Settings, model: str) -> dict[str, Any]:
+def sampled_with(asked: Requested, evaluator: Evaluator) -> dict[str, Any]:
     """All that an answer depends on but its problem and number: a change of any of it is another evaluation."""
-    evaluation = settings.evaluation
+    settings, evaluation = asked.settings, asked.settings.evaluation
+    frame = evaluator.prompt(Problem(id="", problem="", solution="", answer=""))
     return {
-        "model": str(Path(model).resolve()),
-        "weights": fingerprint(Path(model)),
+        "model": str(Path(asked.model).resolve()),
+        "weights": fingerprint(Path(asked.model)),
         "dtype": settings.model.dtype,
         "fp8": settings.megatron.fp8 and settings.megatron.fp8_recipe,
         "temperature": evaluation.temperature,
         "top_p": evaluation.top_p,
         "top_k": evaluation.top_k,
         "max_new_tokens": evaluation.max_new_tokens,
+        "thinking": evaluation.thinking,
+        "template": digest(repr(frame).encode()),  # as the chat template frames it
+        "stop_ids": sorted(evaluator.prompts.tokenizer.stop_ids),
         "seed": settings.run.seed,
     }
 

@@ -28,7 +28,7 @@ DECORATION = re.compile(r"\\(?:left|right|displaystyle|limits)(?![A-Za-z])|\\\$|
 TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 FRACTION = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 MINUS = str.maketrans({"\N{MINUS SIGN}": "-"})
-LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])")
+LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])")  # of single spaces
 IN_PARENTHESES = re.compile(r"\(([0-9]+|[A-Za-z])\)")
 DOLLAR = re.compile(r"(?<!\\)\$")
 INTEGER = re.compile(r"-?[0-9]{1,100}")
@@ -66,7 +66,7 @@ def normal_form(text: str) -> str:
     text = WIDE_SPACE.sub(" ", text)
     text = TEXT_COMMAND.sub(r" \1 ", DECORATION.sub("", text))
     text = FRACTION.sub(r"\\frac", text)
-    text = LOOSE_SPACE.sub("", text).rstrip(".")
+    text = LOOSE_SPACE.sub("", " ".join(text.split())).rstrip(".")
     alone = IN_PARENTHESES.fullmatch(text)
     return alone[1] if alone else text
 

@@ -138,13 +138,20 @@ class WorkerPool:
         return events + [(worker, None) for worker in busy if worker not in heard and worker.deadline <= now]
 
     def _take(self, worker: Worker, message: dict[str, Any] | None, verdicts: list[Verdict | None]) -> None:
-        """Note what one message means; a worker that is lost is dropped, and replaced when one is needed."""
+        """Note what one message means; a worker that is lost is dropped, and replaced when one is needed.
+
+        One that never came up is not, while there are others: the pool is then a smaller one.
+        """
         if message == {}:
             return
         if not worker.ready:
-            if message is None or "missing" in message:
+            if message is None and len(self._workers) > 1:
+                self._drop(worker)
+                self.size = len(self._workers)
+            elif message is None or "missing" in message:
                 self._fail(message)
-            worker.ready = True
+            else:
+                worker.ready = True
             return
         if worker.index is not None:
             failed = message is None or "failed" in message

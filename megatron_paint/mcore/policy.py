@@ -88,7 +88,8 @@ class MegatronPolicy:
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParameters) -> list[Rollout]:
         """One rollout per request, in order; replicas share the requests and exchange what they sampled."""
-        taken = assign_replicas([len(r.prompt_ids) for r in requests], self.world.dp_size)[self.world.dp_rank]
+        most = [len(r.prompt_ids) + sampling.max_new_tokens for r in requests]
+        taken = assign_replicas(most, self.world.dp_size)[self.world.dp_rank]
         rollouts = self.generator.generate([requests[i] for i in taken], sampling)
         speaks = self.world.tp_rank == 0 and self.world.is_last_stage
         merged = self._exchange(dict(zip(taken, rollouts, strict=True)) if speaks else {})

@@ -81,7 +81,8 @@ def recorded(tmp_path_factory):
 
 def grade(folder, *arguments, responses="responses.jsonl"):
     options = ("--benchmarks", str(folder / "math100.jsonl"), "--out", str(folder / "out"), "--quiet")
-    return main(["evaluate", "--responses", str(folder / responses), *options, *arguments])
+    unhurried = "evaluation.grading_seconds=20"  # on a busy machine as well
+    return main(["evaluate", "--responses", str(folder / responses), *options, *arguments, unhurried])
 
 
 @needs_data
@@ -318,6 +319,21 @@ def test_answers_are_kept(tmp_path):
         assert len(there) == whole[: cut + 1].count(b"\n") - 1
         answer_file(path).add([rollout("b", 0)])
         assert ("b", 0) in answer_file(path).begin()
+
+
+def test_answers_to_problems_that_are_left_out_for_once_are_kept(tmp_path):
+    path = tmp_path / "a.jsonl"
+    answer_file(path).begin()
+    answer_file(path).add([rollout("a", 0), rollout("b", 0)])
+    whole = path.read_bytes()
+    assert set(answer_file(path, {"a": "x"}).begin()) == {("a", 0), ("b", 0)}
+    assert path.read_bytes() == whole
+    with path.open("a") as file:
+        file.write("cut sho")  # so that it is written anew
+    answer_file(path, {"a": "x"}).begin()
+    assert path.read_bytes() == whole
+    with pytest.raises(UserError, match="another prompt of problem 'b'"):
+        answer_file(path, {"a": "x", "b": "z"}).begin()
 
 
 @pytest.mark.parametrize(
