@@ -2,7 +2,7 @@
 
     python benchmarks/evaluation.py [--responses rollouts.jsonl] [--rounds 5]
 
-Sampling: a Qwen3 of 28 million random weights answers prompts of different lengths in batches, with the policy's own
+Sampling: a Qwen3 of 15 million random weights answers prompts of different lengths in batches, with the policy's own
 generator and with `transformers.generate` (its cache, left padding, the same batch, sampling at temperature 1). Both
 stop at the same number of tokens; alternating rounds, the median of the ratios. Grading: recorded responses
 ({"rollout", "answer"}; made ones without a file) by the pool of worker processes, and by math-verify in this process
@@ -106,7 +106,9 @@ def measure_grading(file: Path | None, rounds: int) -> None:
 
         def alone() -> None:
             for text, answer in pairs:
-                verify(parse(f"${answer}$"), parse(f"$\\boxed{{{last_box(text) or ''}}}$"))
+                boxed = f"$\\boxed{{{last_box(text) or ''}}}$"
+                gold, given = (parse(latex, parsing_timeout=None) for latex in (f"${answer}$", boxed))
+                verify(gold, given, timeout_seconds=None)
 
         for _ in range(rounds):
             for name, act in (("pool", lambda: pool.grade(pairs)), ("math-verify", alone)):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quickstart_task import VARIANTS, draw_problems, write_problems
-from testbed_report import commit_file, is_done, present_commit, write_report
+from testbed_report import BASELINE, commit_file, is_done, present_commit, write_report
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples" / "testbed"
@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--seeds", help="of each warm-up, with commas; default: those of the size that is run")
     parser.add_argument("--steps", type=int, default=STEPS, help="of a run; another number makes other runs (60)")
     parser.add_argument("--report-only", action="store_true", help="write the report from what is there")
+    parser.add_argument("--baseline", default=BASELINE, help=f"what the others are paired with ({BASELINE})")
     options = parser.parse_args()
     options.out = options.out.resolve()
     warm_ups = [int(seed) for seed in options.warm_ups.split(",")]
@@ -85,7 +86,8 @@ def main() -> None:
         rates = tune(options.out, warm_ups[0], jobs=options.jobs)
         runs = planned(options, variants, warm_ups, rates)
         carry_out(runs, options.out / "models", jobs=options.jobs)
-    write_report(options.out, METHODS + FURTHER, CONTROLS, name=runs_name(options.steps))
+    name = runs_name(options.steps)
+    write_report(options.out, METHODS + FURTHER, CONTROLS, name=name, baseline=options.baseline)
 
 
 def runs_name(steps: int) -> str:
@@ -190,7 +192,8 @@ def carry_out(runs: Sequence[Run], models: Path, *, jobs: int) -> None:
         try:
             commit_file(run.folder).write_text(present_commit() + "\n")
             run_logged(run.command(models), log)
-            print(f"{number}/{len(left)} {run.folder}: {100 * final_accuracy(run.folder):.1f} %", flush=True)
+            # Text and newline in one write, as other runs print as well.
+            print(f"{number}/{len(left)} {run.folder}: {100 * final_accuracy(run.folder):.1f} %\n", end="", flush=True)
         except subprocess.CalledProcessError:
             failed.append(log)
 

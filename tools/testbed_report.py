@@ -97,9 +97,11 @@ def at_tokens(run: Finished, budget: float) -> float:
     return float(np.interp(budget, run.tokens, run.accuracy))
 
 
-def write_report(out: Path, methods: Sequence[str], controls: Sequence[str], *, name: str = "runs") -> None:
+def write_report(
+    out: Path, methods: Sequence[str], controls: Sequence[str], *, name: str = "runs", baseline: str = BASELINE
+) -> None:
     """`report.md`, `report.png` and `results.json` in `out`, from its folder `name`; for another name than `runs` they
-    stand in a folder `report_of_<name>`."""
+    stand in a folder `report_of_<name>`. baseline: the method that the others are paired with."""
     runs_folder = out / name
     found: dict[str, dict[str, list[Finished]]] = defaultdict(dict)
     for folder in sorted(runs_folder.glob("*/*")):
@@ -115,7 +117,9 @@ def write_report(out: Path, methods: Sequence[str], controls: Sequence[str], *, 
         "",
     ]
     for variant, by_method in found.items():
-        lines += _tables(variant, by_method, [*methods, *controls])
+        order = [method for method in [*methods, *controls] if method in by_method]
+        lines += _table(variant, by_method, order, baseline=baseline)
+        lines += _table_of_evaluations(by_method, order)
     if name != "runs":
         out = out / f"report_of_{name}"
         out.mkdir(exist_ok=True)
@@ -126,9 +130,9 @@ def write_report(out: Path, methods: Sequence[str], controls: Sequence[str], *, 
     print("\n".join(lines))
 
 
-def _tables(variant: str, by_method: dict[str, list[Finished]], order: Sequence[str]) -> list[str]:
-    names = [name for name in order if name in by_method]
-    baseline = {run.key: run for run in by_method.get(BASELINE, [])}
+def _table(variant: str, by_method: dict[str, list[Finished]], order: Sequence[str], *, baseline: str) -> list[str]:
+    """What each method came to, beside the baseline; `above`: in how many of the paired runs it did better."""
+    other = {run.key: run for run in by_method.get(baseline, [])}
     budget = min((run.tokens[-1] for runs in by_method.values() for run in runs if run.tokens[-1]), default=0.0)
     first = next(iter(by_method.values()))
     base, base_error = nested({run.key: run.accuracy[0] for run in first})
@@ -138,19 +142,37 @@ def _tables(variant: str, by_method: dict[str, list[Finished]], order: Sequence[
         f"Before training {_text(base, base_error)}. After {first[0].steps[-1]} steps, and when {budget:,.0f} tokens "
         "had been sampled:",
         "",
-        f"| method | runs | Avg@8 | minus {BASELINE} | greedy | mean length | at equal tokens |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        f"| method | runs | Avg@8 | minus {baseline} | above | greedy | mean length | at equal tokens |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for name in names:
+    for name in order:
         runs = by_method[name]
-        paired = {run.key: run.accuracy[-1] - baseline[run.key].accuracy[-1] for run in runs if run.key in baseline}
-        difference = _text(*nested(paired), sign=True) if paired and name != BASELINE else ""
+        paired = {run.key: run.accuracy[-1] - other[run.key].accuracy[-1] for run in runs if run.key in other}
+        is_paired = paired and name != baseline
+        difference = _text(*nested(paired), sign=True) if is_paired else ""
+        above = f"{sum(value > 0 for value in paired.values())} of {len(paired)}" if is_paired else ""
         sampled = all(run.tokens[-1] > 0 for run in runs)
         equal = _text(*nested({run.key: at_tokens(run, budget) for run in runs})) if sampled and budget else "-"
+        accuracy = _text(*nested({run.key: run.accuracy[-1] for run in runs}))
+        greedy, length = np.mean([run.greedy for run in runs]), np.mean([run.length for run in runs])
         lines.append(
-            f"| {name} | {len(runs)} | {_text(*nested({run.key: run.accuracy[-1] for run in runs}))} | {difference} "
-            f"| {np.mean([run.greedy for run in runs]):.1f} | {np.mean([run.length for run in runs]):.1f} | {equal} |"
+            f"| {name} | {len(runs)} | {accuracy} | {difference} | {above} | {greedy:.1f} | {length:.1f} | {equal} |"
         )
+    return [*lines, ""]
+
+
+def _table_of_evaluations(by_method: dict[str, list[Finished]], order: Sequence[str]) -> list[str]:
+    """Avg@8 of each evaluation on the way, and of each run at its end, as `warm-up-seed: Avg@8`."""
+    steps = next(iter(by_method.values()))[0].steps
+    lines = [
+        f"| method | {' | '.join(f'after {step}' for step in steps)} | runs |",
+        "|---|" + "---:|" * len(steps) + "---|",
+    ]
+    for name in order:
+        runs = sorted(by_method[name], key=lambda run: run.key)
+        means = [_text(*nested({run.key: run.accuracy[at] for run in runs})) for at in range(len(steps))]
+        ends = ", ".join(f"{run.warm_up}-{run.seed}: {run.accuracy[-1]:.1f}" for run in runs)
+        lines.append(f"| {name} | {' | '.join(means)} | {ends} |")
     return [*lines, ""]
 
 

@@ -156,13 +156,20 @@ def test_the_report(tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert "Runs of commit abc, def-dirty;" in text
     assert "when 200 tokens had been sampled" in text
-    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in text.splitlines() if line.startswith("| ")}
+    first_table = text.partition("| after 0 |")[0]
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in first_table.splitlines()}
     assert rows["paint"][1] == "2"
     assert rows["paint"][2].startswith("70.0 ± ")
     assert rows["paint"][3] == "+10.0 ± 0.0"
-    assert rows["paint"][6].startswith("55.0 ± ")  # half-way, as it sampled twice as many tokens
-    assert rows["sft"][6] == "- |"
-    assert rows["opsd"][3] == ""
+    assert rows["paint"][4] == "2 of 2"
+    assert rows["paint"][7].startswith("55.0 ± ")  # half-way, as it sampled twice as many tokens
+    assert rows["sft"][4] == "0 of 2"
+    assert rows["sft"][7] == "- |"
+    assert rows["opsd"][3:5] == ["", ""]
+    assert "| method | after 0 | after 2 | runs |" in text
+    assert "| paint | 40.0 ± 0.0 | 70.0 ± 127.1 | 1-1: 60.0, 2-1: 80.0 |" in text
+    report.write_report(tmp_path, ("opsd", "paint"), (), baseline="paint")
+    assert "| opsd | 2 | 60.0 ± 127.1 | -10.0 ± 0.0 | 0 of 2 |" in (tmp_path / "report.md").read_text()
     assert json.loads((tmp_path / "results.json").read_text())["runs"]["own"]["paint"][0]["tokens"] == [0.0, 400.0]
     assert (tmp_path / "report.png").stat().st_size > 1000
     write_run(tmp_path / "runs_of_6_steps" / "own" / "opsd" / "1-1", {0: 0.4, 2: 0.5}, tokens=100)
