@@ -30,8 +30,9 @@ testbed-full: $(READY)
 	$(BIN)/python tools/testbed.py --jobs $(JOBS) --full
 
 ## make test         every test that needs no GPU and is not long
+# In the order of the files: tests/unit, whose files are short, comes last, so that all processes end together.
 test: $(READY)
-	$(BIN)/python -m pytest -m "not gpu and not long" -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu and not long" -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 ## make check        lint and the fast tests
 check: $(READY)

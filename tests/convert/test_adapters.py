@@ -37,7 +37,7 @@ def train(folder, layout, *arguments, processes=2):
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "model", folder / "run"

@@ -157,7 +157,7 @@ def test_the_launcher_says_it_once(trained, tmp_path, disk):
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ranks.ROOT)},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 2, done
     # torch's remark on a machine that has a CUDA compiler and no GPU

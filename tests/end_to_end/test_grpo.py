@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 GRPO = ROOT / "examples" / "quickstart" / "grpo.yaml"
 SHORT = (
     *("data.problems_per_step=4", "evaluation.problems=null", "run.tensorboard=false", "run.save_every=1"),
-    *("megatron.pipeline_model_parallel_size=1", "objective.grpo.updates_per_batch=2"),
+    *("megatron.pipeline_model_parallel_size=1", "objective.grpo.updates_per_batch=2", "evaluation.grading_seconds=60"),
 )
 
 

@@ -51,7 +51,7 @@ def start(*command, env):
 
 def end(process):
     """(exit status, stdout, lines of stderr) of a process that is about to end."""
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=600)
     return process.returncode, out, err.strip().splitlines()
 
 

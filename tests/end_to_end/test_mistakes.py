@@ -376,7 +376,7 @@ def test_apex_of_pypi(setup, tmp_path, command, world):
         env=os.environ | {"PYTHONPATH": f"{tmp_path / 'path'}:{ROOT}"} | world,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()

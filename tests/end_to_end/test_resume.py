@@ -177,7 +177,7 @@ def test_self_check_sees_a_wrong_offset(trained, tmp_path):
     arguments = ["train", str(trained.settings), "--self-check", "run.sampler_gap_limit=0.01"]
     arguments += ["megatron.tensor_model_parallel_size=1", "megatron.sequence_parallel=false", "--processes", "1"]
     done = subprocess.run(
-        [sys.executable, "-c", SPOILT, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=200
+        [sys.executable, "-c", SPOILT, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 2, done.stderr
     assert "self-check: sampler and trainer differ by " in done.stderr

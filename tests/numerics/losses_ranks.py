@@ -41,7 +41,7 @@ def measure_layout(ranks: int, folder: Path) -> list[dict]:
 def _rank(rank: int, ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks, timeout=timedelta(seconds=600)
     )
     cases = {
         f"{name} {dtype}": measure_case(

@@ -38,7 +38,7 @@ LAYOUTS = {
 }
 
 
-def run_worker(module: str, layout: str, *arguments: str | Path, timeout: int = 240) -> str:
+def run_worker(module: str, layout: str, *arguments: str | Path, timeout: int = 800) -> str:
     """Runs `tests.parallel.MODULE LAYOUT ARGUMENTS...` on the layout's ranks; fails with what it printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(LAYOUTS[layout].processes), "-m", f"tests.parallel.{module}", layout]

@@ -134,7 +134,7 @@ class FakeJob:
     def job(self, script: str, training: str, **environ: str) -> tuple[int, str]:
         """One life of the job; exit status and output. The next one has a higher restart count."""
         job = self.start(script, training, **environ)
-        output, _ = job.communicate(timeout=60)
+        output, _ = job.communicate(timeout=600)
         self.restart += 1
         return job.returncode, output
 

@@ -57,7 +57,7 @@ def test_nothing_is_left(ending):
     if ending in SIGNALS:
         assert len(processes(folder)) > 10  # daemons, steps and their tasks
         os.killpg(run.pid, SIGNALS[ending])
-    assert run.wait(timeout=60) != 0
+    assert run.wait(timeout=600) != 0
     until(lambda: not processes(folder), seconds=30, otherwise=lambda: str(processes(folder)))
     assert str(folder) not in Path("/proc/self/mountinfo").read_text()
     if ending == "kill":

@@ -268,7 +268,7 @@ def signalled(fake: FakeJob, text: str, training: str, *signals: signal.Signals)
     for number in signals:
         job.send_signal(number)
         time.sleep(0.1)
-    output, _ = job.communicate(timeout=60)
+    output, _ = job.communicate(timeout=600)
     return job.returncode, output
 
 

@@ -94,7 +94,7 @@ def test_a_process_that_was_suspended_is_not_taken_for_a_hang(tmp_path):
     os.kill(process.pid, signal.SIGSTOP)
     time.sleep(3.0)
     os.kill(process.pid, signal.SIGCONT)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=600)
     assert (process.returncode, out) == (0, "")
 
 

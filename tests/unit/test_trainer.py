@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import time
 from contextlib import ExitStack
 from types import SimpleNamespace
 
@@ -16,6 +15,7 @@ from megatron_paint.evaluation.statistics import build_report
 from megatron_paint.mcore import world as world_module
 from megatron_paint.records import Graded, Problem, Rollout, SampleScore, StepReport
 from megatron_paint.run.folder import RunFolder
+from megatron_paint.run.pace import Pace
 from megatron_paint.run.progress import Progress
 from megatron_paint.self_check import self_check
 from megatron_paint.settings import settings_of
@@ -70,7 +70,9 @@ def settings(path, **run):
     return settings_of({"model": {"hf_path": "m"}, "data": {"train": "p.jsonl"}, "run": {"dir": str(path), **changes}})
 
 
-def life(path, *, on_first_rank=lambda act: act(), asked_to_stop=lambda seconds: None, notes=None, **run) -> Notes:
+def life(
+    path, *, on_first_rank=lambda act: act(), asked_to_stop=lambda seconds: None, notes=None, pace=None, **run
+) -> Notes:
     """One life of a run; what it did."""
     made, notes = settings(path, **run), Notes() if notes is None else notes
     folder = RunFolder(path)
@@ -87,6 +89,7 @@ def life(path, *, on_first_rank=lambda act: act(), asked_to_stop=lambda seconds:
         start=folder.prepare(made),
         on_first_rank=on_first_rank,
         asked_to_stop=asked_to_stop,
+        pace=pace or Pace(),
     ).train()
     return notes
 
@@ -160,23 +163,22 @@ def test_a_run_stops_where_it_is_asked_to(tmp_path, asks, done):
 
 
 def test_what_is_next_must_fit_into_the_time_that_is_left(tmp_path):
-    """A step takes 0.02 s and an evaluation 0.2 s: after a step it is asked whether there is time for what is due."""
+    """A step takes 2 s and an evaluation 20 s: after a step it is asked whether there is time for what is due."""
+    now = [0.0]
 
     class Slow(Notes):
         def step(self, *_, **values):
-            time.sleep(0.02)
+            now[0] += 2.0
             return super().step(*_, **values)
 
         def report(self, *_, **values):
-            time.sleep(0.2)
+            now[0] += 20.0
             return super().report(*_, **values)
 
     asked = []
-    life(tmp_path, asked_to_stop=asked.append, notes=Slow())
+    life(tmp_path, asked_to_stop=asked.append, notes=Slow(), pace=Pace(clock=lambda: now[0]))
     # Before the evaluation of step 0 and after it, after step 1, and after step 2 and what is due there.
-    assert asked[:2] == [0.0, 0.0]
-    assert 0.02 <= asked[2] < 0.2 <= asked[3]
-    assert 0.02 <= asked[4] < 0.2
+    assert asked[:5] == [0.0, 0.0, 2.0, 20.0, 2.0]
 
 
 def test_a_save_that_goes_on_is_finished_where_the_run_ends_by_an_error(tmp_path):
