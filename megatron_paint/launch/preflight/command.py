@@ -5,7 +5,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import NoReturn
 
 from megatron_paint.errors import UserError
 from megatron_paint.launch.preflight.errand import end_all
@@ -14,7 +13,7 @@ from megatron_paint.launch.preflight.identity import find_node
 from megatron_paint.launch.preflight.lead import lead
 from megatron_paint.launch.preflight.options import parse
 from megatron_paint.launch.preflight.probes import Probes
-from megatron_paint.launch.preflight.time_limit import TimeLimit
+from megatron_paint.launch.preflight.time_limit import IMPORT_SECONDS, TimeLimit
 from megatron_paint.launch.preflight.verdict import conclude
 
 MISTAKE = 2
@@ -39,8 +38,11 @@ def main(arguments: Sequence[str] | None = None, probes: Probes | None = None) -
     except UserError as error:
         print(f"preflight: error: {error}", file=sys.stderr)
         return MISTAKE
-    limit = TimeLimit(options.limit_seconds, me.name)
+    limit = TimeLimit(IMPORT_SECONDS, me.name, "the import of torch")
     limit.enforce()
+    import_all()
+    limit.begin(options.limit_seconds)
+    limit.phase = "the start"
     told: list[int] = []
     signal.signal(signal.SIGTERM, partial(_end, told))
     probes = probes or Probes()
@@ -58,7 +60,16 @@ def main(arguments: Sequence[str] | None = None, probes: Probes | None = None) -
         end_all()
 
 
-def _end(told: list[int], number: int, _: object) -> NoReturn:
-    """Lets what must be taken back, such as the token, be taken back on the way out."""
+def import_all() -> None:
+    """Imports what the checks need: from a cold shared disk that may take a minute, for which no node is to blame."""
+    import torch.distributed  # noqa: F401
+
+    import megatron_paint.plan
+    import megatron_paint.settings  # noqa: F401
+
+
+def _end(told: list[int], number: int, _: object) -> None:
+    """Lets what must be taken back, such as the token, be taken back on the way out, which no second one interrupts."""
     told.append(number)
-    raise SystemExit(128 + number)
+    if len(told) == 1:
+        raise SystemExit(128 + number)

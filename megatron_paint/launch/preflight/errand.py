@@ -13,6 +13,7 @@ from megatron_paint.launch.lifetime import end_with_parent
 
 Tell = Callable[[str], None]  # says how far the work has come
 
+END_SECONDS = 3.0  # for all that were ended to be gone; with a GPU, or a disk that hangs, that takes a while
 _running: list["Errand"] = []
 
 
@@ -33,9 +34,9 @@ class Errand:
         fork = multiprocessing.get_context("fork")
         self._receiver, sender = fork.Pipe(duplex=False)
         self._process = fork.Process(target=_work, args=(act, sender, os.getpid()), daemon=True)
+        _running.append(self)  # first: a signal may come as soon as it has started
         self._process.start()
         sender.close()
-        _running.append(self)
 
     def outcome(self, deadline: float) -> Outcome:
         """Waits until it has ended, at most until `deadline` (time.monotonic), and ends it then."""
@@ -52,23 +53,29 @@ class Errand:
             code = self._process.exitcode or 0
             name = signal.Signals(-code).name if code < 0 else f"exit status {code}"
             result = Outcome(problem=f"its process died of {name}", kind="killed", reached=reached)
-        self.end()
+        self.kill()
+        self._receiver.close()
         return result or Outcome(problem="it did not end in time", kind="stalled", reached=reached)
 
-    def end(self) -> None:
-        """Ends the process, whatever it does; one that the kernel holds in a disk's wait is left to the kernel."""
-        if self._process.is_alive():
+    def kill(self) -> None:
+        """Ends the process, whatever it does, and does not wait until it is gone: others may be still to be ended."""
+        if self._process.pid is not None:
             self._process.kill()
-        self._process.join(0.5)
-        self._receiver.close()
-        if self in _running:
-            _running.remove(self)
+
+    def wait(self, deadline: float) -> None:
+        """Waits until the process is gone, at most until `deadline` (time.monotonic)."""
+        if self._process.pid is not None:
+            self._process.join(max(0.0, deadline - time.monotonic()))
 
 
 def end_all() -> None:
-    """Ends every errand of this process."""
-    for errand in list(_running):
-        errand.end()
+    """Ends every errand of this process; one that the kernel holds in a disk's wait is left to the kernel."""
+    errands, deadline = list(_running), time.monotonic() + END_SECONDS
+    for errand in errands:
+        errand.kill()
+    for errand in errands:
+        errand.wait(deadline)
+    _running[:] = [errand for errand in _running if errand not in errands]
 
 
 def carry_out(act: Callable[[], Any], seconds: float) -> Outcome:

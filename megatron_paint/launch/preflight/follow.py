@@ -2,6 +2,8 @@
 
 import json
 import sys
+import time
+from contextlib import suppress
 from dataclasses import asdict
 
 from megatron_paint.launch.preflight import blame, clock, collective, meeting, port, time_limit
@@ -21,11 +23,13 @@ def follow(options: Options, me: Node, probes: Probes, limit: TimeLimit) -> int:
     except port.Unusable as error:
         _say(f"preflight: node {me.name}: {port.CHECK}: {error}{f'; {error.advice}' if error.advice else ''}")
         return BAD
+    limit.begin(limit.seconds)  # the first node's own time, which began before, is the one that counts from here on
     try:
         _take_part(met, options, me, probes, limit)
         limit.phase = f"the wait for the verdict of {me.first}"
         status = int(met.wait_for("verdict", limit.at(1.0)))
-        met.post(f"bye/{me.rank}", json.dumps("bye"))
+        with suppress(meeting.Lost):  # it waits only for so long
+            met.post(f"bye/{me.rank}", json.dumps("bye"))
     except meeting.Lost as error:
         _say(
             f"preflight: node {me.name}: {me.first}, the first node, stopped answering ({error}; this node was in "
@@ -59,7 +63,7 @@ def _take_part(met: meeting.Meeting, options: Options, me: Node, probes: Probes,
 
 def _deadline(limit: TimeLimit, seconds: float) -> float:
     """So many seconds from now, or the end of this node's own time."""
-    return min(limit.at(limit.elapsed / limit.seconds) + seconds, limit.at(1.0))
+    return min(time.monotonic() + seconds, limit.at(1.0))
 
 
 def _say(message: str) -> None:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from megatron_paint.launch.preflight import blame, clock, collective, gpus, meeting, packages, port, shared, time_limit
-from megatron_paint.launch.preflight.errand import carry_out
+from megatron_paint.launch.preflight.errand import carry_out, end_all
 from megatron_paint.launch.preflight.finding import Finding
 from megatron_paint.launch.preflight.identity import Node
 from megatron_paint.launch.preflight.local import HANGS, PACKAGES, Canary, Local, examine
@@ -18,7 +18,7 @@ from megatron_paint.launch.preflight.probes import Probes
 from megatron_paint.launch.preflight.time_limit import TimeLimit
 
 DISK_SECONDS = 10.0
-FAREWELL_SECONDS = 2.0
+FAREWELL_SECONDS = 10.0
 ANSWERS = "answers"
 INSTALL = "install the same on every node"
 
@@ -70,8 +70,9 @@ def lead(options: Options, me: Node, probes: Probes, limit: TimeLimit, conclude:
         _add_up_all(met, case, options, probes, limit, found)
         status = conclude(case)
         met.post("verdict", str(status))
-        _say_farewell(met, case)
+        _say_farewell(met, case, limit)
     finally:
+        end_all()  # the one that writes the token may be among them
         carry_out(lambda: shared.remove(options.run, canary.name), DISK_SECONDS)
         met.close()
     return status
@@ -197,8 +198,8 @@ def group_of(options: Options, ranks: list[int], size: int, on_gpu: bool) -> col
     )
 
 
-def _say_farewell(met: meeting.Meeting, case: Case) -> None:
+def _say_farewell(met: meeting.Meeting, case: Case, limit: TimeLimit) -> None:
     """Keeps the store until the others have read the verdict."""
-    deadline = time.monotonic() + FAREWELL_SECONDS
+    deadline = min(time.monotonic() + FAREWELL_SECONDS, limit.at(time_limit.FAREWELL))
     with suppress(meeting.Lost):
         met.collect("bye", case.members[1:], deadline)

@@ -8,19 +8,27 @@ import time
 from megatron_paint.launch.preflight.errand import end_all
 
 BAD = 3  # exit status: a check failed
+IMPORT_SECONDS = 300.0
 # Shares of the limit, counted from the start, at which a phase is over at the latest.
-JOIN, LOCAL, COLLECTIVE = 0.5, 0.75, 0.92
-GRACE = 0.02  # of the limit, for what was found in time to arrive
+JOIN, LOCAL, COLLECTIVE, FAREWELL = 0.4, 0.69, 0.88, 0.98
+GRACE = 0.06  # of the limit, for what was found in time to arrive, also from a node that is held up for a moment
 
 
 class TimeLimit:
-    """The time of this process, from its start; `phase` says what it does, for a message at the end of the time."""
+    """The time of this process, which ends with it; `phase` says what it does, for a message at the end of the time."""
 
-    def __init__(self, seconds: float, node: str) -> None:
+    def __init__(self, seconds: float, node: str, phase: str) -> None:
         self.seconds = seconds
         self.began = time.monotonic()
         self.node = node
-        self.phase = "the start"
+        self.phase = phase
+        self._begun = threading.Event()
+
+    def begin(self, seconds: float) -> None:
+        """Begins anew."""
+        self.began = time.monotonic()
+        self.seconds = seconds
+        self._begun.set()
 
     def at(self, share: float) -> float:
         """The moment (time.monotonic) at which this share of the time is over."""
@@ -40,7 +48,9 @@ class TimeLimit:
         threading.Thread(target=self._end, daemon=True).start()
 
     def _end(self) -> None:
-        time.sleep(self.left(1.0))
+        while (left := self.left(1.0)) > 0:
+            self._begun.wait(left)
+            self._begun.clear()
         print(f"preflight: node {self.node}: time is up after {self.seconds:g} s, in {self.phase}", file=sys.stderr)
         sys.stderr.flush()
         end_all()
