@@ -9,7 +9,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import sys
 import threading
 import time
@@ -32,14 +31,11 @@ def main() -> None:
 
 def run(job: dict) -> dict:
     """Forks the ranks of one job and waits for them; `hung` tells that the time was up and they were killed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     pids: list[int] = []
     for rank in range(job["processes"]):
         pid = os.fork()
         if pid == 0:
-            rank_main(job, rank, port)
+            rank_main(job, rank)
             sys.exit()
         pids.append(pid)
         os.setpgid(pid, pids[0])
@@ -58,7 +54,7 @@ def run(job: dict) -> dict:
     return {"statuses": statuses, "hung": hung}
 
 
-def rank_main(job: dict, rank: int, port: int) -> None:
+def rank_main(job: dict, rank: int) -> None:
     """One rank, in its own process."""
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{job['folder']}/{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -66,7 +62,7 @@ def rank_main(job: dict, rank: int, port: int) -> None:
     faulthandler.enable()
     faulthandler.dump_traceback_later(0.9 * job["limit"])  # where it hangs
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["processes"])}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
     if (size := job["file_size"].get(str(rank))) is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
     if job["kill"] is not None and rank == 0:

@@ -9,6 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.ports import free_port
+
 ROOT = Path(__file__).parents[2]
 COMMAND = "megatron_paint.__main__:run"
 
@@ -46,7 +48,7 @@ def run(
     *arguments: object,
     target: str = COMMAND,
     processes: int = 2,
-    limit: float = 120.0,
+    limit: float = 400.0,
     kill: Kill | None = None,
     file_size: dict[int, int] | None = None,
 ) -> Ended:
@@ -59,6 +61,7 @@ def run(
         "arguments": [str(argument) for argument in arguments],
         "target": target,
         "processes": processes,
+        "port": free_port(),
         "limit": limit,
         "kill": None if kill is None else {"below": str(kill.below), "event": kill.event, "delay": kill.delay},
         "file_size": {str(rank): size for rank, size in (file_size or {}).items()},

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ import pytest
 
 from megatron_paint.run.folder import RunFolder
 from tests import tiny
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 LAYOUT = "tensor_model_parallel_size: 2, sequence_parallel: true"
@@ -190,15 +190,12 @@ def torchrun(*arguments, mark):
 
 def srun(*arguments, mark, tasks=2):
     """What srun would start: (exit statuses, stdouts together, lines of stderr together)."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     step = {
         "SLURM_JOB_ID": "71",
         "SLURM_STEP_ID": "0",
         "SLURM_STEP_NUM_TASKS": str(tasks),
         "SLURM_STEP_NODELIST": "localhost",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
     }
     started = [
         start(

@@ -154,9 +154,8 @@ def test_self_check_leaves_a_used_run_folder_alone(trained, tmp_path):
 
 SPOILT = """
 import dataclasses
-import sys
 
-from megatron_paint import cli
+from megatron_paint.__main__ import run
 from megatron_paint.mcore import batch
 
 right = batch._pack
@@ -168,7 +167,7 @@ def shifted(*arguments, **options):
 
 
 batch._pack = shifted
-sys.exit(cli.main(sys.argv[1:]))
+run()
 """
 
 

@@ -8,7 +8,8 @@ import sys
 import threading
 import time
 
-from megatron_paint import cli, disk
+from megatron_paint import disk
+from megatron_paint.__main__ import run
 from megatron_paint.disk import NewFolder
 from megatron_paint.mcore import checkpoint, distributed_format
 from megatron_paint.mcore.policy import MegatronPolicy
@@ -41,7 +42,7 @@ def _before_step(act) -> None:
         return whole(self, policy, problems, step=step, lr=lr)
 
     Paint.step = step
-    sys.exit(cli.main(sys.argv[1:]))
+    run()
 
 
 def signalled() -> None:
@@ -91,13 +92,13 @@ def signalled_at_the_start() -> None:
             os.kill(os.getpid(), signal.SIGUSR1)
 
     MegatronPolicy.__init__ = make
-    sys.exit(cli.main(sys.argv[1:]))
+    run()
 
 
 def in_a_job_that_ends_soon() -> None:
     """The job ends in 200 s, as Slurm tells in the environment."""
     os.environ["SLURM_JOB_END_TIME"] = str(time.time() + 200)
-    sys.exit(cli.main(sys.argv[1:]))
+    run()
 
 
 def in_a_job_that_ends_in_step_1() -> None:
@@ -166,4 +167,4 @@ def killed() -> None:
                     die_in_time()
 
             Heart.beat = beat
-    sys.exit(cli.main(sys.argv[1:]))
+    run()

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_paint import cli
+from megatron_paint.__main__ import run
 from tests import tiny
 from tests.end_to_end import ranks
 from tests.end_to_end.test_resume import events, metrics
@@ -61,7 +61,7 @@ def killed_after_an_update() -> None:
         return report
 
     MegatronPolicy.update = update
-    sys.exit(cli.main(sys.argv[1:]))
+    run()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import free_port
+
 ROOT = Path(__file__).parents[2]
 CONFIG = {
     "model_type": "qwen3",
@@ -51,12 +53,6 @@ class Ended:
         return seen
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return free.getsockname()[1]
-
-
 def arguments(folder: Path, port: int, *, limit: int, run: str = "run") -> list[str]:
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "settings.yaml").write_text(f"model: {{hf_path: {folder}}}\ndata: {{train: x.jsonl}}\n")
@@ -93,8 +89,8 @@ def preflight(folder: Path, *faults: dict | None, limit: int = 60, port: int | N
 
 
 def left_processes(folder: Path) -> list[str]:
-    """Processes that still have this test's folder on their command line, within two seconds of its end."""
-    deadline = time.monotonic() + 2
+    """Processes that still have this test's folder on their command line, some seconds after its end."""
+    deadline = time.monotonic() + 20
     while True:
         left = [line for line in command_lines() if str(folder) in line]
         if not left or time.monotonic() > deadline:
@@ -185,10 +181,10 @@ def waits(tmp_path_factory):
         taken.listen()
         port = taken.getsockname()[1]
         runs = {
-            "absent": pool.submit(preflight, folder["absent"], {}, {}, None, limit=16),
-            "stops": pool.submit(preflight, folder["stops"], {}, {}, {"stops": True}, limit=16),
-            "first_stops": pool.submit(preflight, folder["first_stops"], {"stops": True}, {}, limit=16),
-            "taken": pool.submit(preflight, folder["taken"], {}, {}, limit=8, port=port),
+            "absent": pool.submit(preflight, folder["absent"], {}, {}, None, limit=40),
+            "stops": pool.submit(preflight, folder["stops"], {}, {}, {"stops": True}, limit=40),
+            "first_stops": pool.submit(preflight, folder["first_stops"], {"stops": True}, {}, limit=40),
+            "taken": pool.submit(preflight, folder["taken"], {}, {}, limit=20, port=port),
         }
         return {name: run.result() for name, run in runs.items()} | {"port": port}
 
@@ -197,9 +193,9 @@ def test_a_node_that_never_starts(waits):
     ended = waits["absent"]
     assert ended.status == {"n0": 3, "n1": 3}
     assert ended.failed() == {("n2", "join")}
-    assert "preflight: node n2: join: did not join within 8 s; see whether it was started" in ended.output["n0"]
+    assert "preflight: node n2: join: did not join within 16 s; see whether it was started" in ended.output["n0"]
     assert ended.excluded == ["n2"]
-    assert ended.report["seconds"] < 16
+    assert ended.report["seconds"] < 40
 
 
 def test_a_node_that_stops_in_the_sum(waits):
@@ -208,13 +204,13 @@ def test_a_node_that_stops_in_the_sum(waits):
     assert ended.failed() == {("n2", "answers")}
     assert ended.seen("n2", "answers") == "stopped answering in the all-reduce over all nodes"
     assert ended.excluded == ["n2"]
-    assert ended.report["seconds"] < 16
+    assert ended.report["seconds"] < 40
 
 
 def test_the_first_node_stops(waits):
     ended = waits["first_stops"]
     assert ended.status == {"n0": "stopped", "n1": 3}
-    assert ended.output["n1"] == "preflight: node n1: time is up after 16 s, in the wait for the verdict of n0\n"
+    assert ended.output["n1"] == "preflight: node n1: time is up after 40 s, in the wait for the verdict of n0\n"
 
 
 def test_a_port_that_is_taken(waits):

@@ -8,6 +8,7 @@ import pytest
 from megatron_paint.errors import UserError
 from megatron_paint.launch import once
 from megatron_paint.launch.place import Place
+from tests.ports import free_port
 
 
 @pytest.fixture(autouse=True)
@@ -43,9 +44,7 @@ def test_only_rank_0_keeps_the_store(port, monkeypatch):
 
 
 def test_of_two_ranks_with_one_message_one_prints(capsys):
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     once.host_store(place(port))
     host, once._hosted = once._hosted, None  # what follows is another rank, for which it is not at hand
     for message in ("one", "two", "one"):
@@ -57,9 +56,7 @@ def test_of_two_ranks_with_one_message_one_prints(capsys):
 def test_rank_0_comes_first(capsys, monkeypatch):
     """Though it meets the error later: what the others print, the console of a job may not show."""
     monkeypatch.setattr(once, "COURTESY", 60.0)
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     once.host_store(place(port))
     host, once._hosted = once._hosted, None
     other = threading.Thread(target=once.print_once, args=("one", place(port, rank=1)))
@@ -74,8 +71,6 @@ def test_rank_0_comes_first(capsys, monkeypatch):
 
 def test_a_rank_that_meets_nobody_prints(capsys, monkeypatch):
     monkeypatch.setattr(once, "PATIENCE", 0.3)
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     once.print_once("alone", place(port, rank=1))
     assert capsys.readouterr().err.splitlines() == ["alone"]

@@ -23,6 +23,7 @@ from megatron_paint.launch.preflight.options import parse
 from megatron_paint.launch.preflight.verdict import failure_lines, summary
 from megatron_paint.plan import checkpoint_bytes
 from megatron_paint.qwen3 import Qwen3Shape
+from tests.ports import free_port
 
 NEEDED = ["--run", "r", "--rendezvous", "h:29500", "--settings", "s.yaml"]
 SHAPE = Qwen3Shape(
@@ -131,7 +132,7 @@ def test_places_that_cannot_be(environ, given, message):
 
 def test_overrides_stand_among_options():
     options = parse([*NEEDED, "a.b=1", "c.d=2", "--expect-gpus", "8"])
-    assert (options.overrides, options.expect_gpus, options.limit_seconds) == (("a.b=1", "c.d=2"), 8, 60)
+    assert (options.overrides, options.expect_gpus, options.limit_seconds) == (("a.b=1", "c.d=2"), 8, 90)
     assert (options.rendezvous.host, options.rendezvous.port) == ("h", 29500)
 
 
@@ -345,9 +346,7 @@ def test_an_address_that_is_not_the_first_nodes():
 
 
 def test_nobody_listens():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        number = free.getsockname()[1]
+    number = free_port()
     with pytest.raises(port.Unusable, match=f"cannot reach the first node at 127.0.0.1:{number} within"):
         port.reach(port.Rendezvous(host="127.0.0.1", port=number), time.monotonic() + 0.5)
 
