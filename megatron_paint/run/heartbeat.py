@@ -63,7 +63,8 @@ class Heart:
         self._state = ("start", 0, time.time())  # phase, step, since: one assignment, seen whole
         self._is_written = False  # the last beat
         self._others = Others(folder, ranks=ranks, limit=limit or 0.0)
-        self._next_look = 0.0
+        self._clock, self._moved, self._seen = 0.0, 0.0, self._state
+        self._before = self._next_look = 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
@@ -87,23 +88,29 @@ class Heart:
         self._state = (phase or phase_before, step_before if step is None else step, time.time())
 
     def _watch(self) -> None:
-        clock, moved, state, before = 0.0, 0.0, self._state, time.monotonic()
+        self._before = time.monotonic()
         while not self._ended.wait(self._interval):
-            now = time.monotonic()
-            # At most twice what was waited: a process that its batch system suspended has not been hanging.
-            clock, before = clock + min(now - before, 2 * self._interval), now
-            if self._state is not state:
-                state, moved = self._state, clock
-            if self.limit is not None and self._is_hung(clock, quiet=clock - moved):
-                self._give_up()
-            self._write()
+            self._look(time.monotonic())
+
+    def _look(self, now: float) -> None:
+        # At most twice what was waited: a process that its batch system suspended has not been hanging.
+        self._clock += min(now - self._before, 2 * self._interval)
+        self._before = now
+        if self._state is not self._seen:
+            self._seen, self._moved = self._state, self._clock
+        if self.limit is not None and self._is_hung(self._clock, quiet=self._clock - self._moved):
+            self._give_up()
+        self._write()
 
     def _is_hung(self, clock: float, *, quiet: float) -> bool:
         """Whether the run is: rank 0 finds out, which reads what all have written; another only where it does not."""
         if quiet < self.limit / 2:
             return False
-        if (self.folder / HUNG_RUN).exists():
-            return True
+        try:
+            if (self.folder / HUNG_RUN).exists():
+                return True
+        except OSError:  # it is not known to hang
+            return False
         if quiet < self.limit * (0.5 if self.rank == 0 else 3.0) or clock < self._next_look:
             return False
         self._next_look = clock + self.limit / 4
@@ -114,19 +121,19 @@ class Heart:
         last_resort = threading.Timer(2 * (self._interval + SETTLE_SECONDS), os._exit, [HUNG])
         last_resort.daemon = True
         last_resort.start()  # a disk may be what hangs
+        mine = self._write(hung=True)  # before the file that tells the others: who sees that one sees this beat
         with suppress(OSError):
             (self.folder / HUNG_RUN).touch()
             with open(self.folder / f"stacks_{self.rank:05d}.txt", "w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
-        self._write(hung=True)
         time.sleep(self._interval + SETTLE_SECONDS)
-        beats = read_beats(self.folder)
+        beats = read_beats(self.folder) or [mine]
         speaker = min((beat.rank for beat in beats if beat.hung), default=self.rank)
         if speaker == self.rank:
             self.give_up(hang_message(beats, folder=self.folder))
         os._exit(HUNG)
 
-    def _write(self, *, hung: bool = False) -> None:
+    def _write(self, *, hung: bool = False) -> Beat:
         phase, step, since = self._state
         beat = Beat(
             rank=self.rank,
@@ -148,6 +155,7 @@ class Heart:
         except OSError:  # not worth ending a run for: a disk that refuses it refuses the next checkpoint aloud
             with suppress(OSError):
                 unfinished.unlink(missing_ok=True)
+        return beat
 
 
 class Others:
@@ -185,8 +193,10 @@ def clear_beats(folder: Path) -> None:
 
 def read_beats(folder: Path) -> list[Beat]:
     """The last beat of each rank, by rank; what cannot be read is left out."""
-    beats = []
-    for file in sorted(folder.glob("rank_*.json")):
+    beats, files = [], []
+    with suppress(OSError):
+        files = sorted(folder.glob("rank_*.json"))
+    for file in files:
         with suppress(OSError, ValueError, TypeError):
             beats.append(Beat(**json.loads(file.read_text(encoding="utf-8"))))
     return sorted(beats, key=lambda beat: beat.rank)

@@ -1,12 +1,8 @@
 """The watch: a run is given up when no rank goes on, and not because one of them waits or was suspended."""
 
+import errno
 import json
-import os
-import signal
-import subprocess
-import sys
 import threading
-import time
 from dataclasses import asdict
 
 import pytest
@@ -15,11 +11,11 @@ from megatron_paint.run import heartbeat
 from megatron_paint.run.heartbeat import HUNG, HUNG_RUN, Beat, Heart, Others, clear_beats, read_beats, slowest
 from tests.slurm.until import until
 
-LIMIT = 0.6
+LIMIT, LOOK = 100.0, 10.0  # seconds of a clock that the tests turn
 
 
 class Ended(SystemExit):
-    """What os._exit is made to raise: it ends the watch's thread alone."""
+    """What os._exit is made to raise."""
 
 
 @pytest.fixture
@@ -32,70 +28,108 @@ def ends(monkeypatch):
         raise Ended
 
     monkeypatch.setattr(heartbeat.os, "_exit", end)
-    monkeypatch.setattr(heartbeat, "SETTLE_SECONDS", 0.2)
+    monkeypatch.setattr(heartbeat.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(threading.Timer, "start", lambda self: None)
     return statuses
 
 
-def heart(folder, rank, said):
-    made = Heart(folder, rank=rank, ranks=2, limit=LIMIT, give_up=said.append, write_seconds=0.1)
-    made.start()
-    made.beat("rollout", 1)
-    return made
+class Watched:
+    """Hearts of all ranks of a run, in their first rollout, and the clock by which they look at it."""
+
+    def __init__(self, folder, ranks=2):
+        self.said, self.now = [], 0.0
+        self.hearts = [
+            Heart(folder, rank=rank, ranks=ranks, limit=LIMIT, give_up=self.said.append, write_seconds=LOOK)
+            for rank in range(ranks)
+        ]
+        for heart in self.hearts:
+            heart.beat("rollout", 1)
+            heart._write()
+
+    def look(self, after=LOOK):
+        """The ranks whose watch has given the run up, of those that look once more, after so many seconds."""
+        self.now += after
+        gave_up = []
+        for heart in self.hearts:
+            try:
+                heart._look(self.now)
+            except Ended:
+                gave_up.append(heart.rank)
+        return gave_up
+
+    def until_given_up(self):
+        """Seconds until all give the run up."""
+        began = self.now
+        while not (gave_up := self.look()):
+            assert self.now < began + 100 * LIMIT
+        assert gave_up == [heart.rank for heart in self.hearts]
+        return self.now - began
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_rank_that_waits_is_well_while_another_goes_on(tmp_path, ends):
-    said = []
-    _, busy = heart(tmp_path, 0, said), heart(tmp_path, 1, said)
-    end = time.monotonic() + 5 * LIMIT
-    while time.monotonic() < end:
-        busy.beat()
-        time.sleep(0.05)
-    assert ends == said == []
-    until(lambda: len(ends) == 2, seconds=20 * LIMIT, otherwise=lambda: f"ended: {ends}")
+    watched = Watched(tmp_path)
+    for _ in range(50):
+        watched.hearts[1].beat()
+        assert watched.look() == []
+    assert 1.0 * LIMIT <= watched.until_given_up() <= 2.0 * LIMIT
     assert ends == [HUNG, HUNG]
-    (message,) = said
+    (message,) = watched.said
     assert "no progress: rank 0 on " in message, "it was the first to stand still"
     assert all(beat.hung for beat in read_beats(tmp_path))
     assert {file.name for file in tmp_path.glob("stacks_*")} == {"stacks_00000.txt", "stacks_00001.txt"}
 
 
 def test_a_rank_in_a_long_phase_holds_the_others_up_for_longer(tmp_path, ends):
-    said = []
-    waiting, saving = heart(tmp_path, 0, said), heart(tmp_path, 1, said)
-    saving.beat("checkpoint")
-    time.sleep(5 * LIMIT)
-    assert ends == said == []
-    for made in (waiting, saving):
-        made.stop()
+    watched = Watched(tmp_path)
+    watched.hearts[1].beat("checkpoint")
+    assert 10.0 * LIMIT <= watched.until_given_up() <= 11.0 * LIMIT
+    assert ends == [HUNG, HUNG]
 
 
-SUSPENDED = """
-import sys, time
-from pathlib import Path
-from megatron_paint.run.heartbeat import Heart
-hearts = [Heart(Path(sys.argv[1]), rank=rank, ranks=2, limit=1.0, give_up=print, write_seconds=0.1) for rank in (0, 1)]
-for heart in hearts:
-    heart.start()
-    heart.beat("rollout", 1)
-for _ in range(10):  # rank 0 waits for rank 1, which goes on
-    time.sleep(0.5)
-    hearts[1].beat()
-for heart in hearts:
-    heart.stop()
-"""
+def test_a_process_that_was_suspended_is_not_taken_for_a_hang(tmp_path, ends):
+    """The clock goes on meanwhile, and rank 0 waits for rank 1 before and after."""
+    watched = Watched(tmp_path)
+    for number in range(50):
+        watched.hearts[1].beat()
+        assert watched.look(after=1000.0 if number % 10 == 9 else LOOK) == []
 
 
-def test_a_process_that_was_suspended_is_not_taken_for_a_hang(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", SUSPENDED, tmp_path], stdout=subprocess.PIPE, text=True)
-    until(lambda: any(beat.step == 1 for beat in read_beats(tmp_path)), seconds=60, otherwise=lambda: "it never began")
-    time.sleep(1.6)  # rank 0 has looked at what rank 1 wrote
-    os.kill(process.pid, signal.SIGSTOP)
-    time.sleep(3.0)
-    os.kill(process.pid, signal.SIGCONT)
-    out, _ = process.communicate(timeout=600)
-    assert (process.returncode, out) == (0, "")
+def test_a_disk_that_does_not_say_is_not_taken_for_a_hang(tmp_path, ends, monkeypatch):
+    """And once it says again, the watch is still there."""
+
+    def fail(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    watched = Watched(tmp_path)
+    for name in ("exists", "glob"):
+        with monkeypatch.context() as disk:
+            disk.setattr(heartbeat.Path, name, fail)
+            for _ in range(50):
+                assert watched.look() == []
+    assert read_beats(tmp_path)
+    watched.until_given_up()
+    assert len(watched.said) == 1
+
+
+def test_who_sees_that_a_rank_gave_up_sees_which(tmp_path, ends, monkeypatch):
+    """So that one that the disk holds up just then is not spoken for by another as well."""
+    seen, touch = [], heartbeat.Path.touch
+
+    def see(path):
+        seen.append([(beat.rank, beat.hung) for beat in read_beats(tmp_path)])
+        touch(path)
+
+    monkeypatch.setattr(heartbeat.Path, "touch", see)
+    Watched(tmp_path).until_given_up()
+    assert seen == [[(0, True), (1, False)], [(0, True), (1, True)]]
+
+
+def test_a_rank_that_cannot_read_what_others_wrote_speaks_for_itself(tmp_path, ends, monkeypatch):
+    watched = Watched(tmp_path, ranks=1)
+    monkeypatch.setattr(heartbeat.time, "sleep", lambda seconds: [file.unlink() for file in tmp_path.glob("rank_*")])
+    watched.until_given_up()
+    (message,) = watched.said
+    assert "no progress: rank 0 on " in message
 
 
 def write(folder, rank, since, phase="rollout"):
@@ -134,7 +168,7 @@ def test_a_watch_that_cannot_write_ends_the_process_all_the_same(tmp_path, monke
     monkeypatch.setattr(heartbeat.os, "_exit", lambda status: (statuses.append(status), held.set()))
     monkeypatch.setattr(heartbeat, "SETTLE_SECONDS", 0.2)
     monkeypatch.setattr(heartbeat.faulthandler, "dump_traceback", lambda *_, **__: held.wait(60))
-    made = Heart(tmp_path, rank=0, ranks=1, limit=LIMIT, give_up=print, write_seconds=0.1)
+    made = Heart(tmp_path, rank=0, ranks=1, limit=0.6, give_up=print, write_seconds=0.1)
     made.start()
     made.beat("rollout", 1)
     until(lambda: statuses, seconds=60, otherwise=lambda: "it never ended")
