@@ -55,7 +55,7 @@ def end(process):
     return process.returncode, out, err.strip().splitlines()
 
 
-def left(mark, *, seconds=10.0):
+def left(mark, *, seconds=30.0):
     """Processes of the test's run that are still there after a while, which a grading worker may take to end."""
     deadline = time.monotonic() + seconds
     while (found := _processes(mark)) and time.monotonic() < deadline:
@@ -90,7 +90,7 @@ def running(settings, tmp_path):
     run = tmp_path / "run"
     arguments = ("train", settings, f"run.dir={run}", *LONG, "--processes", "2")
     process = start("megatron_paint", *arguments, env=environment(run))
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline

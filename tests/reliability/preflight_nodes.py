@@ -19,6 +19,7 @@ import megatron_paint.plan
 import megatron_paint.settings  # noqa: F401
 from megatron_paint.launch.lifetime import end_with_parent
 from megatron_paint.launch.preflight.command import main
+from megatron_paint.launch.preflight.meeting import Meeting
 from megatron_paint.launch.preflight.probes import Probes
 
 
@@ -45,6 +46,18 @@ def stop(rank: int) -> float:
     return rank + 1.0
 
 
+def hold_up(seconds: dict[str, float]) -> None:
+    """Makes this node late by so many seconds where it posts, or asks for, what has one of these keys."""
+    for name in ("post", "wait_for"):
+        whole = getattr(Meeting, name)
+
+        def late(self, key, *arguments, whole=whole, **options):
+            time.sleep(seconds.get(key, 0.0))
+            return whole(self, key, *arguments, **options)
+
+        setattr(Meeting, name, late)
+
+
 def start(node: dict) -> tuple[int, str]:
     """Starts one node; its process id and the file of its output."""
     descriptor, path = tempfile.mkstemp()
@@ -55,7 +68,9 @@ def start(node: dict) -> tuple[int, str]:
         end_with_parent(parent)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        status = main(node["arguments"], probes_with(node.get("faults", {})))
+        faults = node.get("faults", {})
+        hold_up(faults.get("held_up", {}))
+        status = main(node["arguments"], probes_with(faults))
         sys.stdout.flush()
         os._exit(status)
     os.close(descriptor)

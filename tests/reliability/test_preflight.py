@@ -61,7 +61,7 @@ def arguments(folder: Path, port: int, *, limit: int, run: str = "run") -> list[
     return [f"run.dir={folder / run}", *(text for name, value in given.items() for text in (f"--{name}", str(value)))]
 
 
-def preflight(folder: Path, *faults: dict | None, limit: int = 60, port: int | None = None) -> Ended:
+def preflight(folder: Path, *faults: dict | None, limit: int = 120, port: int | None = None) -> Ended:
     """Runs a node for each of `faults`, named n0, n1 ..; one that is None never starts."""
     port = port or free_port()
     names = [f"n{rank}" for rank in range(len(faults))]
@@ -123,7 +123,7 @@ def test_all_is_well(tmp_path):
 
 
 def test_one_machine_by_the_command_itself(tmp_path):
-    command = [sys.executable, "-m", "megatron_paint.launch.preflight", *arguments(tmp_path, free_port(), limit=60)]
+    command = [sys.executable, "-m", "megatron_paint.launch.preflight", *arguments(tmp_path, free_port(), limit=120)]
     done = subprocess.run([*command, "--expect-gpus", "0"], capture_output=True, text=True, cwd=ROOT, timeout=600)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("preflight: 1 node ok in ")
@@ -181,9 +181,11 @@ def waits(tmp_path_factory):
         taken.listen()
         port = taken.getsockname()[1]
         runs = {
-            "absent": pool.submit(preflight, folder["absent"], {}, {}, None, limit=40),
-            "stops": pool.submit(preflight, folder["stops"], {}, {}, {"stops": True}, limit=40),
-            "first_stops": pool.submit(preflight, folder["first_stops"], {"stops": True}, {}, limit=40),
+            "absent": pool.submit(preflight, folder["absent"], {}, {}, None, limit=60),
+            "stops": pool.submit(
+                preflight, folder["stops"], {}, {"held_up": {"sum/1": 1.5}}, {"stops": True}, limit=60
+            ),
+            "first_stops": pool.submit(preflight, folder["first_stops"], {"stops": True}, {}, limit=60),
             "taken": pool.submit(preflight, folder["taken"], {}, {}, limit=20, port=port),
         }
         return {name: run.result() for name, run in runs.items()} | {"port": port}
@@ -193,24 +195,25 @@ def test_a_node_that_never_starts(waits):
     ended = waits["absent"]
     assert ended.status == {"n0": 3, "n1": 3}
     assert ended.failed() == {("n2", "join")}
-    assert "preflight: node n2: join: did not join within 16 s; see whether it was started" in ended.output["n0"]
+    assert "preflight: node n2: join: did not join within 24 s; see whether it was started" in ended.output["n0"]
     assert ended.excluded == ["n2"]
-    assert ended.report["seconds"] < 40
+    assert ended.report["seconds"] < 60
 
 
 def test_a_node_that_stops_in_the_sum(waits):
+    """The other two are well, though one of them is late to say so."""
     ended = waits["stops"]
     assert ended.status == {"n0": 3, "n1": 3, "n2": "stopped"}
     assert ended.failed() == {("n2", "answers")}
     assert ended.seen("n2", "answers") == "stopped answering in the all-reduce over all nodes"
     assert ended.excluded == ["n2"]
-    assert ended.report["seconds"] < 40
+    assert ended.report["seconds"] < 60
 
 
 def test_the_first_node_stops(waits):
     ended = waits["first_stops"]
     assert ended.status == {"n0": "stopped", "n1": 3}
-    assert ended.output["n1"] == "preflight: node n1: time is up after 40 s, in the wait for the verdict of n0\n"
+    assert ended.output["n1"] == "preflight: node n1: time is up after 60 s, in the wait for the verdict of n0\n"
 
 
 def test_a_port_that_is_taken(waits):
@@ -230,6 +233,11 @@ def test_a_node_that_adds_another_number(tmp_path):
     assert ended.seen("n1", "all-reduce over all nodes").startswith("the sum is wrong on 3 of 3 nodes")
 
 
+def test_a_node_that_is_late_to_hear_that_all_is_well(tmp_path):
+    ended = preflight(tmp_path, {}, {"held_up": {"verdict": 5.0}}, {})
+    assert ended.status == {"n0": 0, "n1": 0, "n2": 0}, ended.output
+
+
 def test_a_floor_under_the_bandwidth(tmp_path):
     ended = preflight(tmp_path, {"arguments": ["--bandwidth-floor", "1e6"]}, {})
     assert set(ended.status.values()) == {3}
@@ -239,13 +247,13 @@ def test_a_floor_under_the_bandwidth(tmp_path):
 
 def test_the_token_goes_where_a_signal_ends_it(tmp_path):
     port = free_port()
-    given = arguments(tmp_path, port, limit=60)
+    given = arguments(tmp_path, port, limit=120)
     command = [sys.executable, "-m", "megatron_paint.launch.preflight", *given]
     lone = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 50
+    deadline = time.monotonic() + 200
     while not list((tmp_path / "run" / "logs").glob(".preflight_*")) and time.monotonic() < deadline:
         time.sleep(0.01)
     lone.send_signal(signal.SIGTERM)
-    assert lone.wait(20) == 128 + signal.SIGTERM
+    assert lone.wait(60) == 128 + signal.SIGTERM
     assert list((tmp_path / "run" / "logs").iterdir()) == []
     assert not left_processes(tmp_path)

@@ -35,7 +35,7 @@ def test_ranks_killed_at_any_moment(trained, tmp_path):  # noqa: F811
     steps = 4 + round(STEPS_A_KILL * KILLS)
     arguments = ("evaluation.problems=null", f"run.steps={steps}", "run.save_every=1", "run.keep_last=2")
     unbroken, run = tmp_path / "unbroken", tmp_path / "run"
-    limit = 120.0 + 10.0 * steps
+    limit = 400.0 + 10.0 * steps
     ended = ranks.train(tmp_path, trained.settings, f"run.dir={unbroken}", *arguments, limit=limit)
     assert ended.statuses == [0, 0], ended
     random, places, folder = Random(3), Counter(), RunFolder(run)

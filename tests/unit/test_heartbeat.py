@@ -90,7 +90,8 @@ def test_a_process_that_was_suspended_is_not_taken_for_a_hang(tmp_path, ends):
     """The clock goes on meanwhile, and rank 0 waits for rank 1 before and after."""
     watched = Watched(tmp_path)
     for number in range(50):
-        watched.hearts[1].beat()
+        if number % 5 == 0:
+            watched.hearts[1].beat()
         assert watched.look(after=1000.0 if number % 10 == 9 else LOOK) == []
 
 

@@ -1,7 +1,6 @@
 """The preflight's checks by themselves: what they make of given answers."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -14,9 +13,17 @@ import pytest
 from megatron_paint.config import DataSettings, LoraSettings, ModelSettings, ObjectiveSettings, RunSettings, Settings
 from megatron_paint.config import TeacherSettings as Teacher
 from megatron_paint.errors import UserError
-from megatron_paint.launch.preflight import blame, clock, gpus, nvidia, packages, port, shared, space
+from megatron_paint.launch.preflight import (
+    blame,
+    clock,
+    gpus,
+    nvidia,
+    packages,
+    port,
+    shared,
+    space,
+)
 from megatron_paint.launch.preflight.collective import Result, bus_bandwidth
-from megatron_paint.launch.preflight.errand import Errand, carry_out
 from megatron_paint.launch.preflight.finding import Finding, nodes_at_fault
 from megatron_paint.launch.preflight.identity import find_node
 from megatron_paint.launch.preflight.options import parse
@@ -25,6 +32,7 @@ from megatron_paint.plan import checkpoint_bytes
 from megatron_paint.qwen3 import Qwen3Shape
 from tests.ports import free_port
 
+ROOT = Path(__file__).parents[2]
 NEEDED = ["--run", "r", "--rendezvous", "h:29500", "--settings", "s.yaml"]
 SHAPE = Qwen3Shape(
     source="config.json",
@@ -155,7 +163,7 @@ def test_arguments_that_cannot_be(more, message):
 
 def test_a_mistake_ends_with_2_and_one_line():
     command = [sys.executable, "-m", "megatron_paint.launch.preflight", *NEEDED, "--node-rank", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
     assert done.returncode == 2
     assert done.stderr == (
         "preflight: error: --node-rank 3 must be from 0 and below the number of nodes, 1 (--nodes)\n"
@@ -164,30 +172,7 @@ def test_a_mistake_ends_with_2_and_one_line():
 
 def test_importing_it_imports_no_torch():
     code = "import sys, megatron_paint.launch.preflight.command; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2], timeout=600)
-
-
-# Errands
-
-
-def test_an_errand_gives_its_value_or_its_error():
-    assert carry_out(lambda: 7, 20).value == 7
-    failed = carry_out(lambda: [][0], 20)
-    assert (failed.kind, failed.problem) == ("error", "list index out of range")
-
-
-def test_an_errand_that_hangs_is_ended():
-    errand = Errand(lambda tell: (tell("half"), time.sleep(60)))
-    began = time.monotonic()
-    outcome = errand.outcome(began + 1)
-    assert (outcome.kind, outcome.reached) == ("stalled", "half")
-    assert time.monotonic() - began < 5
-    assert not errand._process.is_alive()
-
-
-def test_an_errand_that_dies():
-    outcome = carry_out(lambda: os.kill(os.getpid(), signal.SIGKILL), 20)
-    assert (outcome.kind, outcome.problem) == ("killed", "its process died of SIGKILL")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=600)
 
 
 # Packages, GPUs

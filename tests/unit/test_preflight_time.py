@@ -1,0 +1,167 @@
+"""Pieces of the preflight's work that hang or are slow, and how its time is shared out."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_paint.launch.preflight import command, errand, lead, time_limit
+from megatron_paint.launch.preflight.errand import Errand, carry_out, end_all
+from megatron_paint.launch.preflight.identity import Node
+from megatron_paint.launch.preflight.options import LIMIT_SECONDS, parse
+
+ROOT = Path(__file__).parents[2]
+NEEDED = ["--run", "r", "--rendezvous", "h:29500", "--settings", "s.yaml"]
+
+
+def test_an_errand_gives_its_value_or_its_error():
+    assert carry_out(lambda: 7, 20).value == 7
+    failed = carry_out(lambda: [][0], 20)
+    assert (failed.kind, failed.problem) == ("error", "list index out of range")
+
+
+def test_an_errand_that_hangs_is_ended():
+    hangs = Errand(lambda tell: (tell("half"), time.sleep(600)))
+    began = time.monotonic()
+    outcome = hangs.outcome(began + 10)
+    assert (outcome.kind, outcome.reached) == ("stalled", "half")
+    assert time.monotonic() - began < 50
+    end_all()
+    assert not hangs._process.is_alive()
+
+
+def test_processes_that_take_long_to_die_hold_no_answer_up(monkeypatch):
+    """As those do that hold a GPU: an answer waits for none of them, and the end for all together."""
+    fork, now, did = multiprocessing.get_context("fork").Process, SimpleNamespace(seconds=0.0), []
+    kill, join = fork.kill, fork.join
+
+    def join_in_vain(process, timeout):
+        did.append("join")
+        now.seconds += timeout
+
+    errands = [Errand(lambda _: time.sleep(600)) for _ in range(8)]
+    monkeypatch.setattr(fork, "kill", lambda process: did.append("kill"))
+    monkeypatch.setattr(fork, "join", join_in_vain)
+    outcomes = [each.outcome(time.monotonic()) for each in errands]
+    assert [outcome.kind for outcome in outcomes] == ["stalled"] * 8
+    assert did == ["kill"] * 8
+    monkeypatch.setattr(errand, "time", SimpleNamespace(monotonic=lambda: now.seconds))
+    end_all()
+    assert did == ["kill"] * 16 + ["join"] * 8
+    assert now.seconds == errand.END_SECONDS
+    for each in errands:
+        kill(each._process)
+        join(each._process, 20)
+        assert not each._process.is_alive()
+
+
+def test_an_errand_that_a_signal_keeps_from_starting_is_known(monkeypatch):
+    """So that who takes back what it does ends it first."""
+    fork = multiprocessing.get_context("fork").Process
+    start = fork.start
+
+    def interrupted(process):
+        start(process)
+        raise SystemExit
+
+    monkeypatch.setattr(fork, "start", interrupted)
+    with pytest.raises(SystemExit):
+        Errand(lambda _: time.sleep(600))
+    (process,) = multiprocessing.active_children()
+    end_all()
+    assert not process.is_alive()
+
+
+def test_what_writes_the_token_is_ended_before_the_token_is_removed(monkeypatch):
+    did = []
+
+    def signalled(*_):
+        raise SystemExit(143)
+
+    monkeypatch.setattr(lead, "_gather_nodes", signalled)
+    monkeypatch.setattr(lead.meeting, "host", lambda _: SimpleNamespace(close=lambda: did.append("close")))
+    monkeypatch.setattr(lead, "end_all", lambda: did.append("end"))
+    monkeypatch.setattr(lead, "carry_out", lambda *_: did.append("remove"))
+    with pytest.raises(SystemExit):
+        lead.lead(parse(NEEDED), Node(rank=0, name="n", names=("n",)), None, None, None)
+    assert did == ["end", "remove", "close"]
+
+
+def test_a_second_signal_does_not_interrupt_what_is_taken_back():
+    told = []
+    with pytest.raises(SystemExit, match="143"):
+        command._end(told, 15, None)
+    command._end(told, 15, None)
+    assert told == [15, 15]
+
+
+@pytest.fixture
+def clock_of_the_limit(monkeypatch):
+    """A clock that the test sets, in seconds."""
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(time_limit, "time", SimpleNamespace(monotonic=lambda: now.seconds))
+    return now
+
+
+def test_imports_are_not_counted(clock_of_the_limit, monkeypatch):
+    """They may take longer than all checks."""
+
+    def import_slowly():
+        clock_of_the_limit.seconds += 200.0
+
+    def times(options, me, probes, limit, conclude):
+        return [limit.elapsed, limit.seconds, limit.left(1.0)]
+
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(command, "import_all", import_slowly)
+    monkeypatch.setattr(command, "lead", times)
+    monkeypatch.setattr(time_limit.TimeLimit, "enforce", lambda self: None)
+    assert command.main(NEEDED) == [0.0, 90.0, 90.0]
+
+
+def test_a_node_that_imports_quickly_keeps_to_the_first_ones_time(clock_of_the_limit):
+    """Else it would end before the first node has waited for its answer."""
+    own, first = (time_limit.TimeLimit(90.0, node, "") for node in ("b", "a"))
+    clock_of_the_limit.seconds = 30.0
+    first.begin(90.0)
+    clock_of_the_limit.seconds = 31.0
+    own.begin(own.seconds)  # as it has joined
+    assert own.at(1.0) > first.at(1.0)
+
+
+ENFORCED = """
+import time
+from megatron_paint.launch.preflight.time_limit import TimeLimit
+limit = TimeLimit(5.0, "n", "the start")
+limit.enforce()
+limit.begin(600.0)
+time.sleep(6.0)
+print("goes on", flush=True)
+limit.phase = "the end"
+limit.begin(0.1)
+time.sleep(600.0)
+"""
+
+
+def test_the_time_that_began_last_is_the_one_that_ends():
+    done = subprocess.run([sys.executable, "-c", ENFORCED], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert (done.returncode, done.stdout) == (time_limit.BAD, "goes on\n")
+    assert done.stderr == "preflight: node n: time is up after 0.1 s, in the end\n"
+
+
+def test_a_node_has_time_to_answer_at_every_limit():
+    """Between the end of its own time in a phase and that of the first node's wait for it, and at the end."""
+    local, total = time_limit.LOCAL + time_limit.GRACE, time_limit.COLLECTIVE + time_limit.GRACE
+    assert time_limit.JOIN < time_limit.LOCAL < local < time_limit.COLLECTIVE < total < time_limit.FAREWELL < 1.0
+    assert time_limit.GRACE * LIMIT_SECONDS > 5.0
+
+
+def test_an_errand_that_dies():
+    outcome = carry_out(lambda: os.kill(os.getpid(), signal.SIGKILL), 20)
+    assert (outcome.kind, outcome.problem) == ("killed", "its process died of SIGKILL")
