@@ -140,7 +140,7 @@ def test_places_that_cannot_be(environ, given, message):
 
 def test_overrides_stand_among_options():
     options = parse([*NEEDED, "a.b=1", "c.d=2", "--expect-gpus", "8"])
-    assert (options.overrides, options.expect_gpus, options.limit_seconds) == (("a.b=1", "c.d=2"), 8, 90)
+    assert (options.overrides, options.expect_gpus, options.limit_seconds) == (("a.b=1", "c.d=2"), 8, 60)
     assert (options.rendezvous.host, options.rendezvous.port) == ("h", 29500)
 
 

@@ -1,1 +1,1 @@
-"""Checks every node of a job before any model is loaded: docs/preflight.md."""
+"""Checks every node of a job in under a minute, before any model is loaded: docs/preflight.md."""

@@ -9,7 +9,7 @@ from megatron_paint.errors import UserError
 from megatron_paint.launch.preflight.port import Rendezvous, parse_rendezvous
 from megatron_paint.parser import Parser
 
-LIMIT_SECONDS = 90.0
+LIMIT_SECONDS = 60.0
 LEAST_SECONDS = 5.0
 
 
