@@ -8,34 +8,41 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Each call is the command's name and its arguments, all ended by NUL, and a newline.
-RECORD = '{ printf "%s\\0" "${0##*/}" "$@"; echo; } >> "$FAKES/calls"\n'
+# Each call is the command's name, its arguments and a newline, all ended by NUL; a single write, as some run at once.
+RECORD = """printf '%s\\0' "${0##*/}" "$@" $'\\n' >> "$FAKES/calls"\n"""
 STUBS = {
     "scancel": "",
     "scontrol": """
 case $1-${2-} in
-    show-job) 
+    show-job)
         [ ! -e "$FAKES/away" ] || { rm "$FAKES/away"; echo "Unable to contact slurm controller" >&2; exit 1; }
         restarts=${RESTARTS-$SLURM_RESTART_COUNT}
-        echo "JobId=1 Restarts=$restarts ExcNodeList=${STAYS_OFF-(null)} NodeList=n[1-2]"
+        echo "JobId=1 JobState=${STATE-RUNNING} Restarts=$restarts PreemptTime=${PREEMPTED-None}" \
+            "ExcNodeList=${STAYS_OFF-(null)} NodeList=n[1-2]"
         ;;
     show-*) printf "n1\\nn2\\n" ;;
 esac
 """,
-    "sleep": "",
-    "squeue": "printf '1235\\n1236\\n'\n",
+    "sleep": "exec /bin/sleep 0.1\n",
+    "squeue": 'printf "%s" "${WAITING-}"\n',
     # One task, the first; Slurm sends USR1 to all processes of a step.
     "srun": """
 while [ "${1#--}" != "$1" ]; do shift; done
 export SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0
 set -m
+told='' task=''
+pass_on() {
+    told=yes
+    [ -z "$task" ] || kill -USR1 -- "-$task"
+}
+trap pass_on USR1
 "$@" &
 task=$!
-trap 'kill -USR1 -- "-$task"' USR1
+[ -z "$told" ] || pass_on # it came before the task had a number
 while :; do
-    again='' status=0
+    told='' status=0
     wait "$task" || status=$?
-    [ "$status" = 138 ] || exit "$status"
+    [ -n "$told" ] || exit "$status"
 done
 """,
     "module": "",
@@ -47,10 +54,12 @@ if sys.argv[1:3] == ["-m", "megatron_paint.launch.slurm.link"]:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 fakes = pathlib.Path(os.environ["FAKES"])
 with open(fakes / "calls", "a") as calls:
-    calls.write("\\0".join(["python", *sys.argv[1:]]) + "\\0\\n")
+    calls.write("\\0".join(["python", *sys.argv[1:], "\\n", ""]))
 if "megatron_paint.launch.preflight" in sys.argv:
     pathlib.Path(sys.argv[sys.argv.index("--exclude-bad") + 1]).write_text(os.environ.get("BAD_NODES", ""))
     sys.exit(int(os.environ.get("PREFLIGHT", "0")))
+(fakes / "started").touch()
+time.sleep(float(os.environ.get("DEAF_SECONDS", "0")))
 told = []
 signal.signal(signal.SIGUSR1, lambda *_: told.append(1))
 (fakes / "listening").touch()
@@ -62,7 +71,7 @@ for action in os.environ["TRAINING"].split():
         step.mkdir(parents=True, exist_ok=True)
         (step / "complete").touch()
         with open(fakes / "calls", "a") as calls:
-            calls.write("checkpoint\\0\\n")
+            calls.write("checkpoint\\0\\n\\0")
     elif name == "export":
         (pathlib.Path(os.environ["RUN"]) / "hf" / f"step_{{int(value):06d}}").mkdir(parents=True)
     elif name == "until_told":
@@ -74,6 +83,7 @@ for action in os.environ["TRAINING"].split():
     elif name == "take":
         time.sleep(float(value))
     elif name == "exit":
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         sys.exit(int(value))
 """
 
@@ -140,7 +150,7 @@ class FakeJob:
 
     def calls(self) -> list[list[str]]:
         """What was called, in order."""
-        records = (self.fakes / "calls").read_text().split("\0\n")
+        records = (self.fakes / "calls").read_text().split("\0\n\0")
         return [record.split("\0") for record in records if record]
 
     def called(self, name: str) -> list[list[str]]:

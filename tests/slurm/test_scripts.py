@@ -24,7 +24,7 @@ from tests.slurm.scripts import (
     script,
 )
 
-SKIPPED = {".venv", ".venv312", "node_modules", ".git", "build", "runs"}
+SOURCES = (".ci", "benchmarks", "docs", "examples", "megatron_paint", "tests", "tools")
 # Beside the Python of the tests, whose environment need not be active.
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or "shellcheck"
 TRAIN = ["--nodes=2", "--gpus-per-node=2"]
@@ -49,7 +49,7 @@ def test_examples_are_what_the_command_prints(model):
 
 def shell_files() -> list[str]:
     """All golden scripts and examples, and every shell script of the project."""
-    loose = [path for path in REPOSITORY.rglob("*.sh") if not SKIPPED & set(path.relative_to(REPOSITORY).parts)]
+    loose = [path for folder in SOURCES for path in (REPOSITORY / folder).rglob("*.sh")]
     scripts = [*GOLDEN.glob("*.sbatch"), *EXAMPLES.glob("*.sbatch")]
     return sorted(map(str, [*loose, *scripts]))
 
@@ -196,8 +196,30 @@ def test_a_chain_leaves_going_on_to_its_next_job(tmp_path):
     assert (status, "link: next exit status 0, step 50" in output) == (0, True)
     assert [call[0] for call in fake.called("scontrol")] == ["show"]
     assert not fake.called("scancel")
-    assert "#SBATCH --dependency=singleton\n" in script(*TRAIN, "--links=3")
-    assert "singleton" not in script(*TRAIN)
+
+
+def test_one_job_of_a_run_at_a_time():
+    for links in ("1", "3"):
+        assert "#SBATCH --dependency=singleton\n" in script(*TRAIN, f"--links={links}")
+
+
+@pytest.mark.parametrize("line", ["--dependency=afterok:7", "--dependency afterok:7", "-d afterok:7"])
+def test_a_dependency_of_the_users_holds_as_well(line):
+    text = script(*TRAIN, f"--sbatch={line}", "--sbatch=--nice")
+    assert [line for line in text.splitlines() if "dependency" in line or "afterok" in line] == [
+        "#SBATCH --dependency=singleton,afterok:7"
+    ]
+    assert "#SBATCH --nice\n" in text
+
+
+def test_a_later_launch_of_the_run_goes_on(tmp_path):
+    """Its job waits for this one, which would come first again if it were requeued."""
+    fake = FakeJob(tmp_path)
+    status, output = fake.job(script(*TRAIN), "exit=0", PREFLIGHT="3", BAD_NODES="n2\n", WAITING="1235\n")
+    assert (status, "the next job named paint goes on" in output) == (0, True), output
+    assert [call for call in fake.called("scontrol") if call[0] in ("requeue", "update")] == [
+        ["update", "JobId=1235", "ExcNodeList=n2"]
+    ]
 
 
 @pytest.mark.parametrize(("preflight", "ends"), [("3", 0), ("2", 1)])
@@ -251,17 +273,20 @@ def test_a_job_that_runs_elsewhere_meanwhile_is_not_requeued(tmp_path):
 
 def test_bad_nodes_are_left_out_by_the_rest_of_a_chain(tmp_path):
     fake = FakeJob(tmp_path)
-    status, output = fake.job(script(*TRAIN, "--links=3"), "exit=0", PREFLIGHT="3", BAD_NODES="n2\n")
+    text = script(*TRAIN, "--links=3")
+    status, output = fake.job(text, "exit=0", PREFLIGHT="3", BAD_NODES="n2\n", WAITING="1235\n1236\n")
     assert status == 0, output
     updates = [call[1:] for call in fake.called("scontrol") if call[0] == "update"]
     assert updates == [[f"JobId={job}", "ExcNodeList=n2"] for job in (1235, 1236)]
 
 
-def signalled(fake: FakeJob, text: str, training: str, *signals: signal.Signals) -> tuple[int, str]:
-    """Sends signals to the script once training listens."""
-    job = fake.start(text, training)
+def signalled(
+    fake: FakeJob, text: str, training: str, *signals: signal.Signals, once: str = "listening", **environ: str
+) -> tuple[int, str]:
+    """Sends signals to the script once training listens, or has started."""
+    job = fake.start(text, training, **environ)
     deadline = time.monotonic() + 30
-    while not (fake.fakes / "listening").exists():
+    while not (fake.fakes / once).exists():
         assert time.monotonic() < deadline
         assert job.poll() is None, job.communicate()[0]
         time.sleep(0.02)
@@ -290,7 +315,29 @@ def test_a_cancelled_job_is_not_requeued(tmp_path):
     status, output = signalled(fake, script(*TRAIN, "--no-preflight"), training, signal.SIGTERM)
     assert (status, "ended by TERM: not requeued\n" in output) == (143, True)
     assert "link: next exit status 0, step 7" in output
-    assert [call[0] for call in fake.called("scontrol")] == ["show"]
+    assert [call[0] for call in fake.called("scontrol")] == ["show", "show"]
+
+
+def test_a_preempted_job_that_ends_within_its_grace_time_is_requeued(tmp_path):
+    """Slurm itself would take it for failed, whatever its exit status."""
+    training = "until_told take=0.3 checkpoint=7 exit=0"
+    text = script(*TRAIN, "--no-preflight")
+    for state, ends in (("RUNNING", 0), ("CANCELLED", 143)):
+        fake = FakeJob(tmp_path / state)
+        preempted = {"STATE": state, "PREEMPTED": "2026-11-28T12:00:00"}
+        status, output = signalled(fake, text, training, signal.SIGTERM, **preempted)
+        assert (status, "ended by TERM: not requeued\n" in output) == (ends, ends != 0), output
+        assert (fake.called("scontrol")[-1] == ["requeue", "1234"]) == (ends == 0)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_ranks_that_do_not_listen_yet_are_told_again(tmp_path, launcher):
+    fake = FakeJob(tmp_path)
+    text = script(*TRAIN, f"--launcher={launcher}", "--no-preflight")
+    training = "until_told checkpoint=7 exit=0"
+    status, output = signalled(fake, text, training, signal.SIGUSR1, once="started", DEAF_SECONDS="2")
+    assert (status, "link: next exit status 0, step 7" in output) == (0, True), output
+    assert set(map(tuple, fake.called("sleep"))) == {("15",)}
 
 
 def test_file_of_variables(tmp_path):

@@ -11,6 +11,7 @@ from megatron_paint.launch.place import PORTS, STEPS_PER_JOB
 from megatron_paint.launch.slurm.options import SlurmOptions, as_dict
 
 TEMPLATES = Path(__file__).parents[2] / "templates"
+DEPENDENCY = re.compile(r"(?:--dependency[= ]|-d ?)(\S+)")  # a line of the user's
 RESUME = "run.resume=auto"  # every job of a run but the first goes on from a checkpoint
 
 
@@ -59,11 +60,12 @@ def _directives(options: SlurmOptions, run_dir: str) -> list[str]:
     # A requeued job, as any, adds to its log.
     lines += [f'--output="{log_file(run_dir, "%j")}"', "--open-mode=append", "--requeue"]
     lines.append(f"--signal=B:USR1@{options.signal_seconds}")
-    if options.links > 1:
-        lines.append("--dependency=singleton")
+    # Two jobs of a run never train side by side; of several lines Slurm would heed the last one alone.
+    given = [match[1] for line in options.sbatch if (match := DEPENDENCY.fullmatch(line))]
+    lines.append(f"--dependency={','.join(['singleton', *given])}")
     # Only names: sbatch takes the values from where it is called. NIL: none at all.
     lines.append(f"--export={','.join(options.env) or 'NIL'}")
-    return [*lines, *options.sbatch]
+    return [*lines, *(line for line in options.sbatch if not DEPENDENCY.fullmatch(line))]
 
 
 def _step_flags(options: SlurmOptions) -> list[str]:
