@@ -143,6 +143,7 @@ def test_a_name_of_another_run_is_refused(place, capsys):
     assert "--job-name=a_run: job 7 of yours has this name" in capsys.readouterr().err
     (place / "queued").write_text(f"7 {place}/runs/a run/logs/launch.sbatch\n")
     assert launch(*CPU) == 0
+    assert "after earlier jobs of this run, as one runs at a time: 7\n" in capsys.readouterr().out
 
 
 def test_what_sbatch_says_is_told(place, capsys):
@@ -150,6 +151,25 @@ def test_what_sbatch_says_is_told(place, capsys):
     assert launch(*CPU) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "sbatch refused the job: sbatch: error: invalid account. The script is " in line
+
+
+def test_a_refused_launch_leaves_a_stop_in_place(place, capsys):
+    run = place / "runs" / "a run"
+    run.mkdir(parents=True)
+    (run / "STOPPED").write_text("why\n")
+    (place / "bin" / "sbatch").write_text("#!/bin/bash\nexit 1\n")
+    assert launch(*CPU) == 2
+    assert "sbatch refused the job: exit status 1" in capsys.readouterr().err
+    assert (run / "STOPPED").read_text() == "why\n"
+
+
+def test_jobs_of_a_chain_that_were_submitted_before_a_refusal_are_named(place, capsys):
+    (place / "bin" / "sbatch").write_text(f"#!/bin/bash\n{STUBS['sbatch']}[ $(wc -l < calls) -lt 3 ]\n")
+    assert launch(*CPU, "--links=4") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "sbatch refused the job: exit status 1." in line
+    assert line.endswith("not cancelled: 2 of 4 jobs, which `scancel 101 102` cancels")
+    assert len(RunFolder(place / "runs" / "a run").read_links()) == 1
 
 
 def test_without_slurm(place, capsys, monkeypatch):

@@ -8,7 +8,7 @@ the run is to go on, `done`, or `stop`.
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -27,19 +27,32 @@ MISTAKE = 2  # exit status of a user's mistake, which no repetition mends
 IDLE_LINKS = 2  # so many in a row without a newer checkpoint end the run
 
 
-def record_launch(run: Path, *, steps: int) -> None:
-    """Notes a launch by the user, from which links are counted anew; an earlier stop no longer holds."""
+def record_launch(run: Path, *, steps: int) -> Callable[[], None]:
+    """Notes a launch by the user, from which links are counted anew; an earlier stop no longer holds.
+
+    Before the jobs are submitted, as one may begin at once. What it returns takes it back, for where none was.
+    """
     with disk_errors(run):
         run.mkdir(parents=True, exist_ok=True)
+        stopped = _read_stop(run)
         (run / STOPPED).unlink(missing_ok=True)
+    before = _asked_steps(RunFolder(run).read_links())
     _record(run, {"event": "launch", "steps": steps})
+
+    def take_back() -> None:
+        if stopped is not None:
+            write_atomically(run / STOPPED, f"{stopped}\n")
+        if before is not None:
+            _record(run, {"event": "launch", "steps": before})
+
+    return take_back
 
 
 def begin(run: Path, environ: Mapping[str, str]) -> tuple[Word, str]:
     """Records that a link begins, where it is to."""
     records = RunFolder(run).read_links()
-    if (run / STOPPED).exists():
-        return "stop", (run / STOPPED).read_text(encoding="utf-8").strip()
+    if (stopped := _read_stop(run)) is not None:
+        return "stop", stopped
     if records and records[-1].get("decision") == "done":
         return "done", records[-1].get("reason", "")
     checkpoint = RunFolder(run).latest_checkpoint() or 0
@@ -91,11 +104,15 @@ def finished_steps(run: Path, records: Sequence[Mapping[str, Any]]) -> int | Non
         return None
     settings = settings_of(read_yaml(folder.config_file))
     steps = settings.run.steps
-    asked = next((record["steps"] for record in reversed(records) if record.get("event") == "launch"), steps)
-    if steps < asked:
+    if steps < (_asked_steps(records) or 0):
         return None  # the settings of an earlier launch: this one's training has not begun
     due = [task for task in due_after(steps, settings.run) if task != "evaluation" or settings.evaluation.problems]
     return steps if all(folder.holds(task, steps) for task in due) else None
+
+
+def _asked_steps(records: Sequence[Mapping[str, Any]]) -> int | None:
+    """The steps that the last launch asked for; None: there was none."""
+    return next((record["steps"] for record in reversed(records) if record.get("event") == "launch"), None)
 
 
 def _newest_link(records: Sequence[Mapping[str, Any]]) -> tuple[str, int]:
@@ -143,6 +160,11 @@ def _stop(run: Path, reason: str) -> tuple[Word, str]:
     """Leaves the reason in RUN/STOPPED, which keeps links that are still queued from beginning."""
     write_atomically(run / STOPPED, f"{reason}\n")
     return "stop", reason
+
+
+def _read_stop(run: Path) -> str | None:
+    """Why the run is stopped; None where it is not."""
+    return (run / STOPPED).read_text(encoding="utf-8").strip() if (run / STOPPED).exists() else None
 
 
 def _job(environ: Mapping[str, str]) -> dict[str, Any]:

@@ -42,11 +42,24 @@ def launch(given: argparse.Namespace) -> int:
             print(f"# {shlex.join(command)}")
         return 0
     print("\n".join(plan.lines(settings)[1:2]))
-    _refuse_name_in_use(options.job_name, file)
+    earlier = _earlier_jobs(options.job_name, file)
     write_atomically(file, script)
-    record_launch(Path(settings.run.dir), steps=settings.run.steps)
-    jobs = [_submit(command) for _ in range(options.links)]
+    take_back = record_launch(Path(settings.run.dir), steps=settings.run.steps)
+    jobs: list[str] = []
+    try:
+        for _ in range(options.links):
+            jobs.append(_submit(command))
+    except UserError as error:
+        if not jobs:
+            take_back()
+            raise
+        raise UserError(
+            f"{error}. Submitted before that, and not cancelled: {len(jobs)} of {options.links} jobs, which "
+            f"`scancel {' '.join(jobs)}` cancels"
+        ) from error
     print(f"submitted  {', '.join(jobs)}; console {log_file(settings.run.dir, jobs[0])}")
+    if earlier:
+        print(f"           after earlier jobs of this run, as one runs at a time: {', '.join(earlier)}")
     return 0
 
 
@@ -63,13 +76,18 @@ def plan_elsewhere(settings: Settings, options: SlurmOptions) -> Plan:
             raise UserError(str(error).replace(" (nearest: --processes ", " (nearest: ")) from None
 
 
-def _refuse_name_in_use(job_name: str, file: Path) -> None:
-    """The jobs of a run find each other by their name, and cancel by it those that are no longer needed."""
+def _earlier_jobs(job_name: str, file: Path) -> list[str]:
+    """Ids of the run's jobs that wait or run already.
+
+    UserError: the name is another run's; the jobs of a run find each other by it, and cancel those that are no longer
+    needed.
+    """
     query = ["squeue", "--noheader", f"--user={getpass.getuser()}", f"--name={job_name}", "--format=%i %o"]
     try:
         queued = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
-        return  # sbatch will say what is wrong
+        return []  # sbatch will say what is wrong
+    jobs = []
     for line in queued:
         job, _, script = line.strip().partition(" ")
         if script.strip() != str(file):
@@ -77,6 +95,8 @@ def _refuse_name_in_use(job_name: str, file: Path) -> None:
                 f"--job-name={job_name}: job {job} of yours has this name and belongs to another run: give another "
                 "--job-name"
             )
+        jobs.append(job)
+    return jobs
 
 
 def _submit(command: list[str]) -> str:
