@@ -73,12 +73,17 @@ def write_atomically(path: Path, data: str | bytes) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add one line in a single write and wait until it is on the disk; what a full disk cut short is taken back."""
+    """Add one line in a single write and wait until it is on the disk; what a full disk cut short is taken back.
+
+    It begins a line of its own where the last one was cut short, as by a power cut.
+    """
     data = _encoded(line) + b"\n"
     with disk_errors(path):
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                data = b"\n" + data
             written = os.write(descriptor, data)
             if written != len(data):
                 os.ftruncate(descriptor, size)

@@ -152,6 +152,30 @@ def test_records_and_a_line_cut_short(run):
     assert first["time"] <= last["time"]
 
 
+def test_a_line_cut_short_does_not_swallow_the_next_begin(run):
+    run.link(75, checkpoint=25)
+    with open(run.path / "links.jsonl", "a") as file:
+        file.write('{"event": "beg')
+    assert run.link(75, checkpoint=50) == ("go", "next")
+    assert "meanwhile" not in RunFolder(run.path).read_links()[-1]["reason"]
+    assert [record["event"] for record in RunFolder(run.path).read_links()] == ["begin", "end", "begin", "end"]
+
+
+def test_a_launch_that_is_taken_back(run):
+    """The stop holds again, and what the launch before asked for."""
+    run.configure(steps=100)
+    record_launch(run.path, steps=100)
+    assert run.link(2) == ("go", "stop")
+    reason = (run.path / "STOPPED").read_text()
+    take_back = record_launch(run.path, steps=200)
+    assert not (run.path / "STOPPED").exists()
+    take_back()
+    assert (run.path / "STOPPED").read_text() == reason
+    run.write("checkpoints", 100)
+    run.write("hf", 100)
+    assert end(run.path, 0, {})[0] == "done"
+
+
 def test_the_commands_print_one_line(run, capsys):
     assert main(["begin", str(run.path)]) == 0
     assert main(["end", str(run.path), "--status", "1"]) == 0

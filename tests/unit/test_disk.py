@@ -59,6 +59,16 @@ def test_a_run_dir_below_a_file_is_a_user_error(tmp_path):
         RunFolder(tmp_path / "file" / "x").prepare({"run": {"resume": "never", "steps": 1}})
 
 
+def test_a_line_that_was_cut_short_does_not_swallow_the_next_one(tmp_path):
+    """As after a power cut."""
+    file = tmp_path / "metrics.jsonl"
+    append_line(file, "{}")
+    file.write_bytes(file.read_bytes() + b'{"st')
+    append_line(file, "[]")
+    append_line(file, "[1]")
+    assert file.read_text() == '{}\n{"st\n[]\n[1]\n'
+
+
 @FULL
 def test_a_full_disk_while_appending(tmp_path):
     os.symlink("/dev/full", tmp_path / "metrics.jsonl")
