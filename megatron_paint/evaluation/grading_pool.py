@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import time
@@ -40,15 +41,20 @@ class Worker:
     def __init__(self) -> None:
         paths = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_paint.evaluation.grading_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd=PACKAGE_ROOT,  # `-m` puts it on the path, so the child imports this very package
-            env=environment,
-            bufsize=0,
-            start_new_session=True,  # Ctrl-C is for the parent, which closes its workers
-        )
+        # Slurm asks all processes of a run to stop, and a worker would die in the middle of a question.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "megatron_paint.evaluation.grading_worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                cwd=PACKAGE_ROOT,  # `-m` puts it on the path, so the child imports this very package
+                env=environment,
+                bufsize=0,
+                start_new_session=True,  # Ctrl-C is for the parent, which closes its workers
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.ready = False
         self.index: int | None = None
         self.deadline = time.monotonic() + START_SECONDS

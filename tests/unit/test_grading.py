@@ -2,6 +2,7 @@ r"""Grading: boxes worked by hand, public grader cases, hostile inputs, and work
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -210,6 +211,16 @@ def test_a_killed_worker_is_replaced():
         worker.process.wait()
         assert one.grade([(r"\boxed{1+2}", "3")])[0].correct
         assert one._pool._workers[0] is not worker
+
+
+def test_a_worker_outlives_what_asks_a_run_to_stop():
+    with GradingPool(workers=1) as one:
+        assert one.grade([(r"\boxed{1+1}", "2")])[0].correct
+        worker = one._pool._workers[0]
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            worker.process.send_signal(number)
+        assert one.grade([(r"\boxed{1+2}", "3")])[0].correct
+        assert one._pool._workers[0] is worker
 
 
 def test_threads_may_share_a_pool(pool):
