@@ -25,6 +25,8 @@ from tests.slurm.until import until
 
 START_SECONDS = 120.0  # of a daemon on a busy machine; a second on a quiet one
 COMMAND_SECONDS = 60.0
+QUERY_SECONDS = 60.0
+SLOW = ("Socket timed out", "Unable to contact slurm controller")  # of a controller on a busy machine
 # Of a surrounding job, or of a world of ranks: a job here must not inherit them.
 FOREIGN = re.compile("S(LURM|BATCH|ALLOC|RUN)_|(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$")
 
@@ -74,6 +76,18 @@ class Cluster:
         assert not check or done.returncode == 0, f"{command}: {done.returncode}: {done.stdout}{done.stderr}"
         return done
 
+    def query(self, argv: Sequence[str | Path]) -> str:
+        """What a command that may be repeated prints; a controller that does not answer is asked again for a while."""
+        answers: list[subprocess.CompletedProcess[str]] = []
+
+        def answered() -> bool:
+            answers.append(self.run(argv, check=False))
+            return answers[-1].returncode == 0 or not any(text in answers[-1].stderr for text in SLOW)
+
+        until(answered, seconds=QUERY_SECONDS, otherwise=lambda: f"{argv}: {answers[-1].stderr}")
+        assert answers[-1].returncode == 0, f"{argv}: {answers[-1].stdout}{answers[-1].stderr}"
+        return answers[-1].stdout
+
     def start_program(self, argv: Sequence[str | Path], *, on: str) -> subprocess.Popen[str]:
         """Starts a command on a host; a context manager, at whose end the command's stdin ends and it is waited for."""
         command = self._hosts[on].enter([*map(str, argv)])
@@ -94,7 +108,7 @@ class Cluster:
 
     def nodes(self) -> dict[str, str]:
         """State of each node in sinfo's words: idle, mixed, allocated, down, ...; with a * where it does not answer."""
-        lines = self.run(["sinfo", "--noheader", "--Node", "--format=%N %T"]).stdout.splitlines()
+        lines = self.query(["sinfo", "--noheader", "--Node", "--format=%N %T"]).splitlines()
         return dict(line.split() for line in lines)
 
     def wait_nodes(self, state: str, *names: str, seconds: float = START_SECONDS) -> None:
@@ -163,7 +177,7 @@ class Cluster:
         if self._hosts[LOGIN].daemon_ended("slurmctld"):
             self.start_controller()
         if left := self._active_jobs():
-            self.run(["scancel", *left])
+            self.query(["scancel", *left])
         for node in list(self._cut):
             self.mend(node)
         for node in self.names:
@@ -227,7 +241,7 @@ class Cluster:
 
     def _active_jobs(self) -> list[str]:
         """Jobs that wait or run and are not kept."""
-        jobs = self.run(["squeue", "--noheader", "--format=%A"]).stdout.split()
+        jobs = self.query(["squeue", "--noheader", "--format=%A"]).split()
         return [job for job in jobs if int(job) not in self._kept]
 
     def _known_nodes(self) -> dict[str, str]:

@@ -26,9 +26,9 @@ class Job:
         return self._fields()["JobState"]
 
     def has_ended(self) -> bool:
-        """Whether it has ended for good; False also while the controller does not answer."""
+        """Whether it has ended for good; False also where the controller does not answer at once."""
         try:
-            return self.state() in FINAL
+            return self._fields(at_once=True)["JobState"] in FINAL
         except AssertionError:
             return False
 
@@ -46,7 +46,7 @@ class Job:
     def nodes(self) -> list[str]:
         """The nodes it has or had; empty before its first start."""
         listed = self._fields()["NodeList"]
-        return [] if listed == "(null)" else self._control("show", "hostnames", listed).split()
+        return [] if listed == "(null)" else self._show("hostnames", listed).split()
 
     def wait(self, *states: str, restarts: int | None = None, seconds: float = WAIT_SECONDS) -> str:
         """Returns when the job has one of the states and, where asked, has been restarted so often: the state.
@@ -57,7 +57,7 @@ class Job:
 
         def reached() -> str | None:
             try:
-                fields = self._fields()
+                fields = self._fields(at_once=True)
             except AssertionError:
                 return None
             state = fields["JobState"]
@@ -74,8 +74,10 @@ class Job:
         def printed() -> bool:
             if text in self.output():
                 return True
-            assert self.state() not in FINAL, f"{text!r} was not printed: {self.describe()}"
-            return False
+            if self.state() not in FINAL:
+                return False
+            assert text in self.output(), f"{text!r} was not printed: {self.describe()}"
+            return True
 
         until(printed, seconds=seconds, otherwise=lambda: f"{text!r} was not printed: {self.describe()}")
 
@@ -113,10 +115,14 @@ class Job:
             printed = ""
         return f"{shown.stdout}{shown.stderr}\n-- printed\n{printed[-3000:]}\n{self.cluster.logs()}"
 
-    def _fields(self) -> dict[str, str]:
-        """scontrol's NAME=VALUE pairs; a value with a space is cut there."""
-        words = self._control("show", "job", "--oneliner", str(self.id)).split()
+    def _fields(self, *, at_once: bool = False) -> dict[str, str]:
+        """scontrol's NAME=VALUE pairs; a value with a space is cut there. at_once: the controller is asked once."""
+        words = self._show("job", "--oneliner", str(self.id), at_once=at_once).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def _control(self, *arguments: str) -> str:
-        return self.cluster.run(["scontrol", *arguments]).stdout
+    def _show(self, *what: str, at_once: bool = False) -> str:
+        command = ["scontrol", "show", *what]
+        return self.cluster.run(command).stdout if at_once else self.cluster.query(command)
+
+    def _control(self, *arguments: str) -> None:
+        self.cluster.run(["scontrol", *arguments])

@@ -56,6 +56,16 @@ def wait_for_step(job: Job, run: Path, step: int) -> None:
     until(reached, seconds=MINUTES, otherwise=job.describe)
 
 
+def wait_for_checkpoint(job: Job, run: Path, step: int) -> None:
+    """Returns when a checkpoint of this or a later step is whole, which it is some time after the step."""
+
+    def reached() -> bool:
+        assert not job.has_ended(), job.describe()
+        return (RunFolder(run).latest_checkpoint() or 0) >= step
+
+    until(reached, seconds=MINUTES, otherwise=job.describe)
+
+
 def beats(run: Path) -> list[dict[str, Any]]:
     """The last sign of life of each rank, by rank: host, pid, step, ..."""
     files = sorted((run / "logs" / "heartbeats").glob("rank_*.json"))

@@ -133,7 +133,7 @@ def test_a_job_outlives_the_controllers_absence(cluster, tmp_path):
     job.wait_output("holding")
     cluster.stop_controller()
     with pytest.raises(AssertionError, match="Unable to contact slurm controller"):
-        job.state()
+        cluster.run(["scontrol", "show", "job", str(job.id)])
     (tmp_path / "go").touch()
     until(lambda: (tmp_path / "done").exists(), seconds=60, otherwise=lambda: "the job did not go on")
     cluster.start_controller()
@@ -152,12 +152,13 @@ def test_jobs_of_one_name_run_one_after_another(cluster, tmp_path):
     assert (tmp_path / "order").read_text().split() == [str(first.id), str(second.id)]
 
 
-def test_a_signal_reaches_the_batch_scripts_trap(cluster):
+def test_a_signal_reaches_the_batch_scripts_trap(cluster, tmp_path):
     """The trap forwards nothing, so that the step goes on and shows that it was not signalled."""
+    stepping = f"echo stepping; until [ -e {tmp_path / 'go'} ]; do sleep 0.2; done; echo stepped"
     job = cluster.submit(
         batch(
             "trap 'echo trapped' USR1",
-            "srun bash -c 'trap \"echo step signalled\" USR1; echo stepping; sleep 3; echo stepped' &",
+            f"srun bash -c 'trap \"echo step signalled\" USR1; {stepping}' &",
             "step=$!",
             "while kill -0 $step 2> /dev/null; do wait $step; done",
             "echo ended",
@@ -165,6 +166,8 @@ def test_a_signal_reaches_the_batch_scripts_trap(cluster):
     )
     job.wait_output("stepping")
     job.signal("USR1")
+    job.wait_output("trapped")
+    (tmp_path / "go").touch()
     job.wait("COMPLETED")
     assert job.output().split() == ["stepping", "trapped", "stepped", "ended"]
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -39,13 +40,21 @@ def processes(folder):
     return found
 
 
+@pytest.fixture
+def own_folder(monkeypatch):
+    """For temporary files, where no cluster beside this one removes leftovers; short, as it holds a socket."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield folder
+
+
 @pytest.mark.parametrize("ending", THEN)
-def test_nothing_is_left(ending):
+def test_nothing_is_left(ending, own_folder):
     if missing := requirements.what_is_missing():
         pytest.skip(f"no Slurm cluster: {missing}")
     run = subprocess.Popen(
         [sys.executable, "-c", RUN.format(then=THEN[ending])],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": own_folder},
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,

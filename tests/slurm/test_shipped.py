@@ -14,6 +14,7 @@ from tests.slurm.shipped import (
     launch,
     launch_on,
     lives,
+    wait_for_checkpoint,
     wait_for_step,
 )
 
@@ -83,6 +84,7 @@ def test_a_node_crashes(cluster, undisturbed, tmp_path, place):
     run = tmp_path / "run"
     (job,) = launch(cluster, run)
     wait_for_step(job, run, 4)
+    wait_for_checkpoint(job, run, 3)
     crashed = job.nodes()[place == "worker"]
     cluster.crash(crashed)
     job.wait("COMPLETED", restarts=1, seconds=MINUTES)
@@ -128,6 +130,6 @@ def test_a_chain_leaves_out_a_node_that_the_preflight_names(cluster, undisturbed
     assert first.nodes() == ["n1", "n2"]
     assert "n2" not in second.nodes()
     for job in (second, third):
-        assert "ExcNodeList=n2 " in cluster.run(["scontrol", "show", "job", "--oneliner", str(job.id)]).stdout
+        assert "ExcNodeList=n2 " in cluster.query(["scontrol", "show", "job", "--oneliner", str(job.id)])
     assert ends(run) == [3, 0]
     check_is_undisturbed(run, undisturbed)
