@@ -29,6 +29,7 @@ def write_configuration(folder: Path, nodes: Sequence[str], *, gpus: int, cpus: 
     (folder / "slurm.conf").write_text(text + "".join(f"NodeName={node} {hardware}\n" for node in nodes))
 
 
+# A job of the partition `urgent` takes the nodes of those in `lent`, which have so long to end by themselves.
 # config_overrides: nodes are as large as they claim. cred_expire: how long a requeued job waits, 120 s by default.
 # The time-outs let a dead node be noticed in about 10 s. Jobs run at their submitter's priority, not at the daemons'.
 SLURM_CONF = """\
@@ -58,5 +59,9 @@ KillWait=5
 MinJobAge=3600
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=2,bf_interval=2
 GresTypes=gpu
-PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE DefMemPerCPU=100
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE DefMemPerCPU=100 PreemptMode=OFF
+PartitionName=lent Nodes=ALL MaxTime=INFINITE DefMemPerCPU=100 PriorityTier=1 GraceTime=120
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefMemPerCPU=100 PriorityTier=2 PreemptMode=OFF
 """

@@ -278,6 +278,9 @@ def test_bad_nodes_are_left_out_by_the_rest_of_a_chain(tmp_path):
     assert status == 0, output
     updates = [call[1:] for call in fake.called("scontrol") if call[0] == "update"]
     assert updates == [[f"JobId={job}", "ExcNodeList=n2"] for job in (1235, 1236)]
+    (fake.fakes / "away").touch()  # a controller that does not answer when it is asked about the first of them
+    status, output = fake.job(text, "exit=0", PREFLIGHT="3", BAD_NODES="n3\n", WAITING="1235\n1236\n")
+    assert (status, "job 1235 stays" in output, "job 1236 stays off nodes: n3\n" in output) == (0, False, True), output
 
 
 def signalled(

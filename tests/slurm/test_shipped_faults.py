@@ -21,6 +21,7 @@ from tests.slurm.shipped import (
     ends,
     launch,
     lives,
+    wait_for_checkpoint,
     wait_for_step,
 )
 from tests.slurm.until import until
@@ -38,6 +39,7 @@ def test_a_node_off_the_network_for_a_while(cluster, undisturbed, tmp_path, plac
     run = tmp_path / "run"
     (job,) = launch(cluster, run)
     wait_for_step(job, run, 4)
+    wait_for_checkpoint(job, run, 3)
     cut = job.nodes()[place == "worker"]
     cluster.cut(cut)
     job.wait("RUNNING", restarts=1, seconds=MINUTES)
@@ -110,6 +112,7 @@ def test_the_disk_is_full_at_a_save(cluster, undisturbed, small_disk, launcher):
     run, options = small_disk / "run", ["--sbatch=--nodelist=n1,n2"]
     (job,) = launch(cluster, run, *options, launcher=launcher, on="n1")
     wait_for_step(job, run, 4)
+    wait_for_checkpoint(job, run, 3)
     ballast = small_disk / "ballast"
     with ballast.open("wb") as stream:
         os.posix_fallocate(stream.fileno(), 0, shutil.disk_usage(small_disk).free - LEFT)
@@ -200,7 +203,7 @@ def test_a_job_is_cancelled_and_launched_again(cluster, undisturbed, tmp_path):
     saved = RunFolder(run).latest_checkpoint()
     assert f"Stopped after step {saved} by SIGUSR1" in job.output()
     (job,) = launch(cluster, run)
-    wait_for_step(job, run, saved + 4)
+    wait_for_checkpoint(job, run, saved + 1)
     job.cancel()
     job.wait("CANCELLED", restarts=0, seconds=MINUTES)
     (job,) = launch(cluster, run)
@@ -214,9 +217,38 @@ def test_a_job_is_requeued_from_outside(cluster, undisturbed, tmp_path):
     run = tmp_path / "run"
     (job,) = launch(cluster, run)
     wait_for_step(job, run, 4)
+    wait_for_checkpoint(job, run, 3)
     job.requeue()
     job.wait("COMPLETED", restarts=1, seconds=MINUTES)
     assert lives(run)[1] >= 3
+    check_is_undisturbed(run, undisturbed)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_a_job_is_preempted_with_time_to_save(cluster, undisturbed, tmp_path, launcher):
+    """Slurm sends TERM to the ranks alone, and would take a job that then ends for failed or done."""
+    run = tmp_path / "run"
+    (job,) = launch(cluster, run, "--partition=lent", launcher=launcher)
+    wait_for_step(job, run, 4)
+    nodes = ",".join(job.nodes())
+    urgent = cluster.submit("#!/bin/bash\ntrue", "--partition=urgent", "--exclusive", f"--nodelist={nodes}")
+    urgent.wait("COMPLETED", seconds=MINUTES)
+    job.wait("COMPLETED", restarts=1, seconds=MINUTES)
+    assert lives(run)[1] >= 4
+    assert f"Stopped after step {lives(run)[1]} by SIGTERM" in job.output()
+    check_is_undisturbed(run, undisturbed)
+
+
+def test_a_run_that_is_launched_again_while_it_trains(cluster, undisturbed, tmp_path):
+    """The later job waits, and goes on where the earlier one is stopped."""
+    run = tmp_path / "run"
+    first, second = (launch(cluster, run, launcher="srun")[0] for _ in range(2))
+    wait_for_step(first, run, 4)
+    assert (second.state(), second.reason()) == ("PENDING", "Dependency")
+    first.signal("USR1")
+    first.wait("COMPLETED", restarts=0, seconds=MINUTES)
+    second.wait("COMPLETED", restarts=0, seconds=MINUTES)
+    assert lives(run)[1] >= 4
     check_is_undisturbed(run, undisturbed)
 
 
