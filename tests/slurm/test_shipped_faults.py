@@ -231,8 +231,8 @@ def test_a_job_is_preempted_with_time_to_save(cluster, undisturbed, tmp_path, la
     (job,) = launch(cluster, run, "--partition=lent", launcher=launcher)
     wait_for_step(job, run, 4)
     nodes = ",".join(job.nodes())
-    urgent = cluster.submit("#!/bin/bash\ntrue", "--partition=urgent", "--exclusive", f"--nodelist={nodes}")
-    urgent.wait("COMPLETED", seconds=MINUTES)
+    urgent = cluster.submit("#!/bin/bash\nsleep 1000", "--partition=urgent", "--exclusive", f"--nodelist={nodes}")
+    urgent.wait("RUNNING", seconds=MINUTES)
     job.wait("COMPLETED", restarts=1, seconds=MINUTES)
     assert lives(run)[1] >= 4
     assert f"Stopped after step {lives(run)[1]} by SIGTERM" in job.output()
