@@ -322,7 +322,7 @@ def test_a_cancelled_job_is_not_requeued(tmp_path):
 
 
 def test_a_preempted_job_that_ends_within_its_grace_time_is_requeued(tmp_path):
-    """Slurm itself would take it for failed, whatever its exit status."""
+    """Slurm itself would take it for failed."""
     training = "until_told take=0.3 checkpoint=7 exit=0"
     text = script(*TRAIN, "--no-preflight")
     for state, ends in (("RUNNING", 0), ("CANCELLED", 143)):
