@@ -78,6 +78,8 @@ def main() -> None:
     parser.add_argument("--report-only", action="store_true", help="write the report from what is there")
     parser.add_argument("--baseline", default=BASELINE, help=f"what the others are paired with ({BASELINE})")
     options = parser.parse_args()
+    if options.baseline not in (methods := [*METHODS, *FURTHER, *CONTROLS]):
+        parser.error(f"--baseline={options.baseline} is none of {', '.join(methods)}")
     options.out = options.out.resolve()
     warm_ups = [int(seed) for seed in options.warm_ups.split(",")]
     variants = options.variants.split(",")

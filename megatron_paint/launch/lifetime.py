@@ -29,7 +29,8 @@ def end_with_parent(parent: int | None = None) -> None:
 
 
 def start_worker() -> None:
-    """In a worker process of a pool: Ctrl-C is for its parent, whose end is its own."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In a worker process of a pool: Ctrl-C and USR1 are for its parent, whose end is its own."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     end_with_parent(parent.pid if parent is not None else None)

@@ -75,7 +75,7 @@ for action in os.environ["TRAINING"].split():
     elif name == "export":
         (pathlib.Path(os.environ["RUN"]) / "hf" / f"step_{{int(value):06d}}").mkdir(parents=True)
     elif name == "until_told":
-        end = time.monotonic() + 20
+        end = time.monotonic() + 300
         while not told and time.monotonic() < end:
             time.sleep(0.01)
         if not told:

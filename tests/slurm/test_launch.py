@@ -138,10 +138,14 @@ def test_times(place, time):
 
 
 def test_a_name_of_another_run_is_refused(place, capsys):
-    (place / "queued").write_text("7 /elsewhere/logs/launch.sbatch\n")
+    (place / "queued").write_text("7|a_run|/elsewhere/logs/launch.sbatch\n")
     assert launch(*CPU) == 2
     assert "--job-name=a_run: job 7 of yours has this name" in capsys.readouterr().err
-    (place / "queued").write_text(f"7 {place}/runs/a run/logs/launch.sbatch\n")
+    ours = f"{place}/runs/a run/logs/launch.sbatch"
+    (place / "queued").write_text(f"7|other|{ours}\n")
+    assert launch(*CPU) == 2
+    assert "job 7 of this run has the name other" in capsys.readouterr().err
+    (place / "queued").write_text(f"6|other|/elsewhere/launch.sbatch\n7|a_run|{ours}\n8|odd\n")
     assert launch(*CPU) == 0
     assert "after earlier jobs of this run, as one runs at a time: 7\n" in capsys.readouterr().out
 
@@ -161,6 +165,7 @@ def test_a_refused_launch_leaves_a_stop_in_place(place, capsys):
     assert launch(*CPU) == 2
     assert "sbatch refused the job: exit status 1" in capsys.readouterr().err
     assert (run / "STOPPED").read_text() == "why\n"
+    assert RunFolder(run).read_links()[-1]["steps"] == 0  # no launch is waited for
 
 
 def test_jobs_of_a_chain_that_were_submitted_before_a_refusal_are_named(place, capsys):

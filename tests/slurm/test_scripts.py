@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_paint.errors import UserError
 from megatron_paint.run.folder import RunFolder
 from tests.slurm.fake_job import RECORD, FakeJob
 from tests.slurm.scripts import (
@@ -203,6 +204,18 @@ def test_one_job_of_a_run_at_a_time():
         assert "#SBATCH --dependency=singleton\n" in script(*TRAIN, f"--links={links}")
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("--dependency=afterok:7 --kill-on-invalid-dep=yes", "--dependency  afterok:7", "--depend=afterok:7"),
+        *("--dependency=afterok:7?afterok:8", "--nice=3 -d afterok:7"),
+    ],
+)
+def test_a_dependency_that_would_take_the_place_of_the_jobs_own_is_refused(line):
+    with pytest.raises(UserError, match="give a dependency as one line"):
+        script(*TRAIN, f"--sbatch={line}")
+
+
 @pytest.mark.parametrize("line", ["--dependency=afterok:7", "--dependency afterok:7", "-d afterok:7"])
 def test_a_dependency_of_the_users_holds_as_well(line):
     text = script(*TRAIN, f"--sbatch={line}", "--sbatch=--nice")
@@ -288,7 +301,7 @@ def signalled(
 ) -> tuple[int, str]:
     """Sends signals to the script once training listens, or has started."""
     job = fake.start(text, training, **environ)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not (fake.fakes / once).exists():
         assert time.monotonic() < deadline
         assert job.poll() is None, job.communicate()[0]

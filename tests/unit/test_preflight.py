@@ -13,16 +13,7 @@ import pytest
 from megatron_paint.config import DataSettings, LoraSettings, ModelSettings, ObjectiveSettings, RunSettings, Settings
 from megatron_paint.config import TeacherSettings as Teacher
 from megatron_paint.errors import UserError
-from megatron_paint.launch.preflight import (
-    blame,
-    clock,
-    gpus,
-    nvidia,
-    packages,
-    port,
-    shared,
-    space,
-)
+from megatron_paint.launch.preflight import blame, clock, gpus, nvidia, packages, port, shared, space
 from megatron_paint.launch.preflight.collective import Result, bus_bandwidth
 from megatron_paint.launch.preflight.finding import Finding, nodes_at_fault
 from megatron_paint.launch.preflight.identity import find_node

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_paint.launch.preflight import command, errand, lead, time_limit
+from megatron_paint.launch.preflight import command, errand, follow, lead, time_limit
 from megatron_paint.launch.preflight.errand import Errand, carry_out, end_all
+from megatron_paint.launch.preflight.finding import nodes_at_fault
 from megatron_paint.launch.preflight.identity import Node
 from megatron_paint.launch.preflight.options import LIMIT_SECONDS, parse
 
@@ -125,14 +126,34 @@ def test_imports_are_not_counted(clock_of_the_limit, monkeypatch):
     assert command.main(NEEDED) == [0.0, 60.0, 60.0]
 
 
-def test_a_node_that_imports_quickly_keeps_to_the_first_ones_time(clock_of_the_limit):
+@pytest.mark.parametrize(
+    ("names", "joined", "bad"), [("abc", {}, []), ("abc", {1: "b"}, ["c"]), ("ab", {}, ["b"]), ("ab", {1: "b"}, [])]
+)
+def test_a_first_node_that_none_of_several_joins_leaves_none_out(names, joined, bad):
+    """It may be the late one itself."""
+    case = lead.Case(node=Node(rank=0, name="a", names=tuple(names)))
+    met = SimpleNamespace(collect=lambda *_: joined)
+    lead._gather_nodes(met, case, SimpleNamespace(rendezvous="a:1"), time_limit.TimeLimit(60.0, "a", ""))
+    assert nodes_at_fault(case.findings, list(names)) == bad
+    assert [finding.ok for finding in case.findings] == [True, *(rank in joined for rank in range(1, len(names)))]
+
+
+def test_a_node_that_imports_quickly_keeps_to_the_first_ones_time(clock_of_the_limit, monkeypatch):
     """Else it would end before the first node has waited for its answer."""
-    own, first = (time_limit.TimeLimit(90.0, node, "") for node in ("b", "a"))
-    clock_of_the_limit.seconds = 30.0
-    first.begin(90.0)
-    clock_of_the_limit.seconds = 31.0
-    own.begin(own.seconds)  # as it has joined
-    assert own.at(1.0) > first.at(1.0)
+    own, first = (time_limit.TimeLimit(60.0, node, "") for node in ("b", "a"))
+    ends = []
+
+    def join(rendezvous, deadline):
+        clock_of_the_limit.seconds += 20.0
+        first.begin(60.0)
+        clock_of_the_limit.seconds += 1.0
+        return SimpleNamespace(wait_for=lambda *_: "0", post=lambda *_: None, close=lambda: None)
+
+    monkeypatch.setattr(follow.meeting, "join", join)
+    monkeypatch.setattr(follow, "_take_part", lambda met, options, me, probes, limit: ends.append(limit.at(1.0)))
+    me = Node(rank=1, name="b", names=("a", "b"))
+    assert follow.follow(SimpleNamespace(rendezvous=None), me, None, own) == 0
+    assert ends == [first.at(1.0) + 1.0]
 
 
 ENFORCED = """

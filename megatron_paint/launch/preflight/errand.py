@@ -55,6 +55,8 @@ class Errand:
             result = Outcome(problem=f"its process died of {name}", kind="killed", reached=reached)
         self.kill()
         self._receiver.close()
+        if result is not None:
+            self._process.join(0.5)  # it may hold a GPU that the next one needs
         return result or Outcome(problem="it did not end in time", kind="stalled", reached=reached)
 
     def kill(self) -> None:

@@ -86,11 +86,13 @@ def _gather_nodes(met: meeting.Meeting, case: Case, options: Options, limit: Tim
         rank=0, name=case.node.name, names=tuple(joined.get(r, name) for r, name in enumerate(case.node.names))
     )
     case.members = [0, *sorted(joined)]
+    # Where none of several has come, it is this node that is late, or the network.
+    fault = "node" if joined or case.node.count == 2 else "job"
     for rank in range(case.node.count):
         ok = rank in case.members
         seen = "joined" if ok else f"did not join within {time_limit.JOIN * limit.seconds:.0f} s"
         advice = "" if ok else f"see whether it was started and can reach {options.rendezvous}; else leave it out"
-        case.findings.append(Finding(check="join", ok=ok, seen=seen, advice=advice, node=case.name(rank)))
+        case.findings.append(Finding(check="join", ok=ok, seen=seen, advice=advice, fault=fault, node=case.name(rank)))
 
 
 def _release(case: Case, options: Options, canary: Canary) -> bool:

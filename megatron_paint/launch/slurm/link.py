@@ -42,8 +42,7 @@ def record_launch(run: Path, *, steps: int) -> Callable[[], None]:
     def take_back() -> None:
         if stopped is not None:
             write_atomically(run / STOPPED, f"{stopped}\n")
-        if before is not None:
-            _record(run, {"event": "launch", "steps": before})
+        _record(run, {"event": "launch", "steps": before or 0})
 
     return take_back
 

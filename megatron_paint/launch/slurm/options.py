@@ -16,6 +16,7 @@ from megatron_paint.launch.slurm.arguments import PLACING
 MOST_SIGNAL_SECONDS = 65535  # Slurm's own limit
 RESTARTS = 3  # a death is seen by several agents, and each of them starts a round: two nodes may use up two
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+DEPENDENCY = re.compile(r"(?:--dependency[= ]|-d ?)([^\s?]+)")  # a whole line; where ? joins several, one will do
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<a>\d+)(?::(?P<b>\d+))?(?::(?P<c>\d+))?")
 # What each value may hold; Slurm reads #SBATCH lines itself, so that blanks, quotes and `#` would end a value.
 NAME = re.compile(r"[\w.+-]+")
@@ -231,6 +232,11 @@ def _sbatch_line(line: str) -> str:
     line = line.removeprefix("#SBATCH").strip()
     if not line.startswith("-") or CONTROL.search(line):
         raise UserError(f"--sbatch={line!r} must be one line of sbatch's options, such as --sbatch=--mail-type=END")
+    if re.search(r"(^|\s)(--dep|-d)", line) and DEPENDENCY.fullmatch(line) is None:
+        raise UserError(
+            f"--sbatch={line!r}: give a dependency as one line without ?, such as --sbatch=--dependency=afterok:7; it "
+            "is added to the job's own, which keeps two jobs of a run from training side by side"
+        )
     return line
 
 

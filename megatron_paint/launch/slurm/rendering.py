@@ -8,10 +8,9 @@ from pathlib import Path
 import jinja2
 
 from megatron_paint.launch.place import PORTS, STEPS_PER_JOB
-from megatron_paint.launch.slurm.options import SlurmOptions, as_dict
+from megatron_paint.launch.slurm.options import DEPENDENCY, SlurmOptions, as_dict
 
 TEMPLATES = Path(__file__).parents[2] / "templates"
-DEPENDENCY = re.compile(r"(?:--dependency[= ]|-d ?)(\S+)")  # a line of the user's
 RESUME = "run.resume=auto"  # every job of a run but the first goes on from a checkpoint
 
 

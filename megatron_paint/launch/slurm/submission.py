@@ -79,23 +79,32 @@ def plan_elsewhere(settings: Settings, options: SlurmOptions) -> Plan:
 def _earlier_jobs(job_name: str, file: Path) -> list[str]:
     """Ids of the run's jobs that wait or run already.
 
-    UserError: the name is another run's; the jobs of a run find each other by it, and cancel those that are no longer
-    needed.
+    UserError: the name is another run's, or the run has jobs of another name; the jobs of a run find each other by
+    theirs, wait for each other, and cancel those that are no longer needed.
     """
-    query = ["squeue", "--noheader", f"--user={getpass.getuser()}", f"--name={job_name}", "--format=%i %o"]
+    query = ["squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%i|%j|%o"]
     try:
         queued = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
         return []  # sbatch will say what is wrong
     jobs = []
     for line in queued:
-        job, _, script = line.strip().partition(" ")
-        if script.strip() != str(file):
+        if len(parts := line.split("|", 2)) < 3:
+            continue
+        job, name, script = (part.strip() for part in parts)
+        is_ours = script == str(file)
+        if is_ours and name != job_name:
+            raise UserError(
+                f"--job-name={job_name}: job {job} of this run has the name {name}, and only jobs of one name wait for "
+                f"each other: give --job-name={name}, or cancel that job"
+            )
+        if name == job_name and not is_ours:
             raise UserError(
                 f"--job-name={job_name}: job {job} of yours has this name and belongs to another run: give another "
                 "--job-name"
             )
-        jobs.append(job)
+        if is_ours:
+            jobs.append(job)
     return jobs
 
 
