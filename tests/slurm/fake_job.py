@@ -33,7 +33,7 @@ set -m
 told='' task=''
 pass_on() {
     told=yes
-    [ -z "$task" ] || kill -USR1 -- "-$task"
+    [ -z "$task" ] || kill -USR1 -- "-$task" 2> /dev/null
 }
 trap pass_on USR1
 "$@" &
@@ -42,8 +42,10 @@ task=$!
 while :; do
     told='' status=0
     wait "$task" || status=$?
-    [ -n "$told" ] || exit "$status"
+    [ -n "$told" ] || break
 done
+trap '' USR1 # as bash puts back its own handling, by which it would die, while it exits
+exit "$status"
 """,
     "module": "",
 }
