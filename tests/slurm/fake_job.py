@@ -25,30 +25,35 @@ esac
 """,
     "sleep": "exec /bin/sleep 0.1\n",
     "squeue": 'printf "%s" "${WAITING-}"\n',
-    # One task, the first; Slurm sends USR1 to all processes of a step.
-    "srun": """
-while [ "${1#--}" != "$1" ]; do shift; done
+    "srun": f"""
+while [ "${{1#--}}" != "$1" ]; do shift; done
 export SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0
-set -m
-told='' task=''
-pass_on() {
-    told=yes
-    [ -z "$task" ] || kill -USR1 -- "-$task" 2> /dev/null
-}
-trap pass_on USR1
-"$@" &
-task=$!
-[ -z "$told" ] || pass_on # it came before the task had a number
-while :; do
-    told='' status=0
-    wait "$task" || status=$?
-    [ -n "$told" ] || break
-done
-trap '' USR1 # as bash puts back its own handling, by which it would die, while it exits
-exit "$status"
+exec {sys.executable} "$FAKES/srun.py" "$@"
 """,
     "module": "",
 }
+# One task, the first; Slurm sends USR1 to all processes of a step.
+SRUN = """
+import os, signal, subprocess, sys
+told, group = [], []
+
+def pass_on(*_):
+    told.append(1)
+    try:
+        for one in group:
+            os.killpg(one, signal.SIGUSR1)
+    except ProcessLookupError:
+        pass
+
+signal.signal(signal.SIGUSR1, pass_on)
+task = subprocess.Popen(sys.argv[1:], start_new_session=True)
+group.append(task.pid)
+if told:  # it came before the task had a number
+    pass_on()
+status = task.wait()
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+sys.exit(status if status >= 0 else 128 - status)
+"""
 # Training: what it does is in $TRAINING; everything else but the preflight is real.
 PYTHON = """#!{python}
 import os, pathlib, signal, sys, time
@@ -101,6 +106,7 @@ class FakeJob:
         self.restart = 0
         for name, text in STUBS.items():
             self.executable(self.fakes / name, f"#!/bin/bash\n{RECORD}{text}")
+        (self.fakes / "srun.py").write_text(SRUN)
         self.executable(folder / python, PYTHON.format(python=sys.executable))
         self.run.mkdir(parents=True)
 
