@@ -13,12 +13,8 @@ import time
 from dataclasses import replace
 from types import SimpleNamespace
 
-import torch.distributed  # noqa: F401  (with the next two, what the nodes share)
-
-import megatron_paint.plan
-import megatron_paint.settings  # noqa: F401
 from megatron_paint.launch.lifetime import end_with_parent
-from megatron_paint.launch.preflight.command import main
+from megatron_paint.launch.preflight.command import import_all, main
 from megatron_paint.launch.preflight.meeting import Meeting
 from megatron_paint.launch.preflight.probes import Probes
 
@@ -107,4 +103,5 @@ def tell(name: str, status: int | str, path: str) -> None:
 
 
 if __name__ == "__main__":
+    import_all()  # what the nodes share
     run(json.loads(sys.argv[1])["nodes"])

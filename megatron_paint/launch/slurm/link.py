@@ -42,7 +42,7 @@ def record_launch(run: Path, *, steps: int) -> Callable[[], None]:
     def take_back() -> None:
         if stopped is not None:
             write_atomically(run / STOPPED, f"{stopped}\n")
-        _record(run, {"event": "launch", "steps": before or 0})
+        _record(run, {"event": "launch", "steps": before})
 
     return take_back
 
@@ -103,15 +103,15 @@ def finished_steps(run: Path, records: Sequence[Mapping[str, Any]]) -> int | Non
         return None
     settings = settings_of(read_yaml(folder.config_file))
     steps = settings.run.steps
-    if steps < (_asked_steps(records) or 0):
+    if steps < _asked_steps(records):
         return None  # the settings of an earlier launch: this one's training has not begun
     due = [task for task in due_after(steps, settings.run) if task != "evaluation" or settings.evaluation.problems]
     return steps if all(folder.holds(task, steps) for task in due) else None
 
 
-def _asked_steps(records: Sequence[Mapping[str, Any]]) -> int | None:
-    """The steps that the last launch asked for; None: there was none."""
-    return next((record["steps"] for record in reversed(records) if record.get("event") == "launch"), None)
+def _asked_steps(records: Sequence[Mapping[str, Any]]) -> int:
+    """The steps that the last launch asked for; 0: there was none."""
+    return next((record["steps"] for record in reversed(records) if record.get("event") == "launch"), 0)
 
 
 def _newest_link(records: Sequence[Mapping[str, Any]]) -> tuple[str, int]:
