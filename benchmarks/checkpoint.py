@@ -16,7 +16,7 @@ from pathlib import Path
 
 from random_model import make_model
 
-from megatron_paint.config import DataSettings, ModelSettings, RunSettings, Settings
+from megatron_paint.config.settings import DataSettings, ModelSettings, RunSettings, Settings
 from megatron_paint.losses import InterpolationLossConfig
 from megatron_paint.mcore.world import start_world, stop_world
 from megatron_paint.objectives.losses import DistillationLoss

@@ -20,7 +20,14 @@ from pathlib import Path
 import torch
 from random_model import make_model
 
-from megatron_paint.config import DataSettings, MegatronSettings, ModelSettings, RolloutSettings, RunSettings, Settings
+from megatron_paint.config.settings import (
+    DataSettings,
+    MegatronSettings,
+    ModelSettings,
+    RolloutSettings,
+    RunSettings,
+    Settings,
+)
 from megatron_paint.evaluation.boxes import last_box
 from megatron_paint.evaluation.grading import GradingPool
 from megatron_paint.mcore.world import start_world, stop_world

@@ -15,7 +15,7 @@ from megatron_paint.launch.notes import leave_note
 from megatron_paint.parser import Parser
 
 if TYPE_CHECKING:
-    from megatron_paint.config import Settings
+    from megatron_paint.config.settings import Settings
     from megatron_paint.launch.place import Place
 
 
@@ -165,8 +165,8 @@ def _mode(options: argparse.Namespace) -> str:
 
 def run_train(options: argparse.Namespace, arguments: list[str]) -> int:
     """Checks the settings before Megatron is imported; then trains here, or starts the ranks that do."""
+    from megatron_paint.config.load import load_settings
     from megatron_paint.plan import make_plan
-    from megatron_paint.settings import load_settings
 
     place = _place(options)
     settings = load_settings(options.config, options.overrides)
@@ -290,10 +290,10 @@ def run_compare(options: argparse.Namespace, _: list[str]) -> int:
 
 def run_inspect(options: argparse.Namespace, _: list[str]) -> int:
     """Prints one sample of a run."""
+    from megatron_paint.config.load import settings_of
+    from megatron_paint.config.saved import read_yaml
     from megatron_paint.inspect import inspect_sample
     from megatron_paint.run.folder import RunFolder
-    from megatron_paint.run.settings_file import read_yaml
-    from megatron_paint.settings import settings_of
     from megatron_paint.tokenizers import load_tokenizer
 
     settings = settings_of(read_yaml(RunFolder(options.run_dir).config_file))

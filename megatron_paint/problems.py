@@ -18,7 +18,7 @@ from megatron_paint.records import Problem
 from megatron_paint.rows import Row, nearest, read_rows
 
 if TYPE_CHECKING:
-    from megatron_paint.config import ColumnSettings, DataSettings, EvaluationSettings
+    from megatron_paint.config.settings import ColumnSettings, DataSettings, EvaluationSettings
 
 REASONS_SHOWN = 3
 DEFAULT_ID_COLUMN = "id"

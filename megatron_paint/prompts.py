@@ -20,7 +20,7 @@ from megatron_paint.records import Problem, Reveal, TokenIds
 from megatron_paint.tokenizers import OffsetList, Tokenizer, read_template
 
 if TYPE_CHECKING:
-    from megatron_paint.config import PromptSettings
+    from megatron_paint.config.settings import PromptSettings
 
 CACHED_SOLUTIONS = 4096
 # Code points that Unicode keeps out of all text; one that no user text holds marks the seam inside a control token.

@@ -20,7 +20,7 @@ from megatron_paint.overlap import MaskerPool, Pair, measure_overlaps
 from megatron_paint.records import Overlap, Problem, Reveal
 
 if TYPE_CHECKING:
-    from megatron_paint.config import RevealSettings
+    from megatron_paint.config.settings import RevealSettings
 
 Offsets = Sequence[tuple[int, int]]  # start and end of each token of a solution, in characters
 

@@ -1,6 +1,6 @@
 """Scores the model against itself before a run: what the loss reads where there is nothing to learn."""
 
-from megatron_paint.config import Settings
+from megatron_paint.config.settings import Settings
 from megatron_paint.errors import UserError
 from megatron_paint.hardware import loss_kernel
 from megatron_paint.keys import derive_key

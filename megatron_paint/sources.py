@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_paint.config import Settings
+from megatron_paint.config.settings import Settings
 from megatron_paint.convert.hf_reader import HuggingFaceReader
 from megatron_paint.errors import UserError, about
 from megatron_paint.evaluation.grading import grade

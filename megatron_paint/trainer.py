@@ -9,7 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_paint.config import Settings
+from megatron_paint.config.saved import plain
+from megatron_paint.config.schedule import due_after, learning_rate, outlived
+from megatron_paint.config.settings import Settings
 from megatron_paint.errors import UserError
 from megatron_paint.evaluation.evaluator import Answers, Evaluator
 from megatron_paint.evaluation.grading import GradingPool
@@ -26,10 +28,8 @@ from megatron_paint.run.heartbeat import LONG, Heart, beat, go_on, start_heart, 
 from megatron_paint.run.pace import Pace
 from megatron_paint.run.progress import Mode, Progress
 from megatron_paint.run.report import ClipWatch, sample_lines
-from megatron_paint.run.settings_file import plain
 from megatron_paint.run.stop import StopRequest, job_end
 from megatron_paint.run.tensorboard_log import open_tensorboard
-from megatron_paint.schedule import due_after, learning_rate, outlived
 from megatron_paint.self_check import self_check
 from megatron_paint.share import Share
 

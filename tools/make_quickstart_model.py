@@ -26,7 +26,7 @@ from quickstart_task import (
     write_tokenizer,
 )
 
-from megatron_paint.config import (
+from megatron_paint.config.settings import (
     DataSettings,
     EvaluationSettings,
     MegatronSettings,

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from megatron_paint.config import EvaluationSettings
+from megatron_paint.config.settings import EvaluationSettings
 from megatron_paint.evaluation.answer_file import Key
 from megatron_paint.evaluation.grading import GradingPool
 from megatron_paint.evaluation.statistics import GREEDY, build_report

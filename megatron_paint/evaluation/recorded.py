@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from megatron_paint.config.load import override_tree, settings_of
 from megatron_paint.errors import UserError
 from megatron_paint.evaluation.benchmarks import Benchmark, load_benchmarks, names_in
 from megatron_paint.evaluation.command import finish
@@ -18,7 +19,6 @@ from megatron_paint.evaluation.requested import DEFAULT_OUT
 from megatron_paint.evaluation.statistics import build_report
 from megatron_paint.records import EvalReport, Graded
 from megatron_paint.run.progress import Mode, Progress
-from megatron_paint.settings import override_tree, settings_of
 
 
 def grade_recorded(

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_paint.config import Settings
+from megatron_paint.config.load import override_tree, read_tree, settings_of
+from megatron_paint.config.settings import Settings
 from megatron_paint.errors import UserError
 from megatron_paint.evaluation.benchmarks import names_in
-from megatron_paint.settings import override_tree, read_tree, settings_of
 
 RUN_STATE = "run_state.json"  # of a checkpoint that a run wrote
 DEFAULT_OUT = "evaluations"

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-from megatron_paint.config import MegatronSettings
+from megatron_paint.config.settings import MegatronSettings
 from megatron_paint.errors import UserError
 from megatron_paint.launch.ending import reason, stopped
 from megatron_paint.launch.lifetime import LAUNCHER

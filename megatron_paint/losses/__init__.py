@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from megatron_paint.losses.config import InterpolationLossConfig
+from megatron_paint.config.loss import InterpolationLossConfig
 
 if TYPE_CHECKING:
     from megatron_paint.losses.fused import fused_interpolation_loss

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_paint.losses.config import InterpolationLossConfig
+from megatron_paint.config.loss import InterpolationLossConfig
 from megatron_paint.losses.vocab import VocabAxis
 
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import torch
 
+from megatron_paint.config.loss import InterpolationLossConfig, Kernel
 from megatron_paint.losses import checks
 from megatron_paint.losses.chunks import ChunkSize, chunk_size, elements_of_tile
-from megatron_paint.losses.config import InterpolationLossConfig, Kernel
 from megatron_paint.losses.cpu_math import settle_cpu_math
 from megatron_paint.losses.formed_gradient import attach_gradient
 from megatron_paint.losses.fused_pass import FusedPass, Inputs

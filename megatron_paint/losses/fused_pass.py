@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_paint.config.loss import InterpolationLossConfig
 from megatron_paint.losses.chunks import Chunk, ChunkSize, plan_chunks
-from megatron_paint.losses.config import InterpolationLossConfig
 from megatron_paint.losses.gemm import OutputLayerGradient, Projection, inverse
 from megatron_paint.losses.output import LossOutput
 from megatron_paint.losses.passes import ChunkLogits, Passes, Target, Work, split_statistics

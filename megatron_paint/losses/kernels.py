@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import torch
 
-from megatron_paint.losses.config import InterpolationLossConfig, Kernel
+from megatron_paint.config.loss import InterpolationLossConfig, Kernel
 from megatron_paint.losses.passes import Passes
 from megatron_paint.losses.token_passes import TokenPasses, TorchTokenPasses
 from megatron_paint.losses.torch_passes import TorchPasses

@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from megatron_paint.config.loss import Kernel
 from megatron_paint.losses import checks
 from megatron_paint.losses.chunks import ChunkSize, chunk_size, elements_of_tile, plan_chunks
-from megatron_paint.losses.config import Kernel
 from megatron_paint.losses.cpu_math import settle_cpu_math
 from megatron_paint.losses.formed_gradient import attach_gradient
 from megatron_paint.losses.gemm import OutputLayerGradient, Projection, inverse

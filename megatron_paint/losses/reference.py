@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_paint.config.loss import InterpolationLossConfig
 from megatron_paint.losses import checks
-from megatron_paint.losses.config import InterpolationLossConfig
 from megatron_paint.losses.cpu_math import settle_cpu_math
 from megatron_paint.losses.output import LossOutput
 from megatron_paint.losses.selection import select_positions

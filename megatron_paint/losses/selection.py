@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from megatron_paint.losses.config import InterpolationLossConfig
+from megatron_paint.config.loss import InterpolationLossConfig
 
 
 def select_positions(

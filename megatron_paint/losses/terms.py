@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_paint.losses.config import InterpolationLossConfig
+from megatron_paint.config.loss import InterpolationLossConfig
 
 
 class Outcome(NamedTuple):

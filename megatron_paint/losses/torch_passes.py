@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import torch
 
+from megatron_paint.config.loss import InterpolationLossConfig
 from megatron_paint.losses.chunks import Scratch, tiles
-from megatron_paint.losses.config import InterpolationLossConfig
 from megatron_paint.losses.passes import ChunkLogits, Target, Work
 from megatron_paint.losses.statistics import EMPTY_MAX, TokenQuery, centred_statistics, token_statistics
 from megatron_paint.losses.terms import coefficient_is_one, sum_count, take_terms

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from megatron_paint.losses.config import InterpolationLossConfig
+from megatron_paint.config.loss import InterpolationLossConfig
 from megatron_paint.losses.gemm import inverse
 from megatron_paint.losses.passes import ChunkLogits, Target, Work
 from megatron_paint.losses.statistics import Softmax, TokenQuery, token_logits

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_paint.config import MegatronSettings
+from megatron_paint.config.settings import MegatronSettings
 from megatron_paint.mcore.attention import TokenRows, token_rows
 from megatron_paint.records import TokenIds
 

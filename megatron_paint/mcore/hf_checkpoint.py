@@ -10,7 +10,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from megatron_paint.config import LoraSettings
+from megatron_paint.config.settings import LoraSettings
 from megatron_paint.convert.adapters import ADAPTER_FILE, write_config
 from megatron_paint.convert.hf_reader import HuggingFaceReader
 from megatron_paint.convert.hf_writer import SHARD_BYTES, copy_companions, name_shards

@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from megatron_paint.config import MegatronSettings, ModelSettings
+from megatron_paint.config.settings import MegatronSettings, ModelSettings
 from megatron_paint.hardware import use_transformer_engine
 from megatron_paint.mcore.attention import LocalAttention, TokenRows, transformer_engine_attention
 from megatron_paint.mcore.world import World

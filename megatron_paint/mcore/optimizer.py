@@ -4,7 +4,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
-from megatron_paint.config import MegatronSettings, OptimizerSettings
+from megatron_paint.config.settings import MegatronSettings, OptimizerSettings
 from megatron_paint.mcore.model import Qwen3Model
 
 

@@ -20,7 +20,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_paint.config import Settings, TeacherSettings
+from megatron_paint.config.settings import Settings, TeacherSettings
 from megatron_paint.hardware import loss_kernel
 from megatron_paint.losses import ShardedVocab, VocabAxis, WholeVocab
 from megatron_paint.mcore.batch import (

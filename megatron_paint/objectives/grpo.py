@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Sequence
 
-from megatron_paint.config import Settings
+from megatron_paint.config.settings import Settings
 from megatron_paint.evaluation.grading import Grade, GradingPool
 from megatron_paint.hardware import loss_kernel
 from megatron_paint.objectives.losses import PolicyGradientLoss

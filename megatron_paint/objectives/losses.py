@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_paint.config import GrpoSettings
+from megatron_paint.config.loss import Kernel
+from megatron_paint.config.settings import GrpoSettings
 from megatron_paint.keys import derive_key
 from megatron_paint.losses import (
     InterpolationLossConfig,
@@ -14,7 +15,6 @@ from megatron_paint.losses import (
     fused_interpolation_loss,
     token_logprobs,
 )
-from megatron_paint.losses.config import Kernel
 from megatron_paint.policy import ResponseRows
 
 

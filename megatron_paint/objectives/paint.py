@@ -9,7 +9,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 
-from megatron_paint.config import Settings
+from megatron_paint.config.settings import Settings
 from megatron_paint.hardware import loss_kernel
 from megatron_paint.objectives.losses import DistillationLoss
 from megatron_paint.objectives.rollouts import RolloutSource

@@ -7,11 +7,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from megatron_paint.config.saved import read_yaml
 from megatron_paint.errors import UserError
 from megatron_paint.run.folder import RunFolder, step_name
 from megatron_paint.run.heartbeat import Beat, read_beats, slowest
 from megatron_paint.run.progress import duration
-from megatron_paint.run.settings_file import read_yaml
 
 RECENT = 20  # steps that the speed is the median of
 STALE_SECONDS = 120.0  # a heart writes every 10

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from megatron_paint.config import MegatronSettings, ModelSettings
+from megatron_paint.config.settings import MegatronSettings, ModelSettings
 from megatron_paint.mcore.attention import token_rows
 from megatron_paint.mcore.checkpoint import load_weights
 from megatron_paint.mcore.generate import float32_product

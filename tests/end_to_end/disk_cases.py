@@ -15,13 +15,13 @@ from megatron.core.dist_checkpointing import core
 from torch.distributed.checkpoint import FileSystemWriter
 
 import megatron_paint.disk
+from megatron_paint.config.load import load_settings
 from megatron_paint.errors import UserError
 from megatron_paint.mcore.hf_checkpoint import export_stage
 from megatron_paint.mcore.model import DTYPES
 from megatron_paint.mcore.policy import MegatronPolicy
 from megatron_paint.mcore.world import World, start_world, stop_world
 from megatron_paint.qwen3 import read_shape
-from megatron_paint.settings import load_settings
 
 
 @contextmanager

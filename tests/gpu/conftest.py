@@ -7,7 +7,7 @@ import torch
 @pytest.fixture(scope="session")
 def world():
     """One process, one GPU."""
-    from megatron_paint.config import MegatronSettings
+    from megatron_paint.config.settings import MegatronSettings
     from megatron_paint.mcore.world import start_world, stop_world
 
     yield start_world(MegatronSettings())

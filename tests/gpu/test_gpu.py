@@ -8,7 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_paint.config import DataSettings, LoraSettings, MegatronSettings, ModelSettings, RunSettings, Settings
+from megatron_paint.config.settings import (
+    DataSettings,
+    LoraSettings,
+    MegatronSettings,
+    ModelSettings,
+    RunSettings,
+    Settings,
+)
 from megatron_paint.hardware import engine_is_lacking
 from megatron_paint.losses import (
     InterpolationLossConfig,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_paint.config import MegatronSettings
+from megatron_paint.config.settings import MegatronSettings
 from megatron_paint.errors import UserError
 from megatron_paint.losses import InterpolationLossConfig
 from megatron_paint.mcore.policy import MegatronPolicy

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import torch
 
-from megatron_paint.config import DataSettings, MegatronSettings, ModelSettings, RolloutSettings, RunSettings, Settings
+from megatron_paint.config.settings import (
+    DataSettings,
+    MegatronSettings,
+    ModelSettings,
+    RolloutSettings,
+    RunSettings,
+    Settings,
+)
 from megatron_paint.mcore.policy import MegatronPolicy
 from megatron_paint.mcore.world import start_world, stop_world
 from megatron_paint.qwen3 import read_shape

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_paint.config import MegatronSettings
+from megatron_paint.config.settings import MegatronSettings
 from megatron_paint.losses import InterpolationLossConfig, gemm
 from megatron_paint.mcore.hf_checkpoint import load_stage
 from megatron_paint.mcore.policy import MegatronPolicy

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-from megatron_paint.config import (
+from megatron_paint.config.settings import (
     DataSettings,
     GrpoSettings,
     LoraSettings,

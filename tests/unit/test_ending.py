@@ -5,7 +5,7 @@ import signal
 import pytest
 import torch
 
-from megatron_paint.config import MegatronSettings
+from megatron_paint.config.settings import MegatronSettings
 from megatron_paint.errors import UserError
 from megatron_paint.launch.ending import reason, stopped
 from megatron_paint.launch.local import number_of_processes

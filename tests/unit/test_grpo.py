@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_paint.config import GrpoSettings
+from megatron_paint.config.load import settings_of
+from megatron_paint.config.settings import GrpoSettings
 from megatron_paint.errors import UserError
 from megatron_paint.evaluation.grading import Grade
 from megatron_paint.losses import WholeVocab
@@ -15,7 +16,6 @@ from megatron_paint.objectives.grpo import advantages
 from megatron_paint.objectives.losses import PolicyGradientLoss
 from megatron_paint.policy import ResponseRows
 from megatron_paint.records import Problem, Rollout, Sample, SampleScore, UpdateReport
-from megatron_paint.settings import settings_of
 
 PROBLEM = Problem(id="a", problem="", solution="", answer="7")
 

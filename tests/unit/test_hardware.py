@@ -10,7 +10,7 @@ import torch
 
 from megatron_paint import hardware
 from megatron_paint.apex import refuse_foreign_apex
-from megatron_paint.config import MegatronSettings
+from megatron_paint.config.settings import MegatronSettings
 from megatron_paint.errors import UserError
 from megatron_paint.hardware import NONDETERMINISTIC, device_of_rank, engine_environment, use_transformer_engine
 
@@ -84,7 +84,7 @@ import os, sys
 import torch
 import megatron_paint.hardware as hardware
 import megatron_paint.mcore.world as world
-from megatron_paint.config import MegatronSettings
+from megatron_paint.config.settings import MegatronSettings
 class Reached(Exception): pass
 class Watch:
     def find_spec(self, name, *_):

@@ -2,10 +2,10 @@
 
 import pytest
 
+from megatron_paint.config.load import settings_of
 from megatron_paint.objectives import Paint
 from megatron_paint.prompts import Prompts
 from megatron_paint.records import Problem, Rollout
-from megatron_paint.settings import settings_of
 from megatron_paint.tokenizers import load_tokenizer
 from tests.tiny import make_model
 

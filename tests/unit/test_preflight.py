@@ -10,8 +10,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_paint.config import DataSettings, LoraSettings, ModelSettings, ObjectiveSettings, RunSettings, Settings
-from megatron_paint.config import TeacherSettings as Teacher
+from megatron_paint.config.settings import (
+    DataSettings,
+    LoraSettings,
+    ModelSettings,
+    ObjectiveSettings,
+    RunSettings,
+    Settings,
+)
+from megatron_paint.config.settings import TeacherSettings as Teacher
 from megatron_paint.errors import UserError
 from megatron_paint.launch.preflight import blame, clock, gpus, nvidia, packages, port, shared, space
 from megatron_paint.launch.preflight.collective import Result, bus_bandwidth

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_paint.config import PromptSettings
+from megatron_paint.config.settings import PromptSettings
 from megatron_paint.errors import UserError
 from megatron_paint.prompts import Prompts
 from megatron_paint.records import Overlap, Problem, Reveal

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_paint.config import RevealSettings
+from megatron_paint.config.settings import RevealSettings
 from megatron_paint.errors import UserError
 from megatron_paint.keys import derive_key
 from megatron_paint.latex import alignments, boxes, math_spans

@@ -6,12 +6,12 @@ import math
 import pytest
 from ruamel.yaml import YAML
 
+from megatron_paint.config.saved import changed_keys
 from megatron_paint.disk import NewFolder
 from megatron_paint.errors import UserError
 from megatron_paint.evaluation.statistics import build_report
 from megatron_paint.records import Graded
 from megatron_paint.run.folder import RunFolder
-from megatron_paint.run.settings_file import changed_keys
 from megatron_paint.strict_json import to_json
 
 
@@ -64,7 +64,7 @@ def test_a_new_folder(tmp_path):
 
 
 def test_the_real_settings_can_be_written_and_resumed(tmp_path):
-    config = pytest.importorskip("megatron_paint.config")
+    config = pytest.importorskip("megatron_paint.config.settings")
     made = config.Settings(
         model=config.ModelSettings(hf_path="m"),
         data=config.DataSettings(train="t.jsonl"),

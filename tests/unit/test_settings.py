@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_paint.config import OptimizerSettings, RunSettings, Settings
+from megatron_paint.config.load import load_settings, settings_of
+from megatron_paint.config.schedule import due_after, learning_rate
+from megatron_paint.config.settings import OptimizerSettings, RunSettings, Settings
 from megatron_paint.errors import UserError
 from megatron_paint.plan import make_plan
-from megatron_paint.schedule import due_after, learning_rate
-from megatron_paint.settings import load_settings, settings_of
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_paint import __main__ as command
 from megatron_paint import trainer
+from megatron_paint.config.load import settings_of
 from megatron_paint.disk import NewFolder
 from megatron_paint.errors import UserError
 from megatron_paint.evaluation.statistics import build_report
@@ -18,7 +19,6 @@ from megatron_paint.run.folder import RunFolder
 from megatron_paint.run.pace import Pace
 from megatron_paint.run.progress import Progress
 from megatron_paint.self_check import self_check
-from megatron_paint.settings import settings_of
 from megatron_paint.trainer import Run
 
 ANSWER = Graded(

@@ -64,8 +64,8 @@ def import_all() -> None:
     """Imports what the checks need: from a cold shared disk that may take a minute, for which no node is to blame."""
     import torch.distributed  # noqa: F401
 
+    import megatron_paint.config.load  # noqa: F401
     import megatron_paint.plan
-    import megatron_paint.settings  # noqa: F401
 
 
 def _end(told: list[int], number: int, _: object) -> None:

@@ -22,9 +22,9 @@ def check_space(
 
     ranks: processes that will write a checkpoint.
     """
+    from megatron_paint.config.load import load_settings
     from megatron_paint.plan import checkpoint_bytes
     from megatron_paint.qwen3 import read_shape
-    from megatron_paint.settings import load_settings
 
     try:
         read = load_settings(settings, overrides)

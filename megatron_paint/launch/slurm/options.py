@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_paint.config import RunSettings
+from megatron_paint.config.settings import RunSettings
 from megatron_paint.errors import UserError
 from megatron_paint.launch.slurm.arguments import PLACING
 

@@ -8,7 +8,8 @@ import shlex
 import subprocess
 from pathlib import Path
 
-from megatron_paint.config import Settings
+from megatron_paint.config.load import load_settings
+from megatron_paint.config.settings import Settings
 from megatron_paint.disk import write_atomically
 from megatron_paint.errors import UserError, about
 from megatron_paint.launch.slurm.link import record_launch
@@ -16,7 +17,6 @@ from megatron_paint.launch.slurm.options import SlurmOptions, check_run_dir, mak
 from megatron_paint.launch.slurm.rendering import RESUME, log_file, render
 from megatron_paint.plan import Plan, make_plan
 from megatron_paint.run.folder import RunFolder
-from megatron_paint.settings import load_settings
 
 
 def launch(given: argparse.Namespace) -> int:

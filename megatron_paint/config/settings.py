@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from megatron_paint.losses.config import InterpolationLossConfig
+from megatron_paint.config.loss import InterpolationLossConfig
 
 CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from megatron_paint.config import OptimizerSettings, RunSettings
+from megatron_paint.config.settings import OptimizerSettings, RunSettings
 
 Task = Literal["checkpoint", "export", "evaluation"]
 

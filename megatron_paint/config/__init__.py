@@ -1,0 +1,1 @@
+"""Settings: their classes, their files and the checks between them."""
