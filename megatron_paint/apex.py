@@ -4,7 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from megatron_paint.errors import UserError
+from megatron_paint.base.errors import UserError
 
 CURE = "pip uninstall apex; NVIDIA's is built from github.com/NVIDIA/apex"
 

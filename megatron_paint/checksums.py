@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypedDict, TypeVar
 
-from megatron_paint.errors import UserError
+from megatron_paint.base.errors import UserError
 
 CHECKSUMS = "checksums.json"
 AGAIN_AFTER = (1.0, 5.0, 20.0)  # seconds; ours

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_paint import __version__
-from megatron_paint.errors import UserError
+from megatron_paint.base.argument_parser import Parser
+from megatron_paint.base.errors import UserError
 from megatron_paint.launch.lifetime import end_with_launcher
 from megatron_paint.launch.notes import leave_note
-from megatron_paint.parser import Parser
 
 if TYPE_CHECKING:
     from megatron_paint.config.settings import Settings
@@ -269,9 +269,9 @@ def run_compare(options: argparse.Namespace, _: list[str]) -> int:
 
     from rich.console import Console
 
+    from megatron_paint.base.json_text import to_json
     from megatron_paint.disk import write_atomically
     from megatron_paint.evaluation import compare
-    from megatron_paint.strict_json import to_json
 
     rows = compare.compare_files(options.a, options.b)
     if odd := compare.sampled_otherwise(options.a, options.b):
@@ -310,8 +310,8 @@ def run_status(options: argparse.Namespace, _: list[str]) -> int:
     """Prints where a run stands."""
     from dataclasses import asdict
 
+    from megatron_paint.base.json_text import to_json
     from megatron_paint.run.status import read_status, status_lines
-    from megatron_paint.strict_json import to_json
 
     status = read_status(options.run_dir)
     print(to_json(asdict(status)) if options.json else "\n".join(status_lines(status)))

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_paint.errors import UserError
+from megatron_paint.base.errors import UserError
 
 COMPLETE = "complete"  # marker in a checkpoint's folder, written last
 ADVICE = {

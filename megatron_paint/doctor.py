@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_paint.apex import CURE, apex_folders, is_foreign
-from megatron_paint.strict_json import to_json
+from megatron_paint.base.json_text import to_json
 
 Status = Literal["ok", "missing", "broken", "low"]
 GIB = 1 << 30

@@ -8,9 +8,9 @@ from typing import Literal
 
 import torch
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.config.loss import Kernel
 from megatron_paint.config.settings import MegatronSettings
-from megatron_paint.errors import UserError
 
 # Transformer Engine reads it where attention is built; Megatron-Core refuses deterministic_mode unless it is 0.
 NONDETERMINISTIC = "NVTE_ALLOW_NONDETERMINISTIC_ALGO"

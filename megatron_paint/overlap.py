@@ -14,7 +14,7 @@ from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 from megatron_paint.anchors import extract_math, find_math
-from megatron_paint.errors import UserError
+from megatron_paint.base.errors import UserError
 from megatron_paint.launch.lifetime import start_worker
 from megatron_paint.records import Anchor, Overlap
 

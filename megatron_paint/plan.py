@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_paint.apex import refuse_foreign_apex
+from megatron_paint.base.errors import UserError, about
 from megatron_paint.config.settings import MegatronSettings, Settings
-from megatron_paint.errors import UserError, about
 from megatron_paint.hardware import engine_environment, loss_kernel, triton_is_lacking, use_transformer_engine
 from megatron_paint.qwen3 import Qwen3Shape, read_shape
 

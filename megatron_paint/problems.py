@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from megatron_paint.anchors import flatten, normalise
-from megatron_paint.errors import UserError
-from megatron_paint.keys import derive_key, permutation
+from megatron_paint.base.errors import UserError
+from megatron_paint.base.keys import derive_key, permutation
 from megatron_paint.latex import boxes
 from megatron_paint.records import Problem
 from megatron_paint.rows import Row, nearest, read_rows

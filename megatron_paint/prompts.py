@@ -15,7 +15,7 @@ import jinja2
 import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from megatron_paint.errors import UserError
+from megatron_paint.base.errors import UserError
 from megatron_paint.records import Problem, Reveal, TokenIds
 from megatron_paint.tokenizers import OffsetList, Tokenizer, read_template
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_paint.errors import UserError
+from megatron_paint.base.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

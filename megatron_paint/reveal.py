@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from megatron_paint.errors import UserError
-from megatron_paint.keys import derangement, derive_key, uniforms
+from megatron_paint.base.errors import UserError
+from megatron_paint.base.keys import derangement, derive_key, uniforms
 from megatron_paint.latex import Span, alignments, boxes, math_spans
 from megatron_paint.overlap import MaskerPool, Pair, measure_overlaps
 from megatron_paint.records import Overlap, Problem, Reveal

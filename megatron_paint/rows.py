@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_paint.errors import UserError
+from megatron_paint.base.errors import UserError
 
 JSONL_ENDINGS = (".jsonl", ".ndjson", ".json")
 

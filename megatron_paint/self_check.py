@@ -1,9 +1,9 @@
 """Scores the model against itself before a run: what the loss reads where there is nothing to learn."""
 
+from megatron_paint.base.errors import UserError
+from megatron_paint.base.keys import derive_key
 from megatron_paint.config.settings import Settings
-from megatron_paint.errors import UserError
 from megatron_paint.hardware import loss_kernel
-from megatron_paint.keys import derive_key
 from megatron_paint.losses import InterpolationLossConfig
 from megatron_paint.objectives.losses import DistillationLoss
 from megatron_paint.policy import GenerationRequest, Policy, SamplingParameters

@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.config.saved import plain
 from megatron_paint.config.schedule import due_after, learning_rate, outlived
 from megatron_paint.config.settings import Settings
-from megatron_paint.errors import UserError
 from megatron_paint.evaluation.evaluator import Answers, Evaluator
 from megatron_paint.evaluation.grading import GradingPool
 from megatron_paint.evaluation.requested import Requested

@@ -26,6 +26,7 @@ from quickstart_task import (
     write_tokenizer,
 )
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import (
     DataSettings,
     EvaluationSettings,
@@ -38,7 +39,6 @@ from megatron_paint.config.settings import (
     RunSettings,
     Settings,
 )
-from megatron_paint.errors import UserError
 from megatron_paint.evaluation.evaluator import Evaluator
 from megatron_paint.evaluation.grading import GradingPool
 from megatron_paint.mcore.world import start_world, stop_world

@@ -14,9 +14,9 @@ from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.config.loss import InterpolationLossConfig
 from megatron_paint.config.settings import Settings
-from megatron_paint.errors import UserError
 
 
 def load_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:

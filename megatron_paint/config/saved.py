@@ -9,8 +9,8 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import DataSettings, ModelSettings, RunSettings, Settings
-from megatron_paint.errors import UserError
 
 # How long, how often and where; none of these changes what a step computes, but run.steps where a decay ends there.
 FREE_RUN = {"dir", "steps", "save_every", "evaluate_every", "export_every", "resume", "tensorboard"}

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from megatron_paint.errors import UserError
+from megatron_paint.base.errors import UserError
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 

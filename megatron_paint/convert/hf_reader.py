@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.convert.mapping import hugging_face_shapes
 from megatron_paint.convert.numbers import row_blocks
-from megatron_paint.errors import UserError
 from megatron_paint.qwen3 import Qwen3Shape
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.convert.hf_reader import DTYPES, INDEX, SINGLE, TensorPlace
 from megatron_paint.convert.manifest import MANIFEST
 from megatron_paint.convert.numbers import cast, raw_bytes
-from megatron_paint.errors import UserError
 
 SHARD_BYTES = 5 * 10**9  # as Hugging Face's own tools
 NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_paint import __version__
-from megatron_paint.errors import UserError
+from megatron_paint.base.errors import UserError
 
 MANIFEST = "conversion.json"
 TYPES = ("bfloat16", "float16", "float32", "float64")

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.convert.manifest import Stored, checksums
 from megatron_paint.convert.mapping import Entry, checkpoint_entries
 from megatron_paint.convert.numbers import row_blocks
 from megatron_paint.convert.torch_dist import CheckpointReader
-from megatron_paint.errors import UserError
 from megatron_paint.qwen3 import Qwen3Shape
 
 RUN_STATE = "run_state.json"

@@ -6,7 +6,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from megatron_paint.errors import UserError
+from megatron_paint.base.errors import UserError
 
 # What a rank that wants any row of a piece has to read. Memory of at most 32 MiB stays with the process for the next
 # block; larger ones are mapped anew each time, and their page faults cost half as much again.

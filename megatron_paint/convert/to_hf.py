@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.convert.adapters import ADAPTER_FILE, adapter_name, write_config
 from megatron_paint.convert.hf_reader import INDEX, SINGLE, HuggingFaceReader
 from megatron_paint.convert.hf_writer import (
@@ -26,7 +27,6 @@ from megatron_paint.convert.mapping import Entry, checkpoint_entries, hugging_fa
 from megatron_paint.convert.megatron_source import Lora, MegatronSource
 from megatron_paint.convert.numbers import PIECE_BYTES, cast, raw_bytes
 from megatron_paint.convert.work import Task, check_names, cut_tasks, fingerprint, merged
-from megatron_paint.errors import UserError
 from megatron_paint.qwen3 import Qwen3Shape, read_shape
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 
-from megatron_paint.errors import UserError
+from megatron_paint.base.errors import UserError
 
 METADATA, BACKEND, COMMON, EMPTY = ".metadata", "metadata.json", "common.pt", "__empty_0.distcp"
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_paint import __version__
+from megatron_paint.base.errors import UserError
 from megatron_paint.disk import NewFolder, disk_errors, lock_of, sync, write_atomically
-from megatron_paint.errors import UserError
 from megatron_paint.launch.lifetime import start_worker
 
 PLAN, RECORDS = "plan.json", "records"

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_paint.base.errors import UserError
+from megatron_paint.base.json_text import to_json
 from megatron_paint.disk import append_line, disk_errors, write_atomically
-from megatron_paint.errors import UserError
 from megatron_paint.records import Rollout
-from megatron_paint.strict_json import to_json
 
 Key = tuple[str, int]  # problem id, sample index
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import ColumnSettings, EvaluationSettings
-from megatron_paint.errors import UserError
 from megatron_paint.problems import PromptLimit, load_held_out
 from megatron_paint.records import Problem
 from megatron_paint.rows import JSONL_ENDINGS, nearest

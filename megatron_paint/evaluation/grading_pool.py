@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_paint.errors import UserError
+from megatron_paint.base.errors import UserError
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 120.0  # for the imports of a worker on a loaded machine

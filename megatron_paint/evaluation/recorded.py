@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import override_tree, settings_of
-from megatron_paint.errors import UserError
 from megatron_paint.evaluation.benchmarks import Benchmark, load_benchmarks, names_in
 from megatron_paint.evaluation.command import finish
 from megatron_paint.evaluation.evaluator import grade_all

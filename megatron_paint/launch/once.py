@@ -8,7 +8,7 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from megatron_paint.errors import UserError
+from megatron_paint.base.errors import UserError
 from megatron_paint.launch.place import Place
 
 if TYPE_CHECKING:

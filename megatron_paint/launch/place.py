@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
-from megatron_paint.errors import UserError
+from megatron_paint.base.errors import UserError
 
 PORTS = range(15000, 32000)  # below those that Linux hands out to outgoing connections
 STEPS_PER_JOB = 10  # steps of one job that run at once get ports of their own

@@ -7,8 +7,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.disk import NewFolder, disk_errors
-from megatron_paint.errors import UserError
 from megatron_paint.mcore.world import World
 
 T = TypeVar("T")

@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.checksums import (
     CHECKSUMS,
     Checksum,
@@ -27,7 +28,6 @@ from megatron_paint.checksums import (
     unreadable,
     write_checksums,
 )
-from megatron_paint.errors import UserError
 from megatron_paint.mcore.agree import all_ranks_do, begin_folder, discarded_on_error, finish_folder, first_rank_does
 from megatron_paint.mcore.distributed_format import copy_distributed
 from megatron_paint.mcore.lora import adapters_of

@@ -23,8 +23,8 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.disk import disk_errors
-from megatron_paint.errors import UserError
 from megatron_paint.mcore.agree import all_ranks_do, first_rank_does
 from megatron_paint.mcore.world import World
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_paint.keys import uniforms
+from megatron_paint.base.keys import uniforms
 from megatron_paint.mcore.attention import KeyValueCache, TokenRows, token_rows
 from megatron_paint.mcore.model import Qwen3Model
 from megatron_paint.mcore.response_rows import response_rows

@@ -24,10 +24,10 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
+from megatron_paint.base.keys import derive_key
 from megatron_paint.config.settings import LoraSettings
 from megatron_paint.convert.adapters import adapter_name
 from megatron_paint.convert.mapping import part
-from megatron_paint.keys import derive_key
 from megatron_paint.mcore.model import Qwen3Model
 from megatron_paint.mcore.world import World
 from megatron_paint.qwen3 import Qwen3Shape

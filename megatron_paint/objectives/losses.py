@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_paint.base.keys import derive_key
 from megatron_paint.config.loss import Kernel
 from megatron_paint.config.settings import GrpoSettings
-from megatron_paint.keys import derive_key
 from megatron_paint.losses import (
     InterpolationLossConfig,
     LossOutput,

@@ -3,8 +3,8 @@
 import time
 from collections.abc import Sequence
 
+from megatron_paint.base.keys import derive_key
 from megatron_paint.config.settings import Settings
-from megatron_paint.keys import derive_key
 from megatron_paint.objectives.losses import CrossEntropyLoss
 from megatron_paint.policy import Policy
 from megatron_paint.prompts import Prompts

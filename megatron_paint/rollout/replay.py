@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_paint.errors import UserError
+from megatron_paint.base.errors import UserError
 from megatron_paint.records import Problem, Rollout, TokenIds
 
 MISSING_SHOWN = 3

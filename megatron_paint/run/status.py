@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.config.saved import read_yaml
-from megatron_paint.errors import UserError
 from megatron_paint.run.folder import RunFolder, step_name
 from megatron_paint.run.heartbeat import Beat, read_beats, slowest
 from megatron_paint.run.progress import duration

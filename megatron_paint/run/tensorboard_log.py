@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.disk import disk_errors
-from megatron_paint.errors import UserError
 
 LACKING = "TensorBoard files are not written: pip install tensorboard, or set run.tensorboard=false"
 

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from transformers import AutoModelForCausalLM
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.cli import main
 from megatron_paint.convert import work
 from megatron_paint.convert.check import compare
@@ -21,7 +22,6 @@ from megatron_paint.convert.to_hf import ToHuggingFace
 from megatron_paint.convert.to_megatron import ToMegatron
 from megatron_paint.convert.torch_dist import METADATA, CheckpointReader, PieceWriter
 from megatron_paint.convert.work import convert
-from megatron_paint.errors import UserError
 from tests.convert.family import MEMBERS, TOKENS, make_member
 
 DAMAGES = int(os.environ.get("CONVERT_DAMAGES", "2000"))  # how many corrupted inputs are tried

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.cli import main
 from megatron_paint.convert import work
 from megatron_paint.convert.check import compare
@@ -18,7 +19,6 @@ from megatron_paint.convert.to_hf import ToHuggingFace
 from megatron_paint.convert.to_megatron import ToMegatron
 from megatron_paint.convert.torch_dist import METADATA, CheckpointReader
 from megatron_paint.convert.work import RECORDS, convert
-from megatron_paint.errors import UserError
 from megatron_paint.qwen3 import read_shape
 from tests.convert.family import make_member
 

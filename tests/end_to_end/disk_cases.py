@@ -15,8 +15,8 @@ from megatron.core.dist_checkpointing import core
 from torch.distributed.checkpoint import FileSystemWriter
 
 import megatron_paint.disk
+from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import load_settings
-from megatron_paint.errors import UserError
 from megatron_paint.mcore.hf_checkpoint import export_stage
 from megatron_paint.mcore.model import DTYPES
 from megatron_paint.mcore.policy import MegatronPolicy

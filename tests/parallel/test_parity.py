@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Qwen3ForCausalLM
 
-from megatron_paint.keys import derive_key
+from megatron_paint.base.keys import derive_key
 from tests.parallel import parity_cases as parity
 from tests.parallel.layouts import LAYOUTS, run_worker
 from tests.reference.plain_policy import PlainPolicy

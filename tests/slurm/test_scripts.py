@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_paint.errors import UserError
+from megatron_paint.base.errors import UserError
 from megatron_paint.run.folder import RunFolder
 from tests.slurm.fake_job import RECORD, FakeJob
 from tests.slurm.scripts import (

@@ -5,8 +5,8 @@ import signal
 import pytest
 import torch
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import MegatronSettings
-from megatron_paint.errors import UserError
 from megatron_paint.launch.ending import reason, stopped
 from megatron_paint.launch.local import number_of_processes
 from megatron_paint.launch.notes import FOLDER, Note, leave_note, read_notes

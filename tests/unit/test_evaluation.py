@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.cli import main
 from megatron_paint.config.settings import EvaluationSettings
-from megatron_paint.errors import UserError
 from megatron_paint.evaluation.answer_file import AnswerFile
 from megatron_paint.evaluation.benchmarks import NAMED, load_benchmarks
 from megatron_paint.evaluation.command import fingerprint

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_paint.errors import UserError
+from megatron_paint.base.errors import UserError
 from megatron_paint.evaluation import grading_pool
 from megatron_paint.evaluation.boxes import last_boxes
 from megatron_paint.evaluation.grading import (

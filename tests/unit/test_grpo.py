@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import settings_of
 from megatron_paint.config.settings import GrpoSettings
-from megatron_paint.errors import UserError
 from megatron_paint.evaluation.grading import Grade
 from megatron_paint.losses import WholeVocab
 from megatron_paint.objectives import Grpo

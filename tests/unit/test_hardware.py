@@ -10,8 +10,8 @@ import torch
 
 from megatron_paint import hardware
 from megatron_paint.apex import refuse_foreign_apex
+from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import MegatronSettings
-from megatron_paint.errors import UserError
 from megatron_paint.hardware import NONDETERMINISTIC, device_of_rank, engine_environment, use_transformer_engine
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from megatron_paint.errors import UserError
+from megatron_paint.base.errors import UserError
 from megatron_paint.inspect import inspect_sample, pieces
 from megatron_paint.run.folder import RunFolder
 

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from megatron_paint.keys import derangement, derive_key, permutation, uniforms
+from megatron_paint.base.keys import derangement, derive_key, permutation, uniforms
 
 
 def test_key_is_the_same_on_every_machine_and_version():
@@ -15,7 +15,7 @@ def test_key_is_the_same_on_every_machine_and_version():
 
 
 def test_key_does_not_depend_on_the_hash_seed():
-    code = "from megatron_paint.keys import derive_key; print(derive_key('a', 1))"
+    code = "from megatron_paint.base.keys import derive_key; print(derive_key('a', 1))"
     seen = {
         subprocess.run(
             [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from megatron_paint.errors import UserError
+from megatron_paint.base.errors import UserError
 from megatron_paint.launch import once
 from megatron_paint.launch.place import Place
 from tests.ports import free_port

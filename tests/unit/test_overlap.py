@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatron_paint import anchors
 from megatron_paint import overlap as overlap_module
 from megatron_paint.anchors import flatten, normalise
-from megatron_paint.errors import UserError
+from megatron_paint.base.errors import UserError
 from megatron_paint.latex import alignments, boxes, math_spans
 from megatron_paint.overlap import (
     EXTRACTORS,

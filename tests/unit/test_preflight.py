@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import (
     DataSettings,
     LoraSettings,
@@ -19,7 +20,6 @@ from megatron_paint.config.settings import (
     Settings,
 )
 from megatron_paint.config.settings import TeacherSettings as Teacher
-from megatron_paint.errors import UserError
 from megatron_paint.launch.preflight import blame, clock, gpus, nvidia, packages, port, shared, space
 from megatron_paint.launch.preflight.collective import Result, bus_bandwidth
 from megatron_paint.launch.preflight.finding import Finding, nodes_at_fault

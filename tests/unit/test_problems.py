@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import ColumnSettings, DataSettings, EvaluationSettings
-from megatron_paint.errors import UserError
 from megatron_paint.problems import ProblemSet, PromptLimit, load_held_out, load_problems
 from megatron_paint.records import Problem
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import PromptSettings
-from megatron_paint.errors import UserError
 from megatron_paint.prompts import Prompts
 from megatron_paint.records import Overlap, Problem, Reveal
 from megatron_paint.tokenizers import load_tokenizer

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron_paint.errors import UserError
+from megatron_paint.base.errors import UserError
 from megatron_paint.records import Problem, Rollout
 from megatron_paint.rollout.replay import ReplayEngine
 

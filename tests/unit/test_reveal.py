@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_paint.base.errors import UserError
+from megatron_paint.base.keys import derive_key
 from megatron_paint.config.settings import RevealSettings
-from megatron_paint.errors import UserError
-from megatron_paint.keys import derive_key
 from megatron_paint.latex import alignments, boxes, math_spans
 from megatron_paint.overlap import MaskerPool, measure_overlap
 from megatron_paint.records import Overlap, Problem, Reveal

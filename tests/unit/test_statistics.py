@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from megatron_paint.errors import UserError
+from megatron_paint.base.errors import UserError
 from megatron_paint.evaluation.statistics import (
     build_report,
     macro_average,

@@ -9,9 +9,9 @@ import pytest
 
 from megatron_paint import __main__ as command
 from megatron_paint import trainer
+from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import settings_of
 from megatron_paint.disk import NewFolder
-from megatron_paint.errors import UserError
 from megatron_paint.evaluation.statistics import build_report
 from megatron_paint.mcore import world as world_module
 from megatron_paint.records import Graded, Problem, Rollout, SampleScore, StepReport

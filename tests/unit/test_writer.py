@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_paint.errors import UserError
+from megatron_paint.base.errors import UserError
 from megatron_paint.mcore import writer
 from megatron_paint.mcore.writer import Writer
 from tests.slurm.until import until

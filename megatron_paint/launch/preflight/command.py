@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from megatron_paint.errors import UserError
+from megatron_paint.base.errors import UserError
 from megatron_paint.launch.preflight.errand import end_all
 from megatron_paint.launch.preflight.follow import follow
 from megatron_paint.launch.preflight.identity import find_node

@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_paint.errors import UserError
+from megatron_paint.base.errors import UserError
 
 SCONTROL_SECONDS = 5.0
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_paint.errors import UserError
+from megatron_paint.base.argument_parser import Parser
+from megatron_paint.base.errors import UserError
 from megatron_paint.launch.preflight.port import Rendezvous, parse_rendezvous
-from megatron_paint.parser import Parser
 
 LIMIT_SECONDS = 60.0
 LEAST_SECONDS = 5.0

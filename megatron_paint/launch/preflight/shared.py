@@ -6,8 +6,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.disk import disk_errors, sync
-from megatron_paint.errors import UserError
 from megatron_paint.launch.preflight.finding import Finding
 
 CHECK = "shared folder"

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import RunSettings
-from megatron_paint.errors import UserError
 from megatron_paint.launch.slurm.arguments import PLACING
 
 MOST_SIGNAL_SECONDS = 65535  # Slurm's own limit

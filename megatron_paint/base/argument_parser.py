@@ -3,7 +3,7 @@
 import argparse
 from typing import NoReturn
 
-from megatron_paint.errors import UserError
+from megatron_paint.base.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,0 +1,1 @@
+"""What everything may use: errors, keys of randomness, strict JSON, the argument parser."""
