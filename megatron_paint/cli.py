@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from megatron_paint import __version__
 from megatron_paint.base.argument_parser import Parser
 from megatron_paint.base.errors import UserError
-from megatron_paint.launch.lifetime import end_with_launcher
 from megatron_paint.launch.notes import leave_note
+from megatron_paint.runtime.processes import end_with_launcher
 
 if TYPE_CHECKING:
     from megatron_paint.config.settings import Settings
@@ -186,7 +186,7 @@ def run_train(options: argparse.Namespace, arguments: list[str]) -> int:
         from megatron_paint.launch.local import run_here
 
         return run_here(arguments, processes)
-    from megatron_paint.run.stop import exit_status
+    from megatron_paint.runtime.stop import exit_status
     from megatron_paint.trainer import train
 
     finished = train(settings, mode=_mode(options), self_check_only=options.self_check)
@@ -270,8 +270,8 @@ def run_compare(options: argparse.Namespace, _: list[str]) -> int:
     from rich.console import Console
 
     from megatron_paint.base.json_text import to_json
-    from megatron_paint.disk import write_atomically
     from megatron_paint.evaluation import compare
+    from megatron_paint.runtime.files import write_atomically
 
     rows = compare.compare_files(options.a, options.b)
     if odd := compare.sampled_otherwise(options.a, options.b):

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from megatron_paint.anchors import extract_math, find_math
 from megatron_paint.base.errors import UserError
-from megatron_paint.launch.lifetime import start_worker
 from megatron_paint.records import Anchor, Overlap
+from megatron_paint.runtime.processes import start_worker
 
 # From here on a pool is used (ours), about 0.1 s of work. benchmarks/masker.py: on two busy cores a step of 0.6 million
 # characters took as long with two workers as without; the pool's own cost to this process is an eighth of the work.

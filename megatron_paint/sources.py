@@ -14,7 +14,7 @@ from megatron_paint.qwen3 import Qwen3Shape
 from megatron_paint.records import Problem
 from megatron_paint.rollout.replay import ReplayEngine
 from megatron_paint.run.folder import RunFolder
-from megatron_paint.share import Share, directly
+from megatron_paint.runtime.rank_zero import Share, directly
 from megatron_paint.tokenizers import load_tokenizer
 
 

@@ -24,14 +24,14 @@ from megatron_paint.problems import ProblemSet
 from megatron_paint.prompts import Prompts
 from megatron_paint.records import EvalReport, StepReport
 from megatron_paint.run.folder import RunFolder
-from megatron_paint.run.heartbeat import LONG, Heart, beat, go_on, start_heart, stop_heart
-from megatron_paint.run.pace import Pace
 from megatron_paint.run.progress import Mode, Progress
 from megatron_paint.run.report import ClipWatch, sample_lines
-from megatron_paint.run.stop import StopRequest, job_end
 from megatron_paint.run.tensorboard_log import open_tensorboard
+from megatron_paint.runtime.heartbeat import LONG, Heart, beat, go_on, start_heart, stop_heart
+from megatron_paint.runtime.pace import Pace
+from megatron_paint.runtime.rank_zero import Share
+from megatron_paint.runtime.stop import StopRequest, job_end
 from megatron_paint.self_check import self_check
-from megatron_paint.share import Share
 
 if TYPE_CHECKING:
     from megatron_paint.mcore.world import World

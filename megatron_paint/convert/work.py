@@ -20,8 +20,8 @@ from typing import Any, Protocol
 
 from megatron_paint import __version__
 from megatron_paint.base.errors import UserError
-from megatron_paint.disk import NewFolder, disk_errors, lock_of, sync, write_atomically
-from megatron_paint.launch.lifetime import start_worker
+from megatron_paint.runtime.files import NewFolder, disk_errors, lock_of, sync, write_atomically
+from megatron_paint.runtime.processes import start_worker
 
 PLAN, RECORDS = "plan.json", "records"
 MARKS = ("config.json", "adapter_config.json", ".metadata")  # of folders that --overwrite may replace

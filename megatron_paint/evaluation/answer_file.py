@@ -11,8 +11,8 @@ from typing import Any
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.base.json_text import to_json
-from megatron_paint.disk import append_line, disk_errors, write_atomically
 from megatron_paint.records import Rollout
+from megatron_paint.runtime.files import append_line, disk_errors, write_atomically
 
 Key = tuple[str, int]  # problem id, sample index
 

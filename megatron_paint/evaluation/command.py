@@ -17,7 +17,7 @@ from megatron_paint.plan import cache_bytes_per_token
 from megatron_paint.qwen3 import Qwen3Shape
 from megatron_paint.records import EvalReport, Problem, Rollout
 from megatron_paint.run.progress import Mode, Progress
-from megatron_paint.share import Share, directly
+from megatron_paint.runtime.rank_zero import Share, directly
 from megatron_paint.sources import evaluation_limit, load_prompts
 
 if TYPE_CHECKING:

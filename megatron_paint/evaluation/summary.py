@@ -8,9 +8,9 @@ from typing import Any
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.base.json_text import to_json
-from megatron_paint.disk import disk_errors, write_atomically
 from megatron_paint.evaluation.statistics import Interval, length_text, macro_average, problem_scores
 from megatron_paint.records import EvalReport, Graded
+from megatron_paint.runtime.files import disk_errors, write_atomically
 
 SUMMARY = "summary.json"
 

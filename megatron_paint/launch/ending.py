@@ -4,7 +4,7 @@ import signal
 from collections.abc import Sequence
 
 from megatron_paint.launch.notes import Note
-from megatron_paint.run.stop import STOPPED
+from megatron_paint.runtime.stop import STOPPED
 
 # A library calls abort() when it finds that another rank has gone, so that this one is rarely the cause.
 LIKELY = {

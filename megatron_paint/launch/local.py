@@ -12,10 +12,10 @@ from contextlib import suppress
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import MegatronSettings
 from megatron_paint.launch.ending import reason, stopped
-from megatron_paint.launch.lifetime import LAUNCHER
 from megatron_paint.launch.notes import FOLDER, read_notes
-from megatron_paint.run.signals import NotedSignals
-from megatron_paint.run.stop import STOPPED, STOPPING
+from megatron_paint.runtime.processes import LAUNCHER
+from megatron_paint.runtime.signals import NotedSignals
+from megatron_paint.runtime.stop import STOPPED, STOPPING
 
 ENDING = (signal.SIGINT, signal.SIGHUP, *STOPPING)
 LOOK_SECONDS = 0.05

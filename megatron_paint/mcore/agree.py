@@ -8,8 +8,8 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.disk import NewFolder, disk_errors
 from megatron_paint.mcore.world import World
+from megatron_paint.runtime.files import NewFolder, disk_errors
 
 T = TypeVar("T")
 

@@ -21,7 +21,7 @@ from megatron_paint.mcore.sampling import choose_tokens
 from megatron_paint.mcore.world import World
 from megatron_paint.policy import GenerationRequest, SamplingParameters
 from megatron_paint.records import Rollout
-from megatron_paint.run.heartbeat import go_on
+from megatron_paint.runtime.heartbeat import go_on
 
 COMPACT_AT = 0.25  # share of finished rows at which a batch drops them; ours
 

@@ -47,7 +47,7 @@ from megatron_paint.plan import cache_bytes_per_token
 from megatron_paint.policy import GenerationRequest, ResponseRows, SamplingParameters, TokenLoss
 from megatron_paint.qwen3 import Qwen3Shape
 from megatron_paint.records import Rollout, Sample, SampleScore, UpdateReport
-from megatron_paint.run.heartbeat import beat
+from megatron_paint.runtime.heartbeat import beat
 
 
 class MegatronPolicy:

@@ -12,7 +12,7 @@ from megatron_paint.overlap import MaskerPool
 from megatron_paint.policy import Policy
 from megatron_paint.prompts import Prompts
 from megatron_paint.records import Problem, StepReport
-from megatron_paint.share import Share, directly
+from megatron_paint.runtime.rank_zero import Share, directly
 
 __all__ = ["Grpo", "Objective", "Paint", "Sft", "make_objective"]
 

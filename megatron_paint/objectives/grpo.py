@@ -20,7 +20,7 @@ from megatron_paint.policy import Policy
 from megatron_paint.prompts import Prompts
 from megatron_paint.records import Problem, Rollout, Sample, SampleScore, StepReport, UpdateReport
 from megatron_paint.run.report import metrics_of, ratio
-from megatron_paint.share import Share, directly
+from megatron_paint.runtime.rank_zero import Share, directly
 
 EPSILON = 1e-6  # added to a group's standard deviation
 

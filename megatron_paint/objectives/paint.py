@@ -19,7 +19,7 @@ from megatron_paint.prompts import Prompts
 from megatron_paint.records import Problem, Reveal, Rollout, Sample, StepReport
 from megatron_paint.reveal import limit_hidden, reveal_step
 from megatron_paint.run.report import metrics_of
-from megatron_paint.share import Share, directly
+from megatron_paint.runtime.rank_zero import Share, directly
 
 
 class Paint:

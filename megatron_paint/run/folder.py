@@ -18,10 +18,17 @@ from megatron_paint.base.errors import UserError, about
 from megatron_paint.base.json_text import to_json
 from megatron_paint.config.saved import changed_keys, moved_decay, plain, read_yaml, to_yaml
 from megatron_paint.config.schedule import Task
-from megatron_paint.disk import COMPLETE, NewFolder, append_line, clear_left_overs, disk_errors, write_atomically
 from megatron_paint.evaluation.summary import read_report
 from megatron_paint.records import EvalReport
-from megatron_paint.run.heartbeat import clear_beats
+from megatron_paint.runtime.files import (
+    COMPLETE,
+    NewFolder,
+    append_line,
+    clear_left_overs,
+    disk_errors,
+    write_atomically,
+)
+from megatron_paint.runtime.heartbeat import clear_beats
 
 STEP_NAME = re.compile(r"step_(\d{6,})")
 LINKS = "links.jsonl"  # a line for each begin and end of a Slurm job of the run

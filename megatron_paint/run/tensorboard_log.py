@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.disk import disk_errors
+from megatron_paint.runtime.files import disk_errors
 
 LACKING = "TensorBoard files are not written: pip install tensorboard, or set run.tensorboard=false"
 

@@ -14,7 +14,7 @@ from unittest import mock
 from megatron.core.dist_checkpointing import core
 from torch.distributed.checkpoint import FileSystemWriter
 
-import megatron_paint.disk
+import megatron_paint.runtime.files
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import load_settings
 from megatron_paint.mcore.hf_checkpoint import export_stage
@@ -81,10 +81,10 @@ def main() -> None:
         "tensors of rank 1": (save, partial(no_byte, rank=1)),
         "metadata of the tensors": (save, partial(full_at, owner=FileSystemWriter, name="finish")),
         "metadata of the checkpoint": (save, partial(full_at, owner=core, name="save_config")),
-        "flush": (save, partial(full_at, owner=megatron_paint.disk, name="sync")),
+        "flush": (save, partial(full_at, owner=megatron_paint.runtime.files, name="sync")),
         "export": (export, partial(no_byte, rank=0)),
         "first of many shards": (partial(in_small_shards, policy, out / "export"), partial(no_byte, rank=0)),
-        "flush of the export": (export, partial(full_at, owner=megatron_paint.disk, name="sync")),
+        "flush of the export": (export, partial(full_at, owner=megatron_paint.runtime.files, name="sync")),
         "nothing": (save, partial(no_byte, rank=-1)),
     }
     before, messages, intact = contents(out), {}, {}

@@ -13,10 +13,10 @@ import time
 from dataclasses import replace
 from types import SimpleNamespace
 
-from megatron_paint.launch.lifetime import end_with_parent
 from megatron_paint.launch.preflight.command import import_all, main
 from megatron_paint.launch.preflight.meeting import Meeting
 from megatron_paint.launch.preflight.probes import Probes
+from megatron_paint.runtime.processes import end_with_parent
 
 
 def probes_with(faults: dict) -> Probes:

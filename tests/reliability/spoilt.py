@@ -8,16 +8,16 @@ import sys
 import threading
 import time
 
-from megatron_paint import disk
 from megatron_paint.__main__ import run
-from megatron_paint.disk import NewFolder
 from megatron_paint.mcore import checkpoint, distributed_format
 from megatron_paint.mcore.policy import MegatronPolicy
 from megatron_paint.mcore.writer import Writer
 from megatron_paint.objectives import Paint
 from megatron_paint.run.folder import RunFolder
-from megatron_paint.run.heartbeat import Heart, go_on
-from megatron_paint.run.stop import StopRequest
+from megatron_paint.runtime import files as disk
+from megatron_paint.runtime.files import NewFolder
+from megatron_paint.runtime.heartbeat import Heart, go_on
+from megatron_paint.runtime.stop import StopRequest
 
 AT = 2
 CALLS = {

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_paint.checksums import CHECKSUMS
 from megatron_paint.run.folder import RunFolder
-from megatron_paint.run.heartbeat import read_beats
 from megatron_paint.run.status import read_status
+from megatron_paint.runtime.checksums import CHECKSUMS
+from megatron_paint.runtime.heartbeat import read_beats
 from tests.end_to_end import ranks
 from tests.end_to_end.conftest import trained  # noqa: F401
 from tests.end_to_end.test_resume import metrics, same, weights

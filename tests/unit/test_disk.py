@@ -9,8 +9,15 @@ from safetensors.torch import save_file
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.convert.hf_writer import copy_companions
-from megatron_paint.disk import COMPLETE, NewFolder, append_line, clear_left_overs, disk_errors, write_atomically
 from megatron_paint.run.folder import RunFolder
+from megatron_paint.runtime.files import (
+    COMPLETE,
+    NewFolder,
+    append_line,
+    clear_left_overs,
+    disk_errors,
+    write_atomically,
+)
 
 FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
 

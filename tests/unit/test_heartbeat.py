@@ -7,8 +7,8 @@ from dataclasses import asdict
 
 import pytest
 
-from megatron_paint.run import heartbeat
-from megatron_paint.run.heartbeat import HUNG, HUNG_RUN, Beat, Heart, Others, clear_beats, read_beats, slowest
+from megatron_paint.runtime import heartbeat
+from megatron_paint.runtime.heartbeat import HUNG, HUNG_RUN, Beat, Heart, Others, clear_beats, read_beats, slowest
 from tests.slurm.until import until
 
 LIMIT, LOOK = 100.0, 10.0  # seconds of a clock that the tests turn

@@ -1,6 +1,6 @@
 """What the parts of a run are expected to take."""
 
-from megatron_paint.run.pace import Pace
+from megatron_paint.runtime.pace import Pace
 
 
 def test_parts_are_expected_to_take_what_they_took_the_last_time():

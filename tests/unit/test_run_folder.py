@@ -9,10 +9,10 @@ from ruamel.yaml import YAML
 from megatron_paint.base.errors import UserError
 from megatron_paint.base.json_text import to_json
 from megatron_paint.config.saved import changed_keys
-from megatron_paint.disk import NewFolder
 from megatron_paint.evaluation.statistics import build_report
 from megatron_paint.records import Graded
 from megatron_paint.run.folder import RunFolder
+from megatron_paint.runtime.files import NewFolder
 
 
 def settings(path, **changes):

@@ -9,9 +9,9 @@ import pytest
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.schedule import outlived
 from megatron_paint.config.settings import RunSettings
-from megatron_paint.run.heartbeat import Beat, hang_message, slowest
 from megatron_paint.run.status import read_status, status_lines
-from megatron_paint.run.stop import StopRequest, exit_status, job_end
+from megatron_paint.runtime.heartbeat import Beat, hang_message, slowest
+from megatron_paint.runtime.stop import StopRequest, exit_status, job_end
 
 NOW = 1_000_000.0
 

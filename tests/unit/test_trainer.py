@@ -11,13 +11,13 @@ from megatron_paint import __main__ as command
 from megatron_paint import trainer
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import settings_of
-from megatron_paint.disk import NewFolder
 from megatron_paint.evaluation.statistics import build_report
 from megatron_paint.mcore import world as world_module
 from megatron_paint.records import Graded, Problem, Rollout, SampleScore, StepReport
 from megatron_paint.run.folder import RunFolder
-from megatron_paint.run.pace import Pace
 from megatron_paint.run.progress import Progress
+from megatron_paint.runtime.files import NewFolder
+from megatron_paint.runtime.pace import Pace
 from megatron_paint.self_check import self_check
 from megatron_paint.trainer import Run
 

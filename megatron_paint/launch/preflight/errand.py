@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from megatron_paint.launch.lifetime import end_with_parent
+from megatron_paint.runtime.processes import end_with_parent
 
 Tell = Callable[[str], None]  # says how far the work has come
 

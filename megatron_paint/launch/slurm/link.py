@@ -19,8 +19,8 @@ from megatron_paint.base.json_text import to_json
 from megatron_paint.config.load import settings_of
 from megatron_paint.config.saved import read_yaml
 from megatron_paint.config.schedule import due_after
-from megatron_paint.disk import append_line, disk_errors, write_atomically
 from megatron_paint.run.folder import LINKS, STOPPED, RunFolder
+from megatron_paint.runtime.files import append_line, disk_errors, write_atomically
 
 Word = Literal["go", "done", "next", "stop"]
 MISTAKE = 2  # exit status of a user's mistake, which no repetition mends

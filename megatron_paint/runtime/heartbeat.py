@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_paint.disk import disk_errors
+from megatron_paint.runtime.files import disk_errors
 
 LONG_PHASES = ("start", "checkpoint", "export", "evaluation")
 LONG = 10  # times as long may those take between two beats; ours

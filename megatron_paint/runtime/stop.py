@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 
-from megatron_paint.run.signals import NotedSignals
+from megatron_paint.runtime.signals import NotedSignals
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)
 STOPPED = 75  # EX_TEMPFAIL: stopped early with a checkpoint; the same command goes on
