@@ -28,8 +28,8 @@ from megatron_paint.config.settings import (
     RunSettings,
     Settings,
 )
-from megatron_paint.evaluation.boxes import last_box
-from megatron_paint.evaluation.grading import GradingPool
+from megatron_paint.grading.boxes import last_box
+from megatron_paint.grading.grade import GradingPool
 from megatron_paint.mcore.world import start_world, stop_world
 from megatron_paint.policy import GenerationRequest, SamplingParameters
 from megatron_paint.qwen3 import read_shape

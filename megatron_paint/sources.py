@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megatron_paint.base.errors import UserError, about
 from megatron_paint.config.settings import Settings
 from megatron_paint.convert.hf_reader import HuggingFaceReader
-from megatron_paint.evaluation.grading import grade
+from megatron_paint.grading.grade import grade
 from megatron_paint.problems import LoadedProblems, ProblemSet, PromptLimit, load_held_out, load_problems
 from megatron_paint.prompts import Prompts
 from megatron_paint.qwen3 import Qwen3Shape

@@ -14,8 +14,8 @@ from megatron_paint.config.saved import plain
 from megatron_paint.config.schedule import due_after, learning_rate, outlived
 from megatron_paint.config.settings import Settings
 from megatron_paint.evaluation.evaluator import Answers, Evaluator
-from megatron_paint.evaluation.grading import GradingPool
 from megatron_paint.evaluation.requested import Requested
+from megatron_paint.grading.grade import GradingPool
 from megatron_paint.launch.notes import leave_note
 from megatron_paint.objectives import Objective, make_objective
 from megatron_paint.overlap import MaskerPool

@@ -40,7 +40,7 @@ from megatron_paint.config.settings import (
     Settings,
 )
 from megatron_paint.evaluation.evaluator import Evaluator
-from megatron_paint.evaluation.grading import GradingPool
+from megatron_paint.grading.grade import GradingPool
 from megatron_paint.mcore.world import start_world, stop_world
 from megatron_paint.objectives.losses import CrossEntropyLoss
 from megatron_paint.policy import Policy

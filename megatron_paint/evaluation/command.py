@@ -10,9 +10,9 @@ from megatron_paint.config.settings import Settings
 from megatron_paint.evaluation.answer_file import AnswerFile
 from megatron_paint.evaluation.benchmarks import Benchmark, load_benchmarks
 from megatron_paint.evaluation.evaluator import Answers, Evaluator
-from megatron_paint.evaluation.grading import GradingPool
 from megatron_paint.evaluation.requested import Requested
 from megatron_paint.evaluation.summary import Evaluated, write_summary
+from megatron_paint.grading.grade import GradingPool
 from megatron_paint.plan import cache_bytes_per_token
 from megatron_paint.qwen3 import Qwen3Shape
 from megatron_paint.records import EvalReport, Problem, Rollout

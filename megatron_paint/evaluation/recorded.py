@@ -14,9 +14,9 @@ from megatron_paint.config.load import override_tree, settings_of
 from megatron_paint.evaluation.benchmarks import Benchmark, load_benchmarks, names_in
 from megatron_paint.evaluation.command import finish
 from megatron_paint.evaluation.evaluator import grade_all
-from megatron_paint.evaluation.grading import GradingPool
 from megatron_paint.evaluation.requested import DEFAULT_OUT
 from megatron_paint.evaluation.statistics import build_report
+from megatron_paint.grading.grade import GradingPool
 from megatron_paint.records import EvalReport, Graded
 from megatron_paint.run.progress import Mode, Progress
 

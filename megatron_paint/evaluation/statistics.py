@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.evaluation.grading import normal_form
+from megatron_paint.grading.grade import normal_form
 from megatron_paint.records import EvalReport, Graded
 
 GREEDY = -1  # sample_index of greedy answers in an EvalReport

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from megatron_paint.config.settings import Settings
-from megatron_paint.evaluation.grading import GradingPool
+from megatron_paint.grading.grade import GradingPool
 from megatron_paint.objectives.grpo import Grpo
 from megatron_paint.objectives.paint import Paint
 from megatron_paint.objectives.sft import Sft

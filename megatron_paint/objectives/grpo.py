@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 
 from megatron_paint.config.settings import Settings
-from megatron_paint.evaluation.grading import Grade, GradingPool
+from megatron_paint.grading.grade import Grade, GradingPool
 from megatron_paint.hardware import loss_kernel
 from megatron_paint.objectives.losses import PolicyGradientLoss
 from megatron_paint.objectives.rollouts import RolloutSource

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.evaluation import grading_pool
-from megatron_paint.evaluation.boxes import last_boxes
-from megatron_paint.evaluation.grading import (
+from megatron_paint.grading import pool as grading_pool
+from megatron_paint.grading.boxes import last_boxes
+from megatron_paint.grading.grade import (
     GradingPool,
     Rules,
     answers_agree,

@@ -9,7 +9,7 @@ import torch
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import settings_of
 from megatron_paint.config.settings import GrpoSettings
-from megatron_paint.evaluation.grading import Grade
+from megatron_paint.grading.grade import Grade
 from megatron_paint.losses import WholeVocab
 from megatron_paint.objectives import Grpo
 from megatron_paint.objectives.grpo import advantages

@@ -45,7 +45,7 @@ class Worker:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_paint.evaluation.grading_worker"],
+                [sys.executable, "-m", "megatron_paint.grading.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 cwd=PACKAGE_ROOT,  # `-m` puts it on the path, so the child imports this very package

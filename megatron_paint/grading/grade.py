@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from megatron_paint.evaluation.boxes import last_box, last_boxes
-from megatron_paint.evaluation.grading_pool import Verdict, WorkerPool
+from megatron_paint.grading.boxes import last_box, last_boxes
+from megatron_paint.grading.pool import Verdict, WorkerPool
 
 __all__ = ["Grade", "GradingPool", "Rules", "answers_agree", "grade", "last_box", "normal_form", "same_text"]
 

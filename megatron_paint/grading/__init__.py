@@ -1,0 +1,1 @@
+"""Grades answers against the reference answer."""
