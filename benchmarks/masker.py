@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_paint import overlap
-from megatron_paint.overlap import MaskerPool, Pair, measure_overlaps
+from megatron_paint.masker import overlap
+from megatron_paint.masker.overlap import MaskerPool, Pair, measure_overlaps
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "rollouts_qwen25math_math100x8.jsonl"
 # Qwen3's tokenizer takes 2.98 characters a token in these rollouts and 2.73 in their solutions.

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from megatron_paint.anchors import flatten, normalise
 from megatron_paint.base.errors import UserError
 from megatron_paint.base.keys import derive_key, permutation
-from megatron_paint.latex import boxes
+from megatron_paint.masker.anchors import flatten, normalise
+from megatron_paint.masker.latex import boxes
 from megatron_paint.records import Problem
 from megatron_paint.rows import Row, nearest, read_rows
 

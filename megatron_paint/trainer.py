@@ -17,8 +17,8 @@ from megatron_paint.evaluation.evaluator import Answers, Evaluator
 from megatron_paint.evaluation.requested import Requested
 from megatron_paint.grading.grade import GradingPool
 from megatron_paint.launch.notes import leave_note
+from megatron_paint.masker.overlap import MaskerPool
 from megatron_paint.objectives import Objective, make_objective
-from megatron_paint.overlap import MaskerPool
 from megatron_paint.policy import Policy
 from megatron_paint.problems import ProblemSet
 from megatron_paint.prompts import Prompts

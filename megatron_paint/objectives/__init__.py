@@ -5,10 +5,10 @@ from typing import Protocol
 
 from megatron_paint.config.settings import Settings
 from megatron_paint.grading.grade import GradingPool
+from megatron_paint.masker.overlap import MaskerPool
 from megatron_paint.objectives.grpo import Grpo
 from megatron_paint.objectives.paint import Paint
 from megatron_paint.objectives.sft import Sft
-from megatron_paint.overlap import MaskerPool
 from megatron_paint.policy import Policy
 from megatron_paint.prompts import Prompts
 from megatron_paint.records import Problem, StepReport

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 OWNER = """
 import time
-from megatron_paint.overlap import MaskerPool, Pair, measure_overlaps
+from megatron_paint.masker.overlap import MaskerPool, Pair, measure_overlaps
 if __name__ == "__main__":
     pool = MaskerPool(1, from_characters=0)
     measure_overlaps([Pair("p", "s", "r")], pool=pool)

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_paint import anchors
-from megatron_paint import overlap as overlap_module
-from megatron_paint.anchors import flatten, normalise
 from megatron_paint.base.errors import UserError
-from megatron_paint.latex import alignments, boxes, math_spans
-from megatron_paint.overlap import (
+from megatron_paint.masker import anchors
+from megatron_paint.masker import overlap as overlap_module
+from megatron_paint.masker.anchors import flatten, normalise
+from megatron_paint.masker.latex import alignments, boxes, math_spans
+from megatron_paint.masker.overlap import (
     EXTRACTORS,
     AnchorExtractor,
     MaskerPool,
@@ -22,7 +22,7 @@ from megatron_paint.overlap import (
     measure_overlaps,
     register_extractor,
 )
-from megatron_paint.passages import _standing_in_long, _stands_in, standing_in
+from megatron_paint.masker.substring import _standing_in_long, _stands_in, standing_in
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data folder is not beside the repository")

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from megatron_paint.base.errors import UserError
 from megatron_paint.base.keys import derive_key
 from megatron_paint.config.settings import RevealSettings
-from megatron_paint.latex import alignments, boxes, math_spans
-from megatron_paint.overlap import MaskerPool, measure_overlap
+from megatron_paint.masker.latex import alignments, boxes, math_spans
+from megatron_paint.masker.overlap import MaskerPool, measure_overlap
+from megatron_paint.masker.reveal import cut_solution, inverted_share, limit_hidden, reveal_share, reveal_step
 from megatron_paint.records import Overlap, Problem, Reveal
-from megatron_paint.reveal import cut_solution, inverted_share, limit_hidden, reveal_share, reveal_step
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data folder is not beside the repository")

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.base.keys import derangement, derive_key, uniforms
-from megatron_paint.latex import Span, alignments, boxes, math_spans
-from megatron_paint.overlap import MaskerPool, Pair, measure_overlaps
+from megatron_paint.masker.latex import Span, alignments, boxes, math_spans
+from megatron_paint.masker.overlap import MaskerPool, Pair, measure_overlaps
 from megatron_paint.records import Overlap, Problem, Reveal
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from megatron_paint.latex import Alignment, Span, alignments, blank, boxes, math_spans
-from megatron_paint.passages import Normal, standing_in
+from megatron_paint.masker.latex import Alignment, Span, alignments, blank, boxes, math_spans
+from megatron_paint.masker.substring import Normal, standing_in
 
 MIN_FORMULA_LENGTH = 3
 TRIVIAL_NUMBERS = frozenset({"0", "1", "2"})

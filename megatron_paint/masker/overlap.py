@@ -13,8 +13,8 @@ from functools import lru_cache
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
-from megatron_paint.anchors import extract_math, find_math
 from megatron_paint.base.errors import UserError
+from megatron_paint.masker.anchors import extract_math, find_math
 from megatron_paint.records import Anchor, Overlap
 from megatron_paint.runtime.processes import start_worker
 

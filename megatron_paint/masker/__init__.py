@@ -1,0 +1,1 @@
+"""The overlap masker: anchors, overlap, reveal. Text in, text out."""
