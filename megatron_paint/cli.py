@@ -292,9 +292,9 @@ def run_inspect(options: argparse.Namespace, _: list[str]) -> int:
     """Prints one sample of a run."""
     from megatron_paint.config.load import settings_of
     from megatron_paint.config.saved import read_yaml
+    from megatron_paint.data.tokenizers import load_tokenizer
     from megatron_paint.inspect import inspect_sample
     from megatron_paint.run.folder import RunFolder
-    from megatron_paint.tokenizers import load_tokenizer
 
     settings = settings_of(read_yaml(RunFolder(options.run_dir).config_file))
     tokenizer = load_tokenizer(settings.model.hf_path, chat_template=settings.prompts.chat_template)

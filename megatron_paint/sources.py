@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from megatron_paint.base.errors import UserError, about
 from megatron_paint.config.settings import Settings
 from megatron_paint.convert.hf_reader import HuggingFaceReader
+from megatron_paint.data.problems import LoadedProblems, ProblemSet, PromptLimit, load_held_out, load_problems
+from megatron_paint.data.prompts import Prompts
+from megatron_paint.data.tokenizers import load_tokenizer
 from megatron_paint.grading.grade import grade
-from megatron_paint.problems import LoadedProblems, ProblemSet, PromptLimit, load_held_out, load_problems
-from megatron_paint.prompts import Prompts
 from megatron_paint.qwen3 import Qwen3Shape
 from megatron_paint.records import Problem
 from megatron_paint.rollout.replay import ReplayEngine
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.runtime.rank_zero import Share, directly
-from megatron_paint.tokenizers import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,8 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.config.saved import plain
 from megatron_paint.config.schedule import due_after, learning_rate, outlived
 from megatron_paint.config.settings import Settings
+from megatron_paint.data.problems import ProblemSet
+from megatron_paint.data.prompts import Prompts
 from megatron_paint.evaluation.evaluator import Answers, Evaluator
 from megatron_paint.evaluation.requested import Requested
 from megatron_paint.grading.grade import GradingPool
@@ -20,8 +22,6 @@ from megatron_paint.launch.notes import leave_note
 from megatron_paint.masker.overlap import MaskerPool
 from megatron_paint.objectives import Objective, make_objective
 from megatron_paint.policy import Policy
-from megatron_paint.problems import ProblemSet
-from megatron_paint.prompts import Prompts
 from megatron_paint.records import EvalReport, StepReport
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.run.progress import Mode, Progress

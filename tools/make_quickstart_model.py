@@ -39,15 +39,15 @@ from megatron_paint.config.settings import (
     RunSettings,
     Settings,
 )
+from megatron_paint.data.prompts import Prompts
+from megatron_paint.data.tokenizers import load_tokenizer
 from megatron_paint.evaluation.evaluator import Evaluator
 from megatron_paint.grading.grade import GradingPool
 from megatron_paint.mcore.world import start_world, stop_world
 from megatron_paint.objectives.losses import CrossEntropyLoss
 from megatron_paint.policy import Policy
-from megatron_paint.prompts import Prompts
 from megatron_paint.qwen3 import read_shape
 from megatron_paint.records import Problem, Sample, TokenIds
-from megatron_paint.tokenizers import load_tokenizer
 
 TEMPLATES = Path(__file__).parents[1] / "examples" / "quickstart" / "templates"
 TRAINING_PROBLEMS, HELD_OUT_PROBLEMS = 2000, 240

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_paint.data.prompts import Prompts
 from megatron_paint.masker.reveal import cut_solution
-from megatron_paint.prompts import Prompts
 from megatron_paint.records import Overlap, Problem, Reveal, Sample, TokenIds
 
 HELD_OUT_SHARE = 5  # every fifth problem, by checksum, is held out

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import ColumnSettings, EvaluationSettings
-from megatron_paint.problems import PromptLimit, load_held_out
+from megatron_paint.data.problems import PromptLimit, load_held_out
+from megatron_paint.data.rows import JSONL_ENDINGS, nearest
 from megatron_paint.records import Problem
-from megatron_paint.rows import JSONL_ENDINGS, nearest
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 
 from megatron_paint.base.keys import derive_key
 from megatron_paint.config.settings import EvaluationSettings
+from megatron_paint.data.prompts import Prompts
 from megatron_paint.evaluation.answer_file import Key
 from megatron_paint.evaluation.statistics import GREEDY, build_report
 from megatron_paint.grading.grade import GradingPool
 from megatron_paint.policy import GenerationRequest, Policy, SamplingParameters
-from megatron_paint.prompts import Prompts
 from megatron_paint.records import EvalReport, Graded, Problem, Rollout, TokenIds
 
 

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from megatron_paint.config.settings import Settings
+from megatron_paint.data.prompts import Prompts
 from megatron_paint.grading.grade import GradingPool
 from megatron_paint.masker.overlap import MaskerPool
 from megatron_paint.objectives.grpo import Grpo
 from megatron_paint.objectives.paint import Paint
 from megatron_paint.objectives.sft import Sft
 from megatron_paint.policy import Policy
-from megatron_paint.prompts import Prompts
 from megatron_paint.records import Problem, StepReport
 from megatron_paint.runtime.rank_zero import Share, directly
 

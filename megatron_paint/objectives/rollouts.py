@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from megatron_paint.base.keys import derive_key
 from megatron_paint.config.settings import Settings
+from megatron_paint.data.prompts import Prompts
 from megatron_paint.policy import GenerationRequest, Policy, SamplingParameters
-from megatron_paint.prompts import Prompts
 from megatron_paint.records import Problem, Rollout
 from megatron_paint.rollout.replay import ReplayEngine
 

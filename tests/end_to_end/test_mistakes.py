@@ -11,7 +11,7 @@ import pytest
 
 from megatron_paint.cli import main
 from megatron_paint.config.load import load_settings
-from megatron_paint.problems import load_problems
+from megatron_paint.data.problems import load_problems
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.runtime.files import NewFolder
 from tests import tiny

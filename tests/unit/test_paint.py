@@ -3,10 +3,10 @@
 import pytest
 
 from megatron_paint.config.load import settings_of
+from megatron_paint.data.prompts import Prompts
+from megatron_paint.data.tokenizers import load_tokenizer
 from megatron_paint.objectives import Paint
-from megatron_paint.prompts import Prompts
 from megatron_paint.records import Problem, Rollout
-from megatron_paint.tokenizers import load_tokenizer
 from tests.tiny import make_model
 
 SOLUTION = "We add 3 and 5. This gives 8. So it is \\boxed{8}."

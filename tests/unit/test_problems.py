@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import ColumnSettings, DataSettings, EvaluationSettings
-from megatron_paint.problems import ProblemSet, PromptLimit, load_held_out, load_problems
+from megatron_paint.data.problems import ProblemSet, PromptLimit, load_held_out, load_problems
 from megatron_paint.records import Problem
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"

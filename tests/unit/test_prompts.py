@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import PromptSettings
-from megatron_paint.prompts import Prompts
+from megatron_paint.data.prompts import Prompts
+from megatron_paint.data.tokenizers import load_tokenizer
 from megatron_paint.records import Overlap, Problem, Reveal
-from megatron_paint.tokenizers import load_tokenizer
 from tests.unit.tokenizer_cases import QWEN3, needs_qwen3, write_byte_tokenizer, write_sentencepiece
 
 # OPSD's third version, with its f-strings filled in; the two empty lines after the end mark are its own.

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from megatron_paint.config.load import load_settings
-from megatron_paint.problems import load_held_out, load_problems
-from megatron_paint.prompts import Prompts
+from megatron_paint.data.problems import load_held_out, load_problems
+from megatron_paint.data.prompts import Prompts
+from megatron_paint.data.tokenizers import load_tokenizer
 from megatron_paint.qwen3 import read_shape
 from megatron_paint.records import Problem
-from megatron_paint.tokenizers import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_paint.config.load import load_settings
-from megatron_paint.prompts import Prompts
-from megatron_paint.tokenizers import load_tokenizer
+from megatron_paint.data.prompts import Prompts
+from megatron_paint.data.tokenizers import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.tokenizers import UNKNOWN_ID_TEXT, load_tokenizer
+from megatron_paint.data.tokenizers import UNKNOWN_ID_TEXT, load_tokenizer
 from tests.unit.tokenizer_cases import QWEN3, needs_qwen3, write_byte_tokenizer, write_sentencepiece
 
 MESSAGES = [{"role": "user", "content": "Hi"}]

@@ -12,10 +12,10 @@ import numpy as np
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.base.keys import derive_key, permutation
+from megatron_paint.data.rows import Row, nearest, read_rows
 from megatron_paint.masker.anchors import flatten, normalise
 from megatron_paint.masker.latex import boxes
 from megatron_paint.records import Problem
-from megatron_paint.rows import Row, nearest, read_rows
 
 if TYPE_CHECKING:
     from megatron_paint.config.settings import ColumnSettings, DataSettings, EvaluationSettings

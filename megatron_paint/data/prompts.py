@@ -16,8 +16,8 @@ import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megatron_paint.base.errors import UserError
+from megatron_paint.data.tokenizers import OffsetList, Tokenizer, read_template
 from megatron_paint.records import Problem, Reveal, TokenIds
-from megatron_paint.tokenizers import OffsetList, Tokenizer, read_template
 
 if TYPE_CHECKING:
     from megatron_paint.config.settings import PromptSettings
