@@ -17,7 +17,7 @@ from types import ModuleType, SimpleNamespace
 import torch
 
 from megatron_paint.losses import InterpolationLossConfig, VocabAxis, fused_interpolation_loss
-from megatron_paint.losses.gemm import OutputLayerGradient, Projection
+from megatron_paint.losses.output_layer.products import OutputLayerGradient, Projection
 
 TEMPERATURE = 1.1
 # What a variant needs besides torch: the name to install, or nothing.

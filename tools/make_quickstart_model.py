@@ -43,8 +43,8 @@ from megatron_paint.data.prompts import Prompts
 from megatron_paint.data.tokenizers import load_tokenizer
 from megatron_paint.evaluation.evaluator import Evaluator
 from megatron_paint.grading.grade import GradingPool
+from megatron_paint.losses.objectives import CrossEntropyLoss
 from megatron_paint.mcore.world import start_world, stop_world
-from megatron_paint.objectives.losses import CrossEntropyLoss
 from megatron_paint.policy import Policy
 from megatron_paint.qwen3 import read_shape
 from megatron_paint.records import Problem, Sample, TokenIds

@@ -9,14 +9,14 @@ import torch
 
 from megatron_paint.config.loss import InterpolationLossConfig, Kernel
 from megatron_paint.losses import checks
-from megatron_paint.losses.chunks import ChunkSize, chunk_size, elements_of_tile
 from megatron_paint.losses.cpu_math import settle_cpu_math
-from megatron_paint.losses.formed_gradient import attach_gradient
+from megatron_paint.losses.elementwise.choose import choose_kernel, make_passes
+from megatron_paint.losses.elementwise.interface import Passes
 from megatron_paint.losses.fused_pass import FusedPass, Inputs
-from megatron_paint.losses.gemm import OutputLayerGradient
-from megatron_paint.losses.kernels import choose_kernel, make_passes
 from megatron_paint.losses.output import LossOutput
-from megatron_paint.losses.passes import Passes
+from megatron_paint.losses.output_layer.chunks import ChunkSize, chunk_size, elements_of_tile
+from megatron_paint.losses.output_layer.formed_gradient import attach_gradient
+from megatron_paint.losses.output_layer.products import OutputLayerGradient
 from megatron_paint.losses.vocab import VocabAxis
 
 

@@ -18,13 +18,19 @@ from typing import NamedTuple
 import torch
 
 from megatron_paint.config.loss import InterpolationLossConfig
-from megatron_paint.losses.chunks import Chunk, ChunkSize, plan_chunks
-from megatron_paint.losses.gemm import OutputLayerGradient, Projection, inverse
+from megatron_paint.losses.elementwise.divergences import Outcome, finish
+from megatron_paint.losses.elementwise.interface import ChunkLogits, Passes, Target, Work, split_statistics
+from megatron_paint.losses.elementwise.softmax_statistics import (
+    Softmax,
+    merge_entropy,
+    merge_softmax,
+    merge_token_logp,
+    query_tokens,
+)
 from megatron_paint.losses.output import LossOutput
-from megatron_paint.losses.passes import ChunkLogits, Passes, Target, Work, split_statistics
+from megatron_paint.losses.output_layer.chunks import Chunk, ChunkSize, plan_chunks
+from megatron_paint.losses.output_layer.products import OutputLayerGradient, Projection, inverse
 from megatron_paint.losses.selection import select_blindly, select_positions
-from megatron_paint.losses.statistics import Softmax, merge_entropy, merge_softmax, merge_token_logp, query_tokens
-from megatron_paint.losses.terms import Outcome, finish
 from megatron_paint.losses.vocab import VocabAxis
 
 Rows = slice | torch.Tensor

@@ -13,13 +13,19 @@ import torch
 
 from megatron_paint.config.loss import Kernel
 from megatron_paint.losses import checks
-from megatron_paint.losses.chunks import ChunkSize, chunk_size, elements_of_tile, plan_chunks
 from megatron_paint.losses.cpu_math import settle_cpu_math
-from megatron_paint.losses.formed_gradient import attach_gradient
-from megatron_paint.losses.gemm import OutputLayerGradient, Projection, inverse
-from megatron_paint.losses.kernels import choose_kernel, make_token_passes
-from megatron_paint.losses.statistics import Softmax, TokenQuery, merge_entropy, merge_softmax, query_tokens
-from megatron_paint.losses.token_passes import TokenLogits, TokenPasses
+from megatron_paint.losses.elementwise.choose import choose_kernel, make_token_passes
+from megatron_paint.losses.elementwise.softmax_statistics import (
+    Softmax,
+    TokenQuery,
+    merge_entropy,
+    merge_softmax,
+    query_tokens,
+)
+from megatron_paint.losses.elementwise.token import TokenLogits, TokenPasses
+from megatron_paint.losses.output_layer.chunks import ChunkSize, chunk_size, elements_of_tile, plan_chunks
+from megatron_paint.losses.output_layer.formed_gradient import attach_gradient
+from megatron_paint.losses.output_layer.products import OutputLayerGradient, Projection, inverse
 from megatron_paint.losses.vocab import VocabAxis
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_paint.config.settings import Settings, TeacherSettings
 from megatron_paint.hardware import loss_kernel
 from megatron_paint.losses import ShardedVocab, VocabAxis, WholeVocab
+from megatron_paint.losses.objectives import CrossEntropyLoss
 from megatron_paint.mcore.batch import (
     MicroBatch,
     ScoredSequence,
@@ -42,7 +43,6 @@ from megatron_paint.mcore.scores import NonFinite, score_samples
 from megatron_paint.mcore.teacher import Teacher
 from megatron_paint.mcore.world import World
 from megatron_paint.mcore.writer import Writer
-from megatron_paint.objectives.losses import CrossEntropyLoss
 from megatron_paint.plan import cache_bytes_per_token
 from megatron_paint.policy import GenerationRequest, ResponseRows, SamplingParameters, TokenLoss
 from megatron_paint.qwen3 import Qwen3Shape

@@ -24,7 +24,7 @@ from megatron_paint.losses import (
     interpolation_loss,
     token_logprobs,
 )
-from megatron_paint.objectives.losses import DistillationLoss
+from megatron_paint.losses.objectives import DistillationLoss
 from megatron_paint.policy import GenerationRequest, SamplingParameters
 from megatron_paint.records import Problem, Sample
 

@@ -287,7 +287,7 @@ def test_narrow_tiles_change_nothing(monkeypatch):
         return [output.loss_T, *(leaf.grad for leaf in leaves)]
 
     whole = run()
-    monkeypatch.setattr("megatron_paint.losses.gemm.TILE_BYTES", 1)
+    monkeypatch.setattr("megatron_paint.losses.output_layer.products.TILE_BYTES", 1)
     assert all(relative(one, many) <= 1e-3 for one, many in zip(run(), whole, strict=True))
     assert relative(run()[0], whole[0]) <= 1e-6
 
@@ -298,9 +298,12 @@ def test_no_gradient_work_where_none_is_wanted(monkeypatch):
     data = make_data(case, torch.float64)
     made = []
     monkeypatch.setattr(
-        "megatron_paint.losses.gemm.backproject", lambda d_TV, w_VH, _: made.append("hidden") or d_TV @ w_VH
+        "megatron_paint.losses.output_layer.products.backproject",
+        lambda d_TV, w_VH, _: made.append("hidden") or d_TV @ w_VH,
     )
-    monkeypatch.setattr("megatron_paint.losses.gemm.WeightGradient.add", lambda *_: made.append("weight"))
+    monkeypatch.setattr(
+        "megatron_paint.losses.output_layer.products.WeightGradient.add", lambda *_: made.append("weight")
+    )
     settings = {"lengths": data.lengths, "config": case.config, "vocab": WholeVocab(), "chunk_tokens": 6}
 
     def run(hidden: bool, weight: bool) -> set[str]:

@@ -8,7 +8,8 @@ import torch
 from losses_cases import CASES, make_data
 from losses_compare import relative
 
-from megatron_paint.losses import WholeVocab, fused_interpolation_loss, gemm, token_logprobs
+from megatron_paint.losses import WholeVocab, fused_interpolation_loss, token_logprobs
+from megatron_paint.losses.output_layer import products as gemm
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from losses_compare import dense_case, relative
 from losses_dense import dense_loss
 
 from megatron_paint.losses import InterpolationLossConfig, WholeVocab, fused_interpolation_loss
-from megatron_paint.losses.chunks import plan_chunks
+from megatron_paint.losses.output_layer.chunks import plan_chunks
 
 POSITIONS = ("top_fraction", "threshold", "all", "none", "random")
 

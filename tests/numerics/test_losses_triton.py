@@ -12,7 +12,7 @@ import pytest
 import torch
 from losses_cases import LOGPROB_CASES, TRITON_CASES
 
-from megatron_paint.losses.kernels import _say_once, choose_kernel
+from megatron_paint.losses.elementwise.choose import _say_once, choose_kernel
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -118,7 +118,7 @@ def test_choice_of_kernel(monkeypatch):
         choose_kernel("cuda", device=CPU, dtype=torch.float32)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert choose_kernel("triton", device=CPU, dtype=torch.float32) == "triton"
-    monkeypatch.setattr("megatron_paint.losses.kernels.find_spec", lambda _: None)
+    monkeypatch.setattr("megatron_paint.losses.elementwise.choose.find_spec", lambda _: None)
     _say_once.cache_clear()
     with pytest.warns(UserWarning, match="Triton is not installed"):
         assert choose_kernel("auto", device=CUDA, dtype=torch.float32) == "torch"

@@ -4,7 +4,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_paint.losses.triton_kernels import (
+from megatron_paint.losses.elementwise.triton_kernels import (
     divergence_kernel,
     statistics_kernel,
     token_gradient_kernel,

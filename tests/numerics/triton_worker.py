@@ -21,18 +21,13 @@ from losses_cases import CASES, LOGPROB_CASES, TRITON_CASES, make_data
 from losses_compare import relative
 from losses_ranks import axis_of, columns_of
 
-from megatron_paint.losses import (
-    InterpolationLossConfig,
-    WholeVocab,
-    fused_interpolation_loss,
-    token_logprobs,
-    triton_passes,
-)
-from megatron_paint.losses.passes import ChunkLogits, Target, split_statistics
-from megatron_paint.losses.statistics import Softmax, query_tokens
-from megatron_paint.losses.terms import finish
-from megatron_paint.losses.token_passes import TokenLogits, TorchTokenPasses
-from megatron_paint.losses.torch_passes import TorchPasses
+from megatron_paint.losses import InterpolationLossConfig, WholeVocab, fused_interpolation_loss, token_logprobs
+from megatron_paint.losses.elementwise import triton_backend as triton_passes
+from megatron_paint.losses.elementwise.divergences import finish
+from megatron_paint.losses.elementwise.interface import ChunkLogits, Target, split_statistics
+from megatron_paint.losses.elementwise.softmax_statistics import Softmax, query_tokens
+from megatron_paint.losses.elementwise.token import TokenLogits, TorchTokenPasses
+from megatron_paint.losses.elementwise.torch_backend import TorchPasses
 
 # 48 columns in blocks of 16 or, with padding in the last one, 32.
 BLOCKS = (16, 32)

@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 
 from megatron_paint.config.settings import MegatronSettings
-from megatron_paint.losses import InterpolationLossConfig, gemm
+from megatron_paint.losses import InterpolationLossConfig
+from megatron_paint.losses.objectives import DistillationLoss
+from megatron_paint.losses.output_layer import products as gemm
 from megatron_paint.mcore.hf_checkpoint import load_stage
 from megatron_paint.mcore.policy import MegatronPolicy
 from megatron_paint.mcore.world import start_world, stop_world
-from megatron_paint.objectives.losses import DistillationLoss
 from megatron_paint.qwen3 import read_shape
 from tests.parallel import parity_cases as parity
 from tests.parallel.layouts import LAYOUTS

@@ -22,6 +22,7 @@ from megatron_paint.config.settings import (
     TeacherSettings,
 )
 from megatron_paint.losses import InterpolationLossConfig
+from megatron_paint.losses.objectives import CrossEntropyLoss, DistillationLoss
 from megatron_paint.mcore import hf_checkpoint
 from megatron_paint.mcore.batch import assign_replicas
 from megatron_paint.mcore.hf_checkpoint import first_layer_of, gathered_tensors, load_stage
@@ -29,7 +30,6 @@ from megatron_paint.mcore.lora import adapters_of
 from megatron_paint.mcore.policy import MegatronPolicy
 from megatron_paint.mcore.world import start_world, stop_world
 from megatron_paint.objectives import Grpo
-from megatron_paint.objectives.losses import CrossEntropyLoss, DistillationLoss
 from megatron_paint.qwen3 import read_shape
 from megatron_paint.records import Problem, Rollout, Sample
 from tests.parallel import parity_cases as parity

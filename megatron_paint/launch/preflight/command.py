@@ -64,7 +64,7 @@ def import_all() -> None:
     """Imports what the checks need: from a cold shared disk that may take a minute, for which no node is to blame."""
     import torch.distributed  # noqa: F401
 
-    import megatron_paint.config.load  # noqa: F401
+    import megatron_paint.config.load
     import megatron_paint.plan
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_paint.losses.chunks import Scratch, tiles
+from megatron_paint.losses.output_layer.chunks import Scratch, tiles
 
 # The maximum over no columns at all: finite, so that no difference of infinities appears.
 EMPTY_MAX = -1e30

@@ -10,8 +10,8 @@ from typing import Protocol
 
 import torch
 
-from megatron_paint.losses.chunks import Scratch, tiles
-from megatron_paint.losses.statistics import Softmax, TokenQuery, centred_statistics, token_logits
+from megatron_paint.losses.elementwise.softmax_statistics import Softmax, TokenQuery, centred_statistics, token_logits
+from megatron_paint.losses.output_layer.chunks import Scratch, tiles
 
 
 @dataclass(kw_only=True)

@@ -12,17 +12,17 @@ from dataclasses import replace
 import torch
 
 from megatron_paint.config.loss import InterpolationLossConfig
-from megatron_paint.losses.gemm import inverse
-from megatron_paint.losses.passes import ChunkLogits, Target, Work
-from megatron_paint.losses.statistics import Softmax, TokenQuery, token_logits
-from megatron_paint.losses.terms import coefficient_is_one, sum_count
-from megatron_paint.losses.token_passes import TokenLogits
-from megatron_paint.losses.triton_kernels import (
+from megatron_paint.losses.elementwise.divergences import coefficient_is_one, sum_count
+from megatron_paint.losses.elementwise.interface import ChunkLogits, Target, Work
+from megatron_paint.losses.elementwise.softmax_statistics import Softmax, TokenQuery, token_logits
+from megatron_paint.losses.elementwise.token import TokenLogits
+from megatron_paint.losses.elementwise.triton_kernels import (
     divergence_kernel,
     statistics_kernel,
     token_gradient_kernel,
     token_statistics_kernel,
 )
+from megatron_paint.losses.output_layer.products import inverse
 
 # Lanes of a program: 8 values a thread at 8 warps, which keeps every running value in registers.
 _BLOCK = 2048

@@ -11,9 +11,9 @@ from typing import Literal, get_args
 import torch
 
 from megatron_paint.config.loss import InterpolationLossConfig, Kernel
-from megatron_paint.losses.passes import Passes
-from megatron_paint.losses.token_passes import TokenPasses, TorchTokenPasses
-from megatron_paint.losses.torch_passes import TorchPasses
+from megatron_paint.losses.elementwise.interface import Passes
+from megatron_paint.losses.elementwise.token import TokenPasses, TorchTokenPasses
+from megatron_paint.losses.elementwise.torch_backend import TorchPasses
 
 
 def choose_kernel(kernel: Kernel, *, device: torch.device, dtype: torch.dtype) -> Literal["torch", "triton"]:
@@ -43,7 +43,9 @@ def make_passes(
     """The chosen kernel's passes; elements: entries of one of torch's tiles; dlogits_dtype: of Triton's gradient."""
     if kernel == "torch":
         return TorchPasses(config, elements=elements)
-    from megatron_paint.losses.triton_passes import TritonPasses  # Triton may be missing, and its import takes a second
+    from megatron_paint.losses.elementwise.triton_backend import (
+        TritonPasses,  # Triton may be missing, and its import takes a second
+    )
 
     return TritonPasses(config, dlogits_dtype=dlogits_dtype)
 
@@ -52,7 +54,7 @@ def make_token_passes(kernel: Literal["torch", "triton"], *, elements: int, dlog
     """The same for token_logprobs."""
     if kernel == "torch":
         return TorchTokenPasses(elements=elements)
-    from megatron_paint.losses.triton_passes import TritonTokenPasses
+    from megatron_paint.losses.elementwise.triton_backend import TritonTokenPasses
 
     return TritonTokenPasses(dlogits_dtype=dlogits_dtype)
 

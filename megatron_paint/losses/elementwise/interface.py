@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from megatron_paint.losses.statistics import Softmax, TokenQuery
+from megatron_paint.losses.elementwise.softmax_statistics import Softmax, TokenQuery
 
 
 @dataclass(kw_only=True)

@@ -12,10 +12,15 @@ from dataclasses import replace
 import torch
 
 from megatron_paint.config.loss import InterpolationLossConfig
-from megatron_paint.losses.chunks import Scratch, tiles
-from megatron_paint.losses.passes import ChunkLogits, Target, Work
-from megatron_paint.losses.statistics import EMPTY_MAX, TokenQuery, centred_statistics, token_statistics
-from megatron_paint.losses.terms import coefficient_is_one, sum_count, take_terms
+from megatron_paint.losses.elementwise.divergences import coefficient_is_one, sum_count, take_terms
+from megatron_paint.losses.elementwise.interface import ChunkLogits, Target, Work
+from megatron_paint.losses.elementwise.softmax_statistics import (
+    EMPTY_MAX,
+    TokenQuery,
+    centred_statistics,
+    token_statistics,
+)
+from megatron_paint.losses.output_layer.chunks import Scratch, tiles
 
 # A sum of exponentials below this, relative to the bound of the maximum that they were taken to, has lost digits.
 _SMALLEST_SUM = 1e-30

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megatron_paint.losses.gemm import OutputLayerGradient
+from megatron_paint.losses.output_layer.products import OutputLayerGradient
 
 
 def attach_gradient(

@@ -11,7 +11,7 @@ from functools import cache
 
 import torch
 
-from megatron_paint.losses.main_grad import main_grad_of
+from megatron_paint.losses.output_layer.main_grad import main_grad_of
 
 # Bytes of one vocabulary tile where a product has to be cast or cannot be accumulated in place.
 TILE_BYTES = 64_000_000

@@ -1,0 +1,1 @@
+"""The elementwise work on a chunk of logits, in torch and in Triton."""

@@ -1,0 +1,1 @@
+"""The output layer: chunks of logits, their matrix products and their gradients."""
