@@ -20,7 +20,7 @@ from megatron_paint.config.settings import DataSettings, ModelSettings, RunSetti
 from megatron_paint.losses import InterpolationLossConfig
 from megatron_paint.losses.objectives import DistillationLoss
 from megatron_paint.mcore.world import start_world, stop_world
-from megatron_paint.qwen3 import read_shape
+from megatron_paint.models.qwen3.shape import read_shape
 from megatron_paint.records import Problem, Rollout, Sample
 
 VOCABULARY = 16_384

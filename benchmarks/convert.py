@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 
 from megatron_paint.convert.hf_writer import RowWriter, begin_files, lay_out, write_index
-from megatron_paint.convert.mapping import hugging_face_shapes
 from megatron_paint.convert.numbers import row_blocks
-from megatron_paint.qwen3 import read_shape
+from megatron_paint.models.qwen3.mapping import hugging_face_shapes
+from megatron_paint.models.qwen3.shape import read_shape
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMON = {

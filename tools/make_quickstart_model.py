@@ -45,8 +45,8 @@ from megatron_paint.evaluation.evaluator import Evaluator
 from megatron_paint.grading.grade import GradingPool
 from megatron_paint.losses.objectives import CrossEntropyLoss
 from megatron_paint.mcore.world import start_world, stop_world
+from megatron_paint.models.qwen3.shape import read_shape
 from megatron_paint.policy import Policy
-from megatron_paint.qwen3 import read_shape
 from megatron_paint.records import Problem, Sample, TokenIds
 
 TEMPLATES = Path(__file__).parents[1] / "examples" / "quickstart" / "templates"

@@ -12,11 +12,11 @@ import torch
 
 from megatron_paint.convert.hf_reader import EMBEDDING, HEAD, HuggingFaceReader
 from megatron_paint.convert.manifest import MANIFEST, Stored, checksums, read_manifest
-from megatron_paint.convert.mapping import checkpoint_entries, hugging_face_shapes
 from megatron_paint.convert.megatron_source import BESIDE, MegatronSource
 from megatron_paint.convert.numbers import raw_bytes
 from megatron_paint.convert.torch_dist import METADATA, CheckpointReader, StoredTensor
-from megatron_paint.qwen3 import read_shape, shape_of
+from megatron_paint.models.qwen3.mapping import checkpoint_entries, hugging_face_shapes
+from megatron_paint.models.qwen3.shape import read_shape, shape_of
 
 
 @dataclass(frozen=True, kw_only=True)

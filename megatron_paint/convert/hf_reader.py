@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.convert.mapping import hugging_face_shapes
 from megatron_paint.convert.numbers import row_blocks
-from megatron_paint.qwen3 import Qwen3Shape
+from megatron_paint.models.qwen3.mapping import hugging_face_shapes
+from megatron_paint.models.qwen3.shape import Qwen3Shape
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"

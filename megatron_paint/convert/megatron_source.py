@@ -12,10 +12,10 @@ from torch import Tensor
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.convert.manifest import Stored, checksums
-from megatron_paint.convert.mapping import Entry, checkpoint_entries
 from megatron_paint.convert.numbers import row_blocks
 from megatron_paint.convert.torch_dist import CheckpointReader
-from megatron_paint.qwen3 import Qwen3Shape
+from megatron_paint.models.qwen3.mapping import Entry, checkpoint_entries
+from megatron_paint.models.qwen3.shape import Qwen3Shape
 
 RUN_STATE = "run_state.json"
 BESIDE = ("optimizer.", "teacher.", "rng", "rerun", "chained_")  # what a run keeps beside the model

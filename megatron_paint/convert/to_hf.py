@@ -23,11 +23,11 @@ from megatron_paint.convert.hf_writer import (
     write_index,
 )
 from megatron_paint.convert.manifest import manifest_entry, write_manifest
-from megatron_paint.convert.mapping import Entry, checkpoint_entries, hugging_face_shapes
 from megatron_paint.convert.megatron_source import Lora, MegatronSource
 from megatron_paint.convert.numbers import PIECE_BYTES, cast, raw_bytes
 from megatron_paint.convert.work import Task, check_names, cut_tasks, fingerprint, merged
-from megatron_paint.qwen3 import Qwen3Shape, read_shape
+from megatron_paint.models.qwen3.mapping import Entry, checkpoint_entries, hugging_face_shapes
+from megatron_paint.models.qwen3.shape import Qwen3Shape, read_shape
 
 
 @dataclass(frozen=True, kw_only=True)

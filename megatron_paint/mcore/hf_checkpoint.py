@@ -15,12 +15,12 @@ from megatron_paint.config.settings import LoraSettings
 from megatron_paint.convert.adapters import ADAPTER_FILE, write_config
 from megatron_paint.convert.hf_reader import HuggingFaceReader
 from megatron_paint.convert.hf_writer import SHARD_BYTES, copy_companions, name_shards
-from megatron_paint.convert.mapping import hugging_face_shapes, rule_of
 from megatron_paint.convert.numbers import cast
 from megatron_paint.mcore.agree import fill_folder
 from megatron_paint.mcore.lora import gathered_adapters, merged_weight
 from megatron_paint.mcore.world import World
-from megatron_paint.qwen3 import Qwen3Shape
+from megatron_paint.models.qwen3.mapping import hugging_face_shapes, rule_of
+from megatron_paint.models.qwen3.shape import Qwen3Shape
 from megatron_paint.runtime.files import sync
 
 WRITER_BYTES = 10**9  # ours: of a stage's weights, for which another rank takes a part of the writing

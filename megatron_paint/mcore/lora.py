@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from megatron_paint.base.keys import derive_key
 from megatron_paint.config.settings import LoraSettings
 from megatron_paint.convert.adapters import adapter_name
-from megatron_paint.convert.mapping import part
 from megatron_paint.mcore.model import Qwen3Model
 from megatron_paint.mcore.world import World
-from megatron_paint.qwen3 import Qwen3Shape
+from megatron_paint.models.qwen3.mapping import part
+from megatron_paint.models.qwen3.shape import Qwen3Shape
 
 
 class Adapters(nn.Module, ABC):

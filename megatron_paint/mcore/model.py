@@ -28,7 +28,7 @@ from megatron_paint.config.settings import MegatronSettings, ModelSettings
 from megatron_paint.hardware import use_transformer_engine
 from megatron_paint.mcore.attention import LocalAttention, TokenRows, transformer_engine_attention
 from megatron_paint.mcore.world import World
-from megatron_paint.qwen3 import Qwen3Shape
+from megatron_paint.models.qwen3.shape import Qwen3Shape
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -43,9 +43,9 @@ from megatron_paint.mcore.scores import NonFinite, score_samples
 from megatron_paint.mcore.teacher import Teacher
 from megatron_paint.mcore.world import World
 from megatron_paint.mcore.writer import Writer
+from megatron_paint.models.qwen3.shape import Qwen3Shape
 from megatron_paint.plan import cache_bytes_per_token
 from megatron_paint.policy import GenerationRequest, ResponseRows, SamplingParameters, TokenLoss
-from megatron_paint.qwen3 import Qwen3Shape
 from megatron_paint.records import Rollout, Sample, SampleScore, UpdateReport
 from megatron_paint.runtime.heartbeat import beat
 

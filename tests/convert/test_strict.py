@@ -19,7 +19,7 @@ from megatron_paint.convert.to_hf import ToHuggingFace
 from megatron_paint.convert.to_megatron import ToMegatron
 from megatron_paint.convert.torch_dist import METADATA, CheckpointReader
 from megatron_paint.convert.work import RECORDS, convert
-from megatron_paint.qwen3 import read_shape
+from megatron_paint.models.qwen3.shape import read_shape
 from tests.convert.family import make_member
 
 

@@ -21,7 +21,7 @@ from megatron_paint.mcore.hf_checkpoint import export_stage
 from megatron_paint.mcore.model import DTYPES
 from megatron_paint.mcore.policy import MegatronPolicy
 from megatron_paint.mcore.world import World, start_world, stop_world
-from megatron_paint.qwen3 import read_shape
+from megatron_paint.models.qwen3.shape import read_shape
 
 
 @contextmanager

@@ -39,7 +39,7 @@ with_engine = pytest.mark.skipif(engine_is_lacking() is not None, reason=f"{engi
 
 def make_policy(folder, world, *, lora=None, **megatron):
     from megatron_paint.mcore.policy import MegatronPolicy
-    from megatron_paint.qwen3 import read_shape
+    from megatron_paint.models.qwen3.shape import read_shape
 
     settings = Settings(
         model=ModelSettings(hf_path=str(folder), dtype="bfloat16", lora=lora),

@@ -29,8 +29,8 @@ from megatron_paint.mcore.hf_checkpoint import first_layer_of, gathered_tensors,
 from megatron_paint.mcore.lora import adapters_of
 from megatron_paint.mcore.policy import MegatronPolicy
 from megatron_paint.mcore.world import start_world, stop_world
+from megatron_paint.models.qwen3.shape import read_shape
 from megatron_paint.objectives import Grpo
-from megatron_paint.qwen3 import read_shape
 from megatron_paint.records import Problem, Rollout, Sample
 from tests.parallel import parity_cases as parity
 from tests.parallel.layouts import LAYOUTS

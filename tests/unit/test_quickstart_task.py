@@ -12,7 +12,7 @@ from megatron_paint.config.load import load_settings
 from megatron_paint.data.problems import load_held_out, load_problems
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.data.tokenizers import load_tokenizer
-from megatron_paint.qwen3 import read_shape
+from megatron_paint.models.qwen3.shape import read_shape
 from megatron_paint.records import Problem
 
 ROOT = Path(__file__).parents[2]

@@ -23,8 +23,8 @@ def check_space(
     ranks: processes that will write a checkpoint.
     """
     from megatron_paint.config.load import load_settings
+    from megatron_paint.models.qwen3.shape import read_shape
     from megatron_paint.plan import checkpoint_bytes
-    from megatron_paint.qwen3 import read_shape
 
     try:
         read = load_settings(settings, overrides)

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_paint.qwen3 import Qwen3Shape
+from megatron_paint.models.qwen3.shape import Qwen3Shape
 
 Read = Callable[..., Tensor]  # read(name, rows=slice, columns=slice | None) -> that part of the tensor
 

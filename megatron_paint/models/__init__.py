@@ -1,0 +1,1 @@
+"""Model families: their shapes and their checkpoint mappings."""
