@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_paint.convert.hf_writer import RowWriter, begin_files, lay_out, write_index
-from megatron_paint.convert.numbers import row_blocks
+from megatron_paint.checkpoints.dtypes import row_blocks
+from megatron_paint.checkpoints.hf_writer import RowWriter, begin_files, lay_out, write_index
 from megatron_paint.models.qwen3.mapping import hugging_face_shapes
 from megatron_paint.models.qwen3.shape import read_shape
 

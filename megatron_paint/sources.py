@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_paint.base.errors import UserError, about
+from megatron_paint.checkpoints.hf_reader import HuggingFaceReader
 from megatron_paint.config.settings import Settings
-from megatron_paint.convert.hf_reader import HuggingFaceReader
 from megatron_paint.data.problems import LoadedProblems, ProblemSet, PromptLimit, load_held_out, load_problems
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.data.tokenizers import load_tokenizer

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from megatron_paint.convert.hf_reader import EMBEDDING, HEAD, HuggingFaceReader
-from megatron_paint.convert.manifest import MANIFEST, Stored, checksums, read_manifest
-from megatron_paint.convert.megatron_source import BESIDE, MegatronSource
-from megatron_paint.convert.numbers import raw_bytes
-from megatron_paint.convert.torch_dist import METADATA, CheckpointReader, StoredTensor
+from megatron_paint.checkpoints.dtypes import raw_bytes
+from megatron_paint.checkpoints.hf_reader import EMBEDDING, HEAD, HuggingFaceReader
+from megatron_paint.checkpoints.manifest import MANIFEST, Stored, checksums, read_manifest
+from megatron_paint.checkpoints.megatron_source import BESIDE, MegatronSource
+from megatron_paint.checkpoints.torch_dist import METADATA, CheckpointReader, StoredTensor
 from megatron_paint.models.qwen3.mapping import checkpoint_entries, hugging_face_shapes
 from megatron_paint.models.qwen3.shape import read_shape, shape_of
 

@@ -13,9 +13,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from megatron_paint.base.errors import UserError
+from megatron_paint.checkpoints.hf_reader import HuggingFaceReader
+from megatron_paint.checkpoints.hf_writer import SHARD_BYTES
 from megatron_paint.convert.check import Comparison, compare, describe
-from megatron_paint.convert.hf_reader import HuggingFaceReader
-from megatron_paint.convert.hf_writer import SHARD_BYTES
 from megatron_paint.convert.to_hf import ToAdapter, ToHuggingFace
 from megatron_paint.convert.to_megatron import ToMegatron
 from megatron_paint.convert.work import Job, convert, processes_for

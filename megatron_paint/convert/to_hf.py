@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.convert.adapters import ADAPTER_FILE, adapter_name, write_config
-from megatron_paint.convert.hf_reader import INDEX, SINGLE, HuggingFaceReader
-from megatron_paint.convert.hf_writer import (
+from megatron_paint.checkpoints.dtypes import PIECE_BYTES, cast, raw_bytes
+from megatron_paint.checkpoints.hf_reader import INDEX, SINGLE, HuggingFaceReader
+from megatron_paint.checkpoints.hf_writer import (
     SHARD_BYTES,
     Layout,
     RowWriter,
@@ -22,9 +22,9 @@ from megatron_paint.convert.hf_writer import (
     lay_out,
     write_index,
 )
-from megatron_paint.convert.manifest import manifest_entry, write_manifest
-from megatron_paint.convert.megatron_source import Lora, MegatronSource
-from megatron_paint.convert.numbers import PIECE_BYTES, cast, raw_bytes
+from megatron_paint.checkpoints.manifest import manifest_entry, write_manifest
+from megatron_paint.checkpoints.megatron_source import Lora, MegatronSource
+from megatron_paint.checkpoints.peft import ADAPTER_FILE, adapter_name, write_config
 from megatron_paint.convert.work import Task, check_names, cut_tasks, fingerprint, merged
 from megatron_paint.models.qwen3.mapping import Entry, checkpoint_entries, hugging_face_shapes
 from megatron_paint.models.qwen3.shape import Qwen3Shape, read_shape

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.convert.hf_reader import HuggingFaceReader, TensorPlace
-from megatron_paint.convert.manifest import manifest_entry, write_manifest
-from megatron_paint.convert.numbers import PIECE_BYTES, cast, raw_bytes, row_blocks
-from megatron_paint.convert.torch_dist import PieceWriter, write_metadata
+from megatron_paint.checkpoints.dtypes import PIECE_BYTES, cast, raw_bytes, row_blocks
+from megatron_paint.checkpoints.hf_reader import HuggingFaceReader, TensorPlace
+from megatron_paint.checkpoints.manifest import manifest_entry, write_manifest
+from megatron_paint.checkpoints.torch_dist import PieceWriter, write_metadata
 from megatron_paint.convert.work import Task, check_names, cut_tasks, fingerprint, merged
 from megatron_paint.models.qwen3.mapping import Entry, checkpoint_entries, empty_entries, hugging_face_shapes
 from megatron_paint.models.qwen3.shape import Qwen3Shape, read_shape

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from megatron_paint.base.errors import about
+from megatron_paint.checkpoints.dtypes import cast
+from megatron_paint.checkpoints.hf_reader import HuggingFaceReader
+from megatron_paint.checkpoints.hf_writer import SHARD_BYTES, copy_companions, name_shards
+from megatron_paint.checkpoints.peft import ADAPTER_FILE, write_config
 from megatron_paint.config.settings import LoraSettings
-from megatron_paint.convert.adapters import ADAPTER_FILE, write_config
-from megatron_paint.convert.hf_reader import HuggingFaceReader
-from megatron_paint.convert.hf_writer import SHARD_BYTES, copy_companions, name_shards
-from megatron_paint.convert.numbers import cast
 from megatron_paint.mcore.agree import fill_folder
 from megatron_paint.mcore.lora import gathered_adapters, merged_weight
 from megatron_paint.mcore.world import World

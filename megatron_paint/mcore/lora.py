@@ -25,8 +25,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from megatron_paint.base.keys import derive_key
+from megatron_paint.checkpoints.peft import adapter_name
 from megatron_paint.config.settings import LoraSettings
-from megatron_paint.convert.adapters import adapter_name
 from megatron_paint.mcore.model import Qwen3Model
 from megatron_paint.mcore.world import World
 from megatron_paint.models.qwen3.mapping import part

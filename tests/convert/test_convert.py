@@ -14,13 +14,13 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from transformers import AutoModelForCausalLM
 
 from megatron_paint.base.errors import UserError
+from megatron_paint.checkpoints.hf_reader import INDEX
+from megatron_paint.checkpoints.torch_dist import METADATA, CheckpointReader, PieceWriter
 from megatron_paint.cli import main
 from megatron_paint.convert import work
 from megatron_paint.convert.check import compare
-from megatron_paint.convert.hf_reader import INDEX
 from megatron_paint.convert.to_hf import ToHuggingFace
 from megatron_paint.convert.to_megatron import ToMegatron
-from megatron_paint.convert.torch_dist import METADATA, CheckpointReader, PieceWriter
 from megatron_paint.convert.work import convert
 from tests.convert.family import MEMBERS, TOKENS, make_member
 

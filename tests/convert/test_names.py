@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_paint.convert.hf_reader import HuggingFaceReader
+from megatron_paint.checkpoints.hf_reader import HuggingFaceReader
 from megatron_paint.models.qwen3.mapping import rule_of
 from megatron_paint.models.qwen3.shape import Qwen3Shape, read_shape
 from tests.convert.family import MEMBERS, make_member

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_paint.base.errors import UserError
+from megatron_paint.checkpoints.manifest import MANIFEST
+from megatron_paint.checkpoints.torch_dist import METADATA, CheckpointReader
 from megatron_paint.cli import main
 from megatron_paint.convert import work
 from megatron_paint.convert.check import compare
-from megatron_paint.convert.manifest import MANIFEST
 from megatron_paint.convert.to_hf import ToHuggingFace
 from megatron_paint.convert.to_megatron import ToMegatron
-from megatron_paint.convert.torch_dist import METADATA, CheckpointReader
 from megatron_paint.convert.work import RECORDS, convert
 from megatron_paint.models.qwen3.shape import read_shape
 from tests.convert.family import make_member

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.convert.hf_writer import copy_companions
+from megatron_paint.checkpoints.hf_writer import copy_companions
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.runtime.files import (
     COMPLETE,

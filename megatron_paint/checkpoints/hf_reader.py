@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.convert.numbers import row_blocks
+from megatron_paint.checkpoints.dtypes import row_blocks
 from megatron_paint.models.qwen3.mapping import hugging_face_shapes
 from megatron_paint.models.qwen3.shape import Qwen3Shape
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.convert.manifest import Stored, checksums
-from megatron_paint.convert.numbers import row_blocks
-from megatron_paint.convert.torch_dist import CheckpointReader
+from megatron_paint.checkpoints.dtypes import row_blocks
+from megatron_paint.checkpoints.manifest import Stored, checksums
+from megatron_paint.checkpoints.torch_dist import CheckpointReader
 from megatron_paint.models.qwen3.mapping import Entry, checkpoint_entries
 from megatron_paint.models.qwen3.shape import Qwen3Shape
 

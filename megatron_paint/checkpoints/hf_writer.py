@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.convert.hf_reader import DTYPES, INDEX, SINGLE, TensorPlace
-from megatron_paint.convert.manifest import MANIFEST
-from megatron_paint.convert.numbers import cast, raw_bytes
+from megatron_paint.checkpoints.dtypes import cast, raw_bytes
+from megatron_paint.checkpoints.hf_reader import DTYPES, INDEX, SINGLE, TensorPlace
+from megatron_paint.checkpoints.manifest import MANIFEST
 
 SHARD_BYTES = 5 * 10**9  # as Hugging Face's own tools
 NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -1,0 +1,1 @@
+"""Checkpoint formats on disk: Hugging Face, PEFT and Megatron; needs no Megatron."""
