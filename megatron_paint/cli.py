@@ -166,7 +166,7 @@ def _mode(options: argparse.Namespace) -> str:
 def run_train(options: argparse.Namespace, arguments: list[str]) -> int:
     """Checks the settings before Megatron is imported; then trains here, or starts the ranks that do."""
     from megatron_paint.config.load import load_settings
-    from megatron_paint.plan import make_plan
+    from megatron_paint.planning.memory import make_plan
 
     place = _place(options)
     settings = load_settings(options.config, options.overrides)
@@ -221,7 +221,7 @@ def run_evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
     """Evaluates a model, in as many ranks as the layout needs, or grades responses that are there."""
     from megatron_paint.evaluation.requested import requested
     from megatron_paint.launch.local import run_here
-    from megatron_paint.plan import make_plan
+    from megatron_paint.planning.memory import make_plan
 
     if options.responses is not None:
         return _grade_responses(options)

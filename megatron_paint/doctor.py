@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_paint.apex import CURE, apex_folders, is_foreign
 from megatron_paint.base.json_text import to_json
+from megatron_paint.planning.apex import CURE, apex_folders, is_foreign
 
 Status = Literal["ok", "missing", "broken", "low"]
 GIB = 1 << 30

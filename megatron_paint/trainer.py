@@ -75,7 +75,7 @@ def check_model(settings: Settings, world: "World", *, mode: Mode) -> None:
     """The self-check alone, without a run folder."""
     from megatron_paint.mcore.agree import first_rank_does
     from megatron_paint.mcore.policy import MegatronPolicy
-    from megatron_paint.plan import make_plan
+    from megatron_paint.planning.memory import make_plan
     from megatron_paint.sources import load_sources
 
     plan = make_plan(settings, processes=world.size)
@@ -95,7 +95,7 @@ def _answer_mode(mode: Mode) -> Mode:
 def evaluate(asked: Requested, *, mode: Mode = "normal") -> None:
     """Evaluates a model without a run folder, in the world that the environment describes."""
     from megatron_paint.evaluation import command
-    from megatron_paint.plan import make_plan
+    from megatron_paint.planning.memory import make_plan
 
     with _world(asked.settings) as world:
         command.evaluate(asked, world, make_plan(asked.settings, processes=world.size).shape, mode=mode)
@@ -109,7 +109,7 @@ def prepare(settings: Settings, world: "World", *, mode: Mode, stack: ExitStack,
     """Everything that the loop needs: data checked, the folder ready, the model loaded, the checkpoint taken up."""
     from megatron_paint.mcore.agree import any_rank_says, first_rank_does
     from megatron_paint.mcore.policy import MegatronPolicy
-    from megatron_paint.plan import make_plan
+    from megatron_paint.planning.memory import make_plan
     from megatron_paint.sources import load_sources
 
     on_first_rank = partial(first_rank_does, world)

@@ -14,7 +14,7 @@ from megatron_paint.evaluation.requested import Requested
 from megatron_paint.evaluation.summary import Evaluated, write_summary
 from megatron_paint.grading.grade import GradingPool
 from megatron_paint.models.qwen3.shape import Qwen3Shape
-from megatron_paint.plan import cache_bytes_per_token
+from megatron_paint.planning.memory import cache_bytes_per_token
 from megatron_paint.records import EvalReport, Problem, Rollout
 from megatron_paint.run.progress import Mode, Progress
 from megatron_paint.runtime.rank_zero import Share, directly

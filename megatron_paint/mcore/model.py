@@ -25,10 +25,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from megatron_paint.config.settings import MegatronSettings, ModelSettings
-from megatron_paint.hardware import use_transformer_engine
 from megatron_paint.mcore.attention import LocalAttention, TokenRows, transformer_engine_attention
 from megatron_paint.mcore.world import World
 from megatron_paint.models.qwen3.shape import Qwen3Shape
+from megatron_paint.planning.hardware import use_transformer_engine
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

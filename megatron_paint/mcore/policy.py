@@ -21,7 +21,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_paint.config.settings import Settings, TeacherSettings
-from megatron_paint.hardware import loss_kernel
 from megatron_paint.losses import ShardedVocab, VocabAxis, WholeVocab
 from megatron_paint.losses.objectives import CrossEntropyLoss
 from megatron_paint.mcore.batch import (
@@ -44,7 +43,8 @@ from megatron_paint.mcore.teacher import Teacher
 from megatron_paint.mcore.world import World
 from megatron_paint.mcore.writer import Writer
 from megatron_paint.models.qwen3.shape import Qwen3Shape
-from megatron_paint.plan import cache_bytes_per_token
+from megatron_paint.planning.hardware import loss_kernel
+from megatron_paint.planning.memory import cache_bytes_per_token
 from megatron_paint.policy import GenerationRequest, ResponseRows, SamplingParameters, TokenLoss
 from megatron_paint.records import Rollout, Sample, SampleScore, UpdateReport
 from megatron_paint.runtime.heartbeat import beat

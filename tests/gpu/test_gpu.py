@@ -16,7 +16,6 @@ from megatron_paint.config.settings import (
     RunSettings,
     Settings,
 )
-from megatron_paint.hardware import engine_is_lacking
 from megatron_paint.losses import (
     InterpolationLossConfig,
     WholeVocab,
@@ -25,6 +24,7 @@ from megatron_paint.losses import (
     token_logprobs,
 )
 from megatron_paint.losses.objectives import DistillationLoss
+from megatron_paint.planning.hardware import engine_is_lacking
 from megatron_paint.policy import GenerationRequest, SamplingParameters
 from megatron_paint.records import Problem, Sample
 

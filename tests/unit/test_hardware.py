@@ -8,11 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_paint import hardware
-from megatron_paint.apex import refuse_foreign_apex
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import MegatronSettings
-from megatron_paint.hardware import NONDETERMINISTIC, device_of_rank, engine_environment, use_transformer_engine
+from megatron_paint.planning import hardware
+from megatron_paint.planning.apex import refuse_foreign_apex
+from megatron_paint.planning.hardware import (
+    NONDETERMINISTIC,
+    device_of_rank,
+    engine_environment,
+    use_transformer_engine,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,7 +87,7 @@ def test_deterministic_mode_tells_the_engine(machine, monkeypatch):
 SETS_IT_FIRST = f"""
 import os, sys
 import torch
-import megatron_paint.hardware as hardware
+import megatron_paint.planning.hardware as hardware
 import megatron_paint.mcore.world as world
 from megatron_paint.config.settings import MegatronSettings
 class Reached(Exception): pass

@@ -27,7 +27,7 @@ from megatron_paint.launch.preflight.identity import find_node
 from megatron_paint.launch.preflight.options import parse
 from megatron_paint.launch.preflight.verdict import failure_lines, summary
 from megatron_paint.models.qwen3.shape import Qwen3Shape
-from megatron_paint.plan import checkpoint_bytes
+from megatron_paint.planning.memory import checkpoint_bytes
 from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]

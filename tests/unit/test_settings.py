@@ -10,7 +10,7 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import load_settings, settings_of
 from megatron_paint.config.schedule import due_after, learning_rate
 from megatron_paint.config.settings import OptimizerSettings, RunSettings, Settings
-from megatron_paint.plan import make_plan
+from megatron_paint.planning.memory import make_plan
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]

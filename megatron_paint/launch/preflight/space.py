@@ -24,7 +24,7 @@ def check_space(
     """
     from megatron_paint.config.load import load_settings
     from megatron_paint.models.qwen3.shape import read_shape
-    from megatron_paint.plan import checkpoint_bytes
+    from megatron_paint.planning.memory import checkpoint_bytes
 
     try:
         read = load_settings(settings, overrides)

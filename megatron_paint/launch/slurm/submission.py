@@ -14,7 +14,7 @@ from megatron_paint.config.settings import Settings
 from megatron_paint.launch.slurm.link import record_launch
 from megatron_paint.launch.slurm.options import SlurmOptions, check_run_dir, make_options
 from megatron_paint.launch.slurm.rendering import RESUME, log_file, render
-from megatron_paint.plan import Plan, make_plan
+from megatron_paint.planning.memory import Plan, make_plan
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.runtime.files import write_atomically
 
