@@ -13,7 +13,7 @@ from megatron_paint.data.tokenizers import load_tokenizer
 from megatron_paint.grading.grade import grade
 from megatron_paint.models.qwen3.shape import Qwen3Shape
 from megatron_paint.records import Problem
-from megatron_paint.rollout.replay import ReplayEngine
+from megatron_paint.rollouts.replay import ReplayEngine
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.runtime.rank_zero import Share, directly
 

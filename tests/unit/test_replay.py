@@ -6,7 +6,7 @@ import pytest
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.records import Problem, Rollout
-from megatron_paint.rollout.replay import ReplayEngine
+from megatron_paint.rollouts.replay import ReplayEngine
 
 PROBLEMS = [Problem(id=name, problem="p", solution="s", answer="a") for name in ("a", "b")]
 PROMPTS = [(1, 2), (3,)]

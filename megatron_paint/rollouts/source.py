@@ -7,7 +7,7 @@ from megatron_paint.config.settings import Settings
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.policy import GenerationRequest, Policy, SamplingParameters
 from megatron_paint.records import Problem, Rollout
-from megatron_paint.rollout.replay import ReplayEngine
+from megatron_paint.rollouts.replay import ReplayEngine
 
 
 class RolloutSource:
