@@ -19,7 +19,7 @@ from random_model import make_model
 from megatron_paint.config.settings import DataSettings, ModelSettings, RunSettings, Settings
 from megatron_paint.losses import InterpolationLossConfig
 from megatron_paint.losses.objectives import DistillationLoss
-from megatron_paint.mcore.world import start_world, stop_world
+from megatron_paint.mcore.ranks import start_world, stop_world
 from megatron_paint.models.qwen3.shape import read_shape
 from megatron_paint.records import Problem, Rollout, Sample
 

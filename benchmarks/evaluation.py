@@ -30,7 +30,7 @@ from megatron_paint.config.settings import (
 )
 from megatron_paint.grading.boxes import last_box
 from megatron_paint.grading.grade import GradingPool
-from megatron_paint.mcore.world import start_world, stop_world
+from megatron_paint.mcore.ranks import start_world, stop_world
 from megatron_paint.models.qwen3.shape import read_shape
 from megatron_paint.policy import GenerationRequest, SamplingParameters
 

@@ -34,7 +34,7 @@ from megatron_paint.runtime.stop import StopRequest, job_end
 from megatron_paint.self_check import self_check
 
 if TYPE_CHECKING:
-    from megatron_paint.mcore.world import World
+    from megatron_paint.mcore.ranks import World
 
 MOST_MASKER_WORKERS = 8  # ours: a step of 512 problems is then measured in a tenth of a second
 
@@ -59,7 +59,7 @@ def train(settings: Settings, *, mode: Mode = "normal", self_check_only: bool = 
 @contextmanager
 def _world(settings: Settings, *, hang_seconds: float | None = None) -> Iterator["World"]:
     """The ranks' groups; after an error they stay up unless this rank is alone: one that died would be waited for."""
-    from megatron_paint.mcore.world import start_world, stop_world
+    from megatron_paint.mcore.ranks import start_world, stop_world
 
     world = start_world(settings.megatron, hang_seconds=hang_seconds)
     try:
@@ -73,7 +73,7 @@ def _world(settings: Settings, *, hang_seconds: float | None = None) -> Iterator
 
 def check_model(settings: Settings, world: "World", *, mode: Mode) -> None:
     """The self-check alone, without a run folder."""
-    from megatron_paint.mcore.agree import first_rank_does
+    from megatron_paint.mcore.collectives import first_rank_does
     from megatron_paint.mcore.policy import MegatronPolicy
     from megatron_paint.planning.memory import make_plan
     from megatron_paint.sources import load_sources
@@ -107,7 +107,7 @@ def _benchmark(settings: Settings) -> str:
 
 def prepare(settings: Settings, world: "World", *, mode: Mode, stack: ExitStack, request: StopRequest) -> "Run":
     """Everything that the loop needs: data checked, the folder ready, the model loaded, the checkpoint taken up."""
-    from megatron_paint.mcore.agree import any_rank_says, first_rank_does
+    from megatron_paint.mcore.collectives import any_rank_says, first_rank_does
     from megatron_paint.mcore.policy import MegatronPolicy
     from megatron_paint.planning.memory import make_plan
     from megatron_paint.sources import load_sources
@@ -160,8 +160,8 @@ def set_damaged_aside(folder: RunFolder, world: "World") -> list[str]:
 
     UserError, and nothing is renamed: none is whole, or a disk cannot be read.
     """
-    from megatron_paint.mcore.agree import first_rank_does
     from megatron_paint.mcore.checkpoint import checkpoint_damage
+    from megatron_paint.mcore.collectives import first_rank_does
 
     damaged: list[tuple[int, str]] = []
     steps = first_rank_does(world, folder.checkpoints)

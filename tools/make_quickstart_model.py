@@ -44,7 +44,7 @@ from megatron_paint.data.tokenizers import load_tokenizer
 from megatron_paint.evaluation.evaluator import Evaluator
 from megatron_paint.grading.grade import GradingPool
 from megatron_paint.losses.objectives import CrossEntropyLoss
-from megatron_paint.mcore.world import start_world, stop_world
+from megatron_paint.mcore.ranks import start_world, stop_world
 from megatron_paint.models.qwen3.shape import read_shape
 from megatron_paint.policy import Policy
 from megatron_paint.records import Problem, Sample, TokenIds

@@ -21,7 +21,7 @@ from megatron_paint.runtime.rank_zero import Share, directly
 from megatron_paint.sources import evaluation_limit, load_prompts
 
 if TYPE_CHECKING:
-    from megatron_paint.mcore.world import World
+    from megatron_paint.mcore.ranks import World
 
 PROBED = 2**16  # bytes of a file's beginning, middle and end
 
@@ -43,7 +43,7 @@ def load_evaluators(
 
 def evaluate(asked: Requested, world: "World", shape: Qwen3Shape, *, mode: Mode) -> None:
     """Evaluates in the world's ranks; rank 0 reads, writes, grades and speaks."""
-    from megatron_paint.mcore.agree import first_rank_does
+    from megatron_paint.mcore.collectives import first_rank_does
     from megatron_paint.mcore.policy import MegatronPolicy
 
     share = partial(first_rank_does, world)

@@ -18,12 +18,18 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.mcore.agree import all_ranks_do, begin_folder, discarded_on_error, finish_folder, first_rank_does
+from megatron_paint.mcore.collectives import (
+    all_ranks_do,
+    begin_folder,
+    discarded_on_error,
+    finish_folder,
+    first_rank_does,
+)
 from megatron_paint.mcore.distributed_format import copy_distributed
 from megatron_paint.mcore.lora import adapters_of
 from megatron_paint.mcore.model import Qwen3Model
+from megatron_paint.mcore.ranks import World
 from megatron_paint.mcore.teacher import Teacher
-from megatron_paint.mcore.world import World
 from megatron_paint.runtime.checksums import (
     CHECKSUMS,
     Checksum,

@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.mcore.agree import all_ranks_do, first_rank_does
-from megatron_paint.mcore.world import World
+from megatron_paint.mcore.collectives import all_ranks_do, first_rank_does
+from megatron_paint.mcore.ranks import World
 from megatron_paint.runtime.files import disk_errors
 
 

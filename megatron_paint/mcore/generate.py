@@ -16,9 +16,9 @@ from torch import Tensor
 from megatron_paint.base.keys import uniforms
 from megatron_paint.mcore.attention import KeyValueCache, TokenRows, token_rows
 from megatron_paint.mcore.model import Qwen3Model
+from megatron_paint.mcore.ranks import World
 from megatron_paint.mcore.response_rows import response_rows
 from megatron_paint.mcore.sampling import choose_tokens
-from megatron_paint.mcore.world import World
 from megatron_paint.policy import GenerationRequest, SamplingParameters
 from megatron_paint.records import Rollout
 from megatron_paint.runtime.heartbeat import go_on

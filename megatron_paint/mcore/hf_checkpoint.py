@@ -16,9 +16,9 @@ from megatron_paint.checkpoints.hf_reader import HuggingFaceReader
 from megatron_paint.checkpoints.hf_writer import SHARD_BYTES, copy_companions, name_shards
 from megatron_paint.checkpoints.peft import ADAPTER_FILE, write_config
 from megatron_paint.config.settings import LoraSettings
-from megatron_paint.mcore.agree import fill_folder
+from megatron_paint.mcore.collectives import fill_folder
 from megatron_paint.mcore.lora import gathered_adapters, merged_weight
-from megatron_paint.mcore.world import World
+from megatron_paint.mcore.ranks import World
 from megatron_paint.models.qwen3.mapping import hugging_face_shapes, rule_of
 from megatron_paint.models.qwen3.shape import Qwen3Shape
 from megatron_paint.runtime.files import sync

@@ -28,7 +28,7 @@ from megatron_paint.base.keys import derive_key
 from megatron_paint.checkpoints.peft import adapter_name
 from megatron_paint.config.settings import LoraSettings
 from megatron_paint.mcore.model import Qwen3Model
-from megatron_paint.mcore.world import World
+from megatron_paint.mcore.ranks import World
 from megatron_paint.models.qwen3.mapping import part
 from megatron_paint.models.qwen3.shape import Qwen3Shape
 

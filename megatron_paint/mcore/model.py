@@ -26,7 +26,7 @@ from torch import Tensor
 
 from megatron_paint.config.settings import MegatronSettings, ModelSettings
 from megatron_paint.mcore.attention import LocalAttention, TokenRows, transformer_engine_attention
-from megatron_paint.mcore.world import World
+from megatron_paint.mcore.ranks import World
 from megatron_paint.models.qwen3.shape import Qwen3Shape
 from megatron_paint.planning.hardware import use_transformer_engine
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_paint.config.settings import Settings, TeacherSettings
 from megatron_paint.losses import ShardedVocab, VocabAxis, WholeVocab
 from megatron_paint.losses.objectives import CrossEntropyLoss
+from megatron_paint.mcore.async_writer import Writer
 from megatron_paint.mcore.batch import (
     MicroBatch,
     ScoredSequence,
@@ -37,11 +38,10 @@ from megatron_paint.mcore.hf_checkpoint import export_adapters, export_stage, lo
 from megatron_paint.mcore.lora import add_adapters
 from megatron_paint.mcore.model import DTYPES, build_model
 from megatron_paint.mcore.optimizer import make_optimizer, take_step, wrap_data_parallel
+from megatron_paint.mcore.ranks import World
 from megatron_paint.mcore.response_rows import response_rows
 from megatron_paint.mcore.scores import NonFinite, score_samples
 from megatron_paint.mcore.teacher import Teacher
-from megatron_paint.mcore.world import World
-from megatron_paint.mcore.writer import Writer
 from megatron_paint.models.qwen3.shape import Qwen3Shape
 from megatron_paint.planning.hardware import loss_kernel
 from megatron_paint.planning.memory import cache_bytes_per_token

@@ -15,7 +15,7 @@ from megatron_paint.mcore.checkpoint import load_weights
 from megatron_paint.mcore.generate import float32_product
 from megatron_paint.mcore.hf_checkpoint import load_stage
 from megatron_paint.mcore.model import Qwen3Model, build_model, layer_spec
-from megatron_paint.mcore.world import World, start_world, stop_world
+from megatron_paint.mcore.ranks import World, start_world, stop_world
 from megatron_paint.models.qwen3.shape import read_shape
 from tests.convert.family import LAYOUTS, MEMBERS, TOKENS
 

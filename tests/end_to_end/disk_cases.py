@@ -20,7 +20,7 @@ from megatron_paint.config.load import load_settings
 from megatron_paint.mcore.hf_checkpoint import export_stage
 from megatron_paint.mcore.model import DTYPES
 from megatron_paint.mcore.policy import MegatronPolicy
-from megatron_paint.mcore.world import World, start_world, stop_world
+from megatron_paint.mcore.ranks import World, start_world, stop_world
 from megatron_paint.models.qwen3.shape import read_shape
 
 

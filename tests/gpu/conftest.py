@@ -8,7 +8,7 @@ import torch
 def world():
     """One process, one GPU."""
     from megatron_paint.config.settings import MegatronSettings
-    from megatron_paint.mcore.world import start_world, stop_world
+    from megatron_paint.mcore.ranks import start_world, stop_world
 
     yield start_world(MegatronSettings())
     stop_world()

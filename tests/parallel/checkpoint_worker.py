@@ -12,7 +12,7 @@ from megatron_paint.config.settings import MegatronSettings
 from megatron_paint.losses import InterpolationLossConfig
 from megatron_paint.losses.objectives import DistillationLoss
 from megatron_paint.mcore.policy import MegatronPolicy
-from megatron_paint.mcore.world import start_world, stop_world
+from megatron_paint.mcore.ranks import start_world, stop_world
 from megatron_paint.models.qwen3.shape import read_shape
 from tests.parallel import parity_cases as parity
 from tests.parallel.layouts import LAYOUTS

@@ -14,7 +14,7 @@ from megatron_paint.config.settings import (
     Settings,
 )
 from megatron_paint.mcore.policy import MegatronPolicy
-from megatron_paint.mcore.world import start_world, stop_world
+from megatron_paint.mcore.ranks import start_world, stop_world
 from megatron_paint.models.qwen3.shape import read_shape
 from tests.parallel.generation_cases import SAMPLING, requests
 from tests.parallel.layouts import LAYOUTS

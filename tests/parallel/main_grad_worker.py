@@ -12,7 +12,7 @@ from megatron_paint.losses.objectives import DistillationLoss
 from megatron_paint.losses.output_layer import products as gemm
 from megatron_paint.mcore.hf_checkpoint import load_stage
 from megatron_paint.mcore.policy import MegatronPolicy
-from megatron_paint.mcore.world import start_world, stop_world
+from megatron_paint.mcore.ranks import start_world, stop_world
 from megatron_paint.models.qwen3.shape import read_shape
 from tests.parallel import parity_cases as parity
 from tests.parallel.layouts import LAYOUTS

@@ -28,7 +28,7 @@ from megatron_paint.mcore.batch import assign_replicas
 from megatron_paint.mcore.hf_checkpoint import first_layer_of, gathered_tensors, load_stage
 from megatron_paint.mcore.lora import adapters_of
 from megatron_paint.mcore.policy import MegatronPolicy
-from megatron_paint.mcore.world import start_world, stop_world
+from megatron_paint.mcore.ranks import start_world, stop_world
 from megatron_paint.models.qwen3.shape import read_shape
 from megatron_paint.objectives import Grpo
 from megatron_paint.records import Problem, Rollout, Sample

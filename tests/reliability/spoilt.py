@@ -10,8 +10,8 @@ import time
 
 from megatron_paint.__main__ import run
 from megatron_paint.mcore import checkpoint, distributed_format
+from megatron_paint.mcore.async_writer import Writer
 from megatron_paint.mcore.policy import MegatronPolicy
-from megatron_paint.mcore.writer import Writer
 from megatron_paint.objectives import Paint
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.runtime import files as disk

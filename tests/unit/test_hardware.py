@@ -88,7 +88,7 @@ SETS_IT_FIRST = f"""
 import os, sys
 import torch
 import megatron_paint.planning.hardware as hardware
-import megatron_paint.mcore.world as world
+import megatron_paint.mcore.ranks as world
 from megatron_paint.config.settings import MegatronSettings
 class Reached(Exception): pass
 class Watch:

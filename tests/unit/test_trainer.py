@@ -12,7 +12,7 @@ from megatron_paint import trainer
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import settings_of
 from megatron_paint.evaluation.statistics import build_report
-from megatron_paint.mcore import world as world_module
+from megatron_paint.mcore import ranks as world_module
 from megatron_paint.records import Graded, Problem, Rollout, SampleScore, StepReport
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.run.progress import Progress

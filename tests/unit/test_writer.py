@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.mcore import writer
-from megatron_paint.mcore.writer import Writer
+from megatron_paint.mcore import async_writer as writer
+from megatron_paint.mcore.async_writer import Writer
 from tests.slurm.until import until
 
 

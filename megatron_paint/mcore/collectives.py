@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.mcore.world import World
+from megatron_paint.mcore.ranks import World
 from megatron_paint.runtime.files import NewFolder, disk_errors
 
 T = TypeVar("T")

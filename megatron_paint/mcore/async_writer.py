@@ -5,8 +5,8 @@ import threading
 from collections.abc import Callable
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.mcore.agree import all_ranks_do
-from megatron_paint.mcore.world import World
+from megatron_paint.mcore.collectives import all_ranks_do
+from megatron_paint.mcore.ranks import World
 
 
 class Writer:
