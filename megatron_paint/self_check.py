@@ -10,7 +10,7 @@ from megatron_paint.losses.objectives import DistillationLoss
 from megatron_paint.planning.hardware import loss_kernel
 from megatron_paint.policy import GenerationRequest, Policy, SamplingParameters
 from megatron_paint.records import Problem, Rollout, Sample
-from megatron_paint.run.progress import Progress
+from megatron_paint.run.console import Progress
 
 PROBLEMS = 4  # ours: enough to see a wrong offset, too few to be noticed
 TOKENS = 16  # sampled of each

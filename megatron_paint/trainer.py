@@ -21,12 +21,12 @@ from megatron_paint.grading.grade import GradingPool
 from megatron_paint.launch.notes import leave_note
 from megatron_paint.masker.overlap import MaskerPool
 from megatron_paint.objectives import Objective, make_objective
+from megatron_paint.objectives.metrics import ClipWatch, sample_lines
 from megatron_paint.policy import Policy
 from megatron_paint.records import EvalReport, StepReport
+from megatron_paint.run.console import Mode, Progress
 from megatron_paint.run.folder import RunFolder
-from megatron_paint.run.progress import Mode, Progress
-from megatron_paint.run.report import ClipWatch, sample_lines
-from megatron_paint.run.tensorboard_log import open_tensorboard
+from megatron_paint.run.tensorboard import open_tensorboard
 from megatron_paint.runtime.heartbeat import LONG, Heart, beat, go_on, start_heart, stop_heart
 from megatron_paint.runtime.pace import Pace
 from megatron_paint.runtime.rank_zero import Share

@@ -16,7 +16,7 @@ from megatron_paint.grading.grade import GradingPool
 from megatron_paint.models.qwen3.shape import Qwen3Shape
 from megatron_paint.planning.memory import cache_bytes_per_token
 from megatron_paint.records import EvalReport, Problem, Rollout
-from megatron_paint.run.progress import Mode, Progress
+from megatron_paint.run.console import Mode, Progress
 from megatron_paint.runtime.rank_zero import Share, directly
 from megatron_paint.sources import evaluation_limit, load_prompts
 

@@ -18,7 +18,7 @@ from megatron_paint.evaluation.requested import DEFAULT_OUT
 from megatron_paint.evaluation.statistics import build_report
 from megatron_paint.grading.grade import GradingPool
 from megatron_paint.records import EvalReport, Graded
-from megatron_paint.run.progress import Mode, Progress
+from megatron_paint.run.console import Mode, Progress
 
 
 def grade_recorded(

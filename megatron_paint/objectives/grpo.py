@@ -15,11 +15,11 @@ from megatron_paint.config.settings import Settings
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.grading.grade import Grade, GradingPool
 from megatron_paint.losses.objectives import PolicyGradientLoss
+from megatron_paint.objectives.metrics import metrics_of, ratio
 from megatron_paint.planning.hardware import loss_kernel
 from megatron_paint.policy import Policy
 from megatron_paint.records import Problem, Rollout, Sample, SampleScore, StepReport, UpdateReport
 from megatron_paint.rollouts.source import RolloutSource
-from megatron_paint.run.report import metrics_of, ratio
 from megatron_paint.runtime.rank_zero import Share, directly
 
 EPSILON = 1e-6  # added to a group's standard deviation

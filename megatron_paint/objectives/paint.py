@@ -14,11 +14,11 @@ from megatron_paint.data.prompts import Prompts
 from megatron_paint.losses.objectives import DistillationLoss
 from megatron_paint.masker.overlap import MaskerPool
 from megatron_paint.masker.reveal import limit_hidden, reveal_step
+from megatron_paint.objectives.metrics import metrics_of
 from megatron_paint.planning.hardware import loss_kernel
 from megatron_paint.policy import Policy
 from megatron_paint.records import Problem, Reveal, Rollout, Sample, StepReport
 from megatron_paint.rollouts.source import RolloutSource
-from megatron_paint.run.report import metrics_of
 from megatron_paint.runtime.rank_zero import Share, directly
 
 

@@ -7,9 +7,9 @@ from megatron_paint.base.keys import derive_key
 from megatron_paint.config.settings import Settings
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.losses.objectives import CrossEntropyLoss
+from megatron_paint.objectives.metrics import metrics_of
 from megatron_paint.policy import Policy
 from megatron_paint.records import Problem, Sample, StepReport
-from megatron_paint.run.report import metrics_of
 
 
 class Sft:

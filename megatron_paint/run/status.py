@@ -9,8 +9,8 @@ from typing import Any
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.saved import read_yaml
+from megatron_paint.run.console import duration
 from megatron_paint.run.folder import RunFolder, step_name
-from megatron_paint.run.progress import duration
 from megatron_paint.runtime.heartbeat import Beat, read_beats, slowest
 
 RECENT = 20  # steps that the speed is the median of

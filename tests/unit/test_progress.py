@@ -11,8 +11,8 @@ from rich.console import Console
 
 from megatron_paint.evaluation.statistics import build_report
 from megatron_paint.records import Graded, StepReport
-from megatron_paint.run.progress import Progress, duration
-from megatron_paint.run.tensorboard_log import open_tensorboard
+from megatron_paint.run.console import Progress, duration
+from megatron_paint.run.tensorboard import open_tensorboard
 
 
 def graded(problem, outcome, index=0):

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from megatron_paint.base.json_text import to_json
+from megatron_paint.objectives.metrics import ClipWatch, metrics_of, sample_lines
 from megatron_paint.records import Anchor, Overlap, Problem, Reveal, Rollout, Sample, SampleScore, StepReport
-from megatron_paint.run.report import ClipWatch, metrics_of, sample_lines
 
 
 def sample(problem_id, *, response=(5, 6, 7), anchors=(), overlap=0.0, share=1.0, finished=True, reveal=True):

@@ -14,8 +14,8 @@ from megatron_paint.config.load import settings_of
 from megatron_paint.evaluation.statistics import build_report
 from megatron_paint.mcore import ranks as world_module
 from megatron_paint.records import Graded, Problem, Rollout, SampleScore, StepReport
+from megatron_paint.run.console import Progress
 from megatron_paint.run.folder import RunFolder
-from megatron_paint.run.progress import Progress
 from megatron_paint.runtime.files import NewFolder
 from megatron_paint.runtime.pace import Pace
 from megatron_paint.self_check import self_check

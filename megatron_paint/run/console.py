@@ -13,7 +13,7 @@ from rich.table import Table
 from megatron_paint.base.json_text import to_json
 from megatron_paint.evaluation.statistics import length_text, paired_difference
 from megatron_paint.records import EvalReport, StepReport
-from megatron_paint.run.tensorboard_log import TensorBoardLog
+from megatron_paint.run.tensorboard import TensorBoardLog
 
 Mode = Literal["normal", "quiet", "json", "silent"]
 RECENT = 20  # steps that the time left is estimated from
