@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from megatron_paint import __version__
 from megatron_paint.base.argument_parser import Parser
 from megatron_paint.base.errors import UserError
-from megatron_paint.launch.notes import leave_note
+from megatron_paint.launch.failure_notes import leave_note
 from megatron_paint.runtime.processes import end_with_launcher
 
 if TYPE_CHECKING:
     from megatron_paint.config.settings import Settings
-    from megatron_paint.launch.place import Place
+    from megatron_paint.launch.rank_environment import Place
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _tell(message: str) -> None:
     """Prints an error once, however many ranks meet it."""
-    from megatron_paint.launch.once import print_once
-    from megatron_paint.launch.place import find_place
+    from megatron_paint.launch.print_once import print_once
+    from megatron_paint.launch.rank_environment import find_place
 
     if leave_note(message, mistake=True):
         return
@@ -195,8 +195,8 @@ def run_train(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def _place(options: argparse.Namespace) -> "Place | None":
     """This process's place in the world that torchrun or srun made; None where the ranks are still to be started."""
-    from megatron_paint.launch.once import host_store
-    from megatron_paint.launch.place import enter_place, find_place
+    from megatron_paint.launch.print_once import host_store
+    from megatron_paint.launch.rank_environment import enter_place, find_place
 
     place = find_place(os.environ)
     if place is None:

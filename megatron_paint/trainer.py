@@ -18,7 +18,7 @@ from megatron_paint.data.prompts import Prompts
 from megatron_paint.evaluation.evaluator import Answers, Evaluator
 from megatron_paint.evaluation.requested import Requested
 from megatron_paint.grading.grade import GradingPool
-from megatron_paint.launch.notes import leave_note
+from megatron_paint.launch.failure_notes import leave_note
 from megatron_paint.masker.overlap import MaskerPool
 from megatron_paint.objectives import Objective, make_objective
 from megatron_paint.objectives.metrics import ClipWatch, sample_lines

@@ -11,8 +11,8 @@ from contextlib import suppress
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import MegatronSettings
-from megatron_paint.launch.ending import reason, stopped
-from megatron_paint.launch.notes import FOLDER, read_notes
+from megatron_paint.launch.exit_status import reason, stopped
+from megatron_paint.launch.failure_notes import FOLDER, read_notes
 from megatron_paint.runtime.processes import LAUNCHER
 from megatron_paint.runtime.signals import NotedSignals
 from megatron_paint.runtime.stop import STOPPED, STOPPING

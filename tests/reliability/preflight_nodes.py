@@ -14,8 +14,8 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 from megatron_paint.launch.preflight.command import import_all, main
-from megatron_paint.launch.preflight.meeting import Meeting
 from megatron_paint.launch.preflight.probes import Probes
+from megatron_paint.launch.preflight.store import Meeting
 from megatron_paint.runtime.processes import end_with_parent
 
 

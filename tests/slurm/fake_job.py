@@ -57,7 +57,7 @@ sys.exit(status if status >= 0 else 128 - status)
 # Training: what it does is in $TRAINING; everything else but the preflight is real.
 PYTHON = """#!{python}
 import os, pathlib, signal, sys, time
-if sys.argv[1:3] == ["-m", "megatron_paint.launch.slurm.link"]:
+if sys.argv[1:3] == ["-m", "megatron_paint.launch.slurm.attempts"]:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 fakes = pathlib.Path(os.environ["FAKES"])
 with open(fakes / "calls", "a") as calls:

@@ -4,7 +4,7 @@ from itertools import count
 
 import pytest
 
-from megatron_paint.launch.slurm.link import begin, end, idle_links, main, record_launch
+from megatron_paint.launch.slurm.attempts import begin, end, idle_links, main, record_launch
 from megatron_paint.run.folder import RunFolder
 
 

@@ -7,9 +7,9 @@ import torch
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import MegatronSettings
-from megatron_paint.launch.ending import reason, stopped
+from megatron_paint.launch.exit_status import reason, stopped
+from megatron_paint.launch.failure_notes import FOLDER, Note, leave_note, read_notes
 from megatron_paint.launch.local import number_of_processes
-from megatron_paint.launch.notes import FOLDER, Note, leave_note, read_notes
 
 MISTAKE = Note(text="megatron-paint: error: no such file", mistake=True, time_ns=2)
 BUG = Note(text="Traceback ...", mistake=False, time_ns=3)

@@ -6,8 +6,8 @@ import threading
 import pytest
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.launch import once
-from megatron_paint.launch.place import Place
+from megatron_paint.launch import print_once as once
+from megatron_paint.launch.rank_environment import Place
 from tests.ports import free_port
 
 

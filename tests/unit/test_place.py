@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.launch.place import PORTS, Place, enter_place, find_place, first_host
+from megatron_paint.launch.rank_environment import PORTS, Place, enter_place, find_place, first_host
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "29400"}
 BATCH = {

@@ -22,10 +22,10 @@ from megatron_paint.config.settings import (
 from megatron_paint.config.settings import TeacherSettings as Teacher
 from megatron_paint.launch.preflight import blame, clock, gpus, nvidia, packages, port, shared, space
 from megatron_paint.launch.preflight.collective import Result, bus_bandwidth
-from megatron_paint.launch.preflight.finding import Finding, nodes_at_fault
 from megatron_paint.launch.preflight.identity import find_node
 from megatron_paint.launch.preflight.options import parse
-from megatron_paint.launch.preflight.verdict import failure_lines, summary
+from megatron_paint.launch.preflight.report import failure_lines, summary
+from megatron_paint.launch.preflight.result import Finding, nodes_at_fault
 from megatron_paint.models.qwen3.shape import Qwen3Shape
 from megatron_paint.planning.memory import checkpoint_bytes
 from tests.ports import free_port

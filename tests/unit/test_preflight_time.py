@@ -11,11 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_paint.launch.preflight import command, errand, follow, lead, time_limit
-from megatron_paint.launch.preflight.errand import Errand, carry_out, end_all
-from megatron_paint.launch.preflight.finding import nodes_at_fault
+from megatron_paint.launch.preflight import command, time_limit
+from megatron_paint.launch.preflight import coordinator as lead
+from megatron_paint.launch.preflight import timed_process as errand
+from megatron_paint.launch.preflight import worker as follow
 from megatron_paint.launch.preflight.identity import Node
 from megatron_paint.launch.preflight.options import LIMIT_SECONDS, parse
+from megatron_paint.launch.preflight.result import nodes_at_fault
+from megatron_paint.launch.preflight.timed_process import Errand, carry_out, end_all
 
 ROOT = Path(__file__).parents[2]
 NEEDED = ["--run", "r", "--rendezvous", "h:29500", "--settings", "s.yaml"]

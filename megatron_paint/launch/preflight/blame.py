@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from megatron_paint.launch.preflight.collective import Result
-from megatron_paint.launch.preflight.finding import Finding
+from megatron_paint.launch.preflight.result import Finding
 
 CHECK = "all-reduce over all nodes"
 INTERFACES = "look at the network between the nodes (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, NCCL_DEBUG=INFO)"

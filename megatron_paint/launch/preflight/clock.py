@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from megatron_paint.launch.preflight.finding import Finding
-from megatron_paint.launch.preflight.meeting import Meeting
+from megatron_paint.launch.preflight.result import Finding
+from megatron_paint.launch.preflight.store import Meeting
 
 CHECK = "clock"
 LIMIT = 1.0  # seconds

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from megatron_paint.launch.preflight.errand import Errand, Tell
+from megatron_paint.launch.preflight.timed_process import Errand, Tell
 
 if TYPE_CHECKING:
     import torch

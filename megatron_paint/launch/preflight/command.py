@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from functools import partial
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.launch.preflight.errand import end_all
-from megatron_paint.launch.preflight.follow import follow
+from megatron_paint.launch.preflight.coordinator import lead
 from megatron_paint.launch.preflight.identity import find_node
-from megatron_paint.launch.preflight.lead import lead
 from megatron_paint.launch.preflight.options import parse
 from megatron_paint.launch.preflight.probes import Probes
+from megatron_paint.launch.preflight.report import conclude
 from megatron_paint.launch.preflight.time_limit import IMPORT_SECONDS, TimeLimit
-from megatron_paint.launch.preflight.verdict import conclude
+from megatron_paint.launch.preflight.timed_process import end_all
+from megatron_paint.launch.preflight.worker import follow
 
 MISTAKE = 2
 

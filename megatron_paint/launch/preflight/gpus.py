@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from megatron_paint.launch.preflight import nvidia
-from megatron_paint.launch.preflight.finding import Finding
+from megatron_paint.launch.preflight.result import Finding
 
 CHECK = "GPUs"
 SIZE = 256  # of the products' sides; their sums stay below 1100, which every float type's GEMM has exactly in float32

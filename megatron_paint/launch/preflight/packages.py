@@ -8,7 +8,7 @@ from pathlib import Path
 
 import megatron_paint
 from megatron_paint.launch.preflight import nvidia
-from megatron_paint.launch.preflight.finding import Finding
+from megatron_paint.launch.preflight.result import Finding
 
 DISTRIBUTIONS = ("torch", "megatron-core", "transformer-engine", "triton")
 ABSENT = "absent"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.launch.preflight.finding import Finding
+from megatron_paint.launch.preflight.result import Finding
 
 CHECK = "rendezvous"
 TRY_SECONDS = 5.0

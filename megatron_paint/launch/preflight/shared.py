@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.launch.preflight.finding import Finding
+from megatron_paint.launch.preflight.result import Finding
 from megatron_paint.runtime.files import disk_errors, sync
 
 CHECK = "shared folder"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.launch.preflight.finding import Finding
+from megatron_paint.launch.preflight.result import Finding
 
 SETTINGS, SPACE = "settings", "space"
 COPIES = 2  # the old checkpoint stays until the new one is complete

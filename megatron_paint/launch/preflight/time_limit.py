@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 
-from megatron_paint.launch.preflight.errand import end_all
+from megatron_paint.launch.preflight.timed_process import end_all
 
 BAD = 3  # exit status: a check failed
 IMPORT_SECONDS = 300.0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jinja2
 
-from megatron_paint.launch.place import PORTS, STEPS_PER_JOB
+from megatron_paint.launch.rank_environment import PORTS, STEPS_PER_JOB
 from megatron_paint.launch.slurm.options import DEPENDENCY, SlurmOptions, as_dict
 
 TEMPLATES = Path(__file__).parents[2] / "templates"

@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_paint.base.errors import UserError, about
 from megatron_paint.config.load import load_settings
 from megatron_paint.config.settings import Settings
-from megatron_paint.launch.slurm.link import record_launch
+from megatron_paint.launch.slurm.attempts import record_launch
 from megatron_paint.launch.slurm.options import SlurmOptions, check_run_dir, make_options
 from megatron_paint.launch.slurm.rendering import RESUME, log_file, render
 from megatron_paint.planning.memory import Plan, make_plan

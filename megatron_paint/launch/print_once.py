@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.launch.place import Place
+from megatron_paint.launch.rank_environment import Place
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore

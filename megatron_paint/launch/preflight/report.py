@@ -5,11 +5,11 @@ from pathlib import Path
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.base.json_text import to_json
-from megatron_paint.launch.preflight.errand import carry_out
-from megatron_paint.launch.preflight.finding import Finding, nodes_at_fault
-from megatron_paint.launch.preflight.lead import Case
+from megatron_paint.launch.preflight.coordinator import Case
 from megatron_paint.launch.preflight.options import Options
+from megatron_paint.launch.preflight.result import Finding, nodes_at_fault
 from megatron_paint.launch.preflight.time_limit import BAD
+from megatron_paint.launch.preflight.timed_process import carry_out
 from megatron_paint.runtime.files import write_atomically
 
 DISK_SECONDS = 10.0

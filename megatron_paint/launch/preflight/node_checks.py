@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_paint.launch.preflight import collective, gpus, shared, space
-from megatron_paint.launch.preflight.errand import Errand, Outcome
-from megatron_paint.launch.preflight.finding import Finding
 from megatron_paint.launch.preflight.identity import Node
 from megatron_paint.launch.preflight.options import Options
 from megatron_paint.launch.preflight.probes import Probes
+from megatron_paint.launch.preflight.result import Finding
+from megatron_paint.launch.preflight.timed_process import Errand, Outcome
 
 PACKAGES, NODE_SUM = "packages", "all-reduce in the node"
 HANGS = "have the node looked at: its driver or a file system hangs"

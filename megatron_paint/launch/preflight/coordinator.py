@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from megatron_paint.launch.preflight import blame, clock, collective, gpus, meeting, packages, port, shared, time_limit
-from megatron_paint.launch.preflight.errand import carry_out, end_all
-from megatron_paint.launch.preflight.finding import Finding
+from megatron_paint.launch.preflight import blame, clock, collective, gpus, packages, port, shared, time_limit
+from megatron_paint.launch.preflight import store as meeting
 from megatron_paint.launch.preflight.identity import Node
-from megatron_paint.launch.preflight.local import HANGS, PACKAGES, Canary, Local, examine
+from megatron_paint.launch.preflight.node_checks import HANGS, PACKAGES, Canary, Local, examine
 from megatron_paint.launch.preflight.options import Options
 from megatron_paint.launch.preflight.probes import Probes
+from megatron_paint.launch.preflight.result import Finding
 from megatron_paint.launch.preflight.time_limit import TimeLimit
+from megatron_paint.launch.preflight.timed_process import carry_out, end_all
 
 DISK_SECONDS = 10.0
 FAREWELL_SECONDS = 10.0

@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Sequence
 
-from megatron_paint.launch.notes import Note
+from megatron_paint.launch.failure_notes import Note
 from megatron_paint.runtime.stop import STOPPED
 
 # A library calls abort() when it finds that another rank has gone, so that this one is rarely the cause.

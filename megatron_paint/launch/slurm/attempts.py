@@ -1,6 +1,6 @@
 """A link is one life of one job of a run; this records them in RUN/links.jsonl and says how a run is to go on.
 
-The batch script calls `python -m megatron_paint.launch.slurm.link begin RUN`, and `end RUN --status S` after training,
+The batch script calls `python -m megatron_paint.launch.slurm.attempts begin RUN`, and `end RUN --status S` after training,
 with `--bad-nodes FILE` where the preflight may have named nodes. Both print one word and a reason: `go` or `next` where
 the run is to go on, `done`, or `stop`.
 """
@@ -184,7 +184,7 @@ def _read_names(file: Path | None) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the word and the reason; exit status 2 where the folder cannot be read or written."""
-    parser = argparse.ArgumentParser(prog="python -m megatron_paint.launch.slurm.link", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m megatron_paint.launch.slurm.attempts", description=__doc__)
     actions = parser.add_subparsers(required=True, dest="action")
     for name in ("begin", "end"):
         action = actions.add_parser(name)

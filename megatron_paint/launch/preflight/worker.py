@@ -6,10 +6,11 @@ import time
 from contextlib import suppress
 from dataclasses import asdict
 
-from megatron_paint.launch.preflight import blame, clock, collective, meeting, port, time_limit
+from megatron_paint.launch.preflight import blame, clock, collective, port, time_limit
+from megatron_paint.launch.preflight import store as meeting
+from megatron_paint.launch.preflight.coordinator import group_of
 from megatron_paint.launch.preflight.identity import Node
-from megatron_paint.launch.preflight.lead import group_of
-from megatron_paint.launch.preflight.local import Canary, examine
+from megatron_paint.launch.preflight.node_checks import Canary, examine
 from megatron_paint.launch.preflight.options import Options
 from megatron_paint.launch.preflight.probes import Probes
 from megatron_paint.launch.preflight.time_limit import BAD, TimeLimit
