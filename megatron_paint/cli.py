@@ -173,7 +173,7 @@ def run_train(options: argparse.Namespace, arguments: list[str]) -> int:
     processes = _processes(settings, options, place)
     plan = make_plan(settings, processes=processes)
     if place is None or (options.dry_run and place.rank == 0):
-        from megatron_paint.sources import check_sources
+        from megatron_paint.training.inputs import check_sources
 
         notes = check_sources(
             settings, plan.shape, run_folder=not options.self_check
@@ -187,7 +187,7 @@ def run_train(options: argparse.Namespace, arguments: list[str]) -> int:
 
         return run_here(arguments, processes)
     from megatron_paint.runtime.stop import exit_status
-    from megatron_paint.trainer import train
+    from megatron_paint.training.loop import train
 
     finished = train(settings, mode=_mode(options), self_check_only=options.self_check)
     return 0 if finished else exit_status()
@@ -243,7 +243,7 @@ def run_evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
             answer_file(asked, name, evaluator).begin()
         if processes > 1:
             return run_here(arguments, processes)
-    from megatron_paint.trainer import evaluate
+    from megatron_paint.training.loop import evaluate
 
     evaluate(asked, mode=_mode(options))
     return 0

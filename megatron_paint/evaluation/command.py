@@ -18,7 +18,7 @@ from megatron_paint.planning.memory import cache_bytes_per_token
 from megatron_paint.records import EvalReport, Problem, Rollout
 from megatron_paint.run.console import Mode, Progress
 from megatron_paint.runtime.rank_zero import Share, directly
-from megatron_paint.sources import evaluation_limit, load_prompts
+from megatron_paint.training.inputs import evaluation_limit, load_prompts
 
 if TYPE_CHECKING:
     from megatron_paint.mcore.ranks import World

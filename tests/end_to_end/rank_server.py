@@ -17,8 +17,8 @@ from pathlib import Path
 import transformers  # noqa: F401
 
 import megatron_paint.mcore.policy
-import megatron_paint.sources
-import megatron_paint.trainer  # noqa: F401
+import megatron_paint.training.inputs
+import megatron_paint.training.loop  # noqa: F401
 
 EVENTS = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate"}
 

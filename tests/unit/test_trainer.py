@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_paint import __main__ as command
-from megatron_paint import trainer
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import settings_of
 from megatron_paint.evaluation.statistics import build_report
@@ -18,8 +17,9 @@ from megatron_paint.run.console import Progress
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.runtime.files import NewFolder
 from megatron_paint.runtime.pace import Pace
-from megatron_paint.self_check import self_check
-from megatron_paint.trainer import Run
+from megatron_paint.training import loop as trainer
+from megatron_paint.training.loop import Run
+from megatron_paint.training.self_check import self_check
 
 ANSWER = Graded(
     problem_id="a", sample_index=0, response_text="", num_tokens=1, finished=True, outcome="right", extracted=None

@@ -31,7 +31,7 @@ from megatron_paint.runtime.heartbeat import LONG, Heart, beat, go_on, start_hea
 from megatron_paint.runtime.pace import Pace
 from megatron_paint.runtime.rank_zero import Share
 from megatron_paint.runtime.stop import StopRequest, job_end
-from megatron_paint.self_check import self_check
+from megatron_paint.training.self_check import self_check
 
 if TYPE_CHECKING:
     from megatron_paint.mcore.ranks import World
@@ -76,7 +76,7 @@ def check_model(settings: Settings, world: "World", *, mode: Mode) -> None:
     from megatron_paint.mcore.collectives import first_rank_does
     from megatron_paint.mcore.policy import MegatronPolicy
     from megatron_paint.planning.memory import make_plan
-    from megatron_paint.sources import load_sources
+    from megatron_paint.training.inputs import load_sources
 
     plan = make_plan(settings, processes=world.size)
     sources = load_sources(settings, plan.shape, share=partial(first_rank_does, world))
@@ -110,7 +110,7 @@ def prepare(settings: Settings, world: "World", *, mode: Mode, stack: ExitStack,
     from megatron_paint.mcore.collectives import any_rank_says, first_rank_does
     from megatron_paint.mcore.policy import MegatronPolicy
     from megatron_paint.planning.memory import make_plan
-    from megatron_paint.sources import load_sources
+    from megatron_paint.training.inputs import load_sources
 
     on_first_rank = partial(first_rank_does, world)
     plan = make_plan(settings, processes=world.size)

@@ -1,0 +1,1 @@
+"""One training run: its inputs, its start and its loop."""
