@@ -147,7 +147,7 @@ def timed(command: list[str]) -> tuple[float, int, int]:
     if can_drop():
         DROP_CACHES.write_text("1")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", "import megatron_paint.convert.commands"], env=environment, check=True)
+    subprocess.run([sys.executable, "-c", "import megatron_paint.cli.convert"], env=environment, check=True)
     one = together = 0
     start = time.perf_counter()
     running = subprocess.Popen(command, env=environment)

@@ -4,7 +4,7 @@ import os
 import sys
 import traceback
 
-from megatron_paint.cli import main
+from megatron_paint.cli.main import main
 
 
 def run() -> None:

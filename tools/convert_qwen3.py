@@ -5,7 +5,7 @@ The same as `megatron-paint convert`.
 
 import sys
 
-from megatron_paint.convert.arguments import main
+from megatron_paint.cli.convert_options import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_paint.base.errors import UserError
+from megatron_paint.cli.evaluate_options import Requested
 from megatron_paint.config.saved import plain
 from megatron_paint.config.schedule import due_after, learning_rate, outlived
 from megatron_paint.config.settings import Settings
 from megatron_paint.data.problems import ProblemSet
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.evaluation.evaluator import Answers, Evaluator
-from megatron_paint.evaluation.requested import Requested
 from megatron_paint.grading.grade import GradingPool
 from megatron_paint.launch.failure_notes import leave_note
 from megatron_paint.masker.overlap import MaskerPool
@@ -94,7 +94,7 @@ def _answer_mode(mode: Mode) -> Mode:
 
 def evaluate(asked: Requested, *, mode: Mode = "normal") -> None:
     """Evaluates a model without a run folder, in the world that the environment describes."""
-    from megatron_paint.evaluation import command
+    from megatron_paint.cli.main import evaluate as command
     from megatron_paint.planning.memory import make_plan
 
     with _world(asked.settings) as world:

@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import Qwen3ForCausalLM
 
-from megatron_paint.cli import main
+from megatron_paint.cli.main import main
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]

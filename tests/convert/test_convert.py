@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from megatron_paint.base.errors import UserError
 from megatron_paint.checkpoints.hf_reader import INDEX
 from megatron_paint.checkpoints.torch_dist import METADATA, CheckpointReader, PieceWriter
-from megatron_paint.cli import main
+from megatron_paint.cli.main import main
 from megatron_paint.convert import work
 from megatron_paint.convert.check import compare
 from megatron_paint.convert.to_hf import ToHuggingFace

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_paint.cli import main
+from megatron_paint.cli.main import main
 from megatron_paint.convert.check import compare
 from tests.convert.family import make_member
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from megatron_paint.base.errors import UserError
 from megatron_paint.checkpoints.manifest import MANIFEST
 from megatron_paint.checkpoints.torch_dist import METADATA, CheckpointReader
-from megatron_paint.cli import main
+from megatron_paint.cli.main import main
 from megatron_paint.convert import work
 from megatron_paint.convert.check import compare
 from megatron_paint.convert.to_hf import ToHuggingFace

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.cli import main
+from megatron_paint.cli.main import main
 from megatron_paint.runtime.files import append_line
 from tests.end_to_end import ranks
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_paint.cli import main
+from megatron_paint.cli.main import main
 from megatron_paint.config.load import load_settings
 from megatron_paint.data.problems import load_problems
 from megatron_paint.run.folder import RunFolder

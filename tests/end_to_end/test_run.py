@@ -223,7 +223,7 @@ def test_a_killed_evaluation_goes_on(whole, tmp_path):
 
 
 def test_changed_settings_do_not_resume(whole, capsys):
-    from megatron_paint.cli import main
+    from megatron_paint.cli.main import main
 
     folder, run_dir, _ = whole
     before = (run_dir / "metrics.jsonl").read_bytes()

@@ -7,7 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from megatron_paint.cli import main, parse
+from megatron_paint.cli.main import main, parse
 from megatron_paint.config.settings import RunSettings
 from megatron_paint.launch.slurm.options import make_options
 from megatron_paint.launch.slurm.rendering import render

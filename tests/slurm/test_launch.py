@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from megatron_paint.cli import main
+from megatron_paint.cli.main import main
 from megatron_paint.run.folder import RunFolder
 from tests.slurm.scripts import SHAPES, write_config
 

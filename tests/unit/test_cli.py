@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_paint.cli import main, parse
+from megatron_paint.cli.main import main, parse
 
 OVERRIDES = ["optimizer.lr=1e-4", "run.steps=3"]
 
@@ -59,7 +59,7 @@ def test_control_c_is_one_line_of_rank_0(capsys, monkeypatch, rank, lines):
     def interrupted(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("megatron_paint.cli.parse", interrupted)
+    monkeypatch.setattr("megatron_paint.cli.main.parse", interrupted)
     monkeypatch.setenv("RANK", rank)
     assert main(["train", "s.yaml"]) == 130
     assert capsys.readouterr().err.splitlines() == lines

@@ -14,13 +14,13 @@ import pytest
 import scipy.stats
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.cli import main
+from megatron_paint.cli.evaluate import fingerprint
+from megatron_paint.cli.evaluate_options import requested
+from megatron_paint.cli.main import main
 from megatron_paint.config.settings import EvaluationSettings
 from megatron_paint.evaluation.answer_file import AnswerFile
 from megatron_paint.evaluation.benchmarks import NAMED, load_benchmarks
-from megatron_paint.evaluation.command import fingerprint
 from megatron_paint.evaluation.compare import compare_files
-from megatron_paint.evaluation.requested import requested
 from megatron_paint.evaluation.statistics import mean_interval, pass_at_k, sign_flip_p_value
 from megatron_paint.evaluation.summary import read_reports
 from megatron_paint.records import Rollout

@@ -62,6 +62,6 @@ def test_importing_needs_no_gpu_library():
     code = (
         "import sys\n"
         "for name in ('transformer_engine', 'triton', 'apex', 'vllm', 'amp_C'): sys.modules[name] = None\n"
-        "import megatron_paint.cli, megatron_paint.config.load, megatron_paint.training.loop, megatron_paint.mcore.ranks\n"
+        "import megatron_paint.cli.main, megatron_paint.config.load, megatron_paint.training.loop, megatron_paint.mcore.ranks\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent, timeout=600)

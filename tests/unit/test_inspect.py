@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.inspect import inspect_sample, pieces
+from megatron_paint.cli.inspect_samples import inspect_sample, pieces
 from megatron_paint.run.folder import RunFolder
 
 WORDS = {1: "The", 2: " sum", 3: " is", 4: " 17"}

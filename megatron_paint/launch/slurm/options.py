@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_paint.base.errors import UserError
+from megatron_paint.cli.launch_slurm import PLACING
 from megatron_paint.config.settings import RunSettings
-from megatron_paint.launch.slurm.arguments import PLACING
 
 MOST_SIGNAL_SECONDS = 65535  # Slurm's own limit
 RESTARTS = 3  # a death is seen by several agents, and each of them starts a round: two nodes may use up two

@@ -6,11 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_paint.cli.evaluate_options import Requested
 from megatron_paint.config.settings import Settings
 from megatron_paint.evaluation.answer_file import AnswerFile
 from megatron_paint.evaluation.benchmarks import Benchmark, load_benchmarks
 from megatron_paint.evaluation.evaluator import Answers, Evaluator
-from megatron_paint.evaluation.requested import Requested
 from megatron_paint.evaluation.summary import Evaluated, write_summary
 from megatron_paint.grading.grade import GradingPool
 from megatron_paint.models.qwen3.shape import Qwen3Shape

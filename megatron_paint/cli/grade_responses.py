@@ -10,11 +10,11 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from megatron_paint.base.errors import UserError
+from megatron_paint.cli.evaluate import finish
+from megatron_paint.cli.evaluate_options import DEFAULT_OUT
 from megatron_paint.config.load import override_tree, settings_of
 from megatron_paint.evaluation.benchmarks import Benchmark, load_benchmarks, names_in
-from megatron_paint.evaluation.command import finish
 from megatron_paint.evaluation.evaluator import grade_all
-from megatron_paint.evaluation.requested import DEFAULT_OUT
 from megatron_paint.evaluation.statistics import build_report
 from megatron_paint.grading.grade import GradingPool
 from megatron_paint.records import EvalReport, Graded

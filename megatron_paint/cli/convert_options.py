@@ -67,7 +67,7 @@ def _size(text: str) -> int:
 
 def _run(name: str) -> Callable[[argparse.Namespace, list[str]], int]:
     def run(options: argparse.Namespace, arguments: list[str]) -> int:
-        return getattr(import_module("megatron_paint.convert.commands"), name)(options)
+        return getattr(import_module("megatron_paint.cli.convert"), name)(options)
 
     return run
 

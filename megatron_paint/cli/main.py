@@ -61,7 +61,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
     Errors: UserError that names what is neither an option nor key=value.
     """
-    from megatron_paint.launch.slurm.arguments import join_sbatch_lines
+    from megatron_paint.cli.launch_slurm import join_sbatch_lines
 
     if list(arguments[:2]) == ["evaluate", "compare"]:
         arguments = arguments[1:]
@@ -87,8 +87,8 @@ def _settings_or_override(options: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
-    from megatron_paint.convert.arguments import add_commands
-    from megatron_paint.launch.slurm.arguments import add_commands as add_launch_commands
+    from megatron_paint.cli.convert_options import add_commands
+    from megatron_paint.cli.launch_slurm import add_commands as add_launch_commands
 
     parser = Parser(prog="megatron-paint", description="PAINT on Megatron-Core")
     parser.add_argument("--version", action="version", version=f"megatron-paint {__version__}")
@@ -219,7 +219,7 @@ def _processes(settings: "Settings", options: argparse.Namespace, place: "Place 
 
 def run_evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
     """Evaluates a model, in as many ranks as the layout needs, or grades responses that are there."""
-    from megatron_paint.evaluation.requested import requested
+    from megatron_paint.cli.evaluate_options import requested
     from megatron_paint.launch.local import run_here
     from megatron_paint.planning.memory import make_plan
 
@@ -237,7 +237,7 @@ def run_evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
     processes = _processes(asked.settings, options, place)
     plan = make_plan(asked.settings, processes=processes)
     if place is None:
-        from megatron_paint.evaluation.command import answer_file, load_evaluators
+        from megatron_paint.cli.evaluate import answer_file, load_evaluators
 
         for name, evaluator in load_evaluators(asked, plan.shape):  # a mistake is told in seconds, by one process
             answer_file(asked, name, evaluator).begin()
@@ -250,7 +250,7 @@ def run_evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _grade_responses(options: argparse.Namespace) -> int:
-    from megatron_paint.evaluation.recorded import grade_recorded
+    from megatron_paint.cli.grade_responses import grade_recorded
 
     for name, value in (("--model", options.model), ("--n", options.samples), ("SETTINGS.yaml", options.config)):
         if value is not None:
@@ -290,10 +290,10 @@ def run_compare(options: argparse.Namespace, _: list[str]) -> int:
 
 def run_inspect(options: argparse.Namespace, _: list[str]) -> int:
     """Prints one sample of a run."""
+    from megatron_paint.cli.inspect_samples import inspect_sample
     from megatron_paint.config.load import settings_of
     from megatron_paint.config.saved import read_yaml
     from megatron_paint.data.tokenizers import load_tokenizer
-    from megatron_paint.inspect import inspect_sample
     from megatron_paint.run.folder import RunFolder
 
     settings = settings_of(read_yaml(RunFolder(options.run_dir).config_file))
@@ -320,6 +320,6 @@ def run_status(options: argparse.Namespace, _: list[str]) -> int:
 
 def run_doctor(options: argparse.Namespace, _: list[str]) -> int:
     """Prints what this machine has."""
-    from megatron_paint.doctor import doctor
+    from megatron_paint.cli.doctor import doctor
 
     return doctor(as_json=options.json, run_parent=os.getcwd())
