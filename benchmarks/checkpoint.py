@@ -19,7 +19,7 @@ from random_model import make_model
 from megatron_paint.config.settings import DataSettings, ModelSettings, RunSettings, Settings
 from megatron_paint.losses import InterpolationLossConfig
 from megatron_paint.losses.objectives import DistillationLoss
-from megatron_paint.mcore.ranks import start_world, stop_world
+from megatron_paint.mcore.ranks import start_ranks, stop_ranks
 from megatron_paint.models.qwen3.shape import read_shape
 from megatron_paint.records import Problem, Rollout, Sample
 
@@ -39,12 +39,12 @@ def main() -> None:
             data=DataSettings(train="none"),
             run=RunSettings(dir="none"),
         )
-        world = start_world(settings.megatron)
+        ranks = start_ranks(settings.megatron)
         from megatron_paint.mcore.policy import MegatronPolicy
 
-        policy = MegatronPolicy(settings, read_shape(settings.model.hf_path), world)
+        policy = MegatronPolicy(settings, read_shape(settings.model.hf_path), ranks)
         measure(policy, Path(folder) / "checkpoint", rounds=options.rounds)
-        stop_world()
+        stop_ranks()
 
 
 def measure(policy, checkpoint: Path, *, rounds: int) -> None:

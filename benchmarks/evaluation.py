@@ -30,7 +30,7 @@ from megatron_paint.config.settings import (
 )
 from megatron_paint.grading.boxes import last_box
 from megatron_paint.grading.grade import GradingPool
-from megatron_paint.mcore.ranks import start_world, stop_world
+from megatron_paint.mcore.ranks import start_ranks, stop_ranks
 from megatron_paint.models.qwen3.shape import read_shape
 from megatron_paint.policy import GenerationRequest, SamplingParameters
 
@@ -51,10 +51,10 @@ def measure_sampling(rounds: int, *, rows: int, tokens: int) -> None:
             rollout=RolloutSettings(batch_size=rows),
             megatron=MegatronSettings(use_distributed_optimizer=False),
         )
-        world = start_world(settings.megatron)
+        ranks = start_ranks(settings.megatron)
         from megatron_paint.mcore.policy import MegatronPolicy
 
-        policy = MegatronPolicy(settings, read_shape(folder), world, trained=False)
+        policy = MegatronPolicy(settings, read_shape(folder), ranks, trained=False)
         theirs = Qwen3ForCausalLM.from_pretrained(folder).eval()
     sampling = SamplingParameters(
         max_new_tokens=tokens, temperature=1.0, top_p=1.0, top_k=0, stop_ids=frozenset({NEVER})
@@ -96,7 +96,7 @@ def measure_sampling(rounds: int, *, rows: int, tokens: int) -> None:
     ratios = [theirs_ / ours_ for ours_, theirs_ in zip(seconds["ours"], seconds["transformers"], strict=True)]
     rates = ", ".join(f"{name} {1 / statistics.median(each):,.0f} tokens/s" for name, each in seconds.items())
     print(f"sampling {rows} x {tokens} tokens: {statistics.median(ratios):.2f} x transformers.generate ({rates})")
-    stop_world()
+    stop_ranks()
 
 
 def measure_grading(file: Path | None, rounds: int) -> None:

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor
-
-from megatron_paint.losses import LossOutput, VocabAxis
+from megatron_paint.losses.interface import TokenLoss
 from megatron_paint.records import Rollout, Sample, SampleScore, TokenIds, UpdateReport
 
 
@@ -33,31 +31,6 @@ class GenerationRequest:
     sample_index: int
     prompt_ids: TokenIds
     key: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class ResponseRows:
-    """What a loss sees of a micro-batch: the rows that predict response tokens, rollout after rollout."""
-
-    samples: tuple[Sample, ...]  # whose responses they are
-    lengths: tuple[int, ...]  # response tokens of each; they sum to N
-    token_ids_N: Tensor  # the response tokens
-    student_hidden_NH: Tensor
-    output_weight_VH: Tensor
-    vocab: VocabAxis
-    teacher_hidden_NH: Tensor | None = None
-    teacher_output_weight_VH: Tensor | None = None  # None: the student's
-    full_teacher_hidden_NH: Tensor | None = None
-
-
-class TokenLoss(Protocol):
-    """A loss over response tokens: knows a vocabulary axis, not a machine, and returns sums, never means."""
-
-    needs_teacher: bool
-    needs_full_teacher: bool
-    keeps_logprobs: bool  # whether the scores are to hold every token's log-probability
-
-    def __call__(self, rows: ResponseRows) -> LossOutput: ...
 
 
 class Policy(Protocol):

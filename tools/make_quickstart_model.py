@@ -44,7 +44,7 @@ from megatron_paint.data.tokenizers import load_tokenizer
 from megatron_paint.evaluation.evaluator import Evaluator
 from megatron_paint.grading.grade import GradingPool
 from megatron_paint.losses.objectives import CrossEntropyLoss
-from megatron_paint.mcore.ranks import start_world, stop_world
+from megatron_paint.mcore.ranks import start_ranks, stop_ranks
 from megatron_paint.models.qwen3.shape import read_shape
 from megatron_paint.policy import Policy
 from megatron_paint.records import Problem, Sample, TokenIds
@@ -191,10 +191,10 @@ def make_model(out: Path, *, seed: int, variant: str = "own", start: Path | None
         settings = warm_up_settings(begin)
         prompts = Prompts(settings.prompts, load_tokenizer(begin))
         rows = RowMaker(prompts=prompts, rng=random.Random(seed), variant=kind)
-        world = start_world(settings.megatron)  # silences Megatron's warnings about what a CPU run does not need
+        ranks = start_ranks(settings.megatron)  # silences Megatron's warnings about what a CPU run does not need
         from megatron_paint.mcore.policy import MegatronPolicy
 
-        policy = MegatronPolicy(settings, read_shape(begin), world)
+        policy = MegatronPolicy(settings, read_shape(begin), ranks)
         warm_up = WarmUp(policy, rows, held_out, graders)
         if fresh:
             warm_up.drill()
@@ -205,7 +205,7 @@ def make_model(out: Path, *, seed: int, variant: str = "own", start: Path | None
         else:
             raise UserError(f"{MOST_ROUNDS} rounds of warm-up did not pass the gate; try another --seed")
         policy.export(out / "model")
-        stop_world()
+        stop_ranks()
     warm_up.say(f"written: {out}")
 
 

@@ -14,26 +14,26 @@ from megatron_paint.evaluation.evaluator import Answers, Evaluator
 from megatron_paint.evaluation.summary import Evaluated, write_summary
 from megatron_paint.grading.grade import GradingPool
 from megatron_paint.models.qwen3.shape import Qwen3Shape
-from megatron_paint.planning.memory import cache_bytes_per_token
+from megatron_paint.planning.memory import cache_bytes_per_token, make_plan
 from megatron_paint.records import EvalReport, Problem, Rollout
 from megatron_paint.run.console import Mode, Progress
-from megatron_paint.runtime.rank_zero import Share, directly
+from megatron_paint.runtime.rank_zero import OnRankZero, directly
 from megatron_paint.training.inputs import evaluation_limit, load_prompts
 
 if TYPE_CHECKING:
-    from megatron_paint.mcore.ranks import World
+    from megatron_paint.mcore.ranks import Ranks
 
 PROBED = 2**16  # bytes of a file's beginning, middle and end
 
 
 def load_evaluators(
-    asked: Requested, shape: Qwen3Shape, *, share: Share = directly
+    asked: Requested, shape: Qwen3Shape, *, on_rank_zero: OnRankZero = directly
 ) -> tuple[tuple[str, Evaluator], ...]:
     """(name, evaluator) of every benchmark; `share` has one rank read."""
     settings = asked.settings
     prompts = load_prompts(settings, shape)
     limit = evaluation_limit(settings, shape, prompts)
-    benchmarks: Sequence[Benchmark] = share(
+    benchmarks: Sequence[Benchmark] = on_rank_zero(
         lambda: load_benchmarks(asked.benchmarks, settings.evaluation, prompt_limit=limit)
     )
     return tuple(
@@ -41,17 +41,25 @@ def load_evaluators(
     )
 
 
-def evaluate(asked: Requested, world: "World", shape: Qwen3Shape, *, mode: Mode) -> None:
-    """Evaluates in the world's ranks; rank 0 reads, writes, grades and speaks."""
-    from megatron_paint.mcore.collectives import first_rank_does
+def evaluate(asked: Requested, *, mode: Mode = "normal") -> None:
+    """Evaluates a model without a run folder, in the ranks that the environment describes."""
+    from megatron_paint.mcore.ranks import joined_ranks
+
+    with joined_ranks(asked.settings.megatron) as ranks:
+        _evaluate(asked, ranks, make_plan(asked.settings, processes=ranks.size).shape, mode=mode)
+
+
+def _evaluate(asked: Requested, ranks: "Ranks", shape: Qwen3Shape, *, mode: Mode) -> None:
+    """Rank 0 reads, writes, grades and prints."""
+    from megatron_paint.mcore.collectives import rank_zero_does
     from megatron_paint.mcore.policy import MegatronPolicy
 
-    share = partial(first_rank_does, world)
-    evaluators = load_evaluators(asked, shape, share=share)
+    on_rank_zero = partial(rank_zero_does, ranks)
+    evaluators = load_evaluators(asked, shape, on_rank_zero=on_rank_zero)
     files = {name: answer_file(asked, name, evaluator) for name, evaluator in evaluators}
-    done = {name: share(file.begin) for name, file in files.items()}
-    progress = Progress(mode if world.rank == 0 else "silent", steps=0)
-    policy = MegatronPolicy(asked.settings, shape, world, trained=False)
+    done = {name: on_rank_zero(file.begin) for name, file in files.items()}
+    progress = Progress(mode if ranks.rank == 0 else "silent", steps=0)
+    policy = MegatronPolicy(asked.settings, shape, ranks, trained=False)
     rows = rows_at_once(asked.settings, shape, evaluators)
     progress.note(
         f"{rows} answers are decoded together on a replica (rollout.batch_size, rollout.cache_bytes)", rows=rows
@@ -62,12 +70,12 @@ def evaluate(asked: Requested, world: "World", shape: Qwen3Shape, *, mode: Mode)
         found[name] = evaluator.sample(
             policy,
             done=done[name],
-            save=lambda rollouts, name=name, counted=counted: share(
+            save=lambda rollouts, name=name, counted=counted: on_rank_zero(
                 lambda: (files[name].add(rollouts), counted.add(rollouts))
             ),
-            at_once=rows * world.dp_size,
+            at_once=rows * ranks.dp_size,
         )
-    share(lambda: _report(asked, evaluators, found, files, progress))
+    on_rank_zero(lambda: _report(asked, evaluators, found, files, progress))
 
 
 def rows_at_once(settings: Settings, shape: Qwen3Shape, evaluators: Sequence[tuple[str, Evaluator]]) -> int:

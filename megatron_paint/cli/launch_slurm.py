@@ -5,16 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Slurm's own options with a value that goes into the script as it is.
-PLACING = {
-    "time": ("D-HH:MM:SS", "time limit of one job; default: the partition's"),
-    "account": ("NAME", "account that pays"),
-    "partition": ("NAME", "partition"),
-    "qos": ("NAME", "quality of service"),
-    "constraint": ("FEATURES", "features that a node must have"),
-    "reservation": ("NAME", "reservation"),
-    "exclude": ("NODES", "nodes to stay off"),
-}
+from megatron_paint.launch.slurm.options import PLACING
 
 
 def add_commands(commands: Any) -> None:

@@ -187,7 +187,7 @@ def run_train(options: argparse.Namespace, arguments: list[str]) -> int:
 
         return run_here(arguments, processes)
     from megatron_paint.runtime.stop import exit_status
-    from megatron_paint.training.loop import train
+    from megatron_paint.training.start import train
 
     finished = train(settings, mode=_mode(options), self_check_only=options.self_check)
     return 0 if finished else exit_status()
@@ -243,7 +243,7 @@ def run_evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
             answer_file(asked, name, evaluator).begin()
         if processes > 1:
             return run_here(arguments, processes)
-    from megatron_paint.training.loop import evaluate
+    from megatron_paint.cli.evaluate import evaluate
 
     evaluate(asked, mode=_mode(options))
     return 0

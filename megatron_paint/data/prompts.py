@@ -124,7 +124,7 @@ def _seam(texts: Collection[str]) -> str:
 def _template(name: str, path: str | None, needed: set[str], optional: set[str]) -> jinja2.Template:
     setting = f"prompts.{name}_template"
     source = (
-        (files("megatron_paint") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+        (files("megatron_paint.data") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
         if path is None
         else read_template(path, setting=setting)
     )

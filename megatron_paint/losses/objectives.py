@@ -15,7 +15,7 @@ from megatron_paint.losses import (
     fused_interpolation_loss,
     token_logprobs,
 )
-from megatron_paint.policy import ResponseRows
+from megatron_paint.losses.interface import ResponseRows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,31 +5,19 @@ Everything is a pure function of text, settings and keys.
 """
 
 import dataclasses
-import math
-import re
-import unicodedata
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.base.keys import derangement, derive_key, uniforms
-from megatron_paint.masker.latex import Span, alignments, boxes, math_spans
+from megatron_paint.masker.cut import Offsets, cut_solution
 from megatron_paint.masker.overlap import MaskerPool, Pair, measure_overlaps
 from megatron_paint.records import Overlap, Problem, Reveal
 
 if TYPE_CHECKING:
     from megatron_paint.config.settings import RevealSettings
-
-Offsets = Sequence[tuple[int, int]]  # start and end of each token of a solution, in characters
-
-BOUNDARY_WINDOW = 0.15  # of the prefix: a sentence or line end this near its end is cut at
-SPAN_SHARE = 0.5  # of the prefix: hiding a whole math span must leave this much, else it is cut inside
-
-_CLOSING = r"[\"'\u201d\u2019)\]}$*]*"  # quotes, brackets and delimiters that belong to the sentence they close
-_BOUNDARY = re.compile(rf"\n|[.!?]{_CLOSING}(?=\s|$)|[\u3002\uff01\uff1f]{_CLOSING}")
-_ROW_BOUNDARY = re.compile(r"\\\\|\\.|\n", re.DOTALL)
 
 
 def reveal_share(overlap: float, *, minimum: float) -> float:
@@ -40,34 +28,6 @@ def reveal_share(overlap: float, *, minimum: float) -> float:
 def inverted_share(overlap: float, *, minimum: float) -> float:
     """The control with the direction turned round: the minimum at overlap 0, rising to 1 at overlap 1."""
     return minimum + (1 - minimum) * overlap if overlap < 1 else 1.0
-
-
-def cut_solution(
-    solution: str, *, share: float, offsets: Offsets, unit: str = "token", hide_answer: bool = False
-) -> str:
-    """The prefix of a solution that a share in [0, 1] of it shows; the solution itself, byte for byte, at share 1.
-
-    Keeps the first ceil(share x count - 1e-9) tokens or segments (sentences and lines, math spans kept whole), then
-    backs off, never forward: to the last sentence or line end in the last 15 % of that prefix, else out of a math span
-    or box, and never into a character. White space at the end of a cut prefix goes. `hide_answer` ends the prefix
-    before the last box whatever the share.
-    """
-    found_boxes = boxes(solution)
-    spans = _merged([*math_spans(solution, alignments(solution)), *found_boxes])
-    if unit == "segment":
-        ends = list(_segment_ends(solution, spans))
-        kept = _kept(share, len(ends))
-        limit = ends[kept - 1] if kept else 0
-    else:
-        limit = _token_limit(solution, offsets, _kept(share, len(offsets)))
-    at_boundary = unit == "segment" or limit == len(solution)
-    if hide_answer and found_boxes:
-        last_box = max(found_boxes, key=lambda box: box.end)
-        if last_box.start < limit:
-            limit, at_boundary = last_box.start, False
-    if limit == len(solution):
-        return solution
-    return solution[: limit if at_boundary else _back_off(solution, limit, spans)].rstrip()
 
 
 def reveal_step(
@@ -189,88 +149,3 @@ def _partners(problems: Sequence[Problem], keys: Sequence[int], *, setting: str)
         for place, index in enumerate(rollouts_of[mine]):
             partners[index] = lent[place % len(lent)]
     return partners
-
-
-def _kept(share: float, count: int) -> int:
-    return min(count, math.ceil(share * count - 1e-9))
-
-
-def _token_limit(solution: str, offsets: Offsets, kept: int) -> int:
-    """Where the first `kept` tokens end, in characters; a character that later tokens share is left out."""
-    if kept >= len(offsets):
-        return len(solution)
-    limit = min(offsets[kept - 1][1], offsets[kept][0]) if kept else 0
-    while 0 < limit < len(solution) and _is_inside_character(solution, limit):
-        limit -= 1
-    return limit
-
-
-def _is_inside_character(text: str, at: int) -> bool:
-    """Whether a cut would part an accent, a joined emoji or a variation mark from what it belongs to."""
-    return (
-        unicodedata.category(text[at])[0] == "M"
-        or text[at] in "\u200d\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
-        or text[at - 1] == "\u200d"
-    )
-
-
-def _back_off(solution: str, limit: int, spans: list[Span]) -> int:
-    boundaries = _boundaries(solution, limit, spans, at_least=limit * (1 - BOUNDARY_WINDOW))
-    boundary = max(boundaries, default=None)
-    if boundary is not None:
-        return boundary
-    span = _span_around(spans, limit)
-    if span is None:
-        return limit
-    if span.start < SPAN_SHARE * limit:
-        return _cut_inside(solution, limit, span)
-    return span.start
-
-
-def _boundaries(solution: str, limit: int, spans: list[Span], at_least: float) -> Iterator[int]:
-    """Sentence and line ends outside math, from `at_least` up to the limit."""
-    for match in _BOUNDARY.finditer(solution, max(0, math.ceil(at_least) - 8)):
-        end = match.start() if match.group() == "\n" else match.end()
-        if match.start() >= limit and end > limit:
-            break
-        if at_least <= end <= limit and _span_around(spans, end) is None:
-            yield end
-
-
-def _cut_inside(solution: str, limit: int, span: Span) -> int:
-    """The last row or line end inside a span, else its start; never inside a box that the span holds."""
-    inner = [box for box in boxes(solution[: span.end]) if box.start >= span.start]
-    cut = span.start
-    for match in _ROW_BOUNDARY.finditer(solution, span.content_start, limit):
-        is_end = match.group() in ("\\\\", "\n")
-        if is_end and not any(box.start < match.start() < box.end for box in inner):
-            cut = match.start()
-    return cut if solution[span.content_start : cut].strip() else span.start
-
-
-def _segment_ends(solution: str, spans: list[Span]) -> Iterator[int]:
-    """Where the sentences and lines end, the last one at the end of the solution."""
-    last = 0
-    for end in _boundaries(solution, len(solution), spans, at_least=0):
-        if solution[last:end].strip() and solution[end:].strip():
-            yield end
-            last = end
-    yield len(solution)
-
-
-def _span_around(spans: list[Span], at: int) -> Span | None:
-    """The span that a position lies strictly inside of."""
-    index = bisect_right(spans, at, key=lambda span: span.start) - 1
-    return spans[index] if index >= 0 and spans[index].start < at < spans[index].end else None
-
-
-def _merged(spans: list[Span]) -> list[Span]:
-    """The spans in order, those that overlap made into one."""
-    merged: list[Span] = []
-    for span in sorted(spans):
-        if merged and span.start < merged[-1].end:
-            if span.end > merged[-1].end:
-                merged[-1] = Span(merged[-1].start, merged[-1].content_start, span.content_end, span.end)
-        else:
-            merged.append(span)
-    return merged

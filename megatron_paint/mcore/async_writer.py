@@ -6,19 +6,19 @@ from collections.abc import Callable
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.mcore.collectives import all_ranks_do
-from megatron_paint.mcore.ranks import World
+from megatron_paint.mcore.ranks import Ranks
 
 
 class Writer:
     """Runs a function on all ranks together, whose threads talk over a process group of their own."""
 
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self._behind = dataclasses.replace(world, host_group=world.writer_group)
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._behind = dataclasses.replace(ranks, host_group=ranks.writer_group)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def start(self, write: Callable[[World], None]) -> None:
+    def start(self, write: Callable[[Ranks], None]) -> None:
         """Begins; all ranks call together. RuntimeError: `finish` has not said yet that the write before is done."""
         if self._thread is not None:
             raise RuntimeError("a write goes on already: finish it first")
@@ -40,14 +40,14 @@ class Writer:
         ended = not self._thread.is_alive()
         if ended and self._error is not None and not isinstance(self._error, UserError):
             raise self._error
-        if not wait and not all(all_ranks_do(self.world, lambda: ended)):
+        if not wait and not all(all_ranks_do(self.ranks, lambda: ended)):
             return False
         self._thread = None
         if self._error is not None:
             raise self._error
         return True
 
-    def _run(self, write: Callable[[World], None]) -> None:
+    def _run(self, write: Callable[[Ranks], None]) -> None:
         try:
             write(self._behind)
         except Exception as error:

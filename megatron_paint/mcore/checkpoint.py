@@ -23,12 +23,12 @@ from megatron_paint.mcore.collectives import (
     begin_folder,
     discarded_on_error,
     finish_folder,
-    first_rank_does,
+    rank_zero_does,
 )
 from megatron_paint.mcore.distributed_format import copy_distributed
 from megatron_paint.mcore.lora import adapters_of
 from megatron_paint.mcore.model import Qwen3Model
-from megatron_paint.mcore.ranks import World
+from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.mcore.teacher import Teacher
 from megatron_paint.runtime.checksums import (
     CHECKSUMS,
@@ -56,21 +56,21 @@ ENGINE_STATE = "_extra_state"  # Transformer Engine's own entries beside the wei
 
 
 def copy_checkpoint(
-    path: Path, stage: Qwen3Model, optimizer: MegatronOptimizer, teacher: Teacher, state: dict[str, Any], world: World
-) -> Callable[[World], None]:
+    path: Path, stage: Qwen3Model, optimizer: MegatronOptimizer, teacher: Teacher, state: dict[str, Any], ranks: Ranks
+) -> Callable[[Ranks], None]:
     """Copies everything a run needs to go on to host memory; all ranks call together.
 
     The function that is returned writes the copy to `path`, on all ranks together, with the world whose host group it
     is to talk over. A failed write looks like none. UserError, from either: a disk refused.
     """
     _begin_state(optimizer)
-    folder = begin_folder(path, world)
-    with discarded_on_error(folder, world):
+    folder = begin_folder(path, ranks)
+    with discarded_on_error(folder, ranks):
         sharded = _sharded_state(stage, optimizer, teacher, is_loading=False)
-        write_tensors = copy_distributed(sharded, folder.unfinished, world, named=folder.path)
+        write_tensors = copy_distributed(sharded, folder.unfinished, ranks, named=folder.path)
     content = {**state, "model": _sizes(stage), "has_checksums": True}
 
-    def write(behind: World) -> None:
+    def write(behind: Ranks) -> None:
         def write_part(unfinished: Path) -> dict[str, Checksum]:
             write_tensors(behind)
             # A rank's tensors are in files of its own; each rank reads its own back.
@@ -87,16 +87,16 @@ def copy_checkpoint(
     return write
 
 
-def checkpoint_damage(folder: Path, world: World) -> str | None:
+def checkpoint_damage(folder: Path, ranks: Ranks) -> str | None:
     """What is wrong with a checkpoint's files, by their checksums; None where nothing is. The ranks share the reading.
 
     A checkpoint of an earlier version, which has no checksums, is taken as it is. UserError: a disk cannot be read.
     """
-    checksums, problem = first_rank_does(world, lambda: _known_checksums(folder))
+    checksums, problem = rank_zero_does(ranks, lambda: _known_checksums(folder))
     if problem is not None:
         return problem
-    names = sorted(checksums)[world.rank :: world.size]
-    found = all_ranks_do(world, lambda: damage(folder, {name: checksums[name] for name in names}))
+    names = sorted(checksums)[ranks.rank :: ranks.size]
+    found = all_ranks_do(ranks, lambda: damage(folder, {name: checksums[name] for name in names}))
     return next((what for what in found if what is not None), None)
 
 

@@ -8,34 +8,34 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.mcore.ranks import World
+from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.runtime.files import NewFolder, disk_errors
 
 T = TypeVar("T")
 
 
-def first_rank_does(world: World, act: Callable[[], T]) -> T:
+def rank_zero_does(ranks: Ranks, act: Callable[[], T]) -> T:
     """What `act` gives on rank 0, on all ranks; where it raises a UserError, all ranks raise it."""
     box: list[object] = [None, None]
-    if world.rank == 0:
+    if ranks.rank == 0:
         try:
             box[0] = act()
         except UserError as error:
             box[1] = str(error)
-    dist.broadcast_object_list(box, src=0, group=world.host_group)
+    dist.broadcast_object_list(box, src=0, group=ranks.host_group)
     if box[1] is not None:
         raise UserError(str(box[1]))
     return box[0]
 
 
-def any_rank_says(world: World, reason: str | None) -> str | None:
+def any_rank_says(ranks: Ranks, reason: str | None) -> str | None:
     """The reason of the first rank that has one, on all of them."""
-    everyone: list[str | None] = [None] * world.size
-    dist.all_gather_object(everyone, reason, group=world.host_group)
+    everyone: list[str | None] = [None] * ranks.size
+    dist.all_gather_object(everyone, reason, group=ranks.host_group)
     return next((said for said in everyone if said is not None), None)
 
 
-def all_ranks_do(world: World, act: Callable[[], T]) -> list[T]:
+def all_ranks_do(ranks: Ranks, act: Callable[[], T]) -> list[T]:
     """What `act` gives on each rank, by rank, on all of them; where it raises a UserError on any, all raise the first.
 
     A rank that fails waits here for the others, so `act` must not leave them in a collective of its own.
@@ -45,8 +45,8 @@ def all_ranks_do(world: World, act: Callable[[], T]) -> list[T]:
         result = act()
     except UserError as error:
         problem = str(error)
-    everyone: list[tuple[T, str | None]] = [(None, None)] * world.size
-    dist.all_gather_object(everyone, (result, problem), group=world.host_group)
+    everyone: list[tuple[T, str | None]] = [(None, None)] * ranks.size
+    dist.all_gather_object(everyone, (result, problem), group=ranks.host_group)
     if problems := [problem for _, problem in everyone if problem is not None]:
         raise UserError(problems[0])
     return [result for result, _ in everyone]
@@ -54,7 +54,7 @@ def all_ranks_do(world: World, act: Callable[[], T]) -> list[T]:
 
 def fill_folder(
     path: str | Path,
-    world: World,
+    ranks: Ranks,
     *,
     write: Callable[[Path], T],
     finish: Callable[[Path, list[T]], None],
@@ -65,31 +65,31 @@ def fill_folder(
     write: every rank's part, given the folder; finish: what rank 0 adds, given what the parts gave; mark: write the
     file `complete`, last of all. UserError: a disk refused; what stood at `path` is intact.
     """
-    finish_folder(begin_folder(path, world), world, write=write, finish=finish, mark=mark)
+    finish_folder(begin_folder(path, ranks), ranks, write=write, finish=finish, mark=mark)
 
 
-def begin_folder(path: str | Path, world: World) -> NewFolder:
+def begin_folder(path: str | Path, ranks: Ranks) -> NewFolder:
     """The first part of `fill_folder`: an unfinished folder that all ranks may write into."""
     folder = NewFolder(path)
-    with discarded_on_error(folder, world):
-        first_rank_does(world, folder.begin)
+    with discarded_on_error(folder, ranks):
+        rank_zero_does(ranks, folder.begin)
     return folder
 
 
 @contextmanager
-def discarded_on_error(folder: NewFolder, world: World) -> Iterator[None]:
+def discarded_on_error(folder: NewFolder, ranks: Ranks) -> Iterator[None]:
     """Takes an unfinished folder back where all ranks meet a UserError inside."""
     try:
         yield
     except UserError:
-        if world.rank == 0:
+        if ranks.rank == 0:
             folder.discard()
         raise
 
 
 def finish_folder(
     folder: NewFolder,
-    world: World,
+    ranks: Ranks,
     *,
     write: Callable[[Path], T],
     finish: Callable[[Path, list[T]], None],
@@ -106,6 +106,6 @@ def finish_folder(
             finish(folder.unfinished, parts)
         folder.finish(mark=mark)
 
-    with discarded_on_error(folder, world):
-        parts = all_ranks_do(world, write_part)
-        first_rank_does(world, lambda: put_in_place(parts))
+    with discarded_on_error(folder, ranks):
+        parts = all_ranks_do(ranks, write_part)
+        rank_zero_does(ranks, lambda: put_in_place(parts))

@@ -24,25 +24,25 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.mcore.collectives import all_ranks_do, first_rank_does
-from megatron_paint.mcore.ranks import World
+from megatron_paint.mcore.collectives import all_ranks_do, rank_zero_does
+from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.runtime.files import disk_errors
 
 
-def copy_distributed(state: dict[str, Any], folder: Path, world: World, *, named: Path) -> Callable[[World], None]:
+def copy_distributed(state: dict[str, Any], folder: Path, ranks: Ranks, *, named: Path) -> Callable[[Ranks], None]:
     """Copies what this rank is to write of `state` to host memory; all ranks call together.
 
     The function that is returned writes the copy into the empty `folder`, on all ranks together, with the world whose
     host group it is to talk over. Rank 0 writes the small part that has no tensors at once. named: the folder that a
     UserError names. UserError, from either: a disk refused, on this rank or on another.
     """
-    strategy = _CopyStrategy(world, named=named)
+    strategy = _CopyStrategy(ranks, named=named)
     try:
         with disk_errors(named):
             dist_checkpointing.save(state, str(folder), sharded_strategy=strategy, async_sharded_save=True)
     except UserError as error:
         if not strategy.begun:  # the others wait at the strategy's beginning
-            all_ranks_do(world, _raiser(error))
+            all_ranks_do(ranks, _raiser(error))
         raise
     return strategy.copy.write
 
@@ -57,38 +57,38 @@ def _raiser(error: Exception) -> Callable[[], None]:
 class _CopyStrategy(TorchDistSaveShardedStrategy):
     """Stands in Megatron's place for a writer: agrees with the other ranks on who writes what, and copies it."""
 
-    def __init__(self, world: World, *, named: Path) -> None:
+    def __init__(self, ranks: Ranks, *, named: Path) -> None:
         super().__init__("torch_dist", 1)
-        self.world, self.named = world, named
+        self.ranks, self.named = ranks, named
         self.begun = False
         self.copy: _Copy | None = None
 
     def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path, *_: Any) -> AsyncRequest:
         """Called by Megatron on all ranks after rank 0 has written its common part."""
         self.begun = True
-        all_ranks_do(self.world, lambda: None)
+        all_ranks_do(self.ranks, lambda: None)
         state, *_ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         state = mcore_to_pyt_state_dict(state, False)
-        self.copy = _Copy(state, Path(checkpoint_dir), self.world, named=self.named)
+        self.copy = _Copy(state, Path(checkpoint_dir), self.ranks, named=self.named)
         return AsyncRequest(None, (), [])
 
 
 class _Copy:
     """What this rank is to write, in host memory: torch's own plan, carried out later."""
 
-    def __init__(self, state: dict[str, Any], folder: Path, world: World, *, named: Path) -> None:
+    def __init__(self, state: dict[str, Any], folder: Path, ranks: Ranks, *, named: Path) -> None:
         self.folder, self.named = folder, named
         # Without its copying ahead, which is for tensors on a GPU: the thread that writes touches no CUDA.
         self.writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
-        planner, first = MCoreSavePlanner(flatten_state_dict=False), world.rank == 0
+        planner, first = MCoreSavePlanner(flatten_state_dict=False), ranks.rank == 0
         planner.set_up_planner(state, self.writer.storage_meta(), first)
         self.writer.set_up_storage_writer(first)
-        plans = _gathered(self.writer.prepare_local_plan(planner.create_local_plan()), world)
+        plans = _gathered(self.writer.prepare_local_plan(planner.create_local_plan()), ranks)
         if first:
             plans, self.metadata = planner.create_global_plan(plans)
             plans = self.writer.prepare_global_plan(plans)
         mine: list[SavePlan | None] = [None]
-        dist.scatter_object_list(mine, plans, src=0, group=world.host_group)
+        dist.scatter_object_list(mine, plans, src=0, group=ranks.host_group)
         self.plan = planner.finish_plan(mine[0])
         self.data = {item.index: _in_host_memory(planner.resolve_data(item)) for item in self.plan.items}
 
@@ -96,12 +96,12 @@ class _Copy:
         """What torch's writer asks a planner for."""
         return self.data[item.index]
 
-    def write(self, world: World) -> None:
+    def write(self, ranks: Ranks) -> None:
         """Every rank's tensors, then rank 0's two files that make them a checkpoint."""
         written: list[list[WriteResult]] = []
-        all_ranks_do(world, lambda: written.append(self._write_mine()))
-        everyones = _gathered(written[0], world)
-        first_rank_does(world, lambda: self._finish(everyones))
+        all_ranks_do(ranks, lambda: written.append(self._write_mine()))
+        everyones = _gathered(written[0], ranks)
+        rank_zero_does(ranks, lambda: self._finish(everyones))
 
     def _write_mine(self) -> list[WriteResult]:
         with disk_errors(self.named):
@@ -113,10 +113,10 @@ class _Copy:
             core.save_config(core.CheckpointingConfig("torch_dist", 1), str(self.folder))
 
 
-def _gathered(mine: Any, world: World) -> list | None:
+def _gathered(mine: Any, ranks: Ranks) -> list | None:
     """What each rank gives, by rank, on rank 0."""
-    everyones = [None] * world.size if world.rank == 0 else None
-    dist.gather_object(mine, everyones, dst=0, group=world.host_group)
+    everyones = [None] * ranks.size if ranks.rank == 0 else None
+    dist.gather_object(mine, everyones, dst=0, group=ranks.host_group)
     return everyones
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_paint.base.keys import uniforms
 from megatron_paint.mcore.attention import KeyValueCache, TokenRows, token_rows
 from megatron_paint.mcore.model import Qwen3Model
-from megatron_paint.mcore.ranks import World
+from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.mcore.response_rows import response_rows
 from megatron_paint.mcore.sampling import choose_tokens
 from megatron_paint.policy import GenerationRequest, SamplingParameters
@@ -59,9 +59,9 @@ class BatchLimits:
 class Generator:
     """Samples for this data-parallel replica; all its ranks call together and get the same rollouts."""
 
-    def __init__(self, stage: Qwen3Model, world: World, *, token_multiple: int, limits: BatchLimits):
+    def __init__(self, stage: Qwen3Model, ranks: Ranks, *, token_multiple: int, limits: BatchLimits):
         self.stage = stage
-        self.world = world
+        self.ranks = ranks
         self.token_multiple = token_multiple  # the layout and FP8 need calls of a multiple of so many tokens
         self.limits = limits
 
@@ -129,38 +129,38 @@ class Generator:
         """Runs the stages on new tokens; float32 logits [R, V] after each row's last one, where tokens are drawn."""
         go_on()
         padding = -len(tokens) % self.token_multiple
-        rows = token_rows(lengths, padding=padding, device=self.world.device, starts=starts, cache=cache)
-        ids_T = torch.tensor(tokens + [0] * padding, device=self.world.device)
+        rows = token_rows(lengths, padding=padding, device=self.ranks.device, starts=starts, cache=cache)
+        ids_T = torch.tensor(tokens + [0] * padding, device=self.ranks.device)
         hidden_T1H = self._run_stages(ids_T, rows)
-        if not self.world.is_last_stage:
+        if not self.ranks.is_last_stage:
             return None
-        last_R = torch.tensor(lengths, device=self.world.device).cumsum(0) - 1
+        last_R = torch.tensor(lengths, device=self.ranks.device).cumsum(0) - 1
         return self._logits(hidden_T1H, last_R)
 
     def _run_stages(self, ids_T: Tensor, rows: TokenRows) -> Tensor:
-        world, config = self.world, self.stage.config
-        if not world.is_first_stage:
-            tokens = len(ids_T) // (world.tp_size if config.sequence_parallel else 1)
-            received = torch.empty((tokens, 1, config.hidden_size), dtype=config.params_dtype, device=world.device)
-            dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank(), group=world.pp_group)
+        ranks, config = self.ranks, self.stage.config
+        if not ranks.is_first_stage:
+            tokens = len(ids_T) // (ranks.tp_size if config.sequence_parallel else 1)
+            received = torch.empty((tokens, 1, config.hidden_size), dtype=config.params_dtype, device=ranks.device)
+            dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank(), group=ranks.pp_group)
             self.stage.set_input_tensor(received)
         hidden_T1H = self.stage(ids_T, rows)
-        if not world.is_last_stage:
+        if not ranks.is_last_stage:
             dist.send(
                 hidden_T1H.contiguous(),
                 dst=parallel_state.get_pipeline_model_parallel_next_rank(),
-                group=world.pp_group,
+                group=ranks.pp_group,
             )
         return hidden_T1H
 
     def _logits(self, hidden_T1H: Tensor, last_R: Tensor) -> Tensor | None:
         """The whole vocabulary's logits on tensor-parallel rank 0."""
-        group = self.world.tp_group if self.stage.config.sequence_parallel else None
+        group = self.ranks.tp_group if self.stage.config.sequence_parallel else None
         local_RV = float32_product(response_rows(hidden_T1H, last_R, group), self.stage.output_weight())
-        if self.world.tp_size == 1:
+        if self.ranks.tp_size == 1:
             return local_RV
-        parts = [torch.empty_like(local_RV) for _ in range(self.world.tp_size)] if self.world.tp_rank == 0 else None
-        dist.gather(local_RV, parts, group_dst=0, group=self.world.tp_group)
+        parts = [torch.empty_like(local_RV) for _ in range(self.ranks.tp_size)] if self.ranks.tp_rank == 0 else None
+        dist.gather(local_RV, parts, group_dst=0, group=self.ranks.tp_group)
         return torch.cat(parts, dim=1) if parts else None
 
     def _choose(self, logits_RV: Tensor | None, uniform: list[float], sampling: SamplingParameters):
@@ -168,14 +168,14 @@ class Generator:
 
         One rank draws: on others the same arithmetic could round another way, and ranks would part.
         """
-        world = self.world
-        chosen_2R = torch.empty((2, len(uniform)), dtype=torch.float64, device=world.device)
+        ranks = self.ranks
+        chosen_2R = torch.empty((2, len(uniform)), dtype=torch.float64, device=ranks.device)
         if logits_RV is not None:
-            uniform_R = torch.tensor(uniform, dtype=torch.float64, device=world.device)
+            uniform_R = torch.tensor(uniform, dtype=torch.float64, device=ranks.device)
             token_R, logp_R = choose_tokens(logits_RV, uniform_R=uniform_R, sampling=sampling)
             chosen_2R = torch.stack((token_R.double(), logp_R.double()))
-        if world.replica_size > 1:
-            dist.broadcast(chosen_2R, group_src=(world.pp_size - 1) * world.tp_size, group=world.replica_group)
+        if ranks.replica_size > 1:
+            dist.broadcast(chosen_2R, group_src=(ranks.pp_size - 1) * ranks.tp_size, group=ranks.replica_group)
         token_R, logp_R = chosen_2R.tolist()
         return [int(token) for token in token_R], logp_R
 

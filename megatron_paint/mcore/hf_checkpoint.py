@@ -18,7 +18,7 @@ from megatron_paint.checkpoints.peft import ADAPTER_FILE, write_config
 from megatron_paint.config.settings import LoraSettings
 from megatron_paint.mcore.collectives import fill_folder
 from megatron_paint.mcore.lora import gathered_adapters, merged_weight
-from megatron_paint.mcore.ranks import World
+from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.models.qwen3.mapping import hugging_face_shapes, rule_of
 from megatron_paint.models.qwen3.shape import Qwen3Shape
 from megatron_paint.runtime.files import sync
@@ -37,14 +37,14 @@ def first_layer_of(stage: nn.Module) -> int:
 
 
 @torch.no_grad()
-def load_stage(stage: nn.Module, folder: str | Path, shape: Qwen3Shape, world: World) -> None:
+def load_stage(stage: nn.Module, folder: str | Path, shape: Qwen3Shape, ranks: Ranks) -> None:
     """Fills every base parameter of this rank's stage from its own slices of the checkpoint; no rank asks another."""
     with about("model.hf_path"):
         reader = HuggingFaceReader(folder, shape)
-    first_expert = world.ep_rank * shape.num_experts // world.ep_size
+    first_expert = ranks.ep_rank * shape.num_experts // ranks.ep_size
     for name, parameter in base_parameters(stage):
         rule = rule_of(name, shape, first_layer=first_layer_of(stage), first_expert=first_expert)
-        value = rule.load(reader, rank=world.tp_rank, ranks=world.tp_size)
+        value = rule.load(reader, rank=ranks.tp_rank, ranks=ranks.tp_size)
         if value.shape != parameter.shape:
             raise AssertionError(f"{name}: rule gives {tuple(value.shape)}, parameter is {tuple(parameter.shape)}")
         parameter.copy_(value)
@@ -54,7 +54,7 @@ def load_stage(stage: nn.Module, folder: str | Path, shape: Qwen3Shape, world: W
 def gathered_tensors(
     named: Iterable[tuple[str, Tensor]],
     shape: Qwen3Shape,
-    world: World,
+    ranks: Ranks,
     *,
     first_layer: int,
     writers: int = 1,
@@ -66,15 +66,15 @@ def gathered_tensors(
     All tensor-parallel ranks of the stage must iterate together. A tied copy of the embedding is left out.
     """
     for number, (name, value) in enumerate(named):
-        replica, owner = divmod(number % writers, world.tp_size)
-        if replica != world.dp_rank or (name == "output_layer.weight" and shape.tied):
+        replica, owner = divmod(number % writers, ranks.tp_size)
+        if replica != ranks.dp_rank or (name == "output_layer.weight" and shape.tied):
             continue
         value = prepare(name, value)
         shards = [value]
-        if world.tp_size > 1:
-            shards = [torch.empty_like(value) for _ in range(world.tp_size)] if world.tp_rank == owner else None
-            dist.gather(value.contiguous(), shards, group_dst=owner, group=world.tp_group)
-        if world.tp_rank == owner:
+        if ranks.tp_size > 1:
+            shards = [torch.empty_like(value) for _ in range(ranks.tp_size)] if ranks.tp_rank == owner else None
+            dist.gather(value.contiguous(), shards, group_dst=owner, group=ranks.tp_group)
+        if ranks.tp_rank == owner:
             yield from rule_of(name, shape, first_layer=first_layer).unload(shards).items()
 
 
@@ -84,7 +84,7 @@ def export_stage(
     out: str | Path,
     *,
     shape: Qwen3Shape,
-    world: World,
+    ranks: Ranks,
     dtype: torch.dtype,
     source: str | Path,
     shard_bytes: int = SHARD_BYTES,
@@ -94,19 +94,19 @@ def export_stage(
     Ranks share the writing of a large model, and none holds more than one file's worth; config, tokenizer and chat
     template are copied from `source`, the checkpoint that the run started from.
     """
-    share = shape.num_parameters * dtype.itemsize / world.pp_size / WRITER_BYTES
-    writers = max(1, min(world.tp_size * world.dp_size, round(share)))
+    share = shape.num_parameters * dtype.itemsize / ranks.pp_size / WRITER_BYTES
+    writers = max(1, min(ranks.tp_size * ranks.dp_size, round(share)))
 
     def write(folder: Path) -> dict[str, dict[str, int]]:
         tensors = gathered_tensors(
             base_parameters(stage),
             shape,
-            world,
+            ranks,
             first_layer=first_layer_of(stage),
             writers=writers,
             prepare=partial(merged_weight, stage),
         )
-        stem = f"stage{world.pp_rank:03d}-replica{world.dp_rank:04d}-rank{world.tp_rank:02d}"
+        stem = f"stage{ranks.pp_rank:03d}-replica{ranks.dp_rank:04d}-rank{ranks.tp_rank:02d}"
         return _write_shards(tensors, folder, stem=stem, dtype=dtype, shard_bytes=shard_bytes)
 
     def finish(folder: Path, written: list[dict[str, dict[str, int]]]) -> None:
@@ -118,22 +118,22 @@ def export_stage(
         with about("model.hf_path"):
             copy_companions(Path(source), folder, dtype=dtype)
 
-    fill_folder(out, world, write=write, finish=finish)
+    fill_folder(out, ranks, write=write, finish=finish)
 
 
-def export_adapters(stage: nn.Module, out: str | Path, *, lora: LoraSettings, world: World, source: str | Path) -> None:
+def export_adapters(stage: nn.Module, out: str | Path, *, lora: LoraSettings, ranks: Ranks, source: str | Path) -> None:
     """Writes the adapters of a live run as a PEFT folder for the model in `source`; complete or not at all.
 
     Each stage writes its own, and the first rank makes one file of them: PEFT reads no more than one.
     """
 
     def write(folder: Path) -> str | None:
-        if world.dp_rank > 0:
+        if ranks.dp_rank > 0:
             return None
-        tensors = dict(gathered_adapters(stage, world))
-        if world.tp_rank > 0:
+        tensors = dict(gathered_adapters(stage, ranks))
+        if ranks.tp_rank > 0:
             return None
-        file = f"stage{world.pp_rank:03d}.safetensors"
+        file = f"stage{ranks.pp_rank:03d}.safetensors"
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / file)
         return file
 
@@ -145,7 +145,7 @@ def export_adapters(stage: nn.Module, out: str | Path, *, lora: LoraSettings, wo
         for part in parts:
             part.unlink()
 
-    fill_folder(out, world, write=write, finish=finish)
+    fill_folder(out, ranks, write=write, finish=finish)
 
 
 def _write_shards(

@@ -28,7 +28,7 @@ from megatron_paint.base.keys import derive_key
 from megatron_paint.checkpoints.peft import adapter_name
 from megatron_paint.config.settings import LoraSettings
 from megatron_paint.mcore.model import Qwen3Model
-from megatron_paint.mcore.ranks import World
+from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.models.qwen3.mapping import part
 from megatron_paint.models.qwen3.shape import Qwen3Shape
 
@@ -122,7 +122,7 @@ class RowAdapters(Adapters):
         return self.scale * (b_OK.float() @ a_KI.float())
 
 
-def add_adapters(stage: Qwen3Model, settings: LoraSettings, shape: Qwen3Shape, world: World, *, seed: int) -> None:
+def add_adapters(stage: Qwen3Model, settings: LoraSettings, shape: Qwen3Shape, ranks: Ranks, *, seed: int) -> None:
     """Freezes the stage and puts adapters on its layers; the same ones whatever the layout."""
     for parameter in stage.parameters():
         parameter.requires_grad_(False)
@@ -134,7 +134,7 @@ def add_adapters(stage: Qwen3Model, settings: LoraSettings, shape: Qwen3Shape, w
 
         def pairs(sizes: dict[str, tuple[int, int]], split_inputs: bool, number: int = number):
             return {
-                name: _start_pair(settings.rank, inputs, outputs, split_inputs, world, stage, (seed, number, name))
+                name: _start_pair(settings.rank, inputs, outputs, split_inputs, ranks, stage, (seed, number, name))
                 for name, (inputs, outputs) in sizes.items()
             }
 
@@ -142,7 +142,7 @@ def add_adapters(stage: Qwen3Model, settings: LoraSettings, shape: Qwen3Shape, w
         attention, mlp = layer.self_attention, layer.mlp
         qkv_sizes = {"q_proj": (hidden, q_size), "k_proj": (hidden, kv_size), "v_proj": (hidden, kv_size)}
         attention.qkv_adapters = ColumnAdapters(
-            pairs(qkv_sizes, False), groups=shape.num_groups // world.tp_size, **common
+            pairs(qkv_sizes, False), groups=shape.num_groups // ranks.tp_size, **common
         )
         attention.proj_adapters = RowAdapters(pairs({"o_proj": (q_size, hidden)}, True), **common)
         mlp.fc1_adapters = ColumnAdapters(
@@ -155,16 +155,16 @@ def add_adapters(stage: Qwen3Model, settings: LoraSettings, shape: Qwen3Shape, w
         mlp.linear_fc2.register_forward_hook(mlp.fc2_adapters.add_to)
 
 
-def _start_pair(rank: int, inputs: int, outputs: int, split_inputs: bool, world: World, stage, key: tuple):
+def _start_pair(rank: int, inputs: int, outputs: int, split_inputs: bool, ranks: Ranks, stage, key: tuple):
     """This rank's part of a fresh pair: A uniform in +-1/sqrt(I) as PEFT draws it, from a key; B zero."""
     generator = torch.Generator().manual_seed(derive_key("lora", *key))
     bound = 1 / math.sqrt(inputs)
     a_KI = torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
     if split_inputs:
-        a_KI = a_KI[:, part(inputs, rank=world.tp_rank, ranks=world.tp_size)].contiguous()
+        a_KI = a_KI[:, part(inputs, rank=ranks.tp_rank, ranks=ranks.tp_size)].contiguous()
     else:
-        outputs //= world.tp_size
-    options = {"device": world.device, "dtype": stage.config.params_dtype}
+        outputs //= ranks.tp_size
+    options = {"device": ranks.device, "dtype": stage.config.params_dtype}
     return a_KI.to(**options), torch.zeros(outputs, rank, **options)
 
 
@@ -194,7 +194,7 @@ def merged_weight(stage: Qwen3Model, name: str, parameter: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def gathered_adapters(stage: Qwen3Model, world: World) -> Iterator[tuple[str, Tensor]]:
+def gathered_adapters(stage: Qwen3Model, ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
     """Whole adapters of a stage by PEFT's names, on tensor-parallel rank 0; all ranks of its group iterate together."""
     for layer in stage.decoder.layers:
         for block, part_of in (("self_attn", layer.self_attention), ("mlp", layer.mlp)):
@@ -202,16 +202,16 @@ def gathered_adapters(stage: Qwen3Model, world: World) -> Iterator[tuple[str, Te
                 for side, pairs in (("A", adapters.a), ("B", adapters.b)):
                     for projection, parameter in pairs.items():
                         name = f"model.layers.{layer.layer_number - 1}.{block}.{projection}.weight"
-                        whole = _whole(parameter, world)
+                        whole = _whole(parameter, ranks)
                         if whole is not None:
                             yield adapter_name(name, side), whole
 
 
-def _whole(parameter: nn.Parameter, world: World) -> Tensor | None:
+def _whole(parameter: nn.Parameter, ranks: Ranks) -> Tensor | None:
     """The parameter of all tensor-parallel ranks, on the first of them."""
-    first = world.tp_rank == 0
-    if world.tp_size == 1 or not parameter.tensor_model_parallel:
+    first = ranks.tp_rank == 0
+    if ranks.tp_size == 1 or not parameter.tensor_model_parallel:
         return parameter if first else None
-    shards = [torch.empty_like(parameter) for _ in range(world.tp_size)] if first else None
-    dist.gather(parameter.contiguous(), shards, group_dst=0, group=world.tp_group)
+    shards = [torch.empty_like(parameter) for _ in range(ranks.tp_size)] if first else None
+    dist.gather(parameter.contiguous(), shards, group_dst=0, group=ranks.tp_group)
     return torch.cat(shards, dim=parameter.partition_dim) if first else None

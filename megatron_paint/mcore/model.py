@@ -26,7 +26,7 @@ from torch import Tensor
 
 from megatron_paint.config.settings import MegatronSettings, ModelSettings
 from megatron_paint.mcore.attention import LocalAttention, TokenRows, transformer_engine_attention
-from megatron_paint.mcore.ranks import World
+from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.models.qwen3.shape import Qwen3Shape
 from megatron_paint.planning.hardware import use_transformer_engine
 
@@ -193,7 +193,7 @@ def _parts(with_engine: bool, *, fuse_norms: bool) -> tuple:
     return column, row, column, row, engine.TENorm, transformer_engine_attention()
 
 
-def build_model(shape: Qwen3Shape, model: ModelSettings, megatron: MegatronSettings, world: World) -> Qwen3Model:
+def build_model(shape: Qwen3Shape, model: ModelSettings, megatron: MegatronSettings, ranks: Ranks) -> Qwen3Model:
     """This rank's stage and shard, on its device, weights not yet filled."""
     config = transformer_config(shape, model, megatron)
     with_engine = use_transformer_engine(megatron)
@@ -201,18 +201,18 @@ def build_model(shape: Qwen3Shape, model: ModelSettings, megatron: MegatronSetti
     layer_norm = spec.submodules.self_attention.submodules.q_layernorm
     stage = Qwen3Model(
         config,
-        TransformerBlockSubmodules(layer_specs=[spec] * (shape.num_layers // world.pp_size), layer_norm=layer_norm),
+        TransformerBlockSubmodules(layer_specs=[spec] * (shape.num_layers // ranks.pp_size), layer_norm=layer_norm),
         vocab_size=shape.vocab_size,
         max_sequence_length=shape.max_positions,
-        pre_process=world.is_first_stage,
-        post_process=world.is_last_stage,
+        pre_process=ranks.is_first_stage,
+        post_process=ranks.is_last_stage,
         parallel_output=True,
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
     )
     _mark_sharded_weights(stage)
-    return stage.to(world.device)
+    return stage.to(ranks.device)
 
 
 def _mark_sharded_weights(stage: Qwen3Model) -> None:

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from megatron_paint.config.settings import Settings, TeacherSettings
 from megatron_paint.losses import ShardedVocab, VocabAxis, WholeVocab
+from megatron_paint.losses.elementwise.choose import loss_kernel
+from megatron_paint.losses.interface import ResponseRows, TokenLoss
 from megatron_paint.losses.objectives import CrossEntropyLoss
 from megatron_paint.mcore.async_writer import Writer
 from megatron_paint.mcore.batch import (
@@ -38,14 +40,13 @@ from megatron_paint.mcore.hf_checkpoint import export_adapters, export_stage, lo
 from megatron_paint.mcore.lora import add_adapters
 from megatron_paint.mcore.model import DTYPES, build_model
 from megatron_paint.mcore.optimizer import make_optimizer, take_step, wrap_data_parallel
-from megatron_paint.mcore.ranks import World
+from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.mcore.response_rows import response_rows
 from megatron_paint.mcore.scores import NonFinite, score_samples
 from megatron_paint.mcore.teacher import Teacher
 from megatron_paint.models.qwen3.shape import Qwen3Shape
-from megatron_paint.planning.hardware import loss_kernel
 from megatron_paint.planning.memory import cache_bytes_per_token
-from megatron_paint.policy import GenerationRequest, ResponseRows, SamplingParameters, TokenLoss
+from megatron_paint.policy import GenerationRequest, SamplingParameters
 from megatron_paint.records import Rollout, Sample, SampleScore, UpdateReport
 from megatron_paint.runtime.heartbeat import beat
 
@@ -53,31 +54,31 @@ from megatron_paint.runtime.heartbeat import beat
 class MegatronPolicy:
     """Implements `megatron_paint.policy.Policy`; one that is not `trained` has no gradients, optimiser or teacher."""
 
-    def __init__(self, settings: Settings, shape: Qwen3Shape, world: World, *, trained: bool = True):
+    def __init__(self, settings: Settings, shape: Qwen3Shape, ranks: Ranks, *, trained: bool = True):
         self.settings = settings
         self.shape = shape
-        self.world = world
+        self.ranks = ranks
         megatron = settings.megatron
-        self.stage = build_model(shape, settings.model, megatron, world)
-        load_stage(self.stage, settings.model.hf_path, shape, world)
+        self.stage = build_model(shape, settings.model, megatron, ranks)
+        load_stage(self.stage, settings.model.hf_path, shape, ranks)
         # A run starts from whole weights. Adapters of a checkpoint, too, are taken where it is only to be looked at.
         start, lora = settings.model.megatron_path, settings.model.lora
         adapted = start is not None and not trained and lora is not None and has_adapters(start)
         if start is not None and not adapted:
             load_weights(self.stage, start)
         if lora is not None:
-            add_adapters(self.stage, lora, shape, world, seed=settings.run.seed)
+            add_adapters(self.stage, lora, shape, ranks, seed=settings.run.seed)
         if adapted:
             load_weights(self.stage, start)
         self.wrapped = wrap_data_parallel(self.stage, megatron) if trained else self.stage
         self.optimizer = make_optimizer(self.wrapped, settings.optimizer, megatron) if trained else None
         taught = trained and settings.objective.has_teacher
         self.teacher = Teacher(self.stage, settings.objective.teacher if taught else TeacherSettings(weights="current"))
-        self.writer = Writer(world)
+        self.writer = Writer(ranks)
         self.multiple = token_multiple(megatron)
         self.generator = Generator(
             self.stage,
-            world,
+            ranks,
             token_multiple=self.multiple,
             limits=BatchLimits(
                 rows=settings.rollout.batch_size,
@@ -89,9 +90,9 @@ class MegatronPolicy:
     def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParameters) -> list[Rollout]:
         """One rollout per request, in order; replicas share the requests and exchange what they sampled."""
         most = [len(r.prompt_ids) + sampling.max_new_tokens for r in requests]
-        taken = assign_replicas(most, self.world.dp_size)[self.world.dp_rank]
+        taken = assign_replicas(most, self.ranks.dp_size)[self.ranks.dp_rank]
         rollouts = self.generator.generate([requests[i] for i in taken], sampling)
-        speaks = self.world.tp_rank == 0 and self.world.is_last_stage
+        speaks = self.ranks.tp_rank == 0 and self.ranks.is_last_stage
         merged = self._exchange(dict(zip(taken, rollouts, strict=True)) if speaks else {})
         return [merged[i] for i in range(len(requests))]
 
@@ -123,7 +124,7 @@ class MegatronPolicy:
         return [score.token_logprobs for score in scores]
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
-        write = copy_checkpoint(folder, self.stage, self.optimizer, self.teacher, state, self.world)
+        write = copy_checkpoint(folder, self.stage, self.optimizer, self.teacher, state, self.ranks)
         self.writer.start(write)
 
     def finish_save(self, *, wait: bool) -> bool:
@@ -133,12 +134,12 @@ class MegatronPolicy:
         return load_checkpoint(folder, self.stage, self.optimizer, self.teacher)
 
     def export(self, folder: Path) -> None:
-        model, world = self.settings.model, self.world
+        model, ranks = self.settings.model, self.ranks
         if model.lora is not None and model.lora.export == "adapter":
-            export_adapters(self.stage, folder, lora=model.lora, world=world, source=model.hf_path)
+            export_adapters(self.stage, folder, lora=model.lora, ranks=ranks, source=model.hf_path)
             return
         dtype = DTYPES[model.dtype]
-        export_stage(self.stage, folder, shape=self.shape, world=world, dtype=dtype, source=model.hf_path)
+        export_stage(self.stage, folder, shape=self.shape, ranks=ranks, dtype=dtype, source=model.hf_path)
 
     def accumulate(
         self,
@@ -157,7 +158,7 @@ class MegatronPolicy:
         _check_normalisation(self.stage.config)
         teacher = teacher or self.teacher
         costs = [len(s.student_prompt_ids) + len(s.teacher_prompt_ids or ()) + 2 * len(s.response_ids) for s in samples]
-        replicas = assign_replicas(costs, self.world.dp_size)
+        replicas = assign_replicas(costs, self.ranks.dp_size)
         seconds: dict[str, float] = {}
         teachers: dict[str, dict[int, Tensor]] = {}
         with _timed(seconds, "teacher"):
@@ -177,7 +178,7 @@ class MegatronPolicy:
                 self.optimizer.zero_grad()
             with torch.set_grad_enabled(not forward_only):
                 self._pass(samples, replicas, "student_prompt_ids", evaluate, forward_only=forward_only)
-        merged = self._exchange(found if self.world.tp_rank == 0 else {})
+        merged = self._exchange(found if self.ranks.tp_rank == 0 else {})
         problems = [score for score in merged.values() if isinstance(score, NonFinite)]
         if problems:
             raise FloatingPointError("; ".join(str(problem) for problem in problems[:3]))
@@ -185,8 +186,8 @@ class MegatronPolicy:
 
     def _exchange(self, mine: dict[int, Any]) -> dict[int, Any]:
         """All ranks' entries together."""
-        everyone: list[dict[int, Any]] = [{} for _ in range(self.world.size)]
-        dist.all_gather_object(everyone, mine, group=self.world.host_group)
+        everyone: list[dict[int, Any]] = [{} for _ in range(self.ranks.size)]
+        dist.all_gather_object(everyone, mine, group=self.ranks.host_group)
         return {index: value for entries in everyone for index, value in entries.items()}
 
     def _score(
@@ -234,11 +235,11 @@ class MegatronPolicy:
         sizes = [[s.num_tokens for s in sequences(replica)] for replica in replicas]
         count = max(len(cut_micro_batches(sizes_, limit, multiple=self.multiple)) for sizes_ in sizes)
         batches = make_micro_batches(
-            sequences(replicas[self.world.dp_rank]),
+            sequences(replicas[self.ranks.dp_rank]),
             limit=limit,
             multiple=self.multiple,
             count=count,
-            device=self.world.device,
+            device=self.ranks.device,
         )
 
         def forward_step(iterator: Iterator[MicroBatch], model) -> tuple[Tensor, Callable]:
@@ -260,14 +261,14 @@ class MegatronPolicy:
     def _response_rows(self, hidden_T1H: Tensor, batch: MicroBatch) -> Tensor:
         """Rows that predict response tokens, [N, H], whole on every tensor-parallel rank."""
         # Under sequence parallelism the loss leaves each rank's part of the gradient; the rows' backward sums them.
-        group = self.world.tp_group if self.stage.config.sequence_parallel else None
+        group = self.ranks.tp_group if self.stage.config.sequence_parallel else None
         return response_rows(hidden_T1H, batch.predicting_N, group)
 
     def _vocab(self) -> VocabAxis:
-        if self.world.tp_size == 1:
+        if self.ranks.tp_size == 1:
             return WholeVocab()
         reduce = not self.stage.config.sequence_parallel
-        return ShardedVocab.evenly_cut(self.world.tp_group, self.shape.vocab_size, reduce_hidden_grad=reduce)
+        return ShardedVocab.evenly_cut(self.ranks.tp_group, self.shape.vocab_size, reduce_hidden_grad=reduce)
 
     def _loss_of(
         self,
@@ -298,7 +299,7 @@ class MegatronPolicy:
                 **kept,
             )
         )
-        found |= score_samples(output, batch, samples, rank=self.world.rank, keep_logprobs=loss.keeps_logprobs)
+        found |= score_samples(output, batch, samples, rank=self.ranks.rank, keep_logprobs=loss.keeps_logprobs)
         return output.loss_T.sum(), output.carries_loss_T.sum().to(torch.int), {}
 
 

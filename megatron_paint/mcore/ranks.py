@@ -5,7 +5,8 @@ import os
 import random
 import resource
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -25,7 +26,7 @@ TIMEOUT = timedelta(minutes=10)  # torch's, of NCCL
 
 
 @dataclass(frozen=True, kw_only=True)
-class World:
+class Ranks:
     """This process's place among the ranks: tensor parallel within pipeline stages within data-parallel replicas."""
 
     rank: int
@@ -58,7 +59,7 @@ class World:
         return self.pp_rank == self.pp_size - 1
 
 
-def start_world(megatron: MegatronSettings, *, hang_seconds: float | None = None, backend: str | None = None) -> World:
+def start_ranks(megatron: MegatronSettings, *, hang_seconds: float | None = None, backend: str | None = None) -> Ranks:
     """Joins the process group that RANK, WORLD_SIZE and MASTER_ADDR describe and forms Megatron's groups.
 
     Without these variables the world is this one process. The backend is NCCL with CUDA, else gloo. hang_seconds: after
@@ -87,7 +88,7 @@ def start_world(megatron: MegatronSettings, *, hang_seconds: float | None = None
         distributed_timeout_minutes=timeout // timedelta(minutes=1),
     )
     _seed_libraries()
-    return World(
+    return Ranks(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
         device=device,
@@ -113,13 +114,29 @@ def _collective_timeout(megatron: MegatronSettings, hang_seconds: float | None) 
     return TIMEOUT + timedelta(seconds=hang_seconds or 0.0)
 
 
-def stop_world() -> None:
+def stop_ranks() -> None:
     """Takes Megatron's groups and the process group down; safe to call twice."""
     from megatron.core import parallel_state
 
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+@contextmanager
+def joined_ranks(megatron: MegatronSettings, *, hang_seconds: float | None = None) -> Iterator[Ranks]:
+    """The groups of `start_ranks`, stopped at the end.
+
+    After an error they stay up unless this rank is alone: the other ranks would wait for one that has left.
+    """
+    ranks = start_ranks(megatron, hang_seconds=hang_seconds)
+    try:
+        yield ranks
+    except BaseException:
+        if ranks.size == 1:
+            stop_ranks()
+        raise
+    stop_ranks()
 
 
 def _allow_many_connections() -> None:

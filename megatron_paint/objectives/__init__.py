@@ -12,7 +12,7 @@ from megatron_paint.objectives.paint import Paint
 from megatron_paint.objectives.sft import Sft
 from megatron_paint.policy import Policy
 from megatron_paint.records import Problem, StepReport
-from megatron_paint.runtime.rank_zero import Share, directly
+from megatron_paint.runtime.rank_zero import OnRankZero, directly
 
 __all__ = ["Grpo", "Objective", "Paint", "Sft", "make_objective"]
 
@@ -30,14 +30,14 @@ def make_objective(
     *,
     pool: MaskerPool | None = None,
     graders: GradingPool | None = None,
-    share: Share = directly,
+    on_rank_zero: OnRankZero = directly,
 ) -> Objective:
     """The objective that `objective.name` asks for.
 
-    share: has one rank run a function and gives all of them its result; `pool` and `graders` are that rank's.
+    on_rank_zero: runs a function on rank 0 and returns its result on all ranks; `pool` and `graders` exist on rank 0.
     """
     if settings.objective.name == "sft":
         return Sft(settings, prompts)
     if settings.objective.name == "grpo":
-        return Grpo(settings, prompts, graders=graders, share=share)
-    return Paint(settings, prompts, pool=pool, share=share)
+        return Grpo(settings, prompts, graders=graders, on_rank_zero=on_rank_zero)
+    return Paint(settings, prompts, pool=pool, on_rank_zero=on_rank_zero)

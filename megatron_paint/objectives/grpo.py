@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from megatron_paint.config.settings import Settings
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.grading.grade import Grade, GradingPool
+from megatron_paint.losses.elementwise.choose import loss_kernel
 from megatron_paint.losses.objectives import PolicyGradientLoss
 from megatron_paint.objectives.metrics import metrics_of, ratio
-from megatron_paint.planning.hardware import loss_kernel
 from megatron_paint.policy import Policy
 from megatron_paint.records import Problem, Rollout, Sample, SampleScore, StepReport, UpdateReport
 from megatron_paint.rollouts.source import RolloutSource
-from megatron_paint.runtime.rank_zero import Share, directly
+from megatron_paint.runtime.rank_zero import OnRankZero, directly
 
 EPSILON = 1e-6  # added to a group's standard deviation
 
@@ -35,14 +35,19 @@ class Grpo:
     """The objective of `objective.name: grpo`."""
 
     def __init__(
-        self, settings: Settings, prompts: Prompts, *, graders: GradingPool | None = None, share: Share = directly
+        self,
+        settings: Settings,
+        prompts: Prompts,
+        *,
+        graders: GradingPool | None = None,
+        on_rank_zero: OnRankZero = directly,
     ):
-        """share: has one rank run a function and gives all of them its result; `graders` is that rank's."""
+        """on_rank_zero: runs a function on rank 0 and returns its result on all ranks; `graders` exists on rank 0."""
         self.settings = settings
         self.grpo = settings.objective.grpo
         self.prompts = prompts
         self.graders = graders
-        self.share = share
+        self.on_rank_zero = on_rank_zero
         self.source = RolloutSource(settings, prompts)
         self.loss = PolicyGradientLoss(
             settings=self.grpo,
@@ -101,7 +106,7 @@ class Grpo:
         """Verdicts in the order of the rollouts."""
         answers = {problem.id: problem.answer for problem in problems}
         pairs = [(self.prompts.response_text(r.response_ids), answers[r.problem_id]) for r in rollouts]
-        return self.share(lambda: self.graders.grade(pairs))
+        return self.on_rank_zero(lambda: self.graders.grade(pairs))
 
     def samples(
         self, problems: Sequence[Problem], rollouts: Sequence[Rollout], rewards: Sequence[float], *, step: int

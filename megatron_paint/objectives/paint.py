@@ -11,28 +11,33 @@ from collections.abc import Sequence
 
 from megatron_paint.config.settings import Settings
 from megatron_paint.data.prompts import Prompts
+from megatron_paint.losses.elementwise.choose import loss_kernel
 from megatron_paint.losses.objectives import DistillationLoss
 from megatron_paint.masker.overlap import MaskerPool
 from megatron_paint.masker.reveal import limit_hidden, reveal_step
 from megatron_paint.objectives.metrics import metrics_of
-from megatron_paint.planning.hardware import loss_kernel
 from megatron_paint.policy import Policy
 from megatron_paint.records import Problem, Reveal, Rollout, Sample, StepReport
 from megatron_paint.rollouts.source import RolloutSource
-from megatron_paint.runtime.rank_zero import Share, directly
+from megatron_paint.runtime.rank_zero import OnRankZero, directly
 
 
 class Paint:
     """The objective of `objective.name: paint` and `opsd`."""
 
     def __init__(
-        self, settings: Settings, prompts: Prompts, *, pool: MaskerPool | None = None, share: Share = directly
+        self,
+        settings: Settings,
+        prompts: Prompts,
+        *,
+        pool: MaskerPool | None = None,
+        on_rank_zero: OnRankZero = directly,
     ):
-        """share: has one rank run a function and gives all of them its result; `pool` is that rank's."""
+        """on_rank_zero: runs a function on rank 0 and returns its result on all ranks; `pool` exists on rank 0."""
         self.settings = settings
         self.prompts = prompts
         self.pool = pool
-        self.share = share
+        self.on_rank_zero = on_rank_zero
         self.source = RolloutSource(settings, prompts)
         # Greedy log-probabilities are taken at temperature 1.
         self.loss = DistillationLoss(
@@ -67,7 +72,7 @@ class Paint:
     def samples(self, problems: Sequence[Problem], rollouts: Sequence[Rollout], *, step: int) -> list[Sample]:
         """Each rollout with the prompts of both sides: the teacher's shows what the masker reveals."""
         keys = [self.source.key(problem, step) for problem in problems]
-        reveals = self.share(
+        reveals = self.on_rank_zero(
             lambda: reveal_step(
                 problems,
                 [self.prompts.response_text(rollout.response_ids) for rollout in rollouts],

@@ -4,12 +4,10 @@ import importlib
 import os
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal
 
 import torch
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.loss import Kernel
 from megatron_paint.config.settings import MegatronSettings
 
 # Transformer Engine reads it where attention is built; Megatron-Core refuses deterministic_mode unless it is 0.
@@ -46,23 +44,6 @@ def use_transformer_engine(megatron: MegatronSettings) -> bool:
     if lacking and megatron.fp8 is not None:
         raise UserError(f"megatron.fp8={megatron.fp8} needs Transformer Engine on a GPU: {lacking}; set fp8=null")
     return lacking is None and megatron.transformer_impl != "local"
-
-
-def triton_is_lacking() -> str | None:
-    """Why the loss's Triton kernels cannot be used here, or None where they can."""
-    if not torch.cuda.is_available():
-        return "no CUDA device was found"
-    return "Triton is not installed (pip install triton)" if find_spec("triton") is None else None
-
-
-def loss_kernel(asked: Kernel) -> Literal["torch", "triton"]:
-    """Who does the loss's elementwise work on this machine; UserError where triton is asked for and cannot be used."""
-    lacking = triton_is_lacking()
-    if asked == "triton" and lacking:
-        raise UserError(f"objective.kernel=triton: {lacking}; set it to auto or torch")
-    if asked == "auto":
-        return "torch" if lacking else "triton"
-    return asked
 
 
 def engine_environment(megatron: MegatronSettings) -> dict[str, str]:

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from megatron_paint.base.errors import UserError, about
 from megatron_paint.config.settings import MegatronSettings, Settings
+from megatron_paint.losses.elementwise.choose import loss_kernel, triton_is_lacking
 from megatron_paint.models.qwen3.shape import Qwen3Shape, read_shape
 from megatron_paint.planning.apex import refuse_foreign_apex
-from megatron_paint.planning.hardware import engine_environment, loss_kernel, triton_is_lacking, use_transformer_engine
+from megatron_paint.planning.hardware import engine_environment, use_transformer_engine
 
 # Bytes of activations a token and layer keep for backward, per hidden unit, in 2-byte types without recomputation:
 # the sum over norms, projections and SwiGLU of a Qwen3 layer with flash attention; an estimate, ours.

@@ -1,9 +1,9 @@
-"""How work is done once and not on every rank."""
+"""Work that rank 0 does for all ranks."""
 
 from collections.abc import Callable
 from typing import Any
 
-Share = Callable[[Callable[[], Any]], Any]  # has one rank act; its result, or its UserError, reaches all ranks
+OnRankZero = Callable[[Callable[[], Any]], Any]  # runs a function on rank 0; all ranks get its result or its UserError
 
 
 def directly(act: Callable[[], Any]) -> Any:

@@ -15,7 +15,7 @@ from megatron_paint.models.qwen3.shape import Qwen3Shape
 from megatron_paint.records import Problem
 from megatron_paint.rollouts.replay import ReplayEngine
 from megatron_paint.run.folder import RunFolder
-from megatron_paint.runtime.rank_zero import Share, directly
+from megatron_paint.runtime.rank_zero import OnRankZero, directly
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,28 +28,28 @@ class Sources:
     notes: tuple[str, ...]  # what the user should know
 
 
-def load_sources(settings: Settings, shape: Qwen3Shape, *, share: Share = directly) -> Sources:
+def load_sources(settings: Settings, shape: Qwen3Shape, *, on_rank_zero: OnRankZero = directly) -> Sources:
     """Loads and checks; `share` runs a function on one rank and gives its result to all (reading and grading of many
     rows is done once, and a verdict that a time limit decides cannot differ between ranks)."""
-    prompts, held_out = load_held_out_sources(settings, shape, share=share)
+    prompts, held_out = load_held_out_sources(settings, shape, on_rank_zero=on_rank_zero)
     limit = _limit(settings, shape, prompts)
-    problems: ProblemSet = share(lambda: load_problems(settings.data, grade=grade, prompt_limit=limit))
+    problems: ProblemSet = on_rank_zero(lambda: load_problems(settings.data, grade=grade, prompt_limit=limit))
     if settings.objective.distils and settings.objective.reveal.solution == "wrong":
         _check_wrong_solutions(problems.problems, prompts, limit)
     if settings.rollout.engine == "replay" and settings.objective.samples_per_problem:
-        share(lambda: _check_replay(settings, shape, problems))
+        on_rank_zero(lambda: _check_replay(settings, shape, problems))
     return Sources(prompts=prompts, problems=problems, held_out=held_out, notes=problems.notes)
 
 
 def load_held_out_sources(
-    settings: Settings, shape: Qwen3Shape, *, share: Share = directly
+    settings: Settings, shape: Qwen3Shape, *, on_rank_zero: OnRankZero = directly
 ) -> tuple[Prompts, tuple[Problem, ...]]:
     """Prompts and held-out problems alone; no problems where `evaluation.problems` is not set."""
     prompts = load_prompts(settings, shape)
     if settings.evaluation.problems is None:
         return prompts, ()
     limit = evaluation_limit(settings, shape, prompts)
-    loaded: LoadedProblems = share(lambda: load_held_out(settings.evaluation, prompt_limit=limit))
+    loaded: LoadedProblems = on_rank_zero(lambda: load_held_out(settings.evaluation, prompt_limit=limit))
     return prompts, loaded.problems
 
 

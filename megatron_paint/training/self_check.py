@@ -6,8 +6,8 @@ from megatron_paint.config.settings import Settings
 from megatron_paint.data.problems import ProblemSet
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.losses import InterpolationLossConfig
+from megatron_paint.losses.elementwise.choose import loss_kernel
 from megatron_paint.losses.objectives import DistillationLoss
-from megatron_paint.planning.hardware import loss_kernel
 from megatron_paint.policy import GenerationRequest, Policy, SamplingParameters
 from megatron_paint.records import Problem, Rollout, Sample
 from megatron_paint.run.console import Progress

@@ -15,37 +15,37 @@ from megatron_paint.mcore.checkpoint import load_weights
 from megatron_paint.mcore.generate import float32_product
 from megatron_paint.mcore.hf_checkpoint import load_stage
 from megatron_paint.mcore.model import Qwen3Model, build_model, layer_spec
-from megatron_paint.mcore.ranks import World, start_world, stop_world
+from megatron_paint.mcore.ranks import Ranks, start_ranks, stop_ranks
 from megatron_paint.models.qwen3.shape import read_shape
 from tests.convert.family import LAYOUTS, MEMBERS, TOKENS
 
 
-def logits(stage, world) -> torch.Tensor | None:
+def logits(stage, ranks) -> torch.Tensor | None:
     """Whole logits [T, V] on tensor-parallel rank 0 of the last stage."""
     ids_T = torch.tensor(TOKENS)
-    rows = token_rows([len(TOKENS)], device=world.device)
-    if not world.is_first_stage:
+    rows = token_rows([len(TOKENS)], device=ranks.device)
+    if not ranks.is_first_stage:
         received = torch.empty((len(TOKENS), 1, stage.config.hidden_size))
-        dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank(), group=world.pp_group)
+        dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank(), group=ranks.pp_group)
         stage.set_input_tensor(received)
     with torch.no_grad():
         hidden_T1H = stage(ids_T, rows)
-    if not world.is_last_stage:
-        dist.send(hidden_T1H, dst=parallel_state.get_pipeline_model_parallel_next_rank(), group=world.pp_group)
+    if not ranks.is_last_stage:
+        dist.send(hidden_T1H, dst=parallel_state.get_pipeline_model_parallel_next_rank(), group=ranks.pp_group)
         return None
     local = float32_product(hidden_T1H[:, 0], stage.output_weight())
-    parts = [torch.empty_like(local) for _ in range(world.tp_size)]
-    dist.all_gather(parts, local, group=world.tp_group)
+    parts = [torch.empty_like(local) for _ in range(ranks.tp_size)]
+    dist.all_gather(parts, local, group=ranks.tp_group)
     return torch.cat(parts, dim=1)
 
 
-def check_virtual_stages(folder: Path, member: str, stage: Qwen3Model, megatron: MegatronSettings, world: World):
+def check_virtual_stages(folder: Path, member: str, stage: Qwen3Model, megatron: MegatronSettings, ranks: Ranks):
     """Each pipeline rank holding two runs of layers: both ways of loading fill them, as the whole stages above."""
     shape = read_shape(folder / member)
     config = replace(stage.config, virtual_pipeline_model_parallel_size=2)
     spec = layer_spec(with_engine=False, lora=False, num_experts=shape.num_experts)
     norm = spec.submodules.self_attention.submodules.q_layernorm
-    number = shape.num_layers // (2 * world.pp_size)
+    number = shape.num_layers // (2 * ranks.pp_size)
     chunks = []
     for virtual in range(2):
         chunk = Qwen3Model(
@@ -53,16 +53,16 @@ def check_virtual_stages(folder: Path, member: str, stage: Qwen3Model, megatron:
             TransformerBlockSubmodules(layer_specs=[spec] * number, layer_norm=norm),
             vocab_size=shape.vocab_size,
             max_sequence_length=shape.max_positions,
-            pre_process=world.is_first_stage and virtual == 0,
-            post_process=world.is_last_stage and virtual == 1,
+            pre_process=ranks.is_first_stage and virtual == 0,
+            post_process=ranks.is_last_stage and virtual == 1,
             parallel_output=True,
             share_embeddings_and_output_weights=shape.tied,
             position_embedding_type="rope",
             rotary_base=shape.rope_theta,
             vp_stage=virtual,
         )
-        assert chunk.decoder.layers[0].layer_number == (virtual * world.pp_size + world.pp_rank) * number + 1
-        load_stage(chunk, folder / member, shape, world)
+        assert chunk.decoder.layers[0].layer_number == (virtual * ranks.pp_size + ranks.pp_rank) * number + 1
+        load_stage(chunk, folder / member, shape, ranks)
         chunks.append(chunk)
     read = [{name: p.detach().clone() for name, p in chunk.named_parameters()} for chunk in chunks]
     for chunk in chunks:
@@ -80,15 +80,15 @@ def main() -> None:
     layout, folder, out = LAYOUTS[sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     megatron = MegatronSettings(**layout)
-    world = start_world(megatron)
+    ranks = start_ranks(megatron)
     for member in MEMBERS:
         shape = read_shape(folder / member)
-        stage = build_model(shape, ModelSettings(hf_path=str(folder / member), dtype="float32"), megatron, world)
-        load_stage(stage, folder / member, shape, world)
+        stage = build_model(shape, ModelSettings(hf_path=str(folder / member), dtype="float32"), megatron, ranks)
+        load_stage(stage, folder / member, shape, ranks)
         read = {name: p.detach().clone() for name, p in stage.named_parameters()}
         stage.eval()  # Megatron trains experts under tensor parallelism with sequence parallelism alone
-        found = logits(stage, world)
-        speaks = world.is_last_stage and world.tp_rank == 0 and world.dp_rank == 0
+        found = logits(stage, ranks)
+        speaks = ranks.is_last_stage and ranks.tp_rank == 0 and ranks.dp_rank == 0
         if speaks:
             torch.save(found, out / f"{member}.pt")
         for parameter in stage.parameters():
@@ -96,15 +96,15 @@ def main() -> None:
         load_weights(stage, folder / f"{member}-megatron")
         for name, parameter in stage.named_parameters():
             assert torch.equal(parameter, read[name]), (member, name)
-        if world.pp_size > 1:
-            check_virtual_stages(folder, member, stage, megatron, world)
+        if ranks.pp_size > 1:
+            check_virtual_stages(folder, member, stage, megatron, ranks)
         saved = out / f"{member}-saved"
-        if world.rank == 0:
+        if ranks.rank == 0:
             saved.mkdir()
         dist.barrier()
         dist_checkpointing.save({"model": stage.sharded_state_dict()}, str(saved))
         dist.barrier()
-    stop_world()
+    stop_ranks()
 
 
 if __name__ == "__main__":

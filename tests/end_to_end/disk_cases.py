@@ -20,15 +20,15 @@ from megatron_paint.config.load import load_settings
 from megatron_paint.mcore.hf_checkpoint import export_stage
 from megatron_paint.mcore.model import DTYPES
 from megatron_paint.mcore.policy import MegatronPolicy
-from megatron_paint.mcore.ranks import World, start_world, stop_world
+from megatron_paint.mcore.ranks import Ranks, start_ranks, stop_ranks
 from megatron_paint.models.qwen3.shape import read_shape
 
 
 @contextmanager
-def no_byte(world: World, *, rank: int) -> Iterator[None]:
+def no_byte(ranks: Ranks, *, rank: int) -> Iterator[None]:
     """The rank may not write a byte into a file."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if world.rank == rank:
+    if ranks.rank == rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
     try:
         yield
@@ -37,10 +37,10 @@ def no_byte(world: World, *, rank: int) -> Iterator[None]:
 
 
 @contextmanager
-def full_at(world: World, *, owner: object, name: str) -> Iterator[None]:
+def full_at(ranks: Ranks, *, owner: object, name: str) -> Iterator[None]:
     """Rank 0 finds the disk full in this function."""
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with mock.patch.object(owner, name, side_effect=full) if world.rank == 0 else mock.MagicMock():
+    with mock.patch.object(owner, name, side_effect=full) if ranks.rank == 0 else mock.MagicMock():
         yield
 
 
@@ -50,7 +50,7 @@ def in_small_shards(policy: MegatronPolicy, folder: Path) -> None:
         policy.stage,
         folder,
         shape=policy.shape,
-        world=policy.world,
+        ranks=policy.ranks,
         dtype=DTYPES[policy.settings.model.dtype],
         source=policy.settings.model.hf_path,
         shard_bytes=4096,
@@ -65,8 +65,8 @@ def main() -> None:
     """Prints one JSON object: the UserError that this rank met in each case, null for none, and whether it found there
     what had been there before, and nothing else."""
     settings, checkpoint, out = load_settings(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
-    world = start_world(settings.megatron)
-    policy = MegatronPolicy(settings, read_shape(settings.model.hf_path), world)
+    ranks = start_ranks(settings.megatron)
+    policy = MegatronPolicy(settings, read_shape(settings.model.hf_path), ranks)
     policy.load(checkpoint)
 
     def save() -> None:
@@ -90,11 +90,11 @@ def main() -> None:
     before, messages, intact = contents(out), {}, {}
     for case, (act, refusal) in cases.items():
         messages[case] = None
-        with refusal(world):
+        with refusal(ranks):
             try:
                 act()
             except UserError as error:
                 messages[case] = str(error)
-        intact[case] = world.rank != 0 or messages[case] is None or contents(out) == before
+        intact[case] = ranks.rank != 0 or messages[case] is None or contents(out) == before
     print(json.dumps({"messages": messages, "intact": intact}))
-    stop_world()
+    stop_ranks()

@@ -363,9 +363,9 @@ def test_resumed(capsys, setup, tmp_path, mistake):
     assert main(["train", str(settings), "run.resume=auto", "--processes", "1", "--dry-run"]) == 0
 
 
-@pytest.mark.parametrize("world", [{}, {"RANK": "0", "WORLD_SIZE": "1"}], ids=["lone", "rank"])
+@pytest.mark.parametrize("ranks", [{}, {"RANK": "0", "WORLD_SIZE": "1"}], ids=["lone", "rank"])
 @pytest.mark.parametrize("command", ["train", "evaluate"])
-def test_apex_of_pypi(setup, tmp_path, command, world):
+def test_apex_of_pypi(setup, tmp_path, command, ranks):
     """It is refused before Megatron imports it, which would run this file."""
     settings, _, _ = setup
     (tmp_path / "path" / "apex").mkdir(parents=True)
@@ -373,7 +373,7 @@ def test_apex_of_pypi(setup, tmp_path, command, world):
     done = subprocess.run(
         [sys.executable, "-m", "megatron_paint", command, str(settings)],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": f"{tmp_path / 'path'}:{ROOT}"} | world,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path / 'path'}:{ROOT}"} | ranks,
         capture_output=True,
         text=True,
         timeout=600,

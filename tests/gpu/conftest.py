@@ -5,13 +5,13 @@ import torch
 
 
 @pytest.fixture(scope="session")
-def world():
+def ranks():
     """One process, one GPU."""
     from megatron_paint.config.settings import MegatronSettings
-    from megatron_paint.mcore.ranks import start_world, stop_world
+    from megatron_paint.mcore.ranks import start_ranks, stop_ranks
 
-    yield start_world(MegatronSettings())
-    stop_world()
+    yield start_ranks(MegatronSettings())
+    stop_ranks()
 
 
 @pytest.fixture(scope="session")

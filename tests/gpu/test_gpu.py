@@ -37,7 +37,7 @@ LOSS = DistillationLoss(config=InterpolationLossConfig(), chunk_bytes=1e8, token
 with_engine = pytest.mark.skipif(engine_is_lacking() is not None, reason=f"{engine_is_lacking()}")
 
 
-def make_policy(folder, world, *, lora=None, **megatron):
+def make_policy(folder, ranks, *, lora=None, **megatron):
     from megatron_paint.mcore.policy import MegatronPolicy
     from megatron_paint.models.qwen3.shape import read_shape
 
@@ -47,7 +47,7 @@ def make_policy(folder, world, *, lora=None, **megatron):
         run=RunSettings(dir="unused"),
         megatron=MegatronSettings(**megatron),
     )
-    return MegatronPolicy(settings, read_shape(folder), world)
+    return MegatronPolicy(settings, read_shape(folder), ranks)
 
 
 def fill_adapters(policy):
@@ -85,10 +85,10 @@ def losses(policy, **options):
 
 @with_engine
 @pytest.mark.parametrize("lora", [None, LoraSettings(rank=8, alpha=16)], ids=["full", "lora"])
-def test_engine_layers_equal_local_ones(folder, world, lora):
+def test_engine_layers_equal_local_ones(folder, ranks, lora):
     """Fused norms (full) and separate ones (LoRA) of Transformer Engine against plain torch."""
-    engine = make_policy(folder, world, lora=lora, transformer_impl="transformer_engine")
-    local = make_policy(folder, world, lora=lora, transformer_impl="local")
+    engine = make_policy(folder, ranks, lora=lora, transformer_impl="transformer_engine")
+    local = make_policy(folder, ranks, lora=lora, transformer_impl="local")
     if lora is not None:
         before = losses(local)
         fill_adapters(engine)
@@ -99,8 +99,8 @@ def test_engine_layers_equal_local_ones(folder, world, lora):
 
 
 @pytest.mark.parametrize("implementation", ["local", pytest.param("transformer_engine", marks=with_engine)])
-def test_model_against_itself(folder, world, implementation):
-    policy = make_policy(folder, world, transformer_impl=implementation)
+def test_model_against_itself(folder, ranks, implementation):
+    policy = make_policy(folder, ranks, transformer_impl=implementation)
     same = [replace(s, teacher_prompt_ids=s.student_prompt_ids) for s in samples()]
     scores = policy.evaluate_loss(same, LOSS, teach_itself=True)
     assert sum(s.loss_sum for s in scores) / sum(s.num_tokens for s in scores) < 1e-3
@@ -108,9 +108,9 @@ def test_model_against_itself(folder, world, implementation):
 
 @with_engine
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
-def test_fp8_learns(folder, world, recipe):
+def test_fp8_learns(folder, ranks, recipe):
     """Five steps on the same samples lower the loss, and the noise floor stays below it."""
-    policy = make_policy(folder, world, fp8="hybrid", fp8_recipe=recipe)
+    policy = make_policy(folder, ranks, fp8="hybrid", fp8_recipe=recipe)
     same = [replace(s, teacher_prompt_ids=s.student_prompt_ids) for s in samples()]
     scores = policy.evaluate_loss(same, LOSS, teach_itself=True)
     floor = sum(s.loss_sum for s in scores) / sum(s.num_tokens for s in scores)
@@ -123,8 +123,8 @@ def test_fp8_learns(folder, world, recipe):
 
 
 @pytest.mark.parametrize("implementation", ["local", pytest.param("transformer_engine", marks=with_engine)])
-def test_sampler_and_trainer_agree(folder, world, implementation):
-    policy = make_policy(folder, world, transformer_impl=implementation)
+def test_sampler_and_trainer_agree(folder, ranks, implementation):
+    policy = make_policy(folder, ranks, transformer_impl=implementation)
     sampling = SamplingParameters(max_new_tokens=32, temperature=1.1, top_p=0.95, top_k=20, stop_ids=frozenset({0}))
     requests = [
         GenerationRequest(problem_id=s.problem.id, sample_index=0, prompt_ids=s.student_prompt_ids, key=s.key)

@@ -14,7 +14,7 @@ from megatron_paint.config.settings import (
     Settings,
 )
 from megatron_paint.mcore.policy import MegatronPolicy
-from megatron_paint.mcore.ranks import start_world, stop_world
+from megatron_paint.mcore.ranks import start_ranks, stop_ranks
 from megatron_paint.models.qwen3.shape import read_shape
 from tests.parallel.generation_cases import SAMPLING, requests
 from tests.parallel.layouts import LAYOUTS
@@ -24,7 +24,7 @@ def main() -> None:
     layout, hf_path, out = LAYOUTS[sys.argv[1]], sys.argv[2], Path(sys.argv[3])
     torch.set_num_threads(1)
     megatron = MegatronSettings(**layout.megatron)
-    world = start_world(megatron)
+    ranks = start_ranks(megatron)
     rollouts = {}
     for batch_size in (64, 2):
         settings = Settings(
@@ -34,14 +34,14 @@ def main() -> None:
             rollout=RolloutSettings(batch_size=batch_size),
             megatron=megatron,
         )
-        policy = MegatronPolicy(settings, read_shape(hf_path), world)
+        policy = MegatronPolicy(settings, read_shape(hf_path), ranks)
         for name, sampling in SAMPLING.items():
             rollouts[f"{name}-{batch_size}"] = policy.generate(requests(), sampling)
         # Another key, another draw; and the answer to one request does not depend on the others.
         rollouts[f"alone-{batch_size}"] = policy.generate(requests()[2:3], SAMPLING["plain"])
-    if world.rank == 0:
+    if ranks.rank == 0:
         torch.save(rollouts, out)
-    stop_world()
+    stop_ranks()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from megatron_paint.losses.objectives import DistillationLoss
 from megatron_paint.losses.output_layer import products as gemm
 from megatron_paint.mcore.hf_checkpoint import load_stage
 from megatron_paint.mcore.policy import MegatronPolicy
-from megatron_paint.mcore.ranks import start_world, stop_world
+from megatron_paint.mcore.ranks import start_ranks, stop_ranks
 from megatron_paint.models.qwen3.shape import read_shape
 from tests.parallel import parity_cases as parity
 from tests.parallel.layouts import LAYOUTS
@@ -21,13 +21,13 @@ from tests.parallel.parity_worker import gradients, records, settings_of
 LOSS_SCALE = 256.0
 
 
-def run(folder: Path, world, megatron: dict, *, tied: bool, overlap: bool, scale: float, buffer: bool) -> dict:
+def run(folder: Path, ranks, megatron: dict, *, tied: bool, overlap: bool, scale: float, buffer: bool) -> dict:
     """Whole gradients by name after one step's passes, the loss scale taken out."""
     case = parity.Case(name="main-grad", tied=tied, teacher="current", optimizer="sgd", overlap_grad_reduce=overlap)
     settings = settings_of(case, folder, megatron)
     shape = read_shape(settings.model.hf_path)
-    policy = MegatronPolicy(settings, shape, world)
-    load_stage(policy.stage, parity.checkpoint(folder, "moved", tied), shape, world)
+    policy = MegatronPolicy(settings, shape, ranks)
+    load_stage(policy.stage, parity.checkpoint(folder, "moved", tied), shape, ranks)
     policy.stage.config.grad_scale_func = lambda loss: loss * scale
     loss = DistillationLoss(config=InterpolationLossConfig(**parity.LOSS), chunk_bytes=4e3, token_temperature=1.1)
     found, original = [], gemm.main_grad_of
@@ -56,19 +56,19 @@ def run(folder: Path, world, megatron: dict, *, tied: bool, overlap: bool, scale
 def main() -> None:
     layout, folder, out = LAYOUTS[sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
-    world = start_world(MegatronSettings(**layout.megatron))
+    ranks = start_ranks(MegatronSettings(**layout.megatron))
     for tied in (True, False):
         results = {
-            name: run(folder, world, layout.megatron, tied=tied, **options)
+            name: run(folder, ranks, layout.megatron, tied=tied, **options)
             for name, options in {
                 "autograd": {"overlap": False, "scale": 1.0, "buffer": False},
                 "buffer": {"overlap": False, "scale": 1.0, "buffer": True},
                 "overlap": {"overlap": True, "scale": LOSS_SCALE, "buffer": True},
             }.items()
         }
-        if world.rank == 0:
+        if ranks.rank == 0:
             torch.save(results, out / f"{'tied' if tied else 'untied'}.pt")
-    stop_world()
+    stop_ranks()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from megatron_paint.mcore.batch import assign_replicas
 from megatron_paint.mcore.hf_checkpoint import first_layer_of, gathered_tensors, load_stage
 from megatron_paint.mcore.lora import adapters_of
 from megatron_paint.mcore.policy import MegatronPolicy
-from megatron_paint.mcore.ranks import start_world, stop_world
+from megatron_paint.mcore.ranks import start_ranks, stop_ranks
 from megatron_paint.models.qwen3.shape import read_shape
 from megatron_paint.objectives import Grpo
 from megatron_paint.records import Problem, Rollout, Sample
@@ -134,46 +134,46 @@ def set_adapters(policy: MegatronPolicy) -> None:
     for name, p in adapters_by_peft_name(policy).items():
         shape = list(p.shape)
         if p.tensor_model_parallel:
-            shape[p.partition_dim] *= policy.world.tp_size
+            shape[p.partition_dim] *= policy.ranks.tp_size
         whole = parity.adapter_value(name, torch.Size(shape))
         if p.tensor_model_parallel:
-            whole = whole.chunk(policy.world.tp_size, dim=p.partition_dim)[policy.world.tp_rank]
+            whole = whole.chunk(policy.ranks.tp_size, dim=p.partition_dim)[policy.ranks.tp_rank]
         p.data.copy_(whole)
 
 
 def everyones(policy: MegatronPolicy, mine: dict) -> dict:
-    gathered = [None] * policy.world.size
-    dist.all_gather_object(gathered, mine, group=policy.world.host_group)
+    gathered = [None] * policy.ranks.size
+    dist.all_gather_object(gathered, mine, group=policy.ranks.host_group)
     return {k: v for part in gathered for k, v in part.items()}
 
 
 def gradients(policy: MegatronPolicy) -> dict[str, torch.Tensor]:
     """Whole gradients by their Hugging Face or PEFT name."""
-    world, stage = policy.world, policy.stage
+    ranks, stage = policy.ranks, policy.stage
     named = [(n, p.main_grad.clone()) for n, p in stage.named_parameters() if p.requires_grad and "_adapters." not in n]
-    mine = dict(gathered_tensors(named, policy.shape, world, first_layer=first_layer_of(stage)))
+    mine = dict(gathered_tensors(named, policy.shape, ranks, first_layer=first_layer_of(stage)))
     for name, p in adapters_by_peft_name(policy).items():
         parts = [p.main_grad.clone()]
-        if p.tensor_model_parallel and world.tp_size > 1:
-            parts = [torch.empty_like(parts[0]) for _ in range(world.tp_size)]
-            dist.all_gather(parts, p.main_grad.contiguous(), group=world.tp_group)
+        if p.tensor_model_parallel and ranks.tp_size > 1:
+            parts = [torch.empty_like(parts[0]) for _ in range(ranks.tp_size)]
+            dist.all_gather(parts, p.main_grad.contiguous(), group=ranks.tp_group)
         mine[name] = torch.cat(parts, dim=max(p.partition_dim, 0)) if p.tensor_model_parallel else parts[0]
     return everyones(policy, mine)
 
 
 def teacher_hidden(policy: MegatronPolicy, samples: list[Sample]) -> dict[int, torch.Tensor]:
     """Hidden states [N, H] that the teacher pass keeps, by sample."""
-    replicas = assign_replicas([len(sample.response_ids) for sample in samples], policy.world.dp_size)
+    replicas = assign_replicas([len(sample.response_ids) for sample in samples], policy.ranks.dp_size)
     kept = policy._score(samples, replicas, "teacher_prompt_ids", policy.teacher)
-    assert policy.world.is_last_stage or not kept
+    assert policy.ranks.is_last_stage or not kept
     return everyones(policy, kept)
 
 
-def run_case(case: parity.Case, folder: Path, out: Path, world, megatron: dict) -> None:
+def run_case(case: parity.Case, folder: Path, out: Path, ranks, megatron: dict) -> None:
     settings = settings_of(case, folder, megatron)
     shape = read_shape(settings.model.hf_path)
-    policy = MegatronPolicy(settings, shape, world)
-    load_stage(policy.stage, parity.checkpoint(folder, "moved", case.tied), shape, world)
+    policy = MegatronPolicy(settings, shape, ranks)
+    load_stage(policy.stage, parity.checkpoint(folder, "moved", case.tied), shape, ranks)
     set_adapters(policy)
     policy.optimizer.reload_model_params()
     if not case.lora:
@@ -202,7 +202,7 @@ def run_case(case: parity.Case, folder: Path, out: Path, world, megatron: dict) 
             result["norms"].append(report.grad_norm)
             result["clipped"].append(sum(score.clipped_entries for score in report.scores))
     policy.export(out / case.name)
-    if world.rank == 0:
+    if ranks.rank == 0:
         torch.save(result, out / f"{case.name}.pt")
     assert bool(adapters_of(policy.stage)) == case.lora
 
@@ -240,12 +240,12 @@ def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
     return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
 
 
-def run_not_finite(name: str, folder: Path, world, megatron: dict) -> list[dict]:
+def run_not_finite(name: str, folder: Path, ranks, megatron: dict) -> list[dict]:
     """What each rank is told, and whether anything stays of it, where a loss or only the gradient is not finite."""
     (case,) = (case for case in parity.CASES if case.name == name)
     settings = settings_of(case, folder, megatron)
     settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype=parity.NOT_FINITE[name]))
-    policy, unharmed = (MegatronPolicy(settings, read_shape(settings.model.hf_path), world) for _ in range(2))
+    policy, unharmed = (MegatronPolicy(settings, read_shape(settings.model.hf_path), ranks) for _ in range(2))
     config = InterpolationLossConfig(**parity.LOSS)
 
     def update(policy: MegatronPolicy, kind: type[DistillationLoss], step: int) -> None:
@@ -265,8 +265,8 @@ def run_not_finite(name: str, folder: Path, world, megatron: dict) -> list[dict]
         states.append(state_of(policy))
     found["goes on"] = same(states[-1], state_of(unharmed))
     found["moves"] = not same(*states)
-    everyone = [None] * world.size
-    dist.all_gather_object(everyone, found, group=world.host_group)
+    everyone = [None] * ranks.size
+    dist.all_gather_object(everyone, found, group=ranks.host_group)
     return everyone
 
 
@@ -274,13 +274,13 @@ def main() -> None:
     layout, folder, out = LAYOUTS[sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     hf_checkpoint.WRITER_BYTES = 10_000  # the ranks share the writing even of these models
-    world = start_world(MegatronSettings(**layout.megatron))
+    ranks = start_ranks(MegatronSettings(**layout.megatron))
     for case in parity.CASES:
-        run_case(case, folder, out, world, layout.megatron)
-    told = {name: run_not_finite(name, folder, world, layout.megatron) for name in parity.NOT_FINITE}
-    if world.rank == 0:
+        run_case(case, folder, out, ranks, layout.megatron)
+    told = {name: run_not_finite(name, folder, ranks, layout.megatron) for name in parity.NOT_FINITE}
+    if ranks.rank == 0:
         torch.save(told, out / "not_finite.pt")
-    stop_world()
+    stop_ranks()
 
 
 if __name__ == "__main__":

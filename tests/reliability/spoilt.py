@@ -14,7 +14,7 @@ from megatron_paint.mcore.async_writer import Writer
 from megatron_paint.mcore.policy import MegatronPolicy
 from megatron_paint.objectives import Paint
 from megatron_paint.run.folder import RunFolder
-from megatron_paint.runtime import files as disk
+from megatron_paint.runtime import files
 from megatron_paint.runtime.files import NewFolder
 from megatron_paint.runtime.heartbeat import Heart, go_on
 from megatron_paint.runtime.stop import StopRequest
@@ -25,8 +25,8 @@ CALLS = {
     "write": (distributed_format.FileSystemWriter, "write_data"),
     "checksum": (checkpoint, "checksums_of"),
     "metadata": (distributed_format.core, "save_config"),
-    "flush": (disk, "sync"),
-    "rename": (disk.os, "replace"),
+    "flush": (files, "sync"),
+    "rename": (files.os, "replace"),
     "finish": (NewFolder, "finish"),
     "remove": (RunFolder, "remove_checkpoints"),
     "record": (RunFolder, "append_metrics"),
@@ -122,9 +122,9 @@ def slow_to_write() -> None:
     may_write, whole = threading.Event(), Writer.start
 
     def start(self, write):
-        def write_later(world):
+        def write_later(ranks):
             assert may_write.wait(300)
-            write(world)
+            write(ranks)
 
         whole(self, write_later)
 

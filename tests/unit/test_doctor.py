@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megatron_paint.cli.main import doctor
+from megatron_paint.cli import doctor
 
 Usage = namedtuple("Usage", "total used free")
 

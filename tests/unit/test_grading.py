@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.grading import pool as grading_pool
+from megatron_paint.grading import pool as pool_module
 from megatron_paint.grading.boxes import last_boxes
 from megatron_paint.grading.grade import (
     GradingPool,
@@ -250,7 +250,7 @@ def test_workers_import_neither_torch_nor_megatron():
 
 
 def test_a_worker_ends_with_its_parent():
-    worker = grading_pool.Worker()
+    worker = pool_module.Worker()
     worker.process.stdin.close()
     assert worker.process.wait(timeout=600) == 0
     worker.process.stdout.close()
@@ -263,7 +263,7 @@ def test_a_worker_that_cannot_start_is_a_user_error(tmp_path, monkeypatch):
         broken.grade([(r"\boxed{1+1}", "2")])
 
 
-class Stillborn(grading_pool.Worker):
+class Stillborn(pool_module.Worker):
     """The first of the workers ends before it is ready, as where memory is short."""
 
     made = 0
@@ -276,7 +276,7 @@ class Stillborn(grading_pool.Worker):
 
 
 def test_workers_that_never_come_up_make_a_smaller_pool(monkeypatch):
-    monkeypatch.setattr(grading_pool, "Worker", Stillborn)
+    monkeypatch.setattr(pool_module, "Worker", Stillborn)
     with GradingPool(workers=2, seconds=60.0) as some:
         pairs = [(rf"\boxed{{{number}+1}}", str(number + 1)) for number in range(4)]
         assert [g.outcome for g in some.grade(pairs)] == ["right"] * 4

@@ -11,10 +11,10 @@ from megatron_paint.config.load import settings_of
 from megatron_paint.config.settings import GrpoSettings
 from megatron_paint.grading.grade import Grade
 from megatron_paint.losses import WholeVocab
+from megatron_paint.losses.interface import ResponseRows
 from megatron_paint.losses.objectives import PolicyGradientLoss
 from megatron_paint.objectives import Grpo
 from megatron_paint.objectives.grpo import advantages
-from megatron_paint.policy import ResponseRows
 from megatron_paint.records import Problem, Rollout, Sample, SampleScore, UpdateReport
 
 PROBLEM = Problem(id="a", problem="", solution="", answer="7")

@@ -88,7 +88,7 @@ SETS_IT_FIRST = f"""
 import os, sys
 import torch
 import megatron_paint.planning.hardware as hardware
-import megatron_paint.mcore.ranks as world
+import megatron_paint.mcore.ranks as ranks
 from megatron_paint.config.settings import MegatronSettings
 class Reached(Exception): pass
 class Watch:
@@ -98,9 +98,9 @@ class Watch:
             raise Reached
 sys.meta_path.insert(0, Watch())
 hardware.engine_is_lacking = lambda: None
-world.redirect_cuda_to_cpu = lambda: None
+ranks.redirect_cuda_to_cpu = lambda: None
 try:
-    world.start_world(MegatronSettings(deterministic_mode=True))
+    ranks.start_ranks(MegatronSettings(deterministic_mode=True))
 except Reached:
     print('reached')
 """

@@ -11,10 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_paint.launch.preflight import command, time_limit
-from megatron_paint.launch.preflight import coordinator as lead
-from megatron_paint.launch.preflight import timed_process as errand
-from megatron_paint.launch.preflight import worker as follow
+from megatron_paint.launch.preflight import command, coordinator, time_limit, timed_process, worker
 from megatron_paint.launch.preflight.identity import Node
 from megatron_paint.launch.preflight.options import LIMIT_SECONDS, parse
 from megatron_paint.launch.preflight.result import nodes_at_fault
@@ -55,10 +52,10 @@ def test_processes_that_take_long_to_die_hold_no_answer_up(monkeypatch):
     outcomes = [each.outcome(time.monotonic()) for each in errands]
     assert [outcome.kind for outcome in outcomes] == ["stalled"] * 8
     assert did == ["kill"] * 8
-    monkeypatch.setattr(errand, "time", SimpleNamespace(monotonic=lambda: now.seconds))
+    monkeypatch.setattr(timed_process, "time", SimpleNamespace(monotonic=lambda: now.seconds))
     end_all()
     assert did == ["kill"] * 16 + ["join"] * 8
-    assert now.seconds == errand.END_SECONDS
+    assert now.seconds == timed_process.END_SECONDS
     for each in errands:
         kill(each._process)
         join(each._process, 20)
@@ -88,12 +85,12 @@ def test_what_writes_the_token_is_ended_before_the_token_is_removed(monkeypatch)
     def signalled(*_):
         raise SystemExit(143)
 
-    monkeypatch.setattr(lead, "_gather_nodes", signalled)
-    monkeypatch.setattr(lead.meeting, "host", lambda _: SimpleNamespace(close=lambda: did.append("close")))
-    monkeypatch.setattr(lead, "end_all", lambda: did.append("end"))
-    monkeypatch.setattr(lead, "carry_out", lambda *_: did.append("remove"))
+    monkeypatch.setattr(coordinator, "_gather_nodes", signalled)
+    monkeypatch.setattr(coordinator.store, "host", lambda _: SimpleNamespace(close=lambda: did.append("close")))
+    monkeypatch.setattr(coordinator, "end_all", lambda: did.append("end"))
+    monkeypatch.setattr(coordinator, "carry_out", lambda *_: did.append("remove"))
     with pytest.raises(SystemExit):
-        lead.lead(parse(NEEDED), Node(rank=0, name="n", names=("n",)), None, None, None)
+        coordinator.lead(parse(NEEDED), Node(rank=0, name="n", names=("n",)), None, None, None)
     assert did == ["end", "remove", "close"]
 
 
@@ -134,9 +131,9 @@ def test_imports_are_not_counted(clock_of_the_limit, monkeypatch):
 )
 def test_a_first_node_that_none_of_several_joins_leaves_none_out(names, joined, bad):
     """It may be the late one itself."""
-    case = lead.Case(node=Node(rank=0, name="a", names=tuple(names)))
+    case = coordinator.Case(node=Node(rank=0, name="a", names=tuple(names)))
     met = SimpleNamespace(collect=lambda *_: joined)
-    lead._gather_nodes(met, case, SimpleNamespace(rendezvous="a:1"), time_limit.TimeLimit(60.0, "a", ""))
+    coordinator._gather_nodes(met, case, SimpleNamespace(rendezvous="a:1"), time_limit.TimeLimit(60.0, "a", ""))
     assert nodes_at_fault(case.findings, list(names)) == bad
     assert [finding.ok for finding in case.findings] == [True, *(rank in joined for rank in range(1, len(names)))]
 
@@ -152,10 +149,10 @@ def test_a_node_that_imports_quickly_keeps_to_the_first_ones_time(clock_of_the_l
         clock_of_the_limit.seconds += 1.0
         return SimpleNamespace(wait_for=lambda *_: "0", post=lambda *_: None, close=lambda: None)
 
-    monkeypatch.setattr(follow.meeting, "join", join)
-    monkeypatch.setattr(follow, "_take_part", lambda met, options, me, probes, limit: ends.append(limit.at(1.0)))
+    monkeypatch.setattr(worker.store, "join", join)
+    monkeypatch.setattr(worker, "_take_part", lambda met, options, me, probes, limit: ends.append(limit.at(1.0)))
     me = Node(rank=1, name="b", names=("a", "b"))
-    assert follow.follow(SimpleNamespace(rendezvous=None), me, None, own) == 0
+    assert worker.follow(SimpleNamespace(rendezvous=None), me, None, own) == 0
     assert ends == [first.at(1.0) + 1.0]
 
 
@@ -183,7 +180,7 @@ def test_a_node_has_time_to_answer_at_every_limit():
     """Between the end of its own time in a phase and that of the first node's wait for it, and at the end."""
     local, total = time_limit.LOCAL + time_limit.GRACE, time_limit.COLLECTIVE + time_limit.GRACE
     assert time_limit.JOIN < time_limit.LOCAL < local < time_limit.COLLECTIVE < total < time_limit.FAREWELL < 1.0
-    assert time_limit.GRACE * LIMIT_SECONDS > errand.END_SECONDS
+    assert time_limit.GRACE * LIMIT_SECONDS > timed_process.END_SECONDS
 
 
 def test_an_errand_that_dies():

@@ -11,13 +11,13 @@ from megatron_paint import __main__ as command
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import settings_of
 from megatron_paint.evaluation.statistics import build_report
-from megatron_paint.mcore import ranks as world_module
+from megatron_paint.mcore import ranks as ranks_module
 from megatron_paint.records import Graded, Problem, Rollout, SampleScore, StepReport
 from megatron_paint.run.console import Progress
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.runtime.files import NewFolder
 from megatron_paint.runtime.pace import Pace
-from megatron_paint.training import loop as trainer
+from megatron_paint.training import start
 from megatron_paint.training.loop import Run
 from megatron_paint.training.self_check import self_check
 
@@ -71,7 +71,7 @@ def settings(path, **run):
 
 
 def life(
-    path, *, on_first_rank=lambda act: act(), asked_to_stop=lambda seconds: None, notes=None, pace=None, **run
+    path, *, on_rank_zero=lambda act: act(), asked_to_stop=lambda seconds: None, notes=None, pace=None, **run
 ) -> Notes:
     """One life of a run; what it did."""
     made, notes = settings(path, **run), Notes() if notes is None else notes
@@ -87,7 +87,7 @@ def life(
         graders=None,
         progress=Progress("silent", steps=made.run.steps),
         start=folder.prepare(made),
-        on_first_rank=on_first_rank,
+        on_rank_zero=on_rank_zero,
         asked_to_stop=asked_to_stop,
         pace=pace or Pace(),
     ).train()
@@ -207,7 +207,7 @@ def test_a_save_that_goes_on_is_finished_where_the_run_ends_by_an_error(tmp_path
 
 def test_only_the_first_rank_writes(tmp_path):
     life(tmp_path / "first")
-    notes = life(tmp_path / "other", on_first_rank=lambda act: None)
+    notes = life(tmp_path / "other", on_rank_zero=lambda act: None)
     assert ("step", 5) in notes
     written = {path.name for kind in ("samples", "eval") for path in (tmp_path / "other" / kind).iterdir()}
     assert written == set()
@@ -226,12 +226,12 @@ def test_groups_are_taken_down_where_nobody_can_be_waited_for(monkeypatch, ranks
             raise fails
         return SimpleNamespace(policy=None, problems=None, prompts=None, progress=None, train=lambda: None)
 
-    monkeypatch.setattr(world_module, "start_world", lambda *_, **__: SimpleNamespace(size=ranks))
-    monkeypatch.setattr(world_module, "stop_world", lambda: stopped.append(True))
-    monkeypatch.setattr(trainer, "prepare", prepare)
-    monkeypatch.setattr(trainer, "self_check", lambda *_: None)
+    monkeypatch.setattr(ranks_module, "start_ranks", lambda *_, **__: SimpleNamespace(size=ranks))
+    monkeypatch.setattr(ranks_module, "stop_ranks", lambda: stopped.append(True))
+    monkeypatch.setattr(start, "prepare", prepare)
+    monkeypatch.setattr(start, "self_check", lambda *_: None)
     with pytest.raises(UserError) if fails else ExitStack():
-        trainer.train(settings(tmp_path))
+        start.train(settings(tmp_path))
     assert stopped == ([True] if stops else [])
 
 

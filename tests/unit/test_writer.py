@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.mcore import async_writer as writer
+from megatron_paint.mcore import async_writer
 from megatron_paint.mcore.async_writer import Writer
 from tests.slurm.until import until
 
@@ -24,7 +24,7 @@ class TwoRanks:
 def other(monkeypatch):
     """What the other rank says: whether its thread has ended."""
     said = {"ended": False}
-    monkeypatch.setattr(writer, "all_ranks_do", lambda world, act: [act(), said["ended"]])
+    monkeypatch.setattr(async_writer, "all_ranks_do", lambda ranks, act: [act(), said["ended"]])
     return said
 
 
@@ -37,7 +37,7 @@ def ended(write: Writer) -> Writer:
 def test_a_write_has_ended_when_it_has_on_all_ranks(other):
     made, may_end, groups = Writer(TwoRanks()), threading.Event(), []
     assert made.finish(wait=False) is False
-    made.start(lambda world: (groups.append(world.host_group), may_end.wait(60)))
+    made.start(lambda ranks: (groups.append(ranks.host_group), may_end.wait(60)))
     other["ended"] = True
     assert made.finish(wait=False) is False, "this rank's goes on"
     may_end.set()
@@ -52,15 +52,15 @@ def test_a_write_has_ended_when_it_has_on_all_ranks(other):
 
 
 def test_to_wait_takes_no_other_rank(monkeypatch):
-    monkeypatch.setattr(writer, "all_ranks_do", lambda *_: pytest.fail("it asked another rank"))
+    monkeypatch.setattr(async_writer, "all_ranks_do", lambda *_: pytest.fail("it asked another rank"))
     made = Writer(TwoRanks())
     assert made.finish(wait=True) is False
-    made.start(lambda world: None)
+    made.start(lambda ranks: None)
     assert made.finish(wait=True) is True
 
 
 def failing(error):
-    def write(world):
+    def write(ranks):
         raise error
 
     return write
@@ -73,7 +73,7 @@ def test_an_error_of_a_disk_comes_when_all_have_ended(other):
     other["ended"] = True
     with pytest.raises(UserError, match="full"):
         made.finish(wait=False)
-    made.start(lambda world: None)
+    made.start(lambda ranks: None)
     assert ended(made).finish(wait=False) is True
 
 

@@ -65,7 +65,7 @@ def import_all() -> None:
     import torch.distributed  # noqa: F401
 
     import megatron_paint.config.load
-    import megatron_paint.planning.memory
+    import megatron_paint.planning.memory  # noqa: F401
 
 
 def _end(told: list[int], number: int, _: object) -> None:

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from megatron_paint.launch.preflight import blame, clock, collective, gpus, packages, port, shared, time_limit
-from megatron_paint.launch.preflight import store as meeting
+from megatron_paint.launch.preflight import blame, clock, collective, gpus, packages, port, shared, store, time_limit
 from megatron_paint.launch.preflight.identity import Node
 from megatron_paint.launch.preflight.node_checks import HANGS, PACKAGES, Canary, Local, examine
 from megatron_paint.launch.preflight.options import Options
@@ -53,7 +52,7 @@ def lead(options: Options, me: Node, probes: Probes, limit: TimeLimit, conclude:
     """All phases; the exit status, which the other nodes are told. conclude: prints and writes what came of it."""
     case = Case(node=me)
     try:
-        met = meeting.host(options.rendezvous)
+        met = store.host(options.rendezvous)
     except port.Unusable as error:
         case.findings.append(error.finding(me.name))
         return conclude(case)
@@ -79,7 +78,7 @@ def lead(options: Options, me: Node, probes: Probes, limit: TimeLimit, conclude:
     return status
 
 
-def _gather_nodes(met: meeting.Meeting, case: Case, options: Options, limit: TimeLimit) -> None:
+def _gather_nodes(met: store.Meeting, case: Case, options: Options, limit: TimeLimit) -> None:
     limit.phase = "the gathering of nodes"
     others = range(1, case.node.count)
     joined = met.collect("join", others, limit.at(time_limit.JOIN))
@@ -105,7 +104,7 @@ def _release(case: Case, options: Options, canary: Canary) -> bool:
 
 
 def _examine_all(
-    met: meeting.Meeting, case: Case, options: Options, probes: Probes, limit: TimeLimit
+    met: store.Meeting, case: Case, options: Options, probes: Probes, limit: TimeLimit
 ) -> dict[int, Local]:
     clock.serve(met, len(case.members) - 1, probes.clock, limit.at(time_limit.LOCAL))
     mine = examine(options, case.node, probes, None, limit.at(time_limit.LOCAL))
@@ -144,7 +143,7 @@ def _check_answers(case: Case, options: Options, canary: Canary, found: Mapping[
 
 
 def _add_up_all(
-    met: meeting.Meeting,
+    met: store.Meeting,
     case: Case,
     options: Options,
     probes: Probes,
@@ -201,8 +200,8 @@ def group_of(options: Options, ranks: list[int], size: int, on_gpu: bool) -> col
     )
 
 
-def _say_farewell(met: meeting.Meeting, case: Case, limit: TimeLimit) -> None:
+def _say_farewell(met: store.Meeting, case: Case, limit: TimeLimit) -> None:
     """Keeps the store until the others have read the verdict."""
     deadline = min(time.monotonic() + FAREWELL_SECONDS, limit.at(time_limit.FAREWELL))
-    with suppress(meeting.Lost):
+    with suppress(store.Lost):
         met.collect("bye", case.members[1:], deadline)

@@ -6,8 +6,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict
 
-from megatron_paint.launch.preflight import blame, clock, collective, port, time_limit
-from megatron_paint.launch.preflight import store as meeting
+from megatron_paint.launch.preflight import blame, clock, collective, port, store, time_limit
 from megatron_paint.launch.preflight.coordinator import group_of
 from megatron_paint.launch.preflight.identity import Node
 from megatron_paint.launch.preflight.node_checks import Canary, examine
@@ -20,7 +19,7 @@ def follow(options: Options, me: Node, probes: Probes, limit: TimeLimit) -> int:
     """All phases; the exit status. A node that the first one cannot hear of says by itself why it ends."""
     try:
         limit.phase = f"the joining of {me.first}"
-        met = meeting.join(options.rendezvous, limit.at(time_limit.JOIN))
+        met = store.join(options.rendezvous, limit.at(time_limit.JOIN))
     except port.Unusable as error:
         _say(f"preflight: node {me.name}: {port.CHECK}: {error}{f'; {error.advice}' if error.advice else ''}")
         return BAD
@@ -29,9 +28,9 @@ def follow(options: Options, me: Node, probes: Probes, limit: TimeLimit) -> int:
         _take_part(met, options, me, probes, limit)
         limit.phase = f"the wait for the verdict of {me.first}"
         status = int(met.wait_for("verdict", limit.at(1.0)))
-        with suppress(meeting.Lost):  # it waits only for so long
+        with suppress(store.Lost):  # it waits only for so long
             met.post(f"bye/{me.rank}", json.dumps("bye"))
-    except meeting.Lost as error:
+    except store.Lost as error:
         _say(
             f"preflight: node {me.name}: {me.first}, the first node, stopped answering ({error}; this node was in "
             f"{limit.phase}); look at its message, or have that node looked at"
@@ -42,7 +41,7 @@ def follow(options: Options, me: Node, probes: Probes, limit: TimeLimit) -> int:
     return status
 
 
-def _take_part(met: meeting.Meeting, options: Options, me: Node, probes: Probes, limit: TimeLimit) -> None:
+def _take_part(met: store.Meeting, options: Options, me: Node, probes: Probes, limit: TimeLimit) -> None:
     met.post(f"join/{me.rank}", json.dumps(me.name))
     told = json.loads(met.wait_for("local/told", limit.at(1.0)))
     if me.rank not in told["members"]:  # it came too late, and is not waited for

@@ -1,8 +1,8 @@
 """A link is one life of one job of a run; this records them in RUN/links.jsonl and says how a run is to go on.
 
-The batch script calls `python -m megatron_paint.launch.slurm.attempts begin RUN`, and `end RUN --status S` after training,
-with `--bad-nodes FILE` where the preflight may have named nodes. Both print one word and a reason: `go` or `next` where
-the run is to go on, `done`, or `stop`.
+The batch script calls `python -m megatron_paint.launch.slurm.attempts begin RUN` before training and
+`end RUN --status S` after it, with `--bad-nodes FILE` where the preflight may have named nodes. Both print one word and
+a reason: `go` or `next` where the run is to go on, `done`, or `stop`.
 """
 
 import argparse

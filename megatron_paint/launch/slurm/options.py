@@ -10,9 +10,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.cli.launch_slurm import PLACING
 from megatron_paint.config.settings import RunSettings
 
+# Slurm's own options with a value that goes into the script as it is: what the value looks like, and what it means.
+PLACING = {
+    "time": ("D-HH:MM:SS", "time limit of one job; default: the partition's"),
+    "account": ("NAME", "account that pays"),
+    "partition": ("NAME", "partition"),
+    "qos": ("NAME", "quality of service"),
+    "constraint": ("FEATURES", "features that a node must have"),
+    "reservation": ("NAME", "reservation"),
+    "exclude": ("NODES", "nodes to stay off"),
+}
 MOST_SIGNAL_SECONDS = 65535  # Slurm's own limit
 RESTARTS = 3  # a death is seen by several agents, and each of them starts a round: two nodes may use up two
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")

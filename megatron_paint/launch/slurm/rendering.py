@@ -10,14 +10,14 @@ import jinja2
 from megatron_paint.launch.rank_environment import PORTS, STEPS_PER_JOB
 from megatron_paint.launch.slurm.options import DEPENDENCY, SlurmOptions, as_dict
 
-TEMPLATES = Path(__file__).parents[2] / "templates"
+TEMPLATE = Path(__file__).with_name("slurm.jinja")
 RESUME = "run.resume=auto"  # every job of a run but the first goes on from a checkpoint
 
 
 def render(options: SlurmOptions, *, settings_file: str, overrides: Sequence[str], run_dir: str) -> str:
     """The script. All paths are as they were given, and so relative to the folder that the job is submitted from."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
+        loader=jinja2.FileSystemLoader(TEMPLATE.parent),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -25,7 +25,7 @@ def render(options: SlurmOptions, *, settings_file: str, overrides: Sequence[str
         autoescape=False,
     )
     environment.filters.update(quote=shlex.quote, path=_path, line=lambda text: " ".join(text.split()))
-    return environment.get_template("slurm.jinja").render(
+    return environment.get_template(TEMPLATE.name).render(
         as_dict(options),
         settings_file=settings_file,
         run=run_dir,

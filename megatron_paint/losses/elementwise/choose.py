@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 import torch
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.config.loss import InterpolationLossConfig, Kernel
 from megatron_paint.losses.elementwise.interface import Passes
 from megatron_paint.losses.elementwise.token import TokenPasses, TorchTokenPasses
@@ -35,6 +36,23 @@ def choose_kernel(kernel: Kernel, *, device: torch.device, dtype: torch.dtype) -
         _say_once(lacking)
         return "torch"
     return "triton"
+
+
+def triton_is_lacking() -> str | None:
+    """Why the loss's Triton kernels cannot be used here, or None where they can."""
+    if not torch.cuda.is_available():
+        return "no CUDA device was found"
+    return "Triton is not installed (pip install triton)" if find_spec("triton") is None else None
+
+
+def loss_kernel(asked: Kernel) -> Literal["torch", "triton"]:
+    """Who does the loss's elementwise work on this machine; UserError where triton is asked for and cannot be used."""
+    lacking = triton_is_lacking()
+    if asked == "triton" and lacking:
+        raise UserError(f"objective.kernel=triton: {lacking}; set it to auto or torch")
+    if asked == "auto":
+        return "torch" if lacking else "triton"
+    return asked
 
 
 def make_passes(
