@@ -38,7 +38,7 @@ test: $(READY)
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q tests/unit tests/numerics
+	$(BIN)/python -m pytest -q tests --ignore=tests/end_to_end --ignore=tests/reliability --ignore=tests/slurm --ignore=tests/gpu --ignore=tests/convert --ignore=tests/mcore
 
 ## make soak         a run whose ranks are killed 100 times, and goes on each time
 soak: $(READY)

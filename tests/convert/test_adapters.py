@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import Qwen3ForCausalLM
 
 from megatron_paint.cli.main import main
-from tests import tiny
+from tests.support import tiny
 
 ROOT = Path(__file__).parents[2]
 LORA = ("model.lora={rank: 4, alpha: 8}", "run.steps=2", "optimizer.lr=0.05", "evaluation.problems=null")

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
-from tests.end_to_end import ranks
+from tests.support import forked_ranks, tiny
 
 
 @dataclass(frozen=True)
@@ -16,7 +15,7 @@ class Trained:
     folder: Path  # holds the model, the problems and the settings
     settings: Path
     run: Path
-    ended: ranks.Ended
+    ended: forked_ranks.Ended
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +26,6 @@ def trained(tmp_path_factory) -> Trained:
     tiny.make_problems(folder / "problems.jsonl")
     layout = "tensor_model_parallel_size: 2, sequence_parallel: true"
     settings = tiny.make_settings(folder, folder / "model", folder / "problems.jsonl", layout=layout)
-    ended = ranks.train(folder, settings)
+    ended = forked_ranks.train(folder, settings)
     assert ended.statuses == [0, 0], ended
     return Trained(folder, settings, folder / "run", ended)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from megatron_paint.base.errors import UserError
 from megatron_paint.cli.main import main
 from megatron_paint.runtime.files import append_line
-from tests.end_to_end import ranks
+from tests.support import forked_ranks
 
 PAGE = 4096
 
@@ -78,7 +78,7 @@ def test_a_full_disk_ends_the_run_wherever_it_is_met(trained, tmp_path, disk, wa
         shutil.rmtree(run, ignore_errors=True)
         up_to_step_2(trained.run, run)
         leave(mounted, free * PAGE)
-        message = ranks.train(tmp_path, trained.settings, *arguments).message
+        message = forked_ranks.train(tmp_path, trained.settings, *arguments).message
         met.append(message.removeprefix(f"megatron-paint: error: Cannot write {run}/").split("/")[0])
         assert "free space there" in message, (free, message)
         assert files(run / "checkpoints" / "step_000002") == whole
@@ -89,14 +89,14 @@ def test_a_full_disk_ends_the_run_wherever_it_is_met(trained, tmp_path, disk, wa
     assert set(met[1:]) <= {"checkpoints", "hf", "eval"}
     assert not waits or met[1:] == ["checkpoints", "checkpoints", "checkpoints", "hf"]
     (mounted / "ballast").unlink()
-    assert ranks.train(tmp_path, trained.settings, *arguments).statuses == [0, 0]
+    assert forked_ranks.train(tmp_path, trained.settings, *arguments).statuses == [0, 0]
     ours, theirs = (load_file(r / "hf" / "step_000004" / "model.safetensors") for r in (run, trained.run))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_disk_that_refuses_one_rank_ends_all(trained, tmp_path):
     checkpoint, out = trained.run / "checkpoints" / "step_000004", tmp_path / "out"
-    ended = ranks.run(tmp_path, trained.settings, checkpoint, out, target="tests.end_to_end.disk_cases:main")
+    ended = forked_ranks.run(tmp_path, trained.settings, checkpoint, out, target="tests.end_to_end.disk_cases:main")
     assert ended.statuses == [0, 0], ended
     met, other = (json.loads(text) for text in ended.out)
     assert met["messages"] == other["messages"]

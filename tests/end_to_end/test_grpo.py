@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_paint.mcore.checkpoint import _begin_state
-from tests.end_to_end import ranks
+from tests.support import forked_ranks
 
 ROOT = Path(__file__).parents[2]
 GRPO = ROOT / "examples" / "quickstart" / "grpo.yaml"
@@ -20,7 +20,7 @@ SHORT = (
 
 
 def train(tmp_path, run_dir, *arguments):
-    ended = ranks.train(tmp_path, GRPO, f"run.dir={run_dir}", *SHORT, *arguments)
+    ended = forked_ranks.train(tmp_path, GRPO, f"run.dir={run_dir}", *SHORT, *arguments)
     assert ended.statuses == [0, 0], ended
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_paint.run.folder import RunFolder
-from tests import tiny
-from tests.ports import free_port
+from tests.support import tiny
+from tests.support.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 LAYOUT = "tensor_model_parallel_size: 2, sequence_parallel: true"

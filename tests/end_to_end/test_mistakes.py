@@ -14,7 +14,7 @@ from megatron_paint.config.load import load_settings
 from megatron_paint.data.problems import load_problems
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.runtime.files import NewFolder
-from tests import tiny
+from tests.support import tiny
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tests import tiny
-from tests.end_to_end import ranks
+from tests.support import forked_ranks, tiny
 
 KILLS = 6
 ROOT = Path(__file__).parents[2]
@@ -32,13 +31,13 @@ def metrics(run: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if not k.startswith("time/") and k != "tokens_per_second"} for line in lines]
 
 
-def events(ended: ranks.Ended, *kinds: str) -> list[tuple[str, int]]:
+def events(ended: forked_ranks.Ended, *kinds: str) -> list[tuple[str, int]]:
     """(event, step) in the order in which the console told them."""
     told = [json.loads(line) for line in ended.out[0].splitlines()]
     return [(event["event"], event["step"]) for event in told if event["event"] in kinds]
 
 
-def last_event(ended: ranks.Ended) -> dict:
+def last_event(ended: forked_ranks.Ended) -> dict:
     event = json.loads(ended.out[0].splitlines()[-1])
     return {key: value for key, value in event.items() if key != "folder"}
 
@@ -57,7 +56,7 @@ def test_killed_before_the_last_export(trained, tmp_path):
         },
     )
     first = (run / "eval" / "step_000000.json").stat().st_mtime_ns
-    ended = ranks.train(tmp_path, trained.settings, f"run.dir={run}", "run.resume=auto")
+    ended = forked_ranks.train(tmp_path, trained.settings, f"run.dir={run}", "run.resume=auto")
     assert ended.statuses == [0, 0], ended
     assert events(ended, "step", "evaluation") == [("evaluation", 4)]
     assert last_event(ended) == last_event(trained.ended)
@@ -65,7 +64,7 @@ def test_killed_before_the_last_export(trained, tmp_path):
     name = "eval/step_000004.json"
     assert (run / name).read_bytes() == (trained.run / name).read_bytes()
     assert same(weights(run, 4), weights(trained.run, 4))
-    again = ranks.train(tmp_path, trained.settings, f"run.dir={run}", "run.resume=auto")
+    again = forked_ranks.train(tmp_path, trained.settings, f"run.dir={run}", "run.resume=auto")
     assert events(again, "step", "evaluation") == []
     assert last_event(again) == last_event(trained.ended)
 
@@ -74,7 +73,7 @@ def test_killed_between_a_checkpoint_and_its_export(trained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained.run, run, ignore=shutil.ignore_patterns("step_000004*", "step_000002.json"))
     shutil.copytree(trained.run / "checkpoints/step_000002", run / "checkpoints/.step_000004.unfinished")
-    ended = ranks.train(tmp_path, trained.settings, f"run.dir={run}", "run.resume=auto", "run.export_every=2")
+    ended = forked_ranks.train(tmp_path, trained.settings, f"run.dir={run}", "run.resume=auto", "run.export_every=2")
     assert ended.statuses == [0, 0], ended
     told = events(ended, "step", "evaluation")
     assert told == [("evaluation", 2), ("step", 3), ("step", 4), ("evaluation", 4)]
@@ -89,15 +88,17 @@ def test_killed_at_any_moment(trained, tmp_path):
     steps = 8
     arguments = (f"run.steps={steps}", "run.save_every=1", "run.export_every=2", "evaluation.problems=null")
     unbroken, run = tmp_path / "unbroken", tmp_path / "run"
-    assert ranks.train(tmp_path, trained.settings, f"run.dir={unbroken}", *arguments).statuses == [0, 0]
+    assert forked_ranks.train(tmp_path, trained.settings, f"run.dir={unbroken}", *arguments).statuses == [0, 0]
     draw = random.Random(2)
     for _ in range(KILLS):
         # A step with its checkpoint opens and renames about 40 times; the delay lands inside writes that nobody sees.
-        kill = ranks.Kill(run, event=draw.randrange(5, 90), delay=draw.choice((0.0, 0.001, 0.004)))
-        ended = ranks.train(tmp_path, trained.settings, f"run.dir={run}", "run.resume=auto", *arguments, kill=kill)
+        kill = forked_ranks.Kill(run, event=draw.randrange(5, 90), delay=draw.choice((0.0, 0.001, 0.004)))
+        ended = forked_ranks.train(
+            tmp_path, trained.settings, f"run.dir={run}", "run.resume=auto", *arguments, kill=kill
+        )
         assert ended.statuses == [-9, -9], ended
         check_whole(run)
-    ended = ranks.train(tmp_path, trained.settings, f"run.dir={run}", "run.resume=auto", *arguments)
+    ended = forked_ranks.train(tmp_path, trained.settings, f"run.dir={run}", "run.resume=auto", *arguments)
     assert ended.statuses == [0, 0], ended
     assert metrics(run) == metrics(unbroken)
     for step in range(2, steps + 1, 2):
@@ -134,13 +135,13 @@ def test_a_checkpoint_says_what_it_is_of(trained, tmp_path):
     config = tmp_path / "run" / "config.yaml"
     config.write_text(config.read_text().replace(str(trained.folder / "model"), str(model)))
     arguments = (f"model.hf_path={model}", f"run.dir={tmp_path / 'run'}", "run.resume=auto")
-    message = ranks.train(tmp_path, trained.settings, *arguments).message
+    message = forked_ranks.train(tmp_path, trained.settings, *arguments).message
     assert "step_000004 is of another model than model.hf_path: tie_word_embeddings is True, not False" in message
 
 
 def test_self_check_leaves_a_used_run_folder_alone(trained, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in trained.run.rglob("*")}
-    ended = ranks.run(tmp_path, "train", trained.settings, "--self-check", "--quiet")
+    ended = forked_ranks.run(tmp_path, "train", trained.settings, "--self-check", "--quiet")
     assert ended.statuses == [0, 0], ended
     found = re.fullmatch(
         r"self-check: loss of the model against itself (\S+) nats a token \(limit 0\.05\); "

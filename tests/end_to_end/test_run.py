@@ -15,8 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-from tests import tiny
-from tests.end_to_end import ranks
+from tests.support import forked_ranks, tiny
 
 ROOT = Path(__file__).parents[2]
 LAYOUT = "tensor_model_parallel_size: 2, sequence_parallel: true"
@@ -146,14 +145,14 @@ def test_replay_repeats_the_run(whole, tmp_path):
     assert 0 < min(line["response/truncated_share"] for line in wanted) < 1, "some responses end by themselves"
     for name, path in (("folder", unbroken / "samples"), ("file", bare)):
         replay = ("rollout.engine=replay", f"rollout.path={path}", "evaluation.problems=null")
-        ended = ranks.train(tmp_path, folder / "settings.yaml", f"run.dir={tmp_path / name}", *replay)
+        ended = forked_ranks.train(tmp_path, folder / "settings.yaml", f"run.dir={tmp_path / name}", *replay)
         assert ended.statuses == [0, 0], ended
         assert metrics(tmp_path / name, without=("sampler_gap/max",)) == wanted
 
 
 def test_the_evaluate_command_gives_the_run_s_own_evaluation(whole, tmp_path):
     folder, unbroken, _ = whole
-    ended = ranks.run(tmp_path, "evaluate", folder / "settings.yaml", "--out", tmp_path / "out")
+    ended = forked_ranks.run(tmp_path, "evaluate", folder / "settings.yaml", "--out", tmp_path / "out")
     assert ended.statuses == [0, 0], ended
     report = (tmp_path / "out" / "problems.json").read_bytes()
     assert report == (unbroken / "eval" / "step_000000.json").read_bytes()
@@ -165,7 +164,7 @@ def test_a_checkpoint_is_evaluated_as_its_run_did(lora, whole, tmp_path):
     folder, run_dir, _ = whole
     if lora:
         run_dir = tmp_path / "lora"
-        ended = ranks.train(
+        ended = forked_ranks.train(
             tmp_path, folder / "settings.yaml", f"run.dir={run_dir}", "model.lora={rank: 4, alpha: 8}", "run.steps=2"
         )
         assert ended.statuses == [0, 0], ended
@@ -213,12 +212,12 @@ def test_a_killed_evaluation_goes_on(whole, tmp_path):
     process.wait()
     there = answers.read_text().split("\n")
     answers.write_text("\n".join(there[:3]) + "\n" + there[2][:20])  # the header, two answers, and one cut short
-    ended = ranks.run(tmp_path, *line, "--json")
+    ended = forked_ranks.run(tmp_path, *line, "--json")
     assert ended.statuses == [0, 0], ended
     assert "2 answers were there already" in ended.out[0]
     assert answers.read_text().split("\n")[:3] == there[:3]
     assert (out / "problems.json").read_bytes() == (run_dir / "eval" / "step_000000.json").read_bytes()
-    ended = ranks.run(tmp_path, *line, "evaluation.temperature=0.5", "evaluation.thinking=true")
+    ended = forked_ranks.run(tmp_path, *line, "evaluation.temperature=0.5", "evaluation.thinking=true")
     assert re.search(r"temperature was 1.0 and is 0.5, template was .* and is .*, thinking was False", ended.message)
 
 

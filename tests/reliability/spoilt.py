@@ -1,4 +1,4 @@
-"""Runs in which something goes wrong at a set step: targets for `tests.end_to_end.ranks`."""
+"""Runs in which something goes wrong at a set step: targets for `tests.support.forked_ranks`."""
 
 import itertools
 import json

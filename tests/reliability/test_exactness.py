@@ -19,9 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_paint.__main__ import run
-from tests import tiny
-from tests.end_to_end import ranks
 from tests.end_to_end.test_resume import events, metrics
+from tests.support import forked_ranks, tiny
 
 ROOT = Path(__file__).parents[2]
 STEPS, SAVED = 4, 2  # a checkpoint after every second step; the run is killed in the one after that
@@ -96,14 +95,14 @@ def make_runs(folder: Path, settings: Path, arguments: tuple[str, ...]) -> Runs:
     found = Runs(settings, *(folder / name for name in ("unbroken", "killed", "resumed")))
     folder.mkdir()
     # Its checkpoints are written while it waits, the others' while weights change.
-    ended = ranks.train(folder, settings, f"run.dir={found.unbroken}", *arguments, "run.async_save=false")
+    ended = forked_ranks.train(folder, settings, f"run.dir={found.unbroken}", *arguments, "run.async_save=false")
     assert ended.statuses == [0, 0], ended
     a_step = int(metrics(found.unbroken)[0].get("updates", 1))
     command = ("train", settings, f"run.dir={found.killed}", *arguments, "--json", SAVED * a_step + 1)
-    ended = ranks.run(folder, *command, target="tests.reliability.test_exactness:killed_after_an_update")
+    ended = forked_ranks.run(folder, *command, target="tests.reliability.test_exactness:killed_after_an_update")
     assert -signal.SIGKILL in ended.statuses, ended
     shutil.copytree(found.killed, found.resumed)
-    ended = ranks.train(folder, settings, f"run.dir={found.resumed}", *arguments)
+    ended = forked_ranks.train(folder, settings, f"run.dir={found.resumed}", *arguments)
     assert ended.statuses == [0, 0], ended
     assert events(ended, "step") == [("step", step) for step in range(SAVED + 1, STEPS + 1)]
     return found
@@ -165,7 +164,7 @@ def test_a_run_goes_on_at_another_layout_with_the_same_data(layout, runs, tmp_pa
     found, run = runs("paint-float32-tp2"), tmp_path / "run"
     shutil.copytree(found.killed, run)
     processes, arguments = OTHERS[layout]
-    ended = ranks.train(tmp_path, found.settings, f"run.dir={run}", *SHORT, *arguments, processes=processes)
+    ended = forked_ranks.train(tmp_path, found.settings, f"run.dir={run}", *SHORT, *arguments, processes=processes)
     assert ended.statuses == [0] * processes, ended
     assert events(ended, "step") == [("step", step) for step in range(SAVED + 1, STEPS + 1)]
     assert [line["step"] for line in metrics(run)] == list(range(1, STEPS + 1))

@@ -11,9 +11,9 @@ from megatron_paint.run.folder import RunFolder
 from megatron_paint.run.status import read_status
 from megatron_paint.runtime.checksums import CHECKSUMS
 from megatron_paint.runtime.heartbeat import read_beats
-from tests.end_to_end import ranks
 from tests.end_to_end.conftest import trained  # noqa: F401
 from tests.end_to_end.test_resume import metrics, same, weights
+from tests.support import forked_ranks
 
 SPOILT = "tests.reliability.spoilt"
 
@@ -22,9 +22,9 @@ def train(trained, folder, *arguments, target=None, **how):  # noqa: F811
     """A run in a folder of its own, evaluation left out."""
     arguments = (f"run.dir={folder / 'run'}", "evaluation.problems=null", "run.resume=auto", *arguments)
     if target is None:
-        return ranks.train(folder, trained.settings, *arguments, **how)
+        return forked_ranks.train(folder, trained.settings, *arguments, **how)
     command = ("train", trained.settings, *arguments, "--json")
-    return ranks.run(folder, *command, target=f"{SPOILT}:{target}", **how)
+    return forked_ranks.run(folder, *command, target=f"{SPOILT}:{target}", **how)
 
 
 def events(ended, kind):
@@ -134,7 +134,7 @@ def test_nothing_is_touched_where_no_checkpoint_is_whole(trained, tmp_path):  # 
     for step in (2, 4):
         truncate(run / "checkpoints" / f"step_{step:06d}" / CHECKSUMS)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    message = ranks.train(tmp_path, trained.settings, f"run.dir={run}", "run.resume=auto").message
+    message = forked_ranks.train(tmp_path, trained.settings, f"run.dir={run}", "run.resume=auto").message
     assert "step_000004 is damaged: checksums.json is not what was written" in message
     assert ", and no other is whole. Nothing was changed" in message
     after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}

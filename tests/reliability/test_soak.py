@@ -11,9 +11,9 @@ from random import Random
 import pytest
 
 from megatron_paint.run.folder import RunFolder
-from tests.end_to_end import ranks
 from tests.end_to_end.conftest import trained  # noqa: F401
 from tests.end_to_end.test_resume import check_whole, metrics, same, weights
+from tests.support import forked_ranks
 
 KILLS = int(os.environ.get("MEGATRON_PAINT_KILLS", "10"))
 STEPS_A_KILL = 1.0  # steps that a life adds, about
@@ -36,7 +36,7 @@ def test_ranks_killed_at_any_moment(trained, tmp_path):  # noqa: F811
     arguments = ("evaluation.problems=null", f"run.steps={steps}", "run.save_every=1", "run.keep_last=2")
     unbroken, run = tmp_path / "unbroken", tmp_path / "run"
     limit = 400.0 + 10.0 * steps
-    ended = ranks.train(tmp_path, trained.settings, f"run.dir={unbroken}", *arguments, limit=limit)
+    ended = forked_ranks.train(tmp_path, trained.settings, f"run.dir={unbroken}", *arguments, limit=limit)
     assert ended.statuses == [0, 0], ended
     random, places, folder = Random(3), Counter(), RunFolder(run)
     while sum(places.values()) < KILLS:
@@ -44,7 +44,7 @@ def test_ranks_killed_at_any_moment(trained, tmp_path):  # noqa: F811
         before = folder.latest_checkpoint() or 0
         command = ("train", trained.settings, f"run.dir={run}", "run.resume=auto", *arguments, "--json")
         target = "tests.reliability.spoilt:killed"
-        ended = ranks.run(tmp_path, *command, f"{rank}:{where}:{number}", target=target, limit=limit)
+        ended = forked_ranks.run(tmp_path, *command, f"{rank}:{where}:{number}", target=target, limit=limit)
         if ended.statuses == [0, 0]:
             break  # it came to its end before it came there
         assert ended.statuses[rank] == -9, ended
@@ -56,7 +56,7 @@ def test_ranks_killed_at_any_moment(trained, tmp_path):  # noqa: F811
         assert newest <= len(done) <= newest + 2  # a step is done while the checkpoint of the one before is written
     print(f"killed {sum(places.values())} times up to step {folder.latest_checkpoint()} of {steps}: {dict(places)}")
     assert len(places) > min(KILLS, len(WHERE | FIRST_RANK)) / 2
-    ended = ranks.train(tmp_path, trained.settings, f"run.dir={run}", "run.resume=auto", *arguments, limit=limit)
+    ended = forked_ranks.train(tmp_path, trained.settings, f"run.dir={run}", "run.resume=auto", *arguments, limit=limit)
     assert ended.statuses == [0, 0], ended
     assert same(weights(run, steps), weights(unbroken, steps))
     assert metrics(run) == metrics(unbroken)

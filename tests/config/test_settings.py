@@ -1,0 +1,187 @@
+"""Settings: every shipped file is read, defaults are the documented ones, OPSD is PAINT's special case."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_paint.base.errors import UserError
+from megatron_paint.config.load import load_settings, settings_of
+from megatron_paint.config.schedule import due_after, learning_rate
+from megatron_paint.config.settings import OptimizerSettings, RunSettings, Settings
+from megatron_paint.planning.memory import make_plan
+from tests.support import tiny
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
+SMALLEST = {"model": {"hf_path": "m"}, "data": {"train": "p.jsonl"}, "run": {"dir": "r"}}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_shipped_files_are_read(path):
+    assert isinstance(load_settings(path), Settings)
+
+
+QWEN3 = {  # hidden, feed-forward, layers, heads of the published models
+    "1p7b": (2048, 6144, 28, 16),
+    "4b": (2560, 9728, 36, 32),
+    "8b": (4096, 12288, 36, 32),
+    "14b": (5120, 17408, 40, 40),
+    "32b": (5120, 25600, 64, 64),
+}
+
+
+@pytest.mark.parametrize("size", QWEN3)
+@pytest.mark.parametrize("name", ["paint", "opsd", "grpo", "sft"])
+def test_presets_fit_their_model_and_its_gpus(name, size, tmp_path):
+    hidden, ffn, layers, heads = QWEN3[size]
+    config = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 151936, "head_dim": 128}
+    config |= {"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers, "rope_theta": 1e6}
+    config |= {"num_attention_heads": heads, "num_key_value_heads": 8, "rms_norm_eps": 1e-6, "hidden_act": "silu"}
+    config |= {"max_position_embeddings": 40960, "tie_word_embeddings": size in ("1p7b", "4b")}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    folder = ROOT / "examples" / f"qwen3_{size}"
+    settings = load_settings(folder / f"{name}.yaml", [f"model.hf_path={tmp_path}"])
+    plan = make_plan(settings, processes=8)
+    assert sum(plan.memory.values()) < 80e9
+    paint = load_settings(folder / "paint.yaml", [f"model.hf_path={tmp_path}"])
+    assert settings.objective.name == name
+    assert (settings.model, settings.optimizer, settings.megatron) == (paint.model, paint.optimizer, paint.megatron)
+    assert settings.optimizer.lr == 5e-6
+    responses = settings.data.problems_per_step * max(settings.objective.samples_per_problem, 1)
+    assert responses == 32
+    assert settings.run.dir == f"runs/qwen3_{size}/{name}"
+
+
+def test_a_file_lies_over_its_base(tmp_path):
+    (tmp_path / "low.yaml").write_text(
+        "model: {hf_path: m, lora: {rank: 4, alpha: 8}}\ndata: {train: p}\nrun: {dir: r}\n"
+    )
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "mid.yaml").write_text("base: ../low.yaml\nmodel: {lora: {rank: 16}}\n")
+    (tmp_path / "top.yaml").write_text("base: sub/mid.yaml\nrun: {steps: 7}\n")
+    settings = load_settings(tmp_path / "top.yaml", ["run.seed=5"])
+    assert (settings.model.lora.rank, settings.model.lora.alpha) == (16, 8)
+    assert (settings.run.dir, settings.run.steps, settings.run.seed) == ("r", 7, 5)
+    (tmp_path / "top.yaml").write_text("base: sub/mid.yaml\nmodel: {lora: null}\n")
+    assert load_settings(tmp_path / "top.yaml").model.lora is None
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("base: b.yaml\n", r"a.yaml is its own base, by way of .*b.yaml"),
+        ("base: c.yaml\n", r"c.yaml does not exist"),
+        ("base: [b.yaml]\n", r"base is \['b.yaml'\]; it must be the path"),
+    ],
+)
+def test_a_base_that_cannot_be(text, says, tmp_path):
+    (tmp_path / "a.yaml").write_text(text)
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    with pytest.raises(UserError, match=says):
+        load_settings(tmp_path / "a.yaml")
+
+
+def test_documented_defaults():
+    settings = settings_of(SMALLEST)
+    loss, reveal, rollout = settings.objective.loss, settings.objective.reveal, settings.rollout
+    assert (loss.temperature, loss.weight, loss.fraction, loss.clip) == (1.1, 0.1, 0.10, None)
+    assert (reveal.rule, reveal.minimum) == ("overlap", 0.3)
+    assert (rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k) == (1024, 1.1, 0.95, 20)
+    assert (settings.optimizer.lr, settings.optimizer.clip_grad) == (5e-6, 0.1)
+    assert settings.objective.teacher.weights == "initial"
+    assert settings.model.lora is None
+
+
+def test_opsd_is_paint_that_shows_all_and_mixes_nothing():
+    opsd = settings_of(SMALLEST | {"objective": {"name": "opsd"}}).objective
+    paint = settings_of(
+        SMALLEST | {"objective": {"name": "paint", "reveal": {"rule": "full"}, "loss": {"positions": "none"}}}
+    ).objective
+    assert dataclasses.replace(opsd, name="paint") == paint
+
+
+def test_overrides_take_yaml_values(tmp_path):
+    path = tmp_path / "s.yaml"
+    path.write_text("model: {hf_path: m}\ndata: {train: p}\nrun: {dir: r}\n")
+    settings = load_settings(path, ["optimizer.lr=5e-6", "model.lora={rank: 8, alpha: 16}", "objective.loss.clip=0.05"])
+    assert settings.optimizer.lr == 5e-6
+    assert settings.model.lora.rank == 8
+    assert settings.objective.loss.clip == 0.05
+    assert load_settings(path, ["model.lora=null"]).model.lora is None
+
+
+def test_several_mistakes_are_told_together():
+    with pytest.raises(UserError) as error:
+        settings_of(SMALLEST | {"optimizer": {"lr": -1.0, "eps": 0.0}})
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_learning_rate_by_hand():
+    linear = OptimizerSettings(lr=1.0, min_lr=0.2, decay="linear", warmup_steps=2)
+    assert [learning_rate(s, steps=6, settings=linear) for s in (1, 2, 4, 6)] == pytest.approx([0.5, 1.0, 0.6, 0.2])
+    cosine = OptimizerSettings(lr=1.0, decay="cosine")
+    assert [learning_rate(s, steps=4, settings=cosine) for s in (2, 4)] == pytest.approx([0.5, 0.0])
+    assert learning_rate(99, steps=100, settings=OptimizerSettings(lr=3.0)) == 3.0
+
+
+def test_a_decay_ends_where_it_is_told_to():
+    linear = OptimizerSettings(lr=1.0, min_lr=0.2, decay="linear", warmup_steps=2, decay_steps=6)
+    rates = [learning_rate(step, steps=100, settings=linear) for step in (1, 2, 4, 6, 7, 100)]
+    assert rates == pytest.approx([0.5, 1.0, 0.6, 0.2, 0.2, 0.2])
+    cosine = OptimizerSettings(lr=1.0, min_lr=0.2, decay="cosine", decay_steps=4)
+    rates = [learning_rate(step, steps=3, settings=cosine) for step in (2, 3)]
+    assert rates == pytest.approx([0.6, 0.2 + 0.4 * (1 - 0.5**0.5)])
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "says"),
+    [
+        ({"decay_steps": 10}, "optimizer.decay=constant; leave it out"),
+        ({"decay_steps": 10, "decay": "linear", "warmup_steps": 10}, "must lie after optimizer.warmup_steps=10"),
+        ({"decay_steps": 0, "decay": "linear"}, "nearest valid value is 1"),
+    ],
+)
+def test_a_decay_that_cannot_be(optimizer, says):
+    with pytest.raises(UserError, match=says):
+        settings_of(SMALLEST | {"optimizer": optimizer})
+
+
+def test_what_is_due_after_a_step():
+    run = RunSettings(dir="r", steps=7, save_every=2, export_every=3, evaluate_every=0)
+    due = [due_after(step, run) for step in range(8)]
+    everything = ["checkpoint", "export", "evaluation"]
+    assert due == [
+        *(["evaluation"], [], ["checkpoint"], ["export"], ["checkpoint"], [], ["checkpoint", "export"], everything)
+    ]
+    assert due_after(1, RunSettings(dir="r", steps=1, save_every=0, export_every=0, evaluate_every=0)) == everything
+
+
+def test_plan_counts_weights(tmp_path):
+    """The number of weights from the config is that of the model."""
+    from transformers import Qwen3ForCausalLM
+
+    for tied in (True, False):
+        folder = tiny.make_model(tmp_path / str(tied), tied=tied)
+        settings = settings_of(SMALLEST | {"model": {"hf_path": str(folder)}, "rollout": {"max_new_tokens": 8}})
+        model = Qwen3ForCausalLM.from_pretrained(folder)
+        assert make_plan(settings, processes=1).shape.num_parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("objective", "says"),
+    [
+        ({"teacher": {"ema_anchor": 0.5}}, "ema_anchor=0.5 belongs to weights=ema, but weights=initial"),
+        ({"teacher": {"weights": "ema", "ema_anchor": 1.5}}, "nearest valid value is 1"),
+        ({"reveal": {"hidden_nats": 1.0, "unit": "segment"}}, "hidden_nats=1.0 is counted over tokens"),
+        ({"reveal": {"hidden_nats": 0.0}}, "greater than 0"),
+        (
+            {"loss": {"clip": 0.1, "clip_rule": "tokens"}},
+            "objective.loss.clip_rule: got 'tokens'; it is one of ",
+        ),
+    ],
+)
+def test_further_options_that_cannot_be(objective, says):
+    with pytest.raises(UserError, match=says):
+        settings_of(SMALLEST | {"objective": objective})

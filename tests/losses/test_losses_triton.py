@@ -1,0 +1,126 @@
+"""The Triton kernels: under the interpreter against float64, compiled for a GPU, and when they are chosen."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_paint.losses.elementwise.choose import _say_once, choose_kernel
+from tests.losses.losses_cases import LOGPROB_CASES, TRITON_CASES
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+HERE = Path(__file__).parent
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+KERNEL_RUNS = [
+    f"{kind} {divergence} {columns}"
+    for kind in ("float32", "bfloat16", "float16", "masked", "extreme", "identical")
+    for divergence in ("forward", "clipped", "reverse", "jsd")
+    for columns in ((1, 16, 37) if kind == "float32" else (37,))
+]
+
+
+def _run(*arguments: str, **environment: str) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), str(HERE)])
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What the interpreter's process measured."""
+    path = tmp_path_factory.mktemp("triton") / "found.json"
+    _run(str(HERE / "triton_worker.py"), str(path), TRITON_INTERPRET="1")
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("name", TRITON_CASES)
+def test_fused_loss_equals_dense(found, name):
+    """Values and gradients in float32; selections and counts exactly."""
+    errors = found["cases"][name]
+    exact = ("selected_T", "clipped_entries_T", "carries_loss_T")
+    assert not {key: value for key, value in errors.items() if value > (0.0 if key.endswith(exact) else 5e-6)}
+
+
+@pytest.mark.parametrize("name", LOGPROB_CASES)
+def test_token_logprobs_equal_dense(found, name):
+    """Log-probabilities, entropies and gradients in float32."""
+    errors = found["logprobs"][name]
+    assert len(errors) == 8
+    assert not {key: value for key, value in errors.items() if value > 5e-6}
+
+
+@pytest.mark.parametrize("run", KERNEL_RUNS)
+def test_kernels_equal_float64(found, run):
+    """On the same logits in float64: any width, any type, masked columns, logits of 1e4, a teacher that is the student.
+
+    The bfloat16 runs write their gradient rounded to 8 bits. At 1e4 float32 logits have steps of 1e-3.
+    """
+    errors = found["kernels"][run]
+    assert errors["finite"] == 1.0
+    assert max(errors[name] for name in ("normalisers", "token", "outcome")) <= 5e-6
+    if run.startswith("identical"):
+        assert errors["loss"] == errors["largest"] == 0.0
+    elif not run.startswith("extreme"):
+        assert errors["gradient"] <= (4e-3 if run.startswith("bfloat16") else 5e-6)
+
+
+@pytest.mark.parametrize("gradient", ["float32", "bfloat16"])
+@pytest.mark.parametrize("logits", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("columns", [1, 16, 37])
+def test_token_kernels_equal_float64(found, logits, gradient, columns):
+    """Of all types, the gradient in a buffer of its own where the types differ; one token on another rank."""
+    errors = found["tokens"][f"{logits} {gradient} {columns}"]
+    assert errors["statistics"] <= 5e-6
+    assert errors["gradient"] <= (5e-6 if gradient == "float32" else 4e-3)
+
+
+@pytest.mark.parametrize("kernel", ["torch", "triton"])
+def test_what_is_not_finite_stays_so(found, kernel):
+    """One broken hidden state: its row's loss is not finite, whatever the divergence and whoever's it is."""
+    assert len(found["broken"][kernel]) == 3 * (3 * 4 + 1)
+    assert {run: rows for run, rows in found["broken"][kernel].items() if rows != [True, False, True, True]} == {}
+
+
+def test_sharded_vocabularies_equal_dense(found):
+    """Two ranks, one of them with padding, unequal shards, tokens elsewhere."""
+    assert len(found["sharded"]) == 6
+    assert {name: error for name, error in found["sharded"].items() if error > 5e-6} == {}
+
+
+def test_kernels_compile_for_hopper():
+    """Triton's compiler needs no GPU: what the interpreter forgives, it does not."""
+    _run(str(HERE / "triton_compile.py"))
+
+
+def test_choice_of_kernel(monkeypatch):
+    """auto is Triton on CUDA and torch elsewhere; float64 is torch's; an interpreter makes triton run on a CPU."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    _say_once.cache_clear()
+    with pytest.warns(UserWarning, match="these tensors are on cpu") as caught:
+        chosen = [choose_kernel("auto", device=CPU, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    assert chosen == ["torch", "torch"]
+    assert len(caught) == 1
+    assert choose_kernel("auto", device=CUDA, dtype=torch.float32) == "triton"
+    assert choose_kernel("triton", device=CUDA, dtype=torch.float32) == "triton"
+    assert choose_kernel("torch", device=CUDA, dtype=torch.float32) == "torch"
+    assert choose_kernel("triton", device=CUDA, dtype=torch.float64) == "torch"
+    with pytest.raises(ValueError, match="kernel: got 'triton'; it needs CUDA and Triton"):
+        choose_kernel("triton", device=CPU, dtype=torch.float32)
+    with pytest.raises(ValueError, match="kernel: got 'cuda'"):
+        choose_kernel("cuda", device=CPU, dtype=torch.float32)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose_kernel("triton", device=CPU, dtype=torch.float32) == "triton"
+    monkeypatch.setattr("megatron_paint.losses.elementwise.choose.find_spec", lambda _: None)
+    _say_once.cache_clear()
+    with pytest.warns(UserWarning, match="Triton is not installed"):
+        assert choose_kernel("auto", device=CUDA, dtype=torch.float32) == "torch"
+    with pytest.raises(ValueError, match="Triton is not installed"):
+        choose_kernel("triton", device=CUDA, dtype=torch.float32)

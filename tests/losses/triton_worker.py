@@ -1,0 +1,220 @@
+"""Runs the Triton kernels under Triton's interpreter and writes what it measured: the interpreter is per process.
+
+Axes: T tokens, V vocabulary columns, H hidden.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from megatron_paint.losses import InterpolationLossConfig, WholeVocab, fused_interpolation_loss, token_logprobs
+from megatron_paint.losses.elementwise import triton_backend as triton_passes
+from megatron_paint.losses.elementwise.divergences import finish
+from megatron_paint.losses.elementwise.interface import ChunkLogits, Target, split_statistics
+from megatron_paint.losses.elementwise.softmax_statistics import Softmax, query_tokens
+from megatron_paint.losses.elementwise.token import TokenLogits, TorchTokenPasses
+from megatron_paint.losses.elementwise.torch_backend import TorchPasses
+from tests.losses import losses_compare
+from tests.losses.losses_cases import CASES, LOGPROB_CASES, TRITON_CASES, make_data
+from tests.losses.losses_compare import relative
+from tests.losses.losses_ranks import axis_of, columns_of
+
+# 48 columns in blocks of 16 or, with padding in the last one, 32.
+BLOCKS = (16, 32)
+SHARDED = ("forward-padded", "forward-skewed", "forward", "cold", "clipped-cut-skip", "jsd-cut-full-teacher")
+DIVERGENCES = {
+    "forward": {},
+    "clipped": {"clip": 0.05},
+    "reverse": {"divergence": "reverse_kl"},
+    "jsd": {"divergence": "jsd", "jsd_beta": 0.3},
+}
+LOGITS = ("float32", "bfloat16", "float16", "masked", "extreme", "identical")
+
+
+def measure_logprobs() -> dict[str, dict[str, float]]:
+    """Errors of token log-probabilities against the dense ones, case by case, with kernel="triton"."""
+    losses_compare.token_logprobs = partial(token_logprobs, kernel="triton")
+    found = {}
+    for index, name in enumerate(LOGPROB_CASES):
+        triton_passes.TritonTokenPasses.__init__.__kwdefaults__["block"] = BLOCKS[index % 2]
+        case = CASES[name]
+        data, vocab = make_data(case, torch.float32), WholeVocab(valid_size=case.valid_size)
+        found[name] = losses_compare.measure_logprobs(case, data, vocab, slice(None))
+    return found
+
+
+def measure_token_kernels(logits: str, gradient: str, columns: int) -> dict[str, float]:
+    """Token statistics and gradient of Triton's passes against torch's in float64, one token on another rank."""
+    generator = torch.Generator().manual_seed(columns)
+    values_TV = (torch.randn(4, columns, generator=generator) * 3.0).to(getattr(torch, logits))
+    ids_T = torch.tensor([0, 2, 3, 5]) % columns + torch.tensor([0, 0, columns, 0])
+    query = query_tokens(ids_T, start=0, columns=columns, ratio=1.0)
+    results = []
+    for exact in (True, False):
+        dtype = torch.float64 if exact else values_TV.dtype
+        passes = TorchTokenPasses(elements=7)
+        if not exact:
+            passes = triton_passes.TritonTokenPasses(dlogits_dtype=getattr(torch, gradient), block=16)
+        part = TokenLogits(values_TV=values_TV.to(dtype, copy=True))
+        packed_TK = passes.statistics(part, query)
+        # As if another rank's columns held as much again.
+        total = Softmax(packed_TK[:, 0], packed_TK[:, 1] * 2.0)
+        scale_T = torch.linspace(-0.5, 2.0, 4, dtype=packed_TK.dtype)
+        results.append((packed_TK, passes.gradient(part, query, total, scale_T)))
+    (statistics, dlogits_TV), (found, change_TV) = results
+    return {"statistics": relative(found, statistics), "gradient": relative(change_TV, dlogits_TV)}
+
+
+def measure_broken(kernel: str) -> dict[str, list[bool]]:
+    """Which rows' losses are finite where one hidden state of row 1 is not."""
+    found = {}
+    for value in (torch.nan, torch.inf, -torch.inf):
+        for side in ("student", "teacher", "full"):
+            for name, options in DIVERGENCES.items():
+                generator = torch.Generator().manual_seed(3)
+                hidden = {key: torch.randn(4, 6, generator=generator) for key in ("student", "teacher", "full")}
+                weight_VH = torch.randn(40, 6, generator=generator)
+                hidden[side][1, 3] = value
+                output = fused_interpolation_loss(
+                    hidden["student"],
+                    weight_VH,
+                    hidden["teacher"],
+                    full_teacher_hidden_TH=hidden["full"],
+                    lengths=[4],
+                    config=InterpolationLossConfig(**options, partner="full_teacher", positions="all"),
+                    vocab=WholeVocab(),
+                    kernel=kernel,
+                )
+                found[f"{value} {side} {name}"] = torch.isfinite(output.loss_T).tolist()
+                if side == "student":
+                    ids_T = torch.arange(4)
+                    scored = token_logprobs(hidden[side], weight_VH, ids_T, vocab=WholeVocab(), kernel=kernel)
+                    found[f"{value} logprobs"] = torch.isfinite(scored.logp_T).tolist()
+    return found
+
+
+def measure_sharded(folder: Path) -> dict[str, float]:
+    """The largest errors of the fused loss and of token log-probabilities over two ranks' columns."""
+    mp.spawn(_rank, (2, str(folder)), nprocs=2)
+    parts = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    return {key: max(part[key] for part in parts) for key in parts[0]}
+
+
+def _rank(rank: int, ranks: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
+    losses_compare.fused_interpolation_loss = partial(fused_interpolation_loss, kernel="triton")
+    losses_compare.token_logprobs = partial(token_logprobs, kernel="triton")
+    triton_passes.TritonPasses.__init__.__kwdefaults__["block"] = 16
+    triton_passes.TritonTokenPasses.__init__.__kwdefaults__["block"] = 16
+    found = {}
+    for name in SHARDED:
+        case = CASES[name]
+        columns = columns_of(case, rank, ranks)
+        errors = losses_compare.measure_case(case, torch.float32, axis_of(case, rank, ranks), columns)
+        found[name] = max(value for key, value in errors.items() if not key.startswith("reference"))
+    Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def measure_cases() -> dict[str, dict[str, float]]:
+    """The fused loss's errors against the dense one, case by case, with kernel="triton"."""
+    losses_compare.fused_interpolation_loss = partial(fused_interpolation_loss, kernel="triton")
+    found = {}
+    for index, name in enumerate(TRITON_CASES):
+        triton_passes.TritonPasses.__init__.__kwdefaults__["block"] = BLOCKS[index % 2]
+        case = CASES[name]
+        errors = losses_compare.measure_case(case, torch.float32, WholeVocab(valid_size=case.valid_size), slice(None))
+        found[name] = {key: value for key, value in errors.items() if key.startswith("fused")}
+    return found
+
+
+def make_logits(kind: str, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Student's and teacher's logits [4, V] of one kind."""
+    generator = torch.Generator().manual_seed(columns)
+    student_TV = torch.randn(4, columns, generator=generator) * 3.0
+    teacher_TV = student_TV + torch.randn(4, columns, generator=generator) * 0.5
+    if kind == "masked" and columns > 2:
+        student_TV[:, 1::3] = teacher_TV[:, 1::3] = -torch.inf
+    if kind == "extreme":
+        student_TV, teacher_TV = ((torch.rand(2, 4, columns, generator=generator) - 0.5) * 2e4).unbind(0)
+    if kind == "identical":
+        teacher_TV = student_TV.clone()
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(kind, torch.float32)
+    return student_TV.to(dtype), teacher_TV.to(dtype)
+
+
+def measure_kernels(kind: str, divergence: str, columns: int) -> dict[str, float]:
+    """Statistics, sums and gradient of Triton's passes against torch's in float64 on the same logits."""
+    config = InterpolationLossConfig(**DIVERGENCES[divergence], weight=0.3)
+    student_TV, teacher_TV = make_logits(kind, columns)
+    weight_T = torch.tensor([0.0, 0.3, 0.3, 0.0], dtype=torch.float64)
+    half = kind == "bfloat16"
+    results = []
+    for exact in (False, True):
+        dtype = torch.float64 if exact else student_TV.dtype
+        parts = [values_TV.to(dtype, copy=True) for values_TV in (student_TV, teacher_TV)]
+        if exact:
+            passes = TorchPasses(config, elements=7)
+            parts = [(part_TV / config.temperature).clamp(min=-1e30) for part_TV in parts]
+        else:
+            made = torch.bfloat16 if half else torch.float32
+            passes = triton_passes.TritonPasses(config, dlogits_dtype=made, block=16)
+        logits = ChunkLogits(student_TV=parts[0], teacher_TV=parts[1], partner_TV=None)
+        query = query_tokens(torch.tensor([0, 2, 3, 5]) % columns, start=0, columns=columns, ratio=0.7)
+        found = split_statistics(passes.statistics(logits, query), mixed=True, token=True)
+        student, teacher = (Softmax(part[:, 0], part[:, 1]) for part in (found.student, found.teacher))
+        mixed = Softmax(found.mixed[:, 0], found.mixed[:, 1])
+        chosen = weight_T > 0
+        target = Softmax(*(torch.where(chosen, a, b) for a, b in zip(mixed, teacher, strict=True)))
+        scale_T = torch.linspace(0.5, 2.0, 4, dtype=torch.float64 if exact else torch.float32)
+        work = passes.sums(logits, Target(student, target, weight_T.to(scale_T.dtype)), scale_T)
+        outcome = finish(work.sums_TK, config)
+        dlogits_TV = passes.gradient(work, outcome.coefficient_T, scale_T)
+        lse = [total.max_T + total.sum_T.log() for total in (student, teacher, target)]
+        entropy_T = student.sum_T.log() - found.student[:, 2] / student.sum_T
+        results.append((torch.stack([*lse, entropy_T]), found.token, torch.stack(outcome[:2]), dlogits_TV))
+    (lse, token, outcome, dlogits_TV), wanted = results
+    tensors = (lse, token, outcome, dlogits_TV.float())
+    names = ("normalisers", "token", "outcome", "gradient")
+    finite = all(bool(torch.isfinite(part).all()) for part in tensors)
+    errors = {name: relative(got, want) for name, got, want in zip(names, tensors, wanted, strict=True)}
+    return errors | {
+        "finite": float(finite),
+        "largest": float(dlogits_TV.abs().max()),
+        "loss": float(outcome.abs().max()),
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    kernels = {
+        f"{kind} {divergence} {columns}": measure_kernels(kind, divergence, columns)
+        for kind in LOGITS
+        for divergence in DIVERGENCES
+        for columns in ((1, 16, 37) if kind == "float32" else (37,))
+    }
+    tokens = {
+        f"{logits} {gradient} {columns}": measure_token_kernels(logits, gradient, columns)
+        for logits in ("float32", "bfloat16", "float16")
+        for gradient in ("float32", "bfloat16")
+        for columns in (1, 16, 37)
+    }
+    path = Path(sys.argv[1])
+    found = {"cases": measure_cases(), "logprobs": measure_logprobs(), "kernels": kernels, "tokens": tokens}
+    found["broken"] = {kernel: measure_broken(kernel) for kernel in ("torch", "triton")}
+    path.write_text(json.dumps(found | {"sharded": measure_sharded(path.parent)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Samples all cases at one layout; rank 0 writes the rollouts."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from megatron_paint.config.settings import (
+    DataSettings,
+    MegatronSettings,
+    ModelSettings,
+    RolloutSettings,
+    RunSettings,
+    Settings,
+)
+from megatron_paint.mcore.policy import MegatronPolicy
+from megatron_paint.mcore.ranks import start_ranks, stop_ranks
+from megatron_paint.models.qwen3.shape import read_shape
+from tests.mcore.generation_cases import SAMPLING, requests
+from tests.mcore.layouts import LAYOUTS
+
+
+def main() -> None:
+    layout, hf_path, out = LAYOUTS[sys.argv[1]], sys.argv[2], Path(sys.argv[3])
+    torch.set_num_threads(1)
+    megatron = MegatronSettings(**layout.megatron)
+    ranks = start_ranks(megatron)
+    rollouts = {}
+    for batch_size in (64, 2):
+        settings = Settings(
+            model=ModelSettings(hf_path=hf_path, dtype="float32"),
+            data=DataSettings(train="unused", micro_batch_tokens=64),
+            run=RunSettings(dir="unused"),
+            rollout=RolloutSettings(batch_size=batch_size),
+            megatron=megatron,
+        )
+        policy = MegatronPolicy(settings, read_shape(hf_path), ranks)
+        for name, sampling in SAMPLING.items():
+            rollouts[f"{name}-{batch_size}"] = policy.generate(requests(), sampling)
+        # Another key, another draw; and the answer to one request does not depend on the others.
+        rollouts[f"alone-{batch_size}"] = policy.generate(requests()[2:3], SAMPLING["plain"])
+    if ranks.rank == 0:
+        torch.save(rollouts, out)
+    stop_ranks()
+
+
+if __name__ == "__main__":
+    main()

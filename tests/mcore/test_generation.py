@@ -1,0 +1,84 @@
+"""Rollouts in process: greedy ones equal `transformers.generate`, sampled ones are the same at every layout."""
+
+import pytest
+import torch
+from transformers import Qwen3ForCausalLM
+
+from tests.mcore import parity_cases as parity
+from tests.mcore.generation_cases import SAMPLING, STOP, requests
+from tests.mcore.layouts import LAYOUTS, run_worker
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    parity.make_checkpoints(folder)
+    return parity.checkpoint(folder, "start", tied=True)
+
+
+@pytest.fixture(scope="module")
+def rollouts(model_folder, tmp_path_factory):
+    """Rollouts of all cases by layout."""
+    found = {}
+    for layout in LAYOUTS:
+        out = tmp_path_factory.mktemp(layout) / "rollouts.pt"
+        run_worker("generation_worker", layout, model_folder, out)
+        found[layout] = torch.load(out, weights_only=False)
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("batch_size", [64, 2])
+def test_greedy_equals_transformers(layout, batch_size, rollouts, model_folder):
+    model = Qwen3ForCausalLM.from_pretrained(model_folder)
+    for request, rollout in zip(requests(), rollouts[layout][f"greedy-{batch_size}"], strict=True):
+        wanted = model.generate(
+            torch.tensor([request.prompt_ids]),
+            max_new_tokens=SAMPLING["greedy"].max_new_tokens,
+            do_sample=False,
+            eos_token_id=STOP,
+            pad_token_id=STOP,
+        )[0, len(request.prompt_ids) :]
+        assert rollout.response_ids == tuple(wanted.tolist())
+        assert rollout.finished == (rollout.response_ids[-1] == STOP)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", SAMPLING)
+def test_same_at_every_layout_and_batch(layout, case, rollouts):
+    wanted = rollouts["tp1"][f"{case}-64"]
+    for batch_size in (64, 2):
+        found = rollouts[layout][f"{case}-{batch_size}"]
+        assert [r.response_ids for r in found] == [r.response_ids for r in wanted]
+        assert [r.problem_id for r in found] == [r.problem_id for r in requests()]
+        for one, other in zip(found, wanted, strict=True):
+            assert one.logprobs == pytest.approx(other.logprobs, abs=2e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_independent_of_the_batch(layout, rollouts):
+    alone, together = rollouts[layout]["alone-64"][0], rollouts[layout]["plain-64"][2]
+    assert alone.response_ids == together.response_ids
+
+
+@pytest.mark.parametrize("case", ["plain", "nucleus", "top-k"])
+def test_logprobs_are_the_models(case, rollouts, model_folder):
+    """At the sampling temperature, over the whole vocabulary, before top-k and top-p."""
+    model = Qwen3ForCausalLM.from_pretrained(model_folder)
+    sampling = SAMPLING[case]
+    for rollout in rollouts["tp1"][f"{case}-64"]:
+        ids = torch.tensor([[*rollout.prompt_ids, *rollout.response_ids]])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, len(rollout.prompt_ids) - 1 : -1]
+        logp = (logits / sampling.temperature).log_softmax(-1)
+        wanted = logp.gather(1, torch.tensor(rollout.response_ids)[:, None])[:, 0]
+        assert rollout.logprobs == pytest.approx(wanted.tolist(), abs=2e-5)
+
+
+def test_responses_differ_and_stop(rollouts):
+    """The cases are worth something: draws differ between keys, some rows stop early, some run to the limit."""
+    found = rollouts["tp1"]["plain-64"]
+    assert len({r.response_ids for r in found}) == len(found)
+    lengths = {len(r.response_ids) for case in SAMPLING for r in rollouts["tp1"][f"{case}-64"]}
+    assert len(lengths) > 2
+    assert {r.finished for case in SAMPLING for r in rollouts["tp1"][f"{case}-64"]} == {True, False}
