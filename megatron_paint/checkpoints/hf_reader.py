@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_paint.base.errors import UserError
 from megatron_paint.checkpoints.dtypes import row_blocks
 from megatron_paint.models.qwen3.mapping import hugging_face_shapes
-from megatron_paint.models.qwen3.shape import Qwen3Shape
+from megatron_paint.models.shape import ModelShape
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -46,7 +46,7 @@ class HuggingFaceReader:
     With `shape`, opening it checks that exactly the tensors of that model are there; UserError says what is not.
     """
 
-    def __init__(self, folder: str | Path, shape: Qwen3Shape | None = None):
+    def __init__(self, folder: str | Path, shape: ModelShape | None = None):
         self.folder = Path(folder)
         self.tensors = self._locate()
         self._open: dict[str, int] = {}
@@ -63,7 +63,7 @@ class HuggingFaceReader:
         values = flat.view(place.dtype).view(stop - first, *place.shape[1:])
         return values if columns is None else values[:, columns].contiguous()
 
-    def check_tied(self, shape: Qwen3Shape) -> None:
+    def check_tied(self, shape: ModelShape) -> None:
         """UserError where an output layer that the config ties to the embedding is stored, and is not the embedding."""
         if not shape.tied or HEAD not in self.tensors:
             return
@@ -151,7 +151,7 @@ class HuggingFaceReader:
         start = data + entry["data_offsets"][0]
         return TensorPlace(file=file, dtype=DTYPES[entry["dtype"]], shape=tuple(entry["shape"]), start=start)
 
-    def _check(self, shape: Qwen3Shape) -> None:
+    def _check(self, shape: ModelShape) -> None:
         expected = hugging_face_shapes(shape)
         surplus_allowed = {HEAD} if shape.tied else set()
         missing = sorted(expected.keys() - self.tensors.keys())

@@ -15,7 +15,7 @@ from megatron_paint.checkpoints.dtypes import row_blocks
 from megatron_paint.checkpoints.manifest import Stored, checksums
 from megatron_paint.checkpoints.torch_dist import CheckpointReader
 from megatron_paint.models.qwen3.mapping import Entry, checkpoint_entries
-from megatron_paint.models.qwen3.shape import Qwen3Shape
+from megatron_paint.models.shape import ModelShape
 
 RUN_STATE = "run_state.json"
 BESIDE = ("optimizer.", "teacher.", "rng", "rerun", "chained_")  # what a run keeps beside the model
@@ -42,7 +42,7 @@ class Lora:
 class MegatronSource:
     """Opens a checkpoint and checks that exactly the parameters of `shape` are in it; UserError says what is not."""
 
-    def __init__(self, folder: str | Path, shape: Qwen3Shape):
+    def __init__(self, folder: str | Path, shape: ModelShape):
         self.folder, self.shape = Path(folder), shape
         self.reader = CheckpointReader(folder)
         self.entry_of: dict[str, Entry] = {}  # Hugging Face tensor -> the parameter that holds it

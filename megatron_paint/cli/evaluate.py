@@ -13,7 +13,7 @@ from megatron_paint.evaluation.benchmarks import Benchmark, load_benchmarks
 from megatron_paint.evaluation.evaluator import Answers, Evaluator
 from megatron_paint.evaluation.summary import Evaluated, write_summary
 from megatron_paint.grading.grade import GradingPool
-from megatron_paint.models.qwen3.shape import Qwen3Shape
+from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.memory import cache_bytes_per_token, make_plan
 from megatron_paint.records import EvalReport, Problem, Rollout
 from megatron_paint.run.console import Mode, Progress
@@ -27,7 +27,7 @@ PROBED = 2**16  # bytes of a file's beginning, middle and end
 
 
 def load_evaluators(
-    asked: Requested, shape: Qwen3Shape, *, on_rank_zero: OnRankZero = directly
+    asked: Requested, shape: ModelShape, *, on_rank_zero: OnRankZero = directly
 ) -> tuple[tuple[str, Evaluator], ...]:
     """(name, evaluator) of every benchmark; `share` has one rank read."""
     settings = asked.settings
@@ -49,7 +49,7 @@ def evaluate(asked: Requested, *, mode: Mode = "normal") -> None:
         _evaluate(asked, ranks, make_plan(asked.settings, processes=ranks.size).shape, mode=mode)
 
 
-def _evaluate(asked: Requested, ranks: "Ranks", shape: Qwen3Shape, *, mode: Mode) -> None:
+def _evaluate(asked: Requested, ranks: "Ranks", shape: ModelShape, *, mode: Mode) -> None:
     """Rank 0 reads, writes, grades and prints."""
     from megatron_paint.mcore.collectives import rank_zero_does
     from megatron_paint.mcore.policy import MegatronPolicy
@@ -78,7 +78,7 @@ def _evaluate(asked: Requested, ranks: "Ranks", shape: Qwen3Shape, *, mode: Mode
     on_rank_zero(lambda: _report(asked, evaluators, found, files, progress))
 
 
-def rows_at_once(settings: Settings, shape: Qwen3Shape, evaluators: Sequence[tuple[str, Evaluator]]) -> int:
+def rows_at_once(settings: Settings, shape: ModelShape, evaluators: Sequence[tuple[str, Evaluator]]) -> int:
     """Answers that a replica decodes together at their longest: they are saved as these end."""
     longest = max(len(evaluator.prompt(problem)) for _, evaluator in evaluators for problem in evaluator.problems)
     tokens = int(settings.rollout.cache_bytes // cache_bytes_per_token(settings, shape))

@@ -27,7 +27,8 @@ from megatron_paint.checkpoints.megatron_source import Lora, MegatronSource
 from megatron_paint.checkpoints.peft import ADAPTER_FILE, adapter_name, write_config
 from megatron_paint.convert.work import Task, check_names, cut_tasks, fingerprint, merged
 from megatron_paint.models.qwen3.mapping import Entry, checkpoint_entries, hugging_face_shapes
-from megatron_paint.models.qwen3.shape import Qwen3Shape, read_shape
+from megatron_paint.models.qwen3.shape import read_shape
+from megatron_paint.models.shape import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ class ToHuggingFace:
         }
 
     @cached_property
-    def shape(self) -> Qwen3Shape:
+    def shape(self) -> ModelShape:
         return read_shape(self.base)
 
     @cached_property

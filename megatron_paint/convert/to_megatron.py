@@ -17,7 +17,8 @@ from megatron_paint.checkpoints.manifest import manifest_entry, write_manifest
 from megatron_paint.checkpoints.torch_dist import PieceWriter, write_metadata
 from megatron_paint.convert.work import Task, check_names, cut_tasks, fingerprint, merged
 from megatron_paint.models.qwen3.mapping import Entry, checkpoint_entries, empty_entries, hugging_face_shapes
-from megatron_paint.models.qwen3.shape import Qwen3Shape, read_shape
+from megatron_paint.models.qwen3.shape import read_shape
+from megatron_paint.models.shape import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class ToMegatron:
         }
 
     @cached_property
-    def shape(self) -> Qwen3Shape:
+    def shape(self) -> ModelShape:
         return read_shape(self.source)
 
     @cached_property

@@ -27,7 +27,7 @@ from megatron_paint.mcore.collectives import (
 )
 from megatron_paint.mcore.distributed_format import copy_distributed
 from megatron_paint.mcore.lora import adapters_of
-from megatron_paint.mcore.model import Qwen3Model
+from megatron_paint.mcore.model import Stage
 from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.mcore.teacher import Teacher
 from megatron_paint.runtime.checksums import (
@@ -56,7 +56,12 @@ ENGINE_STATE = "_extra_state"  # Transformer Engine's own entries beside the wei
 
 
 def copy_checkpoint(
-    path: Path, stage: Qwen3Model, optimizer: MegatronOptimizer, teacher: Teacher, state: dict[str, Any], ranks: Ranks
+    path: Path,
+    stage: Stage,
+    optimizer: MegatronOptimizer,
+    teacher: Teacher,
+    state: dict[str, Any],
+    ranks: Ranks,
 ) -> Callable[[Ranks], None]:
     """Copies everything a run needs to go on to host memory; all ranks call together.
 
@@ -117,7 +122,7 @@ def _known_checksums(folder: Path) -> tuple[dict[str, Checksum], str | None]:
         return {}, f"{STATE} is not what was written ({error!r})"
 
 
-def load_checkpoint(folder: Path, stage: Qwen3Model, optimizer: MegatronOptimizer, teacher: Teacher) -> dict[str, Any]:
+def load_checkpoint(folder: Path, stage: Stage, optimizer: MegatronOptimizer, teacher: Teacher) -> dict[str, Any]:
     """Fills model, optimiser and teacher from `folder`, whatever layout wrote it; returns the run's state."""
     state = _read_state(folder, stage)
     _begin_state(optimizer)
@@ -133,7 +138,7 @@ def load_checkpoint(folder: Path, stage: Qwen3Model, optimizer: MegatronOptimize
     return state
 
 
-def _sizes(stage: Qwen3Model) -> dict[str, int | bool]:
+def _sizes(stage: Stage) -> dict[str, int | bool]:
     """What a checkpoint's model and the one that loads it must have in common, in the words of config.json."""
     config = stage.config
     return {
@@ -148,7 +153,7 @@ def _sizes(stage: Qwen3Model) -> dict[str, int | bool]:
     }
 
 
-def _read_state(folder: str | Path, stage: Qwen3Model) -> dict[str, Any]:
+def _read_state(folder: str | Path, stage: Stage) -> dict[str, Any]:
     """The run's state; UserError where it cannot be read or is of a model of other sizes."""
     file = Path(folder) / STATE
     try:
@@ -168,7 +173,7 @@ def _read_state(folder: str | Path, stage: Qwen3Model) -> dict[str, Any]:
     return state
 
 
-def load_weights(stage: Qwen3Model, folder: str | Path) -> None:
+def load_weights(stage: Stage, folder: str | Path) -> None:
     """Fills the model alone from a Megatron checkpoint of the same architecture, of any run and layout."""
     wanted = {"model": _weights(stage)}
     if has_adapters(folder) and not adapters_of(stage):
@@ -179,7 +184,7 @@ def load_weights(stage: Qwen3Model, folder: str | Path) -> None:
     _fill(stage, _load(wanted, folder, strict=StrictHandling.RAISE_UNEXPECTED)["model"])
 
 
-def _weights(stage: Qwen3Model) -> dict:
+def _weights(stage: Stage) -> dict:
     """Entries of the model. Transformer Engine's are of use for delayed FP8 scaling alone; left out otherwise, so that
     both kinds of layer load each other's checkpoints."""
     state = stage.sharded_state_dict(metadata=dict(_METADATA))
@@ -188,7 +193,7 @@ def _weights(stage: Qwen3Model) -> dict:
     return {key: entry for key, entry in state.items() if not key.endswith(ENGINE_STATE)}
 
 
-def _fill(stage: Qwen3Model, state: dict) -> None:
+def _fill(stage: Stage, state: dict) -> None:
     lacking = stage.load_state_dict(state, strict=False)
     wrong = [key for key in lacking.missing_keys if not key.endswith(ENGINE_STATE)] + lacking.unexpected_keys
     if wrong:
@@ -258,7 +263,7 @@ def _set_with_step(part: DistributedOptimizer, model_param: torch.Tensor, tensor
     DistributedOptimizer._set_main_param_and_optimizer_states(part, model_param, {"step": state["step"], **tensors})
 
 
-def _sharded_state(stage: Qwen3Model, optimizer: MegatronOptimizer, teacher: Teacher, *, is_loading: bool) -> dict:
+def _sharded_state(stage: Stage, optimizer: MegatronOptimizer, teacher: Teacher, *, is_loading: bool) -> dict:
     model = _weights(stage)
     state = {"model": model}
     state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(_METADATA))

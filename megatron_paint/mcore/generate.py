@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_paint.base.keys import uniforms
 from megatron_paint.mcore.attention import KeyValueCache, TokenRows, token_rows
-from megatron_paint.mcore.model import Qwen3Model
+from megatron_paint.mcore.model import Stage
 from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.mcore.response_rows import response_rows
 from megatron_paint.mcore.sampling import choose_tokens
@@ -59,7 +59,7 @@ class BatchLimits:
 class Generator:
     """Samples for this data-parallel replica; all its ranks call together and get the same rollouts."""
 
-    def __init__(self, stage: Qwen3Model, ranks: Ranks, *, token_multiple: int, limits: BatchLimits):
+    def __init__(self, stage: Stage, ranks: Ranks, *, token_multiple: int, limits: BatchLimits):
         self.stage = stage
         self.ranks = ranks
         self.token_multiple = token_multiple  # the layout and FP8 need calls of a multiple of so many tokens

@@ -20,7 +20,7 @@ from megatron_paint.mcore.collectives import fill_folder
 from megatron_paint.mcore.lora import gathered_adapters, merged_weight
 from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.models.qwen3.mapping import hugging_face_shapes, rule_of
-from megatron_paint.models.qwen3.shape import Qwen3Shape
+from megatron_paint.models.shape import ModelShape
 from megatron_paint.runtime.files import sync
 
 WRITER_BYTES = 10**9  # ours: of a stage's weights, for which another rank takes a part of the writing
@@ -37,7 +37,7 @@ def first_layer_of(stage: nn.Module) -> int:
 
 
 @torch.no_grad()
-def load_stage(stage: nn.Module, folder: str | Path, shape: Qwen3Shape, ranks: Ranks) -> None:
+def load_stage(stage: nn.Module, folder: str | Path, shape: ModelShape, ranks: Ranks) -> None:
     """Fills every base parameter of this rank's stage from its own slices of the checkpoint; no rank asks another."""
     with about("model.hf_path"):
         reader = HuggingFaceReader(folder, shape)
@@ -53,7 +53,7 @@ def load_stage(stage: nn.Module, folder: str | Path, shape: Qwen3Shape, ranks: R
 
 def gathered_tensors(
     named: Iterable[tuple[str, Tensor]],
-    shape: Qwen3Shape,
+    shape: ModelShape,
     ranks: Ranks,
     *,
     first_layer: int,
@@ -83,7 +83,7 @@ def export_stage(
     stage: nn.Module,
     out: str | Path,
     *,
-    shape: Qwen3Shape,
+    shape: ModelShape,
     ranks: Ranks,
     dtype: torch.dtype,
     source: str | Path,

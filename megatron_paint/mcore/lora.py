@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from megatron_paint.base.keys import derive_key
 from megatron_paint.checkpoints.peft import adapter_name
 from megatron_paint.config.settings import LoraSettings
-from megatron_paint.mcore.model import Qwen3Model
+from megatron_paint.mcore.model import Stage
 from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.models.qwen3.mapping import part
-from megatron_paint.models.qwen3.shape import Qwen3Shape
+from megatron_paint.models.shape import ModelShape
 
 
 class Adapters(nn.Module, ABC):
@@ -122,7 +122,7 @@ class RowAdapters(Adapters):
         return self.scale * (b_OK.float() @ a_KI.float())
 
 
-def add_adapters(stage: Qwen3Model, settings: LoraSettings, shape: Qwen3Shape, ranks: Ranks, *, seed: int) -> None:
+def add_adapters(stage: Stage, settings: LoraSettings, shape: ModelShape, ranks: Ranks, *, seed: int) -> None:
     """Freezes the stage and puts adapters on its layers; the same ones whatever the layout."""
     for parameter in stage.parameters():
         parameter.requires_grad_(False)
@@ -168,7 +168,7 @@ def _start_pair(rank: int, inputs: int, outputs: int, split_inputs: bool, ranks:
     return a_KI.to(**options), torch.zeros(outputs, rank, **options)
 
 
-def adapters_of(stage: Qwen3Model) -> list[Adapters]:
+def adapters_of(stage: Stage) -> list[Adapters]:
     """All adapters of a stage; empty without LoRA."""
     return [module for module in stage.modules() if isinstance(module, Adapters)]
 
@@ -182,7 +182,7 @@ _SIBLINGS = {
 
 
 @torch.no_grad()
-def merged_weight(stage: Qwen3Model, name: str, parameter: Tensor) -> Tensor:
+def merged_weight(stage: Stage, name: str, parameter: Tensor) -> Tensor:
     """A base parameter of the stage with its adapters, if it has any, added in float32 and rounded once."""
     path = name.split(".")
     adapters = None
@@ -194,7 +194,7 @@ def merged_weight(stage: Qwen3Model, name: str, parameter: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def gathered_adapters(stage: Qwen3Model, ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
+def gathered_adapters(stage: Stage, ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
     """Whole adapters of a stage by PEFT's names, on tensor-parallel rank 0; all ranks of its group iterate together."""
     for layer in stage.decoder.layers:
         for block, part_of in (("self_attn", layer.self_attention), ("mlp", layer.mlp)):

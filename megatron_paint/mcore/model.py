@@ -1,4 +1,4 @@
-"""Qwen3 on Megatron-Core: one place builds the model, for local layers and for Transformer Engine's.
+"""The model on Megatron-Core: one place builds it, with local layers or with Transformer Engine's.
 
 Axes: T tokens of a call, H hidden size, V vocabulary (this rank's slice).
 """
@@ -27,7 +27,7 @@ from torch import Tensor
 from megatron_paint.config.settings import MegatronSettings, ModelSettings
 from megatron_paint.mcore.attention import LocalAttention, TokenRows, transformer_engine_attention
 from megatron_paint.mcore.ranks import Ranks
-from megatron_paint.models.qwen3.shape import Qwen3Shape
+from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.hardware import use_transformer_engine
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -41,8 +41,8 @@ class LocalRMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
-class Qwen3Model(GPTModel):
-    """One pipeline stage of Qwen3 that ends in hidden states: logits are the loss's business.
+class Stage(GPTModel):
+    """One pipeline stage of a GPTModel that ends in hidden states: the loss computes the logits.
 
     `forward` is our own because the vocabulary must never be met at prompt positions, and because packed rows need a
     rotary position for each token.
@@ -77,8 +77,8 @@ class Qwen3Model(GPTModel):
         return self.output_layer.weight
 
 
-def transformer_config(shape: Qwen3Shape, model: ModelSettings, megatron: MegatronSettings) -> TransformerConfig:
-    """Megatron's description of the model: Qwen3's architecture plus the settings under `megatron:`."""
+def transformer_config(shape: ModelShape, model: ModelSettings, megatron: MegatronSettings) -> TransformerConfig:
+    """Megatron's description of the model: the shape plus the settings under `megatron:`."""
     dtype = DTYPES[model.dtype]
     with_engine = use_transformer_engine(megatron)
     optional = {
@@ -100,7 +100,8 @@ def transformer_config(shape: Qwen3Shape, model: ModelSettings, megatron: Megatr
         ffn_hidden_size=shape.ffn_size,
         normalization="RMSNorm",
         layernorm_epsilon=shape.norm_eps,
-        qk_layernorm=True,
+        qk_layernorm=shape.qk_norm,
+        add_qkv_bias=shape.qkv_bias,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
@@ -128,8 +129,8 @@ def transformer_config(shape: Qwen3Shape, model: ModelSettings, megatron: Megatr
     )
 
 
-def _expert_settings(shape: Qwen3Shape, megatron: MegatronSettings) -> dict:
-    """Qwen3's router: float32 softmax over the chosen experts (over all where not normalised), no losses."""
+def _expert_settings(shape: ModelShape, megatron: MegatronSettings) -> dict:
+    """The router: float32 softmax over the chosen experts (over all where not normalised), no losses."""
     return {
         "expert_model_parallel_size": megatron.expert_model_parallel_size,
         "num_moe_experts": shape.num_experts,
@@ -143,7 +144,7 @@ def _expert_settings(shape: Qwen3Shape, megatron: MegatronSettings) -> dict:
 
 
 def layer_spec(*, with_engine: bool, lora: bool, num_experts: int = 0) -> ModuleSpec:
-    """One Qwen3 layer. Transformer Engine fuses the norms into the linear layers unless adapters need them."""
+    """One layer. Transformer Engine fuses the norms into the linear layers unless adapters need them."""
     qkv, proj, fc1, fc2, norm, attention = _parts(with_engine, fuse_norms=not lora)
     fused = with_engine and not lora
     layer_norm = IdentityOp if fused else norm
@@ -193,13 +194,13 @@ def _parts(with_engine: bool, *, fuse_norms: bool) -> tuple:
     return column, row, column, row, engine.TENorm, transformer_engine_attention()
 
 
-def build_model(shape: Qwen3Shape, model: ModelSettings, megatron: MegatronSettings, ranks: Ranks) -> Qwen3Model:
+def build_model(shape: ModelShape, model: ModelSettings, megatron: MegatronSettings, ranks: Ranks) -> Stage:
     """This rank's stage and shard, on its device, weights not yet filled."""
     config = transformer_config(shape, model, megatron)
     with_engine = use_transformer_engine(megatron)
     spec = layer_spec(with_engine=with_engine, lora=model.lora is not None, num_experts=shape.num_experts)
     layer_norm = spec.submodules.self_attention.submodules.q_layernorm
-    stage = Qwen3Model(
+    stage = Stage(
         config,
         TransformerBlockSubmodules(layer_specs=[spec] * (shape.num_layers // ranks.pp_size), layer_norm=layer_norm),
         vocab_size=shape.vocab_size,
@@ -215,7 +216,7 @@ def build_model(shape: Qwen3Shape, model: ModelSettings, megatron: MegatronSetti
     return stage.to(ranks.device)
 
 
-def _mark_sharded_weights(stage: Qwen3Model) -> None:
+def _mark_sharded_weights(stage: Stage) -> None:
     """Tells the gradient norm which weights are shards: Megatron marks them only while it initialises them."""
     split_dims = {"linear_qkv": 0, "linear_fc1": 0, "word_embeddings": 0, "output_layer": 0}
     split_dims |= {"linear_proj": 1, "linear_fc2": 1}

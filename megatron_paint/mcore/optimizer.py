@@ -5,10 +5,10 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
 from megatron_paint.config.settings import MegatronSettings, OptimizerSettings
-from megatron_paint.mcore.model import Qwen3Model
+from megatron_paint.mcore.model import Stage
 
 
-def wrap_data_parallel(stage: Qwen3Model, megatron: MegatronSettings) -> DistributedDataParallel:
+def wrap_data_parallel(stage: Stage, megatron: MegatronSettings) -> DistributedDataParallel:
     """Megatron's wrapper; gradients are summed, and divided once by the global token count."""
     config = DistributedDataParallelConfig(
         use_distributed_optimizer=megatron.use_distributed_optimizer,

@@ -44,7 +44,7 @@ from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.mcore.response_rows import response_rows
 from megatron_paint.mcore.scores import NonFinite, score_samples
 from megatron_paint.mcore.teacher import Teacher
-from megatron_paint.models.qwen3.shape import Qwen3Shape
+from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.memory import cache_bytes_per_token
 from megatron_paint.policy import GenerationRequest, SamplingParameters
 from megatron_paint.records import Rollout, Sample, SampleScore, UpdateReport
@@ -54,7 +54,7 @@ from megatron_paint.runtime.heartbeat import beat
 class MegatronPolicy:
     """Implements `megatron_paint.policy.Policy`; one that is not `trained` has no gradients, optimiser or teacher."""
 
-    def __init__(self, settings: Settings, shape: Qwen3Shape, ranks: Ranks, *, trained: bool = True):
+    def __init__(self, settings: Settings, shape: ModelShape, ranks: Ranks, *, trained: bool = True):
         self.settings = settings
         self.shape = shape
         self.ranks = ranks

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from megatron_paint.config.settings import TeacherSettings
 from megatron_paint.mcore.lora import adapters_of
-from megatron_paint.mcore.model import Qwen3Model
+from megatron_paint.mcore.model import Stage
 
 
 class Teacher:
     """The second set of weights of this rank, if the settings need one."""
 
-    def __init__(self, stage: Qwen3Model, settings: TeacherSettings):
+    def __init__(self, stage: Stage, settings: TeacherSettings):
         self.stage = stage
         self.settings = settings
         self.lora = bool(adapters_of(stage))

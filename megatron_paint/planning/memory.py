@@ -6,12 +6,13 @@ from pathlib import Path
 from megatron_paint.base.errors import UserError, about
 from megatron_paint.config.settings import MegatronSettings, Settings
 from megatron_paint.losses.elementwise.choose import loss_kernel, triton_is_lacking
-from megatron_paint.models.qwen3.shape import Qwen3Shape, read_shape
+from megatron_paint.models.qwen3.shape import read_shape
+from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.apex import refuse_foreign_apex
 from megatron_paint.planning.hardware import engine_environment, use_transformer_engine
 
 # Bytes of activations a token and layer keep for backward, per hidden unit, in 2-byte types without recomputation:
-# the sum over norms, projections and SwiGLU of a Qwen3 layer with flash attention; an estimate, ours.
+# the sum over norms, projections and SwiGLU of a layer with flash attention; an estimate, ours.
 ACTIVATION_BYTES = 40
 WIDTHS = {"bfloat16": 2, "float32": 4}
 FLOAT32 = 4
@@ -23,7 +24,7 @@ IN_FLIGHT = 2  # micro-batches whose activations a stage holds at once, at least
 class Plan:
     """Derived numbers of a run; sizes in bytes on the fullest rank."""
 
-    shape: Qwen3Shape
+    shape: ModelShape
     processes: int
     tensor_parallel: int
     pipeline_parallel: int
@@ -117,11 +118,11 @@ def data_parallel_size(processes: int, megatron: MegatronSettings) -> int:
     return processes // (tp * pp)
 
 
-def _refuse_experts(settings: Settings, shape: Qwen3Shape) -> None:
+def _refuse_experts(settings: Settings, shape: ModelShape) -> None:
     if shape.num_experts:
         raise UserError(
             f"{shape.source} is a mixture of experts: its checkpoints can be converted (megatron-paint convert), but "
-            "training one is not possible yet; give a dense Qwen3"
+            "training one is not possible yet; give a dense model"
         )
     if settings.megatron.expert_model_parallel_size > 1:
         raise UserError(
@@ -130,7 +131,7 @@ def _refuse_experts(settings: Settings, shape: Qwen3Shape) -> None:
         )
 
 
-def _must_divide(key: str, ranks: int, size: int, what: str, shape: Qwen3Shape) -> None:
+def _must_divide(key: str, ranks: int, size: int, what: str, shape: ModelShape) -> None:
     if size % ranks:
         valid = [n for n in range(1, size + 1) if size % n == 0]
         nearest = min(valid, key=lambda n: (abs(n - ranks), n))
@@ -139,14 +140,14 @@ def _must_divide(key: str, ranks: int, size: int, what: str, shape: Qwen3Shape) 
         )
 
 
-def cache_bytes_per_token(settings: Settings, shape: Qwen3Shape) -> int:
+def cache_bytes_per_token(settings: Settings, shape: ModelShape) -> int:
     """Bytes of keys and values that a rank keeps of one token while it samples."""
     megatron, width = settings.megatron, WIDTHS[settings.model.dtype]
     layers = shape.num_layers // megatron.pipeline_model_parallel_size
     return layers * 2 * shape.num_groups // megatron.tensor_model_parallel_size * shape.head_dim * width
 
 
-def _check_cache(settings: Settings, shape: Qwen3Shape) -> None:
+def _check_cache(settings: Settings, shape: ModelShape) -> None:
     """Whether the longest response that can be asked for fits by itself."""
     needed = cache_bytes_per_token(settings, shape) * shape.max_positions
     if needed > settings.rollout.cache_bytes:
@@ -157,7 +158,7 @@ def _check_cache(settings: Settings, shape: Qwen3Shape) -> None:
         )
 
 
-def _cache(settings: Settings, shape: Qwen3Shape) -> float:
+def _cache(settings: Settings, shape: ModelShape) -> float:
     """Bytes of keys and values at the most: a batch is cut so that they stay within rollout.cache_bytes."""
     longest = settings.rollout.max_new_tokens
     if settings.evaluation.problems is not None:
@@ -166,7 +167,7 @@ def _cache(settings: Settings, shape: Qwen3Shape) -> float:
     return min(float(settings.rollout.cache_bytes), cache_bytes_per_token(settings, shape) * tokens)
 
 
-def adapter_parameters(shape: Qwen3Shape, rank: int) -> int:
+def adapter_parameters(shape: ModelShape, rank: int) -> int:
     """Number of weights of LoRA adapters on all seven projections of every layer."""
     q, kv = shape.num_heads * shape.head_dim, shape.num_groups * shape.head_dim
     ends = 2 * (shape.hidden_size + q) + 2 * (shape.hidden_size + kv) + 3 * (shape.hidden_size + shape.ffn_size)
@@ -183,25 +184,25 @@ def teacher_bytes(settings: Settings) -> int:
     return width if teacher.weights == "initial" and settings.model.lora is None else 0
 
 
-def checkpoint_bytes(settings: Settings, shape: Qwen3Shape) -> int:
+def checkpoint_bytes(settings: Settings, shape: ModelShape) -> int:
     """Bytes of one checkpoint, estimated: weights, the optimiser's float32 state, and the teacher's own weights."""
     trained = _trained(settings, shape)
     weights = shape.num_parameters + (trained if settings.model.lora is not None else 0)
     return weights * WIDTHS[settings.model.dtype] + trained * (OPTIMIZER_BYTES + teacher_bytes(settings))
 
 
-def _saved(settings: Settings, shape: Qwen3Shape) -> float:
+def _saved(settings: Settings, shape: ModelShape) -> float:
     """Bytes of a checkpoint and, once more, of the optimiser's state: Megatron gathers a sharded one in host memory."""
     gathered = OPTIMIZER_BYTES * _trained(settings, shape) if settings.megatron.use_distributed_optimizer else 0
     return checkpoint_bytes(settings, shape) + gathered
 
 
-def _trained(settings: Settings, shape: Qwen3Shape) -> int:
+def _trained(settings: Settings, shape: ModelShape) -> int:
     lora = settings.model.lora
     return shape.num_parameters if lora is None else adapter_parameters(shape, lora.rank)
 
 
-def _memory(settings: Settings, shape: Qwen3Shape, *, tp: int, pp: int, dp: int) -> dict[str, float]:
+def _memory(settings: Settings, shape: ModelShape, *, tp: int, pp: int, dp: int) -> dict[str, float]:
     """Bytes per rank of what is held at once; the last stage, with its share of embeddings."""
     width = WIDTHS[settings.model.dtype]
     embedding = shape.vocab_size * shape.hidden_size

@@ -11,7 +11,7 @@ from megatron_paint.data.problems import LoadedProblems, ProblemSet, PromptLimit
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.data.tokenizers import load_tokenizer
 from megatron_paint.grading.grade import grade
-from megatron_paint.models.qwen3.shape import Qwen3Shape
+from megatron_paint.models.shape import ModelShape
 from megatron_paint.records import Problem
 from megatron_paint.rollouts.replay import ReplayEngine
 from megatron_paint.run.folder import RunFolder
@@ -28,7 +28,7 @@ class Sources:
     notes: tuple[str, ...]  # what the user should know
 
 
-def load_sources(settings: Settings, shape: Qwen3Shape, *, on_rank_zero: OnRankZero = directly) -> Sources:
+def load_sources(settings: Settings, shape: ModelShape, *, on_rank_zero: OnRankZero = directly) -> Sources:
     """Loads and checks; `share` runs a function on one rank and gives its result to all (reading and grading of many
     rows is done once, and a verdict that a time limit decides cannot differ between ranks)."""
     prompts, held_out = load_held_out_sources(settings, shape, on_rank_zero=on_rank_zero)
@@ -42,7 +42,7 @@ def load_sources(settings: Settings, shape: Qwen3Shape, *, on_rank_zero: OnRankZ
 
 
 def load_held_out_sources(
-    settings: Settings, shape: Qwen3Shape, *, on_rank_zero: OnRankZero = directly
+    settings: Settings, shape: ModelShape, *, on_rank_zero: OnRankZero = directly
 ) -> tuple[Prompts, tuple[Problem, ...]]:
     """Prompts and held-out problems alone; no problems where `evaluation.problems` is not set."""
     prompts = load_prompts(settings, shape)
@@ -53,7 +53,7 @@ def load_held_out_sources(
     return prompts, loaded.problems
 
 
-def load_prompts(settings: Settings, shape: Qwen3Shape) -> Prompts:
+def load_prompts(settings: Settings, shape: ModelShape) -> Prompts:
     """The model's tokenizer and the templates; UserError where the tokenizer has ids that the model lacks."""
     tokenizer = load_tokenizer(settings.model.hf_path, chat_template=settings.prompts.chat_template)
     if tokenizer.size > shape.vocab_size:
@@ -64,7 +64,7 @@ def load_prompts(settings: Settings, shape: Qwen3Shape) -> Prompts:
     return Prompts(settings.prompts, tokenizer)
 
 
-def check_sources(settings: Settings, shape: Qwen3Shape, *, run_folder: bool = True) -> tuple[str, ...]:
+def check_sources(settings: Settings, shape: ModelShape, *, run_folder: bool = True) -> tuple[str, ...]:
     """Everything that can be wrong with what a run reads and, with `run_folder`, where it writes; needs no model."""
     with about("model.hf_path"):
         HuggingFaceReader(settings.model.hf_path, shape).check_tied(shape)
@@ -87,7 +87,7 @@ def _check_wrong_solutions(problems: Sequence[Problem], prompts: Prompts, limit:
         )
 
 
-def _check_replay(settings: Settings, shape: Qwen3Shape, problems: ProblemSet) -> None:
+def _check_replay(settings: Settings, shape: ModelShape, problems: ProblemSet) -> None:
     """UserError where a rollout of a step that is still to be done is missing, or cannot be this model's."""
     engine, samples = ReplayEngine(settings.rollout.path), settings.objective.samples_per_problem
     resumes = settings.run.resume != "never"
@@ -100,7 +100,7 @@ def _check_replay(settings: Settings, shape: Qwen3Shape, problems: ProblemSet) -
         )
 
 
-def _limit(settings: Settings, shape: Qwen3Shape, prompts: Prompts) -> PromptLimit:
+def _limit(settings: Settings, shape: ModelShape, prompts: Prompts) -> PromptLimit:
     """Room for a response after the longest prompt that a problem can have: the teacher's with almost all of the
     solution, and the line that the rest is hidden."""
 
@@ -123,7 +123,7 @@ def _limit(settings: Settings, shape: Qwen3Shape, prompts: Prompts) -> PromptLim
     )
 
 
-def evaluation_limit(settings: Settings, shape: Qwen3Shape, prompts: Prompts) -> PromptLimit:
+def evaluation_limit(settings: Settings, shape: ModelShape, prompts: Prompts) -> PromptLimit:
     """Room for an answer after the prompt of an evaluation."""
     longest = settings.evaluation.max_new_tokens
     return PromptLimit(

@@ -14,7 +14,7 @@ from megatron_paint.mcore.attention import token_rows
 from megatron_paint.mcore.checkpoint import load_weights
 from megatron_paint.mcore.generate import float32_product
 from megatron_paint.mcore.hf_checkpoint import load_stage
-from megatron_paint.mcore.model import Qwen3Model, build_model, layer_spec
+from megatron_paint.mcore.model import Stage, build_model, layer_spec
 from megatron_paint.mcore.ranks import Ranks, start_ranks, stop_ranks
 from megatron_paint.models.qwen3.shape import read_shape
 from tests.convert.family import LAYOUTS, MEMBERS, TOKENS
@@ -39,7 +39,7 @@ def logits(stage, ranks) -> torch.Tensor | None:
     return torch.cat(parts, dim=1)
 
 
-def check_virtual_stages(folder: Path, member: str, stage: Qwen3Model, megatron: MegatronSettings, ranks: Ranks):
+def check_virtual_stages(folder: Path, member: str, stage: Stage, megatron: MegatronSettings, ranks: Ranks):
     """Each pipeline rank holding two runs of layers: both ways of loading fill them, as the whole stages above."""
     shape = read_shape(folder / member)
     config = replace(stage.config, virtual_pipeline_model_parallel_size=2)
@@ -48,7 +48,7 @@ def check_virtual_stages(folder: Path, member: str, stage: Qwen3Model, megatron:
     number = shape.num_layers // (2 * ranks.pp_size)
     chunks = []
     for virtual in range(2):
-        chunk = Qwen3Model(
+        chunk = Stage(
             config,
             TransformerBlockSubmodules(layer_specs=[spec] * number, layer_norm=norm),
             vocab_size=shape.vocab_size,

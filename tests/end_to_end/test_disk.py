@@ -158,8 +158,8 @@ def test_the_launcher_says_it_once(trained, tmp_path, disk):
     command = [sys.executable, "-m", "megatron_paint", "train", str(trained.settings)]
     done = subprocess.run(
         [*command, f"run.dir={run}", "run.resume=auto", "run.async_save=false", "--processes", "2", "--quiet"],
-        cwd=ranks.ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ranks.ROOT)},
+        cwd=forked_ranks.ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(forked_ranks.ROOT)},
         capture_output=True,
         text=True,
         timeout=600,

@@ -26,13 +26,13 @@ from megatron_paint.launch.preflight.identity import find_node
 from megatron_paint.launch.preflight.options import parse
 from megatron_paint.launch.preflight.report import failure_lines, summary
 from megatron_paint.launch.preflight.result import Finding, nodes_at_fault
-from megatron_paint.models.qwen3.shape import Qwen3Shape
+from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.memory import checkpoint_bytes
 from tests.support.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 NEEDED = ["--run", "r", "--rendezvous", "h:29500", "--settings", "s.yaml"]
-SHAPE = Qwen3Shape(
+SHAPE = ModelShape(
     source="config.json",
     vocab_size=10,
     hidden_size=4,
@@ -42,6 +42,8 @@ SHAPE = Qwen3Shape(
     head_dim=2,
     ffn_size=6,
     tied=True,
+    qk_norm=True,
+    qkv_bias=False,
     rope_theta=1e6,
     norm_eps=1e-6,
     max_positions=64,

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from megatron_paint.checkpoints.hf_reader import HuggingFaceReader
 from megatron_paint.models.qwen3.mapping import rule_of
-from megatron_paint.models.qwen3.shape import Qwen3Shape, read_shape
+from megatron_paint.models.qwen3.shape import read_shape
+from megatron_paint.models.shape import ModelShape
 from tests.convert.family import MEMBERS, make_member
 
 NORMS = {
@@ -22,7 +23,7 @@ EXPERTS = {
 }
 
 
-def parameter_names(shape: Qwen3Shape, naming: str, *, layers: int, experts: int, first: bool, last: bool) -> list[str]:
+def parameter_names(shape: ModelShape, naming: str, *, layers: int, experts: int, first: bool, last: bool) -> list[str]:
     """As Megatron's modules spell them: its local layers, or Transformer Engine's with norms fused, experts grouped."""
     attention_norm, mlp_norm = NORMS[naming]
     inside = [f"self_attention.{part}.weight" for part in ("linear_qkv", "q_layernorm", "k_layernorm", "linear_proj")]

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_paint.models.qwen3.shape import Qwen3Shape
+from megatron_paint.models.shape import ModelShape
 
 Read = Callable[..., Tensor]  # read(name, rows=slice, columns=slice | None) -> that part of the tensor
 
@@ -123,7 +123,7 @@ def _gate_up(prefix: str, *, ffn: int, hidden: int) -> Rule:
     return Rule(shape=(2 * ffn, hidden), segments=segments, split="halves")
 
 
-def _qkv(prefix: str, shape: Qwen3Shape) -> Rule:
+def _qkv(prefix: str, shape: ModelShape) -> Rule:
     """Interleaved by key-value group: the group's query heads, its key, its value."""
     head, queries = shape.head_dim, shape.num_heads // shape.num_groups * shape.head_dim
     segments, row = [], 0
@@ -140,7 +140,7 @@ _SPELLINGS = {  # Transformer Engine's fused names -> the names of the table
 }
 
 
-def layer_rules(shape: Qwen3Shape, layer: int) -> dict[str, Rule]:
+def layer_rules(shape: ModelShape, layer: int) -> dict[str, Rule]:
     """Rules of layer `layer` (from 0), by the parameter's name inside the layer; experts apart."""
     hf, hidden = f"model.layers.{layer}.", shape.hidden_size
     rules = {
@@ -158,7 +158,7 @@ def layer_rules(shape: Qwen3Shape, layer: int) -> dict[str, Rule]:
     return rules | {f"mlp.{name}": rule for name, rule in _mlp(hf + "mlp.", shape.ffn_size, hidden).items()}
 
 
-def expert_rules(shape: Qwen3Shape, layer: int, expert: int) -> dict[str, Rule]:
+def expert_rules(shape: ModelShape, layer: int, expert: int) -> dict[str, Rule]:
     """Rules of one expert, by the parameter's name inside the expert."""
     return _mlp(f"model.layers.{layer}.mlp.experts.{expert}.", shape.expert_ffn_size, shape.hidden_size)
 
@@ -170,7 +170,7 @@ def _mlp(prefix: str, ffn: int, hidden: int) -> dict[str, Rule]:
     }
 
 
-def outer_rules(shape: Qwen3Shape) -> dict[str, Rule]:
+def outer_rules(shape: ModelShape) -> dict[str, Rule]:
     """Rules of what stands before and after the layers."""
     vocabulary = (shape.vocab_size, shape.hidden_size)
     rules = {
@@ -188,7 +188,7 @@ _EXPERT = re.compile(
 )
 
 
-def rule_of(name: str, shape: Qwen3Shape, *, first_layer: int, first_expert: int = 0) -> Rule:
+def rule_of(name: str, shape: ModelShape, *, first_layer: int, first_expert: int = 0) -> Rule:
     """The rule of one parameter of a pipeline stage whose layers and experts begin at these global indices.
 
     A tied last stage holds a copy of the embedding under `output_layer.weight`.
@@ -208,7 +208,7 @@ def rule_of(name: str, shape: Qwen3Shape, *, first_layer: int, first_expert: int
     return rules[inside]
 
 
-def hugging_face_shapes(shape: Qwen3Shape) -> Mapping[str, tuple[int, ...]]:
+def hugging_face_shapes(shape: ModelShape) -> Mapping[str, tuple[int, ...]]:
     """Every tensor that a checkpoint of this shape holds, with its shape, in the order of the network."""
     return {name: size for entry in checkpoint_entries(shape) for name, size in entry.rule.hf_shapes().items()}
 
@@ -231,7 +231,7 @@ class Entry:
         return (*self.stack, *self.rule.shape)
 
 
-def checkpoint_entries(shape: Qwen3Shape) -> Iterator[Entry]:
+def checkpoint_entries(shape: ModelShape) -> Iterator[Entry]:
     """Every parameter of a Megatron checkpoint, in the order of the network."""
     outer = outer_rules(shape)
     yield Entry(key="embedding.word_embeddings.weight", rule=outer.pop("embedding.word_embeddings.weight"))
@@ -246,7 +246,7 @@ _STATEFUL = ("self_attention.linear_qkv", "self_attention.linear_proj", "self_at
 _STATEFUL += ("self_attention.q_layernorm", "self_attention.k_layernorm", "input_layernorm", "pre_mlp_layernorm")
 
 
-def empty_entries(shape: Qwen3Shape) -> Iterator[str]:
+def empty_entries(shape: ModelShape) -> Iterator[str]:
     """Names of the objects beside the weights that Megatron asks of a checkpoint; without FP8 scales they are empty."""
     yield "decoder.final_layernorm._extra_state/shard_0_1"
     layers, experts = shape.num_layers, shape.num_experts
@@ -260,7 +260,7 @@ def empty_entries(shape: Qwen3Shape) -> Iterator[str]:
                 yield f"{key}/shard_{layer}.{expert}_{layers}.{experts}"
 
 
-def _layer_entries(shape: Qwen3Shape, layer: int) -> Iterator[Entry]:
+def _layer_entries(shape: ModelShape, layer: int) -> Iterator[Entry]:
     fused = {inside: spelling for spelling, inside in _SPELLINGS.items()}
     if shape.num_experts:
         del fused["pre_mlp_layernorm.weight"]  # it also feeds the router, so no layer fuses it

@@ -2,47 +2,14 @@
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_paint.base.errors import UserError
+from megatron_paint.models.shape import ModelShape
 
 
-@dataclass(frozen=True, kw_only=True)
-class Qwen3Shape:
-    """Sizes of a Qwen3 model, in its own words; `source` is the config.json they came from."""
-
-    source: str
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_groups: int  # key-value heads
-    head_dim: int
-    ffn_size: int
-    tied: bool  # output layer shares the embedding's weight
-    rope_theta: float
-    norm_eps: float
-    max_positions: int
-    dtype: str  # of the stored weights: "bfloat16", "float32", ...
-    num_experts: int = 0  # in each layer; 0 is a dense model
-    experts_per_token: int = 0
-    expert_ffn_size: int = 0
-    normalise_experts: bool = True  # the chosen experts' probabilities sum to 1
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of weights, the tied embedding counted once."""
-        attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_groups) + 2 * self.head_dim
-        dense = 3 * self.hidden_size * self.ffn_size
-        sparse = self.num_experts * self.hidden_size * (1 + 3 * self.expert_ffn_size)
-        layer = attention + (sparse if self.num_experts else dense) + 2 * self.hidden_size
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
-        return self.num_layers * layer + embeddings + self.hidden_size
-
-
-def read_shape(folder: str | Path) -> Qwen3Shape:
+def read_shape(folder: str | Path) -> ModelShape:
     """Reads and checks `folder`/config.json; UserError where it is absent, foreign or asks for more than we compute.
 
     Reads the keys of `transformers` 4 (rope_theta, torch_dtype, num_experts) and 5 (rope_parameters, dtype,
@@ -60,7 +27,7 @@ def read_shape(folder: str | Path) -> Qwen3Shape:
     return shape_of(raw, path)
 
 
-def shape_of(raw: Any, path: Path) -> Qwen3Shape:
+def shape_of(raw: Any, path: Path) -> ModelShape:
     """The sizes that a config says; `path` is where it stands, for errors. Raises as read_shape does."""
     if not isinstance(raw, dict) or raw.get("model_type") not in ("qwen3", "qwen3_moe"):
         found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
@@ -76,7 +43,7 @@ def shape_of(raw: Any, path: Path) -> Qwen3Shape:
     return shape
 
 
-def _shape(raw: dict[str, Any], path: Path) -> Qwen3Shape:
+def _shape(raw: dict[str, Any], path: Path) -> ModelShape:
     rope = raw.get("rope_parameters") or {}
     experts = {}
     if raw["model_type"] == "qwen3_moe":
@@ -86,7 +53,7 @@ def _shape(raw: dict[str, Any], path: Path) -> Qwen3Shape:
             "expert_ffn_size": _whole(raw, "moe_intermediate_size"),
             "normalise_experts": _boolean(raw, "norm_topk_prob"),
         }
-    return Qwen3Shape(
+    return ModelShape(
         source=str(path),
         vocab_size=_whole(raw, "vocab_size"),
         hidden_size=_whole(raw, "hidden_size"),
@@ -96,6 +63,8 @@ def _shape(raw: dict[str, Any], path: Path) -> Qwen3Shape:
         head_dim=_whole(raw, "head_dim") if raw.get("head_dim") is not None else _usual_head_dim(raw),
         ffn_size=_whole(raw, "intermediate_size"),
         tied=_boolean(raw, "tie_word_embeddings"),
+        qk_norm=True,
+        qkv_bias=False,
         rope_theta=float(rope.get("rope_theta") or raw["rope_theta"]),
         norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
         max_positions=_whole(raw, "max_position_embeddings"),
@@ -123,7 +92,7 @@ def _whole(raw: dict[str, Any], key: str) -> int:
     return value
 
 
-def _check_sizes(shape: Qwen3Shape, path: Path) -> None:
+def _check_sizes(shape: ModelShape, path: Path) -> None:
     sizes = {
         "vocab_size": shape.vocab_size,
         "hidden_size": shape.hidden_size,

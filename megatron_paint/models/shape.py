@@ -1,0 +1,41 @@
+"""What the trainer and the planner know of a model: sizes and switches, not the name of its family."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Sizes and switches of a decoder-only transformer with RMSNorm, SwiGLU and rotary positions."""
+
+    source: str  # the config.json that it was read from
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_groups: int  # key-value heads
+    head_dim: int
+    ffn_size: int
+    tied: bool  # the output layer shares the embedding's weight
+    qk_norm: bool  # RMSNorm of each query and key head
+    qkv_bias: bool
+    rope_theta: float
+    norm_eps: float
+    max_positions: int
+    dtype: str  # of the stored weights: "bfloat16", "float32", ...
+    num_experts: int = 0  # in each layer; 0 is a dense model
+    experts_per_token: int = 0
+    expert_ffn_size: int = 0
+    normalise_experts: bool = True  # the chosen experts' probabilities sum to 1
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights; a tied embedding is counted once."""
+        projections = 2 * self.num_heads + 2 * self.num_groups  # query and output; key and value
+        attention = self.hidden_size * self.head_dim * projections
+        attention += 2 * self.head_dim if self.qk_norm else 0
+        attention += self.head_dim * (self.num_heads + 2 * self.num_groups) if self.qkv_bias else 0
+        dense = 3 * self.hidden_size * self.ffn_size
+        sparse = self.num_experts * self.hidden_size * (1 + 3 * self.expert_ffn_size)
+        layer = attention + (sparse if self.num_experts else dense) + 2 * self.hidden_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
+        return self.num_layers * layer + embeddings + self.hidden_size
