@@ -32,7 +32,7 @@ from megatron_paint.grading.boxes import last_box
 from megatron_paint.grading.grade import GradingPool
 from megatron_paint.mcore.ranks import start_ranks, stop_ranks
 from megatron_paint.models.qwen3.shape import read_shape
-from megatron_paint.policy import GenerationRequest, SamplingParameters
+from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
 
 VOCABULARY, NEVER = 4096, 4095  # an id that both are told to stop at and that is never sampled
 
@@ -68,7 +68,7 @@ def measure_sampling(rounds: int, *, rows: int, tokens: int) -> None:
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
 
     def ours() -> int:
-        return sum(len(rollout.response_ids) for rollout in policy.generate(requests, sampling))
+        return sum(len(rollout.response_ids) for rollout in policy.sampler.generate(requests, sampling))
 
     def others() -> int:
         with torch.no_grad():

@@ -4,33 +4,11 @@ Axes: N response tokens of a micro-batch, H hidden size, V vocabulary (whole, or
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_paint.losses.interface import TokenLoss
-from megatron_paint.records import Rollout, Sample, SampleScore, TokenIds, UpdateReport
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingParameters:
-    """How tokens are drawn; temperature 0 is greedy."""
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float  # in (0, 1]
-    top_k: int  # 0 keeps all
-    stop_ids: frozenset[int]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GenerationRequest:
-    """One response to sample; `key` holds all its randomness."""
-
-    problem_id: str
-    sample_index: int
-    prompt_ids: TokenIds
-    key: int
+from megatron_paint.records import Sample, SampleScore, UpdateReport
 
 
 class Policy(Protocol):
@@ -38,9 +16,6 @@ class Policy(Protocol):
 
     Every rank calls with the same arguments and gets the same results.
     """
-
-    def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParameters) -> list[Rollout]:
-        """One response per request, in order; independent of layout and of the other requests (float32, ties aside)."""
 
     def update(self, samples: Sequence[Sample], loss: TokenLoss, *, lr: float) -> UpdateReport:
         """One optimiser step on the sum of the loss over the samples, divided once by the tokens that carry loss."""

@@ -111,6 +111,17 @@ class UpdateReport:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What an objective did in one step."""
+
+    samples: tuple[Sample, ...]
+    scores: tuple[SampleScore, ...]  # of the first update, in the order of the samples
+    updates: tuple[UpdateReport, ...]  # one per optimiser step
+    extras: dict[str, float] = field(default_factory=dict)  # the objective's own metrics, by their key
+    warnings: tuple[str, ...] = ()  # for the console
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepReport:
     """One training step: what goes into metrics.jsonl and samples/."""
 

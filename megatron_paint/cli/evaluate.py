@@ -68,7 +68,7 @@ def _evaluate(asked: Requested, ranks: "Ranks", shape: ModelShape, *, mode: Mode
     for name, evaluator in evaluators:
         counted = _Counted(progress, name, total=evaluator.count, there=len(done[name]))
         found[name] = evaluator.sample(
-            policy,
+            policy.sampler,
             done=done[name],
             save=lambda rollouts, name=name, counted=counted: on_rank_zero(
                 lambda: (files[name].add(rollouts), counted.add(rollouts))

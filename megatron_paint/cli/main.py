@@ -5,6 +5,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -172,24 +173,24 @@ def run_train(options: argparse.Namespace, arguments: list[str]) -> int:
     settings = load_settings(options.config, options.overrides)
     processes = _processes(settings, options, place)
     plan = make_plan(settings, processes=processes)
+    inputs = None
     if place is None or (options.dry_run and place.rank == 0):
-        from megatron_paint.training.inputs import check_sources
+        from megatron_paint.training.inputs import check_inputs
 
-        notes = check_sources(
-            settings, plan.shape, run_folder=not options.self_check
-        )  # a mistake is told in seconds, by one process
+        inputs = check_inputs(settings, plan.shape, run_folder=not options.self_check)  # before any rank starts
         if options.dry_run:
-            print("\n".join([*plan.lines(settings), *notes]))
+            print("\n".join([*plan.lines(settings), *inputs.summary()]))
     if options.dry_run:
         return 0
     if place is None and processes > 1:
         from megatron_paint.launch.local import run_here
+        from megatron_paint.training.inputs import save_checked_problems
 
-        return run_here(arguments, processes)
+        return run_here(arguments, processes, prepare=partial(save_checked_problems, inputs))
     from megatron_paint.runtime.stop import exit_status
     from megatron_paint.training.start import train
 
-    finished = train(settings, mode=_mode(options), self_check_only=options.self_check)
+    finished = train(settings, mode=_mode(options), self_check_only=options.self_check, inputs=inputs)
     return 0 if finished else exit_status()
 
 

@@ -141,6 +141,16 @@ class GrpoSettings:
     ] = 2.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What an objective needs of a run."""
+
+    samples_per_problem: int  # rollouts of each problem in a step; 0: the solution is trained on
+    teacher: bool = False  # a pass with the weights of `objective.teacher`
+    masker: bool = False  # overlap and reveal
+    graders: bool = False  # verdicts on rollouts
+
+
 @settings_class
 class ObjectiveSettings:
     name: Annotated[Literal["paint", "opsd", "grpo", "sft"], setting("what is trained")] = "paint"
@@ -155,19 +165,16 @@ class ObjectiveSettings:
     grpo: GrpoSettings = field(default_factory=GrpoSettings)
 
     @property
-    def distils(self) -> bool:
-        """Whether a teacher that sees a reference scores each rollout."""
-        return self.name in ("paint", "opsd")
-
-    @property
-    def samples_per_problem(self) -> int:
-        """Rollouts of each problem in a step; 0: the solution takes their place."""
-        return {"sft": 0, "grpo": self.grpo.samples_per_problem}.get(self.name, 1)
-
-    @property
-    def has_teacher(self) -> bool:
-        """Whether anything scores with the weights of `teacher`."""
-        return self.distils or (self.name == "grpo" and self.grpo.kl_weight > 0)
+    def needs(self) -> Needs:
+        """What the objective of this name needs."""
+        match self.name:
+            case "paint" | "opsd":
+                return Needs(samples_per_problem=1, teacher=True, masker=True)
+            case "grpo":
+                group = self.grpo.samples_per_problem
+                return Needs(samples_per_problem=group, teacher=self.grpo.kl_weight > 0, graders=True)
+            case "sft":
+                return Needs(samples_per_problem=0)
 
 
 @settings_class

@@ -1,4 +1,4 @@
-"""Avg@n of a policy on a file of problems: sample, grade in worker processes, report."""
+"""Avg@n of a model on a file of problems: sample, grade in worker processes, report."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,13 +9,13 @@ from megatron_paint.data.prompts import Prompts
 from megatron_paint.evaluation.answer_file import Key
 from megatron_paint.evaluation.statistics import GREEDY, build_report
 from megatron_paint.grading.grade import GradingPool
-from megatron_paint.policy import GenerationRequest, Policy, SamplingParameters
 from megatron_paint.records import EvalReport, Graded, Problem, Rollout, TokenIds
+from megatron_paint.rollouts.engine import GenerationRequest, Sampler, SamplingParameters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answers:
-    """What a policy answered, not yet graded."""
+    """What a sampler answered, not yet graded."""
 
     sampled: list[Rollout]  # `evaluation.samples` a problem
     greedy: list[Rollout]  # one a problem, or none
@@ -32,32 +32,33 @@ class Evaluator:
 
     def sample(
         self,
-        policy: Policy,
+        sampler: Sampler,
         *,
         done: Mapping[Key, Rollout] | None = None,
         save: Callable[[Sequence[Rollout]], None] = lambda rollouts: None,
         at_once: int | None = None,
     ) -> Answers:
-        """The policy's answers; every rank takes part.
+        """The sampler's answers; every rank takes part.
 
         done: answers that are there already, greedy ones as sample -1; save: is given `at_once` new ones at a time.
         """
         settings, done = self.settings, done or {}
+        sampling = SamplingParameters.from_settings(settings, stop_ids=self.prompts.tokenizer.stop_ids)
 
-        def take(samples: int, temperature: float, *, greedy: bool) -> list[Rollout]:
+        def take(samples: int, *, greedy: bool) -> list[Rollout]:
             wanted = {(r.problem_id, GREEDY if greedy else r.sample_index): r for r in self._requests(samples)}
             missing = [key for key in wanted if key not in done]
             found = {key: done[key] for key in wanted if key in done}
             for start in range(0, len(missing), at_once or len(missing) or 1):
                 keys = missing[start : start + (at_once or len(missing))]
-                new = policy.generate([wanted[key] for key in keys], self._sampling(temperature))
+                new = sampler.generate([wanted[key] for key in keys], sampling.greedy() if greedy else sampling)
                 found |= {key: replace(r, sample_index=key[1]) for key, r in zip(keys, new, strict=True)}
                 save([found[key] for key in keys])
             return [found[key] for key in wanted]
 
         return Answers(
-            sampled=take(settings.samples, settings.temperature, greedy=False),
-            greedy=take(1, 0.0, greedy=True) if settings.greedy else [],
+            sampled=take(settings.samples, greedy=False),
+            greedy=take(1, greedy=True) if settings.greedy else [],
         )
 
     @property
@@ -85,15 +86,6 @@ class Evaluator:
             for problem in self.problems
             for index in range(samples)
         ]
-
-    def _sampling(self, temperature: float) -> SamplingParameters:
-        return SamplingParameters(
-            max_new_tokens=self.settings.max_new_tokens,
-            temperature=temperature,
-            top_p=self.settings.top_p,
-            top_k=self.settings.top_k,
-            stop_ids=frozenset(self.prompts.tokenizer.stop_ids),
-        )
 
     def _grade(self, rollouts: Sequence[Rollout], graders: GradingPool) -> list[Graded]:
         answers = {problem.id: problem.answer for problem in self.problems}

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from megatron_paint.base.errors import UserError
@@ -40,12 +40,13 @@ def number_of_processes(megatron: MegatronSettings, asked: int | None) -> int:
     return asked
 
 
-def run_here(arguments: Sequence[str], processes: int) -> int:
+def run_here(arguments: Sequence[str], processes: int, *, prepare: Callable[[str], None] = lambda folder: None) -> int:
     """Runs `megatron-paint ARGUMENTS` in so many processes; the exit status of the run.
 
     0: all ended well; 2: an error of the user's; 1: a rank failed or was killed; 75: stopped early, with a checkpoint;
     128 + signal: the launcher was told to end. The first SIGTERM or SIGUSR1 is handed on to the ranks, which stop after
-    their step; whatever comes after it ends them. What the ranks met is printed once; no rank outlives this call.
+    their step; whatever comes after it ends them. prepare: puts into the folder that the ranks share with this process
+    what they need of it. What the ranks met is printed once; no rank outlives this call.
     """
     from torch.distributed import TCPStore
 
@@ -53,6 +54,7 @@ def run_here(arguments: Sequence[str], processes: int) -> int:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="megatron_paint_") as notes, _EndingSignals() as told:
         ranks: list[subprocess.Popen] = []
+        prepare(notes)
         try:
             for rank in range(processes):
                 ranks.append(_start(arguments, _environment(rank, processes, store.port, notes)))

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -109,3 +109,10 @@ def finish_folder(
     with discarded_on_error(folder, ranks):
         parts = all_ranks_do(ranks, write_part)
         rank_zero_does(ranks, lambda: put_in_place(parts))
+
+
+def gather_entries(mine: dict[int, Any], ranks: Ranks) -> dict[int, Any]:
+    """The entries of all ranks together, on every rank; all ranks call together."""
+    everyone: list[dict[int, Any]] = [{} for _ in range(ranks.size)]
+    dist.all_gather_object(everyone, mine, group=ranks.host_group)
+    return {index: value for entries in everyone for index, value in entries.items()}

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from megatron_paint.base.keys import uniforms
 from megatron_paint.mcore.attention import KeyValueCache, TokenRows, token_rows
+from megatron_paint.mcore.batch import assign_replicas
+from megatron_paint.mcore.collectives import gather_entries
 from megatron_paint.mcore.model import Stage
 from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.mcore.response_rows import response_rows
 from megatron_paint.mcore.sampling import choose_tokens
-from megatron_paint.policy import GenerationRequest, SamplingParameters
 from megatron_paint.records import Rollout
+from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
 from megatron_paint.runtime.heartbeat import go_on
 
 COMPACT_AT = 0.25  # share of finished rows at which a batch drops them; ours
@@ -56,8 +58,8 @@ class BatchLimits:
     cache_tokens: int  # rows times the longest response's last position; one row is always allowed
 
 
-class Generator:
-    """Samples for this data-parallel replica; all its ranks call together and get the same rollouts."""
+class MegatronSampler:
+    """Implements `Sampler` with the model that is trained; replicas share the requests."""
 
     def __init__(self, stage: Stage, ranks: Ranks, *, token_multiple: int, limits: BatchLimits):
         self.stage = stage
@@ -65,9 +67,25 @@ class Generator:
         self.token_multiple = token_multiple  # the layout and FP8 need calls of a multiple of so many tokens
         self.limits = limits
 
-    @torch.no_grad()
     def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParameters) -> list[Rollout]:
-        """One rollout per request, in order. Requests of similar length are decoded together."""
+        """One rollout per request, in order, on every rank."""
+        longest = [len(request.prompt_ids) + sampling.max_new_tokens for request in requests]
+        mine = assign_replicas(longest, self.ranks.dp_size)[self.ranks.dp_rank]
+        rollouts = self.generate_on_replica([requests[i] for i in mine], sampling)
+        # One rank of a replica passes them on.
+        sent = zip(mine, rollouts, strict=True) if self.ranks.tp_rank == 0 and self.ranks.is_last_stage else ()
+        all_rollouts = gather_entries(dict(sent), self.ranks)
+        return [all_rollouts[i] for i in range(len(requests))]
+
+    def sync_weights(self, step: int) -> None:
+        """Does nothing: sampler and trainer share their weights."""
+
+    @torch.no_grad()
+    def generate_on_replica(self, requests: Sequence[GenerationRequest], sampling: SamplingParameters) -> list[Rollout]:
+        """One rollout per request, in order, on the ranks of this data-parallel replica, which call together.
+
+        Requests of similar length are decoded together.
+        """
         self.stage.set_is_first_microbatch()  # Transformer Engine else computes with the FP8 weights it cached last
         self.stage.eval()  # Megatron else prepares each layer of each token for recomputation
         try:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -35,7 +34,8 @@ from megatron_paint.mcore.batch import (
     token_multiple,
 )
 from megatron_paint.mcore.checkpoint import copy_checkpoint, has_adapters, load_checkpoint, load_weights
-from megatron_paint.mcore.generate import BatchLimits, Generator
+from megatron_paint.mcore.collectives import gather_entries
+from megatron_paint.mcore.generate import BatchLimits, MegatronSampler
 from megatron_paint.mcore.hf_checkpoint import export_adapters, export_stage, load_stage
 from megatron_paint.mcore.lora import add_adapters
 from megatron_paint.mcore.model import DTYPES, build_model
@@ -46,8 +46,7 @@ from megatron_paint.mcore.scores import NonFinite, score_samples
 from megatron_paint.mcore.teacher import Teacher
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.memory import cache_bytes_per_token
-from megatron_paint.policy import GenerationRequest, SamplingParameters
-from megatron_paint.records import Rollout, Sample, SampleScore, UpdateReport
+from megatron_paint.records import Sample, SampleScore, UpdateReport
 from megatron_paint.runtime.heartbeat import beat
 
 
@@ -72,11 +71,11 @@ class MegatronPolicy:
             load_weights(self.stage, start)
         self.wrapped = wrap_data_parallel(self.stage, megatron) if trained else self.stage
         self.optimizer = make_optimizer(self.wrapped, settings.optimizer, megatron) if trained else None
-        taught = trained and settings.objective.has_teacher
+        taught = trained and settings.objective.needs.teacher
         self.teacher = Teacher(self.stage, settings.objective.teacher if taught else TeacherSettings(weights="current"))
         self.writer = Writer(ranks)
         self.multiple = token_multiple(megatron)
-        self.generator = Generator(
+        self.sampler = MegatronSampler(
             self.stage,
             ranks,
             token_multiple=self.multiple,
@@ -86,15 +85,6 @@ class MegatronPolicy:
                 cache_tokens=int(settings.rollout.cache_bytes // cache_bytes_per_token(settings, shape)),
             ),
         )
-
-    def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParameters) -> list[Rollout]:
-        """One rollout per request, in order; replicas share the requests and exchange what they sampled."""
-        most = [len(r.prompt_ids) + sampling.max_new_tokens for r in requests]
-        taken = assign_replicas(most, self.ranks.dp_size)[self.ranks.dp_rank]
-        rollouts = self.generator.generate([requests[i] for i in taken], sampling)
-        speaks = self.ranks.tp_rank == 0 and self.ranks.is_last_stage
-        merged = self._exchange(dict(zip(taken, rollouts, strict=True)) if speaks else {})
-        return [merged[i] for i in range(len(requests))]
 
     def update(self, samples: Sequence[Sample], loss: TokenLoss, *, lr: float) -> UpdateReport:
         """One optimiser step; FloatingPointError, before the optimiser, where a loss or the gradient is not finite."""
@@ -178,17 +168,11 @@ class MegatronPolicy:
                 self.optimizer.zero_grad()
             with torch.set_grad_enabled(not forward_only):
                 self._pass(samples, replicas, "student_prompt_ids", evaluate, forward_only=forward_only)
-        merged = self._exchange(found if self.ranks.tp_rank == 0 else {})
+        merged = gather_entries(found if self.ranks.tp_rank == 0 else {}, self.ranks)
         problems = [score for score in merged.values() if isinstance(score, NonFinite)]
         if problems:
             raise FloatingPointError("; ".join(str(problem) for problem in problems[:3]))
         return tuple(merged[i] for i in range(len(samples))), seconds
-
-    def _exchange(self, mine: dict[int, Any]) -> dict[int, Any]:
-        """All ranks' entries together."""
-        everyone: list[dict[int, Any]] = [{} for _ in range(self.ranks.size)]
-        dist.all_gather_object(everyone, mine, group=self.ranks.host_group)
-        return {index: value for entries in everyone for index, value in entries.items()}
 
     def _score(
         self,

@@ -6,7 +6,7 @@ Axes: R rows, V vocabulary, C candidates.
 import torch
 from torch import Tensor
 
-from megatron_paint.policy import SamplingParameters
+from megatron_paint.rollouts.engine import SamplingParameters
 
 
 def choose_tokens(logits_RV: Tensor, *, uniform_R: Tensor, sampling: SamplingParameters) -> tuple[Tensor, Tensor]:

@@ -8,19 +8,19 @@ whose rewards are all equal teaches nothing and is left out.
 import dataclasses
 import math
 import statistics
-import time
 from collections.abc import Sequence
 
-from megatron_paint.config.settings import Settings
+from megatron_paint.config.settings import ObjectiveSettings
 from megatron_paint.data.prompts import Prompts
-from megatron_paint.grading.grade import Grade, GradingPool
+from megatron_paint.grading.grade import Grade
 from megatron_paint.losses.elementwise.choose import loss_kernel
 from megatron_paint.losses.objectives import PolicyGradientLoss
-from megatron_paint.objectives.metrics import metrics_of, ratio
+from megatron_paint.objectives.interface import ObjectiveInputs
+from megatron_paint.objectives.metrics import ratio
 from megatron_paint.policy import Policy
-from megatron_paint.records import Problem, Rollout, Sample, SampleScore, StepReport, UpdateReport
-from megatron_paint.rollouts.source import RolloutSource
-from megatron_paint.runtime.rank_zero import OnRankZero, directly
+from megatron_paint.records import Problem, Rollout, Sample, SampleScore, StepResult, UpdateReport
+from megatron_paint.rollouts.source import sample_key
+from megatron_paint.runtime.timer import Timer
 
 EPSILON = 1e-6  # added to a group's standard deviation
 
@@ -34,73 +34,56 @@ def advantages(rewards: Sequence[float]) -> list[float]:
 class Grpo:
     """The objective of `objective.name: grpo`."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        prompts: Prompts,
-        *,
-        graders: GradingPool | None = None,
-        on_rank_zero: OnRankZero = directly,
-    ):
-        """on_rank_zero: runs a function on rank 0 and returns its result on all ranks; `graders` exists on rank 0."""
-        self.settings = settings
-        self.grpo = settings.objective.grpo
-        self.prompts = prompts
-        self.graders = graders
-        self.on_rank_zero = on_rank_zero
-        self.source = RolloutSource(settings, prompts)
+    def __init__(self, inputs: ObjectiveInputs):
+        settings = inputs.settings
+        self.settings = settings.grpo
+        self.prompts = inputs.prompts
+        self.rollouts = inputs.rollouts
+        self.graders = inputs.graders
+        self.on_rank_zero = inputs.on_rank_zero
         self.loss = PolicyGradientLoss(
-            settings=self.grpo,
-            chunk_bytes=settings.objective.chunk_bytes,
-            temperature=settings.rollout.temperature,
-            kernel=loss_kernel(settings.objective.kernel),
+            settings=settings.grpo,
+            chunk_bytes=settings.chunk_bytes,
+            temperature=inputs.rollouts.sampling.temperature,
+            kernel=loss_kernel(settings.kernel),
         )
 
-    def step(self, policy: Policy, problems: Sequence[Problem], *, step: int, lr: float) -> StepReport:
+    def step(self, policy: Policy, problems: Sequence[Problem], *, step: int, lr: float, timer: Timer) -> StepResult:
         """Samples groups, rewards them and updates up to `updates_per_batch` times."""
-        started = time.perf_counter()
-        rollouts = self.source.rollouts(policy, problems, step=step)
-        sampled = time.perf_counter()
-        grades = self.grades(problems, rollouts)
+        with timer("rollout"):
+            rollouts = self.rollouts.rollouts(problems, step=step)
+        with timer("grade"):
+            grades = self.grades(problems, rollouts)
         samples = self.samples(problems, rollouts, [float(grade.correct) for grade in grades], step=step)
-        graded = time.perf_counter()
-        taken = [index for index, sample in enumerate(samples) if sample.advantage != 0.0]
-        updates, stopped_by = self.update(policy, [samples[index] for index in taken], lr=lr)
-        first = updates[0].scores if updates else ()
-        scores = [SampleScore(loss_sum=0.0, num_tokens=len(s.response_ids), loss_tokens=0) for s in samples]
-        for index, score in zip(taken, first, strict=True):
-            scores[index] = dataclasses.replace(score, token_logprobs=None)
-        every = [score for update in updates for score in update.scores]
-        phases = {name: sum(u.seconds[name] for u in updates) for name in (updates[0].seconds if updates else ())}
-        metrics = metrics_of(
-            step=step,
-            samples=samples,
-            scores=scores,
-            grad_norm=ratio(sum(update.grad_norm for update in updates), len(updates)),
-            lr=lr,
-            seconds={"rollout": sampled - started, **phases, "step": time.perf_counter() - started},
+        taught = [index for index, sample in enumerate(samples) if sample.advantage != 0.0]
+        updates, stopped_by = self.update(policy, [samples[index] for index in taught], lr=lr)
+        done = f"step {step} ended after {len(updates)} of {self.settings.updates_per_batch} updates"
+        return StepResult(
+            samples=tuple(samples),
+            scores=_scores(samples, taught, updates),
+            updates=tuple(updates),
+            extras=self.extras(grades, taught, updates),
+            warnings=(f"{done}: {stopped_by}",) if stopped_by else (),
         )
-        metrics |= {
-            # Of what was scored: responses of groups that are left out have no entropy to count.
+
+    def extras(
+        self, grades: Sequence[Grade], taught: Sequence[int], updates: Sequence[UpdateReport]
+    ) -> dict[str, float]:
+        """The metrics that only GRPO has, and those that count only what was scored."""
+        first = updates[0].scores if updates else ()
+        every = [score for update in updates for score in update.scores]
+        return {
+            # Responses of groups that are left out have no entropy to count.
             "entropy/student_mean": ratio(sum(s.student_entropy_sum for s in first), sum(s.num_tokens for s in first)),
             "entropy/teacher_mean": math.nan,
             "divergence/other_mean": self._kl(first),
             "reward/mean": statistics.fmean(float(grade.correct) for grade in grades),
             "reward/timeouts": float(sum(grade.outcome == "timeout" for grade in grades)),
-            "reward/equal_groups_share": 1.0 - len(taken) / len(samples),
+            "reward/equal_groups_share": 1.0 - len(taught) / len(grades),
             "updates": float(len(updates)),
             "ratio/clipped_share": ratio(sum(s.clipped_entries for s in every), sum(s.loss_tokens for s in every)),
             "kl/mean": self._kl(every),
-            "time/grade_s": graded - sampled,
         }
-        done = f"step {step} ended after {len(updates)} of {self.grpo.updates_per_batch} updates"
-        return StepReport(
-            step=step,
-            metrics=metrics,
-            samples=tuple(samples),
-            scores=tuple(scores),
-            warnings=(f"{done}: {stopped_by}",) if stopped_by else (),
-        )
 
     def grades(self, problems: Sequence[Problem], rollouts: Sequence[Rollout]) -> list[Grade]:
         """Verdicts in the order of the rollouts."""
@@ -112,19 +95,19 @@ class Grpo:
         self, problems: Sequence[Problem], rollouts: Sequence[Rollout], rewards: Sequence[float], *, step: int
     ) -> list[Sample]:
         """Each rollout with its advantage and its weight in the mean."""
-        size = self.source.samples
+        size = self.rollouts.samples
         found = [a for start in range(0, len(rewards), size) for a in advantages(rewards[start : start + size])]
         taught = [len(r.response_ids) for r, advantage in zip(rollouts, found, strict=True) if advantage != 0.0]
         samples = []
         for index, (rollout, advantage) in enumerate(zip(rollouts, found, strict=True)):
             problem, weight = problems[index // size], 1.0
-            if self.grpo.normalisation == "sequence_mean" and taught:
+            if self.settings.normalisation == "sequence_mean" and taught:
                 weight = sum(taught) / (len(taught) * len(rollout.response_ids))
             samples.append(
                 Sample(
                     problem=problem,
                     sample_index=rollout.sample_index,
-                    key=self.source.key(problem, step, rollout.sample_index),
+                    key=sample_key(self.rollouts.seed, step=step, problem=problem, index=rollout.sample_index),
                     student_prompt_ids=rollout.prompt_ids,
                     # The reference of the KL is the teacher's weights, shown what the student is shown.
                     teacher_prompt_ids=rollout.prompt_ids if self.loss.needs_teacher else None,
@@ -143,7 +126,7 @@ class Grpo:
         In a later one it ends the updates, since the weights have the earlier ones; the text then says what it was.
         """
         updates: list[UpdateReport] = []
-        while samples and len(updates) < self.grpo.updates_per_batch:
+        while samples and len(updates) < self.settings.updates_per_batch:
             try:
                 updates.append(policy.update(samples, self.loss, lr=lr))
             except FloatingPointError as error:
@@ -162,3 +145,18 @@ class Grpo:
         if not self.loss.needs_teacher:
             return math.nan
         return ratio(sum(s.divergence_other_sum for s in scores), sum(s.num_tokens for s in scores))
+
+    @staticmethod
+    def longest_prompt(problem: Problem, prompts: Prompts, settings: ObjectiveSettings, *, response: int) -> int:
+        """Tokens of the student's prompt."""
+        return len(prompts.student_prompt(problem))
+
+
+def _scores(
+    samples: Sequence[Sample], taught: Sequence[int], updates: Sequence[UpdateReport]
+) -> tuple[SampleScore, ...]:
+    """The scores of the first update, in the order of the samples; samples without loss have empty ones."""
+    scores = [SampleScore(loss_sum=0.0, num_tokens=len(s.response_ids), loss_tokens=0) for s in samples]
+    for index, score in zip(taught, updates[0].scores if updates else (), strict=True):
+        scores[index] = dataclasses.replace(score, token_logprobs=None)
+    return tuple(scores)

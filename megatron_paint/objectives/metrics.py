@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from megatron_paint.records import Reveal, Sample, SampleScore, StepReport, TokenIds
+from megatron_paint.records import Reveal, StepReport, StepResult, TokenIds
 
 PHASES = ("rollout", "mask", "teacher", "student", "optimizer")
 CLIP_LIMIT = 0.2  # mean clipped share; ours
@@ -16,31 +16,29 @@ def ratio(total: float, count: float) -> float:
     return total / count if count else math.nan
 
 
-def metrics_of(
-    *,
-    step: int,
-    samples: Sequence[Sample],
-    scores: Sequence[SampleScore],
-    grad_norm: float,
-    lr: float,
-    seconds: Mapping[str, float],
-) -> dict[str, float]:
+def metrics_of(result: StepResult, *, step: int, lr: float, seconds: Mapping[str, float]) -> dict[str, float]:
     """The metrics.jsonl line of one step; entropies, divergences and loss in nats.
 
-    seconds: phase -> wall time; a phase that is left out took none; `step` is the wall time of the whole step, the
-    sum of the phases if left out.
+    seconds: phase -> wall time outside the policy's updates, whose own times are added. A phase that is not there took
+    none. `step` is the wall time of the complete step; it is the sum of the phases where it is not there.
     Denominators. Loss tokens: loss (0 without any), clip/share and clip/entries (clipped entries per token). Response
     tokens: entropy/*, selected/share; teacher entropy is NaN without a teacher. Selected positions, all others:
     divergence/selected_mean, divergence/other_mean. Samples: response/length_mean; those sampled in this step:
     response/truncated_share; those with a reveal: overlap/mean, reveal/mean (the share asked for), anchors/none_share
-    (those whose reference has no anchor). What has nothing to count is NaN, except where 0 is said.
+    (those whose reference has no anchor). Updates: grad_norm. What has nothing to count is NaN, except where 0 is said.
+    The objective's extras come last and replace a value of the same key.
     """
+    samples, scores = result.samples, result.scores
     tokens, loss_tokens = sum(s.num_tokens for s in scores), sum(s.loss_tokens for s in scores)
     selected = sum(len(s.selected) for s in scores)
     reveals = [sample.reveal for sample in samples if sample.reveal is not None]
     rollouts = [sample.rollout for sample in samples if sample.rollout is not None]
     taught = any(sample.teacher_prompt_ids is not None for sample in samples)
-    phases = {phase: float(seconds.get(phase, 0.0)) for phase in PHASES}
+    phases = dict.fromkeys(PHASES, 0.0)
+    for timed in (seconds, *(update.seconds for update in result.updates)):
+        for phase, took in timed.items():
+            phases[phase] = phases.get(phase, 0.0) + took
+    total = phases.pop("step", None)
     return {
         "step": step,
         "loss": sum(s.loss_sum for s in scores) / max(loss_tokens, 1),
@@ -58,11 +56,12 @@ def metrics_of(
         "clip/entries": sum(s.clipped_entries for s in scores) / max(loss_tokens, 1),
         "response/length_mean": ratio(tokens, len(samples)),
         "response/truncated_share": ratio(sum(not rollout.finished for rollout in rollouts), len(rollouts)),
-        "grad_norm": grad_norm,
+        "grad_norm": ratio(sum(update.grad_norm for update in result.updates), len(result.updates)),
         "lr": lr,
         "sampler_gap/max": max((s.sampler_gap_max for s in scores if s.sampler_gap_max is not None), default=math.nan),
-        **{f"time/{phase}_s": phases[phase] for phase in PHASES},
-        "tokens_per_second": ratio(tokens, float(seconds.get("step", sum(phases.values())))),
+        **{f"time/{phase}_s": took for phase, took in phases.items()},
+        "tokens_per_second": ratio(tokens, sum(phases.values()) if total is None else total),
+        **result.extras,
     }
 
 

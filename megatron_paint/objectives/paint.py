@@ -1,85 +1,66 @@
 """PAINT, one step from problems to update (arXiv 2604.26573); OPSD (arXiv 2601.18734) is its special case.
 
 The student samples one response per problem. The more of the reference a response reproduces, the more of the reference
-is hidden from the teacher, which is the same network. The teacher re-scores the response; the student moves towards the
-teacher's distribution, mixed with its own where their entropies differ most. OPSD: everything shown, nothing mixed.
+is hidden from the teacher, which is the same network. The teacher scores the response again; the student moves towards
+the teacher's distribution, mixed with its own where their entropies differ most. OPSD shows everything and mixes
+nothing.
 """
 
 import dataclasses
-import time
 from collections.abc import Sequence
 
-from megatron_paint.config.settings import Settings
+from megatron_paint.config.settings import ObjectiveSettings
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.losses.elementwise.choose import loss_kernel
 from megatron_paint.losses.objectives import DistillationLoss
-from megatron_paint.masker.overlap import MaskerPool
 from megatron_paint.masker.reveal import limit_hidden, reveal_step
-from megatron_paint.objectives.metrics import metrics_of
+from megatron_paint.objectives.interface import ObjectiveInputs
 from megatron_paint.policy import Policy
-from megatron_paint.records import Problem, Reveal, Rollout, Sample, StepReport
-from megatron_paint.rollouts.source import RolloutSource
-from megatron_paint.runtime.rank_zero import OnRankZero, directly
+from megatron_paint.records import Problem, Reveal, Rollout, Sample, StepResult
+from megatron_paint.rollouts.source import sample_key
+from megatron_paint.runtime.timer import Timer
 
 
 class Paint:
     """The objective of `objective.name: paint` and `opsd`."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        prompts: Prompts,
-        *,
-        pool: MaskerPool | None = None,
-        on_rank_zero: OnRankZero = directly,
-    ):
-        """on_rank_zero: runs a function on rank 0 and returns its result on all ranks; `pool` exists on rank 0."""
-        self.settings = settings
-        self.prompts = prompts
-        self.pool = pool
-        self.on_rank_zero = on_rank_zero
-        self.source = RolloutSource(settings, prompts)
+    def __init__(self, inputs: ObjectiveInputs):
+        settings = inputs.settings
+        self.settings = settings.reveal
+        self.prompts = inputs.prompts
+        self.rollouts = inputs.rollouts
+        self.masker = inputs.masker
+        self.on_rank_zero = inputs.on_rank_zero
         # Greedy log-probabilities are taken at temperature 1.
         self.loss = DistillationLoss(
-            config=settings.objective.loss,
-            chunk_bytes=settings.objective.chunk_bytes,
-            kernel=loss_kernel(settings.objective.kernel),
-            token_temperature=settings.rollout.temperature or 1.0,
+            config=settings.loss,
+            chunk_bytes=settings.chunk_bytes,
+            kernel=loss_kernel(settings.kernel),
+            token_temperature=inputs.rollouts.sampling.temperature or 1.0,
         )
 
-    def step(self, policy: Policy, problems: Sequence[Problem], *, step: int, lr: float) -> StepReport:
+    def step(self, policy: Policy, problems: Sequence[Problem], *, step: int, lr: float, timer: Timer) -> StepResult:
         """Samples, masks, scores and updates once."""
-        started = time.perf_counter()
-        rollouts = self.source.rollouts(policy, problems, step=step)
-        sampled = time.perf_counter()
-        samples = self.samples(problems, rollouts, step=step)
-        masked = time.perf_counter()
-        samples = self.limited(policy, samples)
-        limited = time.perf_counter()
+        with timer("rollout"):
+            rollouts = self.rollouts.rollouts(problems, step=step)
+        with timer("mask"):
+            samples = self.samples(problems, rollouts, step=step)
+        with timer("teacher"):
+            samples = self.limited(policy, samples)
         update = policy.update(samples, self.loss, lr=lr)
-        seconds = {"rollout": sampled - started, "mask": masked - sampled, **update.seconds}
-        seconds["teacher"] += limited - masked
-        metrics = metrics_of(
-            step=step,
-            samples=samples,
-            scores=update.scores,
-            grad_norm=update.grad_norm,
-            lr=lr,
-            seconds={**seconds, "step": time.perf_counter() - started},
-        )
-        return StepReport(step=step, metrics=metrics, samples=tuple(samples), scores=update.scores)
+        return StepResult(samples=tuple(samples), scores=update.scores, updates=(update,))
 
     def samples(self, problems: Sequence[Problem], rollouts: Sequence[Rollout], *, step: int) -> list[Sample]:
         """Each rollout with the prompts of both sides: the teacher's shows what the masker reveals."""
-        keys = [self.source.key(problem, step) for problem in problems]
+        keys = [sample_key(self.rollouts.seed, step=step, problem=problem) for problem in problems]
         reveals = self.on_rank_zero(
             lambda: reveal_step(
                 problems,
                 [self.prompts.response_text(rollout.response_ids) for rollout in rollouts],
-                settings=self.settings.objective.reveal,
+                settings=self.settings,
                 keys=keys,
                 token_offsets=self.prompts.solution_offsets,
-                pool=self.pool,
+                pool=self.masker,
             )
         )
         return [self._sample(*row) for row in zip(problems, rollouts, reveals, keys, strict=True)]
@@ -89,8 +70,7 @@ class Paint:
 
         Where it is set, the teacher scores the references of which something is hidden: one more pass without gradient.
         """
-        settings = self.settings.objective.reveal
-        if settings.hidden_nats is None:
+        if self.settings.hidden_nats is None:
             return samples
         partly = [index for index, s in enumerate(samples) if s.reveal.shown_tokens < s.reveal.total_tokens]
         references = [
@@ -102,7 +82,7 @@ class Paint:
             sample = samples[index]
             offsets = self.prompts.solution_offsets(sample.reveal.reference)
             surprise = [-logprob for logprob in logprobs]
-            reveal = limit_hidden(sample.reveal, surprise, settings=settings, offsets=offsets)
+            reveal = limit_hidden(sample.reveal, surprise, settings=self.settings, offsets=offsets)
             prompt = self.prompts.teacher_prompt(sample.problem, reveal)
             found[index] = dataclasses.replace(sample, reveal=reveal, teacher_prompt_ids=prompt)
         return found
@@ -120,3 +100,12 @@ class Paint:
             reveal=reveal,
             rollout=rollout,
         )
+
+    @staticmethod
+    def longest_prompt(problem: Problem, prompts: Prompts, settings: ObjectiveSettings, *, response: int) -> int:
+        """Tokens of the teacher's prompt with almost all of the solution and the line that the rest is hidden.
+
+        With `hidden_nats` the teacher also scores the solution after that prompt, which may be longer than a response.
+        """
+        scored = 0 if settings.reveal.hidden_nats is None else len(prompts.solution_offsets(problem.solution))
+        return prompts.longest_prompt(problem) + max(0, scored - response)

@@ -1,46 +1,43 @@
 """Supervised fine-tuning: cross entropy on the verified solution after the student's prompt."""
 
-import time
 from collections.abc import Sequence
 
-from megatron_paint.base.keys import derive_key
-from megatron_paint.config.settings import Settings
+from megatron_paint.config.settings import ObjectiveSettings
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.losses.objectives import CrossEntropyLoss
-from megatron_paint.objectives.metrics import metrics_of
+from megatron_paint.objectives.interface import ObjectiveInputs
 from megatron_paint.policy import Policy
-from megatron_paint.records import Problem, Sample, StepReport
+from megatron_paint.records import Problem, Sample, StepResult
+from megatron_paint.rollouts.source import sample_key
+from megatron_paint.runtime.timer import Timer
 
 
 class Sft:
     """The objective of `objective.name: sft`."""
 
-    def __init__(self, settings: Settings, prompts: Prompts):
-        self.settings = settings
-        self.prompts = prompts
-        self.loss = CrossEntropyLoss(chunk_bytes=settings.objective.chunk_bytes, kernel=settings.objective.kernel)
+    def __init__(self, inputs: ObjectiveInputs):
+        settings = inputs.settings
+        self.prompts = inputs.prompts
+        self.seed = inputs.rollouts.seed
+        self.loss = CrossEntropyLoss(chunk_bytes=settings.chunk_bytes, kernel=settings.kernel)
 
-    def step(self, policy: Policy, problems: Sequence[Problem], *, step: int, lr: float) -> StepReport:
+    def step(self, policy: Policy, problems: Sequence[Problem], *, step: int, lr: float, timer: Timer) -> StepResult:
         """Scores the solutions and updates once."""
-        started = time.perf_counter()
-        samples = [self.sample(problem, step) for problem in problems]
+        samples = tuple(self.sample(problem, step) for problem in problems)
         update = policy.update(samples, self.loss, lr=lr)
-        metrics = metrics_of(
-            step=step,
-            samples=samples,
-            scores=update.scores,
-            grad_norm=update.grad_norm,
-            lr=lr,
-            seconds={**update.seconds, "step": time.perf_counter() - started},
-        )
-        return StepReport(step=step, metrics=metrics, samples=tuple(samples), scores=update.scores)
+        return StepResult(samples=samples, scores=update.scores, updates=(update,))
 
     def sample(self, problem: Problem, step: int) -> Sample:
         """The solution as the response to the student's prompt."""
         return Sample(
             problem=problem,
             sample_index=0,
-            key=derive_key(self.settings.run.seed, step, problem.id, 0),
+            key=sample_key(self.seed, step=step, problem=problem),
             student_prompt_ids=self.prompts.student_prompt(problem),
             response_ids=self.prompts.sft_response(problem),
         )
+
+    @staticmethod
+    def longest_prompt(problem: Problem, prompts: Prompts, settings: ObjectiveSettings, *, response: int) -> int:
+        """Tokens of the student's prompt and of the solution."""
+        return len(prompts.student_prompt(problem)) + len(prompts.sft_response(problem))

@@ -177,7 +177,7 @@ def adapter_parameters(shape: ModelShape, rank: int) -> int:
 def teacher_bytes(settings: Settings) -> int:
     """Bytes of the teacher's own values of each weight that is trained; 0 where it has none."""
     teacher, width = settings.objective.teacher, WIDTHS[settings.model.dtype]
-    if not settings.objective.has_teacher:
+    if not settings.objective.needs.teacher:
         return 0
     if teacher.weights == "ema":
         return FLOAT32 + (width if teacher.ema_anchor > 0 else 0)  # and those that it is anchored to

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.records import Problem, Rollout, TokenIds
+from megatron_paint.records import Rollout
+from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
 
 MISSING_SHOWN = 3
 
@@ -28,11 +29,11 @@ class _Response(NamedTuple):
     where: str
 
 
-class ReplayEngine:
-    """Rollouts from a JSONL file, or from all *.jsonl of a folder.
+class ReplaySampler:
+    """Implements `Sampler` with the rollouts of a JSONL file, or of all *.jsonl files of a folder.
 
     stop_ids: ids that end a response; a response without "finished" counts as finished if one of them is its last id.
-    Errors: UserError that names file and line of a bad or repeated record.
+    Raises UserError that names file and line of a bad or repeated record.
     """
 
     def __init__(self, path: str | Path | None, *, stop_ids: Collection[int] = ()):
@@ -46,31 +47,28 @@ class ReplayEngine:
         if not self._responses:
             raise UserError(f"rollout.path: {path} holds no rollouts")
 
-    def rollouts(
-        self, step: int, problems: Sequence[Problem], student_prompts: Sequence[TokenIds], *, samples: int = 1
-    ) -> list[Rollout]:
-        """The responses of a step: samples 0 .. samples - 1 of each problem, in the order of the problems.
+    def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParameters) -> list[Rollout]:
+        """The recorded response of each request's step, problem and sample; `sampling` only bounds its length.
 
-        Errors: UserError that names what the file lacks.
+        Raises UserError that names what the file does not have, or a response that is too long.
         """
-        self.check(step, problems, samples=samples)
-        prompts = [prompt for prompt in student_prompts for _ in range(samples)]
-        places = self._places(step, problems, samples)
-        return [self._rollout(place, prompt) for place, prompt in zip(places, prompts, strict=True)]
+        self.check(requests, max_tokens=sampling.max_new_tokens)
+        return [self._rollout(request) for request in requests]
 
-    def check(self, step: int, problems: Sequence[Problem], *, samples: int = 1) -> None:
-        """UserError that names what the file lacks of a step."""
-        missing = [place for place in self._places(step, problems, samples) if place not in self._responses]
+    def sync_weights(self, step: int) -> None:
+        """Does nothing: recorded rollouts are of no weights."""
+
+    def check(self, requests: Sequence[GenerationRequest], *, max_tokens: int, vocab_size: int | None = None) -> None:
+        """Raises UserError that names what the file does not have, or a response that cannot be this model's.
+
+        vocab_size: ids of the model; None: ids are not checked.
+        """
+        missing = [place for request in requests if (place := _place(request)) not in self._responses]
         if missing:
             raise UserError(self._missing_message(missing))
-
-    def check_responses(
-        self, step: int, problems: Sequence[Problem], *, vocab_size: int, max_tokens: int, samples: int = 1
-    ) -> None:
-        """UserError that names a response of a step with an id that the model lacks, or that is too long."""
-        for place in self._places(step, problems, samples):
-            response = self._responses[place]
-            if (largest := max(response.ids)) >= vocab_size:
+        for request in requests:
+            response = self._responses[_place(request)]
+            if vocab_size is not None and (largest := max(response.ids)) >= vocab_size:
                 raise UserError(
                     f"{response.where}: response_ids holds {largest}, but the model has ids 0 to {vocab_size - 1}: "
                     "these rollouts are another model's"
@@ -81,17 +79,13 @@ class ReplayEngine:
                     f"rollout.max_new_tokens={max_tokens}: raise it"
                 )
 
-    @staticmethod
-    def _places(step: int, problems: Sequence[Problem], samples: int) -> list[_Place]:
-        return [_Place(step, problem.id, index) for problem in problems for index in range(samples)]
-
-    def _rollout(self, place: _Place, prompt: TokenIds) -> Rollout:
-        response = self._responses[place]
+    def _rollout(self, request: GenerationRequest) -> Rollout:
+        response = self._responses[_place(request)]
         finished = response.ids[-1] in self._stop_ids if response.finished is None else response.finished
         return Rollout(
-            problem_id=place.problem_id,
-            sample_index=place.sample_index,
-            prompt_ids=prompt,
+            problem_id=request.problem_id,
+            sample_index=request.sample_index,
+            prompt_ids=request.prompt_ids,
             response_ids=tuple(response.ids),
             logprobs=None,
             finished=finished,
@@ -109,7 +103,7 @@ class ReplayEngine:
             place, response = _record(line, where)
             if place in self._responses:
                 first = self._responses[place].where
-                raise UserError(f"{where}: {_named(place)} stands already at {first}; leave one of them out")
+                raise UserError(f"{where}: {_named(place)} is already at {first}; leave one of them out")
             self._responses[place] = response
 
     def _missing_message(self, missing: Sequence[_Place]) -> str:
@@ -121,6 +115,10 @@ class ReplayEngine:
             f" steps {steps[0]} to {steps[-1]}. The order of problems follows data.seed and data.problems_per_step:"
             " replay with those of the run that wrote the file, or add the missing rollouts"
         )
+
+
+def _place(request: GenerationRequest) -> _Place:
+    return _Place(request.step, request.problem_id, request.sample_index)
 
 
 def _files(path: Path) -> list[Path]:

@@ -13,6 +13,14 @@ STOPPING = (signal.SIGTERM, signal.SIGUSR1)
 STOPPED = 75  # EX_TEMPFAIL: stopped early with a checkpoint; the same command goes on
 
 
+class StopRequested(Exception):
+    """The run ends after step `step`, because of `reason`."""
+
+    def __init__(self, *, step: int, reason: str) -> None:
+        super().__init__(reason)
+        self.step, self.reason = step, reason
+
+
 class StopRequest(NotedSignals):
     """Notes, between `__enter__` and `__exit__`, that this process has been asked to stop; nothing is interrupted.
 

@@ -1,8 +1,11 @@
 """What a run reads: tokenizer, prompts, training problems, held-out problems; checked, and the same on every rank."""
 
 import dataclasses
+import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_paint.base.errors import UserError, about
 from megatron_paint.checkpoints.hf_reader import HuggingFaceReader
@@ -11,50 +14,67 @@ from megatron_paint.data.problems import LoadedProblems, ProblemSet, PromptLimit
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.data.tokenizers import load_tokenizer
 from megatron_paint.grading.grade import grade
+from megatron_paint.launch.failure_notes import FOLDER
 from megatron_paint.models.shape import ModelShape
+from megatron_paint.objectives import OBJECTIVES
 from megatron_paint.records import Problem
-from megatron_paint.rollouts.replay import ReplayEngine
+from megatron_paint.rollouts.engine import Sampler
+from megatron_paint.rollouts.replay import ReplaySampler
+from megatron_paint.rollouts.source import RolloutSource
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.runtime.rank_zero import OnRankZero, directly
 
+CHECKED = "checked_problems"  # file of the launcher's folder
+
 
 @dataclass(frozen=True, kw_only=True)
-class Sources:
-    """Everything that a run reads but the weights."""
+class Inputs:
+    """Everything that a run reads, except the weights."""
 
     prompts: Prompts
     problems: ProblemSet
     held_out: tuple[Problem, ...]  # empty: no evaluation
-    notes: tuple[str, ...]  # what the user should know
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know about the problems."""
+        return self.problems.notes
+
+    def summary(self) -> tuple[str, ...]:
+        """Lines for the console."""
+        held_out = f", {len(self.held_out):,} held-out problems" if self.held_out else ""
+        return (f"data       {len(self.problems):,} training problems{held_out}", *self.notes)
 
 
-def load_sources(settings: Settings, shape: ModelShape, *, on_rank_zero: OnRankZero = directly) -> Sources:
-    """Loads and checks; `share` runs a function on one rank and gives its result to all (reading and grading of many
-    rows is done once, and a verdict that a time limit decides cannot differ between ranks)."""
-    prompts, held_out = load_held_out_sources(settings, shape, on_rank_zero=on_rank_zero)
-    limit = _limit(settings, shape, prompts)
-    problems: ProblemSet = on_rank_zero(lambda: load_problems(settings.data, grade=grade, prompt_limit=limit))
-    if settings.objective.distils and settings.objective.reveal.solution == "wrong":
-        _check_wrong_solutions(problems.problems, prompts, limit)
-    if settings.rollout.engine == "replay" and settings.objective.samples_per_problem:
-        on_rank_zero(lambda: _check_replay(settings, shape, problems))
-    return Sources(prompts=prompts, problems=problems, held_out=held_out, notes=problems.notes)
+def check_inputs(settings: Settings, shape: ModelShape, *, run_folder: bool = True) -> Inputs:
+    """Reads and checks everything that a run reads and, with `run_folder`, the folder that it writes to.
+
+    Needs no model, so one process can report a mistake before any rank starts. Raises UserError.
+    """
+    with about("model.hf_path"):
+        HuggingFaceReader(settings.model.hf_path, shape).check_tied(shape)
+    inputs = load_inputs(settings, shape)
+    if run_folder:
+        RunFolder(settings.run.dir).check(settings)
+    return inputs
 
 
-def load_held_out_sources(
-    settings: Settings, shape: ModelShape, *, on_rank_zero: OnRankZero = directly
-) -> tuple[Prompts, tuple[Problem, ...]]:
-    """Prompts and held-out problems alone; no problems where `evaluation.problems` is not set."""
+def load_inputs(settings: Settings, shape: ModelShape, *, on_rank_zero: OnRankZero = directly) -> Inputs:
+    """Reads and checks.
+
+    Rank 0 reads and grades the problems for all ranks: it is done once, and ranks cannot differ in a verdict that a
+    time limit decides. If the launcher has checked them already, rank 0 takes what the launcher saved.
+    """
     prompts = load_prompts(settings, shape)
-    if settings.evaluation.problems is None:
-        return prompts, ()
-    limit = evaluation_limit(settings, shape, prompts)
-    loaded: LoadedProblems = on_rank_zero(lambda: load_held_out(settings.evaluation, prompt_limit=limit))
-    return prompts, loaded.problems
+    problems, held_out = on_rank_zero(lambda: _saved_problems() or _read_problems(settings, shape, prompts))
+    return Inputs(prompts=prompts, problems=problems, held_out=held_out)
 
 
 def load_prompts(settings: Settings, shape: ModelShape) -> Prompts:
-    """The model's tokenizer and the templates; UserError where the tokenizer has ids that the model lacks."""
+    """The model's tokenizer and the templates.
+
+    Raises UserError if the tokenizer has ids that the model does not have.
+    """
     tokenizer = load_tokenizer(settings.model.hf_path, chat_template=settings.prompts.chat_template)
     if tokenizer.size > shape.vocab_size:
         raise UserError(
@@ -64,63 +84,15 @@ def load_prompts(settings: Settings, shape: ModelShape) -> Prompts:
     return Prompts(settings.prompts, tokenizer)
 
 
-def check_sources(settings: Settings, shape: ModelShape, *, run_folder: bool = True) -> tuple[str, ...]:
-    """Everything that can be wrong with what a run reads and, with `run_folder`, where it writes; needs no model."""
-    with about("model.hf_path"):
-        HuggingFaceReader(settings.model.hf_path, shape).check_tied(shape)
-    sources = load_sources(settings, shape)
-    if run_folder:
-        RunFolder(settings.run.dir).check(settings)
-    held_out = f", {len(sources.held_out):,} held-out problems" if sources.held_out else ""
-    return (f"data       {len(sources.problems):,} training problems{held_out}", *sources.notes)
+def rollout_source(settings: Settings, prompts: Prompts, sampler: Sampler) -> RolloutSource:
+    """The rollouts of the run's objective."""
+    samples = settings.objective.needs.samples_per_problem
+    return RolloutSource(sampler, prompts, settings.rollout, samples=samples, seed=settings.run.seed)
 
 
-def _check_wrong_solutions(problems: Sequence[Problem], prompts: Prompts, limit: PromptLimit) -> None:
-    """UserError where the longest problem does not fit with another one's solution."""
-    longest = max(problems, key=lambda problem: len(problem.problem))
-    solution = max(problems, key=lambda problem: len(problem.solution)).solution
-    length = limit.length(dataclasses.replace(longest, solution=solution))
-    if length > limit.most:
-        raise UserError(
-            f"objective.reveal.solution=wrong can make a prompt of {length} tokens, above {limit.most}, {limit.reason}"
-            ": leave the longest problems or solutions out"
-        )
-
-
-def _check_replay(settings: Settings, shape: ModelShape, problems: ProblemSet) -> None:
-    """UserError where a rollout of a step that is still to be done is missing, or cannot be this model's."""
-    engine, samples = ReplayEngine(settings.rollout.path), settings.objective.samples_per_problem
-    resumes = settings.run.resume != "never"
-    done = RunFolder(settings.run.dir).latest_checkpoint() if resumes else None
-    for step in range((done or 0) + 1, settings.run.steps + 1):
-        batch = problems.batch(step)
-        engine.check(step, batch, samples=samples)
-        engine.check_responses(
-            step, batch, vocab_size=shape.vocab_size, max_tokens=settings.rollout.max_new_tokens, samples=samples
-        )
-
-
-def _limit(settings: Settings, shape: ModelShape, prompts: Prompts) -> PromptLimit:
-    """Room for a response after the longest prompt that a problem can have: the teacher's with almost all of the
-    solution, and the line that the rest is hidden."""
-
-    def length(problem: Problem) -> int:
-        if objective.distils:
-            # With hidden_nats the teacher's prompt is followed by the solution as well.
-            scored = len(prompts.solution_offsets(problem.solution)) if limits_hidden else 0
-            return prompts.longest_prompt(problem) + max(0, scored - response)
-        solution = 0 if objective.samples_per_problem else len(prompts.sft_response(problem))
-        return len(prompts.student_prompt(problem)) + solution
-
-    objective = settings.objective
-    limits_hidden = objective.reveal.hidden_nats is not None
-    response = settings.rollout.max_new_tokens if objective.samples_per_problem else 0
-    return PromptLimit(
-        length=length,
-        most=shape.max_positions - response,
-        reason=f"the model's {shape.max_positions} positions"
-        + (f" less rollout.max_new_tokens={response}" if response else ""),
-    )
+def replay_sampler(settings: Settings, prompts: Prompts) -> ReplaySampler:
+    """The sampler of `rollout.engine: replay`."""
+    return ReplaySampler(settings.rollout.path, stop_ids=prompts.tokenizer.stop_ids)
 
 
 def evaluation_limit(settings: Settings, shape: ModelShape, prompts: Prompts) -> PromptLimit:
@@ -131,3 +103,79 @@ def evaluation_limit(settings: Settings, shape: ModelShape, prompts: Prompts) ->
         most=shape.max_positions - longest,
         reason=f"the model's {shape.max_positions} positions less evaluation.max_new_tokens={longest}",
     )
+
+
+def save_checked_problems(inputs: Inputs, folder: str | Path) -> None:
+    """Saves the problems that the launcher has checked in its folder, for rank 0 of the ranks that it starts."""
+    problems = dataclasses.asdict(inputs.problems)
+    del problems["steps_per_epoch"]
+    saved = {"problems": problems, "held_out": [dataclasses.asdict(problem) for problem in inputs.held_out]}
+    (Path(folder) / CHECKED).write_text(json.dumps(saved), encoding="ascii")
+
+
+def _saved_problems() -> tuple[ProblemSet, tuple[Problem, ...]] | None:
+    """What `save_checked_problems` saved for this process; None if no launcher did."""
+    file = Path(os.environ.get(FOLDER, "")) / CHECKED
+    if FOLDER not in os.environ or not file.is_file():
+        return None
+    saved = json.loads(file.read_text(encoding="ascii"))
+    values = saved["problems"]
+    values |= {"problems": _records(values["problems"])}
+    values |= {name: tuple(values[name]) for name in ("bad_rows", "notes")}
+    return ProblemSet(**values), _records(saved["held_out"])
+
+
+def _records(values: Sequence[dict[str, str]]) -> tuple[Problem, ...]:
+    return tuple(Problem(**value) for value in values)
+
+
+def _read_problems(settings: Settings, shape: ModelShape, prompts: Prompts) -> tuple[ProblemSet, tuple[Problem, ...]]:
+    limit = _prompt_limit(settings, shape, prompts)
+    problems = load_problems(settings.data, grade=grade, prompt_limit=limit)
+    needs = settings.objective.needs
+    if needs.masker and settings.objective.reveal.solution == "wrong":
+        _check_wrong_solutions(problems.problems, limit)
+    if needs.samples_per_problem and settings.rollout.engine == "replay":
+        _check_replay(settings, shape, prompts, problems)
+    if settings.evaluation.problems is None:
+        return problems, ()
+    held_out: LoadedProblems = load_held_out(
+        settings.evaluation, prompt_limit=evaluation_limit(settings, shape, prompts)
+    )
+    return problems, held_out.problems
+
+
+def _prompt_limit(settings: Settings, shape: ModelShape, prompts: Prompts) -> PromptLimit:
+    """Room for a response after the longest prompt that the objective can make of a problem."""
+    objective = settings.objective
+    response = settings.rollout.max_new_tokens if objective.needs.samples_per_problem else 0
+    longest_prompt = OBJECTIVES[objective.name].longest_prompt
+    return PromptLimit(
+        length=lambda problem: longest_prompt(problem, prompts, objective, response=response),
+        most=shape.max_positions - response,
+        reason=f"the model's {shape.max_positions} positions"
+        + (f" less rollout.max_new_tokens={response}" if response else ""),
+    )
+
+
+def _check_wrong_solutions(problems: Sequence[Problem], limit: PromptLimit) -> None:
+    """Raises UserError if the longest problem does not fit with another one's solution."""
+    longest = max(problems, key=lambda problem: len(problem.problem))
+    solution = max(problems, key=lambda problem: len(problem.solution)).solution
+    length = limit.length(dataclasses.replace(longest, solution=solution))
+    if length > limit.most:
+        raise UserError(
+            f"objective.reveal.solution=wrong can make a prompt of {length} tokens, above {limit.most}, {limit.reason}"
+            ": leave the longest problems or solutions out"
+        )
+
+
+def _check_replay(settings: Settings, shape: ModelShape, prompts: Prompts, problems: ProblemSet) -> None:
+    """Raises UserError if a rollout of a coming step is missing, or cannot be this model's."""
+    sampler = replay_sampler(settings, prompts)
+    source = rollout_source(settings, prompts, sampler)
+    resumes = settings.run.resume != "never"
+    done = RunFolder(settings.run.dir).latest_checkpoint() if resumes else None
+    for step in range((done or 0) + 1, settings.run.steps + 1):
+        requests = source.requests(problems.batch(step), step=step)
+        sampler.check(requests, max_tokens=settings.rollout.max_new_tokens, vocab_size=shape.vocab_size)

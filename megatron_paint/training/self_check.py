@@ -8,15 +8,18 @@ from megatron_paint.data.prompts import Prompts
 from megatron_paint.losses import InterpolationLossConfig
 from megatron_paint.losses.elementwise.choose import loss_kernel
 from megatron_paint.losses.objectives import DistillationLoss
-from megatron_paint.policy import GenerationRequest, Policy, SamplingParameters
+from megatron_paint.policy import Policy
 from megatron_paint.records import Problem, Rollout, Sample
+from megatron_paint.rollouts.engine import GenerationRequest, Sampler, SamplingParameters
 from megatron_paint.run.console import Progress
 
 PROBLEMS = 4  # ours: enough to see a wrong offset, too few to be noticed
 TOKENS = 16  # sampled of each
 
 
-def self_check(settings: Settings, policy: Policy, problems: ProblemSet, prompts: Prompts, progress: Progress) -> None:
+def self_check(
+    settings: Settings, policy: Policy, sampler: Sampler, problems: ProblemSet, prompts: Prompts, progress: Progress
+) -> None:
     """Says how far two ways to the same numbers lie apart; UserError where it is further than the limits.
 
     The loss between the model and itself on the same prompts, one side packed in micro-batches and the other row by
@@ -26,7 +29,7 @@ def self_check(settings: Settings, policy: Policy, problems: ProblemSet, prompts
     batch = problems.batch(1)[:PROBLEMS]
     samples = [
         _sample(problem, rollout)
-        for problem, rollout in zip(batch, _rollouts(settings, policy, batch, prompts), strict=True)
+        for problem, rollout in zip(batch, _rollouts(settings, sampler, batch, prompts), strict=True)
     ]
     loss = DistillationLoss(
         config=InterpolationLossConfig(positions="none", temperature=settings.objective.loss.temperature),
@@ -61,7 +64,7 @@ def self_check(settings: Settings, policy: Policy, problems: ProblemSet, prompts
         )
 
 
-def _rollouts(settings: Settings, policy: Policy, batch: list[Problem], prompts: Prompts) -> list[Rollout]:
+def _rollouts(settings: Settings, sampler: Sampler, batch: list[Problem], prompts: Prompts) -> list[Rollout]:
     requests = [
         GenerationRequest(
             problem_id=problem.id,
@@ -78,7 +81,7 @@ def _rollouts(settings: Settings, policy: Policy, batch: list[Problem], prompts:
         top_k=0,
         stop_ids=frozenset(prompts.tokenizer.stop_ids),
     )
-    return policy.generate(requests, sampling)
+    return sampler.generate(requests, sampling)
 
 
 def _sample(problem: Problem, rollout: Rollout) -> Sample:

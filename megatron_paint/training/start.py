@@ -12,31 +12,40 @@ from typing import TYPE_CHECKING
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import Settings
+from megatron_paint.data.prompts import Prompts
 from megatron_paint.evaluation.evaluator import Evaluator
 from megatron_paint.grading.grade import GradingPool
 from megatron_paint.launch.failure_notes import leave_note
 from megatron_paint.masker.overlap import MaskerPool
-from megatron_paint.objectives import make_objective
+from megatron_paint.objectives import OBJECTIVES, ObjectiveInputs
+from megatron_paint.planning.memory import make_plan
 from megatron_paint.policy import Policy
+from megatron_paint.rollouts.engine import Sampler
 from megatron_paint.run.console import Mode, Progress
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.run.tensorboard import open_tensorboard
 from megatron_paint.runtime.heartbeat import LONG, Heart, go_on, start_heart, stop_heart
 from megatron_paint.runtime.stop import StopRequest, job_end
+from megatron_paint.training.inputs import Inputs, load_inputs, replay_sampler, rollout_source
 from megatron_paint.training.loop import Run
+from megatron_paint.training.recorder import Recorder
 from megatron_paint.training.self_check import self_check
 
 if TYPE_CHECKING:
+    from megatron_paint.mcore.policy import MegatronPolicy
     from megatron_paint.mcore.ranks import Ranks
 
 
 MOST_MASKER_WORKERS = 8  # ours: a step of 512 problems is then measured in a tenth of a second
 
 
-def train(settings: Settings, *, mode: Mode = "normal", self_check_only: bool = False) -> bool:
-    """Runs a training run in the world that the environment describes; whether it came to its end.
+def train(
+    settings: Settings, *, mode: Mode = "normal", self_check_only: bool = False, inputs: Inputs | None = None
+) -> bool:
+    """Runs a training run in the ranks that the environment describes.
 
-    False: it was asked to stop, and has left a checkpoint. UserError for bad input.
+    inputs: what `check_inputs` has read in this process, if it was called. Returns False if the run was asked to stop;
+    it has left a checkpoint then. Raises UserError for bad input.
     """
     from megatron_paint.mcore.ranks import joined_ranks
 
@@ -45,82 +54,105 @@ def train(settings: Settings, *, mode: Mode = "normal", self_check_only: bool = 
         hang = None if self_check_only else settings.run.hang_timeout_s
         ranks = stack.enter_context(joined_ranks(settings.megatron, hang_seconds=hang and 2 * LONG * hang))
         if self_check_only:
-            check_model(settings, ranks, mode=mode)
+            check_model(settings, ranks, inputs, mode=mode)
             return True
-        run = prepare(settings, ranks, mode=mode, stack=stack, request=request)
-        self_check(settings, run.policy, run.problems, run.prompts, run.progress)
+        run = prepare(settings, ranks, inputs, mode=mode, stack=stack, request=request)
+        self_check(settings, run.policy, run.sampler, run.problems, run.recorder.prompts, run.progress)
         return run.train()
 
 
-def check_model(settings: Settings, ranks: "Ranks", *, mode: Mode) -> None:
+def check_model(settings: Settings, ranks: "Ranks", inputs: Inputs | None, *, mode: Mode) -> None:
     """The self-check alone, without a run folder."""
     from megatron_paint.mcore.collectives import rank_zero_does
     from megatron_paint.mcore.policy import MegatronPolicy
-    from megatron_paint.planning.memory import make_plan
-    from megatron_paint.training.inputs import load_sources
 
     plan = make_plan(settings, processes=ranks.size)
-    sources = load_sources(settings, plan.shape, on_rank_zero=partial(rank_zero_does, ranks))
-    progress = Progress(_answer_mode(mode) if ranks.rank == 0 else "silent", steps=0)
+    inputs = inputs or load_inputs(settings, plan.shape, on_rank_zero=partial(rank_zero_does, ranks))
+    # A command that is asked one question answers it, even under --quiet.
+    progress = Progress(("normal" if mode == "quiet" else mode) if ranks.rank == 0 else "silent", steps=0)
     for line in [] if mode == "quiet" else plan.lines(settings):
         progress.note(line)
     policy = MegatronPolicy(settings, plan.shape, ranks, trained=False)
-    self_check(settings, policy, sources.problems, sources.prompts, progress)
+    self_check(settings, policy, policy.sampler, inputs.problems, inputs.prompts, progress)
 
 
-def _answer_mode(mode: Mode) -> Mode:
-    """A command that is asked one thing says it even if it is to be quiet."""
-    return "normal" if mode == "quiet" else mode
-
-
-def prepare(settings: Settings, ranks: "Ranks", *, mode: Mode, stack: ExitStack, request: StopRequest) -> "Run":
-    """Everything that the loop needs: data checked, the folder ready, the model loaded, the checkpoint taken up."""
+def prepare(
+    settings: Settings,
+    ranks: "Ranks",
+    inputs: Inputs | None,
+    *,
+    mode: Mode,
+    stack: ExitStack,
+    request: StopRequest,
+) -> Run:
+    """Builds everything that the loop needs: inputs, run folder, model, checkpoint, objective."""
     from megatron_paint.mcore.collectives import any_rank_says, rank_zero_does
     from megatron_paint.mcore.policy import MegatronPolicy
-    from megatron_paint.planning.memory import make_plan
-    from megatron_paint.training.inputs import load_sources
 
-    on_rank_zero = partial(rank_zero_does, ranks)
+    on_rank_zero, first = partial(rank_zero_does, ranks), ranks.rank == 0
     plan = make_plan(settings, processes=ranks.size)
-    sources = load_sources(settings, plan.shape, on_rank_zero=on_rank_zero)
-    folder, first = RunFolder(settings.run.dir), ranks.rank == 0
+    inputs = inputs or load_inputs(settings, plan.shape, on_rank_zero=on_rank_zero)
+    folder = RunFolder(settings.run.dir)
     request.end_at = job_end() if first else None
     on_rank_zero(lambda: folder.check(settings))
-    set_aside = set_damaged_aside(folder, ranks) if settings.run.resume != "never" else []
+    warnings = set_damaged_aside(folder, ranks) if settings.run.resume != "never" else []
     start = on_rank_zero(lambda: folder.prepare(settings))
     watch_over(settings, folder, ranks, stack)
-    board, note = None, ""
-    if first and settings.run.tensorboard:
-        board, note = open_tensorboard(folder.path / "tensorboard", resume_step=start)
-    progress = Progress(mode if first else "silent", steps=settings.run.steps, tensorboard=board)
-    for line in [*plan.lines(settings), *sources.notes, *([note] if note else [])]:
+    progress = _open_console(settings, folder, mode=mode if first else "silent", start=start)
+    for line in [*plan.lines(settings), *inputs.notes]:
         progress.note(line)
-    for warning in set_aside:
+    for warning in warnings:
         progress.warn(warning)
     policy = MegatronPolicy(settings, plan.shape, ranks)
     if start:
-        _take_up(policy, folder.checkpoint_folder(start), start)
+        _load_checkpoint(policy, folder.checkpoint_folder(start), start)
         progress.note(f"resumed at step {start} from {folder.checkpoint_folder(start)}")
-    evaluator = None
-    if sources.held_out:
-        evaluator = Evaluator(settings.evaluation, sources.held_out, sources.prompts, seed=settings.run.seed)
-    seconds = settings.evaluation.grading_seconds
-    graders = stack.enter_context(GradingPool(seconds=seconds, on_verdict=go_on)) if first else None
-    pool = _masker_pool(stack) if first and settings.objective.distils else None
+    evaluation, needs = settings.evaluation, settings.objective.needs
+    graders = None
+    if first and (inputs.held_out or needs.graders):
+        graders = stack.enter_context(GradingPool(seconds=evaluation.grading_seconds, on_verdict=go_on))
+    objective_inputs = ObjectiveInputs(
+        settings=settings.objective,
+        prompts=inputs.prompts,
+        rollouts=rollout_source(settings, inputs.prompts, _training_sampler(settings, inputs.prompts, policy)),
+        masker=_masker_pool(stack) if first and needs.masker else None,
+        graders=graders,
+        on_rank_zero=on_rank_zero,
+    )
     return Run(
         settings=settings,
         folder=folder,
         policy=policy,
-        problems=sources.problems,
-        prompts=sources.prompts,
-        objective=make_objective(settings, sources.prompts, pool=pool, graders=graders, on_rank_zero=on_rank_zero),
-        evaluator=evaluator,
-        graders=graders,
+        problems=inputs.problems,
+        objective=OBJECTIVES[settings.objective.name](objective_inputs),
+        sampler=policy.sampler,
+        evaluator=Evaluator(evaluation, inputs.held_out, inputs.prompts, seed=settings.run.seed)
+        if inputs.held_out
+        else None,
+        recorder=Recorder(settings=settings, folder=folder, progress=progress, prompts=inputs.prompts, graders=graders),
         progress=progress,
         start=start,
         on_rank_zero=on_rank_zero,
-        asked_to_stop=lambda seconds: any_rank_says(ranks, request.reason(next_seconds=seconds)),
+        stop_reason=lambda seconds: any_rank_says(ranks, request.reason(next_seconds=seconds)),
     )
+
+
+def _open_console(settings: Settings, folder: RunFolder, *, mode: Mode, start: int) -> Progress:
+    """The console of this rank, with TensorBoard files on rank 0."""
+    board, note = None, ""
+    if mode != "silent" and settings.run.tensorboard:
+        board, note = open_tensorboard(folder.path / "tensorboard", resume_step=start)
+    progress = Progress(mode, steps=settings.run.steps, tensorboard=board)
+    if note:
+        progress.note(note)
+    return progress
+
+
+def _training_sampler(settings: Settings, prompts: Prompts, policy: "MegatronPolicy") -> Sampler:
+    """The engine of `rollout.engine`; evaluations and the self-check always sample from the model itself."""
+    if settings.rollout.engine == "replay" and settings.objective.needs.samples_per_problem:
+        return replay_sampler(settings, prompts)
+    return policy.sampler
 
 
 def set_damaged_aside(folder: RunFolder, ranks: "Ranks") -> list[str]:
@@ -161,7 +193,7 @@ def watch_over(settings: Settings, folder: RunFolder, ranks: "Ranks", stack: Exi
     stack.callback(stop_heart)
 
 
-def _take_up(policy: Policy, checkpoint: Path, step: int) -> None:
+def _load_checkpoint(policy: Policy, checkpoint: Path, step: int) -> None:
     state = policy.load(checkpoint)
     if state.get("step") != step:
         raise UserError(

@@ -49,7 +49,7 @@ def test_presets_fit_their_model_and_its_gpus(name, size, tmp_path):
     assert settings.objective.name == name
     assert (settings.model, settings.optimizer, settings.megatron) == (paint.model, paint.optimizer, paint.megatron)
     assert settings.optimizer.lr == 5e-6
-    responses = settings.data.problems_per_step * max(settings.objective.samples_per_problem, 1)
+    responses = settings.data.problems_per_step * max(settings.objective.needs.samples_per_problem, 1)
     assert responses == 32
     assert settings.run.dir == f"runs/qwen3_{size}/{name}"
 

@@ -25,8 +25,8 @@ from megatron_paint.losses import (
 )
 from megatron_paint.losses.objectives import DistillationLoss
 from megatron_paint.planning.hardware import engine_is_lacking
-from megatron_paint.policy import GenerationRequest, SamplingParameters
 from megatron_paint.records import Problem, Sample
+from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
 
 pytestmark = [
     pytest.mark.gpu,
@@ -130,7 +130,7 @@ def test_sampler_and_trainer_agree(folder, ranks, implementation):
         GenerationRequest(problem_id=s.problem.id, sample_index=0, prompt_ids=s.student_prompt_ids, key=s.key)
         for s in samples()
     ]
-    rollouts = policy.generate(requests, sampling)
+    rollouts = policy.sampler.generate(requests, sampling)
     scored = [replace(s, response_ids=r.response_ids, rollout=r) for s, r in zip(samples(), rollouts, strict=True)]
     assert max(score.sampler_gap_max for score in policy.evaluate_loss(scored, LOSS)) < 0.3
 

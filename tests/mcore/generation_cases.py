@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_paint.policy import GenerationRequest, SamplingParameters
+from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
 
 STOP = 7
 LENGTHS = (3, 11, 6, 3, 9, 1, 14)

@@ -36,9 +36,9 @@ def main() -> None:
         )
         policy = MegatronPolicy(settings, read_shape(hf_path), ranks)
         for name, sampling in SAMPLING.items():
-            rollouts[f"{name}-{batch_size}"] = policy.generate(requests(), sampling)
+            rollouts[f"{name}-{batch_size}"] = policy.sampler.generate(requests(), sampling)
         # Another key, another draw; and the answer to one request does not depend on the others.
-        rollouts[f"alone-{batch_size}"] = policy.generate(requests()[2:3], SAMPLING["plain"])
+        rollouts[f"alone-{batch_size}"] = policy.sampler.generate(requests()[2:3], SAMPLING["plain"])
     if ranks.rank == 0:
         torch.save(rollouts, out)
     stop_ranks()

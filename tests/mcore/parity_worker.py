@@ -30,8 +30,9 @@ from megatron_paint.mcore.lora import adapters_of
 from megatron_paint.mcore.policy import MegatronPolicy
 from megatron_paint.mcore.ranks import start_ranks, stop_ranks
 from megatron_paint.models.qwen3.shape import read_shape
-from megatron_paint.objectives import Grpo
+from megatron_paint.objectives import Grpo, ObjectiveInputs
 from megatron_paint.records import Problem, Rollout, Sample
+from megatron_paint.rollouts.source import RolloutSource
 from tests.mcore import parity_cases as parity
 from tests.mcore.layouts import LAYOUTS
 
@@ -180,8 +181,9 @@ def run_case(case: parity.Case, folder: Path, out: Path, ranks, megatron: dict) 
         policy.teacher.follow()
     loss = CrossEntropyLoss(chunk_bytes=1e9)
     if case.grpo is not None:
-        stops = SimpleNamespace(tokenizer=SimpleNamespace(stop_ids=(0,)))
-        objective = Grpo(settings, stops)
+        prompts = SimpleNamespace(tokenizer=SimpleNamespace(stop_ids=(0,)))
+        source = RolloutSource(policy.sampler, prompts, settings.rollout, samples=2, seed=settings.run.seed)
+        objective = Grpo(ObjectiveInputs(settings=settings.objective, prompts=prompts, rollouts=source))
         loss = objective.loss
     elif case.teacher != "none":
         config = InterpolationLossConfig(**case.loss_settings)

@@ -13,9 +13,12 @@ from megatron_paint.grading.grade import Grade
 from megatron_paint.losses import WholeVocab
 from megatron_paint.losses.interface import ResponseRows
 from megatron_paint.losses.objectives import PolicyGradientLoss
-from megatron_paint.objectives import Grpo
+from megatron_paint.objectives import Grpo, ObjectiveInputs
 from megatron_paint.objectives.grpo import advantages
+from megatron_paint.objectives.metrics import metrics_of
 from megatron_paint.records import Problem, Rollout, Sample, SampleScore, UpdateReport
+from megatron_paint.rollouts.source import RolloutSource
+from megatron_paint.runtime.timer import Timer
 
 PROBLEM = Problem(id="a", problem="", solution="", answer="7")
 
@@ -120,6 +123,9 @@ class Taught:
             for request, length in zip(requests, self.lengths, strict=True)
         ]
 
+    def sync_weights(self, step):
+        self.synced = step
+
     def update(self, samples, loss, *, lr):
         self.updates.append(samples)
         if len(self.updates) == self.not_finite_in:
@@ -140,7 +146,7 @@ class Taught:
 
 
 def step(rewards, *, lengths, not_finite_in=None, **grpo):
-    """(report, policy) of a step of one group after another of two."""
+    """(result, metrics, policy) of a step of one group after another of two."""
     settings = settings_of(
         {
             "model": {"hf_path": "m"},
@@ -156,11 +162,15 @@ def step(rewards, *, lengths, not_finite_in=None, **grpo):
     graders = SimpleNamespace(grade=lambda pairs: verdicts)
     problems = [Problem(id=str(i), problem="", solution="", answer="") for i in range(len(rewards) // 2)]
     policy = Taught(lengths, not_finite_in)
-    return Grpo(settings, prompts, graders=graders).step(policy, problems, step=3, lr=1e-3), policy
+    source = RolloutSource(policy, prompts, settings.rollout, samples=2, seed=settings.run.seed)
+    objective = Grpo(ObjectiveInputs(settings=settings.objective, prompts=prompts, rollouts=source, graders=graders))
+    timer = Timer()
+    result = objective.step(policy, problems, step=3, lr=1e-3, timer=timer)
+    return result, metrics_of(result, step=3, lr=1e-3, seconds=timer.seconds), policy
 
 
 def test_only_groups_that_differ_are_trained_on():
-    report, policy = step([1, 1, 1, 0, 0, 0], lengths=[4, 2, 3, 1, 2, 2], updates_per_batch=2)
+    report, metrics, policy = step([1, 1, 1, 0, 0, 0], lengths=[4, 2, 3, 1, 2, 2], updates_per_batch=2)
     first, second = policy.updates
     assert [sample.problem.id for sample in first] == ["1", "1"]
     assert [sample.advantage > 0 for sample in first] == [True, False]
@@ -168,7 +178,6 @@ def test_only_groups_that_differ_are_trained_on():
     assert [sample.old_logprobs for sample in second] == [(-2.0,) * 3, (-2.0,)]
     assert [len({sample.key for sample in part}) for part in (first, report.samples)] == [2, 6]
     assert [score.loss_tokens for score in report.scores] == [0, 0, 3, 1, 0, 0]
-    metrics = report.metrics
     assert metrics["reward/mean"] == 0.5
     assert metrics["reward/equal_groups_share"] == pytest.approx(2 / 3)
     assert metrics["reward/timeouts"] == 3
@@ -186,39 +195,39 @@ def test_only_groups_that_differ_are_trained_on():
 
 
 def test_the_kl_is_that_of_what_was_scored():
-    report, policy = step([1, 0, 0, 0], lengths=[4, 2, 3, 1], kl_weight=0.1)
+    _, metrics, policy = step([1, 0, 0, 0], lengths=[4, 2, 3, 1], kl_weight=0.1)
     assert all(sample.teacher_prompt_ids == sample.student_prompt_ids for sample in policy.updates[0])
-    assert report.metrics["kl/mean"] == report.metrics["divergence/other_mean"] == 0.25
+    assert metrics["kl/mean"] == metrics["divergence/other_mean"] == 0.25
 
 
 def test_no_step_is_taken_where_no_group_differs():
-    report, policy = step([1, 1, 0, 0], lengths=[1, 2, 3, 4])
+    _, metrics, policy = step([1, 1, 0, 0], lengths=[1, 2, 3, 4])
     assert policy.updates == []
-    assert report.metrics["reward/equal_groups_share"] == 1.0
-    assert report.metrics["updates"] == report.metrics["loss"] == 0.0
-    assert math.isnan(report.metrics["grad_norm"])
+    assert metrics["reward/equal_groups_share"] == 1.0
+    assert metrics["updates"] == metrics["loss"] == 0.0
+    assert math.isnan(metrics["grad_norm"])
 
 
 def test_an_update_that_is_not_finite_ends_the_updates():
     """The step stands with the updates before it, and says so; without any it is none."""
     given = {"lengths": [3, 1], "updates_per_batch": 4}
-    whole, _ = step([1, 0], **given)
-    report, policy = step([1, 0], not_finite_in=3, **given)
+    complete, all_metrics, _ = step([1, 0], **given)
+    report, metrics, policy = step([1, 0], not_finite_in=3, **given)
     assert len(policy.updates) == 3
-    assert (whole.metrics["updates"], report.metrics["updates"]) == (4, 2)
-    assert (whole.metrics["grad_norm"], report.metrics["grad_norm"]) == (2.5, 1.5)  # norms of 1, 2, 3 and 4
-    assert whole.warnings == ()
+    assert (all_metrics["updates"], metrics["updates"]) == (4, 2)
+    assert (all_metrics["grad_norm"], metrics["grad_norm"]) == (2.5, 1.5)  # norms of 1, 2, 3 and 4
+    assert complete.warnings == ()
     assert report.warnings == ("step 3 ended after 2 of 4 updates: the gradient's norm is nan",)
-    assert (report.samples, report.scores) == (whole.samples, whole.scores)
+    assert (report.samples, report.scores) == (complete.samples, complete.scores)
     with pytest.raises(FloatingPointError, match="norm is nan"):
         step([1, 0], not_finite_in=1, **given)
 
 
 def test_a_mean_over_responses():
     """Divided by the 4 tokens that are trained on, the weights make of a sum the mean of the two responses' means."""
-    _, policy = step([1, 1, 1, 0], lengths=[9, 9, 3, 1], normalisation="sequence_mean")
+    _, _, policy = step([1, 1, 1, 0], lengths=[9, 9, 3, 1], normalisation="sequence_mean")
     assert [sample.weight for sample in policy.updates[0]] == [4 / (2 * 3), 4 / (2 * 1)]
-    _, policy = step([1, 1, 1, 0], lengths=[9, 9, 3, 1])
+    _, _, policy = step([1, 1, 1, 0], lengths=[9, 9, 3, 1])
     assert [sample.weight for sample in policy.updates[0]] == [1.0, 1.0]
 
 

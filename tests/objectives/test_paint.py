@@ -5,8 +5,9 @@ import pytest
 from megatron_paint.config.load import settings_of
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.data.tokenizers import load_tokenizer
-from megatron_paint.objectives import Paint
+from megatron_paint.objectives import ObjectiveInputs, Paint
 from megatron_paint.records import Problem, Rollout
+from megatron_paint.rollouts.source import RolloutSource
 from tests.support.tiny import make_model
 
 SOLUTION = "We add 3 and 5. This gives 8. So it is \\boxed{8}."
@@ -39,7 +40,9 @@ def limited(model, *, nats, rollouts, hidden_nats=1.0):
         }
     )
     prompts = Prompts(made.prompts, load_tokenizer(model))
-    paint, teacher = Paint(made, prompts), Teacher(nats)
+    source = RolloutSource(None, prompts, made.rollout, samples=1, seed=made.run.seed)
+    paint = Paint(ObjectiveInputs(settings=made.objective, prompts=prompts, rollouts=source))
+    teacher = Teacher(nats)
     problems = [Problem(id=str(i), problem="3 + 5?", solution=SOLUTION, answer="8") for i in range(len(rollouts))]
     sampled = [
         Rollout(

@@ -162,8 +162,8 @@ def test_steps_without_a_finite_loss_are_left_out_up_to_a_limit(trained, tmp_pat
     assert ended.statuses == [0, 0], ended
     warnings = [event["message"] for event in events(ended, "warning")]
     assert warnings == [
-        "step 2 is left out (1 of at most 2): loss is not finite in step 2",
-        "step 3 is left out (2 of at most 2): loss is not finite in step 3",
+        "step 2 is skipped (1 of at most 2): loss is not finite in step 2",
+        "step 3 is skipped (2 of at most 2): loss is not finite in step 3",
     ]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], "skipped" in line) for line in lines] == [(1, False), (2, True), (3, True), (4, False)]
@@ -172,7 +172,7 @@ def test_steps_without_a_finite_loss_are_left_out_up_to_a_limit(trained, tmp_pat
 
 def test_one_step_too_many_without_a_finite_loss_ends_the_run(trained, tmp_path):  # noqa: F811
     message = train(trained, tmp_path, "run.max_skipped_steps=1", target="not_finite").message
-    assert "step 3 stopped before the optimiser: loss is not finite in step 3; 1 steps were left out before" in message
+    assert "step 3 stopped before the optimiser: loss is not finite in step 3; 1 steps were skipped before" in message
 
 
 def test_a_hang_names_the_rank_that_is_behind(trained, tmp_path):  # noqa: F811

@@ -5,11 +5,22 @@ import json
 import pytest
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.records import Problem, Rollout
-from megatron_paint.rollouts.replay import ReplayEngine
+from megatron_paint.records import Rollout
+from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
+from megatron_paint.rollouts.replay import ReplaySampler
 
-PROBLEMS = [Problem(id=name, problem="p", solution="s", answer="a") for name in ("a", "b")]
-PROMPTS = [(1, 2), (3,)]
+PROMPTS = {"a": (1, 2), "b": (3,)}
+SAMPLING = SamplingParameters(max_new_tokens=8, temperature=1.0, top_p=1.0, top_k=0, stop_ids=frozenset())
+
+
+def replay(sampler, step, problems="ab", samples=1):
+    """The rollouts of a step, problem by problem."""
+    requests = [
+        GenerationRequest(problem_id=name, sample_index=index, prompt_ids=PROMPTS[name], key=0, step=step)
+        for name in problems
+        for index in range(samples)
+    ]
+    return sampler.generate(requests, SAMPLING)
 
 
 def record(id="a", step=1, sample=0, ids=(7, 8, 9), **more):
@@ -29,24 +40,24 @@ def file(tmp_path):
 
 def test_rollouts_of_a_step(file):
     write(file, [record("b", ids=[5]), "", record("a"), record("a", step=2, ids=[6])])
-    assert ReplayEngine(file, stop_ids=(9,)).rollouts(1, PROBLEMS, PROMPTS) == [
+    assert replay(ReplaySampler(file, stop_ids=(9,)), 1) == [
         Rollout(
             problem_id="a", sample_index=0, prompt_ids=(1, 2), response_ids=(7, 8, 9), logprobs=None, finished=True
         ),
         Rollout(problem_id="b", sample_index=0, prompt_ids=(3,), response_ids=(5,), logprobs=None, finished=False),
     ]
-    assert ReplayEngine(file).rollouts(2, PROBLEMS[:1], PROMPTS[:1])[0].response_ids == (6,)
+    assert replay(ReplaySampler(file), 2, "a")[0].response_ids == (6,)
 
 
 def test_a_recorded_end_is_believed(file):
     write(file, [record(finished=False), record("b", finished=True)])
-    rollouts = ReplayEngine(file, stop_ids=(9,)).rollouts(1, PROBLEMS, PROMPTS)
+    rollouts = replay(ReplaySampler(file, stop_ids=(9,)), 1)
     assert [rollout.finished for rollout in rollouts] == [False, True]
 
 
 def test_several_samples_stand_problem_by_problem(file):
     write(file, [record(name, sample=index, ids=[index]) for index in (1, 0) for name in "ab"])
-    rollouts = ReplayEngine(file).rollouts(1, PROBLEMS, PROMPTS, samples=2)
+    rollouts = replay(ReplaySampler(file), 1, samples=2)
     assert [(r.problem_id, r.sample_index, r.response_ids) for r in rollouts] == [
         *[("a", 0, (0,)), ("a", 1, (1,))],
         *[("b", 0, (0,)), ("b", 1, (1,))],
@@ -56,7 +67,7 @@ def test_several_samples_stand_problem_by_problem(file):
 def test_a_folder_of_sample_files(tmp_path):
     for step in (1, 2):
         write(tmp_path / f"step_{step:06d}.jsonl", [record(name, step, ..., ids=[step], loss=0.5) for name in "ab"])
-    assert [r.response_ids for r in ReplayEngine(tmp_path).rollouts(2, PROBLEMS, PROMPTS)] == [(2,), (2,)]
+    assert [r.response_ids for r in replay(ReplaySampler(tmp_path), 2)] == [(2,), (2,)]
 
 
 @pytest.mark.parametrize(
@@ -68,9 +79,9 @@ def test_a_folder_of_sample_files(tmp_path):
     ],
 )
 def test_missing_rollouts_are_named(file, step, samples, message):
-    engine = ReplayEngine(write(file, [record("a"), record("b")]))
+    sampler = ReplaySampler(write(file, [record("a"), record("b")]))
     with pytest.raises(UserError, match=rf"rollout\.path: .*rollouts\.jsonl has no rollout for {message}"):
-        engine.rollouts(step, PROBLEMS, PROMPTS, samples=samples)
+        replay(sampler, step, samples=samples)
 
 
 @pytest.mark.parametrize(
@@ -91,28 +102,38 @@ def test_missing_rollouts_are_named(file, step, samples, message):
         (record(ids=[1.5]), r"response_ids\[0\] is 1\.5"),
         (record(ids=[2**40]), r"response_ids\[0\] is 1099511627776"),
         (record(finished="yes"), "finished is 'yes'"),
-        (record("b"), r"step 1, problem 'b', sample 0 stands already at .*rollouts\.jsonl:1; leave one of them out"),
+        (record("b"), r"step 1, problem 'b', sample 0 is already at .*rollouts\.jsonl:1; leave one of them out"),
     ],
 )
 def test_bad_records_are_named_by_file_and_line(file, bad, message):
     write(file, [record("b"), "", bad])
     with pytest.raises(UserError, match=rf"rollouts\.jsonl:3: {message}"):
-        ReplayEngine(file)
+        ReplaySampler(file)
 
 
 def test_broken_utf8(file):
     file.write_bytes(b'{"id": "\xff"}\n')
     with pytest.raises(UserError, match=r"rollouts\.jsonl:1: not a line of UTF-8 JSON"):
-        ReplayEngine(file)
+        ReplaySampler(file)
 
 
 def test_sources_that_hold_nothing(file, tmp_path):
     with pytest.raises(UserError, match=r"rollout\.path is null"):
-        ReplayEngine(None)
+        ReplaySampler(None)
     with pytest.raises(UserError, match=r"rollout\.path: .* cannot be read"):
-        ReplayEngine(file)
+        ReplaySampler(file)
     with pytest.raises(UserError, match=r"holds no \*\.jsonl file"):
-        ReplayEngine(tmp_path)
+        ReplaySampler(tmp_path)
     file.write_text("\n")
     with pytest.raises(UserError, match=r"rollout\.path: .* holds no rollouts"):
-        ReplayEngine(file)
+        ReplaySampler(file)
+
+
+def test_a_response_that_is_another_models_or_too_long_is_named(file):
+    sampler = ReplaySampler(write(file, [record("a", ids=[7, 300]), record("b", ids=range(9))]))
+    requests = [GenerationRequest(problem_id=name, sample_index=0, prompt_ids=(), key=0, step=1) for name in "ab"]
+    sampler.check(requests[:1], max_tokens=2, vocab_size=301)
+    with pytest.raises(UserError, match=r"rollouts\.jsonl:1: response_ids holds 300, but the model has ids 0 to 299"):
+        sampler.check(requests[:1], max_tokens=2, vocab_size=300)
+    with pytest.raises(UserError, match=r"rollouts\.jsonl:2: response_ids holds 9 tokens, .*max_new_tokens=8: raise"):
+        replay(sampler, 1)

@@ -6,7 +6,18 @@ import pytest
 
 from megatron_paint.base.json_text import to_json
 from megatron_paint.objectives.metrics import ClipWatch, metrics_of, sample_lines
-from megatron_paint.records import Anchor, Overlap, Problem, Reveal, Rollout, Sample, SampleScore, StepReport
+from megatron_paint.records import (
+    Anchor,
+    Overlap,
+    Problem,
+    Reveal,
+    Rollout,
+    Sample,
+    SampleScore,
+    StepReport,
+    StepResult,
+    UpdateReport,
+)
 
 
 def sample(problem_id, *, response=(5, 6, 7), anchors=(), overlap=0.0, share=1.0, finished=True, reveal=True):
@@ -55,11 +66,13 @@ SCORES = (
     ),
     SampleScore(loss_sum=1.0, num_tokens=1, loss_tokens=1, student_entropy_sum=0.5, sampler_gap_max=0.02),
 )
-SECONDS = {"rollout": 1.0, "teacher": 0.5, "student": 0.5}
+SECONDS = {"rollout": 1.0, "teacher": 0.5}  # the update adds its own
 
 
-def metrics(samples=SAMPLES, scores=SCORES, seconds=SECONDS):
-    return metrics_of(step=3, samples=samples, scores=scores, grad_norm=0.1, lr=5e-6, seconds=seconds)
+def metrics(samples=SAMPLES, scores=SCORES, seconds=SECONDS, student=0.5):
+    update = UpdateReport(scores=scores, grad_norm=0.1, seconds={"student": student})
+    result = StepResult(samples=samples, scores=scores, updates=(update,))
+    return metrics_of(result, step=3, lr=5e-6, seconds=seconds)
 
 
 def test_metrics_by_hand():
@@ -97,7 +110,7 @@ def test_metrics_by_hand():
 
 def test_metrics_with_nothing_to_count():
     empty = SampleScore(loss_sum=0.0, num_tokens=2, loss_tokens=0)
-    made = metrics(samples=(sample("a", reveal=False),), scores=(empty,), seconds={})
+    made = metrics(samples=(sample("a", reveal=False),), scores=(empty,), seconds={}, student=0.0)
     assert made["loss"] == made["clip/share"] == made["clip/entries"] == made["selected/share"] == 0.0
     names = ["overlap/mean", "reveal/mean", "anchors/none_share", "entropy/teacher_mean", "divergence/selected_mean"]
     assert all(math.isnan(made[name]) for name in [*names, "response/truncated_share", "tokens_per_second"])

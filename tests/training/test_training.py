@@ -12,13 +12,14 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import settings_of
 from megatron_paint.evaluation.statistics import build_report
 from megatron_paint.mcore import ranks as ranks_module
-from megatron_paint.records import Graded, Problem, Rollout, SampleScore, StepReport
+from megatron_paint.records import Graded, Problem, Rollout, SampleScore, StepResult
 from megatron_paint.run.console import Progress
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.runtime.files import NewFolder
 from megatron_paint.runtime.pace import Pace
 from megatron_paint.training import start
 from megatron_paint.training.loop import Run
+from megatron_paint.training.recorder import Recorder
 from megatron_paint.training.self_check import self_check
 
 ANSWER = Graded(
@@ -46,13 +47,11 @@ class Notes(list):
         self.append(("export", int(folder.name[-6:])))
         self._write(folder, mark=False)
 
-    def step(self, policy, problems, *, step, lr):
+    def step(self, policy, problems, *, step, lr, timer):
         self.append(("step", step))
-        metrics = {"step": step, "loss": 1.0, "clip/share": 0.0, "tokens_per_second": 1.0}
-        metrics |= {"overlap/mean": 0.0, "reveal/mean": 1.0}
-        return StepReport(step=step, metrics=metrics, samples=(), scores=())
+        return StepResult(samples=(), scores=(), updates=())
 
-    def sample(self, policy):
+    def sample(self, sampler):
         return "answers"
 
     def report(self, answers, *, step, benchmark, graders):
@@ -70,32 +69,33 @@ def settings(path, **run):
     return settings_of({"model": {"hf_path": "m"}, "data": {"train": "p.jsonl"}, "run": {"dir": str(path), **changes}})
 
 
-def life(
-    path, *, on_rank_zero=lambda act: act(), asked_to_stop=lambda seconds: None, notes=None, pace=None, **run
+def attempt(
+    path, *, on_rank_zero=lambda act: act(), stop_reason=lambda seconds: None, notes=None, pace=None, **run
 ) -> Notes:
-    """One life of a run; what it did."""
+    """One attempt of a run; what it did."""
     made, notes = settings(path, **run), Notes() if notes is None else notes
-    folder = RunFolder(path)
+    folder, progress = RunFolder(path), Progress("silent", steps=made.run.steps)
+    prompts = SimpleNamespace(response_text=str)
     Run(
         settings=made,
         folder=folder,
         policy=notes,
         problems=SimpleNamespace(batch=lambda step: []),
-        prompts=SimpleNamespace(response_text=str),
         objective=notes,
+        sampler=notes,
         evaluator=notes,
-        graders=None,
-        progress=Progress("silent", steps=made.run.steps),
+        recorder=Recorder(settings=made, folder=folder, progress=progress, prompts=prompts, graders=None),
+        progress=progress,
         start=folder.prepare(made),
         on_rank_zero=on_rank_zero,
-        asked_to_stop=asked_to_stop,
+        stop_reason=stop_reason,
         pace=pace or Pace(),
     ).train()
     return notes
 
 
 def test_what_follows_which_step(tmp_path):
-    notes = life(tmp_path)
+    notes = attempt(tmp_path)
     assert notes == [
         *[("evaluate", 0), ("step", 1)],
         *[("step", 2), ("save", 2), ("evaluate", 2)],
@@ -104,11 +104,11 @@ def test_what_follows_which_step(tmp_path):
         *[("step", 5), ("save", 5), ("export", 5), ("evaluate", 5)],
     ]
     assert notes.state["settings"]["run"]["save_every"] == 2
-    assert life(tmp_path) == []
+    assert attempt(tmp_path) == []
 
 
 @pytest.mark.parametrize(
-    ("lacking", "done"),
+    ("missing", "done"),
     [
         (["eval/step_000005.json"], [("evaluate", 5)]),
         (["hf/step_000005", "eval/step_000005.json"], [("export", 5), ("evaluate", 5)]),
@@ -120,25 +120,25 @@ def test_what_follows_which_step(tmp_path):
         (["hf/step_000003"], []),  # due after a step that is no checkpoint's
     ],
 )
-def test_a_resumed_run_does_what_is_due_and_lacking(tmp_path, lacking, done):
-    life(tmp_path)
-    for name in lacking:
+def test_a_resumed_run_does_what_is_due_and_missing(tmp_path, missing, done):
+    attempt(tmp_path)
+    for name in missing:
         (tmp_path / name).rename(tmp_path.parent / f"{tmp_path.name}-{name.replace('/', '-')}")
-    assert life(tmp_path) == done
+    assert attempt(tmp_path) == done
 
 
 def test_the_table_compares_with_the_evaluation_of_step_0(tmp_path, monkeypatch):
     ends = []
     monkeypatch.setattr(Progress, "end", lambda self, **values: ends.append(values))
-    life(tmp_path)
-    life(tmp_path)
+    attempt(tmp_path)
+    attempt(tmp_path)
     assert ends[0] == ends[1]
     assert [report.step for report in (*ends[1]["before"], *ends[1]["after"])] == [0, 5]
 
 
 def test_a_longer_run_goes_on(tmp_path):
-    life(tmp_path)
-    assert life(tmp_path, steps=6) == [
+    attempt(tmp_path)
+    assert attempt(tmp_path, steps=6) == [
         *[("step", 6), ("save", 6), ("export", 6), ("evaluate", 6)],
     ]
 
@@ -153,13 +153,13 @@ def test_a_longer_run_goes_on(tmp_path):
     ],
 )
 def test_a_run_stops_where_it_is_asked_to(tmp_path, asks, done):
-    """By the n-th time that it asks; then it has a checkpoint, and what is left is done by the next life."""
+    """By the n-th time that it asks; then it has a checkpoint, and what is left is done by the next attempt."""
     times = itertools.count(1)
-    notes = life(tmp_path, asked_to_stop=lambda seconds: "SIGUSR1" if next(times) == asks else None)
+    notes = attempt(tmp_path, stop_reason=lambda seconds: "SIGUSR1" if next(times) == asks else None)
     assert notes == done
     assert RunFolder(tmp_path).checkpoints() == [step for what, step in done if what == "save"]
     assert [line["step"] for line in RunFolder(tmp_path).read_metrics()] == [s for what, s in done if what == "step"]
-    assert life(tmp_path)[-3:] == [("save", 5), ("export", 5), ("evaluate", 5)]
+    assert attempt(tmp_path)[-3:] == [("save", 5), ("export", 5), ("evaluate", 5)]
 
 
 def test_what_is_next_must_fit_into_the_time_that_is_left(tmp_path):
@@ -176,12 +176,12 @@ def test_what_is_next_must_fit_into_the_time_that_is_left(tmp_path):
             return super().report(*_, **values)
 
     asked = []
-    life(tmp_path, asked_to_stop=asked.append, notes=Slow(), pace=Pace(clock=lambda: now[0]))
+    attempt(tmp_path, stop_reason=asked.append, notes=Slow(), pace=Pace(clock=lambda: now[0]))
     # Before the evaluation of step 0 and after it, after step 1, and after step 2 and what is due there.
     assert asked[:5] == [0.0, 0.0, 2.0, 20.0, 2.0]
 
 
-def test_a_save_that_goes_on_is_finished_where_the_run_ends_by_an_error(tmp_path):
+def test_a_running_save_is_finished_where_the_run_ends_by_an_error(tmp_path):
     class Breaking(Notes):
         def step(self, *_, step, **values):
             if step == 3:
@@ -192,7 +192,7 @@ def test_a_save_that_goes_on_is_finished_where_the_run_ends_by_an_error(tmp_path
             return super().finish_save(wait=wait) if wait else False
 
     with pytest.raises(UserError, match=r"^the third step$"):
-        life(tmp_path, notes=Breaking())
+        attempt(tmp_path, notes=Breaking())
     assert RunFolder(tmp_path).checkpoints() == [2]
 
     class Full(Breaking):
@@ -201,13 +201,13 @@ def test_a_save_that_goes_on_is_finished_where_the_run_ends_by_an_error(tmp_path
                 raise UserError("full")
             return False
 
-    with pytest.raises(UserError, match=r"^the third step. And the checkpoint .* is not whole: full$"):
-        life(tmp_path / "full", notes=Full())
+    with pytest.raises(UserError, match=r"^the third step. And the checkpoint .* is not complete: full$"):
+        attempt(tmp_path / "full", notes=Full())
 
 
 def test_only_the_first_rank_writes(tmp_path):
-    life(tmp_path / "first")
-    notes = life(tmp_path / "other", on_rank_zero=lambda act: None)
+    attempt(tmp_path / "first")
+    notes = attempt(tmp_path / "other", on_rank_zero=lambda act: None)
     assert ("step", 5) in notes
     written = {path.name for kind in ("samples", "eval") for path in (tmp_path / "other" / kind).iterdir()}
     assert written == set()
@@ -224,7 +224,10 @@ def test_groups_are_taken_down_where_nobody_can_be_waited_for(monkeypatch, ranks
     def prepare(*_, **__):
         if fails:
             raise fails
-        return SimpleNamespace(policy=None, problems=None, prompts=None, progress=None, train=lambda: None)
+        recorder = SimpleNamespace(prompts=None)
+        return SimpleNamespace(
+            policy=None, sampler=None, problems=None, recorder=recorder, progress=None, train=lambda: None
+        )
 
     monkeypatch.setattr(ranks_module, "start_ranks", lambda *_, **__: SimpleNamespace(size=ranks))
     monkeypatch.setattr(ranks_module, "stop_ranks", lambda: stopped.append(True))
@@ -260,10 +263,11 @@ def check(tmp_path, evaluate_loss):
     rollout = Rollout(
         problem_id="a", sample_index=0, prompt_ids=(1,), response_ids=(2, 3), logprobs=(0.0, 0.0), finished=True
     )
-    policy = SimpleNamespace(evaluate_loss=evaluate_loss, generate=lambda requests, sampling: [rollout] * len(requests))
+    policy = SimpleNamespace(evaluate_loss=evaluate_loss)
+    sampler = SimpleNamespace(generate=lambda requests, sampling: [rollout] * len(requests))
     problems = SimpleNamespace(batch=lambda step: [problem] * 2)
     prompts = SimpleNamespace(student_prompt=lambda problem: (1,), tokenizer=SimpleNamespace(stop_ids=(3,)))
-    self_check(settings(tmp_path), policy, problems, prompts, Progress("silent", steps=1))
+    self_check(settings(tmp_path), policy, sampler, problems, prompts, Progress("silent", steps=1))
 
 
 def scores(loss=0.0, gap=0.0):

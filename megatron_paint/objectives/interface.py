@@ -1,0 +1,46 @@
+"""What an objective is given, and what it promises."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from megatron_paint.config.settings import ObjectiveSettings
+from megatron_paint.data.prompts import Prompts
+from megatron_paint.grading.grade import GradingPool
+from megatron_paint.masker.overlap import MaskerPool
+from megatron_paint.policy import Policy
+from megatron_paint.records import Problem, StepResult
+from megatron_paint.rollouts.source import RolloutSource
+from megatron_paint.runtime.rank_zero import OnRankZero, directly
+from megatron_paint.runtime.timer import Timer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveInputs:
+    """What a run builds for its objective, by the needs that the settings declare (`ObjectiveSettings.needs`)."""
+
+    settings: ObjectiveSettings
+    prompts: Prompts
+    rollouts: RolloutSource
+    masker: MaskerPool | None = None  # on rank 0; None: the masker works in this process
+    graders: GradingPool | None = None  # on rank 0, for an objective that needs graders
+    on_rank_zero: OnRankZero = directly
+
+
+class Objective(Protocol):
+    """An algorithm: it turns a batch of problems into one step of a policy."""
+
+    def __init__(self, inputs: ObjectiveInputs): ...
+
+    def step(self, policy: Policy, problems: Sequence[Problem], *, step: int, lr: float, timer: Timer) -> StepResult:
+        """One step on a batch of problems. The timer gets the phases that the policy does not time itself.
+
+        Raises FloatingPointError, before any weight is changed, where a loss or gradient is not finite.
+        """
+
+    @staticmethod
+    def longest_prompt(problem: Problem, prompts: Prompts, settings: ObjectiveSettings, *, response: int) -> int:
+        """Most tokens that a sequence of this problem can have before a response of at most `response` tokens.
+
+        Where the solution is trained on, it counts as a part of the prompt and `response` is 0.
+        """

@@ -1,0 +1,70 @@
+"""What rank 0 writes into the run folder and prints while a run trains."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_paint.base.errors import UserError
+from megatron_paint.config.settings import Settings
+from megatron_paint.data.prompts import Prompts
+from megatron_paint.evaluation.evaluator import Answers, Evaluator
+from megatron_paint.grading.grade import GradingPool
+from megatron_paint.objectives.metrics import ClipWatch, sample_lines
+from megatron_paint.records import EvalReport, StepReport
+from megatron_paint.run.console import Progress
+from megatron_paint.run.folder import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorder:
+    """Metrics, samples and evaluations of a run. Its methods are called on rank 0 alone."""
+
+    settings: Settings
+    folder: RunFolder
+    progress: Progress
+    prompts: Prompts
+    graders: GradingPool | None  # None where nothing is evaluated on this rank
+    clip_watch: ClipWatch = field(default_factory=ClipWatch)
+
+    def step(self, report: StepReport) -> None:
+        """Writes the metrics and samples of a step and prints its line."""
+        self.folder.append_metrics(report.metrics)
+        self.folder.write_samples(report.step, sample_lines(report, decode=self.prompts.response_text))
+        self.progress.step(report)
+        if self.settings.objective.loss.clips_entries and (warning := self.clip_watch.update(report.metrics)):
+            self.progress.warn(warning)
+
+    def skipped_step(self, step: int, error: FloatingPointError) -> None:
+        """Counts a step whose loss or gradient is not finite; the step changed no weight.
+
+        Raises UserError if the run has more of them than `run.max_skipped_steps`.
+        """
+        before = sum("skipped" in line for line in self.folder.read_metrics())
+        allowed = self.settings.run.max_skipped_steps
+        if before >= allowed:
+            counted = f"; {before} steps were skipped before, all that run.max_skipped_steps allows" if allowed else ""
+            raise UserError(
+                f"step {step} stopped before the optimiser: {error}{counted}. The files in {self.folder.path} are "
+                "complete; a lower optimizer.lr or optimizer.clip_grad is the usual cure"
+            ) from error
+        self.folder.append_metrics({"step": step, "skipped": str(error)})
+        self.progress.warn(f"step {step} is skipped ({before + 1} of at most {allowed}): {error}")
+
+    def evaluation(self, evaluator: Evaluator, answers: Answers, step: int) -> None:
+        """Grades an evaluation, writes its report and prints its line."""
+        benchmark = Path(str(self.settings.evaluation.problems)).stem
+        report = evaluator.report(answers, step=step, benchmark=benchmark, graders=self.graders)
+        self.folder.write_eval(report)
+        self.progress.evaluation(report)
+
+    def end(self) -> None:
+        """Prints where to look next, and the evaluations before and after as the run folder has them."""
+        last = self.settings.run.steps
+        self.progress.note(
+            f"Look next: megatron-paint inspect samples {self.folder.path} {last}, "
+            f"{self.folder.metrics_file}, {self.folder.hf_folder(last)} (a Hugging Face checkpoint)"
+        )
+        before, after = self._evaluation_of(0), self._evaluation_of(last)
+        self.progress.end(before=before if after else [], after=after, folder=str(self.folder.path))
+
+    def _evaluation_of(self, step: int) -> list[EvalReport]:
+        return [self.folder.read_eval(step)] if self.folder.holds("evaluation", step) else []
