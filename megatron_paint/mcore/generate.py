@@ -1,6 +1,6 @@
-"""Sampling from the Megatron model in process: batched decoding over tensor-parallel ranks and pipeline stages.
+"""Sampling from the Megatron model in this process: batched decoding over tensor-parallel ranks and pipeline stages.
 
-Every stage runs the same loop; hidden states travel from stage to stage, the chosen tokens travel back from the last.
+Every stage runs the same loop. Hidden states travel from stage to stage. The last stage sends the chosen tokens back.
 
 Axes: R rows of a batch, T tokens of a call, H hidden size, V vocabulary.
 """
@@ -25,12 +25,12 @@ from megatron_paint.records import Rollout
 from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
 from megatron_paint.runtime.heartbeat import go_on
 
-COMPACT_AT = 0.25  # share of finished rows at which a batch drops them; ours
+COMPACT_AT = 0.25  # fraction of finished rows at which a batch drops them; ours
 
 
 @dataclass
 class _Row:
-    """One response in the making."""
+    """A response that is being decoded."""
 
     request: GenerationRequest
     uniform: list[float]
@@ -51,11 +51,11 @@ class _Row:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchLimits:
-    """What may be decoded together on one replica."""
+    """How much is decoded together on one replica."""
 
     rows: int
-    prefill_tokens: int  # rows times the longest prompt: attention spreads prompts into a rectangle
-    cache_tokens: int  # rows times the longest response's last position; one row is always allowed
+    prefill_tokens: int  # rows x longest prompt: attention pads prompts to a rectangle
+    cache_tokens: int  # rows x last position of the longest response; one row is always allowed
 
 
 class MegatronSampler:
@@ -64,7 +64,7 @@ class MegatronSampler:
     def __init__(self, stage: Stage, ranks: Ranks, *, token_multiple: int, limits: BatchLimits):
         self.stage = stage
         self.ranks = ranks
-        self.token_multiple = token_multiple  # the layout and FP8 need calls of a multiple of so many tokens
+        self.token_multiple = token_multiple  # layout and FP8 require calls of a multiple of this many tokens
         self.limits = limits
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParameters) -> list[Rollout]:
@@ -86,8 +86,8 @@ class MegatronSampler:
 
         Requests of similar length are decoded together.
         """
-        self.stage.set_is_first_microbatch()  # Transformer Engine else computes with the FP8 weights it cached last
-        self.stage.eval()  # Megatron else prepares each layer of each token for recomputation
+        self.stage.set_is_first_microbatch()  # otherwise Transformer Engine uses cached FP8 weights
+        self.stage.eval()  # otherwise Megatron prepares each layer for recomputation
         try:
             return self._generate(requests, sampling)
         finally:
@@ -105,7 +105,7 @@ class MegatronSampler:
     def _batches(
         self, numbered: list[tuple[int, GenerationRequest]], max_new_tokens: int
     ) -> list[list[tuple[int, GenerationRequest]]]:
-        """Cuts requests of rising prompt length into batches."""
+        """Cuts requests, sorted by prompt length, into batches."""
         limits = self.limits
         batches: list[list[tuple[int, GenerationRequest]]] = []
         for item in numbered:
@@ -121,7 +121,7 @@ class MegatronSampler:
         """Fills the rows with tokens."""
         live = list(rows)
         prompts = [row.request.prompt_ids for row in rows]
-        # The last token is never fed back, so its place in the cache is not needed.
+        # The last token is never an input, so the cache has no place for it.
         cache = KeyValueCache(rows=len(rows), length=max(map(len, prompts)) + sampling.max_new_tokens - 1)
         logits_RV = self._call(
             [token for prompt in prompts for token in prompt], [len(p) for p in prompts], None, cache
@@ -139,12 +139,15 @@ class MegatronSampler:
             if len(live) - len(unfinished) >= COMPACT_AT * len(live):
                 cache.keep_rows(unfinished)
                 live = [live[i] for i in unfinished]
-            # A finished row goes on with its last token until it is dropped; nothing reads what comes of it.
+            # A finished row repeats its last token until it is dropped; nothing reads the result.
             starts = [len(row.request.prompt_ids) + step for row in live]
             logits_RV = self._call([row.tokens[-1] for row in live], [1] * len(live), starts, cache)
 
     def _call(self, tokens: list[int], lengths: list[int], starts: list[int] | None, cache: KeyValueCache):
-        """Runs the stages on new tokens; float32 logits [R, V] after each row's last one, where tokens are drawn."""
+        """Runs the stages on new tokens.
+
+        Returns float32 logits [R, V] after each row's last token on the rank that draws tokens; None on the others.
+        """
         go_on()
         padding = -len(tokens) % self.token_multiple
         rows = token_rows(lengths, padding=padding, device=self.ranks.device, starts=starts, cache=cache)
@@ -172,7 +175,7 @@ class MegatronSampler:
         return hidden_T1H
 
     def _logits(self, hidden_T1H: Tensor, last_R: Tensor) -> Tensor | None:
-        """The whole vocabulary's logits on tensor-parallel rank 0."""
+        """The logits of the complete vocabulary, on tensor-parallel rank 0; None on the others."""
         group = self.ranks.tp_group if self.stage.config.sequence_parallel else None
         local_RV = float32_product(response_rows(hidden_T1H, last_R, group), self.stage.output_weight())
         if self.ranks.tp_size == 1:
@@ -184,7 +187,7 @@ class MegatronSampler:
     def _choose(self, logits_RV: Tensor | None, uniform: list[float], sampling: SamplingParameters):
         """Tokens and log-probabilities of the rows, the same on every rank of the replica.
 
-        One rank draws: on others the same arithmetic could round another way, and ranks would part.
+        One rank draws. The same arithmetic on another rank could round differently, and the ranks would diverge.
         """
         ranks = self.ranks
         chosen_2R = torch.empty((2, len(uniform)), dtype=torch.float64, device=ranks.device)
@@ -199,7 +202,7 @@ class MegatronSampler:
 
 
 def float32_product(hidden_RH: Tensor, weight_VH: Tensor) -> Tensor:
-    """Logits in float32 from weights of any type: rounding them to bfloat16 would move the draws."""
+    """Logits in float32 from weights of any type. Rounding them to bfloat16 would change the draws."""
     if hidden_RH.is_cuda and hidden_RH.dtype != torch.float32:
         return torch.mm(hidden_RH, weight_VH.t(), out_dtype=torch.float32)
     return hidden_RH.float() @ weight_VH.float().t()

@@ -1,4 +1,4 @@
-"""Draws tokens from logits with randomness that is handed in, so that a draw depends on nothing but its row.
+"""Draws tokens from logits with given random numbers: a draw depends on its row alone.
 
 Axes: R rows, V vocabulary, C candidates.
 """
@@ -12,9 +12,9 @@ from megatron_paint.rollouts.engine import SamplingParameters
 def choose_tokens(logits_RV: Tensor, *, uniform_R: Tensor, sampling: SamplingParameters) -> tuple[Tensor, Tensor]:
     """Token ids [R] and their log-probabilities [R] in nats at the sampling temperature, before top-k and top-p.
 
-    `logits_RV` is float32, whole vocabulary; `uniform_R` float64 in [0, 1). Top-k is applied before top-p, on what it
-    keeps, as `transformers` and vLLM do. The draw inverts the cumulative distribution in the order of token ids, not of
-    probabilities: rounding then moves a draw only where the uniform number falls on a boundary.
+    `logits_RV` is float32, over the complete vocabulary; `uniform_R` float64 in [0, 1). Top-p is applied to what
+    top-k keeps, as in `transformers` and vLLM. The draw inverts the cumulative distribution in the order of token ids,
+    not of probabilities: rounding then changes a draw only if the uniform number is on a boundary.
     """
     if sampling.temperature == 0:
         token_R = logits_RV.argmax(-1)
@@ -41,7 +41,7 @@ def _candidates(logp_RV: Tensor, sampling: SamplingParameters) -> tuple[Tensor, 
     if sampling.top_p < 1:
         before_RC = kept_RC.exp().cumsum(-1) - kept_RC.exp()
         kept_RC = kept_RC.masked_fill(before_RC >= sampling.top_p, -torch.inf)
-    if count == vocabulary:  # put back where they came from, which is cheaper than to sort once more
+    if count == vocabulary:  # scattered to their ids: cheaper than a second sort
         return every_id_RV, torch.empty_like(kept_RC).scatter_(1, id_RC, kept_RC)
     id_RC, order_RC = id_RC.sort(-1)
     return id_RC, kept_RC.gather(1, order_RC)

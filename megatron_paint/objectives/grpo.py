@@ -1,8 +1,8 @@
-"""GRPO, one step from problems to updates (arXiv 2402.03300): a verified answer is worth 1, any other 0.
+"""GRPO, one step from problems to updates (arXiv 2402.03300): the reward of a right answer is 1, of any other 0.
 
-The student samples a group of responses per problem. A response's advantage is how far its reward lies above its
-group's mean, in standard deviations; each of its tokens is made more likely by it, within a clipped ratio. A group
-whose rewards are all equal teaches nothing and is left out.
+The student samples a group of responses per problem. The advantage of a response is the distance of its reward from the
+mean of its group, in standard deviations. A positive advantage makes each token of the response more likely, within a
+clipped ratio. A group whose rewards are all equal teaches nothing and is left out.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ EPSILON = 1e-6  # added to a group's standard deviation
 
 
 def advantages(rewards: Sequence[float]) -> list[float]:
-    """(r - mean) / (std + 1e-6) of one group, the standard deviation with n - 1; exactly 0 where all are equal."""
+    """(r - mean) / (std + 1e-6) of one group; the standard deviation divides by n - 1. Exactly 0 if all are equal."""
     mean, deviation = statistics.fmean(rewards), statistics.stdev(rewards)
     return [(reward - mean) / (deviation + EPSILON) if deviation else 0.0 for reward in rewards]
 
@@ -120,10 +120,11 @@ class Grpo:
         return samples
 
     def update(self, policy: Policy, samples: Sequence[Sample], *, lr: float) -> tuple[list[UpdateReport], str]:
-        """All updates on these samples; none, and no optimiser step, where no group teaches anything.
+        """Does all updates on these samples. Without samples it does none, and no optimiser step.
 
-        A loss or gradient that is not finite is a FloatingPointError in the first update, before any weight is touched.
-        In a later one it ends the updates, since the weights have the earlier ones; the text then says what it was.
+        Raises FloatingPointError if a loss or gradient of the first update is not finite; no weight is changed then. A
+        later update that is not finite ends the updates; the returned text is its error. The weights keep the earlier
+        updates.
         """
         updates: list[UpdateReport] = []
         while samples and len(updates) < self.settings.updates_per_batch:

@@ -1,4 +1,4 @@
-"""What a step leaves in the run folder: its line of metrics and its lines of samples."""
+"""What a step writes into the run folder: its line of metrics and its lines of samples."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,21 +12,21 @@ CLIP_STEPS = 10
 
 
 def ratio(total: float, count: float) -> float:
-    """total / count; NaN, which is written as null, where there is nothing to count."""
+    """total / count. It is NaN, which is written as null, if there is nothing to count."""
     return total / count if count else math.nan
 
 
 def metrics_of(result: StepResult, *, step: int, lr: float, seconds: Mapping[str, float]) -> dict[str, float]:
     """The metrics.jsonl line of one step; entropies, divergences and loss in nats.
 
-    seconds: phase -> wall time outside the policy's updates, whose own times are added. A phase that is not there took
-    none. `step` is the wall time of the complete step; it is the sum of the phases where it is not there.
+    seconds: phase -> wall time outside the policy's updates; their own times are added. A missing phase took no time.
+    `step` is the wall time of the complete step; without it, the sum of the phases is used.
     Denominators. Loss tokens: loss (0 without any), clip/share and clip/entries (clipped entries per token). Response
     tokens: entropy/*, selected/share; teacher entropy is NaN without a teacher. Selected positions, all others:
     divergence/selected_mean, divergence/other_mean. Samples: response/length_mean; those sampled in this step:
     response/truncated_share; those with a reveal: overlap/mean, reveal/mean (the share asked for), anchors/none_share
-    (those whose reference has no anchor). Updates: grad_norm. What has nothing to count is NaN, except where 0 is said.
-    The objective's extras come last and replace a value of the same key.
+    (those whose reference has no anchor). Updates: grad_norm. A mean over nothing is NaN, except where 0 is named
+    above. The objective's extras come last and replace a value of the same key.
     """
     samples, scores = result.samples, result.scores
     tokens, loss_tokens = sum(s.num_tokens for s in scores), sum(s.loss_tokens for s in scores)
@@ -68,10 +68,10 @@ def metrics_of(result: StepResult, *, step: int, lr: float, seconds: Mapping[str
 def sample_lines(report: StepReport, *, decode: Callable[[Sequence[int]], str]) -> list[dict[str, Any]]:
     """The lines of samples/step_*.jsonl, in the order of the samples.
 
-    decode: token ids -> text, special tokens kept. `loss` is in nats per token that carries loss, 0 without any;
-    `overlap` and `reveal` are null, and `anchors` is empty, for a sample without a reveal; `finished` is null for a
-    response that was not sampled; `advantage` is null but under GRPO. A file of these lines, or a folder of such files,
-    can be replayed.
+    decode: token ids -> text, special tokens included. `loss` is in nats per token that carries loss; it is 0 if no
+    token does. A sample without a reveal has null in `overlap` and `reveal`, and no `anchors`. `finished` is null for a
+    response that was not sampled. `advantage` is null except under GRPO. A file of these lines, or a folder of such
+    files, can be replayed.
     """
     return [
         {
@@ -114,8 +114,10 @@ def _reveal(reveal: Reveal) -> dict[str, Any]:
 
 
 class ClipWatch:
-    """Says so when the mean clipped share stays above 0.2 for 10 steps in a row: a clip of entries, the one that this
-    watches, reverses gradients then."""
+    """Warns when the mean clipped share stays above 0.2 for 10 steps in a row.
+
+    It watches a clip of single vocabulary entries, which reverses gradients then.
+    """
 
     def __init__(self) -> None:
         self.above = 0  # steps in a row

@@ -51,7 +51,7 @@ class Paint:
         return StepResult(samples=tuple(samples), scores=update.scores, updates=(update,))
 
     def samples(self, problems: Sequence[Problem], rollouts: Sequence[Rollout], *, step: int) -> list[Sample]:
-        """Each rollout with the prompts of both sides: the teacher's shows what the masker reveals."""
+        """Each rollout with the prompts of student and teacher. The teacher's prompt shows what the masker reveals."""
         keys = [sample_key(self.rollouts.seed, step=step, problem=problem) for problem in problems]
         reveals = self.on_rank_zero(
             lambda: reveal_step(
@@ -66,9 +66,9 @@ class Paint:
         return [self._sample(*row) for row in zip(problems, rollouts, reveals, keys, strict=True)]
 
     def limited(self, policy: Policy, samples: list[Sample]) -> list[Sample]:
-        """The samples with no more hidden than `objective.reveal.hidden_nats` allows, by the teacher's own judgement.
+        """Shows more of each solution, until what is hidden surprises the teacher by at most `reveal.hidden_nats`.
 
-        Where it is set, the teacher scores the references of which something is hidden: one more pass without gradient.
+        Costs one more pass without gradient: the teacher scores the references that are partly hidden.
         """
         if self.settings.hidden_nats is None:
             return samples

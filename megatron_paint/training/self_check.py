@@ -1,4 +1,4 @@
-"""Scores the model against itself before a run: what the loss reads where there is nothing to learn."""
+"""Scores the model against itself before a run: the loss that is left when there is nothing to learn."""
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.base.keys import derive_key
@@ -20,11 +20,13 @@ TOKENS = 16  # sampled of each
 def self_check(
     settings: Settings, policy: Policy, sampler: Sampler, problems: ProblemSet, prompts: Prompts, progress: Progress
 ) -> None:
-    """Says how far two ways to the same numbers lie apart; UserError where it is further than the limits.
+    """Computes the same numbers in two ways and prints the differences.
 
-    The loss between the model and itself on the same prompts, one side packed in micro-batches and the other row by
-    row: the noise that a divergence has to rise above. And the log-probabilities of tokens as sampler and trainer see
-    them: a wrong offset or mask on either side shows there.
+    1. The loss between the model and itself on the same prompts. One side is packed in micro-batches, the other one is
+       scored row by row. The result is the noise that a divergence must exceed.
+    2. The log-probabilities of sampled tokens in the sampler and in the trainer. They show a wrong offset or mask.
+
+    Raises UserError if a difference exceeds `run.self_check_limit` or `run.sampler_gap_limit`.
     """
     batch = problems.batch(1)[:PROBLEMS]
     samples = [
@@ -85,7 +87,7 @@ def _rollouts(settings: Settings, sampler: Sampler, batch: list[Problem], prompt
 
 
 def _sample(problem: Problem, rollout: Rollout) -> Sample:
-    """A rollout with the student's prompt on both sides."""
+    """A rollout with the student's prompt for student and teacher."""
     return Sample(
         problem=problem,
         sample_index=0,

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from megatron_paint.mcore.ranks import Ranks
 
 
-MOST_MASKER_WORKERS = 8  # ours: a step of 512 problems is then measured in a tenth of a second
+MOST_MASKER_WORKERS = 8  # ours: a step of 512 problems then takes a tenth of a second
 
 
 def train(
@@ -156,9 +156,9 @@ def _training_sampler(settings: Settings, prompts: Prompts, policy: "MegatronPol
 
 
 def set_damaged_aside(folder: RunFolder, ranks: "Ranks") -> list[str]:
-    """Renames the newest checkpoints whose files are not what was written, up to the first that is whole; warnings.
+    """Renames the newest checkpoints that are damaged, down to the first one that is complete. Returns the warnings.
 
-    UserError, and nothing is renamed: none is whole, or a disk cannot be read.
+    Raises UserError, and renames nothing, if no checkpoint is complete or a disk cannot be read.
     """
     from megatron_paint.mcore.checkpoint import checkpoint_damage
     from megatron_paint.mcore.collectives import rank_zero_does
@@ -172,15 +172,15 @@ def set_damaged_aside(folder: RunFolder, ranks: "Ranks") -> list[str]:
         damaged.append((step, f"checkpoint {folder.checkpoint_folder(step)} is damaged: {found}"))
     if damaged and len(damaged) == len(steps):
         raise UserError(
-            f"{damaged[0][1]}, and no other is whole. Nothing was changed: see whether "
-            f"every node shows {folder.path} whole, put a copy of a checkpoint back, or start anew in another run.dir"
+            f"{damaged[0][1]}, and no other checkpoint is complete. Nothing was changed: check that every node sees "
+            f"all files of {folder.path}, restore a copy of a checkpoint, or start again in another run.dir"
         )
     names = [rank_zero_does(ranks, lambda step=step: folder.set_aside(step)).name for step, _ in damaged]
     return [f"{message}. It is {name} now" for (_, message), name in zip(damaged, names, strict=True)]
 
 
 def watch_over(settings: Settings, folder: RunFolder, ranks: "Ranks", stack: ExitStack) -> None:
-    """Starts this rank's heartbeat, which ends the process where the run hangs."""
+    """Starts this rank's heartbeat. It ends the process if the run hangs."""
 
     def give_up(message: str) -> None:
         if not leave_note(message, mistake=False):
@@ -197,13 +197,13 @@ def _load_checkpoint(policy: Policy, checkpoint: Path, step: int) -> None:
     state = policy.load(checkpoint)
     if state.get("step") != step:
         raise UserError(
-            f"checkpoint {checkpoint} is of step {state.get('step')}, as its run_state.json says: give it back the "
+            f"checkpoint {checkpoint} is of step {state.get('step')}, as its run_state.json shows: rename it to the "
             "name that it was written under"
         )
 
 
 def _masker_pool(stack: ExitStack) -> MaskerPool | None:
-    """Worker processes for the masker where a core is free for them; they start when a step has much to measure."""
+    """Worker processes for the masker, if cores are free. They start when a step has much to measure."""
     workers = min(MOST_MASKER_WORKERS, (os.cpu_count() or 1) // 2)
     if workers < 2:
         return None

@@ -136,7 +136,7 @@ def test_nothing_is_touched_where_no_checkpoint_is_whole(trained, tmp_path):  # 
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     message = forked_ranks.train(tmp_path, trained.settings, f"run.dir={run}", "run.resume=auto").message
     assert "step_000004 is damaged: checksums.json is not what was written" in message
-    assert ", and no other is whole. Nothing was changed" in message
+    assert ", and no other checkpoint is complete. Nothing was changed" in message
     after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert after == before
 
