@@ -35,11 +35,11 @@ CALLS = {
 
 def _before_step(act) -> None:
     """Runs the command line with `act(step)` before each of PAINT's steps."""
-    whole = Paint.step
+    unspoilt = Paint.step
 
-    def step(self, policy, problems, *, step, lr):
+    def step(self, policy, problems, *, step, **values):
         act(step)
-        return whole(self, policy, problems, step=step, lr=lr)
+        return unspoilt(self, policy, problems, step=step, **values)
 
     Paint.step = step
     run()
