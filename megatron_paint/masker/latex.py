@@ -3,12 +3,12 @@
 import re
 from typing import NamedTuple
 
+from megatron_paint.grading.boxes import Span, box_spans
+
 _ALIGNMENTS = frozenset(name + star for name in ("align", "aligned", "equation", "gather") for star in ("", "*"))
 
 MAX_BOX_NESTING = 8  # no real text comes near it; without it, nested boxes would hold their content many times over
 
-_BOX = re.compile(r"\\boxed\s*\{")
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _ALIGNMENT_BEGINS = re.compile(r"\\begin\{(?:align(?:ed)?|equation|gather)\*?\}")
 _ENVIRONMENT_TOKEN = re.compile(
     # The length of a row's [space] is bounded: without it many `\\[` would each be read to the end of the text.
@@ -19,15 +19,6 @@ _SPAN_TOKEN = re.compile(
     r"\\\\|\\[$()\[\]]|\$\$?|\\begin\{(?:align(?:ed)?|equation|gather)\*?\}|\n[ \t\r]*(?=\n)",
 )
 _CLOSERS = {"$": "$", "$$": "$$", "\\(": "\\)", "\\[": "\\]"}
-
-
-class Span(NamedTuple):
-    """A stretch with its delimiters: text[start:end], and without them: text[content_start:content_end]."""
-
-    start: int
-    content_start: int
-    content_end: int
-    end: int
 
 
 class Alignment(NamedTuple):
@@ -48,32 +39,7 @@ def boxes(text: str) -> list[Span]:
 
     A box inside MAX_BOX_NESTING others is not looked for.
     """
-    if "\\boxed" not in text:
-        return []
-    openers = {match.end() - 1: match.start() for match in _BOX.finditer(text)}
-    found = []
-    scanned = 0
-    for opener in openers:  # a box inside another is met on the way
-        if opener < scanned:
-            continue
-        open_braces = []
-        nesting = 0
-        for match in _BRACE.finditer(text, opener):
-            brace = match.group()
-            if brace == "{":
-                open_braces.append(match.start())
-                nesting += match.start() in openers
-            elif brace == "}":
-                opened = open_braces.pop()
-                nesting -= opened in openers
-                if opened in openers and nesting < MAX_BOX_NESTING:
-                    found.append(Span(openers[opened], opened + 1, match.start(), match.end()))
-                if not open_braces:
-                    scanned = match.end()
-                    break
-        else:
-            break
-    return sorted(found)
+    return box_spans(text, max_nesting=MAX_BOX_NESTING) if "\\boxed" in text else []
 
 
 class _Frame:
