@@ -1,1 +1,1 @@
-"""What everything may use: errors, keys of randomness, strict JSON, the argument parser."""
+"""The lowest package: errors, keys for randomness, strict JSON, the argument parser."""

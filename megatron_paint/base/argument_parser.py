@@ -7,7 +7,7 @@ from megatron_paint.base.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as all others are."""
+    """Raises a UserError for a wrong command line, so that it is printed in one line like every other error."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")

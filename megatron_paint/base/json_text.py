@@ -1,4 +1,4 @@
-"""JSON that strict readers take."""
+"""JSON that strict readers accept."""
 
 import json
 import math
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
-    """Strict JSON: NaN and infinities become null, because JSON has no such numbers and strict readers refuse them."""
+    """Returns strict JSON. NaN and infinities become null: JSON has no such numbers, and strict readers refuse them."""
     return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
 
 

@@ -1,4 +1,4 @@
-"""Keyed randomness: the same key gives the same draws on every machine, whatever was drawn before."""
+"""Keyed randomness: the same key gives the same draws on every machine. Earlier draws have no influence."""
 
 import hashlib
 
@@ -6,10 +6,10 @@ import numpy as np
 
 
 def derive_key(*parts: str | int) -> int:
-    """A stable 63-bit key of a sequence of names and numbers, such as (run seed, step, problem id, sample index).
+    """Returns a stable 63-bit key of names and numbers, such as (run seed, step, problem id, sample index).
 
-    Every part enters with its type and length, so that ("a", "b"), ("ab",) and ("1",), (1,) give different keys.
-    Raises TypeError for other types (a bool too: True and 1 would be one key).
+    The type and length of every part enter the key. So ("a", "b") and ("ab",) have different keys, and so have ("1",)
+    and (1,). Raises TypeError for other types. This includes bool, because True and 1 would give the same key.
     """
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
@@ -21,22 +21,23 @@ def derive_key(*parts: str | int) -> int:
 
 
 def uniforms(key: int, count: int) -> np.ndarray:
-    """`count` draws from U[0, 1), float64 with 53 random bits each.
+    """Returns `count` draws from U[0, 1): float64, with 53 random bits each.
 
-    Made from Philox's raw stream, which numpy keeps stable between versions; its Generator methods are not.
+    They come from Philox's raw stream, which numpy keeps stable between versions. numpy's Generator methods may change.
     """
     return (_raw(key, count) >> np.uint64(11)) * 2.0**-53
 
 
 def permutation(key: int, count: int) -> np.ndarray:
-    """A random order of 0 .. count - 1, int64."""
+    """Returns the numbers 0 .. count - 1 in random order, int64."""
     return np.argsort(_raw(key, count), kind="stable")
 
 
 def derangement(key: int, count: int) -> np.ndarray:
-    """A random permutation of 0 .. count - 1 in which no item keeps its place, int64.
+    """Returns a random permutation of 0 .. count - 1 in which every item moves, int64.
 
-    Uniform over the cyclic ones (ours): item i gets its successor in a random circle. Raises ValueError for count 1.
+    It is uniform over the cyclic permutations (ours): item i gets its successor in a random circle. Raises ValueError
+    for count 1.
     """
     if count == 1:
         raise ValueError("one item cannot change places with another")

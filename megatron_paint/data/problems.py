@@ -1,20 +1,20 @@
-"""Problems with verified solutions; the batch of a step is a function of (seed, step).
+"""Problems with verified solutions. The batch of a step is a function of (seed, step).
 
-Every row is checked when it is read, and a bad one is named by file and line.
+Every row is checked when it is read. An error names a bad row by file and line.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.base.keys import derive_key, permutation
 from megatron_paint.data.rows import Row, nearest, read_rows
-from megatron_paint.masker.anchors import flatten, normalise
-from megatron_paint.masker.latex import boxes
+from megatron_paint.grading.boxes import last_box
+from megatron_paint.grading.grade import Grade, same_text
 from megatron_paint.records import Problem
 
 if TYPE_CHECKING:
@@ -25,40 +25,33 @@ DEFAULT_ID_COLUMN = "id"
 LARGEST_EXACT_FLOAT = 2**53
 
 
-class Verdict(Protocol):
-    """What a grader says of one text."""
-
-    correct: bool
-    outcome: str  # right, wrong, no_answer, timeout
-
-
-Grader = Callable[..., Verdict]  # grade(text, answer=...)
+Grader = Callable[..., Grade]  # grade(text, answer=...)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptLimit:
     """How long a problem's prompts may be."""
 
-    length: Callable[[Problem], int]  # tokens of the longest prompt of a problem
+    length: Callable[[Problem], int]  # returns the tokens of a problem's longest prompt
     most: int  # tokens
-    reason: str  # where `most` comes from, for the error message
+    reason: str  # the origin of `most`, for the error message
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedProblems:
-    """The good rows of a source, in its order."""
+    """The good rows of a source, in the order of the source."""
 
     problems: tuple[Problem, ...]
-    bad_rows: tuple[str, ...] = ()  # why each row that was left out is bad
-    notes: tuple[str, ...] = ()  # what the user should know
+    bad_rows: tuple[str, ...] = ()  # one reason for each row that was left out
+    notes: tuple[str, ...] = ()  # messages to the user
 
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """The training problems and the order in which they come.
+    """The training problems and their order.
 
-    Every epoch is a new order of all problems, cut into floor(n / problems_per_step) whole steps; the rest waits for
-    another epoch. Errors: UserError where one step needs more problems than there are.
+    Every epoch orders all n problems in a new way and cuts them into floor(n / problems_per_step) steps. The epoch does
+    not use the rest. Raises UserError if one step needs more problems than there are.
     """
 
     problems: tuple[Problem, ...]
@@ -71,8 +64,8 @@ class ProblemSet:
     def __post_init__(self) -> None:
         if self.problems_per_step > len(self.problems):
             raise UserError(
-                f"data.problems_per_step is {self.problems_per_step}, but data.train holds {len(self.problems)} usable"
-                f" problems; set it to at most {len(self.problems)}, or give more problems"
+                f"data.problems_per_step is {self.problems_per_step}, but data.train has {len(self.problems)} usable"
+                f" problems; set it to at most {len(self.problems)}, or add problems"
             )
         object.__setattr__(self, "steps_per_epoch", len(self.problems) // self.problems_per_step)
 
@@ -80,11 +73,11 @@ class ProblemSet:
         return len(self.problems)
 
     def epoch(self, step: int) -> int:
-        """The epoch of a step, both from 1."""
+        """Returns the epoch of a step. Both count from 1."""
         return (step - 1) // self.steps_per_epoch + 1
 
     def batch(self, step: int) -> tuple[Problem, ...]:
-        """The problems of a step of the whole run, over all ranks; steps count from 1."""
+        """Returns the problems of a step, over all ranks. Steps count from 1 over the complete run."""
         if step < 1:
             raise ValueError(f"steps count from 1, not from {step}")
         order = _order(self.seed, self.epoch(step), len(self.problems))
@@ -95,11 +88,11 @@ class ProblemSet:
 def load_problems(
     settings: "DataSettings", *, grade: Grader | None = None, prompt_limit: PromptLimit | None = None
 ) -> ProblemSet:
-    """The training problems, every row checked.
+    """Reads the training problems and checks every row.
 
-    grade: settles whether `answer` is the solution's last box where their texts differ; None (and
-    `check_answers: false`) leaves that unchecked. Errors: UserError that names file and line of a bad row under
-    `on_bad_row: error`, and for a source that cannot be read or lacks a column under both.
+    grade: decides whether `answer` equals the solution's last box if their texts differ. With None or with
+    `check_answers: false` this is not checked. Raises UserError for a source that cannot be read or has no needed
+    column. With `on_bad_row: error` it also raises UserError for a bad row and names its file and line.
     """
     loaded = _load(
         settings.train,
@@ -115,7 +108,10 @@ def load_problems(
 
 
 def load_held_out(settings: "EvaluationSettings", *, prompt_limit: PromptLimit | None = None) -> LoadedProblems:
-    """The problems to evaluate on, in the source's order, the first `limit` of them; solutions may be absent."""
+    """Reads the first `limit` problems to evaluate on, in the order of the source. Solutions may be missing.
+
+    Raises UserError for a bad row and for a source that cannot be read.
+    """
     if settings.problems is None:
         raise UserError("evaluation.problems is null; name a file of held-out problems")
     return _load(
@@ -130,18 +126,18 @@ def load_held_out(settings: "EvaluationSettings", *, prompt_limit: PromptLimit |
 
 
 class _BadRow(ValueError):
-    """Why a row cannot be used."""
+    """A row cannot be used. The text is the reason."""
 
 
 @dataclass(frozen=True)
 class _Checks:
-    """Checks of whole problems, after those of single columns."""
+    """Checks of a complete problem, after the checks of its columns."""
 
     grade: Grader | None
     prompt_limit: PromptLimit | None
 
     def __call__(self, problem: Problem) -> str | None:
-        """Raises _BadRow; otherwise a note or None."""
+        """Returns a note or None. Raises _BadRow for a problem that cannot be used."""
         limit = self.prompt_limit
         if limit is not None and _may_be_longer(problem, limit.most):
             length = limit.length(problem)
@@ -166,14 +162,14 @@ def _load(
     notes = []
     has_ids = _check_columns(rows, columns, setting=setting, source=source, needs_solution=needs_solution)
     if not has_ids:
-        notes.append(f"{source}: no row has a column {columns.id!r}; file name and line serve as id")
+        notes.append(f"{source}: no row has a column {columns.id!r}; file name and line are used as id")
     problems: dict[str, Problem] = {}
     bad_rows = []
     for row in rows:
         try:
             problem = _problem(row, columns, has_ids=has_ids, needs_solution=needs_solution)
             if problem.id in problems:
-                raise _BadRow(f"id {problem.id!r} stands already at {problems[problem.id].source}")
+                raise _BadRow(f"id {problem.id!r} is already used at {problems[problem.id].source}")
             note = checks(problem)
         except _BadRow as reason:
             bad_rows.append(f"{row.where}: {reason}")
@@ -186,17 +182,17 @@ def _load(
     if bad_rows:
         notes.append(_skipped_note(bad_rows, len(rows), source))
     if not problems:
-        raise UserError(f"{file_setting}: {source} holds no usable problem")
+        raise UserError(f"{file_setting}: {source} has no usable problem")
     return LoadedProblems(problems=tuple(problems.values()), bad_rows=tuple(bad_rows), notes=tuple(notes))
 
 
 def _check_columns(
     rows: Sequence[Row], columns: "ColumnSettings", *, setting: str, source: str, needs_solution: bool
 ) -> bool:
-    """Whether rows carry ids; UserError where no row has a column that is needed."""
+    """Tells whether the rows have ids. Raises UserError if no row has a needed column."""
     present = {name for row in rows if row.values is not None for name in row.values}
     if not present:
-        return True  # no row could be read; each one's own reason is more telling
+        return True  # no row could be read; the reasons of the rows say more
     needed = {"problem": columns.problem, "answer": columns.answer}
     if needs_solution:
         needed["solution"] = columns.solution
@@ -205,7 +201,7 @@ def _check_columns(
     for role, name in needed.items():
         if name not in present:
             raise UserError(
-                f"{setting}.columns.{role}: no row of {source} has a column {name!r}; there are"
+                f"{setting}.columns.{role}: no row of {source} has a column {name!r}. The columns are"
                 f" {', '.join(sorted(present))}.{nearest(name, present)}"
             )
     return columns.id in present
@@ -248,7 +244,7 @@ def _label(values: dict[str, Any], column: str) -> str:
 
 
 def _answer(values: dict[str, Any], column: str) -> str:
-    """The answer as text; a number is taken where it can be written in one way only."""
+    """Returns the answer as text. A number is accepted if there is only one way to write it."""
     value = values.get(column)
     if isinstance(value, float):
         if value.is_integer() and abs(value) < LARGEST_EXACT_FLOAT:
@@ -266,28 +262,20 @@ def _kind(value: Any) -> str:
 
 
 def _check_answer(problem: Problem, grade: Grader) -> str | None:
-    """Raises _BadRow where the answer is not the solution's last box; a note where the grader ran out of time."""
-    found = boxes(problem.solution)
-    if not found:
-        return None
-    last = max(found, key=lambda box: box.end)
-    box = problem.solution[last.content_start : last.content_end]
-    if _plain(box) == _plain(problem.answer):
+    """Raises _BadRow if the answer differs from the solution's last box. Returns a note if the grader timed out."""
+    box = last_box(problem.solution)
+    if box is None or same_text(box, problem.answer):
         return None
     verdict = grade(problem.solution, answer=problem.answer)
     if verdict.outcome == "timeout":
-        return f"the grader ran out of time on answer {problem.answer!r} against box {box!r}; the row is kept"
+        return f"the grader ran out of time comparing answer {problem.answer!r} with box {box!r}; the row is kept"
     if not verdict.correct:
-        raise _BadRow(f"answer {problem.answer!r} is not what the solution's last box holds: {box!r}")
+        raise _BadRow(f"answer {problem.answer!r} differs from the solution's last box {box!r}")
     return None
 
 
-def _plain(text: str) -> str:
-    return normalise(flatten(text)).text.rstrip(".")
-
-
 def _may_be_longer(problem: Problem, most: int) -> bool:
-    """Whether counting tokens is worth it: a token has at least one byte, and a template may use a text twice."""
+    """Tells whether a prompt may exceed `most` tokens: a token has at least one byte, a template may repeat a text."""
     template_allowance = 2048
     longest = 2 * (len(problem.problem.encode()) + len(problem.solution.encode())) + template_allowance
     return longest > most
@@ -296,8 +284,8 @@ def _may_be_longer(problem: Problem, most: int) -> bool:
 def _bad_rows_message(bad_rows: Sequence[str], count: int, setting: str) -> str:
     more = len(bad_rows) - 1
     others = f" ({more} more bad {'row' if more == 1 else 'rows'} of {count})" if more else ""
-    way_out = "mend the row, or set data.on_bad_row: skip" if setting == "data" else "mend the row"
-    return f"{bad_rows[0]}{others}; {way_out}"
+    advice = "correct the row, or set data.on_bad_row: skip" if setting == "data" else "correct the row"
+    return f"{bad_rows[0]}{others}; {advice}"
 
 
 def _skipped_note(bad_rows: Sequence[str], count: int, source: str) -> str:

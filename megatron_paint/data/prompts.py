@@ -1,9 +1,8 @@
-"""Prompts and responses as token ids: the only user of the tokenizer and of the chat template in training.
+"""Prompts and responses as token ids. In training, only this module uses the tokenizer and the chat template.
 
-The wording is that of OPSD's third version (arXiv 2601.18734 and its code); the line that says that something is
-hidden is ours. Text becomes ids once. A control token that is written in a problem or a solution stays text: it is
-encoded in two halves, so that it can neither end a turn nor begin one. Text without one is encoded as the tokenizer
-does it.
+The wording is that of OPSD's third version (arXiv 2601.18734 and its code). The line that marks a hidden rest is ours.
+Text becomes ids once. A control token that is written in a problem or a solution stays text: its two parts are encoded
+separately, so it can neither end a turn nor begin one. Text without control tokens is encoded as usual.
 """
 
 from collections.abc import Collection
@@ -23,14 +22,14 @@ if TYPE_CHECKING:
     from megatron_paint.config.settings import PromptSettings
 
 CACHED_SOLUTIONS = 4096
-# Code points that Unicode keeps out of all text; one that no user text holds marks the seam inside a control token.
+# Code points that Unicode excludes from all text. One that no user text contains marks the seam inside a control token.
 _SEAMS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 
 
 class Prompts:
-    """Every prompt of a run, made by one tokenizer and one set of templates.
+    """Makes every prompt of a run, with one tokenizer and one set of templates.
 
-    Errors: UserError for a template that cannot be read, has a mistake, or does not use its variables.
+    Raises UserError for a template that cannot be read, has a mistake, or does not use its variables.
     """
 
     def __init__(self, settings: "PromptSettings", tokenizer: Tokenizer):
@@ -42,18 +41,18 @@ class Prompts:
         self.solution_offsets = lru_cache(CACHED_SOLUTIONS)(self._solution_offsets)
 
     def student_prompt(self, problem: Problem) -> TokenIds:
-        """The problem alone."""
+        """Returns the prompt with the problem alone."""
         return self._chat(self._student, self._settings.student_thinking, problem=problem.problem)
 
     def teacher_prompt(self, problem: Problem, reveal: Reveal) -> TokenIds:
-        """The problem and what is revealed; the student's prompt where nothing is to be revealed (no reference)."""
+        """Returns the prompt with the problem and the shown text. Without a reference it is the student's prompt."""
         if not reveal.reference:
             return self.student_prompt(problem)
         hidden = bool(reveal.reference[len(reveal.shown_text) :].strip())
         return self._teacher_prompt(problem, shown=reveal.shown_text, hidden=hidden)
 
     def full_teacher_prompt(self, problem: Problem, reveal: Reveal | None = None) -> TokenIds:
-        """The problem and its whole solution, or the whole of what a reveal was cut from."""
+        """Returns the prompt with the problem and its complete solution, or the complete reference of a reveal."""
         if reveal is None:
             return self._teacher_prompt(problem, shown=problem.solution, hidden=False)
         if not reveal.reference:
@@ -61,29 +60,29 @@ class Prompts:
         return self._teacher_prompt(problem, shown=reveal.reference, hidden=False)
 
     def longest_prompt(self, problem: Problem) -> int:
-        """Tokens of the longest prompt that training can make of a problem with its own solution."""
+        """Returns the number of tokens of the longest prompt that training can make of a problem and its solution."""
         teacher = self._teacher_prompt(problem, shown=problem.solution, hidden=True)
         return max(len(self.student_prompt(problem)), len(teacher))
 
     def evaluation_prompt(self, problem: Problem, thinking: bool) -> TokenIds:
-        """The problem as OPSD's evaluation words it: without "Problem:"."""
+        """Returns the prompt in the wording of OPSD's evaluation: the problem without "Problem:"."""
         return self._chat(self._evaluation, thinking, problem=problem.problem)
 
     def sft_response(self, problem: Problem) -> TokenIds:
-        """The solution as a response to the student's prompt, ended by the end-of-turn token."""
+        """Returns the solution as a response to the student's prompt. It ends with the end-of-turn token."""
         seam = _seam([problem.solution])
         return (*self._encode(self._protect(problem.solution, seam), seam), self.tokenizer.stop_ids[0])
 
     def solution_ids(self, solution: str) -> TokenIds:
-        """The tokens of a solution that `solution_offsets` gives the places of."""
+        """Returns the tokens of a solution. `solution_offsets` returns their positions in the text."""
         return self.tokenizer.encode_with_offsets(solution)[0]
 
     def response_text(self, ids: TokenIds) -> str:
-        """The text of a response without special tokens."""
+        """Returns the text of a response without special tokens."""
         return self.tokenizer.decode(ids, keep_special=False)
 
     def _solution_offsets(self, solution: str) -> OffsetList:
-        """Where each token of a solution stands, in characters; the masker cuts by these."""
+        """Returns start and end of each token of a solution, in characters. The masker cuts there."""
         return self.tokenizer.encode_with_offsets(solution)[1]
 
     def _teacher_prompt(self, problem: Problem, *, shown: str, hidden: bool) -> TokenIds:
@@ -101,11 +100,11 @@ class Prompts:
         return self._encode(rendered, seam)
 
     def _protect(self, text: str, seam: str) -> str:
-        """The text with a seam inside every control token that is written in it."""
+        """Returns the text with a seam inside every control token that is written in it."""
         for token in self.tokenizer.control_tokens:
             while token in text:
                 if len(token) < 2:
-                    raise UserError(f"a problem or solution holds {token!r}, which is a control token of the tokenizer")
+                    raise UserError(f"a problem or solution contains {token!r}, a control token of the tokenizer")
                 text = text.replace(token, token[0] + seam + token[1:])
         return text
 
@@ -114,11 +113,11 @@ class Prompts:
 
 
 def _seam(texts: Collection[str]) -> str:
-    """A mark that stands in none of the texts."""
+    """Returns a mark that no text contains."""
     for seam in _SEAMS:
         if not any(seam in text for text in texts):
             return seam
-    raise UserError("a problem or solution holds all of U+FDD0 to U+FDEF, which are no characters; remove them")
+    raise UserError("a problem or solution contains all of U+FDD0 to U+FDEF; these are no characters, so remove them")
 
 
 def _template(name: str, path: str | None, needed: set[str], optional: set[str]) -> jinja2.Template:
@@ -136,8 +135,8 @@ def _template(name: str, path: str | None, needed: set[str], optional: set[str])
         raise UserError(f"{setting}: {path}:{error.lineno}: {error.message}") from error
     template.filename = path or f"{name}.jinja"
     if missing := needed - variables:
-        raise UserError(f"{setting}: {path} does not use {{{{ {missing.pop()} }}}}, so no prompt would hold it")
+        raise UserError(f"{setting}: {path} does not use {{{{ {missing.pop()} }}}}, so no prompt would contain it")
     if unknown := variables - needed - optional:
         known = ", ".join(sorted(needed | optional))
-        raise UserError(f"{setting}: {path} uses {{{{ {unknown.pop()} }}}}, which is not set; there are {known}")
+        raise UserError(f"{setting}: {path} uses the unknown variable {{{{ {unknown.pop()} }}}}; known are {known}")
     return template

@@ -1,4 +1,4 @@
-"""Rows of JSONL and Parquet files and of `datasets`, each with the place it comes from."""
+"""Reads rows of JSONL and Parquet files and of `datasets`. Each row has its file and line."""
 
 import difflib
 import json
@@ -12,19 +12,19 @@ JSONL_ENDINGS = (".jsonl", ".ndjson", ".json")
 
 
 class Row(NamedTuple):
-    """One row of a source: its values, or why it cannot be read."""
+    """One row of a source: its values, or the reason why it cannot be read."""
 
     where: str  # "file:line", for messages
-    name: str  # "file stem:line", which can serve as id
+    name: str  # "file stem:line", used as id if the source has no ids
     values: dict[str, Any] | None
     broken: str = ""
 
 
 def read_rows(source: str, *, format: str, split: str, setting: str) -> list[Row]:
-    """All rows of a source in its order; a row that is broken by itself is in the list with the reason.
+    """Returns all rows of a source in their order. A broken row is in the list with its reason.
 
-    format: auto, jsonl, parquet or datasets; auto goes by the ending, and what is no file is a name for `datasets`.
-    Errors: UserError that names the setting where the source is absent, empty or cannot be read at all.
+    format: auto, jsonl, parquet or datasets. auto uses the file's ending; anything else is a name for `datasets`.
+    setting: named in the errors. Raises UserError if the source is missing, empty or unreadable.
     """
     path = Path(source)
     if format == "auto":
@@ -42,12 +42,12 @@ def read_rows(source: str, *, format: str, split: str, setting: str) -> list[Row
     except OSError as error:
         raise UserError(f"{setting}: {source} cannot be read ({error})") from error
     if not rows:
-        raise UserError(f"{setting}: {source} holds no rows")
+        raise UserError(f"{setting}: {source} has no rows")
     return rows
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """A sentence that offers the known name nearest to a wrong one, or nothing."""
+    """Returns a sentence with the known name nearest to a wrong one; an empty text if no name is near."""
     close = difflib.get_close_matches(name, sorted(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
@@ -58,7 +58,7 @@ def _format_of(path: Path) -> str:
     if path.suffix == ".parquet":
         return "parquet"
     if path.is_file():
-        raise UserError(f"{path}: its ending does not tell the format; set format: jsonl or parquet")
+        raise UserError(f"{path}: the format is unknown from this ending; set format: jsonl or parquet")
     return "datasets"
 
 
@@ -84,9 +84,9 @@ def _jsonl_row(line: bytes, path: Path, number: int) -> Row:
         message = error.msg.removesuffix(" at")
         return Row(where, name, None, f"not JSON: {message} at character {error.pos} of the line")
     except (ValueError, RecursionError) as error:
-        return Row(where, name, None, f"not JSON that can be read: {error}")
+        return Row(where, name, None, f"not readable as JSON: {error}")
     if not isinstance(values, dict):
-        return Row(where, name, None, f"holds a {type(values).__name__}; a line must be one JSON object")
+        return Row(where, name, None, f"contains a {type(values).__name__}; a line must be one JSON object")
     return Row(where, name, values)
 
 
@@ -106,7 +106,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                     else:
                         yield Row(where, name, values)
     except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: not a Parquet file that can be read ({error})") from error
+        raise UserError(f"{path}: not a readable Parquet file ({error})") from error
 
 
 def _batch_values(batch: Any) -> Iterator[dict[str, Any] | None]:
@@ -121,12 +121,12 @@ def _batch_values(batch: Any) -> Iterator[dict[str, Any] | None]:
 
 
 def _dataset_rows(source: str, split: str) -> Iterator[Row]:
-    """A folder that `save_to_disk` wrote, or what `load_dataset` takes: a folder, a name, or name:configuration."""
+    """Reads a folder of `save_to_disk`, or a folder, a name or a name:configuration for `load_dataset`."""
     try:
         import datasets
     except ImportError as error:
         raise UserError(
-            f"{source} is no file, and a name for `datasets` needs that package: pip install datasets"
+            f"{source} is no file. To load it by name you need the package `datasets`: pip install datasets"
         ) from error
     path = Path(source)
     try:
@@ -137,7 +137,7 @@ def _dataset_rows(source: str, split: str) -> Iterator[Row]:
         else:
             name, _, configuration = (source, "", "") if path.exists() else source.partition(":")
             table = datasets.load_dataset(name, configuration or None, split=split)
-    except Exception as error:  # the library raises many kinds, of the network and the hub too
+    except Exception as error:  # the library raises many kinds of errors, also for the network and the hub
         raise UserError(
             f"{source} is no file, and `datasets` cannot load its split {split!r}: {type(error).__name__}: {error}"
         ) from error

@@ -1,6 +1,6 @@
 """Tokenizers behind one small interface: Hugging Face fast tokenizers and SentencePiece models.
 
-Ids are plain tuples. Only prompts.py uses this module in training.
+Ids are plain tuples of int. In training, only prompts.py uses this module.
 """
 
 import json
@@ -16,39 +16,42 @@ from megatron_paint.records import TokenIds
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
 OffsetList = tuple[tuple[int, int], ...]  # start and end of each token, in characters
 
-UNKNOWN_ID_TEXT = "\ufffd"  # stands for an id without a token: a model may have more rows than its tokenizer tokens
+UNKNOWN_ID_TEXT = "\ufffd"  # text of an id without a token; a model may have more rows than its tokenizer has tokens
 _TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 
 
 class Tokenizer(Protocol):
-    """What the trainer needs of a tokenizer."""
+    """The interface of a tokenizer that the trainer needs."""
 
-    stop_ids: TokenIds  # ids that end a response, the end-of-turn token first
+    stop_ids: TokenIds  # ids that end a response; the end-of-turn token is the first
     pad_id: int
-    size: int  # number of tokens, added ones included; a model may have more rows
+    size: int  # number of tokens, including added ones; a model may have more rows
     control_tokens: Mapping[str, int]  # strings that `encode` turns into one control id each
 
     def encode(self, *parts: str) -> TokenIds:
-        """Ids of the text, none added; a control token written in it becomes its id.
+        """Returns the ids of the text and adds none. A control token that is written in the text becomes its id.
 
-        Several parts are encoded one by one and joined: no control token arises across a seam.
+        Several parts are encoded one after the other, so no control token appears across a seam. Raises UserError for
+        a lone surrogate.
         """
 
     def encode_with_offsets(self, text: str) -> tuple[TokenIds, OffsetList]:
-        """Ids of the text and where each stands in it."""
+        """Returns the ids of the text, and start and end of each id in characters."""
 
     def decode(self, ids: Sequence[int], keep_special: bool) -> str:
-        """The text of the ids; U+FFFD for an id without a token. Never raises."""
+        """Returns the text of the ids, with U+FFFD for an id without a token. It never raises."""
 
     def render_chat(self, messages: Sequence[Message], thinking: bool, add_generation_prompt: bool = True) -> str:
-        """The chat template over the messages; `thinking` reaches it as `enable_thinking`."""
+        """Renders the messages with the chat template, which gets `thinking` as `enable_thinking`.
+
+        Raises UserError if the template fails.
+        """
 
 
 def load_tokenizer(folder: str | Path, *, chat_template: str | None = None) -> Tokenizer:
-    """The tokenizer in a folder: tokenizer.json (or vocab.json and merges.txt) or a SentencePiece tokenizer.model.
-
-    chat_template: path of a Jinja file to use instead of the tokenizer's own. Errors: UserError where files are absent
-    or broken, where no chat template is found, or where no token ends a response.
+    """Loads a folder's tokenizer: tokenizer.json (or vocab.json and merges.txt), or SentencePiece's tokenizer.model.
+    chat_template: path of a Jinja file that replaces the tokenizer's template. Raises UserError if files are missing or
+    broken, if there is no chat template, or if no token ends a response.
     """
     folder = Path(folder)
     template = None if chat_template is None else read_template(chat_template, setting="prompts.chat_template")
@@ -58,15 +61,15 @@ def load_tokenizer(folder: str | Path, *, chat_template: str | None = None) -> T
         return HuggingFaceTokenizer(folder, template)
     if (folder / "tokenizer.model").is_file():
         return SentencePieceTokenizer(folder, template)
-    held = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    files = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "no files"
     raise UserError(
-        f"model.hf_path: {folder} has neither tokenizer.json nor tokenizer.model (it has {held}); copy the tokenizer"
+        f"model.hf_path: {folder} has neither tokenizer.json nor tokenizer.model (it has {files}); copy the tokenizer"
         " files of the checkpoint there"
     )
 
 
 def read_template(path: str | Path, *, setting: str) -> str:
-    """The text of a template file; UserError names the setting where it cannot be read."""
+    """Returns the text of a template file. Raises UserError that names the setting if the file cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -132,9 +135,9 @@ class HuggingFaceTokenizer:
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model with a chat_template.jinja beside it.
+    """A SentencePiece model and its chat_template.jinja.
 
-    At the start of a text the model's own dummy prefix applies; after a control token or a seam there is none.
+    The model's dummy prefix is used at the start of a text, and not after a control token or a seam.
     """
 
     def __init__(self, folder: Path, chat_template: str | None):
@@ -147,7 +150,7 @@ class SentencePieceTokenizer:
 
         try:
             self._model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-            # In a protocol buffer a field that is appended wins: normalizer_spec.add_dummy_prefix = false.
+            # In a protocol buffer the last value of a field wins. This one is normalizer_spec.add_dummy_prefix = false.
             model = (folder / "tokenizer.model").read_bytes()
             self._inner_model = SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
         except (OSError, RuntimeError) as error:
@@ -237,7 +240,7 @@ class SentencePieceTokenizer:
         return tokens
 
     def _encode(self, text: str, *, at_start: bool) -> list[tuple[int, tuple[int, int]]]:
-        """Ids with their characters; the pieces between control tokens go through the model."""
+        """Returns ids with their character ranges. The model encodes the pieces between control tokens."""
         _check_encodable(text)
         encoded = []
         at = 0
@@ -252,7 +255,7 @@ class SentencePieceTokenizer:
 
 
 def _with_characters(proto: bytes, text: str, at: int) -> list[tuple[int, tuple[int, int]]]:
-    """Ids and characters, counted from `at`, of a serialised SentencePieceText, whose positions are UTF-8 bytes."""
+    """Returns ids and character ranges, counted from `at`, of a serialised SentencePieceText with byte positions."""
     character_at = [at + index for index, letter in enumerate(text) for _ in letter.encode()]
     character_at.append(at + len(text))
     pieces = []
@@ -264,7 +267,7 @@ def _with_characters(proto: bytes, text: str, at: int) -> list[tuple[int, tuple[
 
 
 def _fields(proto: bytes) -> list[tuple[int, Any]]:
-    """Field numbers and values of a protocol buffer that holds only integers and byte strings."""
+    """Returns field numbers and values of a protocol buffer of integers and byte strings."""
     fields = []
     at = 0
 
@@ -292,19 +295,19 @@ def _fields(proto: bytes) -> list[tuple[int, Any]]:
 def _load_fast_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    # AutoTokenizer may rebuild the pipeline from its own code; tokenizer.json is what the model was trained with.
+    # AutoTokenizer may rebuild the pipeline from its code. The model was trained with tokenizer.json.
     loader = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
     try:
         tokenizer = loader.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the Rust library raises bare Exception
         raise UserError(f"model.hf_path: the tokenizer in {folder} cannot be loaded ({error})") from error
     if not tokenizer.is_fast:
-        raise UserError(f"model.hf_path: {folder} holds only a slow tokenizer; save it with its tokenizer.json")
+        raise UserError(f"model.hf_path: {folder} has only a slow tokenizer; save it with its tokenizer.json")
     return tokenizer
 
 
 def _stop_ids(folder: Path, eos: int | None, pad: int | None) -> TokenIds:
-    """End-of-turn token, the ends that generation_config.json names, and padding, which no response holds."""
+    """Returns the end-of-turn token, the end tokens of generation_config.json, and padding, which no response has."""
     stop = [] if eos is None else [eos]
     path = folder / "generation_config.json"
     if path.is_file():
@@ -321,7 +324,7 @@ def _stop_ids(folder: Path, eos: int | None, pad: int | None) -> TokenIds:
 
 
 def _runs(ids: Sequence[int], size: int) -> list[tuple[bool, list[int]]]:
-    """The ids cut into runs that all have, or all lack, a token."""
+    """Cuts the ids into runs of ids with a token and runs of ids without one."""
     runs: list[tuple[bool, list[int]]] = []
     for index in ids:
         known = 0 <= index < size
@@ -336,13 +339,13 @@ def _check_encodable(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"a text to encode holds a lone surrogate (\\u{ord(text[error.start]):04x}) at character {error.start},"
-            " which is no character; remove it"
+            f"a text to encode has a lone surrogate (\\u{ord(text[error.start]):04x}) at character {error.start};"
+            " remove it, because it is no character"
         ) from error
 
 
 def _no_chat_template(folder: Path) -> UserError:
     return UserError(
-        f"prompts.chat_template is null and the tokenizer in {folder} has no chat template of its own (neither in"
+        f"prompts.chat_template is null and the tokenizer in {folder} has no chat template (neither in"
         " tokenizer_config.json nor as chat_template.jinja); name a template file"
     )

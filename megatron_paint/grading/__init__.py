@@ -1,1 +1,1 @@
-"""Grades answers against the reference answer."""
+"""Grades responses: finds the final answer of a response and compares it with the reference answer."""

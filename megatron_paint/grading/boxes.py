@@ -1,73 +1,113 @@
-r"""Finding the final answer of a response: its last \boxed{}."""
+r"""Finds \boxed{} in a text, and with it the final answer of a response.
+
+`box_spans` is the only finder of boxes in the package: the grader and the overlap masker use it.
+"""
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 THINK_END = "</think>"
-BOX_TOKEN = re.compile(
-    r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*(?:(?P<open>\{)|(?P<bare>[^\s{}$\\]+))?|\\.|[{}]", re.DOTALL
-)
+BOXED = re.compile(r"\\boxed\s*\{")
+ANY_BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
+BARE_BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*(?P<content>[^\s{}$\\]+)")  # \boxed 5
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 SEPARATOR = re.compile(r"\b(?:and|or)\b|[,;]")
-NEAR, FAR = 10, 70  # characters between boxes of one answer; math-verify's own limits
+NEAR, FAR = 10, 70  # characters between two boxes of one answer; math-verify's limits
 
 
-@dataclass(frozen=True, slots=True)
-class Box:
-    r"""One closed \boxed{...}: where it stands in the text and what it holds."""
+class Span(NamedTuple):
+    """A range of a text: text[start:end] with its delimiters, text[content_start:content_end] without them."""
+
+    start: int
+    content_start: int
+    content_end: int
+    end: int
+
+
+class Box(NamedTuple):
+    r"""One closed \boxed{...}: its position in the text and its content."""
 
     start: int
     end: int
     content: str  # stripped, not empty
 
 
-def find_boxes(text: str) -> list[Box]:
-    r"""All outermost closed boxes with a content, in order; linear in the length of the text.
+def box_spans(text: str, *, opener: re.Pattern[str] = BOXED, max_nesting: int | None = None) -> list[Span]:
+    r"""Returns every `\boxed{...}` with matched braces, sorted by its start. The time is linear in the text's length.
 
-    Braces are matched, escaped ones ignored. An unclosed box is none, and neither is an empty one: responses quote the
-    instruction to use `\boxed{}`. `\boxed 5` without braces counts.
+    The result has nested boxes too. It has no unclosed ones. Escaped braces do not count.
+    opener: matches the start of a box up to its opening brace. max_nesting: boxes inside this many other boxes are left
+    out. An unclosed box counts as one that the text after it is inside.
     """
+    openers = {match.end() - 1: match.start() for match in opener.finditer(text)}
+    found = []
+    scanned = 0
+    for first in openers:
+        if first < scanned:  # it is inside an earlier box, whose scan has found it
+            continue
+        open_braces = []
+        nesting = 0
+        for match in BRACE.finditer(text, first):
+            brace = match.group()
+            if brace == "{":
+                open_braces.append(match.start())
+                nesting += match.start() in openers
+            elif brace == "}":
+                opened = open_braces.pop()
+                nesting -= opened in openers
+                if opened in openers and (max_nesting is None or nesting < max_nesting):
+                    found.append(Span(openers[opened], opened + 1, match.start(), match.end()))
+                if not open_braces:
+                    scanned = match.end()
+                    break
+        else:
+            break
+    return sorted(found)
+
+
+def find_boxes(text: str) -> list[Box]:
+    r"""Returns the outermost closed boxes that have a content, sorted by their start. The time is linear.
+
+    `\fbox{}`, `\framebox{}` and a `\boxed 5` without braces count as boxes. An empty box does not count, because
+    responses quote the instruction to use `\boxed{}`. `\\boxed{5}` is a line break and no box.
+    """
+    bare = [Span(match.start(), match.start("content"), match.end(), match.end()) for match in BARE_BOX.finditer(text)]
     boxes: list[Box] = []
-    stack: list[tuple[int, int] | None] = []  # an open brace: (start, content start) of a box, None of anything else
-    for token in BOX_TOKEN.finditer(text):
-        if token["open"]:
-            stack.append((token.start(), token.end()))
-        elif token["bare"]:
-            _append(boxes, Box(token.start(), token.end(), token["bare"].rstrip(".,;:!?")))
-        elif token[0] == "{":
-            stack.append(None)
-        elif token[0] == "}" and stack:
-            opened = stack.pop()
-            if opened is not None:
-                _append(boxes, Box(opened[0], token.end(), text[opened[1] : token.start()].strip()))
+    for span in sorted([*bare, *box_spans(text, opener=ANY_BOX)]):
+        if _is_escaped(text, span.start) or (boxes and span.start < boxes[-1].end):
+            continue
+        content = text[span.content_start : span.content_end]
+        content = content.strip() if span.content_end < span.end else content.rstrip(".,;:!?")
+        if content:
+            boxes.append(Box(span.start, span.end, content))
     return boxes
 
 
-def _append(boxes: list[Box], box: Box) -> None:
-    """Add a box, in place of the boxes that it encloses; `boxes` is sorted and disjoint before and after."""
-    if not box.content:
-        return
-    while boxes and boxes[-1].start > box.start:
-        boxes.pop()
-    boxes.append(box)
+def _is_escaped(text: str, backslash: int) -> bool:
+    r"""Tells whether a backslash belongs to the one before it, as the second one of `\\` does."""
+    first = backslash
+    while first > 0 and text[first - 1] == "\\":
+        first -= 1
+    return (backslash - first) % 2 == 1
 
 
 def final_part(text: str) -> str:
-    """What follows the last </think>, if a box stands there; else the whole text."""
+    """Returns the text after the last </think> if a box is there, else the complete text."""
     _, mark, tail = text.rpartition(THINK_END)
     return tail if mark and find_boxes(tail) else text
 
 
 def last_box(text: str) -> str | None:
-    r"""Content of the last \boxed{} of a response, nested boxes unwrapped; None without one."""
+    r"""Returns the content of the last \boxed{} of a response, without boxes around it; None if there is no box."""
     boxes = find_boxes(final_part(text))
     return _unwrapped(boxes[-1].content) if boxes else None
 
 
 def last_boxes(text: str) -> list[str]:
-    r"""Contents of the last boxes that together make one answer, as in "\boxed{3} and \boxed{5}"; the last box is last.
+    r"""Returns the contents of the last boxes that together make one answer, as in "\boxed{3} and \boxed{5}".
 
-    Boxes belong together when fewer than 10 characters stand between them, or fewer than 70 with "and", "or", "," or
-    ";" among them: math-verify's rule.
+    They are in the order of the text. Boxes belong together when fewer than 10 characters are between them, or fewer
+    than 70 characters that contain "and", "or", "," or ";". This is math-verify's rule.
     """
     part = final_part(text)
     boxes = find_boxes(part)
@@ -83,7 +123,7 @@ def last_boxes(text: str) -> list[str]:
 
 
 def _unwrapped(content: str) -> str:
-    """The content without boxes around the whole of it."""
+    """Removes boxes that enclose the complete content."""
     while True:
         inner = find_boxes(content)
         if len(inner) != 1 or inner[0].start != 0 or inner[0].end != len(content):

@@ -1,7 +1,8 @@
 r"""Is the answer in a response's last \boxed{} the right one?
 
-Equal text is settled here; everything else is settled by math-verify in worker processes with a hard time limit, never
-in a thread, where its alarm silently fails. Importing this file loads neither torch nor math-verify.
+Equal texts and integers are compared here. math-verify compares everything else in worker processes with a hard time
+limit. It never runs in a thread, because its alarm silently fails there. Importing this file loads neither torch nor
+math-verify.
 """
 
 import atexit
@@ -12,15 +13,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from megatron_paint.grading.boxes import last_box, last_boxes
+from megatron_paint.grading.boxes import last_boxes
 from megatron_paint.grading.pool import Verdict, WorkerPool
-
-__all__ = ["Grade", "GradingPool", "Rules", "answers_agree", "grade", "last_box", "normal_form", "same_text"]
 
 Outcome = Literal["right", "wrong", "no_answer", "timeout"]
 SECONDS = 5.0  # OPSD's limit
-LONGEST = 2000  # characters of an answer that math-verify is asked about; longer ones are compared as text
-TAIL = 8000  # characters of a response without a box that it is asked about; more would not fit into a pipe
+MAX_ANSWER_LENGTH = 2000  # characters; math-verify does not get longer answers, which are compared as text
+TAIL_LENGTH = 8000  # characters that math-verify gets of a response without a box; more would not fit into a pipe
 
 THIN_SPACE = re.compile(r"\\[,!]|\{,\}(?=\d)")
 WIDE_SPACE = re.compile(r"\\(?:[;: ~]|q?quad(?![A-Za-z]))|~")
@@ -39,15 +38,15 @@ class Grade:
     """The verdict on one response."""
 
     correct: bool
-    extracted: str | None  # what was compared with the answer; None without a box
-    outcome: Outcome  # timeout: no verdict within the limits of time and memory, which is not a wrong answer
+    extracted: str | None  # the text that was compared with the answer; None without a box
+    outcome: Outcome  # timeout: no verdict within the limits of time and memory; it is not counted as a wrong answer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rules:
-    """How generously answers are compared; the defaults are math-verify's own and are used everywhere."""
+    """How generously answers are compared. The defaults are math-verify's. Every part of the package uses them."""
 
-    require_box: bool = True  # False: a response without a box is handed to math-verify whole
+    require_box: bool = True  # False: math-verify gets the text of a response without a box
     kinds: tuple[Literal["latex", "expr"], ...] = ("latex", "expr")  # what math-verify looks for
     precision: int = 6  # decimals that must agree
     strict: bool = True  # variables have names, and a set is not a tuple
@@ -58,9 +57,10 @@ DEFAULT_RULES = Rules()
 
 
 def normal_form(text: str) -> str:
-    """The text without spacing, sizes, dollar signs, text commands and final full stop: equal forms are equal answers.
+    """Returns the text without spacing, sizes, dollar signs, text commands and final full stop.
 
-    A space between letters or digits stays, because "1 2" is not 12. Parentheses around a lone number or letter go.
+    Answers with equal forms are equal. A space between letters or digits is kept, because "1 2" is not 12. Parentheses
+    around a single number or letter are removed.
     """
     text = THIN_SPACE.sub("", text.strip().translate(MINUS))
     text = WIDE_SPACE.sub(" ", text)
@@ -72,30 +72,30 @@ def normal_form(text: str) -> str:
 
 
 def same_text(a: str, b: str) -> bool:
-    """Equal in normal form, without regard to case where it is a word and not a formula."""
+    """Tells whether two answers have the same normal form. The case of letters matters in formulas, not in words."""
     a, b = normal_form(a), normal_form(b)
     return bool(a) and (a == b or (len(a) > 1 and a.isalpha() and a.casefold() == b.casefold()))
 
 
 @dataclass(frozen=True, slots=True)
 class _Case:
-    """One comparison, settled or to be asked."""
+    """One comparison that is either decided or still a question to math-verify."""
 
     extracted: str | None
-    agrees: bool | None  # None: math-verify is to be asked
+    agrees: bool | None  # None: math-verify decides
     candidates: tuple[str, ...] = ()
 
 
-def _prepare(candidates: Sequence[str], answer: str, *, longest: int = LONGEST) -> _Case:
-    """Settle what text and integers settle; the first candidate is the one that is reported."""
+def _prepare(candidates: Sequence[str], answer: str, *, max_length: int = MAX_ANSWER_LENGTH) -> _Case:
+    """Decides the comparison where equal texts or integers are enough. The first candidate is the extracted one."""
     for candidate in candidates:
         if same_text(candidate, answer):
             return _Case(candidate, True)
     gold, given = normal_form(answer), normal_form(candidates[0])
     if len(candidates) == 1 and INTEGER.fullmatch(gold) and INTEGER.fullmatch(given):
         return _Case(candidates[0], int(gold) == int(given))
-    short = tuple(candidate.translate(MINUS) for candidate in candidates if len(candidate) <= longest)
-    if not short or not gold or len(answer) > LONGEST:
+    short = tuple(candidate.translate(MINUS) for candidate in candidates if len(candidate) <= max_length)
+    if not short or not gold or len(answer) > MAX_ANSWER_LENGTH:
         return _Case(candidates[0], False)
     return _Case(candidates[0], None, short)
 
@@ -103,9 +103,11 @@ def _prepare(candidates: Sequence[str], answer: str, *, longest: int = LONGEST) 
 def _prepare_response(text: str, answer: str, rules: Rules) -> _Case:
     boxes = last_boxes(text)
     if not boxes:
-        return _Case(None, False) if rules.require_box else _prepare([text[-TAIL:]], answer, longest=TAIL)
+        if rules.require_box:
+            return _Case(None, False)
+        return _prepare([text[-TAIL_LENGTH:]], answer, max_length=TAIL_LENGTH)
     candidates = [boxes[-1]] if len(boxes) == 1 else [boxes[-1], ", ".join(dict.fromkeys(boxes))]
-    # A box is in math mode already: dollar signs in it, often unpaired as in "12 $ and $ 13", mislead the parser.
+    # A box is in math mode. Dollar signs in it are often unpaired, as in "12 $ and $ 13", and mislead the parser.
     return _prepare(candidates + [DOLLAR.sub(" ", text) for text in candidates if DOLLAR.search(text)], answer)
 
 
@@ -122,11 +124,11 @@ def _grade_of(case: _Case, verdict: Verdict | None) -> Grade:
 
 
 class GradingPool:
-    """Grades many responses in `workers` processes, each verdict under a hard limit of `seconds` of wall time.
+    """Grades many responses in `workers` processes. Each verdict has a hard limit of `seconds` of wall time.
 
-    A stuck or crashed worker is killed and replaced, and its item is a `timeout`. Workers start when one is needed and
-    import neither torch nor megatron. Not to be shared by processes; threads wait for one another. on_verdict: called
-    with each.
+    A worker that hangs or crashes is killed and replaced. The outcome of its response is `timeout`. Workers start when
+    they are needed. They import neither torch nor megatron. Threads may share a pool; then they wait for each other.
+    Processes must not share one. on_verdict: called after each verdict of a worker.
     """
 
     def __init__(
@@ -143,24 +145,24 @@ class GradingPool:
         self.close()
 
     def close(self) -> None:
-        """End the workers; a later call starts new ones."""
+        """Ends the workers. A later call starts new ones."""
         with self._lock:
             self._pool.close()
 
     def grade(self, pairs: Iterable[tuple[str, str]], *, rules: Rules = DEFAULT_RULES) -> list[Grade]:
-        """Grades of (response text, answer) pairs, in their order."""
+        """Returns the grade of each (response text, answer) pair, in the order of the pairs."""
         cases = [(_prepare_response(text, answer, rules), answer) for text, answer in pairs]
         return [_grade_of(case, verdict) for (case, _), verdict in zip(cases, self._ask(cases, rules), strict=True)]
 
     def agree(self, pairs: Iterable[tuple[str, str]], *, rules: Rules = DEFAULT_RULES) -> list[bool]:
-        """Whether the two answers of each pair (given, gold) are equal; False, too, where no verdict is reached."""
+        """Tells for each pair (given answer, gold answer) whether they are equal. Without a verdict it is False."""
         cases = [(_prepare([given], gold), gold) for given, gold in pairs]
         return [
             _grade_of(case, verdict).correct for (case, _), verdict in zip(cases, self._ask(cases, rules), strict=True)
         ]
 
     def _ask(self, cases: Sequence[tuple[_Case, str]], rules: Rules) -> list[Verdict | None]:
-        """Verdicts for the cases that are not settled, None for the others."""
+        """Returns math-verify's verdict for the cases that are not decided, and None for the others."""
         options = {key: value for key, value in asdict(rules).items() if key != "require_box"}
         questions: list[dict[str, Any]] = [
             {"gold": answer, "candidates": case.candidates, **options} for case, answer in cases if case.agrees is None
@@ -174,7 +176,7 @@ _shared: dict[tuple[int, float], GradingPool] = {}
 
 
 def _shared_pool(seconds: float) -> GradingPool:
-    """One worker for single questions, of this process: a fork must not read its parent's pipes."""
+    """Returns this process's pool of one worker for single questions. A fork must not read its parent's pipes."""
     key = (os.getpid(), seconds)
     if key not in _shared:
         _shared[key] = GradingPool(1, seconds)
@@ -183,14 +185,15 @@ def _shared_pool(seconds: float) -> GradingPool:
 
 
 def grade(text: str, *, answer: str, rules: Rules = DEFAULT_RULES, seconds: float = SECONDS) -> Grade:
-    r"""Grade the last \boxed{} of a response against the answer; what follows </think> is preferred.
+    r"""Compares the last \boxed{} of a response with the answer. A box after </think> is preferred.
 
-    Boxes that stand together ("\boxed{3} and \boxed{5}") count as one answer if the last one alone is not right.
-    No input hangs or crashes it. Many responses are graded faster by `GradingPool`.
+    Neighbouring boxes ("\boxed{3} and \boxed{5}") count as one answer if the last box alone is not right. No input can
+    make the call hang or crash. seconds: time limit of the comparison. `GradingPool` grades many responses faster.
+    Raises UserError if math-verify is not installed.
     """
     return _shared_pool(seconds).grade([(text, answer)], rules=rules)[0]
 
 
 def answers_agree(a: str, b: str, *, rules: Rules = DEFAULT_RULES, seconds: float = SECONDS) -> bool:
-    """Whether answer a equals answer b, the gold one; False, too, where no verdict is reached."""
+    """Tells whether answer a equals answer b, the gold answer. It is False if there is no verdict within `seconds`."""
     return _shared_pool(seconds).agree([(a, b)], rules=rules)[0]

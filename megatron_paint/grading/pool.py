@@ -1,7 +1,7 @@
-"""Worker processes for questions that may never end, each under a hard time limit.
+"""Worker processes for questions that may never end. Each question has a hard time limit.
 
-Plain child processes that run `grading_worker`, not `multiprocessing`: its children import the parent's main module,
-which in a training run means torch, Megatron and the start of a second training run.
+The workers are plain child processes that run worker.py. Children of `multiprocessing` would import the parent's main
+module: in a training run this loads torch and Megatron and starts a second training run.
 """
 
 import contextlib
@@ -21,37 +21,37 @@ from typing import Any
 from megatron_paint.base.errors import UserError
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
-START_SECONDS = 120.0  # for the imports of a worker on a loaded machine
+START_SECONDS = 120.0  # limit for the imports of a worker on a busy machine
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of one question."""
+    """The result of one question."""
 
     agrees: int | None  # index of the candidate that equals the gold answer
-    timed_out: bool = False  # no verdict within the limits of time and memory
+    timed_out: bool = False  # True: no verdict within the limits of time and memory
 
 
 NO_VERDICT = Verdict(agrees=None, timed_out=True)
 
 
 class Worker:
-    """One child process; it holds at most one question at a time."""
+    """One child process. It works on at most one question at a time."""
 
     def __init__(self) -> None:
         paths = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-        # Slurm asks all processes of a run to stop, and a worker would die in the middle of a question.
+        # Slurm sends its stop signals to all processes of a run. A worker would die in the middle of a question.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "megatron_paint.grading.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                cwd=PACKAGE_ROOT,  # `-m` puts it on the path, so the child imports this very package
+                cwd=PACKAGE_ROOT,  # `-m` puts it on the path, so the child imports the same package
                 env=environment,
                 bufsize=0,
-                start_new_session=True,  # Ctrl-C is for the parent, which closes its workers
+                start_new_session=True,  # Ctrl-C reaches only the parent, which closes its workers
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -61,14 +61,14 @@ class Worker:
         self._received = b""
 
     def ask(self, index: int, question: dict[str, Any], seconds: float) -> None:
-        """Send one question; its time starts now. A dead worker is noticed when it is read from."""
+        """Sends one question and starts its time limit. A dead worker is noticed when its reply is read."""
         self.index, self.deadline = index, time.monotonic() + seconds
         with contextlib.suppress(OSError):
-            # A question is limited in length by `grading` and fits into the pipe, so that this cannot block.
+            # grade.py limits the length of a question. It fits into the pipe, so this cannot block.
             self.process.stdin.write(json.dumps({**question, "seconds": seconds}).encode("ascii") + b"\n")
 
     def receive(self) -> dict[str, Any] | None:
-        """The next whole message, {} while there is none yet, None when the process has ended."""
+        """Returns the next complete message, {} if there is none yet, or None if the process has ended."""
         part = os.read(self.process.stdout.fileno(), 65536)
         self._received += part
         if b"\n" in self._received:
@@ -77,11 +77,11 @@ class Worker:
         return {} if part else None
 
     def died_idle(self) -> bool:
-        """Whether it ended, by someone else's hand, with no question in it."""
+        """Tells whether the process was killed from outside while it had no question."""
         return self.ready and self.index is None and self.process.poll() is not None
 
     def close(self) -> None:
-        """Kill the process and give back its pipes."""
+        """Kills the process and closes its pipes."""
         self.process.kill()
         self.process.wait()
         self.process.stdin.close()
@@ -89,7 +89,7 @@ class Worker:
 
 
 class WorkerPool:
-    """Up to `workers` processes, started when first needed, that answer questions in any order."""
+    """Up to `workers` processes, which answer questions in any order. They start when they are first needed."""
 
     def __init__(self, workers: int, *, on_verdict: Callable[[], None] = lambda: None) -> None:
         self.size, self._on_verdict = workers, on_verdict
@@ -98,7 +98,7 @@ class WorkerPool:
         self._selector = selectors.DefaultSelector()
 
     def judge(self, questions: Sequence[dict[str, Any]], *, seconds: float) -> list[Verdict]:
-        """Verdicts in the order of the questions; each question has `seconds` of wall time in its worker."""
+        """Returns the verdicts in the order of the questions. Each question has `seconds` of wall time."""
         verdicts: list[Verdict | None] = [None] * len(questions)
         pending = deque(range(len(questions)))
         try:
@@ -114,12 +114,12 @@ class WorkerPool:
                 for worker, message in self._wait():
                     self._take(worker, message, verdicts)
         except BaseException:
-            self.close()  # a half-read worker would give its reply to the next question
+            self.close()  # a worker whose reply is half read would send it as the reply to the next question
             raise
         return verdicts
 
     def close(self) -> None:
-        """End all workers; the pool can be used again. In a fork of the process that started them: nothing."""
+        """Ends all workers. The pool can be used again. In a fork of the process that started them it does nothing."""
         if os.getpid() == self._owner:
             for worker in list(self._workers):
                 self._drop(worker)
@@ -135,18 +135,18 @@ class WorkerPool:
         worker.close()
 
     def _wait(self) -> list[tuple[Worker, dict[str, Any] | None]]:
-        """Messages that have come, None for workers that died or ran out of time."""
+        """Waits for messages. Returns each worker with its message; None for a worker that died or ran out of time."""
         busy = [worker for worker in self._workers if worker.index is not None or not worker.ready]
-        left = min(worker.deadline for worker in busy) - time.monotonic()
-        events = [(key.data, key.data.receive()) for key, _ in self._selector.select(max(left, 0.0))]
-        heard = [worker for worker, _ in events]
+        remaining = min(worker.deadline for worker in busy) - time.monotonic()
+        events = [(key.data, key.data.receive()) for key, _ in self._selector.select(max(remaining, 0.0))]
+        answered = [worker for worker, _ in events]
         now = time.monotonic()
-        return events + [(worker, None) for worker in busy if worker not in heard and worker.deadline <= now]
+        return events + [(worker, None) for worker in busy if worker not in answered and worker.deadline <= now]
 
     def _take(self, worker: Worker, message: dict[str, Any] | None, verdicts: list[Verdict | None]) -> None:
-        """Note what one message means; a worker that is lost is dropped, and replaced when one is needed.
+        """Handles one message. A lost worker is dropped and replaced when one is needed.
 
-        One that never came up is not, while there are others: the pool is then a smaller one.
+        A worker that never became ready is not replaced while there are others: the pool becomes smaller.
         """
         if message == {}:
             return
@@ -168,6 +168,6 @@ class WorkerPool:
             self._drop(worker)
 
     def _fail(self, message: dict[str, Any] | None) -> None:
-        reason = message["missing"] if message else f"it ended, or was not ready after {START_SECONDS:.0f} s"
+        reason = message["missing"] if message else f"it ended, or it was not ready after {START_SECONDS:.0f} s"
         advice = "Install math-verify with its parser: pip install 'math-verify[antlr4_13_2]'"
         raise UserError(f"A grading worker could not start: {reason}. {advice}")

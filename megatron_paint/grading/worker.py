@@ -1,7 +1,7 @@
-r"""The program that a grading worker runs: questions in on stdin, verdicts out on stdout, one JSON object a line.
+r"""The program of a grading worker. It reads questions on stdin and writes verdicts on stdout, one JSON object a line.
 
-A process of its own, because math-verify can hang inside C code on a hostile answer, where no exception reaches it:
-its parent kills it then. Importing this file loads neither torch nor megatron.
+It is a separate process because math-verify can hang inside C code on a hostile answer. No exception reaches it there,
+so the parent kills the process. Importing this file loads neither torch nor megatron.
 """
 
 import json
@@ -13,22 +13,22 @@ import signal
 import sys
 from typing import Any
 
-MEMORY_BYTES = 4 << 30  # a power tower asks for all memory before it asks for much time
+MEMORY_BYTES = 4 << 30  # a power tower allocates all memory before it takes much time
 DELIMITER = re.compile(r"(?<!\\)\$|\\\(|\\\[|\\boxed")
 PLAIN_NUMBER = re.compile(r"-?[\d., ]+%?")
 
 
-def readings(text: str, kinds: list[str]) -> list[Any]:
-    """The values that math-verify reads in one side; empty if it reads none.
+def parse_values(text: str, kinds: list[str]) -> list[Any]:
+    """Returns the values that math-verify finds in an answer; an empty list if it finds none.
 
-    Text without math delimiters is an expression itself and is boxed for the parser, which finds no LaTeX outside
-    delimiters. A number is read as plain text, too: LaTeX takes the European `1000,99` for a list.
+    A text without math delimiters is parsed as one expression. It is put into a box, because the parser finds no LaTeX
+    outside delimiters. A number is parsed as plain text too, because LaTeX reads the European `1000,99` as a list.
     """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
     configs = {"latex": LatexExtractionConfig(boxed_match_priority=0), "expr": ExprExtractionConfig()}
     chosen = [configs[kind] for kind in kinds]
-    # No time limit of math-verify's own: its alarm would not interrupt C code; the parent's limit does.
+    # math-verify's time limit is off: its alarm does not interrupt C code. The parent's limit does.
     if DELIMITER.search(text) or "latex" not in kinds:
         return parse(text, chosen, parsing_timeout=None)
     values = parse("\\boxed{" + text + "}", chosen, parsing_timeout=None)
@@ -37,15 +37,15 @@ def readings(text: str, kinds: list[str]) -> list[Any]:
     return values
 
 
-def agrees(question: dict[str, Any]) -> int | None:
-    """Index of the first candidate that equals the gold answer; None if none does."""
+def first_equal(question: dict[str, Any]) -> int | None:
+    """Returns the index of the first candidate that equals the gold answer; None if no candidate does."""
     from math_verify import verify
 
-    gold = readings(question["gold"], question["kinds"])
+    gold = parse_values(question["gold"], question["kinds"])
     for index, candidate in enumerate(question["candidates"]):
         if verify(
             gold,
-            readings(candidate, question["kinds"]),
+            parse_values(candidate, question["kinds"]),
             float_rounding=question["precision"],
             strict=question["strict"],
             allow_set_relation_comp=question["set_relation"],
@@ -55,38 +55,38 @@ def agrees(question: dict[str, Any]) -> int | None:
     return None
 
 
-def answer(question: dict[str, Any]) -> dict[str, Any]:
-    """The verdict on one question: {"agrees": index or null}, or {"failed": what ran out}."""
+def judge(question: dict[str, Any]) -> dict[str, Any]:
+    """Returns the verdict on one question: {"agrees": index or null}, or {"failed": the error of an exceeded limit}."""
     try:
-        return {"agrees": agrees(question)}
+        return {"agrees": first_equal(question)}
     except (MemoryError, RecursionError) as error:
         return {"failed": type(error).__name__}
-    except Exception:  # the parser raises anything on text that is no mathematics: no agreement
+    except Exception:  # on text that is no mathematics the parser raises any error; then no candidate is equal
         return {"agrees": None}
 
 
 def main() -> None:
-    """Serve until stdin ends."""
+    """Answers questions until stdin ends."""
     logging.disable(logging.CRITICAL)
     replies = os.fdopen(os.dup(1), "w", encoding="ascii", buffering=1)
     try:
-        # The first parse builds the grammar; it must not count against the first question's time.
-        readings("\\frac{1}{2}", ["latex", "expr"])
+        # The first parse builds the grammar. This must not count against the time of the first question.
+        parse_values("\\frac{1}{2}", ["latex", "expr"])
     except ImportError as error:
         replies.write(json.dumps({"missing": str(error)}) + "\n")
         return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)  # the parser complains about every odd character
+    null_device = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null_device, 1)
+    os.dup2(null_device, 2)  # the parser prints a warning for every odd character
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     replies.write(json.dumps({"ready": True}) + "\n")
     for line in sys.stdin.buffer:
         question = json.loads(line)
-        # The default action ends the process even inside C code: nothing goes on when the parent is gone.
+        # The alarm's default action ends the process even inside C code, so no worker runs on without its parent.
         signal.setitimer(signal.ITIMER_REAL, 2 * question["seconds"] + 1)
-        reply = answer(question)
+        reply = judge(question)
         signal.setitimer(signal.ITIMER_REAL, 0)
         replies.write(json.dumps(reply) + "\n")
 

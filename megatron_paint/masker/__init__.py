@@ -1,1 +1,1 @@
-"""The overlap masker: anchors, overlap, reveal. Text in, text out."""
+"""The overlap masker: anchors, overlap and reveal. It works on text alone and uses no model."""

@@ -1,7 +1,7 @@
 """Anchors of a worked solution: boxed answers, formulas and key numbers, and how they are found in a rollout.
 
-The three kinds are PAINT's (arXiv 2604.26573); every rule of extraction and matching is ours. Everything here is plain
-text in, plain values out, linear in the text length, and never raises, whatever the text.
+The three kinds are PAINT's (arXiv 2604.26573). Every rule of extraction and matching is ours. The functions take plain
+text and return plain values. Their time is linear in the text length. They never raise, on any text.
 """
 
 import re
@@ -10,24 +10,24 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from megatron_paint.masker.latex import Alignment, Span, alignments, blank, boxes, math_spans
-from megatron_paint.masker.substring import Normal, standing_in
+from megatron_paint.masker.substring import NormalisedText, find_substrings
 
 MIN_FORMULA_LENGTH = 3
 TRIVIAL_NUMBERS = frozenset({"0", "1", "2"})
 TRAILING_PUNCTUATION = ".,;:\u3002\uff0c\uff1b\uff1a"  # Latin and Chinese
 
 
-class Mark(NamedTuple):
-    """An anchor before it is looked for."""
+class ExtractedAnchor(NamedTuple):
+    """An anchor of a solution, before a rollout is searched for it."""
 
     kind: Literal["boxed", "formula", "number"]
     text: str  # normalised
-    is_number: bool  # matched by the number rule: every number, and a box that holds only a number
+    is_number: bool  # matched by the number rule: true for every number and for a box that holds only a number
 
 
-# Removed with white space. Patterns here start with a literal or a class, which lets the engine skip to candidates.
+# Removed with white space. Patterns here start with a literal or a class, so the engine can skip to candidates.
 _SPACING = re.compile(r"\\(?:(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])|[,!;: ()\[\]])")
-_DOLLAR = re.compile(r"\$(?<!\\\$)")  # `\$` is a currency sign and stays
+_DOLLAR = re.compile(r"\$(?<!\\\$)")  # `\$` is a currency sign and is kept
 _OPERATOR = re.compile(
     "[-+*/^_=<>\u00b1\u00b7\u00d7\u00f7\u2190-\u21ff\u2200-\u22ff]"  # the last two: arrows, mathematical operators
     r"|\\(?:[dt]?frac|sqrt|d?binom|leq?|leqslant|geq?|geqslant|neq?|lt|gt|times|cdot|div|pm|mp|ast|circ|bmod|pmod|mod"
@@ -39,7 +39,7 @@ _MAYBE_THOUSANDS = re.compile(r",\}?(?:\\!)?[0-9][0-9][0-9]")
 _THOUSANDS = re.compile(r"(?<![0-9.])[0-9]{1,3}(?:(?:,(?:\\!)?|\{,\}|\\,)[0-9]{3})+(?![0-9])")
 _SEPARATOR = re.compile(r"[^0-9]+")
 _FRACTION_OF_DIGITS = re.compile(r"(frac[0-9])([0-9])")  # \frac34 holds 3 and 4, not 34
-# 12, 1.5, 18% and 3/4, whose 4 is left for the next match; `.5` too where no digit or dot stands before it
+# 12, 1.5, 18% and 3/4, whose 4 is left for the next match. Also `.5` if no digit or dot is before it.
 _NUMBER = re.compile(
     r"([0-9.](?:(?<=[0-9])[0-9]*(?:\.[0-9]+)?|(?<=\.)(?<![0-9.]\.)[0-9]+))"
     r"(?:/(?=([0-9]+)(?![0-9]|\.[0-9]))|(\\?%))?"
@@ -50,50 +50,50 @@ _ROW_END = "\x00"
 _NOT_ASCII = re.compile("[^\x00-\x7f]+")
 
 
-def extract_math(problem: str, solution: str) -> tuple[Mark, ...]:
-    """The anchors of a solution: boxes, then formulas, then numbers, each kind in order of appearance.
+def extract_math(problem: str, solution: str) -> tuple[ExtractedAnchor, ...]:
+    """Returns the anchors of a solution: boxes, then formulas, then numbers, each kind in order of appearance.
 
-    Deduplicated by normalised text over all kinds; a box wins over a formula, a formula over a number.
+    Anchors with the same normalised text appear once. A box wins over a formula, and a formula over a number.
     """
     found_boxes = boxes(solution)
     found_alignments = alignments(solution)
     flat = _flatten(solution, found_boxes, found_alignments)
-    marks: dict[str, Mark] = {}
+    extracted: dict[str, ExtractedAnchor] = {}
     for box in found_boxes:
-        mark = _boxed_mark(flat[box.content_start : box.content_end])
-        if mark.text:
-            marks.setdefault(mark.text, mark)
+        anchor = _boxed_anchor(flat[box.content_start : box.content_end])
+        if anchor.text:
+            extracted.setdefault(anchor.text, anchor)
     formulas = _formulas(solution, flat, found_boxes, found_alignments)
-    given_formulas = standing_in(normalise(flatten(problem)), list(formulas))
+    given_formulas = find_substrings(normalise(flatten(problem)), list(formulas))
     for formula in formulas:
-        if formula not in marks and formula not in given_formulas:
-            marks[formula] = Mark("formula", formula, False)
+        if formula not in extracted and formula not in given_formulas:
+            extracted[formula] = ExtractedAnchor("formula", formula, False)
     given_numbers = numbers_in(problem)
     for number in _number_texts(blank(solution, [(box.start, box.end) for box in found_boxes])):
-        if number not in marks and number not in TRIVIAL_NUMBERS and number not in given_numbers:
-            marks[number] = Mark("number", number, True)
-    return tuple(marks.values())
+        if number not in extracted and number not in TRIVIAL_NUMBERS and number not in given_numbers:
+            extracted[number] = ExtractedAnchor("number", number, True)
+    return tuple(extracted.values())
 
 
-def find_math(marks: tuple[Mark, ...], rollout: str) -> tuple[bool, ...]:
-    """For each anchor, whether the rollout holds it."""
+def find_math(anchors: tuple[ExtractedAnchor, ...], rollout: str) -> tuple[bool, ...]:
+    """Tells for each anchor whether the rollout contains it."""
     numbers = numbers_in(rollout)
-    passages = standing_in(normalise(flatten(rollout)), [mark.text for mark in marks if not mark.is_number])
-    return tuple(mark.text in (numbers if mark.is_number else passages) for mark in marks)
+    passages = find_substrings(normalise(flatten(rollout)), [anchor.text for anchor in anchors if not anchor.is_number])
+    return tuple(anchor.text in (numbers if anchor.is_number else passages) for anchor in anchors)
 
 
 def flatten(text: str) -> str:
-    """The text, of the same length, with `\\boxed{}` unwrapped and the marks and `&` of alignments blanked."""
+    """Returns the text, of the same length, with spaces in place of `\\boxed{` and its `}`, and of alignment markup."""
     return _flatten(text, boxes(text), alignments(text))
 
 
-def normalise(flat: str) -> Normal:
-    """Flattened text without white space, delimiters and spacing; `\\dfrac` and `\\tfrac` become `\\frac`."""
-    return Normal(_pieces(flat))
+def normalise(flat: str) -> NormalisedText:
+    """Removes white space, math delimiters and spacing from flattened text. `\\dfrac` and `\\tfrac` become `\\frac`."""
+    return NormalisedText(_pieces(flat))
 
 
 def numbers_in(text: str) -> set[str]:
-    """Every number that stands in the text on digit boundaries: a/b and 18% count as such and as 18, a and b."""
+    """Returns every number of the text on digit boundaries. a/b also counts as a and b, and 18% also counts as 18."""
     found: set[str] = set()
     for number, denominator, percent in _NUMBER.findall(_number_words(text)):
         found.add(number)
@@ -109,7 +109,7 @@ def _flatten(text: str, found_boxes: list[Span], found_alignments: list[Alignmen
     for box in found_boxes:
         ranges += [(box.start, box.content_start), (box.content_end, box.end)]
     for alignment in found_alignments:
-        ranges += alignment.marks
+        ranges += alignment.delimiters
         ranges += [(at, at + 1) for at in alignment.ampersands]
     return blank(text, ranges)
 
@@ -117,7 +117,7 @@ def _flatten(text: str, found_boxes: list[Span], found_alignments: list[Alignmen
 def _pieces(flat: str) -> list[str]:
     text = flat
     if "\\" in text:
-        # A line break after each row end keeps its second backslash from being read as the start of a command.
+        # The added line break keeps the second backslash of a row end from being read as the start of a command.
         text = text.replace("\\\\", "\\\\\n").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
         text = _SPACING.sub(" ", text)
     if "$" in text:
@@ -129,15 +129,15 @@ def _squeeze(flat: str) -> str:
     return "".join(_pieces(flat)).rstrip(TRAILING_PUNCTUATION)
 
 
-def _boxed_mark(content: str) -> Mark:
+def _boxed_anchor(content: str) -> ExtractedAnchor:
     number = " ".join(_pieces(_tidy_numbers(content))).rstrip(TRAILING_PUNCTUATION)
     if _ONLY_NUMBER.fullmatch(number):
-        return Mark("boxed", number.replace("\\%", "%"), True)
-    return Mark("boxed", _squeeze(content), False)
+        return ExtractedAnchor("boxed", number.replace("\\%", "%"), True)
+    return ExtractedAnchor("boxed", _squeeze(content), False)
 
 
 def _formulas(solution: str, flat: str, found_boxes: list[Span], found_alignments: list[Alignment]) -> dict[str, None]:
-    """Normalised formulas in order of appearance: the rows of math spans, but for those that are only a box."""
+    """Returns the normalised formulas in order: the rows of math spans, except rows that are only a box."""
     rows: list[str] = []
     next_box = 0
     for start, end in _rows(math_spans(solution, found_alignments), found_alignments):
@@ -150,15 +150,15 @@ def _formulas(solution: str, flat: str, found_boxes: list[Span], found_alignment
         row = flat[start:end]
         if _OPERATOR.search(row) and not (inner_boxes and not _squeeze(blank(row, inner_boxes))):
             rows.append(row.replace(_ROW_END, " "))
-    # All rows are normalised at once, which takes a third of the time.
+    # Normalising all rows at once takes a third of the time.
     formulas = "".join(_pieces(_ROW_END.join(rows))).split(_ROW_END)
     stripped = (formula.rstrip(TRAILING_PUNCTUATION) for formula in formulas)
     return dict.fromkeys(formula for formula in stripped if len(formula) >= MIN_FORMULA_LENGTH)
 
 
 def _rows(spans: list[Span], found_alignments: list[Alignment]) -> Iterator[tuple[int, int]]:
-    """The spans, in order, cut at the rows and marks of the alignments inside them."""
-    cuts = sorted(cut for alignment in found_alignments for cut in (*alignment.marks, *alignment.rows))
+    """Yields the spans in order, cut at the rows, begins and ends of the alignments inside them."""
+    cuts = sorted(cut for alignment in found_alignments for cut in (*alignment.delimiters, *alignment.rows))
     next_cut = 0
     for span in spans:
         start = span.content_start
@@ -172,7 +172,7 @@ def _rows(spans: list[Span], found_alignments: list[Alignment]) -> Iterator[tupl
 
 
 def _number_texts(text: str) -> list[str]:
-    """The numbers of a text as anchors: a/b is one number, and so is 18%."""
+    """Returns the numbers of a text as anchors. a/b is one number, and so is 18%."""
     texts = []
     is_denominator = False
     for number, denominator, percent in _NUMBER.findall(_number_words(text)):
@@ -189,13 +189,13 @@ def _number_texts(text: str) -> list[str]:
 
 
 def _number_words(text: str) -> str:
-    """The words of tidy text that numbers are made of, each once and in order: a tenth of the text to look through."""
+    """Returns the words of the text that can hold numbers, each once and in order. They are a tenth of the text."""
     ascii_text = _tidy_numbers(text).encode("ascii", "replace")
     return " ".join(dict.fromkeys(ascii_text.translate(_ONLY_NUMBER_CHARACTERS).decode().split()))
 
 
 def _tidy_numbers(text: str) -> str:
-    """The text with thousands separators removed, every script's digits as 0-9 and `\\frac34` read as 3 and 4."""
+    """Removes thousands separators, writes the digits of every script as 0-9 and separates the digits of `\\frac34`."""
     if not text.isascii():
         for digit in {c for c in "".join(_NOT_ASCII.findall(text)) if c.isdecimal()}:
             text = text.replace(digit, str(unicodedata.decimal(digit)))

@@ -1,6 +1,6 @@
-"""Cuts a solution to the prefix that a share of it shows, at a boundary that a reader would choose.
+"""Cuts a solution after a share of it, at a boundary that a reader would choose.
 
-The rules of cutting are ours. A pure function of text and token offsets.
+The rules of cutting are ours. The cut is a pure function of the text and its token offsets.
 """
 
 import math
@@ -11,23 +11,27 @@ from collections.abc import Iterator, Sequence
 
 from megatron_paint.masker.latex import Span, alignments, boxes, math_spans
 
-Offsets = Sequence[tuple[int, int]]  # start and end of each token of a solution, in characters
-BOUNDARY_WINDOW = 0.15  # of the prefix: a sentence or line end this near its end is cut at
-SPAN_SHARE = 0.5  # of the prefix: hiding a whole math span must leave this much, else it is cut inside
+BOUNDARY_WINDOW = 0.15  # share of the prefix; a sentence or line end this near to the prefix's end becomes the cut
+SPAN_SHARE = 0.5  # share of the prefix; if less would be left before a math span, the cut is inside the span
 _CLOSING = r"[\"'\u201d\u2019)\]}$*]*"  # quotes, brackets and delimiters that belong to the sentence they close
 _BOUNDARY = re.compile(rf"\n|[.!?]{_CLOSING}(?=\s|$)|[\u3002\uff01\uff1f]{_CLOSING}")
 _ROW_BOUNDARY = re.compile(r"\\\\|\\.|\n", re.DOTALL)
+
+Offsets = Sequence[tuple[int, int]]  # start and end of each token of a solution, in characters
 
 
 def cut_solution(
     solution: str, *, share: float, offsets: Offsets, unit: str = "token", hide_answer: bool = False
 ) -> str:
-    """The prefix of a solution that a share in [0, 1] of it shows; the solution itself, byte for byte, at share 1.
+    """Returns the prefix of a solution for a share in [0, 1]. At share 1 it is the solution, byte for byte.
 
-    Keeps the first ceil(share x count - 1e-9) tokens or segments (sentences and lines, math spans kept whole), then
-    backs off, never forward: to the last sentence or line end in the last 15 % of that prefix, else out of a math span
-    or box, and never into a character. White space at the end of a cut prefix goes. `hide_answer` ends the prefix
-    before the last box whatever the share.
+    First the prefix has ceil(share x count - 1e-9) tokens or segments. Segments are sentences and lines. They never end
+    inside a math span. Then the end moves backwards, never forwards: to the last sentence or line end in the last 15 %
+    of the prefix, else out of a math span or box. It is never inside a character. White space at the end of a cut
+    prefix is removed.
+
+    offsets: start and end of each token, in characters. unit: token or segment. hide_answer: the prefix ends before
+    the last box, for every share.
     """
     found_boxes = boxes(solution)
     spans = _merged([*math_spans(solution, alignments(solution)), *found_boxes])
@@ -52,7 +56,7 @@ def _kept(share: float, count: int) -> int:
 
 
 def _token_limit(solution: str, offsets: Offsets, kept: int) -> int:
-    """Where the first `kept` tokens end, in characters; a character that later tokens share is left out."""
+    """Returns the end of the first `kept` tokens, in characters. A character that later tokens share is left out."""
     if kept >= len(offsets):
         return len(solution)
     limit = min(offsets[kept - 1][1], offsets[kept][0]) if kept else 0
@@ -62,7 +66,7 @@ def _token_limit(solution: str, offsets: Offsets, kept: int) -> int:
 
 
 def _is_inside_character(text: str, at: int) -> bool:
-    """Whether a cut would part an accent, a joined emoji or a variation mark from what it belongs to."""
+    """Tells whether a cut would separate an accent, a joined emoji or a variation mark from its base character."""
     return (
         unicodedata.category(text[at])[0] == "M"
         or text[at] in "\u200d\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
@@ -84,7 +88,7 @@ def _back_off(solution: str, limit: int, spans: list[Span]) -> int:
 
 
 def _boundaries(solution: str, limit: int, spans: list[Span], at_least: float) -> Iterator[int]:
-    """Sentence and line ends outside math, from `at_least` up to the limit."""
+    """Yields sentence and line ends outside math, from `at_least` up to the limit."""
     for match in _BOUNDARY.finditer(solution, max(0, math.ceil(at_least) - 8)):
         end = match.start() if match.group() == "\n" else match.end()
         if match.start() >= limit and end > limit:
@@ -94,7 +98,7 @@ def _boundaries(solution: str, limit: int, spans: list[Span], at_least: float) -
 
 
 def _cut_inside(solution: str, limit: int, span: Span) -> int:
-    """The last row or line end inside a span, else its start; never inside a box that the span holds."""
+    """Returns the last row or line end inside a span, else its start. It is never inside a box of the span."""
     inner = [box for box in boxes(solution[: span.end]) if box.start >= span.start]
     cut = span.start
     for match in _ROW_BOUNDARY.finditer(solution, span.content_start, limit):
@@ -105,7 +109,7 @@ def _cut_inside(solution: str, limit: int, span: Span) -> int:
 
 
 def _segment_ends(solution: str, spans: list[Span]) -> Iterator[int]:
-    """Where the sentences and lines end, the last one at the end of the solution."""
+    """Yields the ends of sentences and lines. The last one is the end of the solution."""
     last = 0
     for end in _boundaries(solution, len(solution), spans, at_least=0):
         if solution[last:end].strip() and solution[end:].strip():
@@ -115,13 +119,13 @@ def _segment_ends(solution: str, spans: list[Span]) -> Iterator[int]:
 
 
 def _span_around(spans: list[Span], at: int) -> Span | None:
-    """The span that a position lies strictly inside of."""
+    """Returns the span that has a position strictly inside; None if there is none."""
     index = bisect_right(spans, at, key=lambda span: span.start) - 1
     return spans[index] if index >= 0 and spans[index].start < at < spans[index].end else None
 
 
 def _merged(spans: list[Span]) -> list[Span]:
-    """The spans in order, those that overlap made into one."""
+    """Returns the spans in order. Overlapping spans become one."""
     merged: list[Span] = []
     for span in sorted(spans):
         if merged and span.start < merged[-1].end:

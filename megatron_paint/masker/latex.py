@@ -1,17 +1,16 @@
-"""Where the boxes, math spans and alignment rows of a LaTeX text stand; safe and linear on any text."""
+"""Finds boxes, math spans and alignment rows in a LaTeX text. The time is linear, and any text is safe."""
 
 import re
 from typing import NamedTuple
 
+from megatron_paint.grading.boxes import Span, box_spans
+
 _ALIGNMENTS = frozenset(name + star for name in ("align", "aligned", "equation", "gather") for star in ("", "*"))
 
-MAX_BOX_NESTING = 8  # no real text comes near it; without it, nested boxes would hold their content many times over
-
-_BOX = re.compile(r"\\boxed\s*\{")
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+MAX_BOX_NESTING = 8  # far above real texts; without it, the anchors of nested boxes would repeat their content
 _ALIGNMENT_BEGINS = re.compile(r"\\begin\{(?:align(?:ed)?|equation|gather)\*?\}")
 _ENVIRONMENT_TOKEN = re.compile(
-    # The length of a row's [space] is bounded: without it many `\\[` would each be read to the end of the text.
+    # The length of a row's [space] is bounded. Without the bound, many `\\[` would each be read to the end of the text.
     r"\\begin\{(?P<begin>\w+\*?)\}|\\end\{(?P<end>\w+\*?)\}|(?P<row>\\\\\*?(?:\[[^\]\n]{0,20}\])?)|\\.|[&{}]",
     re.DOTALL,
 )
@@ -19,15 +18,6 @@ _SPAN_TOKEN = re.compile(
     r"\\\\|\\[$()\[\]]|\$\$?|\\begin\{(?:align(?:ed)?|equation|gather)\*?\}|\n[ \t\r]*(?=\n)",
 )
 _CLOSERS = {"$": "$", "$$": "$$", "\\(": "\\)", "\\[": "\\]"}
-
-
-class Span(NamedTuple):
-    """A stretch with its delimiters: text[start:end], and without them: text[content_start:content_end]."""
-
-    start: int
-    content_start: int
-    content_end: int
-    end: int
 
 
 class Alignment(NamedTuple):
@@ -38,46 +28,18 @@ class Alignment(NamedTuple):
     ampersands: tuple[int, ...]  # positions of its own `&`
 
     @property
-    def marks(self) -> tuple[tuple[int, int], tuple[int, int]]:
+    def delimiters(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Ranges of its `\\begin{}` and `\\end{}`."""
         return (self.span.start, self.span.content_start), (self.span.content_end, self.span.end)
 
 
 def boxes(text: str) -> list[Span]:
-    """Every `\\boxed{...}` with matched braces, in order of its start; nested ones too, unclosed ones not.
-
-    A box inside MAX_BOX_NESTING others is not looked for.
-    """
-    if "\\boxed" not in text:
-        return []
-    openers = {match.end() - 1: match.start() for match in _BOX.finditer(text)}
-    found = []
-    scanned = 0
-    for opener in openers:  # a box inside another is met on the way
-        if opener < scanned:
-            continue
-        open_braces = []
-        nesting = 0
-        for match in _BRACE.finditer(text, opener):
-            brace = match.group()
-            if brace == "{":
-                open_braces.append(match.start())
-                nesting += match.start() in openers
-            elif brace == "}":
-                opened = open_braces.pop()
-                nesting -= opened in openers
-                if opened in openers and nesting < MAX_BOX_NESTING:
-                    found.append(Span(openers[opened], opened + 1, match.start(), match.end()))
-                if not open_braces:
-                    scanned = match.end()
-                    break
-        else:
-            break
-    return sorted(found)
+    """Returns every closed `\\boxed{...}` inside fewer than MAX_BOX_NESTING other boxes, sorted by its start."""
+    return box_spans(text, max_nesting=MAX_BOX_NESTING) if "\\boxed" in text else []
 
 
 class _Frame:
-    """An environment whose end has not come yet."""
+    """An environment whose end was not found yet."""
 
     __slots__ = ("ampersands", "begin", "depth", "name", "rows")
 
@@ -88,7 +50,7 @@ class _Frame:
 
 
 def alignments(text: str) -> list[Alignment]:
-    """Every closed alignment, in order of its start; `\\\\` and `&` of a matrix inside it are not its own."""
+    """Returns every closed alignment, sorted by its start. The `\\\\` and `&` of a matrix inside it do not count."""
     first = _ALIGNMENT_BEGINS.search(text)
     if first is None:
         return []
@@ -106,7 +68,7 @@ def alignments(text: str) -> list[Alignment]:
             frames.append(_Frame(name, match, depth))
             open_names[name] = open_names.get(name, 0) + 1
         elif (name := match["end"]) and open_names.get(name):
-            while True:  # what is left open inside is dropped
+            while True:  # drops the environments that were left open inside
                 frame = frames.pop()
                 open_names[frame.name] -= 1
                 if frame.name == name:
@@ -124,10 +86,10 @@ def alignments(text: str) -> list[Alignment]:
 
 
 def math_spans(text: str, found_alignments: list[Alignment]) -> list[Span]:
-    """The outermost math spans, in order: `$..$`, `$$..$$`, `\\(..\\)`, `\\[..\\]` and alignments.
+    """Returns the outermost math spans in order: `$..$`, `$$..$$`, `\\(..\\)`, `\\[..\\]` and alignments.
 
-    An opener without its closer is plain text, and so is a `$` whose paragraph ends first, as in TeX: a price in one
-    paragraph must not swallow the next.
+    An opening delimiter without a closing one is plain text. So is a `$` if its paragraph ends before the closing `$`,
+    as in TeX. Otherwise a price in one paragraph would make the next paragraph a formula.
     """
     tokens = [(match.start(), match.group()) for match in _SPAN_TOKEN.finditer(text)]
     alignment_at = {alignment.span.start: alignment.span for alignment in found_alignments}
@@ -149,7 +111,7 @@ def math_spans(text: str, found_alignments: list[Alignment]) -> list[Span]:
             continue
         at, closer = tokens[closing]
         spans.append(Span(start, start + len(token), at, at + len(token)))
-        if closer != _CLOSERS[token]:  # $x$$y$: the second half opens the next span
+        if closer != _CLOSERS[token]:  # $x$$y$: the second half of `$$` opens the next span
             tokens[closing] = (at + 1, "$")
             index = closing
         else:
@@ -158,7 +120,7 @@ def math_spans(text: str, found_alignments: list[Alignment]) -> list[Span]:
 
 
 def _closing(tokens: list[tuple[int, str]], opener: int) -> int | None:
-    """Index of the closing token; 0: the paragraph ends before it; None: it is nowhere in the text."""
+    """Returns the index of the closing token; 0 if the paragraph ends before it; None if the text has none."""
     token = tokens[opener][1]
     closer = _CLOSERS[token]
     if opener + 1 < len(tokens) and tokens[opener + 1][1] == closer:
@@ -174,7 +136,7 @@ def _closing(tokens: list[tuple[int, str]], opener: int) -> int | None:
 
 
 def blank(text: str, ranges: list[tuple[int, int]]) -> str:
-    """The text, of the same length, with the ranges, which may overlap, turned into spaces."""
+    """Returns the text, of the same length, with spaces in place of the ranges. Ranges may overlap."""
     if not ranges:
         return text
     pieces = []

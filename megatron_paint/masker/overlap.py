@@ -1,7 +1,7 @@
-"""The overlap masker's score: how much of a verified solution a rollout reproduces. Text in, numbers out, no model.
+"""The overlap: how much of a verified solution a rollout reproduces. It is computed from text, without a model.
 
-Recall of anchors (boxed answers, formulas, key numbers) as in PAINT (arXiv 2604.26573); the rules are ours. What is
-shown for a given overlap is decided in reveal.py.
+It is the recall of anchors (boxed answers, formulas, key numbers) as in PAINT (arXiv 2604.26573). The rules are ours.
+reveal.py decides how much of the solution is shown for a given overlap.
 """
 
 import warnings
@@ -18,20 +18,20 @@ from megatron_paint.masker.anchors import extract_math, find_math
 from megatron_paint.records import Anchor, Overlap
 from megatron_paint.runtime.processes import start_worker
 
-# From here on a pool is used (ours), about 0.1 s of work. benchmarks/masker.py: on two busy cores a step of 0.6 million
-# characters took as long with two workers as without; the pool's own cost to this process is an eighth of the work.
+# A pool is used from this amount of work on (ours): about 0.1 s. benchmarks/masker.py: on two busy cores a step of 0.6
+# million characters took equally long with and without two workers. The pool costs this process 1/8 of the work.
 POOL_CHARACTERS = 1_000_000
 CACHED_SOLUTIONS = 1024
 
-Found = tuple[str, str, bool]  # kind, text, found: travels between processes faster than an Anchor
+FoundAnchor = tuple[str, str, bool]  # kind, text, found; it is sent between processes faster than an Anchor
 
 
 @dataclass(frozen=True)
 class AnchorExtractor:
-    """What a domain counts as an anchor: two pure module-level functions, so that worker processes can import them.
+    """The anchors of a domain: two pure functions at module level, so that worker processes can import them.
 
-    `extract(problem, solution)` gives the anchors, each with `.kind` and normalised `.text`, without repeats;
-    `find(anchors, rollout)` says of each whether the rollout holds it.
+    `extract(problem, solution)` returns the anchors, each once, with `.kind` and normalised `.text`.
+    `find(anchors, rollout)` tells for each anchor whether the rollout contains it.
     """
 
     extract: Callable[[str, str], tuple[Any, ...]]
@@ -42,7 +42,7 @@ EXTRACTORS: dict[str, AnchorExtractor] = {"math": AnchorExtractor(extract_math, 
 
 
 class Pair(NamedTuple):
-    """What one overlap is measured on."""
+    """The texts of one overlap."""
 
     problem: str
     solution: str
@@ -50,14 +50,15 @@ class Pair(NamedTuple):
 
 
 def register_extractor(name: str, extractor: AnchorExtractor) -> None:
-    """Adds a domain under the name that `objective.reveal.anchors` then takes."""
+    """Adds a domain. `objective.reveal.anchors` then accepts its name."""
     EXTRACTORS[name] = extractor
 
 
 def measure_overlap(*, problem: str, solution: str, rollout: str, anchors: str = "math") -> Overlap:
-    """The share of the solution's anchors that stand in the rollout, in [0, 1]; 0 without anchors.
+    """Returns the overlap of a rollout with a solution and the anchors behind it.
 
-    Anchors that the problem gives away are not counted. Errors: UserError for an unknown extractor name.
+    The score is the share of the solution's anchors that the rollout contains, in [0, 1]; 0 without anchors. Anchors
+    that the problem contains do not count. anchors: name of the extractor. Raises UserError for an unknown name.
     """
     return _measure(_extractor(anchors), Pair(problem, solution, rollout))
 
@@ -65,7 +66,7 @@ def measure_overlap(*, problem: str, solution: str, rollout: str, anchors: str =
 def measure_overlaps(
     pairs: Sequence[Pair], *, anchors: str = "math", pool: "MaskerPool | None" = None
 ) -> list[Overlap]:
-    """The overlap of each pair, in order; in worker processes where a pool is given and there is enough to do."""
+    """Returns the overlap of each pair, in order. It uses the worker processes of `pool` if there is enough work."""
     extractor = _extractor(anchors)
     if pool is not None and sum(map(_size, pairs)) >= pool.from_characters:
         return pool.measure(pairs, extractor)
@@ -73,9 +74,10 @@ def measure_overlaps(
 
 
 class MaskerPool:
-    """Worker processes for the masker, started (by spawn) at the first use and kept until `close`.
+    """Worker processes for the masker. They start (by spawn) at the first use and run until `close`.
 
-    Results are those of the serial loop. Where worker processes cannot run, it says so once and goes on without them.
+    The results equal those of the serial loop. If worker processes cannot run, the pool warns once and then works
+    without them. Raises UserError for fewer than 1 worker.
     """
 
     def __init__(self, workers: int, *, from_characters: int = POOL_CHARACTERS):
@@ -87,7 +89,7 @@ class MaskerPool:
         self._broken = False
 
     def measure(self, pairs: Sequence[Pair], extractor: AnchorExtractor) -> list[Overlap]:
-        """The overlap of each pair, in order."""
+        """Returns the overlap of each pair, in order."""
         if not self._broken:
             if self._executor is None:
                 self._executor = ProcessPoolExecutor(
@@ -99,7 +101,7 @@ class MaskerPool:
                 return [_overlap(found) for chunk in results for found in chunk]
             except BrokenProcessPool as error:
                 self._broken = True
-                warnings.warn(f"the masker goes on in one process: its workers died ({error})", stacklevel=2)
+                warnings.warn(f"the masker continues in one process: its workers died ({error})", stacklevel=2)
         return [_measure(extractor, pair) for pair in pairs]
 
     def close(self) -> None:
@@ -118,7 +120,7 @@ class MaskerPool:
 def _extractor(name: str) -> AnchorExtractor:
     if name not in EXTRACTORS:
         raise UserError(
-            f"objective.reveal.anchors: no anchor extractor is called {name!r}; there are "
+            f"objective.reveal.anchors: no anchor extractor has the name {name!r}. The known extractors are "
             f"{', '.join(sorted(EXTRACTORS))} (register_extractor adds one)"
         )
     return EXTRACTORS[name]
@@ -128,13 +130,13 @@ def _measure(extractor: AnchorExtractor, pair: Pair) -> Overlap:
     return _overlap(_find(extractor, pair))
 
 
-def _find(extractor: AnchorExtractor, pair: Pair) -> list[Found]:
-    marks = _extract(extractor, pair.problem, pair.solution)
-    hits = extractor.find(marks, pair.rollout)
-    return [(mark.kind, mark.text, hit) for mark, hit in zip(marks, hits, strict=True)]
+def _find(extractor: AnchorExtractor, pair: Pair) -> list[FoundAnchor]:
+    anchors = _extract(extractor, pair.problem, pair.solution)
+    hits = extractor.find(anchors, pair.rollout)
+    return [(anchor.kind, anchor.text, hit) for anchor, hit in zip(anchors, hits, strict=True)]
 
 
-def _overlap(found: list[Found]) -> Overlap:
+def _overlap(found: list[FoundAnchor]) -> Overlap:
     anchors = tuple(Anchor(kind=kind, text=text, found=hit) for kind, text, hit in found)
     return Overlap(score=sum(hit for _, _, hit in found) / len(found) if found else 0.0, anchors=anchors)
 
@@ -144,7 +146,7 @@ def _extract(extractor: AnchorExtractor, problem: str, solution: str) -> tuple[A
     return extractor.extract(problem, solution)
 
 
-def _find_in_chunk(extractor: AnchorExtractor, pairs: Sequence[Pair]) -> list[list[Found]]:
+def _find_in_chunk(extractor: AnchorExtractor, pairs: Sequence[Pair]) -> list[list[FoundAnchor]]:
     return [_find(extractor, pair) for pair in pairs]
 
 
@@ -153,7 +155,7 @@ def _size(pair: Pair) -> int:
 
 
 def _chunks(pairs: Sequence[Pair], count: int) -> list[list[Pair]]:
-    """The pairs in order, cut into at most `count` runs of about the same number of characters."""
+    """Cuts the pairs, in order, into at most `count` chunks of about the same number of characters."""
     target = sum(map(_size, pairs)) / count
     chunks: list[list[Pair]] = [[]]
     filled = 0

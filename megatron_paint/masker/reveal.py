@@ -1,7 +1,7 @@
-"""The overlap masker's decision: how much of the solution the teacher is shown for each rollout of a step.
+"""Decides how much of the solution the teacher is shown for each rollout of a step.
 
-A higher overlap hides more (PAINT, arXiv 2604.26573); the linear map, its floor and the rules of cutting are ours.
-Everything is a pure function of text, settings and keys.
+A higher overlap hides more (PAINT, arXiv 2604.26573). The linear map, its minimum and the rules of cutting are ours.
+Every result is a pure function of text, settings and keys.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 def reveal_share(overlap: float, *, minimum: float) -> float:
-    """The share of the solution to show, in [minimum, 1]: 1 at overlap 0, falling to the minimum at overlap 1."""
+    """Returns the share of the solution to show: 1 at overlap 0, falling linearly to `minimum` at overlap 1."""
     return minimum + (1 - minimum) * (1 - overlap) if overlap > 0 else 1.0
 
 
 def inverted_share(overlap: float, *, minimum: float) -> float:
-    """The control with the direction turned round: the minimum at overlap 0, rising to 1 at overlap 1."""
+    """Returns the share of the inverted control: `minimum` at overlap 0, rising linearly to 1 at overlap 1."""
     return minimum + (1 - minimum) * overlap if overlap < 1 else 1.0
 
 
@@ -39,11 +39,12 @@ def reveal_step(
     token_offsets: Callable[[str], Offsets],
     pool: MaskerPool | None = None,
 ) -> list[Reveal]:
-    """What the teacher is shown for each rollout of a whole step, in order.
+    """Returns what the teacher is shown for each rollout of a complete step, in order.
 
-    problems, rollout_texts, keys: one entry a rollout (a problem stands once per sample); keys as in `Sample.key`.
-    token_offsets: solution -> the characters of its tokens. `rule: shuffled` and `solution: wrong` pair different
-    problems, so they need the whole step and raise UserError where it holds only one problem.
+    problems, rollout_texts, keys: one entry for each rollout. A problem with several samples appears several times. The
+    keys are those of `Sample.key`. token_offsets: returns start and end of each token of a solution, in characters.
+    `rule: shuffled` and `solution: wrong` pair different problems, so they need the complete step. Raises UserError if
+    the step then holds only one problem.
     """
     wrong = settings.solution == "wrong"
     shown_of = _partners(problems, keys, setting="objective.reveal.solution: wrong") if wrong else range(len(problems))
@@ -66,16 +67,16 @@ def reveal_step(
 
 
 def limit_hidden(reveal: Reveal, surprise: Sequence[float], *, settings: "RevealSettings", offsets: Offsets) -> Reveal:
-    """The reveal with more shown where what it hides would surprise the teacher by more than `settings.hidden_nats`.
+    """Shows more of the reference if the hidden part surprises the teacher by more than `settings.hidden_nats`.
 
-    surprise: minus the log-probability of each token of the reference, from a teacher that is shown what the reveal
-    shows. Shown are the fewest tokens whose rest is within the limit once they are cut as ever; with `hide_answer` all
-    but the last box, where nothing less will do. The idea is ours: what a teacher cannot write by itself it cannot
-    teach either.
+    surprise: minus the log-probability of each token of the reference, in nats. The teacher that scores them is shown
+    what the reveal shows. The result shows the fewest tokens for which the surprise of the hidden rest is within the
+    limit. The cut follows the usual rules. With `hide_answer`, everything except the last box may be shown if nothing
+    less is enough. The idea is ours: a teacher cannot teach what it cannot write.
     """
     if len(surprise) != reveal.total_tokens:
         raise ValueError(f"surprise: got {len(surprise)} values for a reference of {reveal.total_tokens} tokens")
-    rest = [0.0, *accumulate(reversed(surprise))][::-1]  # what is hidden where so many tokens are shown, in nats
+    rest = [0.0, *accumulate(reversed(surprise))][::-1]  # rest[n]: surprise of what is hidden if n tokens are shown
     hidden = rest[reveal.shown_tokens]
     if hidden <= settings.hidden_nats:
         return dataclasses.replace(reveal, hidden_nats=hidden)
@@ -83,7 +84,7 @@ def limit_hidden(reveal: Reveal, surprise: Sequence[float], *, settings: "Reveal
     def cut_at(kept: int) -> Reveal:
         return _reveal(reveal.overlap, reveal.reference, kept / len(surprise), settings=settings, offsets=offsets)
 
-    # A later cut never shows less, so that the first one that will do can be bisected for.
+    # A later cut never shows less, so bisection finds the first one that is enough.
     kept = range(reveal.shown_tokens + 1, len(rest))
     enough = bisect_left(kept, True, key=lambda count: rest[cut_at(count).shown_tokens] <= settings.hidden_nats)
     return dataclasses.replace(cut_at(kept[min(enough, len(kept) - 1)]), hidden_nats=hidden)
@@ -91,11 +92,11 @@ def limit_hidden(reveal: Reveal, surprise: Sequence[float], *, settings: "Reveal
 
 def _reveal(overlap: Overlap, reference: str, share: float, *, settings: "RevealSettings", offsets: Offsets) -> Reveal:
     shown = cut_solution(reference, share=share, offsets=offsets, unit=settings.unit, hide_answer=settings.hide_answer)
-    whole = len(shown) == len(reference)
+    complete = len(shown) == len(reference)
     return Reveal(
         overlap=overlap,
         share=share,
-        shown_tokens=len(offsets) if whole else sum(start < len(shown) for start, _ in offsets),
+        shown_tokens=len(offsets) if complete else sum(start < len(shown) for start, _ in offsets),
         total_tokens=len(offsets),
         shown_text=shown,
         reference=reference,
@@ -128,10 +129,10 @@ def _shares(
 
 
 def _partners(problems: Sequence[Problem], keys: Sequence[int], *, setting: str) -> list[int]:
-    """For each rollout, the index of a rollout of another problem of the step, drawn by a key of the whole step.
+    """Returns for each rollout the index of a rollout of another problem, drawn by a key of the complete step.
 
-    The n-th rollout of a problem gets the n-th of its partner, so that every rollout is used once where all problems
-    have as many. Does not depend on the order in which problems stand.
+    The n-th rollout of a problem gets the n-th rollout of its partner problem. So every rollout is used once if all
+    problems have equally many. The order of the problems has no influence.
     """
     rollouts_of: dict[str, list[int]] = {}
     for index, problem in enumerate(problems):
@@ -139,13 +140,13 @@ def _partners(problems: Sequence[Problem], keys: Sequence[int], *, setting: str)
     ids = sorted(rollouts_of)
     if len(ids) < 2:
         raise UserError(
-            f"{setting} takes another problem of the same step, and this step has {len(ids)};"
+            f"{setting} takes another problem of the same step, and this step has {len(ids)} problem;"
             " set data.problems_per_step to 2 or more"
         )
     partner_of = derangement(derive_key(setting, *sorted(keys)), len(ids))
     partners = [0] * len(problems)
     for mine, other in zip(ids, partner_of, strict=True):
-        lent = rollouts_of[ids[other]]
-        for place, index in enumerate(rollouts_of[mine]):
-            partners[index] = lent[place % len(lent)]
+        theirs = rollouts_of[ids[other]]
+        for number, index in enumerate(rollouts_of[mine]):
+            partners[index] = theirs[number % len(theirs)]
     return partners

@@ -1,4 +1,4 @@
-"""Checksums of a folder's files, by which what was written is told from what is there."""
+"""Checksums of a folder's files. They show whether the files on disk are still the files that were written."""
 
 import hashlib
 import json
@@ -11,60 +11,63 @@ from typing import TypedDict, TypeVar
 from megatron_paint.base.errors import UserError
 
 CHECKSUMS = "checksums.json"
-AGAIN_AFTER = (1.0, 5.0, 20.0)  # seconds; ours
+RETRY_SECONDS = (1.0, 5.0, 20.0)  # waiting times after failed reads; ours
 
 T = TypeVar("T")
 
 
 class Damaged(Exception):
-    """A file that is not what was written."""
+    """A file differs from what was written."""
 
 
 class Checksum(TypedDict):
-    """Of one file."""
+    """Size and SHA-256 of one file."""
 
     bytes: int
     sha256: str
 
 
 def checksums_of(files: Iterable[Path]) -> dict[str, Checksum]:
-    """Size and SHA-256 of files, by name."""
+    """Returns size and SHA-256 of each file, by file name."""
     return {file.name: Checksum(bytes=file.stat().st_size, sha256=_sha256(file)) for file in files}
 
 
 def write_checksums(folder: Path, checksums: Mapping[str, Checksum]) -> None:
-    """Puts a folder's checksums into it."""
+    """Writes the checksums of a folder's files into the folder."""
     text = json.dumps({name: checksums[name] for name in sorted(checksums)}, indent=1)
     (folder / CHECKSUMS).write_text(text + "\n", encoding="utf-8")
 
 
 def read_checksums(folder: Path) -> dict[str, Checksum] | None:
-    """What `write_checksums` wrote; None where it has not. Damaged: it holds something else. UserError: the disk."""
+    """Returns what `write_checksums` wrote, or None if the folder has no checksums.
+
+    Raises Damaged if the file holds something else, and UserError if the disk cannot read it.
+    """
     file = folder / CHECKSUMS
     try:
-        found = json.loads(_patiently(Path.read_text, file))
+        found = json.loads(_with_retries(Path.read_text, file))
         return {name: Checksum(bytes=entry["bytes"], sha256=entry["sha256"]) for name, entry in found.items()}
     except FileNotFoundError:
         return None
     except OSError as error:
         raise unreadable(file, error) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"{CHECKSUMS} is not what was written ({error!r})") from error
+        raise Damaged(f"{CHECKSUMS} differs from what was written ({error!r})") from error
 
 
 def damage(folder: Path, checksums: Mapping[str, Checksum]) -> str | None:
-    """What is wrong with the first of these files that is not as it was written; None where all are.
+    """Describes the damage of the first file that differs from what was written; None if all files are intact.
 
-    UserError: a file is there and the disk does not give it, which says nothing about what is in it.
+    Raises UserError if a file exists and the disk cannot read it. Its content may still be intact then.
     """
     for name, wanted in checksums.items():
         file = folder / name
         try:
-            size = _patiently(Path.stat, file).st_size
+            size = _with_retries(Path.stat, file).st_size
             if size != wanted["bytes"]:
                 return f"{name} has {size:,} bytes, not {wanted['bytes']:,}"
-            if _patiently(_sha256, file) != wanted["sha256"]:
-                return f"{name} is not what was written: its SHA-256 is another"
+            if _with_retries(_sha256, file) != wanted["sha256"]:
+                return f"{name} differs from what was written: its SHA-256 is different"
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:
@@ -72,9 +75,9 @@ def damage(folder: Path, checksums: Mapping[str, Checksum]) -> str | None:
     return None
 
 
-def _patiently(read: Callable[[Path], T], file: Path) -> T:
-    """Reads again where a disk fails, as a shared one may for a moment."""
-    for seconds in AGAIN_AFTER:
+def _with_retries(read: Callable[[Path], T], file: Path) -> T:
+    """Reads a file, and reads it again after an error. A shared disk may fail for a moment."""
+    for seconds in RETRY_SECONDS:
         try:
             return read(file)
         except FileNotFoundError:
@@ -85,10 +88,10 @@ def _patiently(read: Callable[[Path], T], file: Path) -> T:
 
 
 def unreadable(file: Path, error: OSError) -> UserError:
-    """What to raise where the disk does not give a file."""
+    """Returns the error to raise when the disk cannot read a file."""
     return UserError(
-        f"{file} cannot be read by {socket.gethostname()}: {error.strerror or error}. Nothing was changed; start again "
-        "when the disk is well, or move the folder away to go on without it"
+        f"{file} cannot be read by {socket.gethostname()}: {error.strerror or error}. Nothing was changed. Start again "
+        "when the disk works, or move the folder away to continue without it"
     )
 
 

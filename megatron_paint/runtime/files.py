@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent, and one clear error when the disk refuses."""
+"""Files and folders that are complete or absent, and one clear error when writing fails."""
 
 import contextlib
 import errno
@@ -16,19 +16,19 @@ ADVICE = {
     errno.ENOSPC: "free space there, or write to another disk",
     errno.EDQUOT: "the quota is used up: free space there, or write to another disk",
     errno.EFBIG: "files may not grow that large: raise the limit (ulimit -f), or write to another disk",
-    errno.EROFS: "it is read-only: choose a place that can be written",
-    errno.EACCES: "it is not yours to write: choose a place that can be written",
-    errno.EPERM: "it is not yours to write: choose a place that can be written",
+    errno.EROFS: "the disk is read-only: choose a place that you can write to",
+    errno.EACCES: "you have no permission to write there: choose a place that you can write to",
+    errno.EPERM: "you have no permission to write there: choose a place that you can write to",
 }
-OTHER_ADVICE = "check that it is a place that can be written"
-# What torch's and safetensors' own writers say where a write fails; only the last one says why.
+OTHER_ADVICE = "check that you can write there"
+# The messages of torch's and safetensors' own writers when a write fails. Only the last one contains the reason.
 WRITERS = re.compile(r"PytorchStreamWriter|inline_container|iostream error|I/O error: .*\(os error (\d+)\)")
 LEFT_OVER = re.compile(r"\.(?P<name>.+)\.(unfinished|replaced)")
 
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn any error of a disk into a UserError that names the path and what to do."""
+    """Turns every disk error inside the block into a UserError that names the path and what to do."""
     try:
         yield
     except UserError:
@@ -40,21 +40,21 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str | None:
-    """What the disk said and what to do; None for what is no error of a disk."""
+    """Describes a disk error and what to do; None for any other error."""
     if isinstance(error, OSError):
         return f"{error.strerror or error}; {ADVICE.get(error.errno, OTHER_ADVICE)}"
     if (found := WRITERS.search(str(error))) is None:
         return None
     if found[1] is None:
-        return f"a write failed ({error}), as it does where the disk is full; {ADVICE[errno.ENOSPC]}"
+        return f"a write failed ({error}), probably because the disk is full; {ADVICE[errno.ENOSPC]}"
     return _reason(OSError(int(found[1]), os.strerror(int(found[1]))))
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
-    """Write a file so that a reader, or a crash at any moment, sees the old file or the whole new one.
+    """Writes a file so that a reader sees the old file or the complete new one, even after a crash at any moment.
 
-    A lone surrogate in a text is written as its escape. UserError: the disk is full, read-only or failing; the old file
-    is intact then.
+    A lone surrogate in a text is written as its escape. Raises UserError if the disk is full, read-only or failing. The
+    old file is intact then.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     with disk_errors(path):
@@ -73,9 +73,10 @@ def write_atomically(path: Path, data: str | bytes) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add one line in a single write and wait until it is on the disk; what a full disk cut short is taken back.
+    """Adds one line in a single write and waits until it is on disk.
 
-    It begins a line of its own where the last one was cut short, as by a power cut.
+    If the last line in the file is incomplete, as after a power cut, the text starts on a new line. Raises UserError if
+    writing fails. If the disk is full, the incomplete line is removed first.
     """
     data = _encoded(line) + b"\n"
     with disk_errors(path):
@@ -94,10 +95,10 @@ def append_line(path: Path, line: str) -> None:
 
 
 class NewFolder:
-    """A folder in the making, which takes the place of `path` when it is finished.
+    """A folder that is filled under another name and replaces `path` when it is finished.
 
-    A crash or an error at any moment leaves the old folder or the new one, whole. What a crash leaves beside it goes
-    with the next attempt, or by `clear_left_overs`.
+    After a crash or an error at any moment, `path` is the complete old folder or the complete new one. A crash may
+    leave other folders beside it. The next attempt or `clear_left_overs` removes them.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -106,7 +107,7 @@ class NewFolder:
         self._replaced = self.path.with_name(f".{self.path.name}.replaced")
 
     def begin(self) -> None:
-        """Make `unfinished`, an empty folder to fill."""
+        """Creates `unfinished`, an empty folder to fill."""
         with disk_errors(self.path):
             self.discard()
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,9 +115,9 @@ class NewFolder:
             self.unfinished.mkdir()
 
     def finish(self, *, mark: bool) -> None:
-        """Put what was filled in the place of `path`, once all of it is on the disk.
+        """Waits until all files are on disk and then replaces `path` by the filled folder.
 
-        mark: write the file `complete` into it, last of all.
+        mark: writes the file `complete` into the folder, after all other files.
         """
         with disk_errors(self.path):
             for entry in (*self.unfinished.rglob("*"), self.unfinished):
@@ -132,19 +133,19 @@ class NewFolder:
             shutil.rmtree(self._replaced, ignore_errors=True)
 
     def discard(self) -> None:
-        """Take back what was begun, by this attempt or an earlier one that a crash ended."""
+        """Removes the unfinished folder of this attempt, or of an earlier attempt that crashed."""
         shutil.rmtree(self.unfinished, ignore_errors=True)
         self.recover()
 
     def recover(self) -> None:
-        """Put back what an attempt that ended between its two renames had moved away; remove what it left."""
-        if self._replaced.exists() and not self.path.exists():  # the end came between the two renames
+        """Moves the old folder back if an attempt ended between its two renames. Removes the rest of that attempt."""
+        if self._replaced.exists() and not self.path.exists():  # the attempt ended between the two renames
             os.replace(self._replaced, self.path)
         shutil.rmtree(self._replaced, ignore_errors=True)
 
 
 def clear_left_overs(folder: Path) -> None:
-    """Take back what attempts that a crash ended have left in `folder`."""
+    """Removes from `folder` what crashed attempts have left there. It skips unfinished folders that are locked."""
     with disk_errors(folder):
         for entry in list(folder.iterdir()) if folder.is_dir() else []:
             if (match := LEFT_OVER.fullmatch(entry.name)) is None or _in_use(entry):
@@ -156,7 +157,7 @@ def clear_left_overs(folder: Path) -> None:
 
 
 def lock_of(folder: Path) -> Path:
-    """The file that whoever fills an unfinished folder may keep locked, so that nobody clears it away."""
+    """Returns the lock file of an unfinished folder. While a process holds it, `clear_left_overs` skips the folder."""
     return folder.with_name(f"{folder.name}.lock")
 
 
@@ -172,7 +173,7 @@ def _in_use(folder: Path) -> bool:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, would survive a power cut."""
+    """Waits until a file, or the list of names in a folder, is safe from a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

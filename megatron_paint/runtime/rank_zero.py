@@ -7,5 +7,5 @@ OnRankZero = Callable[[Callable[[], Any]], Any]  # runs a function on rank 0; al
 
 
 def directly(act: Callable[[], Any]) -> Any:
-    """Where this process is the only one."""
+    """The `OnRankZero` of a single process: calls the function and returns its result."""
     return act()

@@ -1,4 +1,4 @@
-"""Keys: stable values, no two sequences alike by accident, draws that depend on the key alone."""
+"""Keys are stable, different sequences have different keys, and draws depend only on the key."""
 
 import subprocess
 import sys

@@ -105,7 +105,7 @@ class TestGolden:
         assert ids == (*USER, 31198, 25, *PROBLEM_IDS, 1939, *INSTRUCTION_IDS, *ASSISTANT)
         assert qwen3.decode(ids, True) == THINKING.format("Problem: What is 1+1?" + INSTRUCTION)
 
-    def test_teacher_with_the_whole_solution(self, qwen3):
+    def test_teacher_with_the_complete_solution(self, qwen3):
         prompts = Prompts(PromptSettings(), qwen3)
         ids = prompts.teacher_prompt(SUM, reveal_of(SUM.solution, SUM.solution))
         solution = (2132, 374, 400, 17, 12947, 2055, 1124, 79075, 90, 17, 27275)  # the last one is "}.\n"
@@ -185,13 +185,13 @@ class TestWording:
             "Problem: What is 1+1?" + INSTRUCTION
         )
 
-    def test_whole_solution_is_opsd(self, prompts):
+    def test_a_complete_solution_gives_the_prompt_of_opsd(self, prompts):
         expected = THINKING.format(OPSD_TEACHER.format(problem=SUM.problem, solution=SUM.solution))
         ids = prompts.teacher_prompt(SUM, reveal_of(SUM.solution, SUM.solution))
         assert text_of(prompts, ids) == expected
         assert prompts.full_teacher_prompt(SUM) == ids
 
-    def test_one_line_says_that_something_is_hidden(self, prompts):
+    def test_one_line_marks_a_hidden_rest(self, prompts):
         ids = prompts.teacher_prompt(SUM, reveal_of(SUM.solution, "It is $2$."))
         expected = OPSD_TEACHER.format(problem=SUM.problem, solution=f"It is $2$.\n{HIDDEN_LINE}")
         assert text_of(prompts, ids) == THINKING.format(expected)
@@ -283,7 +283,7 @@ class TestNothingBreaksOut:
 
     def test_a_control_token_of_one_character_is_refused(self, small):
         tokenizer = SimpleNamespace(control_tokens={"@": 5}, stop_ids=(5,))
-        with pytest.raises(UserError, match="holds '@', which is a control token"):
+        with pytest.raises(UserError, match="contains '@', a control token"):
             Prompts(PromptSettings(), tokenizer).student_prompt(problem_of(problem="a@b"))
 
 
@@ -308,7 +308,7 @@ class TestTemplates:
         ("text", "message"),
         [
             ("no variable", r"prompts\.student_template: .* does not use \{\{ problem \}\}"),
-            ("{{ problem }} {{ answer }}", r"uses \{\{ answer \}\}, which is not set; there are problem"),
+            ("{{ problem }} {{ answer }}", r"uses the unknown variable \{\{ answer \}\}; known are problem"),
             ("{{ problem", r"prompts\.student_template: .*own\.jinja:1: "),
         ],
     )

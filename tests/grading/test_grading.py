@@ -1,4 +1,4 @@
-r"""Grading: boxes worked by hand, public grader cases, hostile inputs, and worker processes that get stuck or die."""
+r"""Grading: public grader cases, hostile inputs, and worker processes that hang or die."""
 
 import json
 import os
@@ -12,16 +12,8 @@ import pytest
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.grading import pool as pool_module
-from megatron_paint.grading.boxes import last_boxes
-from megatron_paint.grading.grade import (
-    GradingPool,
-    Rules,
-    answers_agree,
-    grade,
-    last_box,
-    normal_form,
-    same_text,
-)
+from megatron_paint.grading.boxes import last_box
+from megatron_paint.grading.grade import GradingPool, Rules, answers_agree, grade, normal_form, same_text
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -38,35 +30,7 @@ def read(name):
     return [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize(
-    ("text", "content"),
-    [
-        (r"so \boxed{4}, no, \boxed{5}.", "5"),
-        (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"),
-        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-        (r"\boxed{\boxed{7}}", "7"),
-        (r"\boxed{x = \boxed{7}}", r"x = \boxed{7}"),
-        (r"\boxed{5} and put it within \boxed{}", "5"),
-        (r"\boxed{5} then \boxed{6", "5"),
-        (r"{{{ \boxed{5}", "5"),
-        (r"}}} \boxed{5} }", "5"),
-        (r"\boxed 12.", "12"),
-        (r"\fbox{3}", "3"),
-        (r"\boxedly{3}", None),
-        ("no box", None),
-        ("", None),
-        (r"<think>\boxed{4}</think>It is \boxed{5}", "5"),
-        (r"<think>\boxed{4}</think>It is four", "4"),
-        (r"<think>\boxed{4}", "4"),
-    ],
-)
-def test_last_box(text, content):
-    assert last_box(text) == content
-
-
-def test_boxes_that_stand_together_are_one_answer():
-    assert last_boxes(r"\boxed{9} is not it. Thus \boxed{3} and \boxed{5}") == ["3", "5"]
-    assert last_boxes(r"\boxed{3}" + " " * 80 + r"or \boxed{5}") == ["5"]
+def test_neighbouring_boxes_are_one_answer():
     assert grade(r"\boxed{1}, \boxed{2}", answer="1,2").outcome == "right"
     assert grade(r"\boxed{1}, \boxed{2}", answer="2").outcome == "right"  # the last box alone
     assert grade(r"\boxed{1}, \boxed{2}", answer="1").outcome == "wrong"
@@ -126,7 +90,7 @@ def test_answers_agree():
 
 @needs_data
 def test_public_grader_cases(pool):
-    """All rows that are neither a matter of policy nor suspect, under the options that each upstream test passes."""
+    """Takes all rows that are neither a matter of policy nor suspect, with the options of their upstream tests."""
     rows = [row for row in read("grader_cases.jsonl") if not row["policy_dependent"] and not row["suspect"]]
     assert len(rows) == 186
     wrong = []
@@ -165,7 +129,7 @@ def test_real_rollouts_are_graded_as_upstream_graded_them(pool):
     rows = read("rollouts_qwen25math_math100x8.jsonl")
     grades = pool.grade([(row["rollout"], row["answer"]) for row in rows])
     differ = [(row["answer"], g.extracted) for row, g in zip(rows, grades, strict=True) if g.correct != row["correct"]]
-    assert differ == [("10{,}000", "10000")]  # equal, though flagged wrong upstream
+    assert differ == [("10{,}000", "10000")]  # they are equal; upstream counts the answer as wrong
 
 
 HOSTILE = [
@@ -213,7 +177,7 @@ def test_a_killed_worker_is_replaced():
         assert one._pool._workers[0] is not worker
 
 
-def test_a_worker_outlives_what_asks_a_run_to_stop():
+def test_a_worker_survives_the_stop_signals_of_a_run():
     with GradingPool(workers=1) as one:
         assert one.grade([(r"\boxed{1+1}", "2")])[0].correct
         worker = one._pool._workers[0]
@@ -239,9 +203,9 @@ def test_threads_may_share_a_pool(pool):
 
 def test_workers_import_neither_torch_nor_megatron():
     program = (
-        "import sys; from megatron_paint.evaluation import grading, grading_worker; "
+        "import sys; from megatron_paint.grading import grade, worker; "
         "light = {'torch', 'megatron', 'math_verify', 'sympy', 'numpy'} & set(sys.modules); "
-        "grading_worker.readings('1', ['latex', 'expr']); heavy = {'torch', 'megatron'} & set(sys.modules); "
+        "worker.parse_values('1', ['latex', 'expr']); heavy = {'torch', 'megatron'} & set(sys.modules); "
         "print(sorted(light), sorted(heavy))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -263,24 +227,24 @@ def test_a_worker_that_cannot_start_is_a_user_error(tmp_path, monkeypatch):
         broken.grade([(r"\boxed{1+1}", "2")])
 
 
-class Stillborn(pool_module.Worker):
-    """The first of the workers ends before it is ready, as where memory is short."""
+class DiesAtStart(pool_module.Worker):
+    """The first worker ends before it is ready, as it does when memory is short."""
 
     made = 0
 
     def __init__(self):
         super().__init__()
-        Stillborn.made += 1
-        if Stillborn.made == 1:
+        DiesAtStart.made += 1
+        if DiesAtStart.made == 1:
             self.process.kill()
 
 
-def test_workers_that_never_come_up_make_a_smaller_pool(monkeypatch):
-    monkeypatch.setattr(pool_module, "Worker", Stillborn)
+def test_workers_that_never_become_ready_make_a_smaller_pool(monkeypatch):
+    monkeypatch.setattr(pool_module, "Worker", DiesAtStart)
     with GradingPool(workers=2, seconds=60.0) as some:
         pairs = [(rf"\boxed{{{number}+1}}", str(number + 1)) for number in range(4)]
         assert [g.outcome for g in some.grade(pairs)] == ["right"] * 4
         assert len(some._pool._workers) == 1
-        Stillborn.made = 0
-    with GradingPool(workers=1) as alone, pytest.raises(UserError, match="it ended, or was not ready"):
+        DiesAtStart.made = 0
+    with GradingPool(workers=1) as alone, pytest.raises(UserError, match="it ended, or it was not ready"):
         alone.grade(pairs)

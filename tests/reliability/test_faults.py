@@ -98,7 +98,7 @@ def flip(file: Path) -> str:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    return "its SHA-256 is another"
+    return "its SHA-256 is different"
 
 
 def remove(file: Path) -> str:
@@ -135,7 +135,7 @@ def test_nothing_is_touched_where_no_checkpoint_is_whole(trained, tmp_path):  # 
         truncate(run / "checkpoints" / f"step_{step:06d}" / CHECKSUMS)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     message = forked_ranks.train(tmp_path, trained.settings, f"run.dir={run}", "run.resume=auto").message
-    assert "step_000004 is damaged: checksums.json is not what was written" in message
+    assert "step_000004 is damaged: checksums.json differs from what was written" in message
     assert ", and no other checkpoint is complete. Nothing was changed" in message
     after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert after == before

@@ -1,4 +1,4 @@
-"""Files and folders are whole or absent, and a disk that refuses gives one clear error."""
+"""Files and folders are complete or absent, and a write that fails gives one clear error."""
 
 import errno
 import os
@@ -27,7 +27,7 @@ def names(folder):
 
 
 def fill(path, content, *, mark=False):
-    """A folder with one file takes the place of `path`."""
+    """Replaces `path` by a folder with one file."""
     folder = NewFolder(path)
     folder.begin()
     (folder.unfinished / "weights").write_text(content)
@@ -40,12 +40,12 @@ def fill(path, content, *, mark=False):
         (errno.EROFS, "read-only"),
         (errno.ENOSPC, "free space"),
         (errno.EDQUOT, "quota"),
-        (errno.EACCES, "not yours"),
+        (errno.EACCES, "no permission"),
         (errno.EFBIG, "ulimit"),
         (errno.EIO, "check that"),
     ],
 )
-def test_a_disk_that_refuses_gives_one_clear_error(tmp_path, monkeypatch, code, advice):
+def test_a_failed_write_gives_one_clear_error(tmp_path, monkeypatch, code, advice):
     def refuse(*_):
         raise OSError(code, os.strerror(code))
 
@@ -66,8 +66,8 @@ def test_a_run_dir_below_a_file_is_a_user_error(tmp_path):
         RunFolder(tmp_path / "file" / "x").prepare({"run": {"resume": "never", "steps": 1}})
 
 
-def test_a_line_that_was_cut_short_does_not_swallow_the_next_one(tmp_path):
-    """As after a power cut."""
+def test_a_new_line_starts_after_an_incomplete_one(tmp_path):
+    """A power cut leaves an incomplete line."""
     file = tmp_path / "metrics.jsonl"
     append_line(file, "{}")
     file.write_bytes(file.read_bytes() + b'{"st')
@@ -85,19 +85,19 @@ def test_a_full_disk_while_appending(tmp_path):
 
 @FULL
 @pytest.mark.parametrize("tensors", [1, 100_000])
-def test_what_torch_says_of_a_full_disk(tensors):
-    says = r"Cannot write here: a write failed .* where the disk is full; free space"
-    with pytest.raises(UserError, match=says), disk_errors("here"):
+def test_the_error_of_torch_on_a_full_disk(tensors):
+    message = r"Cannot write here: a write failed .* because the disk is full; free space"
+    with pytest.raises(UserError, match=message), disk_errors("here"):
         torch.save(torch.zeros(tensors), "/dev/full")
 
 
-def test_what_safetensors_says_of_a_disk(tmp_path):
-    says = "Cannot write here: No such file or directory; check that"
-    with pytest.raises(UserError, match=says), disk_errors("here"):
+def test_the_error_of_safetensors_on_a_missing_folder(tmp_path):
+    message = "Cannot write here: No such file or directory; check that"
+    with pytest.raises(UserError, match=message), disk_errors("here"):
         save_file({"a": torch.zeros(3)}, tmp_path / "nowhere" / "x.safetensors")
 
 
-def test_an_export_names_the_model_that_is_gone(tmp_path):
+def test_an_export_names_the_missing_model(tmp_path):
     with pytest.raises(UserError, match=r"nowhere cannot be read .*an export copies from it"):
         copy_companions(tmp_path / "nowhere", tmp_path, dtype=torch.float32)
 
@@ -123,7 +123,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     assert names(tmp_path) == ["config.yaml"]
 
 
-def test_a_folder_takes_the_place_of_an_old_one(tmp_path):
+def test_a_finished_folder_replaces_the_old_one(tmp_path):
     fill(tmp_path / "a" / "hf", "old")
     assert names(tmp_path / "a" / "hf") == ["weights"]
     fill(tmp_path / "a" / "hf", "new", mark=True)
@@ -132,7 +132,7 @@ def test_a_folder_takes_the_place_of_an_old_one(tmp_path):
     assert (tmp_path / "a" / "hf" / "weights").read_text() == "new"
 
 
-def test_all_that_is_in_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+def test_all_files_of_a_folder_are_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     done = []
     real_fsync, real_replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (done.append(os.readlink(f"/proc/self/fd/{fd}")), real_fsync(fd)))
@@ -173,7 +173,7 @@ def test_an_end_between_the_renames_leaves_the_old_folder(tmp_path, monkeypatch,
     assert (tmp_path / "hf" / "weights").read_text() == "old"
 
 
-def test_left_overs_of_a_crash_go_and_nothing_else(tmp_path):
+def test_only_the_left_overs_of_a_crash_are_removed(tmp_path):
     fill(tmp_path / "step_000002", "old")
     NewFolder(tmp_path / "step_000004").begin()
     (tmp_path / ".config.yaml.123.unfinished").write_text("half")
