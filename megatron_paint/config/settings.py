@@ -1,37 +1,13 @@
-"""All settings of a run: frozen dataclasses, closed, checked once, with the reason in each error.
+"""All settings of a run: their names, types, limits, meaning and defaults. A default is written here and nowhere else.
 
-A YAML file gives the values, `key=value` arguments override them (`settings.py` reads both), and what is left out takes
-the default that stands here and nowhere else. Descriptions are part of the error messages.
+A YAML file sets values and `key=value` arguments override them; `load.py` reads both. The loss has its own: `loss.py`.
 """
 
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from dataclasses import field
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
-
-from megatron_paint.config.loss import InterpolationLossConfig
-
-CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-def setting(description: str, **limits: Any) -> Any:
-    """Limits and meaning of one setting, for pydantic and for error messages."""
-    return Field(description=description, **limits)
-
-
-# Strict: "3" is not taken for 3, nor 1 for true.
-Number = Annotated[float, Field(strict=True)]
-Whole = Annotated[int, Field(strict=True)]
-Flag = Annotated[bool, Field(strict=True)]
-Text = Annotated[str, Field(strict=True, min_length=1)]
-Positive = Annotated[Number, Field(gt=0)]
-Count = Annotated[Whole, Field(ge=1)]
-
-
-def settings_class(cls: type) -> type:
-    """A frozen keyword-only dataclass that refuses unknown keys and wrong types."""
-    cls.__pydantic_config__ = CLOSED
-    return dataclass(frozen=True, kw_only=True)(cls)
+from megatron_paint.config.dialect import Count, Flag, Number, Positive, Text, Whole, setting, settings_class
+from megatron_paint.config.loss import InterpolationLossConfig, Kernel
 
 
 @settings_class
@@ -148,7 +124,7 @@ class ObjectiveSettings:
     loss: InterpolationLossConfig = field(default_factory=InterpolationLossConfig)
     chunk_bytes: Annotated[Positive, setting("bytes of logits that the loss may hold at once")] = 1.0e9
     kernel: Annotated[
-        Literal["auto", "torch", "triton"],
+        Kernel,
         setting("who does the loss's elementwise work; auto takes torch where CUDA or Triton is missing"),
     ] = "auto"
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
