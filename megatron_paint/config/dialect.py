@@ -1,6 +1,6 @@
-"""How a setting is declared: a type, a description, limits and a default, in a frozen class that is closed.
+"""How a setting is declared: type, description, source of the default and limits, in a frozen class that is closed.
 
-The description is part of the error messages and of docs/settings.md.
+Error messages, `megatron-paint settings` and docs/settings.md all print the description.
 """
 
 from dataclasses import dataclass
@@ -10,10 +10,23 @@ from pydantic import ConfigDict, Field
 
 CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
 
+# Where a default comes from.
+OURS = "ours"
+PAINT = "PAINT, arXiv 2604.26573"
+OPSD = "OPSD, arXiv 2601.18734"
+OPSD_GRPO = "the GRPO baseline of OPSD, arXiv 2601.18734"
+ADAMW = "AdamW's usual value"
+MEGATRON = "Megatron-Core's name and default"
+MEGATRON_NAME = "Megatron-Core's name; the default is ours"
 
-def setting(description: str, **limits: Any) -> Any:
-    """The meaning of one setting and its limits (`ge`, `gt`, `le`, `lt`), for `Annotated[type, setting(...)]`."""
-    return Field(description=description, **limits)
+
+def setting(description: str, *, source: str = OURS, **limits: Any) -> Any:
+    """One setting, for `Annotated[type, setting(...)]`.
+
+    description: its meaning. source: the publication or library that the default comes from. limits: `ge`, `gt`, `le`,
+    `lt` of a number.
+    """
+    return Field(description=description, json_schema_extra={"source": source}, **limits)
 
 
 # Strict: the text "3" is not a number, and 1 is not `true`.

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.dialect import Number, Positive, setting, settings_class
+from megatron_paint.config.dialect import OPSD, PAINT, Number, Positive, setting, settings_class
 from megatron_paint.config.mistakes import check_fields
 
 SECTION = "objective.loss"  # the dotted key of this section in a settings file, which all its messages name
@@ -32,7 +32,7 @@ class InterpolationLossConfig:
     """
 
     divergence: Annotated[
-        Divergence, setting("divergence from the target to the student; jsd is the Jensen-Shannon divergence")
+        Divergence, setting("divergence between target and student; jsd: Jensen-Shannon", source=OPSD)
     ] = "forward_kl"
     jsd_beta: Annotated[
         Number,
@@ -43,10 +43,15 @@ class InterpolationLossConfig:
             lt=1,
         ),
     ] = 0.5
-    temperature: Annotated[Positive, setting("divides the logits of teacher and student in the loss")] = 1.1
+    temperature: Annotated[Positive, setting("divides the logits of teacher and student in the loss", source=OPSD)] = (
+        1.1
+    )
     clip: Annotated[
         Positive | None,
-        setting("largest loss of a vocabulary entry or of a token, in nats; OPSD sets 0.05 or 0.06; null: no clip"),
+        setting(
+            "largest loss of a vocabulary entry or of a token, in nats; null: no clip",
+            source="ours; OPSD, arXiv 2601.18734, sets 0.05 (1.7B, 4B) or 0.06 (8B)",
+        ),
     ] = None
     clip_rule: Annotated[
         ClipRule,
@@ -56,7 +61,13 @@ class InterpolationLossConfig:
         ),
     ] = "entry"
     weight: Annotated[
-        Number, setting("lambda: share of the partner's logits in the target of selected tokens", ge=0, le=1)
+        Number,
+        setting(
+            "lambda: share of the partner's logits in the target of selected tokens",
+            source=f"ours; {PAINT}, says small",
+            ge=0,
+            le=1,
+        ),
     ] = 0.1
     partner: Annotated[
         Partner,
@@ -69,7 +80,8 @@ class InterpolationLossConfig:
         Positions,
         setting(
             "which tokens of a response are selected for the mixed target; top_fraction: those with the largest "
-            "entropy mismatch; random: the same number, drawn"
+            "entropy mismatch; random: the same number, drawn",
+            source=f"{PAINT}: a few tokens with a large mismatch; their number is ours",
         ),
     ] = "top_fraction"
     fraction: Annotated[
@@ -79,7 +91,11 @@ class InterpolationLossConfig:
         Number | None, setting("positions=threshold selects tokens whose entropy mismatch is above this, in nats")
     ] = None
     mismatch: Annotated[
-        Mismatch, setting("entropy mismatch of a token: the difference of teacher's and student's entropy, or its size")
+        Mismatch,
+        setting(
+            "entropy mismatch of a token: the difference between the entropies of teacher and student, or its absolute "
+            "value"
+        ),
     ] = "absolute"
     elsewhere: Annotated[
         Elsewhere, setting("tokens that are not selected: the target is the plain teacher, or they carry no loss")
