@@ -143,6 +143,13 @@ def make_parser() -> argparse.ArgumentParser:
     launch = commands.add_parser("launch", help="submit a run to a cluster")
     add_launch_commands(launch.add_subparsers(required=True, metavar="WHERE"))
 
+    settings = commands.add_parser("settings", help="every setting: its type, limits, default, meaning and source")
+    settings.add_argument(
+        "key", nargs="?", metavar="KEY", help="a section such as optimizer, or a key such as run.steps"
+    )
+    settings.add_argument("--json", action="store_true", help="print JSON")
+    settings.set_defaults(run=run_settings)
+
     doctor = commands.add_parser("doctor", help="what was found on this machine, and what lacking it costs")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=run_doctor)
@@ -316,6 +323,14 @@ def run_status(options: argparse.Namespace, _: list[str]) -> int:
 
     status = read_status(options.run_dir)
     print(to_json(asdict(status)) if options.json else "\n".join(status_lines(status)))
+    return 0
+
+
+def run_settings(options: argparse.Namespace, _: list[str]) -> int:
+    """Prints what is known of the settings."""
+    from megatron_paint.cli.settings import print_settings
+
+    print_settings(options.key, as_json=options.json)
     return 0
 
 

@@ -4,8 +4,6 @@ A file may begin with `base: OTHER.yaml`, a path relative to itself, and then sa
 """
 
 import dataclasses
-import difflib
-import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.loss import InterpolationLossConfig
+from megatron_paint.config.mistakes import user_error
 from megatron_paint.config.settings import Settings
 
 
@@ -39,9 +37,9 @@ def read_tree(path: str | Path) -> dict[str, Any]:
 def settings_of(tree: Mapping[str, Any]) -> Settings:
     """Settings of nested dictionaries, complete and checked."""
     try:
-        settings = TypeAdapter(Settings).validate_python(_without_unset_loss(tree))
+        settings = TypeAdapter(Settings).validate_python(tree)
     except ValidationError as error:
-        raise UserError("\n".join(dict.fromkeys(_explain(e) for e in error.errors()))) from None
+        raise user_error(error, Settings) from None
     return resolve_objective(settings, tree)
 
 
@@ -196,70 +194,3 @@ def _override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise UserError(f"override {override!r}: {section} is a value, not a section")
     tree[last] = value
-
-
-def _without_unset_loss(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Lets the loss check itself: its messages already name the setting, the value, the limits and the remedy."""
-    objective = tree.get("objective")
-    loss = objective.get("loss") if isinstance(objective, Mapping) else None
-    if not isinstance(loss, Mapping):
-        return tree
-    names = {f.name for f in dataclasses.fields(InterpolationLossConfig)}
-    for key in loss:
-        if key not in names:
-            raise UserError(_unknown(f"objective.loss.{key}", names))
-    try:
-        config = InterpolationLossConfig(**loss)
-    except (ValueError, TypeError) as error:
-        raise UserError("objective.loss." + str(error).removeprefix("loss setting ")) from None
-    return {**tree, "objective": {**objective, "loss": config}}
-
-
-def _explain(error: Mapping[str, Any]) -> str:
-    """One line for one of pydantic's findings: the key, its meaning, what it got, what holds."""
-    key = ".".join(str(part) for part in error["loc"] if not str(part).startswith("function-"))
-    kind, got = error["type"], error.get("input")
-    section, name = _section(error["loc"])
-    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        return _unknown(key, {f.name for f in dataclasses.fields(section)} if section else set())
-    meaning = f" ({m})" if (m := _meaning(section, name)) else ""
-    if kind in ("missing", "missing_keyword_only_argument"):
-        return f"{key} is not set{meaning}: it has no default, give it in the settings file or as {key}=..."
-    if kind.startswith("dataclass") and not isinstance(got, Mapping):
-        return f"{key} is a section of settings, got {got!r}"
-    if kind == "finite_number":
-        return f"{key}{meaning}: got {got!r}; it must be a finite number"
-    limits = error.get("ctx", {})
-    nearest = next((f"; the nearest valid value is {limits[k]}" for k in ("ge", "le") if k in limits), "")
-    requirement = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"{key}{meaning}: got {got!r}; it must be {requirement}{nearest}"
-
-
-def _unknown(key: str, names: Iterable[str]) -> str:
-    parent, _, name = key.rpartition(".")
-    close = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.5)
-    dotted = f"{parent}." if parent else ""
-    hint = f"did you mean {dotted}{close[0]}?" if close else f"known here: {', '.join(sorted(names))}"
-    return f"unknown setting {key}: {hint}"
-
-
-def _section(location: tuple) -> tuple[type | None, str]:
-    """The settings class that the key's last part belongs to."""
-    section: type | None = Settings
-    for part in location[:-1]:
-        if not (section and dataclasses.is_dataclass(section)):
-            return None, str(location[-1])
-        hint = typing.get_type_hints(section).get(str(part))
-        if hint is None:
-            continue
-        options = [hint, *typing.get_args(hint)]
-        section = next((option for option in options if dataclasses.is_dataclass(option)), None)
-    return section, str(location[-1])
-
-
-def _meaning(section: type | None, name: str) -> str:
-    if section is None:
-        return ""
-    hint = typing.get_type_hints(section, include_extras=True).get(name)
-    infos = getattr(hint, "__metadata__", ())
-    return next((info.description for info in infos if getattr(info, "description", None)), "")

@@ -1,58 +1,61 @@
-"""All settings of a run: frozen dataclasses, closed, checked once, with the reason in each error.
+"""All settings of a run: their names, types, limits, meaning and defaults. A default is written here and nowhere else.
 
-A YAML file gives the values, `key=value` arguments override them (`settings.py` reads both), and what is left out takes
-the default that stands here and nowhere else. Descriptions are part of the error messages.
+A YAML file sets values and `key=value` arguments override them; `load.py` reads both. The loss has its own: `loss.py`.
 """
 
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from dataclasses import field
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from megatron_paint.config.dialect import (
+    ADAMW,
+    MEGATRON,
+    MEGATRON_NAME,
+    OPSD,
+    OPSD_GRPO,
+    PAINT,
+    Count,
+    Flag,
+    Number,
+    Positive,
+    Text,
+    Whole,
+    setting,
+    settings_class,
+)
+from megatron_paint.config.loss import InterpolationLossConfig, Kernel
 
-from megatron_paint.config.loss import InterpolationLossConfig
-
-CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-def setting(description: str, **limits: Any) -> Any:
-    """Limits and meaning of one setting, for pydantic and for error messages."""
-    return Field(description=description, **limits)
-
-
-# Strict: "3" is not taken for 3, nor 1 for true.
-Number = Annotated[float, Field(strict=True)]
-Whole = Annotated[int, Field(strict=True)]
-Flag = Annotated[bool, Field(strict=True)]
-Text = Annotated[str, Field(strict=True, min_length=1)]
-Positive = Annotated[Number, Field(gt=0)]
-Count = Annotated[Whole, Field(ge=1)]
-
-
-def settings_class(cls: type) -> type:
-    """A frozen keyword-only dataclass that refuses unknown keys and wrong types."""
-    cls.__pydantic_config__ = CLOSED
-    return dataclass(frozen=True, kw_only=True)(cls)
+Format = Literal["auto", "jsonl", "parquet", "datasets"]
 
 
 @settings_class
 class LoraSettings:
-    rank: Annotated[Count, setting("rank of the adapters on all seven projections")] = 64
-    alpha: Annotated[Positive, setting("adapters are scaled by alpha / rank")] = 128.0
+    """Low-rank adapters, which train in place of the weights."""
+
+    rank: Annotated[Count, setting("rank of the adapters on all seven projections", source=OPSD)] = 64
+    alpha: Annotated[Positive, setting("the adapters' output is scaled by alpha / rank", source=OPSD)] = 128.0
     export: Annotated[
-        Literal["merged", "adapter"], setting("exports are whole models, or PEFT folders of the adapters alone")
+        Literal["merged", "adapter"], setting("an export is a complete model, or a PEFT folder of the adapters alone")
     ] = "merged"
 
 
 @settings_class
 class ModelSettings:
+    """The model that is trained."""
+
     hf_path: Annotated[Text, setting("folder of a Hugging Face Qwen3 checkpoint")]
-    megatron_path: Annotated[Text | None, setting("Megatron checkpoint of the same model to start from instead")] = None
-    dtype: Annotated[Literal["bfloat16", "float32"], setting("type of weights and activations")] = "bfloat16"
-    lora: LoraSettings | None = None  # low-rank adapters; null trains every weight
+    megatron_path: Annotated[
+        Text | None, setting("Megatron checkpoint of the same model that replaces the weights of hf_path at the start")
+    ] = None
+    dtype: Annotated[Literal["bfloat16", "float32"], setting("number type of weights and activations", source=OPSD)] = (
+        "bfloat16"
+    )
+    lora: Annotated[LoraSettings | None, setting("low-rank adapters; null: all weights are trained")] = None
 
 
 @settings_class
 class ColumnSettings:
+    """Names of the columns of a problem file."""
+
     id: Annotated[Text, setting("column of the problem's id")] = "id"
     problem: Annotated[Text, setting("column of the problem's text")] = "problem"
     solution: Annotated[Text, setting("column of the verified solution")] = "solution"
@@ -61,83 +64,113 @@ class ColumnSettings:
 
 @settings_class
 class DataSettings:
-    train: Annotated[Text, setting("training problems: a file, or a name for `datasets`")]
-    format: Annotated[Literal["auto", "jsonl", "parquet", "datasets"], setting("auto goes by the file's ending")] = (
-        "auto"
-    )
+    """The training problems and how they are batched."""
+
+    train: Annotated[Text, setting("training problems: a file, or a name for the library `datasets`")]
+    format: Annotated[Format, setting("format of the problem file; auto: chosen by the file's ending")] = "auto"
     split: Annotated[Text, setting("split of a `datasets` source")] = "train"
     columns: ColumnSettings = field(default_factory=ColumnSettings)
-    problems_per_step: Annotated[Count, setting("problems in one optimiser step, over all data-parallel ranks")] = 32
-    micro_batch_tokens: Annotated[Count, setting("most tokens, padding counted, in one micro-batch")] = 16384
-    on_bad_row: Annotated[Literal["error", "skip"], setting("stop at a bad row, or leave it out and count it")] = (
-        "error"
-    )
-    check_answers: Annotated[Flag, setting("compare each answer with the solution's last box")] = True
-    seed: Annotated[Whole, setting("key of the order of the problems", ge=0)] = 1
+    problems_per_step: Annotated[Count, setting("problems in one step, over all data-parallel ranks", source=OPSD)] = 32
+    micro_batch_tokens: Annotated[Count, setting("most tokens in one micro-batch, padding included")] = 16384
+    on_bad_row: Annotated[
+        Literal["error", "skip"], setting("at a bad row: stop, or leave the row out and count it")
+    ] = "error"
+    check_answers: Annotated[Flag, setting("compare each answer with the last box of its solution")] = True
+    seed: Annotated[Whole, setting("random key of the order of the problems", ge=0)] = 1
 
 
 @settings_class
 class PromptSettings:
+    """The messages that student, teacher and evaluation see."""
+
     student_template: Annotated[
-        Text | None, setting("template file of the student's message; null: the shipped one")
+        Text | None, setting("template file of the student's message; null: the built-in one")
     ] = None
     teacher_template: Annotated[
-        Text | None, setting("template file of the teacher's message; null: the shipped one")
+        Text | None, setting("template file of the teacher's message; null: the built-in one")
     ] = None
     evaluation_template: Annotated[
-        Text | None, setting("template file of the message in evaluations; null: the shipped one")
+        Text | None, setting("template file of the message in evaluations; null: the built-in one")
     ] = None
     chat_template: Annotated[Text | None, setting("chat template file; null: the tokenizer's own")] = None
-    student_thinking: Annotated[Flag, setting("thinking mode of the student's prompt")] = False
-    teacher_thinking: Annotated[Flag, setting("thinking mode of the teacher's prompt")] = True
+    student_thinking: Annotated[Flag, setting("thinking mode of the student's prompt", source=OPSD)] = False
+    teacher_thinking: Annotated[Flag, setting("thinking mode of the teacher's prompt", source=OPSD)] = True
 
 
 @settings_class
 class RevealSettings:
+    """How much of the solution the teacher sees."""
+
     rule: Annotated[
         Literal["overlap", "full", "fixed", "random", "shuffled", "inverted"],
-        setting("how much of the solution the teacher sees"),
+        setting(
+            "how the shown share is chosen; overlap: the more of the solution a response has, the less is shown; full: "
+            "all (OPSD); fixed: share; random: drawn; shuffled: another problem's; inverted: the reverse of overlap",
+            source=f"{PAINT}; the linear map is ours",
+        ),
     ] = "overlap"
-    minimum: Annotated[Number, setting("r_min: share shown to a rollout that has every anchor", ge=0, le=1)] = 0.3
-    share: Annotated[Number | None, setting("share shown under rule: fixed", ge=0, le=1)] = None
-    unit: Annotated[Literal["token", "segment"], setting("what the share is counted in")] = "token"
+    minimum: Annotated[
+        Number, setting("r_min: share that is shown for a response with every anchor of the solution", ge=0, le=1)
+    ] = 0.3
+    share: Annotated[Number | None, setting("share that is shown with rule=fixed", ge=0, le=1)] = None
+    unit: Annotated[Literal["token", "segment"], setting("unit in which the share is counted")] = "token"
     hidden_nats: Annotated[
         Positive | None,
-        setting("most that may be hidden, by what the teacher still finds surprising in it, in nats; null: no limit"),
+        setting("most that may be hidden: the teacher's surprise at the hidden tokens, in nats; null: no limit"),
     ] = None
-    hide_answer: Annotated[Flag, setting("hide the last box whatever the share")] = False
+    hide_answer: Annotated[Flag, setting("hide the last box even where the share would show it")] = False
     solution: Annotated[
         Literal["own", "wrong", "none"],
         setting(
-            "own: the problem's; wrong: another problem's of the step; none: the teacher sees the student's prompt"
+            "own: the problem's solution; wrong: that of another problem of the step; none: the teacher sees the "
+            "student's prompt"
         ),
     ] = "own"
-    anchors: Annotated[Text, setting("name of the anchor extractor")] = "math"
+    anchors: Annotated[Text, setting("name of the anchor extractor; each domain has its own")] = "math"
 
 
 @settings_class
 class TeacherSettings:
-    weights: Annotated[Literal["initial", "current", "ema"], setting("which weights score as teacher")] = "initial"
-    ema_decay: Annotated[Number, setting("decay of the EMA after each optimiser step", ge=0, lt=1)] = 0.999
+    """The weights that score as teacher. With GRPO they are the reference of the KL."""
+
+    weights: Annotated[
+        Literal["initial", "current", "ema"],
+        setting("the teacher's weights: those of the start, the student's, or a moving average", source=OPSD),
+    ] = "initial"
+    ema_decay: Annotated[
+        Number, setting("decay of the moving average after each optimiser step", source=OPSD, ge=0, lt=1)
+    ] = 0.999
     ema_anchor: Annotated[
-        Number, setting("share of the initial weights in what the EMA moves towards, beside the student", ge=0, le=1)
+        Number, setting("share of the initial weights, beside the student's, in the average's target", ge=0, le=1)
     ] = 0.0
     offload: Annotated[Flag, setting("keep the second set of weights in host memory between passes")] = False
 
 
 @settings_class
 class GrpoSettings:
-    samples_per_problem: Annotated[Whole, setting("responses of a group", ge=2)] = 8
-    updates_per_batch: Annotated[Count, setting("optimiser steps on each step's responses")] = 1
-    clip_low: Annotated[Number, setting("the ratio is cut below 1 - clip_low", ge=0, lt=1)] = 0.2
-    clip_high: Annotated[Number, setting("the ratio is cut above 1 + clip_high", ge=0)] = 0.2
+    """Group relative policy optimisation (arXiv 2402.03300)."""
+
+    samples_per_problem: Annotated[Whole, setting("responses in a group", source=OPSD_GRPO, ge=2)] = 8
+    updates_per_batch: Annotated[Count, setting("optimiser steps on the responses of one step")] = 1
+    clip_low: Annotated[
+        Number, setting("the ratio is clipped below 1 - clip_low", source="the usual value of PPO", ge=0, lt=1)
+    ] = 0.2
+    clip_high: Annotated[
+        Number, setting("the ratio is clipped above 1 + clip_high", source="the usual value of PPO", ge=0)
+    ] = 0.2
     normalisation: Annotated[
         Literal["token_mean", "sequence_mean"],
-        setting("mean over all tokens that are trained on, or over responses of their means"),
+        setting("mean over all tokens that carry loss, or mean over responses of each response's mean"),
     ] = "token_mean"
-    kl_weight: Annotated[Number, setting("of the KL to the weights of objective.teacher (k3)", ge=0)] = 0.0
+    kl_weight: Annotated[
+        Number, setting("weight of the KL to the weights of objective.teacher (estimator k3)", source=OPSD_GRPO, ge=0)
+    ] = 0.0
     importance_limit: Annotated[
-        Positive | None, setting("largest importance weight of a token whose sampler and trainer differ; null: none")
+        Positive | None,
+        setting(
+            "largest importance weight of a token; it corrects a difference between sampler and trainer; null: no "
+            "weights"
+        ),
     ] = 2.0
 
 
@@ -153,13 +186,15 @@ class Needs:
 
 @settings_class
 class ObjectiveSettings:
-    name: Annotated[Literal["paint", "opsd", "grpo", "sft"], setting("what is trained")] = "paint"
+    """The training objective."""
+
+    name: Annotated[Literal["paint", "opsd", "grpo", "sft"], setting("the training objective")] = "paint"
     reveal: RevealSettings = field(default_factory=RevealSettings)
     loss: InterpolationLossConfig = field(default_factory=InterpolationLossConfig)
     chunk_bytes: Annotated[Positive, setting("bytes of logits that the loss may hold at once")] = 1.0e9
     kernel: Annotated[
-        Literal["auto", "torch", "triton"],
-        setting("who does the loss's elementwise work; auto takes torch where CUDA or Triton is missing"),
+        Kernel,
+        setting("implementation of the loss's elementwise work; auto: torch where CUDA or Triton is missing"),
     ] = "auto"
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
     grpo: GrpoSettings = field(default_factory=GrpoSettings)
@@ -179,122 +214,182 @@ class ObjectiveSettings:
 
 @settings_class
 class RolloutSettings:
-    engine: Annotated[Literal["megatron", "replay"], setting("who samples")] = "megatron"
-    path: Annotated[Text | None, setting("file of rollouts for engine: replay")] = None
-    max_new_tokens: Annotated[Count, setting("longest response")] = 1024
-    temperature: Annotated[Number, setting("0 is greedy", ge=0)] = 1.1
-    top_p: Annotated[Number, setting("nucleus: smallest set of tokens with this mass", gt=0, le=1)] = 0.95
-    top_k: Annotated[Whole, setting("most likely tokens kept; 0 keeps all", ge=0)] = 20
-    batch_size: Annotated[Count, setting("responses decoded together on one data-parallel rank")] = 64
+    """How responses are sampled for training."""
+
+    engine: Annotated[
+        Literal["megatron", "replay"], setting("where responses come from: sampled here, or read from a file")
+    ] = "megatron"
+    path: Annotated[Text | None, setting("file or folder of rollouts for engine=replay")] = None
+    max_new_tokens: Annotated[Count, setting("most tokens in a response", source=OPSD)] = 1024
+    temperature: Annotated[Number, setting("sampling temperature; 0 is greedy", source=OPSD, ge=0)] = 1.1
+    top_p: Annotated[
+        Number, setting("nucleus: sample from the smallest set of tokens with this mass", source=OPSD, gt=0, le=1)
+    ] = 0.95
+    top_k: Annotated[Whole, setting("sample from this many most likely tokens; 0: from all", source=OPSD, ge=0)] = 20
+    batch_size: Annotated[Count, setting("most responses that a data-parallel rank decodes together")] = 64
     cache_bytes: Annotated[Positive, setting("bytes of keys and values that a rank may hold while it samples")] = 2.0e10
 
 
 @settings_class
 class OptimizerSettings:
-    name: Annotated[Literal["adam", "sgd"], setting("adam is AdamW")] = "adam"
-    lr: Annotated[Positive, setting("peak learning rate")] = 5.0e-6
+    """The optimiser and the schedule of its learning rate."""
+
+    name: Annotated[Literal["adam", "sgd"], setting("the optimiser; adam is AdamW", source=OPSD)] = "adam"
+    lr: Annotated[Positive, setting("peak learning rate", source=OPSD)] = 5.0e-6
     min_lr: Annotated[Number, setting("learning rate at the end of linear and cosine decay", ge=0)] = 0.0
-    decay: Annotated[Literal["constant", "linear", "cosine"], setting("shape after the warm-up")] = "constant"
+    decay: Annotated[
+        Literal["constant", "linear", "cosine"], setting("shape of the learning rate after the warm-up")
+    ] = "constant"
     decay_steps: Annotated[Count | None, setting("step at which the decay reaches min_lr; null: run.steps")] = None
-    warmup_steps: Annotated[Whole, setting("steps of linear rise", ge=0)] = 0
-    beta1: Annotated[Number, setting("first moment's decay", ge=0, lt=1)] = 0.9
-    beta2: Annotated[Number, setting("second moment's decay", ge=0, lt=1)] = 0.999
-    eps: Annotated[Positive, setting("added to the root of the second moment")] = 1.0e-8
+    warmup_steps: Annotated[Whole, setting("steps in which the learning rate rises linearly", ge=0)] = 0
+    beta1: Annotated[Number, setting("decay of the first moment", source=ADAMW, ge=0, lt=1)] = 0.9
+    beta2: Annotated[Number, setting("decay of the second moment", source=ADAMW, ge=0, lt=1)] = 0.999
+    eps: Annotated[Positive, setting("added to the root of the second moment", source=ADAMW)] = 1.0e-8
     weight_decay: Annotated[Number, setting("decoupled weight decay", ge=0)] = 0.0
-    momentum: Annotated[Number, setting("of sgd", ge=0, lt=1)] = 0.0
-    clip_grad: Annotated[Number, setting("largest global gradient norm; 0 is no clipping", ge=0)] = 0.1
+    momentum: Annotated[Number, setting("momentum of sgd", ge=0, lt=1)] = 0.0
+    clip_grad: Annotated[Number, setting("largest global gradient norm; 0: no clipping", source=OPSD, ge=0)] = 0.1
 
 
 @settings_class
 class MegatronSettings:
-    """Megatron-Core's and Transformer Engine's own settings, with their own names; null leaves their default."""
+    """Settings of Megatron-Core and Transformer Engine, under their own names; null leaves their default."""
 
-    tensor_model_parallel_size: Annotated[Count, setting("ranks that share each layer")] = 1
-    pipeline_model_parallel_size: Annotated[Count, setting("stages that share the layers")] = 1
-    expert_model_parallel_size: Annotated[Count, setting("data-parallel ranks that share the experts")] = 1
-    sequence_parallel: Annotated[Flag, setting("split activations between layers over the tensor-parallel ranks")] = (
+    tensor_model_parallel_size: Annotated[Count, setting("ranks that share each layer", source=MEGATRON)] = 1
+    pipeline_model_parallel_size: Annotated[Count, setting("stages that share the layers", source=MEGATRON)] = 1
+    expert_model_parallel_size: Annotated[
+        Count, setting("data-parallel ranks that share the experts", source=MEGATRON)
+    ] = 1
+    sequence_parallel: Annotated[
+        Flag, setting("split activations between layers over the tensor-parallel ranks", source=MEGATRON)
+    ] = False
+    use_distributed_optimizer: Annotated[
+        Flag, setting("shard the optimiser's state over data-parallel ranks", source=MEGATRON_NAME)
+    ] = True
+    overlap_grad_reduce: Annotated[Flag, setting("reduce gradients while the backward pass runs", source=MEGATRON)] = (
         False
     )
-    use_distributed_optimizer: Annotated[Flag, setting("shard optimiser state over data-parallel ranks")] = True
-    overlap_grad_reduce: Annotated[Flag, setting("reduce gradients during backward")] = False
     transformer_impl: Annotated[
         Literal["auto", "local", "transformer_engine"],
-        setting("auto takes Transformer Engine where CUDA and it are present"),
+        setting(
+            "implementation of the layers; auto: Transformer Engine where it and CUDA are present",
+            source=MEGATRON_NAME,
+        ),
     ] = "auto"
-    recompute_granularity: Annotated[Literal["full", "selective"] | None, setting("activation recomputation")] = None
-    recompute_method: Annotated[Literal["uniform", "block"] | None, setting("with granularity full")] = None
-    recompute_num_layers: Annotated[Count | None, setting("with granularity full")] = None
-    fp8: Annotated[Literal["e4m3", "hybrid"] | None, setting("FP8 format of Transformer Engine's GEMMs")] = None
-    fp8_recipe: Annotated[Literal["delayed", "tensorwise", "blockwise", "mxfp8"], setting("FP8 scaling")] = "blockwise"
-    fp8_margin: Annotated[Whole, setting("of delayed scaling", ge=0)] = 0
-    fp8_amax_history_len: Annotated[Count, setting("of delayed scaling")] = 1
-    fp8_amax_compute_algo: Annotated[Literal["most_recent", "max"], setting("of delayed scaling")] = "most_recent"
-    first_last_layers_bf16: Annotated[Flag, setting("keep the first and last layers out of FP8")] = False
-    num_layers_at_start_in_bf16: Annotated[Whole, setting("with first_last_layers_bf16", ge=0)] = 1
-    num_layers_at_end_in_bf16: Annotated[Whole, setting("with first_last_layers_bf16", ge=0)] = 1
-    deterministic_mode: Annotated[Flag, setting("only deterministic kernels")] = False
+    recompute_granularity: Annotated[
+        Literal["full", "selective"] | None, setting("activations that are recomputed; null: none", source=MEGATRON)
+    ] = None
+    recompute_method: Annotated[
+        Literal["uniform", "block"] | None, setting("how full recomputation divides the layers", source=MEGATRON)
+    ] = None
+    recompute_num_layers: Annotated[
+        Count | None, setting("layers in a unit of full recomputation", source=MEGATRON)
+    ] = None
+    fp8: Annotated[
+        Literal["e4m3", "hybrid"] | None,
+        setting("FP8 format of Transformer Engine's matrix products; null: no FP8", source=MEGATRON),
+    ] = None
+    fp8_recipe: Annotated[
+        Literal["delayed", "tensorwise", "blockwise", "mxfp8"], setting("FP8 scaling", source=MEGATRON_NAME)
+    ] = "blockwise"
+    fp8_margin: Annotated[Whole, setting("margin of delayed scaling", source=MEGATRON, ge=0)] = 0
+    fp8_amax_history_len: Annotated[Count, setting("steps of history that delayed scaling keeps", source=MEGATRON)] = 1
+    fp8_amax_compute_algo: Annotated[
+        Literal["most_recent", "max"], setting("what delayed scaling takes from its history", source=MEGATRON)
+    ] = "most_recent"
+    first_last_layers_bf16: Annotated[Flag, setting("keep the first and last layers out of FP8", source=MEGATRON)] = (
+        False
+    )
+    num_layers_at_start_in_bf16: Annotated[
+        Whole, setting("first layers that first_last_layers_bf16 keeps out of FP8", source=MEGATRON, ge=0)
+    ] = 1
+    num_layers_at_end_in_bf16: Annotated[
+        Whole, setting("last layers that first_last_layers_bf16 keeps out of FP8", source=MEGATRON, ge=0)
+    ] = 1
+    deterministic_mode: Annotated[Flag, setting("use only deterministic kernels", source=MEGATRON)] = False
     distributed_timeout_minutes: Annotated[
         Count | None,
-        setting("time-out of a collective; null: 10 and so many that run.hang_timeout_s comes first"),
+        setting(
+            "time limit of a collective, in minutes; null: 10 minutes more than run.hang_timeout_s, which therefore "
+            "ends a hang first",
+            source=MEGATRON_NAME,
+        ),
     ] = None
 
 
 @settings_class
 class EvaluationSettings:
-    problems: Annotated[Text | None, setting("held-out problems; null: no evaluation")] = None
-    format: Annotated[Literal["auto", "jsonl", "parquet", "datasets"], setting("as in data")] = "auto"
-    split: Annotated[Text, setting("as in data")] = "test"
+    """The evaluation on problems that are not trained on."""
+
+    problems: Annotated[Text | None, setting("evaluation problems; null: no evaluation")] = None
+    format: Annotated[Format, setting("format of the problem file; auto: chosen by the file's ending")] = "auto"
+    split: Annotated[Text, setting("split of a `datasets` source")] = "test"
     columns: ColumnSettings = field(default_factory=ColumnSettings)
-    limit: Annotated[Count | None, setting("only the first problems")] = None
-    samples: Annotated[Count, setting("n of Avg@n")] = 12
-    temperature: Annotated[Number, setting("0 is greedy", ge=0)] = 1.0
-    top_p: Annotated[Number, setting("as in rollout", gt=0, le=1)] = 0.95
-    top_k: Annotated[Whole, setting("as in rollout", ge=0)] = 0
-    max_new_tokens: Annotated[Count, setting("longest answer")] = 38912
-    thinking: Annotated[Flag, setting("thinking mode of the prompt")] = True
-    greedy: Annotated[Flag, setting("one greedy answer a problem as well")] = False
-    grading_seconds: Annotated[Positive, setting("time limit of one verdict")] = 5.0
+    limit: Annotated[Count | None, setting("use only this many first problems; null: all")] = None
+    samples: Annotated[Count, setting("answers to each problem: the n of Avg@n", source=OPSD)] = 12
+    temperature: Annotated[Number, setting("sampling temperature; 0 is greedy", source=OPSD, ge=0)] = 1.0
+    top_p: Annotated[
+        Number, setting("nucleus: sample from the smallest set of tokens with this mass", source=OPSD, gt=0, le=1)
+    ] = 0.95
+    top_k: Annotated[Whole, setting("sample from this many most likely tokens; 0: from all", source=OPSD, ge=0)] = 0
+    max_new_tokens: Annotated[Count, setting("most tokens in an answer", source=OPSD)] = 38912
+    thinking: Annotated[Flag, setting("thinking mode of the prompt", source=OPSD)] = True
+    greedy: Annotated[Flag, setting("also give one greedy answer to each problem")] = False
+    grading_seconds: Annotated[Positive, setting("time limit for grading one answer, in seconds")] = 5.0
 
 
 @settings_class
 class RunSettings:
+    """The run: its folder, length, checkpoints and safety limits."""
+
     dir: Annotated[Text, setting("run folder")]
-    steps: Annotated[Count, setting("optimiser steps")] = 100
-    save_every: Annotated[Whole, setting("steps between checkpoints; 0: only at the end", ge=0)] = 25
-    evaluate_every: Annotated[Whole, setting("steps between evaluations; 0: only before and after", ge=0)] = 25
-    export_every: Annotated[Whole, setting("steps between Hugging Face exports; 0: only at the end", ge=0)] = 0
+    steps: Annotated[Count, setting("steps of the run", source=OPSD)] = 100
+    save_every: Annotated[
+        Whole, setting("steps between checkpoints; 0: only after the last step", source=OPSD, ge=0)
+    ] = 25
+    evaluate_every: Annotated[
+        Whole, setting("steps between evaluations; 0: only before the first and after the last step", ge=0)
+    ] = 25
+    export_every: Annotated[Whole, setting("steps between Hugging Face exports; 0: only after the last step", ge=0)] = 0
     async_save: Annotated[
-        Flag, setting("write a checkpoint, from a copy in host memory, while training goes on; false: it waits")
+        Flag, setting("write a checkpoint from a copy in host memory while training continues; false: training waits")
     ] = True
-    keep_last: Annotated[Count | None, setting("newest checkpoints that are kept; null: all are")] = None
+    keep_last: Annotated[Count | None, setting("how many of the newest checkpoints are kept; null: all")] = None
     keep_every: Annotated[
-        Count | None, setting("checkpoints of steps that are multiples of it are kept as well; null: none")
+        Count | None, setting("checkpoints at multiples of this step are kept in addition to keep_last; null: none")
     ] = None
     exit_before_limit_s: Annotated[
-        Number, setting("seconds before the end of the Slurm job at which to stop, with a checkpoint", ge=0)
+        Number,
+        setting("the run saves a checkpoint and stops this many seconds before the Slurm job's time limit", ge=0),
     ] = 300.0
     hang_timeout_s: Annotated[
-        Positive | None, setting("longest time without progress, ten times it in a save or evaluation; null: no watch")
+        Positive | None,
+        setting(
+            "the run ends after this many seconds without progress, ten times as many in a save or an evaluation; "
+            "null: never"
+        ),
     ] = 600.0
     max_skipped_steps: Annotated[
-        Whole, setting("steps of a run that may be left out because a loss or gradient is not finite", ge=0)
+        Whole, setting("most steps of a run that are skipped because a loss or gradient is not finite", ge=0)
     ] = 0
-    seed: Annotated[Whole, setting("key of all sampling", ge=0)] = 1
+    seed: Annotated[Whole, setting("random key of all sampling", ge=0)] = 1
     resume: Annotated[
-        Literal["never", "auto", "required"], setting("go on from the newest complete checkpoint of run.dir")
+        Literal["never", "auto", "required"],
+        setting("resume from the newest complete checkpoint in run.dir: never, if there is one, or fail without one"),
     ] = "never"
     tensorboard: Annotated[Flag, setting("write TensorBoard files")] = True
     sampler_gap_limit: Annotated[
         Positive,
-        setting("largest difference, in nats, of sampler's and trainer's log-probabilities at the start"),
+        setting("largest difference between sampler's and trainer's log-probabilities at the start, in nats"),
     ] = 1.0
-    self_check_limit: Annotated[Number, setting("largest loss, in nats a token, of a model against itself", ge=0)] = (
-        0.05
-    )
+    self_check_limit: Annotated[
+        Number, setting("largest loss of the model against itself at the start, in nats a token", ge=0)
+    ] = 0.05
 
 
 @settings_class
 class Settings:
+    """All settings of a run."""
+
     model: ModelSettings
     data: DataSettings
     run: RunSettings

@@ -178,7 +178,7 @@ def test_plan_counts_weights(tmp_path):
         ({"reveal": {"hidden_nats": 0.0}}, "greater than 0"),
         (
             {"loss": {"clip": 0.1, "clip_rule": "tokens"}},
-            "objective.loss.clip_rule: got 'tokens'; it is one of ",
+            r"^objective.loss.clip_rule \(.+\): got 'tokens'; it must be 'entry' or 'token'$",
         ),
     ],
 )

@@ -47,7 +47,6 @@ from megatron_paint.losses import (
         ({"weight": -0.1}, "weight"),
         ({"fraction": 2}, "fraction"),
         ({"fraction": None}, "fraction"),
-        ({"positions": "threshold"}, "threshold_nats"),
         ({"positions": "threshold", "threshold_nats": -0.1}, "threshold_nats"),
         ({"positions": "threshold", "threshold_nats": math.inf}, "threshold_nats"),
         ({"threshold_nats": 0.1}, "threshold_nats"),
@@ -55,9 +54,17 @@ from megatron_paint.losses import (
     ],
 )
 def test_settings_are_refused_by_name_and_value(settings, name):
-    with pytest.raises(ValueError, match=f"loss setting {name}: got ") as caught:
+    with pytest.raises(ValueError, match=rf"^objective\.loss\.{name}( \(.+\): got |=)") as caught:
         InterpolationLossConfig(**settings)
-    assert repr(settings.get(name)) in str(caught.value)
+    assert str(settings[name]) in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_threshold_must_be_set():
+    with pytest.raises(
+        ValueError, match=r"^objective\.loss\.threshold_nats is not set: positions=threshold .*; set it"
+    ):
+        InterpolationLossConfig(positions="threshold")
 
 
 def test_unusual_settings_are_allowed():
