@@ -21,7 +21,7 @@ from megatron_paint.mcore.response_rows import response_rows
 from megatron_paint.mcore.sampling import choose_tokens
 from megatron_paint.policy import GenerationRequest, SamplingParameters
 from megatron_paint.records import Rollout
-from megatron_paint.runtime.heartbeat import go_on
+from megatron_paint.runtime.heartbeat import mark_progress
 
 COMPACT_AT = 0.25  # share of finished rows at which a batch drops them; ours
 
@@ -127,7 +127,7 @@ class Generator:
 
     def _call(self, tokens: list[int], lengths: list[int], starts: list[int] | None, cache: KeyValueCache):
         """Runs the stages on new tokens; float32 logits [R, V] after each row's last one, where tokens are drawn."""
-        go_on()
+        mark_progress()
         padding = -len(tokens) % self.token_multiple
         rows = token_rows(lengths, padding=padding, device=self.ranks.device, starts=starts, cache=cache)
         ids_T = torch.tensor(tokens + [0] * padding, device=self.ranks.device)

@@ -19,7 +19,7 @@ from megatron_paint.policy import Policy
 from megatron_paint.records import EvalReport, StepReport
 from megatron_paint.run.console import Progress
 from megatron_paint.run.folder import RunFolder
-from megatron_paint.runtime.heartbeat import beat
+from megatron_paint.runtime.heartbeat import mark_progress
 from megatron_paint.runtime.pace import Pace
 from megatron_paint.runtime.rank_zero import OnRankZero
 
@@ -81,14 +81,14 @@ class Run:
                 self.do_what_is_due(step)
                 if self.stops_after(step, ["step"]):
                     return False
-        beat("checkpoint")
+        mark_progress("checkpoint")
         self.finish_save()
         self.on_rank_zero(self.end)
         return True
 
     def step(self, step: int, clip_watch: ClipWatch) -> None:
         """One step of the objective, recorded; or counted where its loss or gradient is not finite."""
-        beat("rollout", step)
+        mark_progress("rollout", step)
         lr = learning_rate(step, steps=self.settings.run.steps, settings=self.settings.optimizer)
         try:
             report = self.objective.step(self.policy, self.problems.batch(step), step=step, lr=lr)
@@ -112,7 +112,7 @@ class Run:
                 reason=reason,
             )
             return True
-        beat("checkpoint", step)
+        mark_progress("checkpoint", step)
         self.finish_save()
         if not self.on_rank_zero(lambda: self.folder.holds("checkpoint", step)):
             self.save(step)
@@ -148,7 +148,7 @@ class Run:
         for task in due_after(step, self.settings.run):
             done = step == self.start and self.on_rank_zero(lambda task=task: self.folder.holds(task, step))
             if not done:
-                beat(task, step)
+                mark_progress(task, step)
                 with self.pace.timed(task):
                     does[task](step)
 
@@ -181,7 +181,7 @@ class Run:
 
         The error may be this rank's alone, so that this asks no other rank anything.
         """
-        beat("checkpoint")
+        mark_progress("checkpoint")
         try:
             self.policy.finish_save(wait=True)
         except UserError as another:

@@ -14,14 +14,14 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import Settings
 from megatron_paint.evaluation.evaluator import Evaluator
 from megatron_paint.grading.grade import GradingPool
-from megatron_paint.launch.failure_notes import leave_note
+from megatron_paint.launch.failure_notes import leave_failure_note
 from megatron_paint.masker.overlap import MaskerPool
 from megatron_paint.objectives import make_objective
 from megatron_paint.policy import Policy
 from megatron_paint.run.console import Mode, Progress
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.run.tensorboard import open_tensorboard
-from megatron_paint.runtime.heartbeat import LONG, Heart, go_on, start_heart, stop_heart
+from megatron_paint.runtime.heartbeat import LONG, Watchdog, mark_progress, start_watchdog, stop_watchdog
 from megatron_paint.runtime.stop import StopRequest, job_end
 from megatron_paint.training.loop import Run
 from megatron_paint.training.self_check import self_check
@@ -105,7 +105,7 @@ def prepare(settings: Settings, ranks: "Ranks", *, mode: Mode, stack: ExitStack,
     if sources.held_out:
         evaluator = Evaluator(settings.evaluation, sources.held_out, sources.prompts, seed=settings.run.seed)
     seconds = settings.evaluation.grading_seconds
-    graders = stack.enter_context(GradingPool(seconds=seconds, on_verdict=go_on)) if first else None
+    graders = stack.enter_context(GradingPool(seconds=seconds, on_verdict=mark_progress)) if first else None
     pool = _masker_pool(stack) if first and settings.objective.distils else None
     return Run(
         settings=settings,
@@ -151,14 +151,14 @@ def watch_over(settings: Settings, folder: RunFolder, ranks: "Ranks", stack: Exi
     """Starts this rank's heartbeat, which ends the process where the run hangs."""
 
     def give_up(message: str) -> None:
-        if not leave_note(message, mistake=False):
+        if not leave_failure_note(message, mistake=False):
             print(message, file=sys.stderr, flush=True)
 
-    heart = Heart(
+    watchdog = Watchdog(
         folder.heartbeats, rank=ranks.rank, ranks=ranks.size, limit=settings.run.hang_timeout_s, give_up=give_up
     )
-    start_heart(heart)
-    stack.callback(stop_heart)
+    start_watchdog(watchdog)
+    stack.callback(stop_watchdog)
 
 
 def _take_up(policy: Policy, checkpoint: Path, step: int) -> None:
