@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from megatron_paint import __version__
 from megatron_paint.base.argument_parser import Parser
 from megatron_paint.base.errors import UserError
-from megatron_paint.launch.failure_notes import leave_note
+from megatron_paint.launch.failure_notes import leave_failure_note
 from megatron_paint.runtime.processes import end_with_launcher
 
 if TYPE_CHECKING:
     from megatron_paint.config.settings import Settings
-    from megatron_paint.launch.rank_environment import Place
+    from megatron_paint.launch.rank_environment import RankEnvironment
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,33 +28,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parse(arguments)
         return options.run(options, arguments)
     except UserError as error:
-        _tell(f"megatron-paint: error: {error}")
+        _print_error(f"megatron-paint: error: {error}")
         return 2
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print("megatron-paint: ended by SIGINT", file=sys.stderr)
         return 130
     except Exception:
-        if not leave_note(traceback.format_exc(), mistake=False):
+        if not leave_failure_note(traceback.format_exc(), mistake=False):
             raise
         return 1
 
 
-def _tell(message: str) -> None:
+def _print_error(message: str) -> None:
     """Prints an error once, however many ranks meet it."""
     from megatron_paint.launch.print_once import print_once
-    from megatron_paint.launch.rank_environment import find_place
+    from megatron_paint.launch.rank_environment import find_rank_environment
 
-    if leave_note(message, mistake=True):
+    if leave_failure_note(message, mistake=True):
         return
     try:
-        place = find_place(os.environ)
+        environment = find_rank_environment(os.environ)
     except UserError:
-        place = None
-    if place is None or place.size == 1:
+        environment = None
+    if environment is None or environment.size == 1:
         print(message, file=sys.stderr)
     else:
-        print_once(message, place)
+        print_once(message, environment)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -176,12 +176,12 @@ def run_train(options: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_paint.config.load import load_settings
     from megatron_paint.planning.memory import make_plan
 
-    place = _place(options)
+    environment = _rank_environment(options)
     settings = load_settings(options.config, options.overrides)
-    processes = _processes(settings, options, place)
+    processes = _processes(settings, options, environment)
     plan = make_plan(settings, processes=processes)
     inputs = None
-    if place is None or (options.dry_run and place.rank == 0):
+    if environment is None or (options.dry_run and environment.rank == 0):
         from megatron_paint.training.inputs import check_inputs
 
         inputs = check_inputs(settings, plan.shape, run_folder=not options.self_check)  # before any rank starts
@@ -189,7 +189,7 @@ def run_train(options: argparse.Namespace, arguments: list[str]) -> int:
             print("\n".join([*plan.lines(settings), *inputs.summary()]))
     if options.dry_run:
         return 0
-    if place is None and processes > 1:
+    if environment is None and processes > 1:
         from megatron_paint.launch.local import run_here
         from megatron_paint.training.inputs import save_checked_problems
 
@@ -201,28 +201,28 @@ def run_train(options: argparse.Namespace, arguments: list[str]) -> int:
     return 0 if finished else exit_status()
 
 
-def _place(options: argparse.Namespace) -> "Place | None":
-    """This process's place in the world that torchrun or srun made; None where the ranks are still to be started."""
+def _rank_environment(options: argparse.Namespace) -> "RankEnvironment | None":
+    """The rank environment that torchrun or srun made; None if the ranks are not started yet."""
     from megatron_paint.launch.print_once import host_store
-    from megatron_paint.launch.rank_environment import enter_place, find_place
+    from megatron_paint.launch.rank_environment import export_rank_environment, find_rank_environment
 
-    place = find_place(os.environ)
-    if place is None:
+    environment = find_rank_environment(os.environ)
+    if environment is None:
         return None
-    if options.processes not in (None, place.size):
+    if options.processes not in (None, environment.size):
         raise UserError(
-            f"--processes={options.processes} is given, but this process is one of {place.size} ranks that torchrun or "
-            "srun started: start as many as there are to be, and leave --processes out"
+            f"--processes={options.processes} is given, but this process is one of {environment.size} ranks that "
+            "torchrun or srun started: start as many as there are to be, and leave --processes out"
         )
-    enter_place(place, os.environ)
-    host_store(place)
-    return place
+    export_rank_environment(environment, os.environ)
+    host_store(environment)
+    return environment
 
 
-def _processes(settings: "Settings", options: argparse.Namespace, place: "Place | None") -> int:
+def _processes(settings: "Settings", options: argparse.Namespace, environment: "RankEnvironment | None") -> int:
     from megatron_paint.launch.local import number_of_processes
 
-    return place.size if place is not None else number_of_processes(settings.megatron, options.processes)
+    return environment.size if environment is not None else number_of_processes(settings.megatron, options.processes)
 
 
 def run_evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -233,7 +233,7 @@ def run_evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
 
     if options.responses is not None:
         return _grade_responses(options)
-    place = _place(options)
+    environment = _rank_environment(options)
     asked = requested(
         config=options.config,
         model=options.model,
@@ -242,9 +242,9 @@ def run_evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
         out=options.out,
         overrides=options.overrides,
     )
-    processes = _processes(asked.settings, options, place)
+    processes = _processes(asked.settings, options, environment)
     plan = make_plan(asked.settings, processes=processes)
-    if place is None:
+    if environment is None:
         from megatron_paint.cli.evaluate import answer_file, load_evaluators
 
         for name, evaluator in load_evaluators(asked, plan.shape):  # a mistake is told in seconds, by one process

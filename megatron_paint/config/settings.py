@@ -3,7 +3,7 @@
 A YAML file sets values and `key=value` arguments override them; `load.py` reads both. The loss has its own: `loss.py`.
 """
 
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from megatron_paint.config.dialect import (

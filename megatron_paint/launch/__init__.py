@@ -1,1 +1,1 @@
-"""Starting runs."""
+"""Starts runs."""

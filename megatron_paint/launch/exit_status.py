@@ -1,32 +1,33 @@
-"""Why a run ended, in the launcher's words: which rank failed first, and of what."""
+"""The launcher's message about the end of a run: which rank failed first, and why."""
 
 import signal
 from collections.abc import Sequence
 
-from megatron_paint.launch.failure_notes import Note
+from megatron_paint.launch.failure_notes import FailureNote
 from megatron_paint.runtime.stop import STOPPED
 
-# A library calls abort() when it finds that another rank has gone, so that this one is rarely the cause.
-LIKELY = {
-    signal.SIGKILL: "most often the kernel's out-of-memory killer (dmesg tells); fewer processes, or a smaller "
-    "data.micro_batch_tokens or rollout.batch_size, take less memory",
+# A library calls abort() when it finds that another rank is gone. So a rank that aborts is rarely the cause.
+LIKELY_CAUSES = {
+    signal.SIGKILL: "most often the kernel's out-of-memory killer (see dmesg); to save memory, use fewer processes, "
+    "or a smaller data.micro_batch_tokens or rollout.batch_size",
     signal.SIGTERM: "another process asked it to end",
     signal.SIGBUS: "most often /dev/shm or a disk is full",
-    signal.SIGSEGV: "a library crashed: megatron-paint doctor tells which do not fit this machine",
-    signal.SIGILL: "a library was built for another processor: megatron-paint doctor tells which are there",
-    signal.SIGABRT: "a library gave up, and has said why above",
+    signal.SIGSEGV: "a library crashed: megatron-paint doctor shows which libraries do not fit this machine",
+    signal.SIGILL: "a library was built for another processor: megatron-paint doctor lists the libraries",
+    signal.SIGABRT: "a library gave up and printed the reason above",
 }
 
 
-def stopped(number: signal.Signals) -> tuple[str, int]:
+def ended_by(number: signal.Signals) -> tuple[str, int]:
     """Message and exit status after a signal to the launcher."""
     return f"megatron-paint: ended by {number.name}", 128 + number
 
 
-def reason(exits: Sequence[int | None], notes: Sequence[Note]) -> tuple[str, int]:
+def reason(exits: Sequence[int | None], notes: Sequence[FailureNote]) -> tuple[str, int]:
     """Message and exit status of a run.
 
-    exits: of each rank, as subprocess gives them: negative for a signal, None while it ran. notes: the earliest first.
+    exits: exit status of each rank as in subprocess: negative for a signal, None if it still ran. notes: the earliest
+    first.
     """
     killed = {rank: -code for rank, code in enumerate(exits) if code is not None and code < 0}
     direct = {rank: number for rank, number in killed.items() if number != signal.SIGABRT}
@@ -49,5 +50,5 @@ def _killed(killed: dict[int, int]) -> str:
     known = number in set(signal.Signals)
     name = f"{signal.Signals(number).name} (signal {number})" if known else f"signal {number}"
     ranks = f"rank {rank}" if len(killed) == 1 else f"ranks {', '.join(map(str, sorted(killed)))}"
-    likely = f": {LIKELY[number]}" if number in LIKELY else ""
+    likely = f": {LIKELY_CAUSES[number]}" if number in LIKELY_CAUSES else ""
     return f"megatron-paint: error: {ranks} died of {name}{likely}"

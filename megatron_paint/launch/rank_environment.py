@@ -1,4 +1,4 @@
-"""The place among ranks that torchrun or srun gave this process, read from the environment alone."""
+"""The rank environment that torchrun or srun gave this process, read only from environment variables."""
 
 import re
 from collections.abc import Mapping, MutableMapping
@@ -6,31 +6,31 @@ from dataclasses import dataclass
 
 from megatron_paint.base.errors import UserError
 
-PORTS = range(15000, 32000)  # below those that Linux hands out to outgoing connections
-STEPS_PER_JOB = 10  # steps of one job that run at once get ports of their own
+PORTS = range(15000, 32000)  # below the ports that Linux uses for outgoing connections
+STEPS_PER_JOB = 10  # steps of one job that run at the same time get different ports
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """One rank of a world, and where its first rank is met."""
+class RankEnvironment:
+    """One of several ranks, and the address of rank 0."""
 
     rank: int
     size: int
-    local_rank: int  # which GPU of its machine
+    local_rank: int  # the GPU of its machine
     address: str
     port: int
 
 
-def find_place(environ: Mapping[str, str]) -> Place | None:
-    """The place that torchrun's variables name, else srun's; None where nothing has made a world.
+def find_rank_environment(environ: Mapping[str, str]) -> RankEnvironment | None:
+    """Reads torchrun's variables, else srun's; None if this process is not one of several ranks.
 
-    A batch script, a shell of salloc and `srun --pty bash` hold one task or none: no world. Errors: UserError for a
-    variable that is missing or contradicts another.
+    A batch script, a shell of salloc and `srun --pty bash` have at most one task, so the result is None. Errors:
+    UserError for a variable that is missing or contradicts another one.
     """
     if "RANK" in environ:
-        return _torchrun_place(environ)
+        return _torchrun_environment(environ)
     if _step_tasks(environ) > 1:
-        return _srun_place(environ)
+        return _srun_environment(environ)
     if "WORLD_SIZE" in environ:
         raise UserError(
             f"WORLD_SIZE={environ['WORLD_SIZE']} is set, but RANK is not: start every rank with torchrun or srun, or "
@@ -39,25 +39,25 @@ def find_place(environ: Mapping[str, str]) -> Place | None:
     return None
 
 
-def enter_place(place: Place, environ: MutableMapping[str, str]) -> None:
-    """Sets the variables that torch.distributed reads, where they are not set."""
-    values = {"RANK": place.rank, "WORLD_SIZE": place.size, "LOCAL_RANK": place.local_rank}
-    for name, value in {**values, "MASTER_ADDR": place.address, "MASTER_PORT": place.port}.items():
+def export_rank_environment(environment: RankEnvironment, environ: MutableMapping[str, str]) -> None:
+    """Sets the variables that torch.distributed reads, except those that are set already."""
+    values = {"RANK": environment.rank, "WORLD_SIZE": environment.size, "LOCAL_RANK": environment.local_rank}
+    for name, value in {**values, "MASTER_ADDR": environment.address, "MASTER_PORT": environment.port}.items():
         if not environ.get(name):
             environ[name] = str(value)
 
 
-def _torchrun_place(environ: Mapping[str, str]) -> Place:
+def _torchrun_environment(environ: Mapping[str, str]) -> RankEnvironment:
     size = _number(environ, "WORLD_SIZE", least=1)
     rank = _number(environ, "RANK", below=("WORLD_SIZE", size))
     if size == 1:
-        return Place(rank=rank, size=size, local_rank=0, address="127.0.0.1", port=0)
-    # A batch script that sets RANK from srun's variables often leaves this one to them.
+        return RankEnvironment(rank=rank, size=size, local_rank=0, address="127.0.0.1", port=0)
+    # A batch script that sets RANK from srun's variables often does not set LOCAL_RANK.
     local = "SLURM_LOCALID" if "LOCAL_RANK" not in environ and "SLURM_LOCALID" in environ else "LOCAL_RANK"
     address = environ.get("MASTER_ADDR", "")
     if not address:
         raise UserError(f"MASTER_ADDR is not set, but WORLD_SIZE={size}: set it to the host of rank 0 on every rank")
-    return Place(
+    return RankEnvironment(
         rank=rank,
         size=size,
         local_rank=_number(environ, local, below=("WORLD_SIZE", size)),
@@ -67,25 +67,25 @@ def _torchrun_place(environ: Mapping[str, str]) -> Place:
 
 
 def _step_tasks(environ: Mapping[str, str]) -> int:
-    """Tasks of the srun that this process belongs to; 0 outside one."""
+    """Number of tasks of the srun that started this process; 0 outside srun."""
     if "SLURM_STEP_ID" not in environ:
         return 0
     return _number(environ, "SLURM_STEP_NUM_TASKS", least=1)
 
 
-def _srun_place(environ: Mapping[str, str]) -> Place:
+def _srun_environment(environ: Mapping[str, str]) -> RankEnvironment:
     size = _step_tasks(environ)
     if "SLURM_PTY_PORT" in environ:
         raise UserError(
-            f"`srun --pty` started SLURM_STEP_NUM_TASKS={size} tasks, of which only the first has the terminal: give a "
-            "shell one task (srun --ntasks=1 --pty), and ranks no --pty"
+            f"`srun --pty` started SLURM_STEP_NUM_TASKS={size} tasks, of which only the first has the terminal: start "
+            "a shell with one task (srun --ntasks=1 --pty), and ranks without --pty"
         )
     if environ.get("WORLD_SIZE", str(size)) != str(size):
         raise UserError(
-            f"WORLD_SIZE={environ['WORLD_SIZE']} is set, but srun started SLURM_STEP_NUM_TASKS={size} tasks: start as "
-            "many tasks as ranks, or unset WORLD_SIZE"
+            f"WORLD_SIZE={environ['WORLD_SIZE']} is set, but srun started SLURM_STEP_NUM_TASKS={size} tasks: start "
+            "one task per rank, or unset WORLD_SIZE"
         )
-    return Place(
+    return RankEnvironment(
         rank=_number(environ, "SLURM_PROCID", below=("SLURM_STEP_NUM_TASKS", size)),
         size=size,
         local_rank=_number(environ, "SLURM_LOCALID", below=("SLURM_STEP_NUM_TASKS", size)),
@@ -95,7 +95,7 @@ def _srun_place(environ: Mapping[str, str]) -> Place:
 
 
 def _step_port(environ: Mapping[str, str]) -> int:
-    """MASTER_PORT, or a port that all tasks of the step derive alike."""
+    """MASTER_PORT, or else a port that all tasks of the step compute in the same way."""
     if environ.get("MASTER_PORT"):
         return _number(environ, "MASTER_PORT", below=("the number of ports", 1 << 16))
     key = STEPS_PER_JOB * _number(environ, "SLURM_JOB_ID") + _number(environ, "SLURM_STEP_ID")
@@ -103,7 +103,7 @@ def _step_port(environ: Mapping[str, str]) -> int:
 
 
 def first_host(nodes: str) -> str:
-    """The first host of Slurm's short form of a list: node[01-03,7],x begins with node01."""
+    """The first host of a list in Slurm's short form: node01 for node[01-03,7],x."""
     first = re.match(r"(?:[^,\[\]\s]|\[[^\[\]\s]+\])+", nodes)
     if first is None:
         raise UserError(
@@ -113,12 +113,12 @@ def first_host(nodes: str) -> str:
 
 
 def _number(environ: Mapping[str, str], name: str, *, least: int = 0, below: tuple[str, int] | None = None) -> int:
-    """The whole number in a variable, within its limits."""
+    """The integer in a variable, checked against its limits."""
     text = environ.get(name)
     if text is None:
-        raise UserError(f"{name} is not set, which torchrun and srun set for every rank: start the ranks with them")
+        raise UserError(f"{name} is not set: start the ranks with torchrun or srun, which set it for every rank")
     if not text.isascii() or not text.isdigit() or int(text) < least:
-        raise UserError(f"{name}={text!r} must be a whole number from {least}: start the ranks with torchrun or srun")
+        raise UserError(f"{name}={text!r} must be an integer, {least} or more: start the ranks with torchrun or srun")
     if below is not None and int(text) >= below[1]:
         raise UserError(f"{name}={text} must be below {below[0]}={below[1]}: start the ranks with torchrun or srun")
     return int(text)

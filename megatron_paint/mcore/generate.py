@@ -23,7 +23,7 @@ from megatron_paint.mcore.response_rows import response_rows
 from megatron_paint.mcore.sampling import choose_tokens
 from megatron_paint.records import Rollout
 from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
-from megatron_paint.runtime.heartbeat import go_on
+from megatron_paint.runtime.heartbeat import mark_progress
 
 COMPACT_AT = 0.25  # fraction of finished rows at which a batch drops them; ours
 
@@ -148,7 +148,7 @@ class MegatronSampler:
 
         Returns float32 logits [R, V] after each row's last token on the rank that draws tokens; None on the others.
         """
-        go_on()
+        mark_progress()
         padding = -len(tokens) % self.token_multiple
         rows = token_rows(lengths, padding=padding, device=self.ranks.device, starts=starts, cache=cache)
         ids_T = torch.tensor(tokens + [0] * padding, device=self.ranks.device)

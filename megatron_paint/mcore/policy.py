@@ -47,7 +47,7 @@ from megatron_paint.mcore.teacher import Teacher
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.memory import cache_bytes_per_token
 from megatron_paint.records import Sample, SampleScore, UpdateReport
-from megatron_paint.runtime.heartbeat import beat
+from megatron_paint.runtime.heartbeat import mark_progress
 
 
 class MegatronPolicy:
@@ -227,7 +227,7 @@ class MegatronPolicy:
         )
 
         def forward_step(iterator: Iterator[MicroBatch], model) -> tuple[Tensor, Callable]:
-            beat("student" if prompts == "student_prompt_ids" else "teacher")
+            mark_progress("student" if prompts == "student_prompt_ids" else "teacher")
             batch = next(iterator)
             return model(batch.ids_T, batch.rows), partial(at_the_end, batch)
 
@@ -299,7 +299,7 @@ def _check_normalisation(config: TransformerConfig) -> None:
 @contextmanager
 def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     """Wall time of a phase on this rank, up to the end of what it put to work on the device."""
-    beat(phase)
+    mark_progress(phase)
     torch.cuda.synchronize()
     start = time.perf_counter()
     yield

@@ -1,7 +1,7 @@
 """The run folder: its layout, how it starts, and how a run goes on in it.
 
 config.yaml, metrics.jsonl, samples/step_000001.jsonl, eval/step_000100.json, checkpoints/step_000025/, hf/step_000100/,
-logs/; on Slurm links.jsonl. Only one process, rank 0, writes; any process may read.
+logs/; on Slurm attempts.jsonl. Only one process, rank 0, writes; any process may read.
 """
 
 import dataclasses
@@ -28,12 +28,12 @@ from megatron_paint.runtime.files import (
     disk_errors,
     write_atomically,
 )
-from megatron_paint.runtime.heartbeat import clear_beats
+from megatron_paint.runtime.heartbeat import clear_heartbeats
 
 STEP_NAME = re.compile(r"step_(\d{6,})")
-LINKS = "links.jsonl"  # a line for each begin and end of a Slurm job of the run
+ATTEMPTS = "attempts.jsonl"  # a line for each begin and end of a Slurm job of the run
 STOPPED = "STOPPED"  # why no further job of the run is to start
-ALLOWED_BEFORE = {"logs", LINKS, STOPPED}  # the batch system and its jobs write there before the run starts
+ALLOWED_BEFORE = {"logs", ATTEMPTS, STOPPED}  # the batch system and its jobs write there before the run starts
 
 
 class RunFolder:
@@ -119,7 +119,7 @@ class RunFolder:
     def _take_back(self, step: int) -> None:
         for folder in (self.path, *(self.path / kind for kind in ("samples", "eval", "checkpoints", "hf"))):
             clear_left_overs(folder)
-        clear_beats(self.heartbeats)
+        clear_heartbeats(self.heartbeats)
         kept = [line for line, at in self._metric_lines() if at <= step]
         write_atomically(self.metrics_file, "".join(line + "\n" for line in kept))
         with disk_errors(self.path):
@@ -225,9 +225,9 @@ class RunFolder:
 
     # Jobs
 
-    def read_links(self) -> list[dict[str, Any]]:
-        """All whole lines of links.jsonl; a line that a crash cut short is left out."""
-        file = self.path / LINKS
+    def read_attempts(self) -> list[dict[str, Any]]:
+        """All complete lines of attempts.jsonl; a line that a crash cut short is left out."""
+        file = self.path / ATTEMPTS
         records = []
         for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []:
             try:

@@ -1,4 +1,4 @@
-"""What a run folder says about its run, also while it runs: `megatron-paint status RUN`."""
+"""The status of a run, read from its run folder, also while it runs: `megatron-paint status RUN`."""
 
 import time
 from collections.abc import Sequence
@@ -11,15 +11,15 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.config.saved import read_yaml
 from megatron_paint.run.console import duration
 from megatron_paint.run.folder import RunFolder, step_name
-from megatron_paint.runtime.heartbeat import Beat, read_beats, slowest
+from megatron_paint.runtime.heartbeat import Heartbeat, read_heartbeats, slowest
 
-RECENT = 20  # steps that the speed is the median of
-STALE_SECONDS = 120.0  # a heart writes every 10
+RECENT = 20  # the speed is the median of so many steps
+STALE_SECONDS = 120.0  # the watchdog writes every 10 seconds
 
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """Where a run stands."""
+    """The status of a run."""
 
     folder: str
     state: str  # finished, running, hung, stopped, not begun
@@ -35,26 +35,26 @@ class Status:
     damaged: tuple[str, ...]
     evaluation: tuple[int, float] | None  # step and Avg@n
     ranks: int
-    oldest_beat: float | None  # seconds since the last beat of the rank that is behind
+    oldest_progress: float | None  # seconds since the last progress of the rank that is behind
     behind: str
-    links: tuple[dict[str, Any], ...]
+    attempts: tuple[dict[str, Any], ...]
 
 
 def read_status(path: Path, *, now: float | None = None) -> Status:
-    """The status of the run in a folder. UserError: there is no run folder."""
+    """The status of the run in a folder. UserError: it is not a run folder."""
     folder, now = RunFolder(path), time.time() if now is None else now
     if not folder.config_file.exists():
-        raise UserError(f"{path} is no run folder: it holds no config.yaml. Give the run.dir of a run")
+        raise UserError(f"{path} is not a run folder: it has no config.yaml. Give the run.dir of a run")
     steps = int(read_yaml(folder.config_file)["run"]["steps"])
     lines = folder.read_metrics()
     done = [line for line in lines if "skipped" not in line]
     step = max((line["step"] for line in lines), default=0)
     pace = _median([_seconds(line) for line in done[-RECENT:]])
-    newest, beats = folder.latest_checkpoint(), read_beats(folder.heartbeats)
-    last = slowest(beats) if beats else None
+    newest, heartbeats = folder.latest_checkpoint(), read_heartbeats(folder.heartbeats)
+    last = slowest(heartbeats) if heartbeats else None
     return Status(
         folder=str(path),
-        state=_state(step=step, steps=steps, checkpoint=newest, beats=beats, now=now),
+        state=_state(step=step, steps=steps, checkpoint=newest, heartbeats=heartbeats, now=now),
         step=step,
         steps=steps,
         loss=done[-1]["loss"] if done else None,
@@ -66,17 +66,17 @@ def read_status(path: Path, *, now: float | None = None) -> Status:
         checkpoint_age=None if newest is None else now - folder.checkpoint_folder(newest).stat().st_mtime,
         damaged=tuple(sorted(entry.name for entry in (path / "checkpoints").glob("damaged_*"))),
         evaluation=_evaluation(folder),
-        ranks=len(beats),
-        oldest_beat=None if last is None else now - last.since,
+        ranks=len(heartbeats),
+        oldest_progress=None if last is None else now - last.since,
         behind="" if last is None else f"rank {last.rank} on {last.host}, step {last.step}, {last.phase}",
-        links=tuple(folder.read_links()),
+        attempts=tuple(folder.read_attempts()),
     )
 
 
 def status_lines(status: Status) -> list[str]:
-    """The status for a reader."""
-    goes_on = status.state == "running" and status.seconds_left is not None
-    left = f", about {duration(status.seconds_left)} left" if goes_on else ""
+    """The status as lines of text."""
+    is_running = status.state == "running" and status.seconds_left is not None
+    left = f", about {duration(status.seconds_left)} left" if is_running else ""
     lines = [f"{status.folder}: {status.state}, step {status.step:,} of {status.steps:,}{left}"]
     if status.seconds_per_step is not None:
         lines.append(
@@ -84,7 +84,7 @@ def status_lines(status: Status) -> list[str]:
             f"loss {_number(status.loss)}"
         )
     if status.skipped:
-        lines.append(f"left out    {status.skipped} steps whose loss or gradient was not finite")
+        lines.append(f"skipped     {status.skipped} steps whose loss or gradient was not finite")
     saved = (
         "none yet" if status.checkpoint is None else f"{step_name(status.checkpoint)}, {_ago(status.checkpoint_age)}"
     )
@@ -93,18 +93,21 @@ def status_lines(status: Status) -> list[str]:
     if status.evaluation is not None:
         lines.append(f"evaluation  {100 * status.evaluation[1]:.1f} % after step {status.evaluation[0]}")
     if status.ranks and status.state in ("running", "hung"):
-        lines.append(f"heartbeats  {status.ranks} ranks; furthest behind: {status.behind}, {_ago(status.oldest_beat)}")
-    lines += [f"link        {_link_text(link)}" for link in status.links[-5:]]
+        lines.append(
+            f"heartbeats  {status.ranks} ranks; furthest behind: {status.behind}, {_ago(status.oldest_progress)}"
+        )
+    lines += [f"attempt     {_record_text(record)}" for record in status.attempts[-5:]]
     return lines
 
 
-def _state(*, step: int, steps: int, checkpoint: int | None, beats: Sequence[Beat], now: float) -> str:
-    alive = bool(beats) and now - max(beat.written for beat in beats) < STALE_SECONDS
-    if any(beat.hung for beat in beats):
+def _state(*, step: int, steps: int, checkpoint: int | None, heartbeats: Sequence[Heartbeat], now: float) -> str:
+    alive = bool(heartbeats) and now - max(heartbeat.written for heartbeat in heartbeats) < STALE_SECONDS
+    if any(heartbeat.hung for heartbeat in heartbeats):
         return "hung"
-    if step >= steps and checkpoint == steps and not (alive and any(beat.phase != "end" for beat in beats)):
+    works = alive and any(heartbeat.phase != "end" for heartbeat in heartbeats)
+    if step >= steps and checkpoint == steps and not works:
         return "finished"
-    if alive and any(beat.phase != "end" for beat in beats):
+    if works:
         return "running"
     return "stopped" if step or checkpoint else "not begun"
 
@@ -123,8 +126,8 @@ def _evaluation(folder: RunFolder) -> tuple[int, float] | None:
     return (steps[-1], folder.read_eval(steps[-1]).metrics["avg"]) if steps else None
 
 
-def _link_text(link: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in link.items())
+def _record_text(record: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in record.items())
 
 
 def _ago(seconds: float | None) -> str:

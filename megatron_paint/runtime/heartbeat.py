@@ -1,9 +1,10 @@
-"""A sign of life of each rank, and the watch that ends a run which has none.
+"""The heartbeat of each rank, and the watchdog that ends a run that hangs.
 
-Whatever takes long says `beat(phase)` as it goes on. A thread writes the last beat to a file of the rank's own. Where
-no rank has had one for too long it writes down where all threads stand, says which rank is behind, and ends the
-process, so that the job can start again from its last checkpoint. A rank that only waits for one that goes on is well.
-A hang is noticed one and a half to two times the limit after the last beat.
+Long work calls `mark_progress` whenever it advances. In each rank, a thread writes the last heartbeat into a file. If
+no rank made progress for too long, the thread writes the stacks of all threads, prints which rank is behind, and ends
+the process. Then the job can restart from its last checkpoint. A rank that waits for another rank does not count as
+hanging as long as the other one makes progress. A hang is noticed one and a half to two times the limit after the last
+progress.
 """
 
 import faulthandler
@@ -21,30 +22,30 @@ from pathlib import Path
 from megatron_paint.runtime.files import disk_errors
 
 LONG_PHASES = ("start", "checkpoint", "export", "evaluation")
-LONG = 10  # times as long may those take between two beats; ours
+LONG = 10  # factor by which the limit is longer in these phases; ours
 WRITE_SECONDS = 10.0
-SETTLE_SECONDS = 3.0  # beyond one look of every rank, for all to notice
+SETTLE_SECONDS = 3.0  # time for all ranks to notice a hang, in addition to one check interval
 HUNG = 70  # EX_SOFTWARE
-HUNG_RUN = "HUNG"  # the file that tells all ranks
+HUNG_RUN = "HUNG"  # this file informs all ranks
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beat:
-    """What one rank was last seen doing."""
+class Heartbeat:
+    """The last progress of one rank."""
 
     rank: int
     host: str
     pid: int
     step: int
     phase: str
-    since: float  # of the last beat, in seconds since 1970
-    written: float  # of this file
-    waits: bool = False  # for another rank, in a collective
+    since: float  # time of the last progress, in seconds since 1970
+    written: float  # time of writing this file
+    waits: bool = False  # whether it waits for another rank in a collective
     hung: bool = False
 
 
-class Heart:
-    """The heartbeat of this process, from `start` to `stop`."""
+class Watchdog:
+    """Writes the heartbeat of this process and watches all ranks, from `start` to `stop`."""
 
     def __init__(
         self,
@@ -56,34 +57,38 @@ class Heart:
         give_up: Callable[[str], None],
         write_seconds: float = WRITE_SECONDS,
     ) -> None:
-        """ranks: of the run; limit: seconds that all may be without a beat, None: no watch; give_up: what is done with
-        the reason on the rank that speaks for all; the process ends after it."""
+        """ranks: number of ranks of the run. limit: seconds that all ranks may be without progress; None: no limit.
+        give_up: called with the reason on the one rank that reports a hang; the process ends after it."""
         self.folder, self.rank, self.limit, self.give_up = folder, rank, limit, give_up
         self._interval = min(write_seconds, limit / 4) if limit else write_seconds
-        self._state = ("start", 0, time.time())  # phase, step, since: one assignment, seen whole
-        self._is_written = False  # the last beat
-        self._others = Others(folder, ranks=ranks, limit=limit or 0.0)
+        self._state = (
+            "start",
+            0,
+            time.time(),
+        )  # phase, step, since; a single assignment, so that no thread sees a part of it
+        self._is_written = False  # whether the last heartbeat is in the file
+        self._observer = RankObserver(folder, ranks=ranks, limit=limit or 0.0)
         self._clock, self._moved, self._seen = 0.0, 0.0, self._state
         self._before = self._next_look = 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Begins to write and to watch. UserError: the folder cannot be written."""
+        """Starts writing and watching. UserError: the folder cannot be written."""
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         self._write()
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the watch; the file stays as the last sign."""
+        """Stops watching. The file with the last heartbeat stays."""
         self._ended.set()
         self._thread.join()
-        self.beat("end")
+        self.mark_progress("end")
         self._write()
 
-    def beat(self, phase: str | None = None, step: int | None = None) -> None:
-        """Says that this rank goes on, and with what; None: with the same."""
+    def mark_progress(self, phase: str | None = None, step: int | None = None) -> None:
+        """Records that this rank makes progress, and in which phase and step; None: the same as before."""
         phase_before, step_before, _ = self._state
         self._state = (phase or phase_before, step_before if step is None else step, time.time())
 
@@ -93,7 +98,7 @@ class Heart:
             self._look(time.monotonic())
 
     def _look(self, now: float) -> None:
-        # At most twice what was waited: a process that its batch system suspended has not been hanging.
+        # At most two intervals count: a process that the batch system suspended did not hang.
         self._clock += min(now - self._before, 2 * self._interval)
         self._before = now
         if self._state is not self._seen:
@@ -103,39 +108,39 @@ class Heart:
         self._write()
 
     def _is_hung(self, clock: float, *, quiet: float) -> bool:
-        """Whether the run is: rank 0 finds out, which reads what all have written; another only where it does not."""
+        """Whether the run hangs. Rank 0 reads the heartbeats of all ranks; the others do so later."""
         if quiet < self.limit / 2:
             return False
         try:
             if (self.folder / HUNG_RUN).exists():
                 return True
-        except OSError:  # it is not known to hang
+        except OSError:  # unknown, so it does not count as a hang
             return False
         if quiet < self.limit * (0.5 if self.rank == 0 else 3.0) or clock < self._next_look:
             return False
         self._next_look = clock + self.limit / 4
-        # With a disk that refuses this rank's beats, those of the others may be old ones as well.
-        return self._others.all_quiet(clock) and self._is_written
+        # If the disk refuses this rank's heartbeats, those of other ranks may be outdated too.
+        return self._observer.all_quiet(clock) and self._is_written
 
     def _give_up(self) -> None:
         last_resort = threading.Timer(2 * (self._interval + SETTLE_SECONDS), os._exit, [HUNG])
         last_resort.daemon = True
-        last_resort.start()  # a disk may be what hangs
-        mine = self._write(hung=True)  # before the file that tells the others: who sees that one sees this beat
+        last_resort.start()  # the disk itself may hang
+        mine = self._write(hung=True)  # before the file that informs the others, who then read this heartbeat
         with suppress(OSError):
             (self.folder / HUNG_RUN).touch()
             with open(self.folder / f"stacks_{self.rank:05d}.txt", "w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
         time.sleep(self._interval + SETTLE_SECONDS)
-        beats = read_beats(self.folder) or [mine]
-        speaker = min((beat.rank for beat in beats if beat.hung), default=self.rank)
+        heartbeats = read_heartbeats(self.folder) or [mine]
+        speaker = min((heartbeat.rank for heartbeat in heartbeats if heartbeat.hung), default=self.rank)
         if speaker == self.rank:
-            self.give_up(hang_message(beats, folder=self.folder))
+            self.give_up(hang_message(heartbeats, folder=self.folder))
         os._exit(HUNG)
 
-    def _write(self, *, hung: bool = False) -> Beat:
+    def _write(self, *, hung: bool = False) -> Heartbeat:
         phase, step, since = self._state
-        beat = Beat(
+        heartbeat = Heartbeat(
             rank=self.rank,
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -149,101 +154,94 @@ class Heart:
         unfinished = self.folder / f".rank_{self.rank:05d}.{os.getpid()}.unfinished"
         self._is_written = False
         try:
-            unfinished.write_text(json.dumps(asdict(beat)), encoding="utf-8")
+            unfinished.write_text(json.dumps(asdict(heartbeat)), encoding="utf-8")
             unfinished.replace(self.folder / f"rank_{self.rank:05d}.json")
             self._is_written = True
-        except OSError:  # not worth ending a run for: a disk that refuses it refuses the next checkpoint aloud
+        except OSError:  # it does not end the run: a broken disk is reported when the next checkpoint is written
             with suppress(OSError):
                 unfinished.unlink(missing_ok=True)
-        return beat
+        return heartbeat
 
 
-class Others:
-    """What one rank has seen of all ranks' beats, by a clock of its own: hosts' clocks differ."""
+class RankObserver:
+    """Tracks when this rank saw the heartbeats of all ranks change. It uses its own clock: hosts' clocks differ."""
 
     def __init__(self, folder: Path, *, ranks: int, limit: float) -> None:
         self.folder, self.ranks, self.limit = folder, ranks, limit
-        self._moved: dict[int, tuple[float, float]] = {}  # by rank: the last beat, and when it was first seen
+        self._moved: dict[int, tuple[float, float]] = {}  # by rank: the last progress, and when it was first seen
 
     def all_quiet(self, clock: float) -> bool:
-        """Whether no rank has been seen to beat for as long as its phase may take; False where one is not known."""
-        beats = read_beats(self.folder)
-        for beat in beats:
-            if self._moved.get(beat.rank, (None, 0.0))[0] != beat.since:
-                self._moved[beat.rank] = (beat.since, clock)
-        return len(beats) >= self.ranks and all(
-            clock - self._moved[beat.rank][1] >= self.limit * (LONG if beat.phase in LONG_PHASES else 1)
-            for beat in beats
+        """Whether no rank made progress within the limit of its phase; False if the state of a rank is unknown."""
+        heartbeats = read_heartbeats(self.folder)
+        for heartbeat in heartbeats:
+            if self._moved.get(heartbeat.rank, (None, 0.0))[0] != heartbeat.since:
+                self._moved[heartbeat.rank] = (heartbeat.since, clock)
+        return len(heartbeats) >= self.ranks and all(
+            clock - self._moved[heartbeat.rank][1] >= self.limit * (LONG if heartbeat.phase in LONG_PHASES else 1)
+            for heartbeat in heartbeats
         )
 
 
 def _is_in_collective() -> bool:
-    """Whether the main thread stands in a call of torch.distributed. What CUDA has yet to do of an earlier one does not
-    show here."""
+    """Whether the main thread is inside a call of torch.distributed. CUDA work of an earlier call is not visible."""
     frame = sys._current_frames().get(threading.main_thread().ident)
     return frame is not None and str(frame.f_globals.get("__name__")).startswith("torch.distributed.")
 
 
-def clear_beats(folder: Path) -> None:
-    """Removes the beats of an earlier life, which may have had more ranks; the stacks of its hang stay."""
+def clear_heartbeats(folder: Path) -> None:
+    """Removes the heartbeats from before a restart, which may be of more ranks. The stacks of a hang stay."""
     for file in [*folder.glob("rank_*.json"), *folder.glob(".rank_*.unfinished"), folder / HUNG_RUN]:
         with suppress(OSError):
             file.unlink()
 
 
-def read_beats(folder: Path) -> list[Beat]:
-    """The last beat of each rank, by rank; what cannot be read is left out."""
-    beats, files = [], []
+def read_heartbeats(folder: Path) -> list[Heartbeat]:
+    """The last heartbeat of each rank, ordered by rank; unreadable files are left out."""
+    heartbeats, files = [], []
     with suppress(OSError):
         files = sorted(folder.glob("rank_*.json"))
     for file in files:
         with suppress(OSError, ValueError, TypeError):
-            beats.append(Beat(**json.loads(file.read_text(encoding="utf-8"))))
-    return sorted(beats, key=lambda beat: beat.rank)
+            heartbeats.append(Heartbeat(**json.loads(file.read_text(encoding="utf-8"))))
+    return sorted(heartbeats, key=lambda heartbeat: heartbeat.rank)
 
 
-def slowest(beats: Sequence[Beat]) -> Beat:
-    """The rank that is behind: of those in the earliest step one that does not wait for another, or else the one whose
-    last beat is the oldest."""
-    return min(beats, key=lambda beat: (beat.step, beat.waits, beat.since, beat.rank))
+def slowest(heartbeats: Sequence[Heartbeat]) -> Heartbeat:
+    """The rank that is behind: the one in the earliest step; then one that does not wait for another rank; then the one
+    with the oldest progress."""
+    return min(heartbeats, key=lambda heartbeat: (heartbeat.step, heartbeat.waits, heartbeat.since, heartbeat.rank))
 
 
-def hang_message(beats: Sequence[Beat], *, folder: Path, now: float | None = None) -> str:
-    """Which rank the others wait for, and where to look."""
-    last = slowest(beats)
+def hang_message(heartbeats: Sequence[Heartbeat], *, folder: Path, now: float | None = None) -> str:
+    """The message that names the rank for which the others wait."""
+    last = slowest(heartbeats)
     age = (time.time() if now is None else now) - last.since
     return (
         f"megatron-paint: error: no progress: rank {last.rank} on {last.host} (process {last.pid}) has been in step "
-        f"{last.step}, {last.phase}, for {age:.0f} s, and others wait for it. Where each rank stands: {folder}/"
-        "stacks_*.txt. run.hang_timeout_s is the limit; the run goes on with run.resume=auto"
+        f"{last.step}, {last.phase}, for {age:.0f} s, and others wait for it. Stacks of each rank: {folder}/"
+        "stacks_*.txt. The limit is run.hang_timeout_s; resume the run with run.resume=auto"
     )
 
 
-_heart: Heart | None = None
+_watchdog: Watchdog | None = None
 
 
-def start_heart(heart: Heart) -> None:
-    """Makes a heart that of this process: `beat` reaches it from everywhere."""
-    global _heart
-    heart.start()
-    _heart = heart
+def start_watchdog(watchdog: Watchdog) -> None:
+    """Starts the watchdog of this process. From then on `mark_progress` reaches it from every module."""
+    global _watchdog
+    watchdog.start()
+    _watchdog = watchdog
 
 
-def stop_heart() -> None:
-    """Ends the heart of this process, if there is one."""
-    global _heart
-    if _heart is not None:
-        _heart.stop()
-    _heart = None
+def stop_watchdog() -> None:
+    """Stops the watchdog of this process, if there is one."""
+    global _watchdog
+    if _watchdog is not None:
+        _watchdog.stop()
+    _watchdog = None
 
 
-def beat(phase: str, step: int | None = None) -> None:
-    """Says that this process goes on, and with what; nothing where no run has started a heart."""
-    if _heart is not None:
-        _heart.beat(phase, step)
-
-
-def go_on() -> None:
-    """Says that this process goes on with what it does."""
-    if _heart is not None:
-        _heart.beat()
+def mark_progress(phase: str | None = None, step: int | None = None) -> None:
+    """Records that this process makes progress; None: in the same phase and step. Does nothing without a watchdog."""
+    if _watchdog is not None:
+        _watchdog.mark_progress(phase, step)

@@ -1,4 +1,4 @@
-"""How long the parts of a run took the last time, by which it judges whether there is time for the next."""
+"""How long the parts of a run took last time. From this a run estimates whether the next part fits into its time."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 class Pace:
-    """Seconds of parts by name: of those that are waited for (`timed`), and of those that go on (`begin`, `end`)."""
+    """Seconds by part: parts that the run waits for (`timed`), and parts in the background (`begin`, `end`)."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -15,21 +15,21 @@ class Pace:
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Measures what happens inside."""
+        """Measures the `with` block."""
         begun = self._clock()
         yield
         self._took[part] = self._clock() - begun
 
     def begin(self, part: str) -> None:
-        """Notes that a part begins that goes on behind others."""
+        """Records the start of a part in the background."""
         self._begun[part] = self._clock()
 
     def end(self, part: str) -> None:
-        """Notes that it has ended."""
+        """Records its end."""
         self._took[part] = self._clock() - self._begun.pop(part)
 
     def expected(self, parts: Iterable[str]) -> float:
-        """Seconds that these will take together, and what goes on may take yet; a part that is new counts 0."""
+        """Seconds that these parts will take, plus the rest of the parts in the background. A new part counts 0."""
         waited = sum(self._took.get(part, 0.0) for part in parts)
         now = self._clock()
         return waited + sum(max(0.0, self._took.get(part, 0.0) - (now - at)) for part, at in self._begun.items())

@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them, whatever ends it."""
+"""Lets a process end together with the process that started it, whatever ended that one."""
 
 import ctypes
 import multiprocessing
@@ -11,16 +11,16 @@ SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
 
 def end_with_launcher() -> None:
-    """In a rank that our launcher started: to be killed as soon as the launcher is gone."""
+    """In a rank of our launcher: the kernel kills this rank as soon as the launcher is gone."""
     launcher = os.environ.get(LAUNCHER)
     if launcher is not None:
         end_with_parent(int(launcher))
 
 
 def end_with_parent(parent: int | None = None) -> None:
-    """Has the kernel kill this process when its parent dies; only Linux can, elsewhere nothing is done.
+    """Makes the kernel kill this process when its parent dies. Only Linux can do this; elsewhere nothing happens.
 
-    parent: its process id; where it is gone already, before the kernel was told, this process ends here.
+    parent: its process id. If the parent died before this call, this process ends here.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, int(signal.SIGKILL))
@@ -29,7 +29,7 @@ def end_with_parent(parent: int | None = None) -> None:
 
 
 def start_worker() -> None:
-    """In a worker process of a pool: Ctrl-C and USR1 are for its parent, whose end is its own."""
+    """In a worker process of a pool: it ignores Ctrl-C and USR1, which the parent handles, and ends with its parent."""
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

@@ -1,4 +1,4 @@
-"""A run that is asked to stop: by a signal, or because the job's time is nearly over."""
+"""Requests to stop a run: by a signal, or because the time of the job is nearly over."""
 
 import os
 import signal
@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 
-from megatron_paint.runtime.signals import NotedSignals
+from megatron_paint.runtime.signals import RecordedSignals
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)
-STOPPED = 75  # EX_TEMPFAIL: stopped early with a checkpoint; the same command goes on
+STOPPED = 75  # EX_TEMPFAIL: stopped early with a checkpoint; the same command resumes
 
 
 class StopRequested(Exception):
@@ -21,21 +21,21 @@ class StopRequested(Exception):
         self.step, self.reason = step, reason
 
 
-class StopRequest(NotedSignals):
-    """Notes, between `__enter__` and `__exit__`, that this process has been asked to stop; nothing is interrupted.
+class StopRequest(RecordedSignals):
+    """Records between `__enter__` and `__exit__` that this process was asked to stop. It interrupts nothing.
 
-    A further signal changes nothing: the checkpoint that is being written is finished. end_at: when the job ends, in
-    seconds since 1970, None: never; margin: how long before it to stop.
+    Further signals change nothing, so that a checkpoint in progress is completed. end_at: when the job ends, in seconds
+    since 1970; None: never. margin: seconds before that at which to stop.
     """
 
     def __init__(self, *, margin: float = 0.0, clock: Callable[[], float] = time.time) -> None:
-        # Even where they are ignored: a job script has its launchers ignore them, and ranks inherit that.
+        # Even if they are ignored: a job script makes its launchers ignore them, and ranks inherit that.
         super().__init__(STOPPING, also_ignored=True)
         self.end_at: float | None = None
         self._margin, self._clock = margin, clock
 
     def reason(self, *, next_seconds: float = 0.0) -> str | None:
-        """Why to stop, None while there is no reason; next_seconds: until it can be asked again."""
+        """Why to stop; None while there is no reason. next_seconds: time until the next call."""
         if self.signal is not None:
             return self.signal.name
         if self.end_at is not None and self._clock() + next_seconds >= self.end_at - self._margin:
@@ -45,12 +45,12 @@ class StopRequest(NotedSignals):
 
 
 def job_end(environ: Mapping[str, str] = os.environ) -> float | None:
-    """When Slurm will end this job, in seconds since 1970; None outside a job or where it has no limit."""
+    """When Slurm will end this job, in seconds since 1970; None outside a job or without a time limit."""
     if "SLURM_JOB_END_TIME" in environ:
         return float(environ["SLURM_JOB_END_TIME"])
     if "SLURM_JOB_ID" not in environ:
         return None
-    # Older than 23.02: the controller knows.
+    # Slurm before 23.02 sets no such variable, so ask the controller.
     command = ["squeue", "--noheader", f"--jobs={environ['SLURM_JOB_ID']}", "--format=%e"]
     with suppress(OSError, subprocess.SubprocessError, ValueError):
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
@@ -59,5 +59,5 @@ def job_end(environ: Mapping[str, str] = os.environ) -> float | None:
 
 
 def exit_status(environ: Mapping[str, str] = os.environ) -> int:
-    """Of a rank that stopped early: torchrun would take any other than 0 for a failure and start it again."""
+    """The exit status of a rank that stopped early. torchrun would treat every status except 0 as a failure."""
     return 0 if "TORCHELASTIC_RUN_ID" in environ else STOPPED

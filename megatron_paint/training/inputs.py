@@ -14,7 +14,7 @@ from megatron_paint.data.problems import LoadedProblems, ProblemSet, PromptLimit
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.data.tokenizers import load_tokenizer
 from megatron_paint.grading.grade import grade
-from megatron_paint.launch.failure_notes import FOLDER
+from megatron_paint.launch.failure_notes import NOTES_FOLDER
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.objectives import OBJECTIVES
 from megatron_paint.records import Problem
@@ -115,8 +115,8 @@ def save_checked_problems(inputs: Inputs, folder: str | Path) -> None:
 
 def _saved_problems() -> tuple[ProblemSet, tuple[Problem, ...]] | None:
     """What `save_checked_problems` saved for this process; None if no launcher did."""
-    file = Path(os.environ.get(FOLDER, "")) / CHECKED
-    if FOLDER not in os.environ or not file.is_file():
+    file = Path(os.environ.get(NOTES_FOLDER, "")) / CHECKED
+    if NOTES_FOLDER not in os.environ or not file.is_file():
         return None
     saved = json.loads(file.read_text(encoding="ascii"))
     values = saved["problems"]

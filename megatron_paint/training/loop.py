@@ -16,7 +16,7 @@ from megatron_paint.records import StepReport
 from megatron_paint.rollouts.engine import Sampler
 from megatron_paint.run.console import Progress
 from megatron_paint.run.folder import RunFolder
-from megatron_paint.runtime.heartbeat import beat
+from megatron_paint.runtime.heartbeat import mark_progress
 from megatron_paint.runtime.pace import Pace
 from megatron_paint.runtime.rank_zero import OnRankZero
 from megatron_paint.runtime.stop import StopRequested
@@ -62,14 +62,14 @@ class Run:
         except StopRequested as request:
             self.stop(request)
             return False
-        beat("checkpoint")
+        mark_progress("checkpoint")
         self.finish_save()
         self.on_rank_zero(self.recorder.end)
         return True
 
     def step(self, step: int) -> None:
         """One step of the objective, recorded; or counted as skipped if its loss or gradient is not finite."""
-        beat("rollout", step)
+        mark_progress("rollout", step)
         lr = learning_rate(step, steps=self.settings.run.steps, settings=self.settings.optimizer)
         timer = Timer()
         try:
@@ -101,7 +101,7 @@ class Run:
         for task in due:
             is_done = step == self.start and self.on_rank_zero(lambda task=task: self.folder.holds(task, step))
             if not is_done:
-                beat(task, step)
+                mark_progress(task, step)
                 with self.pace.timed(task):
                     tasks[task](step)
         self.check_stop(step, ["step"])
@@ -124,7 +124,7 @@ class Run:
                 reason=reason,
             )
             return
-        beat("checkpoint", step)
+        mark_progress("checkpoint", step)
         self.finish_save()
         if not self.on_rank_zero(lambda: self.folder.holds("checkpoint", step)):
             self.save(step)
@@ -158,7 +158,7 @@ class Run:
         It asks no other rank anything, because the error may be this rank's alone. Raises UserError if the write failed
         too.
         """
-        beat("checkpoint")
+        mark_progress("checkpoint")
         try:
             self.policy.finish_save(wait=True)
         except UserError as another:

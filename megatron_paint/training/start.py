@@ -15,7 +15,7 @@ from megatron_paint.config.settings import Settings
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.evaluation.evaluator import Evaluator
 from megatron_paint.grading.grade import GradingPool
-from megatron_paint.launch.failure_notes import leave_note
+from megatron_paint.launch.failure_notes import leave_failure_note
 from megatron_paint.masker.overlap import MaskerPool
 from megatron_paint.objectives import OBJECTIVES, ObjectiveInputs
 from megatron_paint.planning.memory import make_plan
@@ -24,7 +24,7 @@ from megatron_paint.rollouts.engine import Sampler
 from megatron_paint.run.console import Mode, Progress
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.run.tensorboard import open_tensorboard
-from megatron_paint.runtime.heartbeat import LONG, Heart, go_on, start_heart, stop_heart
+from megatron_paint.runtime.heartbeat import LONG, Watchdog, mark_progress, start_watchdog, stop_watchdog
 from megatron_paint.runtime.stop import StopRequest, job_end
 from megatron_paint.training.inputs import Inputs, load_inputs, replay_sampler, rollout_source
 from megatron_paint.training.loop import Run
@@ -110,7 +110,7 @@ def prepare(
     evaluation, needs = settings.evaluation, settings.objective.needs
     graders = None
     if first and (inputs.held_out or needs.graders):
-        graders = stack.enter_context(GradingPool(seconds=evaluation.grading_seconds, on_verdict=go_on))
+        graders = stack.enter_context(GradingPool(seconds=evaluation.grading_seconds, on_verdict=mark_progress))
     objective_inputs = ObjectiveInputs(
         settings=settings.objective,
         prompts=inputs.prompts,
@@ -183,14 +183,14 @@ def watch_over(settings: Settings, folder: RunFolder, ranks: "Ranks", stack: Exi
     """Starts this rank's heartbeat. It ends the process if the run hangs."""
 
     def give_up(message: str) -> None:
-        if not leave_note(message, mistake=False):
+        if not leave_failure_note(message, mistake=False):
             print(message, file=sys.stderr, flush=True)
 
-    heart = Heart(
+    watchdog = Watchdog(
         folder.heartbeats, rank=ranks.rank, ranks=ranks.size, limit=settings.run.hang_timeout_s, give_up=give_up
     )
-    start_heart(heart)
-    stack.callback(stop_heart)
+    start_watchdog(watchdog)
+    stack.callback(stop_watchdog)
 
 
 def _load_checkpoint(policy: Policy, checkpoint: Path, step: int) -> None:

@@ -7,12 +7,12 @@ import torch
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import MegatronSettings
-from megatron_paint.launch.exit_status import reason, stopped
-from megatron_paint.launch.failure_notes import FOLDER, Note, leave_note, read_notes
+from megatron_paint.launch.exit_status import ended_by, reason
+from megatron_paint.launch.failure_notes import NOTES_FOLDER, FailureNote, leave_failure_note, read_failure_notes
 from megatron_paint.launch.local import number_of_processes
 
-MISTAKE = Note(text="megatron-paint: error: no such file", mistake=True, time_ns=2)
-BUG = Note(text="Traceback ...", mistake=False, time_ns=3)
+MISTAKE = FailureNote(text="megatron-paint: error: no such file", mistake=True, time_ns=2)
+BUG = FailureNote(text="Traceback ...", mistake=False, time_ns=3)
 
 
 def test_a_good_end():
@@ -43,18 +43,18 @@ def test_other_ends():
     assert reason([0, 3], []) == ("megatron-paint: error: rank 1 ended with exit status 3", 1)
     assert reason([-34, 0], [])[0] == "megatron-paint: error: rank 0 died of SIGRTMIN (signal 34)"
     assert reason([-40, 0], [])[0] == "megatron-paint: error: rank 0 died of signal 40"
-    assert stopped(signal.SIGTERM) == ("megatron-paint: ended by SIGTERM", 143)
-    assert stopped(signal.SIGINT)[1] == 130
+    assert ended_by(signal.SIGTERM) == ("megatron-paint: ended by SIGTERM", 143)
+    assert ended_by(signal.SIGINT)[1] == 130
 
 
 def test_notes_come_back_in_order(tmp_path, monkeypatch):
-    monkeypatch.delenv(FOLDER, raising=False)
-    assert not leave_note("nobody listens", mistake=True)
-    monkeypatch.setenv(FOLDER, str(tmp_path))
+    monkeypatch.delenv(NOTES_FOLDER, raising=False)
+    assert not leave_failure_note("nobody listens", mistake=True)
+    monkeypatch.setenv(NOTES_FOLDER, str(tmp_path))
     for process, text in ((11, "first"), (10, "second")):
         monkeypatch.setattr("os.getpid", lambda process=process: process)
-        assert leave_note(text, mistake=text == "first")
-    notes = read_notes(tmp_path)
+        assert leave_failure_note(text, mistake=text == "first")
+    notes = read_failure_notes(tmp_path)
     assert [(note.text, note.mistake) for note in notes] == [("first", True), ("second", False)]
 
 

@@ -21,11 +21,11 @@ from megatron_paint.config.settings import (
 )
 from megatron_paint.config.settings import TeacherSettings as Teacher
 from megatron_paint.launch.preflight import blame, clock, gpus, nvidia, packages, port, shared, space
-from megatron_paint.launch.preflight.collective import Result, bus_bandwidth
+from megatron_paint.launch.preflight.collective import SumResult, bus_bandwidth
 from megatron_paint.launch.preflight.identity import find_node
 from megatron_paint.launch.preflight.options import parse
 from megatron_paint.launch.preflight.report import failure_lines, summary
-from megatron_paint.launch.preflight.result import Finding, nodes_at_fault
+from megatron_paint.launch.preflight.result import CheckResult, faulty_nodes
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.memory import checkpoint_bytes
 from tests.support.ports import free_port
@@ -60,35 +60,35 @@ def settings(*, lora: LoraSettings | None = None, **objective: object) -> Settin
     )
 
 
-def bad(node: str, check: str = "GPUs", fault: str = "node") -> Finding:
-    return Finding(check=check, ok=False, seen="broken", advice="mend it", node=node, fault=fault)
+def bad(node: str, check: str = "GPUs", fault: str = "node") -> CheckResult:
+    return CheckResult(check=check, ok=False, seen="broken", advice="mend it", node=node, fault=fault)
 
 
-def good(node: str, check: str = "GPUs") -> Finding:
-    return Finding(check=check, ok=True, seen="well", node=node)
+def good(node: str, check: str = "GPUs") -> CheckResult:
+    return CheckResult(check=check, ok=True, seen="well", node=node)
 
 
 # Who is left out
 
 
 def test_a_bad_node_among_good_ones_is_at_fault():
-    assert nodes_at_fault([good("a"), bad("b"), good("c")], ["a", "b", "c"]) == ["b"]
+    assert faulty_nodes([good("a"), bad("b"), good("c")], ["a", "b", "c"]) == ["b"]
 
 
 def test_what_all_fail_is_nobodys_fault():
-    assert nodes_at_fault([bad("a"), bad("b")], ["a", "b"]) == []
+    assert faulty_nodes([bad("a"), bad("b")], ["a", "b"]) == []
 
 
 def test_nodes_that_were_not_checked_do_not_count_as_right():
-    findings = [bad("a"), bad("b"), bad("c", "join"), good("a", "join"), good("b", "join")]
-    assert nodes_at_fault(findings, ["a", "b", "c"]) == ["c"]
+    results = [bad("a"), bad("b"), bad("c", "join"), good("a", "join"), good("b", "join")]
+    assert faulty_nodes(results, ["a", "b", "c"]) == ["c"]
 
 
 def test_a_lone_node_is_at_fault_for_its_gpus_and_not_for_the_settings():
-    assert nodes_at_fault([bad("a")], ["a"]) == ["a"]
-    assert nodes_at_fault([bad("a", "settings", "odd")], ["a"]) == []
-    assert nodes_at_fault([bad("a", "settings", "odd"), good("b", "settings")], ["a", "b"]) == ["a"]
-    assert nodes_at_fault([bad("a", "space", "job"), good("b", "space")], ["a", "b"]) == []
+    assert faulty_nodes([bad("a")], ["a"]) == ["a"]
+    assert faulty_nodes([bad("a", "settings", "odd")], ["a"]) == []
+    assert faulty_nodes([bad("a", "settings", "odd"), good("b", "settings")], ["a", "b"]) == ["a"]
+    assert faulty_nodes([bad("a", "space", "job"), good("b", "space")], ["a", "b"]) == []
 
 
 def test_lines_name_all_nodes_that_fail_alike():
@@ -130,7 +130,7 @@ def test_without_slurm_it_is_the_only_node():
         ({"SLURM_LOCALID": "1"}, {}, "SLURM_LOCALID=1: .*--ntasks-per-node=1"),
         ({"SLURM_NODEID": "x"}, {}, "SLURM_NODEID='x' must be a whole number"),
         ({}, {"rank": 2, "count": 2}, "--node-rank 2 must be from 0 and below the number of nodes, 2"),
-        ({}, {"count": 3, "names": "a,b"}, "--node-names gives 2 names for 3 nodes"),
+        ({}, {"count": 3, "names": "a,b"}, "--node-names has 2 names for 3 nodes"),
     ],
 )
 def test_places_that_cannot_be(environ, given, message):
@@ -180,14 +180,14 @@ def test_importing_it_imports_no_torch():
 
 def test_the_odd_one_out_is_named_and_blamed():
     seen = {"a": {"torch": "2"}, "b": {"torch": "1"}, "c": {"torch": "2"}}
-    findings = {f.node: f for f in packages.odd_ones_out("packages", seen, "install")}
-    assert [node for node, f in findings.items() if not f.ok] == ["b"]
-    assert (findings["b"].seen, findings["b"].fault) == ("torch is 1, but 2 on 2 of 3 nodes", "node")
+    results = {f.node: f for f in packages.compare_nodes("packages", seen, "install")}
+    assert [node for node, f in results.items() if not f.ok] == ["b"]
+    assert (results["b"].seen, results["b"].fault) == ("torch is 1, but 2 on 2 of 3 nodes", "node")
 
 
 def test_without_a_majority_nobody_is_blamed():
-    findings = packages.odd_ones_out("packages", {"a": {"torch": "2"}, "b": {"torch": "1"}}, "install")
-    assert [(f.ok, f.fault, f.seen) for f in findings] == [(False, "job", "torch differs: 2 on a, 1 on b")] * 2
+    results = packages.compare_nodes("packages", {"a": {"torch": "2"}, "b": {"torch": "1"}}, "install")
+    assert [(f.ok, f.fault, f.seen) for f in results] == [(False, "job", "torch differs: 2 on a, 1 on b")] * 2
 
 
 def test_versions_name_what_is_absent():
@@ -197,21 +197,21 @@ def test_versions_name_what_is_absent():
 
 
 def test_gpus_against_their_expected_number():
-    finding, count = gpus.check_gpus(lambda: 7, 8)
-    assert (finding.ok, finding.seen, count) == (False, "7 visible, 8 expected", 7)
-    finding, count = gpus.check_gpus(lambda: 0, 0)
-    assert (finding.ok, finding.seen, count) == (True, "none, and none expected", 0)
+    result, count = gpus.check_gpus(lambda: 7, 8)
+    assert (result.ok, result.seen, count) == (False, "7 visible, 8 expected", 7)
+    result, count = gpus.check_gpus(lambda: 0, 0)
+    assert (result.ok, result.seen, count) == (True, "none, and none expected", 0)
 
 
 def test_a_product_has_its_value():
-    assert gpus.multiplies_right("cpu")
+    assert gpus.multiplies_correctly("cpu")
 
 
 def test_nvidia_smi_is_read():
     assert nvidia.read_health(nvidia.HEALTH, ["0", "No", "Not Active", "[N/A]", "Not Active"]) == []
     assert nvidia.read_health(nvidia.HEALTH, ["3", "Yes", "Not Active", "Active", "[N/A]"]) == [
         "(uncorrected ECC errors since the last reset: 3; reset the GPU)",
-        "(memory pages wait to be retired: Yes; reboot the node)",
+        "(memory pages are waiting to be retired: Yes; reboot the node)",
         "(it is too hot: Active; check its cooling)",
     ]
     assert nvidia.read_health(nvidia.ROWS, ["0", "1"]) == [
@@ -269,24 +269,25 @@ def test_room_for_two_checkpoints(tmp_path):
 
 
 def test_settings_that_cannot_be_read(tmp_path):
-    (finding,) = space.check_space(tmp_path, tmp_path / "none.yaml", [], ranks=1, statvfs=os.statvfs)
-    assert (finding.check, finding.ok, finding.fault) == ("settings", False, "odd")
-    assert finding.seen == f"settings file {tmp_path / 'none.yaml'} does not exist"
+    (result,) = space.check_space(tmp_path, tmp_path / "none.yaml", [], ranks=1, statvfs=os.statvfs)
+    assert (result.check, result.ok, result.fault) == ("settings", False, "odd")
+    assert result.seen == f"settings file {tmp_path / 'none.yaml'} does not exist"
 
 
 def test_a_token_goes_there_and_back(tmp_path):
-    assert shared.release(tmp_path, "x", "secret").ok
+    assert shared.write_token(tmp_path, "x", "secret").ok
     assert shared.answer(tmp_path, "x", "secret", rank=1, node="b", first="a").ok
     assert shared.missing_answers(tmp_path, "x", "secret", {1: "b"}, first="a") == {}
-    shared.remove(tmp_path, "x")
+    shared.remove_token(tmp_path, "x")
     assert list((tmp_path / "logs").iterdir()) == []
 
 
 def test_a_token_that_reads_otherwise_and_an_answer_that_is_not_seen(tmp_path, monkeypatch):
     monkeypatch.setattr(shared, "PATIENCE", 0.2)
-    shared.release(tmp_path, "x", "secret")
+    shared.write_token(tmp_path, "x", "secret")
     other = shared.answer(tmp_path, "x", "secreT", rank=1, node="b", first="a", patience=0.2)
-    assert "reads otherwise than a wrote it" in other.seen
+    assert "a file of 6 bytes in " in other.seen
+    assert "differs from what a wrote" in other.seen
     missing = shared.missing_answers(tmp_path, "x", "secret", {1: "b"}, first="a")
     assert list(missing) == ["b"]
 
@@ -296,7 +297,7 @@ def test_what_killed_preflights_left_is_removed_when_it_is_old(tmp_path):
         folder = shared.canary_folder(tmp_path, name)
         folder.mkdir(parents=True)
         os.utime(folder, (time.time() - age,) * 2)
-    shared.release(tmp_path, "x", "secret")
+    shared.write_token(tmp_path, "x", "secret")
     assert sorted(entry.name for entry in (tmp_path / "logs").iterdir()) == [".preflight_x", ".preflight_young"]
 
 
@@ -308,7 +309,7 @@ def test_a_clock_beyond_a_second_and_its_uncertainty():
         return clock.Offset(seconds=seconds, round_trip=trip)
 
     def late(**offsets: clock.Offset) -> list[str]:
-        return [finding.node for finding in clock.judge(offsets) if not finding.ok]
+        return [result.node for result in clock.compare(offsets) if not result.ok]
 
     assert late(a=offset(0), b=offset(0.9), c=offset(1.1)) == []  # from the median, 0.9
     assert late(a=offset(0), b=offset(1.2), c=offset(0.1)) == ["b"]
@@ -326,7 +327,7 @@ def test_a_port_that_is_taken_says_by_whom():
 
 
 def test_an_address_that_is_not_the_first_nodes():
-    with pytest.raises(port.Unusable, match=r"192\.0\.2\.1 is no address of the first node"):
+    with pytest.raises(port.Unusable, match=r"192\.0\.2\.1 is not an address of the first node"):
         port.listen(port.Rendezvous(host="192.0.2.1", port=29500))
 
 
@@ -339,44 +340,46 @@ def test_nobody_listens():
 # Who is to blame for a sum
 
 
-def judged(results: dict[str, Result], silent: tuple[str, ...] = (), floor: float | None = None) -> list[Finding]:
+def blamed(
+    results: dict[str, SumResult], silent: tuple[str, ...] = (), floor: float | None = None
+) -> list[CheckResult]:
     ranks = {node: [rank] for rank, node in enumerate(results)}
-    return [f for f in blame.judge(results, ranks, silent=silent, floor=floor) if not f.ok]
+    return [f for f in blame.blame_nodes(results, ranks, silent=silent, floor=floor) if not f.ok]
 
 
-def stalled(progress: int, kind: str = "stalled") -> Result:
-    return Result(problem="it did not end in time", kind=kind, progress=progress)
+def stalled(progress: int, kind: str = "stalled") -> SumResult:
+    return SumResult(problem="it did not end in time", kind=kind, progress=progress)
 
 
 def test_of_those_that_stalled_the_one_that_came_least_far_is_named():
-    found = judged({"a": stalled(2), "b": stalled(1), "c": stalled(2)})
+    found = blamed({"a": stalled(2), "b": stalled(1), "c": stalled(2)})
     assert [(f.node, f.fault) for f in found] == [("b", "node")]
 
 
 def test_a_process_that_died_goes_before_those_that_waited_for_it():
-    found = judged({"a": stalled(2), "b": stalled(2, "killed"), "c": stalled(2, "error")})
+    found = blamed({"a": stalled(2), "b": stalled(2, "killed"), "c": stalled(2, "error")})
     assert [(f.node, f.fault) for f in found] == [("b", "node")]
 
 
 def test_where_all_wait_alike_nobody_is_blamed():
-    found = judged({"a": stalled(0), "b": stalled(0)})
+    found = blamed({"a": stalled(0), "b": stalled(0)})
     assert [(f.node, f.fault) for f in found] == [("a", "job"), ("b", "job")]
 
 
 def test_who_waited_for_a_silent_node_is_not_named():
-    assert judged({"a": stalled(2), "b": stalled(2)}, silent=("c",)) == []
+    assert blamed({"a": stalled(2), "b": stalled(2)}, silent=("c",)) == []
 
 
-def test_a_wrong_sum_is_laid_to_whose_part_is_wrong():
-    wrong = Result(wrong_sum=True, wrong_ranks=(1,))
-    assert [f.node for f in judged({"a": wrong, "b": wrong, "c": wrong})] == ["b"]
-    assert [f.node for f in judged({"a": Result(), "b": Result(), "c": Result(wrong_sum=True)})] == ["c"]
+def test_a_wrong_sum_is_blamed_on_the_node_whose_part_is_wrong():
+    wrong = SumResult(wrong_sum=True, wrong_ranks=(1,))
+    assert [f.node for f in blamed({"a": wrong, "b": wrong, "c": wrong})] == ["b"]
+    assert [f.node for f in blamed({"a": SumResult(), "b": SumResult(), "c": SumResult(wrong_sum=True)})] == ["c"]
 
 
 def test_the_floor():
-    results = {"a": Result(bandwidth=10.0), "b": Result(bandwidth=9.0)}
-    assert judged(results, floor=9.0) == []
-    assert [f.seen for f in judged(results, floor=9.5)] == ["9 GB/s, below the floor of 9.5 GB/s"] * 2
+    results = {"a": SumResult(bandwidth=10.0), "b": SumResult(bandwidth=9.0)}
+    assert blamed(results, floor=9.0) == []
+    assert [f.seen for f in blamed(results, floor=9.5)] == ["9 GB/s, below the floor of 9.5 GB/s"] * 2
 
 
 def test_bus_bandwidth():

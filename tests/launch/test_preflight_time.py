@@ -1,4 +1,4 @@
-"""Pieces of the preflight's work that hang or are slow, and how its time is shared out."""
+"""Work of the preflight that hangs or is slow, and the deadlines of its phases."""
 
 import multiprocessing
 import os
@@ -14,21 +14,21 @@ import pytest
 from megatron_paint.launch.preflight import command, coordinator, time_limit, timed_process, worker
 from megatron_paint.launch.preflight.identity import Node
 from megatron_paint.launch.preflight.options import LIMIT_SECONDS, parse
-from megatron_paint.launch.preflight.result import nodes_at_fault
-from megatron_paint.launch.preflight.timed_process import Errand, carry_out, end_all
+from megatron_paint.launch.preflight.result import faulty_nodes
+from megatron_paint.launch.preflight.timed_process import TimedProcess, end_all, run_timed
 
 ROOT = Path(__file__).parents[2]
 NEEDED = ["--run", "r", "--rendezvous", "h:29500", "--settings", "s.yaml"]
 
 
-def test_an_errand_gives_its_value_or_its_error():
-    assert carry_out(lambda: 7, 20).value == 7
-    failed = carry_out(lambda: [][0], 20)
+def test_a_timed_process_returns_its_value_or_its_error():
+    assert run_timed(lambda: 7, 20).value == 7
+    failed = run_timed(lambda: [][0], 20)
     assert (failed.kind, failed.problem) == ("error", "list index out of range")
 
 
-def test_an_errand_that_hangs_is_ended():
-    hangs = Errand(lambda tell: (tell("half"), time.sleep(600)))
+def test_a_timed_process_that_hangs_is_ended():
+    hangs = TimedProcess(lambda tell: (tell("half"), time.sleep(600)))
     began = time.monotonic()
     outcome = hangs.outcome(began + 10)
     assert (outcome.kind, outcome.reached) == ("stalled", "half")
@@ -38,7 +38,7 @@ def test_an_errand_that_hangs_is_ended():
 
 
 def test_processes_that_take_long_to_die_hold_no_answer_up(monkeypatch):
-    """As those do that hold a GPU: an answer waits for none of them, and the end for all together."""
+    """Processes that hold a GPU may do so. An answer waits for none of them; the end waits once for all of them."""
     fork, now, did = multiprocessing.get_context("fork").Process, SimpleNamespace(seconds=0.0), []
     kill, join = fork.kill, fork.join
 
@@ -46,24 +46,24 @@ def test_processes_that_take_long_to_die_hold_no_answer_up(monkeypatch):
         did.append("join")
         now.seconds += timeout
 
-    errands = [Errand(lambda _: time.sleep(600)) for _ in range(8)]
+    processes = [TimedProcess(lambda _: time.sleep(600)) for _ in range(8)]
     monkeypatch.setattr(fork, "kill", lambda process: did.append("kill"))
     monkeypatch.setattr(fork, "join", join_in_vain)
-    outcomes = [each.outcome(time.monotonic()) for each in errands]
+    outcomes = [each.outcome(time.monotonic()) for each in processes]
     assert [outcome.kind for outcome in outcomes] == ["stalled"] * 8
     assert did == ["kill"] * 8
     monkeypatch.setattr(timed_process, "time", SimpleNamespace(monotonic=lambda: now.seconds))
     end_all()
     assert did == ["kill"] * 16 + ["join"] * 8
     assert now.seconds == timed_process.END_SECONDS
-    for each in errands:
+    for each in processes:
         kill(each._process)
         join(each._process, 20)
         assert not each._process.is_alive()
 
 
-def test_an_errand_that_a_signal_keeps_from_starting_is_known(monkeypatch):
-    """So that who takes back what it does ends it first."""
+def test_a_timed_process_is_known_though_a_signal_interrupts_its_start(monkeypatch):
+    """So the clean-up can end it first."""
     fork = multiprocessing.get_context("fork").Process
     start = fork.start
 
@@ -73,33 +73,33 @@ def test_an_errand_that_a_signal_keeps_from_starting_is_known(monkeypatch):
 
     monkeypatch.setattr(fork, "start", interrupted)
     with pytest.raises(SystemExit):
-        Errand(lambda _: time.sleep(600))
+        TimedProcess(lambda _: time.sleep(600))
     (process,) = multiprocessing.active_children()
     end_all()
     assert not process.is_alive()
 
 
-def test_what_writes_the_token_is_ended_before_the_token_is_removed(monkeypatch):
+def test_the_process_that_writes_the_token_is_ended_before_the_token_is_removed(monkeypatch):
     did = []
 
     def signalled(*_):
         raise SystemExit(143)
 
     monkeypatch.setattr(coordinator, "_gather_nodes", signalled)
-    monkeypatch.setattr(coordinator.store, "host", lambda _: SimpleNamespace(close=lambda: did.append("close")))
+    monkeypatch.setattr(coordinator, "open_store", lambda _: SimpleNamespace(close=lambda: did.append("close")))
     monkeypatch.setattr(coordinator, "end_all", lambda: did.append("end"))
-    monkeypatch.setattr(coordinator, "carry_out", lambda *_: did.append("remove"))
+    monkeypatch.setattr(coordinator, "run_timed", lambda *_: did.append("remove"))
     with pytest.raises(SystemExit):
-        coordinator.lead(parse(NEEDED), Node(rank=0, name="n", names=("n",)), None, None, None)
+        coordinator.run_coordinator(parse(NEEDED), Node(rank=0, name="n", names=("n",)), None, None, None)
     assert did == ["end", "remove", "close"]
 
 
-def test_a_second_signal_does_not_interrupt_what_is_taken_back():
-    told = []
+def test_a_second_signal_does_not_interrupt_the_clean_up():
+    received = []
     with pytest.raises(SystemExit, match="143"):
-        command._end(told, 15, None)
-    command._end(told, 15, None)
-    assert told == [15, 15]
+        command._end(received, 15, None)
+    command._end(received, 15, None)
+    assert received == [15, 15]
 
 
 @pytest.fixture
@@ -116,12 +116,12 @@ def test_imports_are_not_counted(clock_of_the_limit, monkeypatch):
     def import_slowly():
         clock_of_the_limit.seconds += 200.0
 
-    def times(options, me, probes, limit, conclude):
+    def times(options, me, probes, limit, report):
         return [limit.elapsed, limit.seconds, limit.left(1.0)]
 
     monkeypatch.setattr(command.signal, "signal", lambda *_: None)
     monkeypatch.setattr(command, "import_all", import_slowly)
-    monkeypatch.setattr(command, "lead", times)
+    monkeypatch.setattr(command, "run_coordinator", times)
     monkeypatch.setattr(time_limit.TimeLimit, "enforce", lambda self: None)
     assert command.main(NEEDED) == [0.0, 60.0, 60.0]
 
@@ -129,30 +129,30 @@ def test_imports_are_not_counted(clock_of_the_limit, monkeypatch):
 @pytest.mark.parametrize(
     ("names", "joined", "bad"), [("abc", {}, []), ("abc", {1: "b"}, ["c"]), ("ab", {}, ["b"]), ("ab", {1: "b"}, [])]
 )
-def test_a_first_node_that_none_of_several_joins_leaves_none_out(names, joined, bad):
-    """It may be the late one itself."""
-    case = coordinator.Case(node=Node(rank=0, name="a", names=tuple(names)))
-    met = SimpleNamespace(collect=lambda *_: joined)
-    coordinator._gather_nodes(met, case, SimpleNamespace(rendezvous="a:1"), time_limit.TimeLimit(60.0, "a", ""))
-    assert nodes_at_fault(case.findings, list(names)) == bad
-    assert [finding.ok for finding in case.findings] == [True, *(rank in joined for rank in range(1, len(names)))]
+def test_no_node_is_blamed_if_none_of_several_joins_the_first_one(names, joined, bad):
+    """The first node itself may be late."""
+    state = coordinator.PreflightState(node=Node(rank=0, name="a", names=tuple(names)))
+    store = SimpleNamespace(collect=lambda *_: joined)
+    coordinator._gather_nodes(store, state, SimpleNamespace(rendezvous="a:1"), time_limit.TimeLimit(60.0, "a", ""))
+    assert faulty_nodes(state.results, list(names)) == bad
+    assert [result.ok for result in state.results] == [True, *(rank in joined for rank in range(1, len(names)))]
 
 
-def test_a_node_that_imports_quickly_keeps_to_the_first_ones_time(clock_of_the_limit, monkeypatch):
-    """Else it would end before the first node has waited for its answer."""
+def test_a_node_that_imports_quickly_uses_the_time_of_the_first_node(clock_of_the_limit, monkeypatch):
+    """Otherwise it would end before the first node stops waiting for its answer."""
     own, first = (time_limit.TimeLimit(60.0, node, "") for node in ("b", "a"))
     ends = []
 
     def join(rendezvous, deadline):
         clock_of_the_limit.seconds += 20.0
-        first.begin(60.0)
+        first.restart(60.0)
         clock_of_the_limit.seconds += 1.0
         return SimpleNamespace(wait_for=lambda *_: "0", post=lambda *_: None, close=lambda: None)
 
-    monkeypatch.setattr(worker.store, "join", join)
-    monkeypatch.setattr(worker, "_take_part", lambda met, options, me, probes, limit: ends.append(limit.at(1.0)))
+    monkeypatch.setattr(worker, "join_store", join)
+    monkeypatch.setattr(worker, "_take_part", lambda store, options, me, probes, limit: ends.append(limit.at(1.0)))
     me = Node(rank=1, name="b", names=("a", "b"))
-    assert worker.follow(SimpleNamespace(rendezvous=None), me, None, own) == 0
+    assert worker.run_worker(SimpleNamespace(rendezvous=None), me, None, own) == 0
     assert ends == [first.at(1.0) + 1.0]
 
 
@@ -161,28 +161,28 @@ import time
 from megatron_paint.launch.preflight.time_limit import TimeLimit
 limit = TimeLimit(5.0, "n", "the start")
 limit.enforce()
-limit.begin(600.0)
+limit.restart(600.0)
 time.sleep(6.0)
-print("goes on", flush=True)
+print("continues", flush=True)
 limit.phase = "the end"
-limit.begin(0.1)
+limit.restart(0.1)
 time.sleep(600.0)
 """
 
 
 def test_the_time_that_began_last_is_the_one_that_ends():
     done = subprocess.run([sys.executable, "-c", ENFORCED], capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert (done.returncode, done.stdout) == (time_limit.BAD, "goes on\n")
+    assert (done.returncode, done.stdout) == (time_limit.BAD, "continues\n")
     assert done.stderr == "preflight: node n: time is up after 0.1 s, in the end\n"
 
 
 def test_a_node_has_time_to_answer_at_every_limit():
-    """Between the end of its own time in a phase and that of the first node's wait for it, and at the end."""
+    """Between the deadline of a phase and the end of the first node's wait for the results, and at the end."""
     local, total = time_limit.LOCAL + time_limit.GRACE, time_limit.COLLECTIVE + time_limit.GRACE
-    assert time_limit.JOIN < time_limit.LOCAL < local < time_limit.COLLECTIVE < total < time_limit.FAREWELL < 1.0
+    assert time_limit.JOIN < time_limit.LOCAL < local < time_limit.COLLECTIVE < total < time_limit.GOODBYE < 1.0
     assert time_limit.GRACE * LIMIT_SECONDS > timed_process.END_SECONDS
 
 
-def test_an_errand_that_dies():
-    outcome = carry_out(lambda: os.kill(os.getpid(), signal.SIGKILL), 20)
+def test_a_timed_process_that_dies():
+    outcome = run_timed(lambda: os.kill(os.getpid(), signal.SIGKILL), 20)
     assert (outcome.kind, outcome.problem) == ("killed", "its process died of SIGKILL")

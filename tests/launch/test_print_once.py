@@ -7,7 +7,7 @@ import pytest
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.launch import print_once
-from megatron_paint.launch.rank_environment import Place
+from megatron_paint.launch.rank_environment import RankEnvironment
 from tests.support.ports import free_port
 
 
@@ -27,28 +27,28 @@ def port():
         yield taken.getsockname()[1]
 
 
-def place(port, rank=0):
-    return Place(rank=rank, size=2, local_rank=rank, address="127.0.0.1", port=port)
+def environment(port, rank=0):
+    return RankEnvironment(rank=rank, size=2, local_rank=rank, address="127.0.0.1", port=port)
 
 
 def test_a_port_that_is_taken(port):
     with pytest.raises(UserError, match=f"rank 0 cannot listen at MASTER_ADDR=127.0.0.1 MASTER_PORT={port} .*set"):
-        print_once.host_store(place(port))
+        print_once.host_store(environment(port))
 
 
 def test_only_rank_0_keeps_the_store(port, monkeypatch):
-    print_once.host_store(place(port, rank=1))
+    print_once.host_store(environment(port, rank=1))
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    print_once.host_store(place(port))
+    print_once.host_store(environment(port))
     assert print_once._hosted is None
 
 
 def test_of_two_ranks_with_one_message_one_prints(capsys):
     port = free_port()
-    print_once.host_store(place(port))
+    print_once.host_store(environment(port))
     host, print_once._hosted = print_once._hosted, None  # what follows is another rank, for which it is not at hand
     for message in ("one", "two", "one"):
-        print_once.print_once(message, place(port, rank=1))
+        print_once.print_once(message, environment(port, rank=1))
     assert host is not None
     assert capsys.readouterr().err.splitlines() == ["one", "two"]
 
@@ -57,9 +57,9 @@ def test_rank_0_comes_first(capsys, monkeypatch):
     """Though it meets the error later: what the others print, the console of a job may not show."""
     monkeypatch.setattr(print_once, "COURTESY", 60.0)
     port = free_port()
-    print_once.host_store(place(port))
+    print_once.host_store(environment(port))
     host, print_once._hosted = print_once._hosted, None
-    other = threading.Thread(target=print_once.print_once, args=("one", place(port, rank=1)))
+    other = threading.Thread(target=print_once.print_once, args=("one", environment(port, rank=1)))
     other.start()
     other.join(0.5)
     assert other.is_alive()
@@ -72,5 +72,5 @@ def test_rank_0_comes_first(capsys, monkeypatch):
 def test_a_rank_that_meets_nobody_prints(capsys, monkeypatch):
     monkeypatch.setattr(print_once, "PATIENCE", 0.3)
     port = free_port()
-    print_once.print_once("alone", place(port, rank=1))
+    print_once.print_once("alone", environment(port, rank=1))
     assert capsys.readouterr().err.splitlines() == ["alone"]

@@ -3,7 +3,13 @@
 import pytest
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.launch.rank_environment import PORTS, Place, enter_place, find_place, first_host
+from megatron_paint.launch.rank_environment import (
+    PORTS,
+    RankEnvironment,
+    export_rank_environment,
+    find_rank_environment,
+    first_host,
+)
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "29400"}
 BATCH = {
@@ -28,20 +34,22 @@ SHELL = LONE_STEP | {"SLURM_PTY_PORT": "46505"}
 
 
 def test_torchrun():
-    assert find_place(TORCHRUN) == Place(rank=3, size=8, local_rank=1, address="h", port=29400)
+    assert find_rank_environment(TORCHRUN) == RankEnvironment(rank=3, size=8, local_rank=1, address="h", port=29400)
 
 
 def test_srun():
-    place = find_place(STEP)
-    assert place == Place(rank=2, size=4, local_rank=0, address="n1", port=15000 + 11)  # 10 x job 1 + step 1
-    assert find_place(STEP | {"SLURM_PROCID": "3"}).port == place.port
-    assert find_place(STEP | {"SLURM_STEP_ID": "2"}).port != place.port
-    assert find_place(STEP | {"SLURM_JOB_ID": "123456789"}).port in PORTS
+    environment = find_rank_environment(STEP)
+    assert environment == RankEnvironment(
+        rank=2, size=4, local_rank=0, address="n1", port=15000 + 11
+    )  # 10 x job 1 + step 1
+    assert find_rank_environment(STEP | {"SLURM_PROCID": "3"}).port == environment.port
+    assert find_rank_environment(STEP | {"SLURM_STEP_ID": "2"}).port != environment.port
+    assert find_rank_environment(STEP | {"SLURM_JOB_ID": "123456789"}).port in PORTS
 
 
 def test_a_given_address_is_taken():
-    place = find_place(STEP | {"MASTER_ADDR": "head", "MASTER_PORT": "29500", "WORLD_SIZE": "4"})
-    assert (place.address, place.port) == ("head", 29500)
+    environment = find_rank_environment(STEP | {"MASTER_ADDR": "head", "MASTER_PORT": "29500", "WORLD_SIZE": "4"})
+    assert (environment.address, environment.port) == ("head", 29500)
 
 
 NO_WORLD = {"nothing": {}, "batch script": BATCH, "salloc": SALLOC, "srun of one task": LONE_STEP, "srun --pty": SHELL}
@@ -49,26 +57,26 @@ NO_WORLD = {"nothing": {}, "batch script": BATCH, "salloc": SALLOC, "srun of one
 
 @pytest.mark.parametrize("inside", NO_WORLD)
 def test_no_world(inside):
-    assert find_place(NO_WORLD[inside]) is None
+    assert find_rank_environment(NO_WORLD[inside]) is None
 
 
 def test_torchrun_wins_over_srun():
-    assert find_place(STEP | TORCHRUN).size == 8
-    assert find_place(SHELL | TORCHRUN).size == 8
-    assert find_place({"RANK": "0", "WORLD_SIZE": "1"}).size == 1
+    assert find_rank_environment(STEP | TORCHRUN).size == 8
+    assert find_rank_environment(SHELL | TORCHRUN).size == 8
+    assert find_rank_environment({"RANK": "0", "WORLD_SIZE": "1"}).size == 1
 
 
 def test_a_script_that_sets_ranks_may_leave_the_local_rank_to_srun():
     by_hand = {name: value for name, value in TORCHRUN.items() if name != "LOCAL_RANK"}
-    assert find_place(STEP | by_hand | {"SLURM_LOCALID": "5"}).local_rank == 5
+    assert find_rank_environment(STEP | by_hand | {"SLURM_LOCALID": "5"}).local_rank == 5
 
 
 def test_entering_sets_what_torch_reads():
     environ = STEP | {"MASTER_PORT": "29500", "MASTER_ADDR": ""}
-    enter_place(find_place(environ), environ)
+    export_rank_environment(find_rank_environment(environ), environ)
     wanted = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
     assert environ == STEP | wanted
-    assert find_place(environ).rank == 2  # a second look sees the same world
+    assert find_rank_environment(environ).rank == 2  # a second look sees the same world
 
 
 def without(environ, name):
@@ -82,7 +90,7 @@ CONTRADICTIONS = {
     "no address": (without(TORCHRUN, "MASTER_ADDR"), "MASTER_ADDR is not set"),
     "no port": (without(TORCHRUN, "MASTER_PORT"), "MASTER_PORT is not set"),
     "rank beyond the world": (TORCHRUN | {"RANK": "8"}, "RANK=8 must be below WORLD_SIZE=8"),
-    "rank is text": (TORCHRUN | {"RANK": "one"}, "RANK='one' must be a whole number"),
+    "rank is text": (TORCHRUN | {"RANK": "one"}, "RANK='one' must be an integer"),
     "no port of this world": (TORCHRUN | {"MASTER_PORT": "70000"}, "MASTER_PORT=70000"),
     "no number of tasks": (without(STEP, "SLURM_STEP_NUM_TASKS"), "SLURM_STEP_NUM_TASKS is not set"),
     "no task number": (without(STEP, "SLURM_PROCID"), "SLURM_PROCID is not set"),
@@ -99,7 +107,7 @@ CONTRADICTIONS = {
 def test_contradictions_are_one_clear_line(case):
     environ, says = CONTRADICTIONS[case]
     with pytest.raises(UserError) as error:
-        find_place(environ)
+        find_rank_environment(environ)
     assert says in str(error.value)
     assert len(str(error.value).splitlines()) == 1
 

@@ -1,7 +1,7 @@
-"""Several nodes of a preflight on this machine, each a process in a group of its own; torch is imported once for all.
+"""Several nodes of a preflight on this machine, each in a separate process group; torch is imported once for all.
 
 Run as a program with one JSON argument: {"nodes": [{"name": .., "arguments": [..], "faults": {..}}, ..]}. Prints one
-JSON line for each node that ends: its name, exit status and output. Faults are answers put in the machine's place.
+JSON line for each node that ends: its name, exit status and output. Faults replace answers of the machine.
 """
 
 import json
@@ -15,12 +15,12 @@ from types import SimpleNamespace
 
 from megatron_paint.launch.preflight.command import import_all, main
 from megatron_paint.launch.preflight.probes import Probes
-from megatron_paint.launch.preflight.store import Meeting
+from megatron_paint.launch.preflight.store import NodeStore
 from megatron_paint.runtime.processes import end_with_parent
 
 
 def probes_with(faults: dict) -> Probes:
-    """The machine's answers but for the faults."""
+    """The machine's answers, except for the faults."""
     probes = Probes(versions=lambda: {"torch": "2.13.0", "triton": "absent"}, gpus=lambda: faults.get("gpus", 0))
     if "ahead" in faults:
         probes = replace(probes, clock=lambda: time.time() + faults["ahead"])
@@ -37,21 +37,21 @@ def probes_with(faults: dict) -> Probes:
 
 
 def stop(rank: int) -> float:
-    """Stops this node, with all of its processes, where it would add its part."""
+    """Stops this node and all its processes at the moment when it would add its part."""
     os.killpg(0, signal.SIGSTOP)
     return rank + 1.0
 
 
 def hold_up(seconds: dict[str, float]) -> None:
-    """Makes this node late by so many seconds where it posts, or asks for, what has one of these keys."""
+    """Delays this node by so many seconds when it posts or reads one of these keys."""
     for name in ("post", "wait_for"):
-        whole = getattr(Meeting, name)
+        original = getattr(NodeStore, name)
 
-        def late(self, key, *arguments, whole=whole, **options):
+        def late(self, key, *arguments, original=original, **options):
             time.sleep(seconds.get(key, 0.0))
-            return whole(self, key, *arguments, **options)
+            return original(self, key, *arguments, **options)
 
-        setattr(Meeting, name, late)
+        setattr(NodeStore, name, late)
 
 
 def start(node: dict) -> tuple[int, str]:
@@ -74,7 +74,7 @@ def start(node: dict) -> tuple[int, str]:
 
 
 def run(nodes: list[dict]) -> None:
-    """Starts all, and tells of each that ends; one that stops itself is told as stopped and then killed."""
+    """Starts all nodes and reports each one that ends. It kills a node that stopped itself."""
     running = {}
     for node in nodes:
         pid, path = start(node)
@@ -86,15 +86,15 @@ def run(nodes: list[dict]) -> None:
             stopped.add(pid)
             continue
         name, path = running.pop(pid)
-        tell(name, os.waitstatus_to_exitcode(status), path)
+        report(name, os.waitstatus_to_exitcode(status), path)
     for pid in stopped:
         os.killpg(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         name, path = running.pop(pid)
-        tell(name, "stopped", path)
+        report(name, "stopped", path)
 
 
-def tell(name: str, status: int | str, path: str) -> None:
+def report(name: str, status: int | str, path: str) -> None:
     """One line for a node that has ended."""
     with open(path, encoding="utf-8") as stream:
         text = stream.read()

@@ -16,7 +16,7 @@ from megatron_paint.objectives import Paint
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.runtime import files
 from megatron_paint.runtime.files import NewFolder
-from megatron_paint.runtime.heartbeat import Heart, go_on
+from megatron_paint.runtime.heartbeat import Watchdog, mark_progress
 from megatron_paint.runtime.stop import StopRequest
 
 AT = 2
@@ -71,7 +71,7 @@ def hanging() -> None:
 
     def hang_here() -> None:
         time.sleep(1.0)
-        go_on()
+        mark_progress()
         while True:
             time.sleep(0.1)
 
@@ -158,13 +158,13 @@ def killed() -> None:
             call = getattr(owner, name)
             setattr(owner, name, lambda *arguments, **options: (die_in_time(), call(*arguments, **options))[1])
         else:
-            whole = Heart.beat
+            whole = Watchdog.mark_progress
 
-            def beat(self, *arguments, **options):
+            def mark_progress(self, *arguments, **options):
                 whole(self, *arguments, **options)
                 phase, step, _ = self._state
                 if where == (phase if step else "start"):
                     die_in_time()
 
-            Heart.beat = beat
+            Watchdog.mark_progress = mark_progress
     run()

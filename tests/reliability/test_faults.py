@@ -10,7 +10,7 @@ import pytest
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.run.status import read_status
 from megatron_paint.runtime.checksums import CHECKSUMS
-from megatron_paint.runtime.heartbeat import read_beats
+from megatron_paint.runtime.heartbeat import read_heartbeats
 from tests.end_to_end.conftest import trained  # noqa: F401
 from tests.end_to_end.test_resume import metrics, same, weights
 from tests.support import forked_ranks
@@ -187,7 +187,7 @@ def test_a_hang_names_the_rank_that_is_behind(trained, tmp_path):  # noqa: F811
     stacks = (run / "logs" / "heartbeats" / "stacks_00001.txt").read_text()
     assert "in hang_here" in stacks
     assert (run / "logs" / "heartbeats" / "stacks_00000.txt").exists()
-    assert all(beat.hung for beat in read_beats(run / "logs" / "heartbeats"))
+    assert all(heartbeat.hung for heartbeat in read_heartbeats(run / "logs" / "heartbeats"))
     assert read_status(run).state == "hung"
     again = train(trained, tmp_path, "run.hang_timeout_s=60")
     assert again.statuses == [0, 0], again

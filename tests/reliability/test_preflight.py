@@ -1,4 +1,4 @@
-"""The preflight over several processes that are nodes: what is wrong with which is named, and every process ends."""
+"""The preflight over several processes that act as nodes: it names each faulty node, and every process ends."""
 
 import json
 import os
@@ -42,13 +42,13 @@ class Ended:
     seconds: float
 
     def failed(self) -> set[tuple[str, str]]:
-        """Node and check of each finding that is not ok."""
-        return {(f["node"], f["check"]) for f in self.report["findings"] if not f["ok"]}
+        """Node and check of each result that is not ok."""
+        return {(f["node"], f["check"]) for f in self.report["results"] if not f["ok"]}
 
     def seen(self, node: str, check: str) -> str:
         """What a check saw on a node where it failed."""
         (seen,) = [
-            f["seen"] for f in self.report["findings"] if (f["node"], f["check"], f["ok"]) == (node, check, False)
+            f["seen"] for f in self.report["results"] if (f["node"], f["check"], f["ok"]) == (node, check, False)
         ]
         return seen
 
@@ -156,7 +156,7 @@ def test_each_fault_is_found_where_it_is_and_nowhere_else(five):
 
 def test_a_fault_of_the_job_excludes_no_node(five):
     assert five.excluded == ["n1", "n2", "n3", "n4"]
-    (space,) = [f for f in five.report["findings"] if f["check"] == "space" and not f["ok"]]
+    (space,) = [f for f in five.report["results"] if f["check"] == "space" and not f["ok"]]
     assert space["fault"] == "job"
 
 
@@ -195,7 +195,7 @@ def test_a_node_that_never_starts(waits):
     ended = waits["absent"]
     assert ended.status == {"n0": 3, "n1": 3}
     assert ended.failed() == {("n2", "join")}
-    assert "preflight: node n2: join: did not join within 24 s; see whether it was started" in ended.output["n0"]
+    assert "preflight: node n2: join: did not join within 24 s; check that it was started" in ended.output["n0"]
     assert ended.excluded == ["n2"]
     assert ended.report["seconds"] < 60
 
@@ -213,7 +213,7 @@ def test_a_node_that_stops_in_the_sum(waits):
 def test_the_first_node_stops(waits):
     ended = waits["first_stops"]
     assert ended.status == {"n0": "stopped", "n1": 3}
-    assert ended.output["n1"] == "preflight: node n1: time is up after 60 s, in the wait for the verdict of n0\n"
+    assert ended.output["n1"] == "preflight: node n1: time is up after 60 s, in the wait for the status of n0\n"
 
 
 def test_a_port_that_is_taken(waits):
@@ -221,8 +221,8 @@ def test_a_port_that_is_taken(waits):
     assert ended.status == {"n0": 3, "n1": 3}
     assert ended.seen("n0", "rendezvous").startswith(f"port {port} is taken by process {os.getpid()} (")
     assert ended.output["n1"] == (
-        f"preflight: node n1: rendezvous: what listens at 127.0.0.1:{port} is no preflight of the first node (it does "
-        "not answer); look at the first node's message\n"
+        f"preflight: node n1: rendezvous: the listener at 127.0.0.1:{port} is not the preflight of the first node (it "
+        "does not answer); read the first node's message\n"
     )
 
 
@@ -234,7 +234,7 @@ def test_a_node_that_adds_another_number(tmp_path):
 
 
 def test_a_node_that_is_late_to_hear_that_all_is_well(tmp_path):
-    ended = preflight(tmp_path, {}, {"held_up": {"verdict": 5.0}}, {})
+    ended = preflight(tmp_path, {}, {"held_up": {"status": 5.0}}, {})
     assert ended.status == {"n0": 0, "n1": 0, "n2": 0}, ended.output
 
 

@@ -10,17 +10,17 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.config.schedule import outlived
 from megatron_paint.config.settings import RunSettings
 from megatron_paint.run.status import read_status, status_lines
-from megatron_paint.runtime.heartbeat import Beat, hang_message, slowest
+from megatron_paint.runtime.heartbeat import Heartbeat, hang_message, slowest
 from megatron_paint.runtime.stop import StopRequest, exit_status, job_end
 
 NOW = 1_000_000.0
 
 
-def beat(rank, step, *, since=NOW - 5, phase="student", written=NOW - 5, **more):
-    return Beat(rank=rank, host=f"n{rank}", pid=7, step=step, phase=phase, since=since, written=written, **more)
+def heartbeat(rank, step, *, since=NOW - 5, phase="student", written=NOW - 5, **more):
+    return Heartbeat(rank=rank, host=f"n{rank}", pid=7, step=step, phase=phase, since=since, written=written, **more)
 
 
-def run_folder(path, *, steps=10, done=(), beats=(), checkpoints=()):
+def run_folder(path, *, steps=10, done=(), heartbeats=(), checkpoints=()):
     path.mkdir()
     (path / "config.yaml").write_text(f"run: {{steps: {steps}}}\n")
     lines = [
@@ -28,11 +28,11 @@ def run_folder(path, *, steps=10, done=(), beats=(), checkpoints=()):
         for step in done
     ]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    hearts = path / "logs" / "heartbeats"
-    hearts.mkdir(parents=True)
-    for one in beats:
-        content = {name: getattr(one, name) for name in Beat.__dataclass_fields__}
-        (hearts / f"rank_{one.rank:05d}.json").write_text(json.dumps(content))
+    heartbeat_folder = path / "logs" / "heartbeats"
+    heartbeat_folder.mkdir(parents=True)
+    for one in heartbeats:
+        content = {name: getattr(one, name) for name in Heartbeat.__dataclass_fields__}
+        (heartbeat_folder / f"rank_{one.rank:05d}.json").write_text(json.dumps(content))
     for step in checkpoints:
         folder = path / "checkpoints" / f"step_{step:06d}"
         folder.mkdir(parents=True)
@@ -41,17 +41,17 @@ def run_folder(path, *, steps=10, done=(), beats=(), checkpoints=()):
 
 
 def test_a_running_run(tmp_path):
-    beats = [beat(0, 5), beat(1, 4, since=NOW - 30), beat(2, 5, since=NOW - 90)]
-    run = run_folder(tmp_path / "run", done=range(1, 5), beats=beats, checkpoints=[2, 4])
+    heartbeats = [heartbeat(0, 5), heartbeat(1, 4, since=NOW - 30), heartbeat(2, 5, since=NOW - 90)]
+    run = run_folder(tmp_path / "run", done=range(1, 5), heartbeats=heartbeats, checkpoints=[2, 4])
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "skipped": "loss is not finite"}\n{"step": 6, "lo')
     status = read_status(run, now=NOW)
     assert (status.state, status.step, status.steps, status.skipped, status.checkpoint) == ("running", 5, 10, 1, 4)
     assert (status.seconds_per_step, status.tokens_per_second, status.seconds_left) == (1.5, 25.0, 7.5)
-    assert (status.behind, status.oldest_beat) == ("rank 1 on n1, step 4, student", 30.0)
+    assert (status.behind, status.oldest_progress) == ("rank 1 on n1, step 4, student", 30.0)
     text = "\n".join(status_lines(status))
     assert "running, step 5 of 10, about 0:00:08 left" in text
-    assert "left out    1 steps" in text
+    assert "skipped     1 steps" in text
     assert "3 ranks; furthest behind: rank 1 on n1, step 4, student, 0:00:30 ago" in text
 
 
@@ -59,12 +59,12 @@ def test_a_running_run(tmp_path):
     ("state", "made"),
     [
         ("not begun", {}),
-        ("stopped", {"done": [1], "beats": [beat(0, 1, phase="end")]}),
-        ("stopped", {"done": [1], "beats": [beat(0, 1, written=NOW - 500)]}),
-        ("hung", {"done": [1], "beats": [beat(0, 1, hung=True), beat(1, 1)]}),
-        ("finished", {"done": range(1, 11), "checkpoints": [10], "beats": [beat(0, 10, phase="end")]}),
-        ("running", {"done": range(1, 11), "checkpoints": [10], "beats": [beat(0, 10, phase="evaluation")]}),
-        ("running", {"beats": [beat(0, 0, phase="start")]}),
+        ("stopped", {"done": [1], "heartbeats": [heartbeat(0, 1, phase="end")]}),
+        ("stopped", {"done": [1], "heartbeats": [heartbeat(0, 1, written=NOW - 500)]}),
+        ("hung", {"done": [1], "heartbeats": [heartbeat(0, 1, hung=True), heartbeat(1, 1)]}),
+        ("finished", {"done": range(1, 11), "checkpoints": [10], "heartbeats": [heartbeat(0, 10, phase="end")]}),
+        ("running", {"done": range(1, 11), "checkpoints": [10], "heartbeats": [heartbeat(0, 10, phase="evaluation")]}),
+        ("running", {"heartbeats": [heartbeat(0, 0, phase="start")]}),
     ],
 )
 def test_states(tmp_path, state, made):
@@ -72,20 +72,20 @@ def test_states(tmp_path, state, made):
 
 
 def test_no_run_folder(tmp_path):
-    with pytest.raises(UserError, match=r"is no run folder: it holds no config.yaml"):
+    with pytest.raises(UserError, match=r"is not a run folder: it has no config.yaml"):
         read_status(tmp_path)
 
 
 def test_who_is_behind():
-    """The earliest step counts first, then who waits for nobody, then the oldest beat."""
-    beats = [
-        beat(0, 7, since=NOW - 99),
-        beat(1, 6, since=NOW - 10),
-        beat(2, 6, since=NOW - 40),
-        beat(3, 6, since=NOW - 50, waits=True),
+    """The earliest step counts first, then who waits for nobody, then the oldest progress."""
+    heartbeats = [
+        heartbeat(0, 7, since=NOW - 99),
+        heartbeat(1, 6, since=NOW - 10),
+        heartbeat(2, 6, since=NOW - 40),
+        heartbeat(3, 6, since=NOW - 50, waits=True),
     ]
-    assert slowest(beats).rank == 2
-    message = hang_message(beats, folder="hearts", now=NOW)
+    assert slowest(heartbeats).rank == 2
+    message = hang_message(heartbeats, folder="heartbeats", now=NOW)
     assert "rank 2 on n2 (process 7) has been in step 6, student, for 40 s" in message
 
 

@@ -8,7 +8,16 @@ from dataclasses import asdict
 import pytest
 
 from megatron_paint.runtime import heartbeat
-from megatron_paint.runtime.heartbeat import HUNG, HUNG_RUN, Beat, Heart, Others, clear_beats, read_beats, slowest
+from megatron_paint.runtime.heartbeat import (
+    HUNG,
+    HUNG_RUN,
+    Heartbeat,
+    RankObserver,
+    Watchdog,
+    clear_heartbeats,
+    read_heartbeats,
+    slowest,
+)
 from tests.slurm.until import until
 
 LIMIT, LOOK = 100.0, 10.0  # seconds of a clock that the tests turn
@@ -34,27 +43,27 @@ def ends(monkeypatch):
 
 
 class Watched:
-    """Hearts of all ranks of a run, in their first rollout, and the clock by which they look at it."""
+    """Watchdogs of all ranks of a run, in their first rollout, and the clock by which they look at it."""
 
     def __init__(self, folder, ranks=2):
         self.said, self.now = [], 0.0
-        self.hearts = [
-            Heart(folder, rank=rank, ranks=ranks, limit=LIMIT, give_up=self.said.append, write_seconds=LOOK)
+        self.watchdogs = [
+            Watchdog(folder, rank=rank, ranks=ranks, limit=LIMIT, give_up=self.said.append, write_seconds=LOOK)
             for rank in range(ranks)
         ]
-        for heart in self.hearts:
-            heart.beat("rollout", 1)
-            heart._write()
+        for watchdog in self.watchdogs:
+            watchdog.mark_progress("rollout", 1)
+            watchdog._write()
 
     def look(self, after=LOOK):
         """The ranks whose watch has given the run up, of those that look once more, after so many seconds."""
         self.now += after
         gave_up = []
-        for heart in self.hearts:
+        for watchdog in self.watchdogs:
             try:
-                heart._look(self.now)
+                watchdog._look(self.now)
             except Ended:
-                gave_up.append(heart.rank)
+                gave_up.append(watchdog.rank)
         return gave_up
 
     def until_given_up(self):
@@ -62,26 +71,26 @@ class Watched:
         began = self.now
         while not (gave_up := self.look()):
             assert self.now < began + 100 * LIMIT
-        assert gave_up == [heart.rank for heart in self.hearts]
+        assert gave_up == [watchdog.rank for watchdog in self.watchdogs]
         return self.now - began
 
 
 def test_a_rank_that_waits_is_well_while_another_goes_on(tmp_path, ends):
     watched = Watched(tmp_path)
     for _ in range(50):
-        watched.hearts[1].beat()
+        watched.watchdogs[1].mark_progress()
         assert watched.look() == []
     assert 1.0 * LIMIT <= watched.until_given_up() <= 2.0 * LIMIT
     assert ends == [HUNG, HUNG]
     (message,) = watched.said
     assert "no progress: rank 0 on " in message, "it was the first to stand still"
-    assert all(beat.hung for beat in read_beats(tmp_path))
+    assert all(heartbeat.hung for heartbeat in read_heartbeats(tmp_path))
     assert {file.name for file in tmp_path.glob("stacks_*")} == {"stacks_00000.txt", "stacks_00001.txt"}
 
 
 def test_a_rank_in_a_long_phase_holds_the_others_up_for_longer(tmp_path, ends):
     watched = Watched(tmp_path)
-    watched.hearts[1].beat("checkpoint")
+    watched.watchdogs[1].mark_progress("checkpoint")
     assert 10.0 * LIMIT <= watched.until_given_up() <= 11.0 * LIMIT
     assert ends == [HUNG, HUNG]
 
@@ -91,7 +100,7 @@ def test_a_process_that_was_suspended_is_not_taken_for_a_hang(tmp_path, ends):
     watched = Watched(tmp_path)
     for number in range(50):
         if number % 5 == 0:
-            watched.hearts[1].beat()
+            watched.watchdogs[1].mark_progress()
         assert watched.look(after=1000.0 if number % 10 == 9 else LOOK) == []
 
 
@@ -107,7 +116,7 @@ def test_a_disk_that_does_not_say_is_not_taken_for_a_hang(tmp_path, ends, monkey
             disk.setattr(heartbeat.Path, name, fail)
             for _ in range(50):
                 assert watched.look() == []
-    assert read_beats(tmp_path)
+    assert read_heartbeats(tmp_path)
     watched.until_given_up()
     assert len(watched.said) == 1
 
@@ -117,7 +126,7 @@ def test_who_sees_that_a_rank_gave_up_sees_which(tmp_path, ends, monkeypatch):
     seen, touch = [], heartbeat.Path.touch
 
     def see(path):
-        seen.append([(beat.rank, beat.hung) for beat in read_beats(tmp_path)])
+        seen.append([(heartbeat.rank, heartbeat.hung) for heartbeat in read_heartbeats(tmp_path)])
         touch(path)
 
     monkeypatch.setattr(heartbeat.Path, "touch", see)
@@ -134,34 +143,34 @@ def test_a_rank_that_cannot_read_what_others_wrote_speaks_for_itself(tmp_path, e
 
 
 def write(folder, rank, since, phase="rollout"):
-    beat = Beat(rank=rank, host="n1", pid=1, step=1, phase=phase, since=since, written=since)
-    (folder / f"rank_{rank:05d}.json").write_text(json.dumps(asdict(beat)))
+    heartbeat = Heartbeat(rank=rank, host="n1", pid=1, step=1, phase=phase, since=since, written=since)
+    (folder / f"rank_{rank:05d}.json").write_text(json.dumps(asdict(heartbeat)))
 
 
 def test_clocks_of_hosts_are_not_compared(tmp_path):
     """Rank 1's host is a day behind; it moves, and then it does not."""
-    others = Others(tmp_path, ranks=2, limit=100.0)
+    observer = RankObserver(tmp_path, ranks=2, limit=100.0)
     write(tmp_path, 0, since=1e6)
     write(tmp_path, 1, since=1e6 - 86_400.0)
-    assert not others.all_quiet(50.0)
+    assert not observer.all_quiet(50.0)
     write(tmp_path, 1, since=1e6 - 86_340.0)
-    assert not others.all_quiet(149.0)
-    assert not others.all_quiet(248.0)
-    assert others.all_quiet(249.0)
+    assert not observer.all_quiet(149.0)
+    assert not observer.all_quiet(248.0)
+    assert observer.all_quiet(249.0)
 
 
 def test_a_rank_that_is_not_known_is_not_taken_for_quiet(tmp_path):
-    others = Others(tmp_path, ranks=2, limit=100.0)
+    observer = RankObserver(tmp_path, ranks=2, limit=100.0)
     write(tmp_path, 0, since=1.0)
-    assert not others.all_quiet(0.0)
-    assert not others.all_quiet(1e9)
+    assert not observer.all_quiet(0.0)
+    assert not observer.all_quiet(1e9)
     write(tmp_path, 1, since=1.0)
     (tmp_path / "rank_00001.json").write_text("cut sho")
-    assert not others.all_quiet(2e9)
+    assert not observer.all_quiet(2e9)
     write(tmp_path, 1, since=1.0, phase="evaluation")
-    assert not others.all_quiet(2e9)
-    assert not others.all_quiet(2e9 + 999.0)
-    assert others.all_quiet(2e9 + 1000.0)
+    assert not observer.all_quiet(2e9)
+    assert not observer.all_quiet(2e9 + 999.0)
+    assert observer.all_quiet(2e9 + 1000.0)
 
 
 def test_a_watch_that_cannot_write_ends_the_process_all_the_same(tmp_path, monkeypatch):
@@ -169,9 +178,9 @@ def test_a_watch_that_cannot_write_ends_the_process_all_the_same(tmp_path, monke
     monkeypatch.setattr(heartbeat.os, "_exit", lambda status: (statuses.append(status), held.set()))
     monkeypatch.setattr(heartbeat, "SETTLE_SECONDS", 0.2)
     monkeypatch.setattr(heartbeat.faulthandler, "dump_traceback", lambda *_, **__: held.wait(60))
-    made = Heart(tmp_path, rank=0, ranks=1, limit=0.6, give_up=print, write_seconds=0.1)
+    made = Watchdog(tmp_path, rank=0, ranks=1, limit=0.6, give_up=print, write_seconds=0.1)
     made.start()
-    made.beat("rollout", 1)
+    made.mark_progress("rollout", 1)
     until(lambda: statuses, seconds=60, otherwise=lambda: "it never ended")
     assert statuses[0] == HUNG
     made.stop()
@@ -180,14 +189,14 @@ def test_a_watch_that_cannot_write_ends_the_process_all_the_same(tmp_path, monke
 def test_beats_of_an_earlier_life_go_and_its_stacks_stay(tmp_path):
     for name in ("rank_00007.json", ".rank_00007.123.unfinished", HUNG_RUN, "stacks_00007.txt"):
         (tmp_path / name).touch()
-    clear_beats(tmp_path)
+    clear_heartbeats(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["stacks_00007.txt"]
-    clear_beats(tmp_path / "no folder")
+    clear_heartbeats(tmp_path / "no folder")
 
 
 def test_a_disk_that_refuses_a_beat_keeps_nothing_of_it(tmp_path, monkeypatch):
     said = []
-    made = Heart(tmp_path, rank=0, ranks=1, limit=None, give_up=said.append)
+    made = Watchdog(tmp_path, rank=0, ranks=1, limit=None, give_up=said.append)
     monkeypatch.setattr(heartbeat.Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
     made.start()
     made.stop()
@@ -196,8 +205,8 @@ def test_a_disk_that_refuses_a_beat_keeps_nothing_of_it(tmp_path, monkeypatch):
 
 def test_the_slowest_rank_is_that_of_the_earliest_step(tmp_path):
     for rank, step in ((0, 3), (1, 2), (2, 2)):
-        made = Heart(tmp_path, rank=rank, ranks=3, limit=None, give_up=print)
+        made = Watchdog(tmp_path, rank=rank, ranks=3, limit=None, give_up=print)
         made.start()
-        made.beat("student", step)
+        made.mark_progress("student", step)
         made.stop()
-    assert slowest(read_beats(tmp_path)).rank == 1
+    assert slowest(read_heartbeats(tmp_path)).rank == 1

@@ -1,6 +1,6 @@
 """A job without Slurm: srun, scontrol, scancel and Python are stand-ins that write down how they were called.
 
-What runs is the rendered script itself, and the real link.py.
+What runs is the rendered script itself, and the real attempts.py.
 """
 
 import os
@@ -35,10 +35,10 @@ exec {sys.executable} "$FAKES/srun.py" "$@"
 # One task, the first; Slurm sends USR1 to all processes of a step.
 SRUN = """
 import os, signal, subprocess, sys
-told, group = [], []
+received, group = [], []
 
 def pass_on(*_):
-    told.append(1)
+    received.append(1)
     try:
         for one in group:
             os.killpg(one, signal.SIGUSR1)
@@ -48,7 +48,7 @@ def pass_on(*_):
 signal.signal(signal.SIGUSR1, pass_on)
 task = subprocess.Popen(sys.argv[1:], start_new_session=True)
 group.append(task.pid)
-if told:  # it came before the task had a number
+if received:  # it came before the task had a number
     pass_on()
 status = task.wait()
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -67,8 +67,8 @@ if "megatron_paint.launch.preflight" in sys.argv:
     sys.exit(int(os.environ.get("PREFLIGHT", "0")))
 (fakes / "started").touch()
 time.sleep(float(os.environ.get("DEAF_SECONDS", "0")))
-told = []
-signal.signal(signal.SIGUSR1, lambda *_: told.append(1))
+received = []
+signal.signal(signal.SIGUSR1, lambda *_: received.append(1))
 (fakes / "listening").touch()
 print("hello from training", os.environ.get("HF_TOKEN", "no token"), flush=True)
 for action in os.environ["TRAINING"].split():
@@ -83,9 +83,9 @@ for action in os.environ["TRAINING"].split():
         (pathlib.Path(os.environ["RUN"]) / "hf" / f"step_{{int(value):06d}}").mkdir(parents=True)
     elif name == "until_told":
         end = time.monotonic() + 300
-        while not told and time.monotonic() < end:
+        while not received and time.monotonic() < end:
             time.sleep(0.01)
-        if not told:
+        if not received:
             sys.exit(99)
     elif name == "take":
         time.sleep(float(value))
@@ -150,7 +150,7 @@ class FakeJob:
         )
 
     def job(self, script: str, training: str, **environ: str) -> tuple[int, str]:
-        """One life of the job; exit status and output. The next one has a higher restart count."""
+        """One attempt of the job; exit status and output. The next one has a higher restart count."""
         job = self.start(script, training, **environ)
         output, _ = job.communicate(timeout=600)
         self.restart += 1

@@ -47,7 +47,7 @@ GOLDEN_CASES: dict[str, list[str]] = {
     "env": ["--nodes=2", "--env=HF_TOKEN", "--env=WANDB_API_KEY"],
     "env_file": ["--nodes=2", "--env-file=secrets.env"],
     "python": ["--nodes=2", "--python=/opt/python/bin/python3"],
-    "chain": ["--nodes=2", "--links=4"],
+    "chain": ["--nodes=2", "--attempts=4"],
     "signal": ["--nodes=2", "--signal-seconds=900"],
     "no_preflight": ["--nodes=2", "--no-preflight"],
     "overrides": ["--nodes=2", "optimizer.lr=1e-5", "model.hf_path=/models/my model"],

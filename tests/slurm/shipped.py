@@ -66,8 +66,8 @@ def wait_for_checkpoint(job: Job, run: Path, step: int) -> None:
     until(reached, seconds=MINUTES, otherwise=job.describe)
 
 
-def beats(run: Path) -> list[dict[str, Any]]:
-    """The last sign of life of each rank, by rank: host, pid, step, ..."""
+def heartbeats(run: Path) -> list[dict[str, Any]]:
+    """The last heartbeat of each rank, by rank: host, pid, step, ..."""
     files = sorted((run / "logs" / "heartbeats").glob("rank_*.json"))
     return [json.loads(file.read_text()) for file in files]
 
@@ -79,34 +79,34 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def check_is_undisturbed(run: Path, undisturbed: Path, *, steps: int = STEPS) -> None:
     """The same weights to the bit, each step once, and the run folder says that it is done."""
-    print(describe_lives(run))
+    print(describe_attempts(run))
     ours, theirs = weights(run), weights(undisturbed)
     assert len(theirs) > 20
     assert ours.keys() == theirs.keys()
     assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []
     assert [line["step"] for line in RunFolder(run).read_metrics()] == list(range(1, steps + 1))
-    assert RunFolder(run).read_links()[-1]["decision"] == "done"
+    assert RunFolder(run).read_attempts()[-1]["decision"] == "done"
 
 
-def lives(run: Path) -> list[int]:
-    """The newest checkpoint at each beginning of a link."""
-    return [record["checkpoint"] for record in RunFolder(run).read_links() if record["event"] == "begin"]
+def start_checkpoints(run: Path) -> list[int]:
+    """The newest checkpoint at the beginning of each attempt."""
+    return [record["checkpoint"] for record in RunFolder(run).read_attempts() if record["event"] == "begin"]
 
 
 def ends(run: Path) -> list[int]:
-    """The exit status of each link that recorded its end."""
-    return [record["status"] for record in RunFolder(run).read_links() if record["event"] == "end"]
+    """The exit status of each attempt that recorded its end."""
+    return [record["status"] for record in RunFolder(run).read_attempts() if record["event"] == "end"]
 
 
-def describe_lives(run: Path) -> str:
-    """Steps done twice, and when each life began and ended, in seconds from the first one's begin.
+def describe_attempts(run: Path) -> str:
+    """Steps done twice, and when each attempt began and ended, in seconds after the first one began.
 
-    A step's samples are written anew by the last life that does it.
+    The last attempt that does a step writes the samples of the step again.
     """
     folder = RunFolder(run)
     files = [*folder.logs.glob("*/node_*/*/attempt_*/*/stdout.log"), *folder.logs.glob("*/rank_0.log")]
     printed = [step for file in files for step in STEP_LINE.findall(file.read_text())]
-    records = [record for record in folder.read_links() if record["event"] != "launch"]
+    records = [record for record in folder.read_attempts() if record["event"] != "launch"]
     times = [datetime.fromisoformat(record["time"]).timestamp() for record in records]
     lines = [f"steps done twice: {len(printed) - len(set(printed))}"]
     for record, time in zip(records, times, strict=True):

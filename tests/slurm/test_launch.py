@@ -42,7 +42,7 @@ def launch(*arguments):
 
 
 def test_submission(place, capsys):
-    assert launch(*CPU, "--links=3", "--env=GIVEN", "optimizer.lr=1e-5") == 0
+    assert launch(*CPU, "--attempts=3", "--env=GIVEN", "optimizer.lr=1e-5") == 0
     script = place / "runs" / "a run" / "logs" / "launch.sbatch"
     assert (place / "calls").read_text() == f"--parsable {script}\n" * 3
     assert "submitted  101, 102, 103; console runs/a run/logs/101.out\n" in capsys.readouterr().out
@@ -51,7 +51,7 @@ def test_submission(place, capsys):
     assert "-m megatron_paint train s.yaml optimizer.lr=1e-5 run.resume=auto\n" in text
     assert "the value" not in text
     subprocess.run(["bash", "-n", str(script)], check=True)
-    assert [(line["event"], line["steps"]) for line in RunFolder(script.parents[1]).read_links()] == [("launch", 40)]
+    assert [(line["event"], line["steps"]) for line in RunFolder(script.parents[1]).read_attempts()] == [("launch", 40)]
     (place / "runs" / "a run" / "STOPPED").write_text("x\n")
     assert launch(*CPU) == 0
     assert not (place / "runs" / "a run" / "STOPPED").exists()
@@ -59,7 +59,7 @@ def test_submission(place, capsys):
 
 def test_a_dry_run_touches_nothing(place, capsys):
     before = sorted(place.rglob("*"))
-    assert launch(*CPU, "--links=2", "--dry-run") == 0
+    assert launch(*CPU, "--attempts=2", "--dry-run") == 0
     printed = capsys.readouterr().out
     assert printed.startswith("#!/bin/bash -l\n")
     assert printed.count(f"\n# sbatch --parsable '{place}/runs/a run/logs/launch.sbatch'") == 2
@@ -80,13 +80,13 @@ REFUSALS = [
     (["--nodes=1", "--processes-per-node=0"], "--processes-per-node must be at least 1, got 0"),
     (["--nodes=1", "--gpus-per-node=3"], "their number must be a multiple of 2"),
     (["--nodes=1", "--launcher=mpirun"], "--launcher"),
-    (["--nodes=1", "--launcher=srun", "--max-restarts=2"], "--max-restarts=2 is torchrun's"),
+    (["--nodes=1", "--launcher=srun", "--max-restarts=2"], "--max-restarts=2 needs torchrun"),
     (["--nodes=1", "--max-restarts=-1"], "--max-restarts must be at least 0, got -1"),
     (["--nodes=1", "--cpus-per-task=0"], "--cpus-per-task must be at least 1, got 0"),
-    (["--nodes=1", "--links=0"], "--links must be at least 1, got 0"),
+    (["--nodes=1", "--attempts=0"], "--attempts must be at least 1, got 0"),
     (["--nodes=1", "--signal-seconds=70000"], "--signal-seconds must be in 1 to 65535, got 70000"),
     (["--nodes=1", "--time=tomorrow"], "--time='tomorrow' must be minutes, HH:MM:SS or D-HH:MM:SS"),
-    (["--nodes=1", "--time=5"], "--time=5 is 300 s, and --signal-seconds=300"),
+    (["--nodes=1", "--time=5"], "--time=5 is 300 s, but --signal-seconds=300"),
     (["--nodes=1", "--time=5", "--signal-seconds=60"], "a run stops run.exit_before_limit_s=300 s before its end"),
     (["--nodes=1", "--account=a b"], "--account='a b' must be"),
     (["--nodes=1", "--partition=a#b"], "--partition='a#b' must be"),
@@ -100,21 +100,21 @@ REFUSALS = [
     (["--nodes=1", "--module=--x"], "--module='--x' must be"),
     (["--nodes=1", "--sbatch=nice"], "--sbatch='nice' must be one line of sbatch's options"),
     (["--nodes=1", "--sbatch", "--nice\nid"], "--sbatch='--nice\\nid' must be one line"),
-    (["--nodes=1", "--mount=/a:/b"], "--mount belongs to a container"),
-    (["--nodes=1", "--container-runtime=pyxis"], "--container-runtime belongs to a container"),
+    (["--nodes=1", "--mount=/a:/b"], "--mount needs a container"),
+    (["--nodes=1", "--container-runtime=pyxis"], "--container-runtime needs a container"),
     (["--nodes=1", "--container=a\nb"], "--container='a\\nb' must be one line"),
     (["--nodes=1", "--container=a", "--mount=/a,/b:/c"], "--mount='/a,/b:/c' must be FROM:TO"),
     (["--nodes=1", "--container=a", "--mount=/a"], "--mount='/a' must be FROM:TO"),
     (["--nodes=1", "--venv=v", "--python=p"], "leave one of them out"),
     (["--nodes=1", "--python=p\nq"], "--python='p\\nq' must be one line"),
-    (["--nodes=1", "--env=MISSING"], "MISSING is not set where you launch from"),
+    (["--nodes=1", "--env=MISSING"], "MISSING is not set in this shell"),
     (["--nodes=1", "--env=a-b"], "--env 'a-b' must be the name of a variable"),
     (["--nodes=1", "--env=ALL"], "--env 'ALL' must be the name of a variable"),
-    (["--nodes=1", "--env=GIVEN=hush"], "--env GIVEN=... gives a value"),
-    (["--nodes=1", "--env-file=none.env"], "--env-file=none.env is not there"),
-    (["--nodes=1", "--env-file=open.env"], "--env-file=open.env can be read or written by others"),
-    (["--nodes=1", "run.dir=a%b"], "run.dir='a%b' holds one of"),
-    (["--nodes=1", 'run.dir=a"b'], "run.dir='a\"b' holds one of"),
+    (["--nodes=1", "--env=GIVEN=hush"], "--env GIVEN=... contains a value"),
+    (["--nodes=1", "--env-file=none.env"], "--env-file=none.env does not exist"),
+    (["--nodes=1", "--env-file=open.env"], "--env-file=open.env can be read or written by other users"),
+    (["--nodes=1", "run.dir=a%b"], "run.dir='a%b' contains one of"),
+    (["--nodes=1", 'run.dir=a"b'], "run.dir='a\"b' contains one of"),
     (["--nodes=1", "model.hf_path=a\nb"], "must be one line of text"),
     (["--nodes=1", "optimizer.rl=1"], "unknown setting optimizer.rl"),
     (["--nodes=1", "--nice=3"], "unknown argument '--nice=3'"),
@@ -147,7 +147,7 @@ def test_a_name_of_another_run_is_refused(place, capsys):
     assert "job 7 of this run has the name other" in capsys.readouterr().err
     (place / "queued").write_text(f"6|other|/elsewhere/launch.sbatch\n7|a_run|{ours}\n8|odd\n")
     assert launch(*CPU) == 0
-    assert "after earlier jobs of this run, as one runs at a time: 7\n" in capsys.readouterr().out
+    assert "they wait for earlier jobs of this run, because one job runs at a time: 7\n" in capsys.readouterr().out
 
 
 def test_what_sbatch_says_is_told(place, capsys):
@@ -165,16 +165,16 @@ def test_a_refused_launch_leaves_a_stop_in_place(place, capsys):
     assert launch(*CPU) == 2
     assert "sbatch refused the job: exit status 1" in capsys.readouterr().err
     assert (run / "STOPPED").read_text() == "why\n"
-    assert RunFolder(run).read_links()[-1]["steps"] == 0  # no launch is waited for
+    assert RunFolder(run).read_attempts()[-1]["steps"] == 0  # no launch is waited for
 
 
 def test_jobs_of_a_chain_that_were_submitted_before_a_refusal_are_named(place, capsys):
     (place / "bin" / "sbatch").write_text(f"#!/bin/bash\n{STUBS['sbatch']}[ $(wc -l < calls) -lt 3 ]\n")
-    assert launch(*CPU, "--links=4") == 2
+    assert launch(*CPU, "--attempts=4") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "sbatch refused the job: exit status 1." in line
-    assert line.endswith("not cancelled: 2 of 4 jobs, which `scancel 101 102` cancels")
-    assert len(RunFolder(place / "runs" / "a run").read_links()) == 1
+    assert line.endswith("2 of 4 jobs were submitted before that and still exist: `scancel 101 102` cancels them")
+    assert len(RunFolder(place / "runs" / "a run").read_attempts()) == 1
 
 
 def test_without_slurm(place, capsys, monkeypatch):

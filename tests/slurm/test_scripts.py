@@ -123,8 +123,8 @@ def test_torchrun_call(tmp_path):
     fake = FakeJob(tmp_path)
     status, output = fake.job(script(*TRAIN, "--max-restarts=3"), "checkpoint=25 exit=1")
     assert status == 0
-    assert "link: go from step 0\n" in output
-    assert "link: next exit status 1, step 25: a newer checkpoint was written\n" in output
+    assert "attempt: go from step 0\n" in output
+    assert "attempt: next exit status 1, step 25: a newer checkpoint was written\n" in output
     (_, train) = fake.called("python")
     assert train == [
         *["-u", "-m", "torch.distributed.run", "--log-dir=runs/paint/logs/1234-0/node_0", "--nnodes=2"],
@@ -152,7 +152,7 @@ def test_srun_call_and_files_of_ranks(tmp_path):
     status, output = fake.job(text, "take=0 exit=75")
     assert (status, output.count("hello from training")) == (0, 1)
     assert (fake.run / "logs" / "1234-0" / "rank_0.log").read_text() == "hello from training no token\n"
-    assert [record["status"] for record in RunFolder(fake.run).read_links() if record["event"] == "end"] == [75]
+    assert [record["status"] for record in RunFolder(fake.run).read_attempts() if record["event"] == "end"] == [75]
     (step,) = fake.called("srun")
     assert step[4:6] == ["--ntasks=4", "--ntasks-per-node=2"]
     srun = fake.fakes / "srun"
@@ -162,46 +162,46 @@ def test_srun_call_and_files_of_ranks(tmp_path):
     assert (fake.run / "logs" / "1234-1" / "rank_3.log").read_text() == "hello from training no token\n"
 
 
-def test_a_second_link_without_a_checkpoint_stops_the_run(tmp_path):
+def test_a_second_attempt_without_a_checkpoint_stops_the_run(tmp_path):
     fake = FakeJob(tmp_path)
     text = script(*TRAIN, "--no-preflight", "--job-name=my.run")
     assert fake.job(text, "exit=1")[0] == 0
     assert fake.called("scontrol")[-1] == ["requeue", "1234"]
     status, output = fake.job(text, "exit=1")
-    reason = "2 links in a row ended without a checkpoint newer than step 0, the last one with exit status 1"
-    assert (status, f"link: stop {reason}\n" in output) == (1, True)
+    reason = "2 attempts in a row ended without a checkpoint newer than step 0, the last one with exit status 1"
+    assert (status, f"attempt: stop {reason}\n" in output) == (1, True)
     assert (fake.run / "STOPPED").read_text() == f"{reason}\n"
     assert [call[0] for call in fake.called("scontrol")] == ["show", "show", "requeue", "show"]
     user = subprocess.run(["id", "-un"], capture_output=True, text=True).stdout.strip()
     assert fake.called("scancel") == [["--state=PENDING", "--name=my.run", f"--user={user}"]]
     trained = len(fake.called("python"))
     status, output = fake.job(text, "exit=0")  # a job that was queued already
-    assert (status, f"link: stop {reason}\n" in output, len(fake.called("python"))) == (1, True, trained)
+    assert (status, f"attempt: stop {reason}\n" in output, len(fake.called("python"))) == (1, True, trained)
 
 
 def test_a_finished_run_cancels_what_is_queued(tmp_path):
     fake = FakeJob(tmp_path)
     fake.configure()
-    status, output = fake.job(script(*TRAIN, "--links=3"), "checkpoint=100 export=100 exit=0")
-    assert (status, "link: done all 100 steps, with what was due after them\n" in output) == (0, True)
+    status, output = fake.job(script(*TRAIN, "--attempts=3"), "checkpoint=100 export=100 exit=0")
+    assert (status, "attempt: done all 100 steps, and everything that was due after them\n" in output) == (0, True)
     assert len(fake.called("scancel")) == 1
     assert "requeue" not in [call[0] for call in fake.called("scontrol")]
-    status, output = fake.job(script(*TRAIN, "--links=3"), "exit=1")
-    assert (status, "link: done" in output) == (0, True)
+    status, output = fake.job(script(*TRAIN, "--attempts=3"), "exit=1")
+    assert (status, "attempt: done" in output) == (0, True)
     assert len(fake.called("srun")) == 2  # preflight and training of the first
 
 
 def test_a_chain_leaves_going_on_to_its_next_job(tmp_path):
     fake = FakeJob(tmp_path)
-    status, output = fake.job(script(*TRAIN, "--links=3"), "checkpoint=50 exit=0")
-    assert (status, "link: next exit status 0, step 50" in output) == (0, True)
+    status, output = fake.job(script(*TRAIN, "--attempts=3"), "checkpoint=50 exit=0")
+    assert (status, "attempt: next exit status 0, step 50" in output) == (0, True)
     assert [call[0] for call in fake.called("scontrol")] == ["show"]
     assert not fake.called("scancel")
 
 
 def test_one_job_of_a_run_at_a_time():
-    for links in ("1", "3"):
-        assert "#SBATCH --dependency=singleton\n" in script(*TRAIN, f"--links={links}")
+    for attempts in ("1", "3"):
+        assert "#SBATCH --dependency=singleton\n" in script(*TRAIN, f"--attempts={attempts}")
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_a_later_launch_of_the_run_goes_on(tmp_path):
     """Its job waits for this one, which would come first again if it were requeued."""
     fake = FakeJob(tmp_path)
     status, output = fake.job(script(*TRAIN), "exit=0", PREFLIGHT="3", BAD_NODES="n2\n", WAITING="1235\n")
-    assert (status, "the next job named paint goes on" in output) == (0, True), output
+    assert (status, "the next job named paint resumes" in output) == (0, True), output
     assert [call for call in fake.called("scontrol") if call[0] in ("requeue", "update")] == [
         ["update", "JobId=1235", "ExcNodeList=n2"]
     ]
@@ -241,7 +241,7 @@ def test_nothing_is_trained_where_the_preflight_fails(tmp_path, preflight, ends)
     status, output = fake.job(script(*TRAIN), "exit=0", PREFLIGHT=preflight)
     assert (status, len(fake.called("srun"))) == (ends, 1)
     assert "hello" not in output
-    assert [record["status"] for record in RunFolder(fake.run).read_links() if record["event"] == "end"] == [
+    assert [record["status"] for record in RunFolder(fake.run).read_attempts() if record["event"] == "end"] == [
         int(preflight)
     ]
 
@@ -251,17 +251,17 @@ def test_bad_nodes_are_left_out_from_the_requeue_on(tmp_path, stays_off, exclude
     """Beside those that the job was to stay off before, and only after the requeue, as Slurm has it."""
     fake = FakeJob(tmp_path)
     status, output = fake.job(script(*TRAIN), "exit=0", PREFLIGHT="3", BAD_NODES="n2\nn5\n", STAYS_OFF=stays_off)
-    assert (status, "job 1234 stays off nodes: n2,n5\n" in output) == (0, True), output
+    assert (status, "job 1234 avoids nodes: n2,n5\n" in output) == (0, True), output
     requeue, _, update = fake.called("scontrol")[2:]
     assert (requeue, update) == (["requeue", "1234"], ["update", "JobId=1234", f"ExcNodeList={excluded}"])
 
 
-def test_links_that_name_new_bad_nodes_are_not_idle(tmp_path):
+def test_attempts_that_name_new_bad_nodes_are_not_idle(tmp_path):
     fake = FakeJob(tmp_path)
     fake.job(script(*TRAIN), "exit=1")
     for named, ends, said in (
-        *(("n2\nn5\n", 0, "named for the first time: n2, n5"), ("n1\nn5\n", 0, "named for the first time: n1")),
-        ("n2\n", 1, "2 links in a row ended without a checkpoint newer than step 0"),
+        *(("n2\nn5\n", 0, "newly named bad nodes: n2, n5"), ("n1\nn5\n", 0, "newly named bad nodes: n1")),
+        ("n2\n", 1, "2 attempts in a row ended without a checkpoint newer than step 0"),
     ):
         status, output = fake.job(script(*TRAIN), "exit=0", PREFLIGHT="3", BAD_NODES=named)
         assert status == ends
@@ -280,20 +280,20 @@ def test_a_controller_that_is_away_is_waited_for(tmp_path):
 def test_a_job_that_runs_elsewhere_meanwhile_is_not_requeued(tmp_path):
     fake = FakeJob(tmp_path)
     status, output = fake.job(script(*TRAIN), "exit=1", RESTARTS="1")
-    assert (status, "started again elsewhere meanwhile" in output) == (143, True)
+    assert (status, "already restarted this job elsewhere" in output) == (143, True)
     assert "requeue" not in [call[0] for call in fake.called("scontrol")]
 
 
 def test_bad_nodes_are_left_out_by_the_rest_of_a_chain(tmp_path):
     fake = FakeJob(tmp_path)
-    text = script(*TRAIN, "--links=3")
+    text = script(*TRAIN, "--attempts=3")
     status, output = fake.job(text, "exit=0", PREFLIGHT="3", BAD_NODES="n2\n", WAITING="1235\n1236\n")
     assert status == 0, output
     updates = [call[1:] for call in fake.called("scontrol") if call[0] == "update"]
     assert updates == [[f"JobId={job}", "ExcNodeList=n2"] for job in (1235, 1236)]
     (fake.fakes / "away").touch()  # a controller that does not answer when it is asked about the first of them
     status, output = fake.job(text, "exit=0", PREFLIGHT="3", BAD_NODES="n3\n", WAITING="1235\n1236\n")
-    assert (status, "job 1235 stays" in output, "job 1236 stays off nodes: n3\n" in output) == (0, False, True), output
+    assert (status, "job 1235 avoids" in output, "job 1236 avoids nodes: n3\n" in output) == (0, False, True), output
 
 
 def signalled(
@@ -319,7 +319,7 @@ def test_the_checkpoint_is_awaited_before_the_requeue(tmp_path, launcher):
     text = script(*TRAIN, f"--launcher={launcher}", "--no-preflight")
     training = "until_told take=0.7 checkpoint=7 take=0.3 exit=75"
     status, output = signalled(fake, text, training, signal.SIGUSR1, signal.SIGUSR1)
-    assert (status, "link: next exit status 75, step 7: a newer checkpoint" in output) == (0, True), output
+    assert (status, "attempt: next exit status 75, step 7: a newer checkpoint" in output) == (0, True), output
     order = [call[:2] for call in fake.calls() if call[0] in ("checkpoint", "scontrol")]
     assert order == [["scontrol", "show"], ["checkpoint"], ["scontrol", "show"], ["scontrol", "requeue"]]
 
@@ -330,7 +330,7 @@ def test_a_cancelled_job_is_not_requeued(tmp_path):
     training = "until_told take=0.3 checkpoint=7 exit=0"
     status, output = signalled(fake, script(*TRAIN, "--no-preflight"), training, signal.SIGTERM)
     assert (status, "ended by TERM: not requeued\n" in output) == (143, True)
-    assert "link: next exit status 0, step 7" in output
+    assert "attempt: next exit status 0, step 7" in output
     assert [call[0] for call in fake.called("scontrol")] == ["show", "show"]
 
 
@@ -352,7 +352,7 @@ def test_ranks_that_do_not_listen_yet_are_told_again(tmp_path, launcher):
     text = script(*TRAIN, f"--launcher={launcher}", "--no-preflight")
     training = "until_told checkpoint=7 exit=0"
     status, output = signalled(fake, text, training, signal.SIGUSR1, once="started", DEAF_SECONDS="2")
-    assert (status, "link: next exit status 0, step 7" in output) == (0, True), output
+    assert (status, "attempt: next exit status 0, step 7" in output) == (0, True), output
     assert set(map(tuple, fake.called("sleep"))) == {("15",)}
 
 
@@ -366,10 +366,10 @@ def test_file_of_variables(tmp_path):
     text = script(*TRAIN, "--env-file=secrets.env")
     status, output = fake.job(text, "checkpoint=1 exit=1")
     assert (status, "hello from training hf do not tell\n" in output) == (0, True)
-    assert "hf do not tell" not in text + (fake.fakes / "calls").read_text() + (fake.run / "links.jsonl").read_text()
+    assert "hf do not tell" not in text + (fake.fakes / "calls").read_text() + (fake.run / "attempts.jsonl").read_text()
     file.chmod(0o640)
     status, output = fake.job(text, "exit=0")
-    assert (status, output) == (2, "./secrets.env can be read or written by others than you: chmod 600 it\n")
+    assert (status, output) == (2, "./secrets.env can be read or written by other users: run chmod 600 ./secrets.env\n")
 
 
 def test_modules_are_loaded_first(tmp_path):

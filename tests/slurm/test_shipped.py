@@ -8,12 +8,12 @@ from tests.slurm.shipped import (
     PROCESSES,
     ROOT,
     another_folder,
-    beats,
     check_is_undisturbed,
     ends,
+    heartbeats,
     launch,
     launch_on,
-    lives,
+    start_checkpoints,
     wait_for_checkpoint,
     wait_for_step,
 )
@@ -21,12 +21,12 @@ from tests.slurm.shipped import (
 READY_MADE = sorted((ROOT / "examples" / "slurm").glob("*.sbatch"))
 
 
-def test_a_chain_of_which_the_first_link_finishes(cluster, undisturbed, tmp_path):
-    first, second = launch(cluster, tmp_path / "run", "--links=2")
+def test_a_chain_of_which_the_first_job_finishes(cluster, undisturbed, tmp_path):
+    first, second = launch(cluster, tmp_path / "run", "--attempts=2")
     first.wait("COMPLETED", seconds=MINUTES)
     second.wait("CANCELLED")
     check_is_undisturbed(tmp_path / "run", undisturbed)
-    assert lives(tmp_path / "run") == [0]
+    assert start_checkpoints(tmp_path / "run") == [0]
     assert "preflight: 2 nodes ok in" in first.output()
 
 
@@ -72,7 +72,7 @@ def test_a_signal_stops_the_run_and_requeues_it(cluster, undisturbed, tmp_path, 
     wait_for_step(job, run, 4)
     job.signal("USR1")
     job.wait("COMPLETED", restarts=1, seconds=MINUTES)
-    first, second = lives(run)
+    first, second = start_checkpoints(run)
     assert first == 0
     assert second >= 4
     assert f"Stopped after step {second} by SIGUSR1" in job.output()
@@ -89,8 +89,8 @@ def test_a_node_crashes(cluster, undisturbed, tmp_path, place):
     cluster.crash(crashed)
     job.wait("COMPLETED", restarts=1, seconds=MINUTES)
     assert crashed not in job.nodes()
-    assert lives(run)[0] == 0
-    assert lives(run)[-1] >= 3
+    assert start_checkpoints(run)[0] == 0
+    assert start_checkpoints(run)[-1] >= 3
     check_is_undisturbed(run, undisturbed)
 
 
@@ -99,10 +99,10 @@ def test_a_killed_rank_is_started_again_within_the_job(cluster, undisturbed, tmp
     run = tmp_path / "run"
     (job,) = launch(cluster, run)
     wait_for_step(job, run, 4)
-    beat = beats(run)[1]
+    beat = heartbeats(run)[1]
     cluster.run(["kill", "-KILL", str(beat["pid"])], on=beat["host"])
     job.wait("COMPLETED", restarts=0, seconds=MINUTES)
-    assert lives(run) == [0]
+    assert start_checkpoints(run) == [0]
     check_is_undisturbed(run, undisturbed)
 
 
@@ -123,7 +123,7 @@ def test_a_node_that_the_preflight_names_is_left_out(cluster, undisturbed, tmp_p
 def test_a_chain_leaves_out_a_node_that_the_preflight_names(cluster, undisturbed, tmp_path):
     run = tmp_path / "run"
     with another_folder(cluster, run, "n2"):
-        first, second, third = launch(cluster, run, "--links=3")
+        first, second, third = launch(cluster, run, "--attempts=3")
         first.wait("COMPLETED", seconds=MINUTES)
         second.wait("COMPLETED", seconds=MINUTES)
     third.wait("CANCELLED")

@@ -16,11 +16,11 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.shipped import (
     MINUTES,
     ROOT,
-    beats,
     check_is_undisturbed,
     ends,
+    heartbeats,
     launch,
-    lives,
+    start_checkpoints,
     wait_for_checkpoint,
     wait_for_step,
 )
@@ -48,8 +48,8 @@ def test_a_node_off_the_network_for_a_while(cluster, undisturbed, tmp_path, plac
     cluster.mend(cut)
     cluster.wait_nodes("idle", cut)
     job.wait("COMPLETED", restarts=1, seconds=MINUTES)
-    assert lives(run)[0] == 0
-    assert lives(run)[-1] >= 3
+    assert start_checkpoints(run)[0] == 0
+    assert start_checkpoints(run)[-1] >= 3
     check_is_undisturbed(run, undisturbed)
 
 
@@ -61,7 +61,7 @@ def test_the_controller_is_away_while_the_run_trains(cluster, undisturbed, tmp_p
     wait_for_step(job, run, 12)
     cluster.start_controller()
     job.wait("COMPLETED", restarts=0, seconds=MINUTES)
-    assert lives(run) == [0]
+    assert start_checkpoints(run) == [0]
     check_is_undisturbed(run, undisturbed)
 
 
@@ -126,13 +126,13 @@ def test_the_disk_is_full_at_a_save(cluster, undisturbed, small_disk, launcher):
     ballast.unlink()
     (job,) = launch(cluster, run, *options, launcher=launcher, on="n1")
     job.wait("COMPLETED", seconds=MINUTES)
-    assert lives(run)[-1] == kept
+    assert start_checkpoints(run)[-1] == kept
     check_is_undisturbed(run, undisturbed)
 
 
 def test_a_checkpoint_is_damaged_between_two_jobs(cluster, undisturbed, tmp_path):
     run = tmp_path / "run"
-    first, second = launch(cluster, run, "--links=2")
+    first, second = launch(cluster, run, "--attempts=2")
     second.hold()
     wait_for_step(first, run, 7)
     first.signal("USR1")
@@ -152,7 +152,7 @@ def test_a_checkpoint_is_damaged_between_two_jobs(cluster, undisturbed, tmp_path
 @contextmanager
 def standing_still(cluster: Cluster, run: Path, rank: int) -> Iterator[dict]:
     """Inside, a rank does nothing, and so all that wait for it; gives its host and pid."""
-    beat = beats(run)[rank]
+    beat = heartbeats(run)[rank]
     program = [sys.executable, ROOT / "tests/slurm/hold.py", str(beat["pid"])]
     with cluster.start_program(program, on=beat["host"]) as holder:
         assert holder.stdout.readline() == "held\n"
@@ -175,20 +175,20 @@ def test_slurm_itself_signals_before_the_time_limit(cluster, undisturbed, tmp_pa
         until(signalled, seconds=MINUTES, otherwise=job.describe)
         job.set_time_limit(60)
     job.wait("COMPLETED", restarts=1, seconds=MINUTES)
-    assert f"Stopped after step {lives(run)[1]} by SIGUSR1" in job.output()
+    assert f"Stopped after step {start_checkpoints(run)[1]} by SIGUSR1" in job.output()
     check_is_undisturbed(run, undisturbed)
 
 
 def test_the_time_limit_leaves_no_time_for_a_checkpoint(cluster, undisturbed, tmp_path):
     run = tmp_path / "run"
-    first, second = launch(cluster, run, "--time=60", "--links=2")
+    first, second = launch(cluster, run, "--time=60", "--attempts=2")
     wait_for_step(first, run, 4)
     with standing_still(cluster, run, rank=3):
         first.set_time_limit(1)
         first.wait("TIMEOUT", seconds=MINUTES)
     second.wait("COMPLETED", seconds=MINUTES)
     assert len(ends(run)) == 1  # the first was killed before it could record its own
-    assert lives(run)[1] % 3 == 0
+    assert start_checkpoints(run)[1] % 3 == 0
     check_is_undisturbed(run, undisturbed)
 
 
@@ -208,8 +208,8 @@ def test_a_job_is_cancelled_and_launched_again(cluster, undisturbed, tmp_path):
     job.wait("CANCELLED", restarts=0, seconds=MINUTES)
     (job,) = launch(cluster, run)
     job.wait("COMPLETED", restarts=0, seconds=MINUTES)
-    assert lives(run)[:2] == [0, saved]
-    assert lives(run)[2] > saved
+    assert start_checkpoints(run)[:2] == [0, saved]
+    assert start_checkpoints(run)[2] > saved
     check_is_undisturbed(run, undisturbed)
 
 
@@ -220,7 +220,7 @@ def test_a_job_is_requeued_from_outside(cluster, undisturbed, tmp_path):
     wait_for_checkpoint(job, run, 3)
     job.requeue()
     job.wait("COMPLETED", restarts=1, seconds=MINUTES)
-    assert lives(run)[1] >= 3
+    assert start_checkpoints(run)[1] >= 3
     check_is_undisturbed(run, undisturbed)
 
 
@@ -234,8 +234,8 @@ def test_a_job_is_preempted_with_time_to_save(cluster, undisturbed, tmp_path, la
     urgent = cluster.submit("#!/bin/bash\nsleep 1000", "--partition=urgent", "--exclusive", f"--nodelist={nodes}")
     urgent.wait("RUNNING", seconds=MINUTES)
     job.wait("COMPLETED", restarts=1, seconds=MINUTES)
-    assert lives(run)[1] >= 4
-    assert f"Stopped after step {lives(run)[1]} by SIGTERM" in job.output()
+    assert start_checkpoints(run)[1] >= 4
+    assert f"Stopped after step {start_checkpoints(run)[1]} by SIGTERM" in job.output()
     check_is_undisturbed(run, undisturbed)
 
 
@@ -248,7 +248,7 @@ def test_a_run_that_is_launched_again_while_it_trains(cluster, undisturbed, tmp_
     first.signal("USR1")
     first.wait("COMPLETED", restarts=0, seconds=MINUTES)
     second.wait("COMPLETED", restarts=0, seconds=MINUTES)
-    assert lives(run)[1] >= 4
+    assert start_checkpoints(run)[1] >= 4
     check_is_undisturbed(run, undisturbed)
 
 

@@ -1,4 +1,4 @@
-"""`python -m megatron_paint.launch.preflight`: one such process on each node."""
+"""`python -m megatron_paint.launch.preflight`: start one such process on each node."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ from megatron_paint.launch.preflight.command import main
 def run() -> None:
     """Ends the process with the status of the checks.
 
-    At once: Python's own exit would wait for a child that hangs in a driver or on a dead file system.
+    It uses `os._exit`: Python's own exit would wait for a child that hangs in a driver or on a dead file system.
     """
     status = main()
     sys.stdout.flush()

@@ -1,6 +1,7 @@
-"""A sum over processes with a known answer, timed: among a node's GPUs, and over all nodes.
+"""A timed all-reduce with a known result: among the GPUs of a node, and over all nodes.
 
-One process a GPU, or one a node without any, as in training; each is an errand, so that one which hangs is ended.
+It runs one process per GPU, or one per node without GPUs, as training does. Each is a timed process, so that a process
+that hangs is ended.
 """
 
 import time
@@ -9,22 +10,22 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from megatron_paint.launch.preflight.timed_process import Errand, Tell
+from megatron_paint.launch.preflight.timed_process import ReportProgress, TimedProcess
 
 if TYPE_CHECKING:
     import torch
 
 CPU_BYTES, GPU_BYTES = 4 << 20, 256 << 20
-ROUNDS = 3  # the quickest counts; the first one makes the connections
-PERIOD = 7  # values repeat after so many, small enough that every sum is exact in float32
+ROUNDS = 3  # the fastest round counts; the first round opens the connections
+PERIOD = 7  # values repeat with this period; it is small enough that every sum is exact in float32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Who adds up: `local` processes of this node, the first of them of rank `first`, of `size` in all."""
+    """The processes that take part in a sum: this node has `local` of `size`, and the first one has rank `first`."""
 
     name: str
-    host: str  # of the store at which they meet
+    host: str  # of the store through which they connect
     port: int
     first: int
     local: int
@@ -33,45 +34,45 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
-    """What one node has of a collective."""
+class SumResult:
+    """The result of a sum on one node."""
 
     problem: str = ""  # why there is no sum
-    kind: str = "done"  # how its worst errand ended
-    progress: int = 0  # of its slowest process; 1: it has met the others, 2: it has its part, 3: all parts, 4..: rounds
+    kind: str = "done"  # how its worst process ended
+    progress: int = 0  # of its slowest process; 1: group formed, 2: own part ready, 3: all parts gathered, 4..: rounds
     wrong_sum: bool = False
     wrong_ranks: tuple[int, ...] = ()  # processes whose own part arrived wrong
     bandwidth: float = 0.0  # GB/s
 
     def plain(self) -> dict[str, Any]:
-        """As it is sent between nodes."""
+        """The form in which it is sent between nodes."""
         return asdict(self)
 
 
 def own_part(rank: int) -> float:
-    """What a process adds, times 1 to 7 over the elements."""
+    """The value that a process adds; it is multiplied by 1 to 7 over the elements."""
     return rank + 1.0
 
 
-def take_part(group: Group, deadline: float, contribution: Callable[[int], float]) -> Result:
+def run_sum(group: Group, deadline: float, contribution: Callable[[int], float]) -> SumResult:
     """Runs this node's processes until `deadline` (time.monotonic)."""
     seconds = max(1.0, deadline - time.monotonic())
-    errands = [
-        Errand(lambda tell, local=local: _add_up(group, local, contribution, seconds, tell))
+    processes = [
+        TimedProcess(lambda report, local=local: _add_up(group, local, contribution, seconds, report))
         for local in range(group.local)
     ]
     results = []
-    for errand in errands:
-        outcome = errand.outcome(deadline)
+    for process in processes:
+        outcome = process.outcome(deadline)
         progress = int(outcome.reached or 0)
         if outcome.problem:
-            results.append(Result(problem=outcome.problem, kind=outcome.kind, progress=progress))
+            results.append(SumResult(problem=outcome.problem, kind=outcome.kind, progress=progress))
         else:
             results.append(replace(outcome.value, progress=progress))
     return _worst(results)
 
 
-def _worst(results: list[Result]) -> Result:
+def _worst(results: list[SumResult]) -> SumResult:
     order = ("done", "error", "stalled", "killed")
     worst = max(results, key=lambda result: order.index(result.kind))
     return replace(
@@ -83,8 +84,10 @@ def _worst(results: list[Result]) -> Result:
     )
 
 
-def _add_up(group: Group, local: int, contribution: Callable[[int], float], seconds: float, tell: Tell) -> Result:
-    """One process's part, in an errand."""
+def _add_up(
+    group: Group, local: int, contribution: Callable[[int], float], seconds: float, report: ReportProgress
+) -> SumResult:
+    """The work of one process, inside a timed process."""
     import torch
     import torch.distributed as dist
 
@@ -98,21 +101,21 @@ def _add_up(group: Group, local: int, contribution: Callable[[int], float], seco
     )
     backend = "nccl" if group.on_gpu else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=group.size, timeout=timeout)
-    tell("1")
+    report("1")
     pattern = (torch.arange((GPU_BYTES if group.on_gpu else CPU_BYTES) // 4, device=device) % PERIOD + 1).float()
     part, parts = torch.empty(1, device=device), [torch.empty(1, device=device) for _ in range(group.size)]
     part.fill_(contribution(rank))
-    tell("2")
+    report("2")
     dist.all_gather(parts, part)
-    tell("3")
+    report("3")
     values = [float(each) for each in parts]
     best, wrong = float("inf"), False
     for number in range(ROUNDS):
         total = pattern * part
         best = min(best, _timed_sum(total, device))
         wrong = wrong or not torch.equal(total, pattern * sum(own_part(each) for each in range(group.size)))
-        tell(str(number + 4))
-    return Result(
+        report(str(number + 4))
+    return SumResult(
         wrong_sum=wrong,
         wrong_ranks=tuple(each for each, value in enumerate(values) if value != own_part(each)),
         bandwidth=bus_bandwidth(total.numel() * 4, group.size, best),
@@ -133,5 +136,5 @@ def _timed_sum(total: "torch.Tensor", device: "torch.device") -> float:
 
 
 def bus_bandwidth(count: int, size: int, seconds: float) -> float:
-    """GB/s of an all-reduce of `count` bytes over `size` processes: what each link carried, as nccl-tests counts it."""
+    """GB/s of an all-reduce of `count` bytes over `size` processes, per link, as nccl-tests computes it."""
     return 2 * (size - 1) / size * count / seconds / 1e9

@@ -1,4 +1,4 @@
-"""Which node this is, of how many, and what the others are called."""
+"""Finds out which node this is, how many nodes there are, and their names."""
 
 import os
 import socket
@@ -13,11 +13,11 @@ SCONTROL_SECONDS = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """This node's place in the job; rank 0 is the first one, which the others report to."""
+    """This node in the job. Rank 0 is the first node, to which the others report."""
 
     rank: int
     name: str
-    names: tuple[str, ...]  # of all nodes as they are expected, by rank
+    names: tuple[str, ...]  # expected names of all nodes, by rank
 
     @property
     def count(self) -> int:
@@ -32,9 +32,9 @@ class Node:
 def find_node(
     environ: Mapping[str, str], *, rank: int | None, count: int | None, name: str | None, names: str | None
 ) -> Node:
-    """This node, by what was given, else by Slurm's variables, else a lone machine.
+    """This node: from the arguments, else from Slurm's variables, else a single machine.
 
-    names: with commas. Errors: UserError where they contradict each other.
+    names: separated by commas. Errors: UserError if the values contradict each other.
     """
     if rank is None and environ.get("SLURM_LOCALID", "0") != "0":
         raise UserError(
@@ -47,7 +47,9 @@ def find_node(
     if not 0 <= rank < count:
         raise UserError(f"--node-rank {rank} must be from 0 and below the number of nodes, {count} (--nodes)")
     if given and len(given) != count:
-        raise UserError(f"--node-names gives {len(given)} names for {count} nodes: give one for each, in their order")
+        raise UserError(
+            f"--node-names has {len(given)} names for {count} nodes: give one name for each node, in their order"
+        )
     name = name or environ.get("SLURMD_NODENAME") or (given[rank] if given else socket.gethostname())
     expected = given or _slurm_names(environ, count) or [f"node {number}" for number in range(count)]
     expected[rank] = name
@@ -55,7 +57,7 @@ def find_node(
 
 
 def _slurm_names(environ: Mapping[str, str], count: int) -> list[str]:
-    """What Slurm calls the nodes of this step; empty where it cannot be asked."""
+    """Slurm's names of the nodes of this step; empty if scontrol does not answer."""
     short = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
     if not short:
         return []
@@ -73,5 +75,7 @@ def _whole(environ: Mapping[str, str], name: str, default: int) -> int:
     if text is None:
         return default
     if not (text.isascii() and text.isdigit()):
-        raise UserError(f"{name}={text!r} must be a whole number from 0, as srun sets it; start with srun, or unset it")
+        raise UserError(
+            f"{name}={text!r} must be a whole number, 0 or more, as srun sets it; start with srun, or unset it"
+        )
     return int(text)

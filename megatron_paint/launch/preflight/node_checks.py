@@ -1,4 +1,4 @@
-"""The checks that a node makes by itself, side by side, each with what is left of their time."""
+"""The checks of a single node. They run at the same time, and each may use the time that is left."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,11 +7,11 @@ from megatron_paint.launch.preflight import collective, gpus, shared, space
 from megatron_paint.launch.preflight.identity import Node
 from megatron_paint.launch.preflight.options import Options
 from megatron_paint.launch.preflight.probes import Probes
-from megatron_paint.launch.preflight.result import Finding
-from megatron_paint.launch.preflight.timed_process import Errand, Outcome
+from megatron_paint.launch.preflight.result import CheckResult
+from megatron_paint.launch.preflight.timed_process import Outcome, TimedProcess
 
 PACKAGES, NODE_SUM = "packages", "all-reduce in the node"
-HANGS = "have the node looked at: its driver or a file system hangs"
+HANGS = "have the node repaired: its driver or a file system hangs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,39 +23,39 @@ class Canary:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Local:
-    """What a node found by itself."""
+class NodeResults:
+    """The results of the checks of a single node."""
 
-    findings: list[Finding]
+    results: list[CheckResult]
     versions: dict[str, str]
     gpus: int
 
     @property
-    def can_add_up(self) -> bool:
+    def can_join_sum(self) -> bool:
         """Whether its GPUs may take part in a sum over all nodes."""
-        return all(f.ok for f in self.findings if f.check in (gpus.CHECK, NODE_SUM))
+        return all(result.ok for result in self.results if result.check in (gpus.CHECK, NODE_SUM))
 
     def plain(self) -> dict[str, Any]:
-        """As it is sent."""
-        return {"findings": [f.plain() for f in self.findings], "versions": self.versions, "gpus": self.gpus}
+        """The form in which it is sent."""
+        return {"results": [result.plain() for result in self.results], "versions": self.versions, "gpus": self.gpus}
 
     @classmethod
-    def of(cls, plain: dict[str, Any]) -> "Local":
-        """What was sent."""
-        return cls(**{**plain, "findings": [Finding(**finding) for finding in plain["findings"]]})
+    def of(cls, plain: dict[str, Any]) -> "NodeResults":
+        """Reads what `plain` returned."""
+        return cls(**{**plain, "results": [CheckResult(**result) for result in plain["results"]]})
 
 
-def examine(options: Options, me: Node, probes: Probes, canary: Canary | None, deadline: float) -> Local:
-    """All of them. canary: None on the first node, or where it could write none."""
-    versions = Errand(lambda _: probes.versions())
-    counted = Errand(lambda _: gpus.check_gpus(probes.gpus, options.expect_gpus))
+def check_node(options: Options, me: Node, probes: Probes, canary: Canary | None, deadline: float) -> NodeResults:
+    """Runs all checks. canary: None on the first node, or if the first node could not write the token."""
+    versions = TimedProcess(lambda _: probes.versions())
+    counted = TimedProcess(lambda _: gpus.check_gpus(probes.gpus, options.expect_gpus))
     answer = None
     if canary is not None:
-        place = {"rank": me.rank, "node": me.name, "first": me.first}
-        answer = Errand(lambda _: shared.answer(options.run, canary.name, canary.token, **place))
+        node = {"rank": me.rank, "node": me.name, "first": me.first}
+        answer = TimedProcess(lambda _: shared.answer(options.run, canary.name, canary.token, **node))
     found_versions, found_gpus = versions.outcome(deadline), counted.outcome(deadline)
-    gpu_finding, count = found_gpus.value or (_failed(gpus.CHECK, found_gpus), 0)
-    room = Errand(
+    gpu_result, count = found_gpus.value or (_failed(gpus.CHECK, found_gpus), 0)
+    room = TimedProcess(
         lambda _: space.check_space(
             options.run,
             options.settings,
@@ -64,21 +64,21 @@ def examine(options: Options, me: Node, probes: Probes, canary: Canary | None, d
             statvfs=probes.statvfs,
         )
     )
-    findings = [gpu_finding]
+    results = [gpu_result]
     if found_versions.problem:
-        findings.append(_failed(PACKAGES, found_versions))
-    if gpu_finding.ok:
-        findings.append(_sum_in_node(count, probes, deadline))
+        results.append(_failed(PACKAGES, found_versions))
+    if gpu_result.ok:
+        results.append(_sum_in_node(count, probes, deadline))
     if answer is not None:
         answered = answer.outcome(deadline)
-        findings.append(answered.value or _failed(shared.CHECK, answered))
+        results.append(answered.value or _failed(shared.CHECK, answered))
     spaces = room.outcome(deadline)
-    findings += spaces.value or [_failed(space.SPACE, spaces)]
-    return Local(findings=findings, versions=found_versions.value or {}, gpus=count)
+    results += spaces.value or [_failed(space.SPACE, spaces)]
+    return NodeResults(results=results, versions=found_versions.value or {}, gpus=count)
 
 
-def _sum_in_node(gpu_count: int, probes: Probes, deadline: float) -> Finding:
-    """A sum over the node's GPUs, or by one process of the CPU."""
+def _sum_in_node(gpu_count: int, probes: Probes, deadline: float) -> CheckResult:
+    """A sum over the node's GPUs, or in one process on the CPU."""
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -86,13 +86,13 @@ def _sum_in_node(gpu_count: int, probes: Probes, deadline: float) -> Finding:
     group = collective.Group(
         name="node", host="127.0.0.1", port=store.port, first=0, local=workers, size=workers, on_gpu=gpu_count > 0
     )
-    result = collective.take_part(group, deadline, collective.own_part)
+    result = collective.run_sum(group, deadline, collective.own_part)
     if result.problem or result.wrong_sum or result.wrong_ranks:
         seen = result.problem or "the sum is wrong"
-        return Finding(check=NODE_SUM, ok=False, seen=f"over {workers} processes: {seen}", advice=HANGS)
-    return Finding(check=NODE_SUM, ok=True, seen=f"right sum over {workers}, {result.bandwidth:.3g} GB/s")
+        return CheckResult(check=NODE_SUM, ok=False, seen=f"over {workers} processes: {seen}", advice=HANGS)
+    return CheckResult(check=NODE_SUM, ok=True, seen=f"correct sum over {workers}, {result.bandwidth:.3g} GB/s")
 
 
-def _failed(check: str, outcome: Outcome) -> Finding:
-    """Of a check that came to no result."""
-    return Finding(check=check, ok=False, seen=outcome.problem, advice=HANGS)
+def _failed(check: str, outcome: Outcome) -> CheckResult:
+    """Of a check that returned no result."""
+    return CheckResult(check=check, ok=False, seen=outcome.problem, advice=HANGS)

@@ -1,4 +1,4 @@
-"""Versions of what must be the same on every node, read without importing any of it."""
+"""Compares the versions that must be the same on every node. It reads them without importing the packages."""
 
 import subprocess
 from collections import Counter
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import megatron_paint
 from megatron_paint.launch.preflight import nvidia
-from megatron_paint.launch.preflight.result import Finding
+from megatron_paint.launch.preflight.result import CheckResult
 
 DISTRIBUTIONS = ("torch", "megatron-core", "transformer-engine", "triton")
 ABSENT = "absent"
@@ -16,7 +16,7 @@ GIT_SECONDS = 5.0
 
 
 def versions() -> dict[str, str]:
-    """Version of each package and of the CUDA driver, 'absent' where there is none."""
+    """Version of each package and of the CUDA driver; 'absent' if it is not installed."""
     found = {name: _version(name) for name in DISTRIBUTIONS}
     return {**found, "megatron_paint": _our_version(), "CUDA driver": nvidia.driver_version() or ABSENT}
 
@@ -29,7 +29,7 @@ def _version(distribution: str) -> str:
 
 
 def _our_version() -> str:
-    """The version, with the commit where the package lies in its own repository."""
+    """The version; with the commit if the package runs from its git repository."""
     root = Path(megatron_paint.__file__).parents[1]
     if not (root / ".git").exists():
         return megatron_paint.__version__
@@ -42,11 +42,11 @@ def _our_version() -> str:
     return f"{megatron_paint.__version__} ({commit})" if answer.returncode == 0 else megatron_paint.__version__
 
 
-def odd_ones_out(check: str, seen: Mapping[str, Mapping[str, str]], advice: str) -> list[Finding]:
-    """A finding for each node: does it have what most nodes have?
+def compare_nodes(check: str, seen: Mapping[str, Mapping[str, str]], advice: str) -> list[CheckResult]:
+    """A result for each node: does it have the same value as most nodes?
 
-    seen: by node, then by what was looked at. Where no value is on more than half of the nodes, none of them is odd:
-    every node's finding then says who has what, and none is blamed.
+    seen: by node, then by name of the value. If no value is on more than half of the nodes, no node is blamed. Then
+    every node's result lists the values of all nodes.
     """
     problems: dict[str, list[str]] = {node: [] for node in seen}
     blamed: set[str] = set()
@@ -64,7 +64,7 @@ def odd_ones_out(check: str, seen: Mapping[str, Mapping[str, str]], advice: str)
                 blamed.add(node)
                 problems[node].append(f"{name} is {value}, but {usual} on {count} of {len(values)} nodes")
     return [
-        Finding(
+        CheckResult(
             check=check,
             ok=not found,
             seen="; ".join(found) or ", ".join(f"{name} {value}" for name, value in seen[node].items()),

@@ -1,4 +1,4 @@
-"""The rendezvous address: that of the first node, free there and reachable from the others."""
+"""The rendezvous address: an address of the first node, with a free port, reachable from the other nodes."""
 
 import errno
 import os
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.launch.preflight.result import Finding
+from megatron_paint.launch.preflight.result import CheckResult
 
 CHECK = "rendezvous"
 TRY_SECONDS = 5.0
@@ -25,9 +25,9 @@ class Unusable(Exception):
         super().__init__(message)
         self.advice = advice
 
-    def finding(self, node: str) -> Finding:
-        """The same as a finding of a node."""
-        return Finding(check=CHECK, ok=False, seen=str(self), advice=self.advice, node=node)
+    def result(self, node: str) -> CheckResult:
+        """The error as a check result of a node."""
+        return CheckResult(check=CHECK, ok=False, seen=str(self), advice=self.advice, node=node)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Rendezvous:
 
 
 def parse_rendezvous(text: str) -> Rendezvous:
-    """Of HOST:PORT. Errors: UserError."""
+    """Reads HOST:PORT. Errors: UserError."""
     host, _, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 1 << 16:
@@ -54,25 +54,25 @@ def parse_rendezvous(text: str) -> Rendezvous:
 
 
 def listen(rendezvous: Rendezvous) -> socket.socket:
-    """A socket that listens at the port, on the first node. Errors: Unusable."""
-    _must_be_here(rendezvous)
+    """On the first node: a socket that listens at the port. Errors: Unusable."""
+    _check_host(rendezvous)
     try:
         if socket.has_dualstack_ipv6():
             return socket.create_server(("", rendezvous.port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=512)
         return socket.create_server(("", rendezvous.port), backlog=512)
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
-            raise Unusable(f"cannot listen at port {rendezvous.port} ({error.strerror})", "give another port") from None
-    who = owner(rendezvous.port) or "a process that is not ours to see"
-    raise Unusable(f"port {rendezvous.port} is taken by {who}", "end that process, or give another port")
+            raise Unusable(f"cannot listen at port {rendezvous.port} ({error.strerror})", "use another port") from None
+    who = owner(rendezvous.port) or "a process of another user"
+    raise Unusable(f"port {rendezvous.port} is taken by {who}", "end that process, or use another port")
 
 
-def _must_be_here(rendezvous: Rendezvous) -> None:
+def _check_host(rendezvous: Rendezvous) -> None:
     try:
         addresses = socket.getaddrinfo(rendezvous.host, rendezvous.port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise Unusable(
-            f"host {rendezvous.host} is not known ({error.strerror})", "give a name or address that all nodes know"
+            f"host {rendezvous.host} is unknown ({error.strerror})", "give a name or address that all nodes know"
         ) from None
     for family, kind, protocol, _, address in addresses:
         with socket.socket(family, kind, protocol) as trial:
@@ -82,12 +82,13 @@ def _must_be_here(rendezvous: Rendezvous) -> None:
                 continue
             return
     raise Unusable(
-        f"{rendezvous.host} is no address of the first node", "give the first node's name (MASTER_ADDR), or its address"
+        f"{rendezvous.host} is not an address of the first node",
+        "give the first node's name (MASTER_ADDR), or its address",
     )
 
 
 def reach(rendezvous: Rendezvous, deadline: float) -> None:
-    """Waits until somebody listens there. Errors: Unusable at the deadline."""
+    """Waits until a process listens there. Errors: Unusable at the deadline."""
     began = time.monotonic()
     while True:
         left = deadline - time.monotonic()
@@ -101,13 +102,13 @@ def reach(rendezvous: Rendezvous, deadline: float) -> None:
         if time.monotonic() >= deadline:
             raise Unusable(
                 f"cannot reach the first node at {rendezvous} within {time.monotonic() - began:.0f} s ({why})",
-                "look at the first node's message; if there is none, at routes, name and firewall between the two",
+                "read the first node's message; if there is none, check routes, host name and firewall",
             )
         time.sleep(PAUSE)
 
 
 def owner(port: int) -> str:
-    """The process that listens at a port, such as 'process 71 (python train.py)'; empty where it cannot be seen."""
+    """The process that listens at a port, such as 'process 71 (python train.py)'; empty if it is not visible."""
     sockets = _listening(port)
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -115,7 +116,7 @@ def owner(port: int) -> str:
             if held & sockets:
                 command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace").strip()
                 return f"process {process.name} ({command[:80]})"
-        except OSError:  # it has ended, or is another user's
+        except OSError:  # it has ended, or belongs to another user
             continue
     return ""
 

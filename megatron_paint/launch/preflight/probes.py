@@ -1,4 +1,4 @@
-"""What the checks ask of the machine: a test puts its own answers in."""
+"""The questions that the checks ask the machine. A test replaces the answers."""
 
 import os
 import time
@@ -10,7 +10,7 @@ from megatron_paint.launch.preflight import collective, gpus, packages
 
 @dataclass(frozen=True, kw_only=True)
 class Probes:
-    """The real ones by default."""
+    """The defaults ask the real machine."""
 
     clock: Callable[[], float] = time.time
     versions: Callable[[], dict[str, str]] = packages.versions

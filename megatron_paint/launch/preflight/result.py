@@ -1,46 +1,46 @@
-"""What one check of one node came to."""
+"""The result of one check on one node."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-# Of the node: the job would do better without it. Odd: the same, but only where other nodes have it right. Of the job:
-# it would meet the same on any other node.
+# node: the job would do better without this node. odd: the same, but only if the check passed on other nodes.
+# job: the check would fail in the same way on any other node.
 Fault = Literal["node", "odd", "job"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class CheckResult:
     """One check's result."""
 
     check: str
     ok: bool
     seen: str
     advice: str = ""  # what to do; empty if ok
-    fault: Fault = "node"  # of a finding that is not ok
-    node: str = ""  # set by whoever gathers findings of several nodes
+    fault: Fault = "node"  # of a result that is not ok
+    node: str = ""  # set by the process that gathers the results of several nodes
 
-    def at(self, node: str) -> "Finding":
-        """The same, with the node's name."""
+    def at(self, node: str) -> "CheckResult":
+        """The same result with the node's name."""
         return replace(self, node=node)
 
     def plain(self) -> dict[str, Any]:
-        """As it is sent between nodes and written into the report."""
+        """The form in which it is sent between nodes and written into the report."""
         return asdict(self)
 
 
-def nodes_at_fault(findings: list[Finding], nodes: list[str]) -> list[str]:
-    """Nodes that the job would do better without, in the order of `nodes`.
+def faulty_nodes(results: list[CheckResult], nodes: list[str]) -> list[str]:
+    """The nodes that the job would do better without, in the order of `nodes`.
 
-    What all of several nodes fail alike is no node's fault: without them there would be none left.
+    If a check fails on all of several nodes, none of them is faulty: no node would be left without them.
     """
-    at_fault: set[str] = set()
-    for check in {finding.check for finding in findings}:
-        of_it = [finding for finding in findings if finding.check == check]
-        checked = {finding.node for finding in of_it}
-        failed = {finding.node for finding in of_it if not finding.ok}
+    faulty: set[str] = set()
+    for check in {result.check for result in results}:
+        of_it = [result for result in results if result.check == check]
+        checked = {result.node for result in of_it}
+        failed = {result.node for result in of_it if not result.ok}
         some_right = failed != checked
-        for finding in of_it:
-            alone = len(checked) == 1 and finding.fault == "node"
-            if not finding.ok and finding.fault != "job" and (some_right or alone):
-                at_fault.add(finding.node)
-    return [node for node in nodes if node in at_fault]
+        for result in of_it:
+            alone = len(checked) == 1 and result.fault == "node"
+            if not result.ok and result.fault != "job" and (some_right or alone):
+                faulty.add(result.node)
+    return [node for node in nodes if node in faulty]

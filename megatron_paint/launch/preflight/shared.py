@@ -1,4 +1,4 @@
-"""Whether all nodes see one run folder: a token is written by the first node, read and answered by the others."""
+"""Checks that all nodes see one run folder: the first node writes a token, the others read it and write an answer."""
 
 import os
 import shutil
@@ -7,25 +7,25 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.launch.preflight.result import Finding
+from megatron_paint.launch.preflight.result import CheckResult
 from megatron_paint.runtime.files import disk_errors, sync
 
 CHECK = "shared folder"
 PREFIX = ".preflight_"
 TOKEN = "token"
 OLD_SECONDS = 3600.0
-PATIENCE = 5.0  # seconds in which a network file system must show what another node has synced
+PATIENCE = 5.0  # seconds within which a network file system must show what another node has written and synced
 LOOK_SECONDS = 0.1
-ADVICE = "mount the shared file system there, or give a run.dir that is on one"
+ADVICE = "mount the shared file system there, or give a run.dir on a shared file system"
 
 
 def canary_folder(run: Path, name: str) -> Path:
-    """Where the token lies: in logs/, so that what a killed preflight leaves is not in a new run's way."""
+    """The folder of the token. It is in logs/, so that the leftovers of a killed preflight do not block a new run."""
     return run / "logs" / f"{PREFIX}{name}"
 
 
-def release(run: Path, name: str, token: str) -> Finding:
-    """On the first node: writes the token and brings it onto the disk."""
+def write_token(run: Path, name: str, token: str) -> CheckResult:
+    """On the first node: writes the token and syncs it to the disk."""
     folder = canary_folder(run, name)
     try:
         with disk_errors(folder):
@@ -33,12 +33,12 @@ def release(run: Path, name: str, token: str) -> Finding:
             _clear_old(folder.parent)
             _write(folder / TOKEN, token)
     except UserError as error:
-        return Finding(check=CHECK, ok=False, seen=str(error), advice="", fault="job")
-    return Finding(check=CHECK, ok=True, seen=f"{run} on {mount_of(run)}")
+        return CheckResult(check=CHECK, ok=False, seen=str(error), advice="", fault="job")
+    return CheckResult(check=CHECK, ok=True, seen=f"{run} on {mount_of(run)}")
 
 
 def _clear_old(logs: Path) -> None:
-    """Removes what preflights left that were killed; one that still runs is younger."""
+    """Removes the leftovers of killed preflights. The token of a running preflight is younger."""
     for entry in logs.glob(f"{PREFIX}*"):
         if time.time() - entry.stat().st_mtime > OLD_SECONDS:
             shutil.rmtree(entry, ignore_errors=True)
@@ -46,29 +46,31 @@ def _clear_old(logs: Path) -> None:
 
 def answer(
     run: Path, name: str, token: str, *, rank: int, node: str, first: str, patience: float = PATIENCE
-) -> Finding:
-    """On another node: reads the token and writes it back beside it."""
+) -> CheckResult:
+    """On another node: reads the token and writes an answer into the same folder."""
     folder = canary_folder(run, name)
     seen = _read(folder / TOKEN, token, patience=patience)
     where = f"{run} is on {mount_of(run)} here"
     if seen is None:
-        lacking = f"{run} does not show what {first} wrote into it: it is another folder; {where}"
-        return Finding(check=CHECK, ok=False, seen=lacking, advice=ADVICE)
+        missing = f"{run} does not contain what {first} wrote into it: it is another folder; {where}"
+        return CheckResult(check=CHECK, ok=False, seen=missing, advice=ADVICE)
     if seen != token:
-        wrong = f"a file in {run} reads otherwise than {first} wrote it, {len(token)} bytes; {where}"
-        return Finding(check=CHECK, ok=False, seen=wrong, advice="have the file system looked at")
+        wrong = f"a file of {len(token)} bytes in {run} differs from what {first} wrote; {where}"
+        return CheckResult(check=CHECK, ok=False, seen=wrong, advice="check the file system")
     try:
         with disk_errors(folder):
             _write(folder / str(rank), f"{token} {node}")
     except UserError as error:
-        return Finding(check=CHECK, ok=False, seen=str(error))
-    return Finding(check=CHECK, ok=True, seen=where)
+        return CheckResult(check=CHECK, ok=False, seen=str(error))
+    return CheckResult(check=CHECK, ok=True, seen=where)
 
 
-def missing_answers(run: Path, name: str, token: str, answered: Mapping[int, str], *, first: str) -> dict[str, Finding]:
-    """On the first node: findings of the nodes that say they wrote, and whose files are not there.
+def missing_answers(
+    run: Path, name: str, token: str, answered: Mapping[int, str], *, first: str
+) -> dict[str, CheckResult]:
+    """On the first node: a failed result for each node whose answer is missing.
 
-    answered: by rank, the names of the nodes that wrote.
+    answered: by rank, the names of the nodes that reported to have written an answer.
     """
     missing = {}
     deadline = time.monotonic() + PATIENCE
@@ -76,18 +78,18 @@ def missing_answers(run: Path, name: str, token: str, answered: Mapping[int, str
         expected = f"{token} {node}"
         left = max(0.0, deadline - time.monotonic())
         if _read(canary_folder(run, name) / str(rank), expected, patience=left) != expected:
-            seen = f"what it wrote into {run} is not seen on {first} within {PATIENCE:.0f} s"
-            missing[node] = Finding(check=CHECK, ok=False, seen=seen, advice=ADVICE)
+            seen = f"what it wrote into {run} did not appear on {first} within {PATIENCE:.0f} s"
+            missing[node] = CheckResult(check=CHECK, ok=False, seen=seen, advice=ADVICE)
     return missing
 
 
-def remove(run: Path, name: str) -> None:
-    """Takes the token away again; also that of an answer that comes late."""
+def remove_token(run: Path, name: str) -> None:
+    """Removes the token and all answers, also an answer that comes late."""
     shutil.rmtree(canary_folder(run, name), ignore_errors=True)
 
 
 def mount_of(path: Path) -> str:
-    """The kind and mount point of the file system that a path lies on, such as 'ext4 at /'."""
+    """The type and mount point of the file system of a path, such as 'ext4 at /'."""
     best = ("unknown", "")
     try:
         real = os.path.realpath(path)
@@ -111,7 +113,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _read(path: Path, expected: str, *, patience: float) -> str | None:
-    """The file's text once it is what is expected; else what it is when patience ends, None if it is not there."""
+    """Waits for the expected text. After `patience` seconds: the text of the file, or None if there is no file."""
     deadline = time.monotonic() + patience
     while True:
         try:

@@ -1,4 +1,4 @@
-"""When each phase must be over, and the end of a process that does not come back from one."""
+"""The deadline of each phase, and the end of a process that does not return from one."""
 
 import os
 import sys
@@ -9,26 +9,27 @@ from megatron_paint.launch.preflight.timed_process import end_all
 
 BAD = 3  # exit status: a check failed
 IMPORT_SECONDS = 300.0
-# Shares of the limit, counted from the start, at which a phase is over at the latest.
-JOIN, LOCAL, COLLECTIVE, FAREWELL = 0.4, 0.69, 0.88, 0.98
-GRACE = 0.06  # of the limit, for what was found in time to arrive, also from a node that is held up for a moment
+# Deadlines of the phases as shares of the limit, counted from the start.
+JOIN, LOCAL, COLLECTIVE, GOODBYE = 0.4, 0.69, 0.88, 0.98
+# Share of the limit in which results that were ready in time may still arrive, also from a node with a short delay.
+GRACE = 0.06
 
 
 class TimeLimit:
-    """The time of this process, which ends with it; `phase` says what it does, for a message at the end of the time."""
+    """The time that this process has. `phase` is what it does now, for the message at the end of the time."""
 
     def __init__(self, seconds: float, node: str, phase: str) -> None:
         self.seconds = seconds
         self.began = time.monotonic()
         self.node = node
         self.phase = phase
-        self._begun = threading.Event()
+        self._restarted = threading.Event()
 
-    def begin(self, seconds: float) -> None:
-        """Begins anew."""
+    def restart(self, seconds: float) -> None:
+        """Starts the time again."""
         self.began = time.monotonic()
         self.seconds = seconds
-        self._begun.set()
+        self._restarted.set()
 
     def at(self, share: float) -> float:
         """The moment (time.monotonic) at which this share of the time is over."""
@@ -44,13 +45,16 @@ class TimeLimit:
         return time.monotonic() - self.began
 
     def enforce(self) -> None:
-        """Lets a thread end the process when the time is up: a store whose host hangs never comes back."""
+        """Starts a thread that ends the process when the time is up.
+
+        It is needed because a call to a store never returns if the store's host hangs.
+        """
         threading.Thread(target=self._end, daemon=True).start()
 
     def _end(self) -> None:
         while (left := self.left(1.0)) > 0:
-            self._begun.wait(left)
-            self._begun.clear()
+            self._restarted.wait(left)
+            self._restarted.clear()
         print(f"preflight: node {self.node}: time is up after {self.seconds:g} s, in {self.phase}", file=sys.stderr)
         sys.stderr.flush()
         end_all()

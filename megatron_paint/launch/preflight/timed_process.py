@@ -1,4 +1,4 @@
-"""A piece of work in a process of its own with a time limit, because drivers and dead file systems hang for ever."""
+"""Runs work in a separate process with a time limit, because drivers and dead file systems can hang forever."""
 
 import multiprocessing
 import os
@@ -11,35 +11,38 @@ from typing import Any
 
 from megatron_paint.runtime.processes import end_with_parent
 
-Tell = Callable[[str], None]  # says how far the work has come
+ReportProgress = Callable[[str], None]  # reports how far the work has come
 
-END_SECONDS = 3.0  # for all that were ended to be gone; with a GPU, or a disk that hangs, that takes a while
-_running: list["Errand"] = []
+END_SECONDS = 3.0  # time for all ended processes to disappear; with a GPU, or a disk that hangs, that takes a while
+_running: list["TimedProcess"] = []
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How an errand ended: with a value, or with the reason why there is none."""
+    """How a timed process ended: with a value, or with the reason why there is none."""
 
     value: Any = None
     problem: str = ""  # empty if there is a value
     kind: str = "done"  # or "error": it raised; "killed": it died of a signal; "stalled": its time was up
-    reached: str = ""  # what it told last
+    reached: str = ""  # the last progress that it reported
 
 
-class Errand:
-    """Starts `act(tell)` in a fork of this process, which must have touched no GPU and run no parallel arithmetic."""
+class TimedProcess:
+    """Starts `work(report)` in a fork of this process.
 
-    def __init__(self, act: Callable[[Tell], Any]) -> None:
+    This process must not have used a GPU or parallel arithmetic before.
+    """
+
+    def __init__(self, work: Callable[[ReportProgress], Any]) -> None:
         fork = multiprocessing.get_context("fork")
         self._receiver, sender = fork.Pipe(duplex=False)
-        self._process = fork.Process(target=_work, args=(act, sender, os.getpid()), daemon=True)
-        _running.append(self)  # first: a signal may come as soon as it has started
+        self._process = fork.Process(target=_child_main, args=(work, sender, os.getpid()), daemon=True)
+        _running.append(self)  # before the start: a signal may come as soon as it has started
         self._process.start()
         sender.close()
 
     def outcome(self, deadline: float) -> Outcome:
-        """Waits until it has ended, at most until `deadline` (time.monotonic), and ends it then."""
+        """Waits for its end, at most until `deadline` (time.monotonic). Kills the process at the deadline."""
         reached, result = "", None
         try:
             while result is None and self._receiver.poll(max(0.0, deadline - time.monotonic())):
@@ -56,11 +59,11 @@ class Errand:
         self.kill()
         self._receiver.close()
         if result is not None:
-            self._process.join(0.5)  # it may hold a GPU that the next one needs
+            self._process.join(0.5)  # it may hold a GPU that the next process needs
         return result or Outcome(problem="it did not end in time", kind="stalled", reached=reached)
 
     def kill(self) -> None:
-        """Ends the process, whatever it does, and does not wait until it is gone: others may be still to be ended."""
+        """Kills the process and returns at once: other processes may still have to be killed."""
         if self._process.pid is not None:
             self._process.kill()
 
@@ -71,31 +74,31 @@ class Errand:
 
 
 def end_all() -> None:
-    """Ends every errand of this process; one that the kernel holds in a disk's wait is left to the kernel."""
-    errands, deadline = list(_running), time.monotonic() + END_SECONDS
-    for errand in errands:
-        errand.kill()
-    for errand in errands:
-        errand.wait(deadline)
-    _running[:] = [errand for errand in _running if errand not in errands]
+    """Ends every timed process. A process that the kernel holds in a disk wait is left to the kernel."""
+    processes, deadline = list(_running), time.monotonic() + END_SECONDS
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.wait(deadline)
+    _running[:] = [process for process in _running if process not in processes]
 
 
-def carry_out(act: Callable[[], Any], seconds: float) -> Outcome:
-    """Does one piece of work at once."""
-    return Errand(lambda _: act()).outcome(time.monotonic() + seconds)
+def run_timed(work: Callable[[], Any], seconds: float) -> Outcome:
+    """Runs one piece of work and waits for it."""
+    return TimedProcess(lambda _: work()).outcome(time.monotonic() + seconds)
 
 
 def _error(text: str, reached: str) -> Outcome:
     return Outcome(problem=text, kind="error", reached=reached)
 
 
-def _work(act: Callable[[Tell], Any], sender: Connection, parent: int) -> None:
+def _child_main(work: Callable[[ReportProgress], Any], sender: Connection, parent: int) -> None:
     end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
-        message = ("done", act(lambda text: sender.send(("reached", text))))
-    except Exception as error:  # whatever a check raises is its result, told as one line
+        message = ("done", work(lambda text: sender.send(("reached", text))))
+    except Exception as error:  # any exception of a check is its result, reported as one line
         lines = str(error).strip().splitlines()
         message = ("error", lines[0] if lines else type(error).__name__)
     sender.send(message)

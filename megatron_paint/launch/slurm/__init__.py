@@ -1,1 +1,1 @@
-"""Runs on a Slurm cluster: one batch script, its submission, and what a job does when it ends."""
+"""Runs on a Slurm cluster: the batch script, its submission, and the decision at the end of a job."""

@@ -1,4 +1,4 @@
-"""What the user asked of Slurm, checked: a value that stands in the script can neither break nor extend it."""
+"""The options for Slurm. The checks ensure that no value in the script can break or extend the script."""
 
 import argparse
 import re
@@ -12,7 +12,7 @@ from typing import Any, Literal
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import RunSettings
 
-# Slurm's own options with a value that goes into the script as it is: what the value looks like, and what it means.
+# Slurm's own options, whose values are copied into the script: the form of the value, and its meaning.
 PLACING = {
     "time": ("D-HH:MM:SS", "time limit of one job; default: the partition's"),
     "account": ("NAME", "account that pays"),
@@ -20,40 +20,42 @@ PLACING = {
     "qos": ("NAME", "quality of service"),
     "constraint": ("FEATURES", "features that a node must have"),
     "reservation": ("NAME", "reservation"),
-    "exclude": ("NODES", "nodes to stay off"),
+    "exclude": ("NODES", "nodes to avoid"),
 }
 MOST_SIGNAL_SECONDS = 65535  # Slurm's own limit
-RESTARTS = 3  # a death is seen by several agents, and each of them starts a round: two nodes may use up two
+RESTARTS = 3  # several agents notice a dead rank, and each starts a restart: with two nodes a death may use up two
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-DEPENDENCY = re.compile(r"(?:--dependency[= ]|-d ?)([^\s?]+)")  # a whole line; where ? joins several, one will do
+DEPENDENCY = re.compile(
+    r"(?:--dependency[= ]|-d ?)([^\s?]+)"
+)  # a complete line; with ? any one of several dependencies would suffice
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<a>\d+)(?::(?P<b>\d+))?(?::(?P<c>\d+))?")
-# What each value may hold; Slurm reads #SBATCH lines itself, so that blanks, quotes and `#` would end a value.
+# The allowed form of each value. Slurm parses #SBATCH lines itself: blanks, quotes and `#` would end a value.
 NAME = re.compile(r"[\w.+-]+")
 PATTERNS: dict[str, tuple[re.Pattern, str]] = {
     "account": (NAME, "a name of letters, digits and . _ + -"),
-    "partition": (re.compile(r"[\w.+,-]+"), "names of letters, digits and . _ + -, with commas between"),
+    "partition": (re.compile(r"[\w.+,-]+"), "names of letters, digits and . _ + -, separated by commas"),
     "qos": (NAME, "a name of letters, digits and . _ + -"),
     "constraint": (re.compile(r"[\w.+,&|*()\[\]!=@-]+"), "feature names, joined by & | , * ( ) [ ]"),
-    "reservation": (re.compile(r"[\w.+,-]+"), "names of letters, digits and . _ + -, with commas between"),
+    "reservation": (re.compile(r"[\w.+,-]+"), "names of letters, digits and . _ + -, separated by commas"),
     "exclude": (re.compile(r"[\w.,\[\]-]+"), "node names such as node[01-03],node07"),
     "job-name": (NAME, "a name of letters, digits and . _ + -"),
-    "mem": (re.compile(r"\d+[KMGT]?"), "a number with K, M, G or T, or 0 for all of a node's"),
+    "mem": (re.compile(r"\d+[KMGT]?"), "a number with K, M, G or T, or 0 for all memory of a node"),
     "module": (re.compile(r"[\w.+][\w.+/:=-]*"), "a module's name such as cuda/12.8"),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmOptions:
-    """Where and how the jobs of a run are to run; None: Slurm's own default."""
+    """Where and how the jobs of a run are executed; None: Slurm's default."""
 
     nodes: int
     gpus_per_node: int  # 0: nodes without GPUs
     processes_per_node: int
     launcher: Literal["torchrun", "srun"]
-    max_restarts: int  # of torchrun, within one job
-    placing: Mapping[str, str]  # time, account, partition, ... that were given
+    max_restarts: int  # by torchrun within one job
+    placing: Mapping[str, str]  # the given ones of time, account, partition, ...
     job_name: str
-    cpus_per_task: int | None  # None: all of a node's
+    cpus_per_task: int | None  # None: all CPUs of a node
     mem: str
     exclusive: bool
     signal_seconds: int
@@ -66,22 +68,22 @@ class SlurmOptions:
     mounts: tuple[str, ...]
     env: tuple[str, ...]  # names of variables
     env_file: str | None
-    links: int
+    attempts: int
     preflight: bool
 
     @property
     def processes(self) -> int:
-        """Ranks of a job."""
+        """Number of ranks of a job."""
         return self.nodes * self.processes_per_node
 
     @property
     def tasks_per_node(self) -> int:
-        """Slurm tasks on a node, of which torchrun is one."""
+        """Slurm tasks per node; torchrun is one task."""
         return 1 if self.launcher == "torchrun" else self.processes_per_node
 
 
 def make_options(given: argparse.Namespace, *, run: RunSettings, environ: Mapping[str, str]) -> SlurmOptions:
-    """Checks the command line's options; UserError names the option, what it got and what holds."""
+    """Checks the options. Errors: UserError with the option, its value, the rule and a remedy."""
     _check_numbers(given)
     _check_combinations(given)
     placing = {name: value for name in PLACING if (value := getattr(given, name)) is not None}
@@ -110,7 +112,7 @@ def make_options(given: argparse.Namespace, *, run: RunSettings, environ: Mappin
         job_name=job_name,
         cpus_per_task=given.cpus_per_task,
         mem=given.mem,
-        # A step without --cpus-per-task takes all of a job's CPUs, which are then all of its nodes'.
+        # A step without --cpus-per-task uses all CPUs of the job, so the job must have all CPUs of its nodes.
         exclusive=given.exclusive or given.cpus_per_task is None,
         signal_seconds=given.signal_seconds,
         sbatch=tuple(_sbatch_line(line) for line in given.sbatch),
@@ -122,7 +124,7 @@ def make_options(given: argparse.Namespace, *, run: RunSettings, environ: Mappin
         mounts=tuple(given.mount),
         env=tuple(dict.fromkeys(given.env)),
         env_file=_env_file(given.env_file),
-        links=given.links,
+        attempts=given.attempts,
         preflight=given.preflight,
     )
 
@@ -134,7 +136,7 @@ def _check_numbers(given: argparse.Namespace) -> None:
         "processes_per_node": (1, None),
         "max_restarts": (0, None),
         "cpus_per_task": (1, None),
-        "links": (1, None),
+        "attempts": (1, None),
         "signal_seconds": (1, MOST_SIGNAL_SECONDS),
     }
     for name, (least, most) in limits.items():
@@ -145,19 +147,19 @@ def _check_numbers(given: argparse.Namespace) -> None:
 
 
 def _check_combinations(given: argparse.Namespace) -> None:
-    """Options that need, or exclude, another one."""
+    """Checks options that require or exclude each other."""
     of_container = ("container_runtime", "container_python", "mount")
     alone = [f"--{name.replace('_', '-')}" for name in of_container if getattr(given, name)]
     for wrong, message in (
-        (given.python and given.venv, "--python and --venv both name the job's Python: leave one of them out"),
+        (given.python and given.venv, "--python and --venv both set the Python of the job: leave one of them out"),
         (
             given.launcher == "srun" and given.max_restarts,
-            f"--max-restarts={given.max_restarts} is torchrun's, and --launcher=srun starts each rank once: leave it "
-            "out, or take --launcher=torchrun",
+            f"--max-restarts={given.max_restarts} needs torchrun, and --launcher=srun starts each rank once: leave it "
+            "out, or use --launcher=torchrun",
         ),
         (
             alone and not given.container,
-            f"{', '.join(alone)} belongs to a container: give --container IMAGE, or leave it out",
+            f"{', '.join(alone)} needs a container: give --container IMAGE, or leave it out",
         ),
     ):
         if wrong:
@@ -169,7 +171,7 @@ def _processes_per_node(given: argparse.Namespace) -> int:
     if processes is None:
         if gpus == 0:
             raise UserError(
-                "--gpus-per-node=0 means nodes without GPUs, of which the number of ranks does not follow: give "
+                "--gpus-per-node=0 means nodes without GPUs, which do not determine the number of ranks: give "
                 "--processes-per-node"
             )
         return gpus
@@ -188,13 +190,13 @@ def _check_text(option: str, value: str) -> None:
 
 
 def _check_line(what: str, value: str | None) -> None:
-    """For values that are quoted in the script: everything but control characters can be."""
+    """For values that are quoted in the script: they may contain everything except control characters."""
     if value is not None and (not value or CONTROL.search(value)):
         raise UserError(f"{what}={value!r} must be one line of text without control characters")
 
 
 def _check_time(text: str, signal_seconds: int, exit_seconds: float) -> None:
-    """Slurm's ways to write a time limit: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
+    """Slurm's formats of a time limit: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
     match = TIME.fullmatch(text)
     if match is None:
         raise UserError(f"--time={text!r} must be minutes, HH:MM:SS or D-HH:MM:SS, such as 12:00:00")
@@ -207,28 +209,28 @@ def _check_time(text: str, signal_seconds: int, exit_seconds: float) -> None:
         seconds = a * 60 + b
     if seconds <= signal_seconds:
         raise UserError(
-            f"--time={text} is {seconds} s, and --signal-seconds={signal_seconds} asks for a checkpoint so long before "
-            "its end: give more time, or fewer seconds"
+            f"--time={text} is {seconds} s, but --signal-seconds={signal_seconds} requests a checkpoint so many "
+            "seconds before its end: give more time, or fewer seconds"
         )
     if seconds <= exit_seconds:
         raise UserError(
-            f"--time={text} is {seconds} s, and a run stops run.exit_before_limit_s={exit_seconds:g} s before its end, "
-            "before its first step: give more time, or set fewer seconds"
+            f"--time={text} is {seconds} s, but a run stops run.exit_before_limit_s={exit_seconds:g} s before its end, "
+            "so it would stop before its first step: give more time, or set fewer seconds"
         )
 
 
 def _check_variable(name: str, environ: Mapping[str, str]) -> None:
-    """A name alone; what follows a `=` may be a secret and is not repeated."""
+    """Accepts only a name. The text after a `=` may be a secret, so no message repeats it."""
     name, equals, _ = name.partition("=")
     if equals:
         raise UserError(
-            f"--env {name}=... gives a value, which everybody could read in the script and in the list of processes: "
-            f"give --env {name}, and set {name} in the shell that you launch from"
+            f"--env {name}=... contains a value, which everybody could read in the script and in the process list: "
+            f"give --env {name}, and set {name} in the shell in which you launch"
         )
     if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) or name in ("ALL", "NIL", "NONE"):
         raise UserError(f"--env {name!r} must be the name of a variable")
     if name not in environ:
-        raise UserError(f"--env {name}: {name} is not set where you launch from: export it, or leave it out")
+        raise UserError(f"--env {name}: {name} is not set in this shell: export it, or leave it out")
 
 
 def _check_mount(mount: str) -> None:
@@ -244,7 +246,7 @@ def _sbatch_line(line: str) -> str:
     if re.search(r"(^|\s)(--dep|-d)", line) and DEPENDENCY.fullmatch(line) is None:
         raise UserError(
             f"--sbatch={line!r}: give a dependency as one line without ?, such as --sbatch=--dependency=afterok:7; it "
-            "is added to the job's own, which keeps two jobs of a run from training side by side"
+            "is added to the dependency of the job, which prevents two jobs of a run from training at the same time"
         )
     return line
 
@@ -253,19 +255,19 @@ def _env_file(path: str | None) -> str | None:
     if path is None:
         return None
     if not Path(path).is_file():
-        raise UserError(f"--env-file={path} is not there: give a file of NAME=value lines, or leave it out")
+        raise UserError(f"--env-file={path} does not exist: give a file of NAME=value lines, or leave it out")
     if stat.S_IMODE(Path(path).stat().st_mode) & 0o077:
-        raise UserError(f"--env-file={path} can be read or written by others than you: chmod 600 it")
+        raise UserError(f"--env-file={path} can be read or written by other users: run chmod 600 {path}")
     return path
 
 
 def check_run_dir(run_dir: str) -> None:
-    """Slurm reads the path of its log file itself: what it would take for something else is refused."""
+    """Slurm parses the path of its log file. Characters that Slurm would interpret are refused."""
     _check_line("run.dir", run_dir)
     if re.search(r'["\\%]', run_dir):
         raise UserError(
-            f'run.dir={run_dir!r} holds one of " \\ %, which Slurm reads otherwise in the name of a log file: give '
-            "another"
+            f'run.dir={run_dir!r} contains one of " \\ %, which Slurm interprets in the name of a log file: give '
+            "another run.dir"
         )
 
 

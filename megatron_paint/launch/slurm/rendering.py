@@ -1,4 +1,4 @@
-"""The batch script of a run, from what was asked of Slurm."""
+"""Renders the batch script of a run from the options."""
 
 import re
 import shlex
@@ -11,11 +11,11 @@ from megatron_paint.launch.rank_environment import PORTS, STEPS_PER_JOB
 from megatron_paint.launch.slurm.options import DEPENDENCY, SlurmOptions, as_dict
 
 TEMPLATE = Path(__file__).with_name("slurm.jinja")
-RESUME = "run.resume=auto"  # every job of a run but the first goes on from a checkpoint
+RESUME = "run.resume=auto"  # every job except the first one resumes from a checkpoint
 
 
 def render(options: SlurmOptions, *, settings_file: str, overrides: Sequence[str], run_dir: str) -> str:
-    """The script. All paths are as they were given, and so relative to the folder that the job is submitted from."""
+    """The script. Paths stay as given; relative paths are relative to the folder in which the job is submitted."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE.parent),
         undefined=jinja2.StrictUndefined,
@@ -30,7 +30,7 @@ def render(options: SlurmOptions, *, settings_file: str, overrides: Sequence[str
         settings_file=settings_file,
         run=run_dir,
         ports=PORTS,
-        lives=STEPS_PER_JOB,
+        ports_per_job=STEPS_PER_JOB,
         directives=_directives(options, run_dir),
         step_flags=_step_flags(options),
         in_container=_in_container(options),
@@ -40,12 +40,12 @@ def render(options: SlurmOptions, *, settings_file: str, overrides: Sequence[str
 
 
 def log_file(run_dir: str | Path, job: str) -> Path:
-    """The console of a job, in Slurm's notation or with a job's id."""
+    """The console file of a job. job: its id, or Slurm's %j."""
     return Path(run_dir) / "logs" / f"{job}.out"
 
 
 def _directives(options: SlurmOptions, run_dir: str) -> list[str]:
-    """Everything that stands behind #SBATCH."""
+    """The options of all #SBATCH lines."""
     lines = [f"--job-name={options.job_name}"]
     lines += [f"--{name}={value}" for name, value in options.placing.items()]
     lines += [f"--nodes={options.nodes}", f"--ntasks-per-node={options.tasks_per_node}"]
@@ -56,19 +56,19 @@ def _directives(options: SlurmOptions, run_dir: str) -> list[str]:
     lines.append(f"--mem={options.mem}")
     if options.exclusive:
         lines.append("--exclusive")
-    # A requeued job, as any, adds to its log.
+    # A requeued job appends to its log.
     lines += [f'--output="{log_file(run_dir, "%j")}"', "--open-mode=append", "--requeue"]
     lines.append(f"--signal=B:USR1@{options.signal_seconds}")
-    # Two jobs of a run never train side by side; of several lines Slurm would heed the last one alone.
+    # Two jobs of a run never train at the same time. Of several dependency lines Slurm would use only the last one.
     given = [match[1] for line in options.sbatch if (match := DEPENDENCY.fullmatch(line))]
     lines.append(f"--dependency={','.join(['singleton', *given])}")
-    # Only names: sbatch takes the values from where it is called. NIL: none at all.
+    # Only names: sbatch takes the values from its own environment. NIL: no variables.
     lines.append(f"--export={','.join(options.env) or 'NIL'}")
     return [*lines, *(line for line in options.sbatch if not DEPENDENCY.fullmatch(line))]
 
 
 def _step_flags(options: SlurmOptions) -> list[str]:
-    """Flags of every srun. It takes the CPUs of a task not from the job, and the environment not where --export is."""
+    """Flags of every srun. srun does not inherit --cpus-per-task and --export=ALL from the job."""
     cpus = "--cpu-bind=none" if options.cpus_per_task is None else f"--cpus-per-task={options.cpus_per_task}"
     flags = [f"--nodes={options.nodes}", "--export=ALL", "--kill-on-bad-exit=1", cpus]
     if options.container and options.container_runtime == "pyxis":
@@ -83,7 +83,7 @@ def _step_flags(options: SlurmOptions) -> list[str]:
 
 
 def _in_container(options: SlurmOptions) -> str:
-    """What stands before a command of the ranks."""
+    """The words before a command of the ranks."""
     if not options.container or options.container_runtime != "apptainer":
         return ""
     words = ["apptainer", "exec", *(["--nv"] if options.gpus_per_node else []), '--bind "$PWD" --pwd "$PWD"']
@@ -97,10 +97,10 @@ def _escape(text: str) -> str:
 
 
 def _plain_path(path: str) -> str:
-    """The path, so that nothing takes it for an option."""
+    """The path in a form that cannot be an option."""
     return f"./{path}" if path.startswith("-") else path
 
 
 def _path(path: str) -> str:
-    """Quoted for the shell, whose `source` would search PATH for a name without a slash."""
+    """Quoted for the shell. `source` would search PATH for a name without a slash, so this adds one."""
     return shlex.quote(path if "/" in path else f"./{path}")

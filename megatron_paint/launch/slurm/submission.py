@@ -1,4 +1,4 @@
-"""`megatron-paint launch slurm`: refuses what could not run, writes the script into the run folder, submits it."""
+"""`megatron-paint launch slurm`: checks the settings, writes the script into the run folder, and submits it."""
 
 import argparse
 import dataclasses
@@ -20,9 +20,9 @@ from megatron_paint.runtime.files import write_atomically
 
 
 def launch(given: argparse.Namespace) -> int:
-    """Submits the run's jobs, or prints what would be submitted; the exit status.
+    """Submits the run's jobs, or prints what would be submitted. Returns the exit status.
 
-    Errors: UserError for settings that cannot run on so many ranks, for an option, or where sbatch refuses.
+    Errors: UserError if the settings cannot run on so many ranks, if an option is wrong, or if sbatch refuses.
     """
     settings = load_settings(given.config, [*given.overrides, RESUME])
     check_run_dir(settings.run.dir)
@@ -38,33 +38,35 @@ def launch(given: argparse.Namespace) -> int:
     if given.dry_run:
         print(script)
         print("# would be submitted with:")
-        for _ in range(options.links):
+        for _ in range(options.attempts):
             print(f"# {shlex.join(command)}")
         return 0
     print("\n".join(plan.lines(settings)[1:2]))
     earlier = _earlier_jobs(options.job_name, file)
     write_atomically(file, script)
-    take_back = record_launch(Path(settings.run.dir), steps=settings.run.steps)
+    undo = record_launch(Path(settings.run.dir), steps=settings.run.steps)
     jobs: list[str] = []
     try:
-        for _ in range(options.links):
+        for _ in range(options.attempts):
             jobs.append(_submit(command))
     except UserError as error:
         if not jobs:
-            take_back()
+            undo()
             raise
         raise UserError(
-            f"{error}. Submitted before that, and not cancelled: {len(jobs)} of {options.links} jobs, which "
-            f"`scancel {' '.join(jobs)}` cancels"
+            f"{error}. {len(jobs)} of {options.attempts} jobs were submitted before that and still exist: "
+            f"`scancel {' '.join(jobs)}` cancels them"
         ) from error
     print(f"submitted  {', '.join(jobs)}; console {log_file(settings.run.dir, jobs[0])}")
     if earlier:
-        print(f"           after earlier jobs of this run, as one runs at a time: {', '.join(earlier)}")
+        print(
+            f"           they wait for earlier jobs of this run, because one job runs at a time: {', '.join(earlier)}"
+        )
     return 0
 
 
 def plan_elsewhere(settings: Settings, options: SlurmOptions) -> Plan:
-    """The plan of a job; what only a GPU node can answer, this machine is not asked."""
+    """The plan of a job, without the checks that only a GPU node can do."""
     megatron = dataclasses.replace(settings.megatron, fp8=None, transformer_impl="auto", deterministic_mode=False)
     objective = dataclasses.replace(settings.objective, kernel="auto")
     try:
@@ -77,16 +79,16 @@ def plan_elsewhere(settings: Settings, options: SlurmOptions) -> Plan:
 
 
 def _earlier_jobs(job_name: str, file: Path) -> list[str]:
-    """Ids of the run's jobs that wait or run already.
+    """Ids of the run's jobs that already wait or run.
 
-    UserError: the name is another run's, or the run has jobs of another name; the jobs of a run find each other by
-    theirs, wait for each other, and cancel those that are no longer needed.
+    The jobs of a run find each other by their name: they wait for each other and cancel jobs that are no longer needed.
+    UserError: the name belongs to another run, or the run has jobs with another name.
     """
     query = ["squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%i|%j|%o"]
     try:
         queued = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
-        return []  # sbatch will say what is wrong
+        return []  # sbatch will report the problem
     jobs = []
     for line in queued:
         if len(parts := line.split("|", 2)) < 3:
@@ -95,8 +97,8 @@ def _earlier_jobs(job_name: str, file: Path) -> list[str]:
         is_ours = script == str(file)
         if is_ours and name != job_name:
             raise UserError(
-                f"--job-name={job_name}: job {job} of this run has the name {name}, and only jobs of one name wait for "
-                f"each other: give --job-name={name}, or cancel that job"
+                f"--job-name={job_name}: job {job} of this run has the name {name}, and only jobs with the same name "
+                f"wait for each other: give --job-name={name}, or cancel that job"
             )
         if name == job_name and not is_ours:
             raise UserError(
