@@ -32,7 +32,11 @@ class InterpolationLossConfig:
     """
 
     divergence: Annotated[
-        Divergence, setting("divergence between target and student; jsd: Jensen-Shannon", source=OPSD)
+        Divergence,
+        setting(
+            "forward_kl: KL(target || student); reverse_kl: KL(student || target); jsd: Jensen-Shannon divergence",
+            source=OPSD,
+        ),
     ] = "forward_kl"
     jsd_beta: Annotated[
         Number,

@@ -188,7 +188,13 @@ class Needs:
 class ObjectiveSettings:
     """The training objective."""
 
-    name: Annotated[Literal["paint", "opsd", "grpo", "sft"], setting("the training objective")] = "paint"
+    name: Annotated[
+        Literal["paint", "opsd", "grpo", "sft"],
+        setting(
+            "paint, opsd: distillation from a teacher that sees the solution; grpo: reinforcement learning from "
+            "verified answers; sft: training on the solutions"
+        ),
+    ] = "paint"
     reveal: RevealSettings = field(default_factory=RevealSettings)
     loss: InterpolationLossConfig = field(default_factory=InterpolationLossConfig)
     chunk_bytes: Annotated[Positive, setting("bytes of logits that the loss may hold at once")] = 1.0e9
@@ -282,7 +288,8 @@ class MegatronSettings:
         Literal["uniform", "block"] | None, setting("how full recomputation divides the layers", source=MEGATRON)
     ] = None
     recompute_num_layers: Annotated[
-        Count | None, setting("layers in a unit of full recomputation", source=MEGATRON)
+        Count | None,
+        setting("uniform: layers in a recomputed unit; block: recomputed layers of a stage", source=MEGATRON),
     ] = None
     fp8: Annotated[
         Literal["e4m3", "hybrid"] | None,

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_paint.mcore.checkpoint import _begin_state
+from megatron_paint.objectives.metric_table import METRICS
 from tests.support import forked_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +47,7 @@ def unbroken(tmp_path_factory):
 def test_what_a_run_logs(unbroken):
     run_dir, lines = unbroken
     for line in lines:
+        assert {*line, "skipped"} == set(METRICS)  # it has all that other objectives log, and more
         assert 0 < line["reward/mean"] < 1
         assert line["updates"] == 2
         assert line["sampler_gap/max"] < 1e-4

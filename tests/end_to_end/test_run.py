@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
+from megatron_paint.objectives.metric_table import METRICS as DESCRIBED
 from tests.support import forked_ranks, tiny
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +72,7 @@ def test_run_folder(whole):
     lines = metrics(run_dir, timeless=False)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert all(set(line) == METRICS for line in lines)
+    assert set(DESCRIBED) >= METRICS
     assert all(line["sampler_gap/max"] < 1e-4 for line in lines)
     assert {p.name for p in (run_dir / "checkpoints").iterdir()} == {"step_000002", "step_000004"}
     assert {p.name for p in (run_dir / "eval").iterdir()} == {f"step_00000{i}.json" for i in (0, 2, 4)}

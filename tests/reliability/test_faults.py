@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_paint.objectives.metric_table import METRICS
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.run.status import read_status
 from megatron_paint.runtime.checksums import CHECKSUMS
@@ -167,6 +168,7 @@ def test_steps_without_a_finite_loss_are_left_out_up_to_a_limit(trained, tmp_pat
     ]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], "skipped" in line) for line in lines] == [(1, False), (2, True), (3, True), (4, False)]
+    assert all(set(line) <= set(METRICS) for line in lines)
     assert read_status(tmp_path / "run").skipped == 2
 
 

@@ -1,0 +1,160 @@
+"""Every key of metrics.jsonl: its meaning, its unit, and the range of a healthy run where one is known.
+
+A new metric has its line here and is computed in `metrics.py` or by its objective. docs/metrics.md is made from this.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One key of a line of metrics.jsonl."""
+
+    meaning: str
+    unit: str
+    healthy: str = "-"  # "-": nothing is known
+    only: str = ""  # the objectives or lines that have it, "" for all
+
+
+METRICS: dict[str, Metric] = {
+    "step": Metric(meaning="number of the step, from 1", unit="step"),
+    "loss": Metric(
+        meaning="mean loss over the tokens that carry loss; 0 without any",
+        unit="nats a token; none for GRPO",
+        healthy="PAINT, OPSD: well above the floor that the self-check prints (docs/numerics.md)",
+    ),
+    "num_tokens": Metric(meaning="response tokens of the step", unit="tokens"),
+    "loss_tokens": Metric(
+        meaning="response tokens that carry loss",
+        unit="tokens",
+        healthy="num_tokens; fewer with objective.loss.elsewhere=skip, and with GRPO where groups are left out",
+    ),
+    "overlap/mean": Metric(
+        meaning="share of the solution's anchors that a response has, mean over responses",
+        unit="0 to 1",
+        healthy="above 0; at 0 the teacher sees everything, as in OPSD",
+        only="PAINT, OPSD",
+    ),
+    "reveal/mean": Metric(
+        meaning="share of the solution that the reveal rule asks to show, mean over responses",
+        unit="0 to 1",
+        healthy="PAINT: objective.reveal.minimum to 1; OPSD: 1",
+        only="PAINT, OPSD",
+    ),
+    "anchors/none_share": Metric(
+        meaning="share of responses whose solution has no anchor and is shown completely",
+        unit="0 to 1",
+        healthy="near 0",
+        only="PAINT, OPSD",
+    ),
+    "entropy/student_mean": Metric(
+        meaning="entropy of the student, mean over response tokens; GRPO: over tokens of groups that are not left out",
+        unit="nats",
+    ),
+    "entropy/teacher_mean": Metric(
+        meaning="entropy of the teacher, mean over response tokens", unit="nats", only="PAINT, OPSD"
+    ),
+    "selected/share": Metric(
+        meaning="share of response tokens that are selected for the mixed target",
+        unit="0 to 1",
+        healthy="positions=top_fraction: objective.loss.fraction or a little more, as each response rounds up; OPSD: 0",
+    ),
+    "divergence/selected_mean": Metric(
+        meaning="divergence without the clip, mean over selected tokens",
+        unit="nats a token",
+        healthy="well above the floor that the self-check prints (docs/numerics.md)",
+        only="PAINT",
+    ),
+    "divergence/other_mean": Metric(
+        meaning=(
+            "divergence without the clip, mean over tokens that are not selected; SFT: the cross entropy; GRPO: the KL "
+            "to the reference in the first update, null with objective.grpo.kl_weight=0"
+        ),
+        unit="nats a token",
+        healthy="PAINT, OPSD: well above the floor that the self-check prints (docs/numerics.md)",
+    ),
+    "clip/share": Metric(
+        meaning=(
+            "target mass on clipped vocabulary entries, mean over tokens that carry loss; clip_rule=token: share of "
+            "the gradient that the clip removed"
+        ),
+        unit="0 to 1",
+        healthy="at most 0.2; with a clip of entries the run warns after 10 steps in a row above it",
+        only="PAINT, OPSD",
+    ),
+    "clip/entries": Metric(
+        meaning=(
+            "clipped vocabulary entries a token that carries loss; clip_rule=token and GRPO: share of tokens that "
+            "the clip changed"
+        ),
+        unit="entries a token",
+    ),
+    "response/length_mean": Metric(
+        meaning="tokens of a response, mean; SFT: of a solution",
+        unit="tokens",
+        healthy="steady; growth to rollout.max_new_tokens or a fall to a few tokens may be a collapse",
+    ),
+    "response/truncated_share": Metric(
+        meaning="share of sampled responses that end at rollout.max_new_tokens",
+        unit="0 to 1",
+        healthy="steady; see response/length_mean",
+        only="PAINT, OPSD, GRPO",
+    ),
+    "grad_norm": Metric(
+        meaning="norm of the gradient before clipping; GRPO: mean over the updates, null without any", unit="-"
+    ),
+    "lr": Metric(meaning="learning rate", unit="-", healthy="the schedule of the optimizer settings"),
+    "sampler_gap/max": Metric(
+        meaning="largest difference between sampler's and trainer's log-probability of a sampled token",
+        unit="nats",
+        healthy="about 1e-5 in float32, up to a few tenths in bfloat16",
+        only="PAINT, OPSD, GRPO; null for replayed rollouts without log-probabilities",
+    ),
+    "time/rollout_s": Metric(meaning="time for sampling", unit="s"),
+    "time/mask_s": Metric(meaning="time for overlap, reveal and the teacher's prompts", unit="s"),
+    "time/teacher_s": Metric(meaning="time for the passes without gradient", unit="s"),
+    "time/student_s": Metric(meaning="time for the student's forward and backward pass", unit="s"),
+    "time/optimizer_s": Metric(meaning="time for the optimiser step and the moving average", unit="s"),
+    "tokens_per_second": Metric(meaning="response tokens by the time of the complete step", unit="tokens / s"),
+    "reward/mean": Metric(
+        meaning="share of responses with the right answer",
+        unit="0 to 1",
+        healthy="between 0 and 1; at either end every group is left out",
+        only="GRPO",
+    ),
+    "reward/timeouts": Metric(
+        meaning="responses whose grading ran out of time; they count as wrong",
+        unit="responses",
+        healthy="0",
+        only="GRPO",
+    ),
+    "reward/equal_groups_share": Metric(
+        meaning="share of responses in groups that are left out because their rewards are all equal",
+        unit="0 to 1",
+        healthy="below 1; at 1 the step updates nothing",
+        only="GRPO",
+    ),
+    "updates": Metric(
+        meaning="optimiser steps of this step",
+        unit="updates",
+        healthy="objective.grpo.updates_per_batch; 0 where every group is left out",
+        only="GRPO",
+    ),
+    "ratio/clipped_share": Metric(
+        meaning="share of tokens whose gradient the clipped ratio stops, over all updates; 0 in the first update",
+        unit="0 to 1",
+        only="GRPO",
+    ),
+    "kl/mean": Metric(
+        meaning="estimate (k3) of the KL to the reference, mean over all updates; null with objective.grpo.kl_weight=0",
+        unit="nats a token",
+        only="GRPO",
+    ),
+    "time/grade_s": Metric(meaning="time for grading and advantages", unit="s", only="GRPO"),
+    "skipped": Metric(
+        meaning="why the step was skipped: where a loss or gradient was not finite; no weight was changed",
+        unit="text",
+        healthy="absent",
+        only="lines of skipped steps, which have only step and skipped",
+    ),
+}

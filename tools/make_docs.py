@@ -1,0 +1,90 @@
+"""Writes docs/settings.md and docs/metrics.md from the code: `python tools/make_docs.py`.
+
+`--check` writes nothing and ends with status 1 if a page is not current.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from megatron_paint.config import describe
+from megatron_paint.objectives.metric_table import METRICS, Metric
+
+ROOT = Path(__file__).parents[1]
+SETTINGS_HEAD = """# Settings
+
+`python tools/make_docs.py` writes this page from `config/settings.py` and `config/loss.py`. Do not edit it by hand.
+`megatron-paint settings KEY` prints the same on the console, for a key or a section.
+
+A settings file is YAML with one block for each section. `key=value` after the file overrides it, such as
+`optimizer.lr=1e-5`. A file may start with `base: OTHER.yaml`, a path relative to itself; it then holds only what
+differs from that file. `null` stands for "not set". A misspelt key, a wrong type or a value outside its limits ends
+the command before anything starts.
+
+"Source" says where the default comes from. "ours" is a choice of this project. The recipe is OPSD's, because none is
+published for PAINT (docs/algorithm.md). The presets in `examples/` also set values that differ from the defaults.
+"""
+METRICS_HEAD = """# Metrics
+
+`python tools/make_docs.py` writes this page from `objectives/metric_table.py`. Do not edit it by hand.
+
+metrics.jsonl in the run folder has one JSON object for each step. TensorBoard shows the same keys. A key is null or
+absent where it does not apply to the objective or where the step has nothing to count. "-" means that no healthy range
+is known. "Steady" means without a jump or a trend. docs/debugging.md lists symptoms and what to look at.
+"""
+
+
+def settings_page() -> str:
+    """The text of docs/settings.md."""
+    parts = [SETTINGS_HEAD]
+    for section in describe.sections():
+        rows = [
+            (
+                f"`{setting.key.removeprefix(f'{section.key}.')}`",
+                f"{setting.type}: {setting.allowed}" if setting.allowed else setting.type,
+                setting.default_text if setting.needed else f"`{setting.default_text}`",
+                setting.meaning,
+                setting.source,
+            )
+            for setting in section.settings
+        ]
+        table = _table(("key", "type and limits", "default", "meaning", "source"), rows) if rows else ""
+        parts.append(f"## `{section.key}`\n\n{section.meaning}\n\n{table}".rstrip() + "\n")
+    return "\n".join(parts)
+
+
+def metrics_page() -> str:
+    """The text of docs/metrics.md."""
+    rows = [(f"`{key}`", _meaning(metric), metric.unit, metric.healthy) for key, metric in METRICS.items()]
+    return f"{METRICS_HEAD}\n{_table(('key', 'meaning', 'unit', 'healthy range'), rows)}"
+
+
+def _meaning(metric: Metric) -> str:
+    return f"{metric.meaning} ({metric.only})" if metric.only else metric.meaning
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = tuple(head)
+    lines = [head, ("---",) * len(head), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+PAGES = {ROOT / "docs" / "settings.md": settings_page, ROOT / "docs" / "metrics.md": metrics_page}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes the pages that are not current, or with --check only names them."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--check", action="store_true", help="only compare the pages with the code")
+    check = parser.parse_args(arguments).check
+    old = [path for path, text in PAGES.items() if not path.exists() or path.read_text(encoding="utf-8") != text()]
+    for path in old:
+        if not check:
+            path.write_text(PAGES[path](), encoding="utf-8")
+        print(f"docs/{path.name} {'is not current: run python tools/make_docs.py' if check else 'written'}")
+    return int(check and bool(old))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
