@@ -33,6 +33,19 @@ class GenerationRequest:
     key: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredSequence:
+    """Tokens to score: `response_ids`, which follow `prompt_ids`."""
+
+    prompt_ids: TokenIds
+    response_ids: TokenIds
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the model reads: the last response token predicts nothing that is scored."""
+        return len(self.prompt_ids) + len(self.response_ids) - 1
+
+
 class Policy(Protocol):
     """A model that samples and learns; how many machines that takes is its own business.
 
