@@ -4,11 +4,25 @@ Axes: N response tokens of a micro-batch, H hidden size, V vocabulary (whole, or
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_paint.losses.interface import TokenLoss
-from megatron_paint.records import Sample, SampleScore, UpdateReport
+from megatron_paint.records import Sample, SampleScore, TokenIds, UpdateReport
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredSequence:
+    """Tokens to score: `response_ids`, which follow `prompt_ids`."""
+
+    prompt_ids: TokenIds
+    response_ids: TokenIds
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the model reads: the last response token predicts nothing that is scored."""
+        return len(self.prompt_ids) + len(self.response_ids) - 1
 
 
 class Policy(Protocol):

@@ -11,32 +11,18 @@ from torch import Tensor
 
 from megatron_paint.config.settings import MegatronSettings
 from megatron_paint.mcore.attention import TokenRows, token_rows
-from megatron_paint.records import TokenIds
+from megatron_paint.policy import ScoredSequence
 
 # Tokens that each rank's shard of a sequence must be a multiple of (Transformer Engine's FP8 GEMMs).
 FP8_MULTIPLE = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ScoredSequence:
-    """One sequence to score: `response_ids` after `prompt_ids`, of sample `index` of the step."""
-
-    index: int
-    prompt_ids: TokenIds
-    response_ids: TokenIds
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens the network sees: the last response token predicts nothing that is scored."""
-        return len(self.prompt_ids) + len(self.response_ids) - 1
-
-
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """Packed sequences on the device; `predicting_N` are the places in T whose hidden states predict the response."""
+    """Packed sequences on the device; the hidden states at the positions `predicting_N` predict the response tokens."""
 
-    number: int
-    indices: tuple[int, ...]  # of the samples, in the order of the rows
+    number: int  # in its replica's pass
+    indices: tuple[int, ...]  # of the sequences in the pass, in the order of the rows
     ids_T: Tensor
     rows: TokenRows
     lengths: tuple[int, ...]  # response tokens of each sequence
@@ -77,21 +63,36 @@ def cut_micro_batches(sizes: Sequence[int], limit: int, *, multiple: int = 1) ->
 
 
 def make_micro_batches(
-    sequences: Sequence[ScoredSequence], *, limit: int, multiple: int, count: int, device: torch.device
+    sequences: Sequence[ScoredSequence],
+    replicas: Sequence[Sequence[int]],
+    *,
+    replica: int,
+    limit: int,
+    multiple: int,
+    device: torch.device,
 ) -> list[MicroBatch]:
-    """This replica's micro-batches; empty ones fill up to `count`, so that every replica runs equally many.
+    """The micro-batches of one replica; empty ones fill up, so that every replica runs equally many.
 
+    replicas: the indices of the sequences that each replica computes. limit, multiple: see `cut_micro_batches`.
     An empty micro-batch is one row of padding without response: its loss is an empty sum.
     """
-    groups = cut_micro_batches([s.num_tokens for s in sequences], limit, multiple=multiple)
-    groups += [[] for _ in range(count - len(groups))]
+    cuts = [cut_micro_batches([sequences[i].num_tokens for i in taken], limit, multiple=multiple) for taken in replicas]
+    groups = [tuple(replicas[replica][place] for place in group) for group in cuts[replica]]
+    groups += [()] * (max(map(len, cuts)) - len(groups))
     return [
-        _pack([sequences[i] for i in group], number=number, multiple=multiple, device=device)
+        _pack([sequences[i] for i in group], number=number, indices=group, multiple=multiple, device=device)
         for number, group in enumerate(groups)
     ]
 
 
-def _pack(sequences: Sequence[ScoredSequence], *, number: int, multiple: int, device: torch.device) -> MicroBatch:
+def _pack(
+    sequences: Sequence[ScoredSequence],
+    *,
+    number: int,
+    indices: tuple[int, ...],
+    multiple: int,
+    device: torch.device,
+) -> MicroBatch:
     lengths = [s.num_tokens for s in sequences]
     padding = -sum(lengths) % multiple if lengths else multiple
     ids = [token for s in sequences for token in (*s.prompt_ids, *s.response_ids[:-1])] + [0] * padding
@@ -103,7 +104,7 @@ def _pack(sequences: Sequence[ScoredSequence], *, number: int, multiple: int, de
         begin += sequence.num_tokens
     return MicroBatch(
         number=number,
-        indices=tuple(s.index for s in sequences),
+        indices=indices,
         ids_T=torch.tensor(ids, device=device),
         rows=token_rows(lengths, padding=padding, device=device),
         lengths=tuple(len(s.response_ids) for s in sequences),

@@ -8,14 +8,12 @@ Axes: T tokens of a micro-batch, N response tokens of it, H hidden size.
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -25,28 +23,22 @@ from megatron_paint.losses.elementwise.choose import loss_kernel
 from megatron_paint.losses.interface import ResponseRows, TokenLoss
 from megatron_paint.losses.objectives import CrossEntropyLoss
 from megatron_paint.mcore.async_writer import Writer
-from megatron_paint.mcore.batch import (
-    MicroBatch,
-    ScoredSequence,
-    assign_replicas,
-    cut_micro_batches,
-    make_micro_batches,
-    token_multiple,
-)
+from megatron_paint.mcore.batch import MicroBatch, assign_replicas, token_multiple
 from megatron_paint.mcore.checkpoint import copy_checkpoint, has_adapters, load_checkpoint, load_weights
 from megatron_paint.mcore.collectives import gather_entries
+from megatron_paint.mcore.forward_pass import ForwardPass, LossResult
 from megatron_paint.mcore.generate import BatchLimits, MegatronSampler
 from megatron_paint.mcore.hf_checkpoint import export_adapters, export_stage, load_stage
 from megatron_paint.mcore.lora import add_adapters
 from megatron_paint.mcore.model import DTYPES, build_model
 from megatron_paint.mcore.optimizer import make_optimizer, take_step, wrap_data_parallel
 from megatron_paint.mcore.ranks import Ranks
-from megatron_paint.mcore.response_rows import response_rows
 from megatron_paint.mcore.scores import NonFinite, score_samples
-from megatron_paint.mcore.teacher import Teacher
+from megatron_paint.mcore.teacher import Teacher, TeacherStates
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.memory import cache_bytes_per_token
-from megatron_paint.records import Sample, SampleScore, UpdateReport
+from megatron_paint.policy import ScoredSequence
+from megatron_paint.records import Sample, SampleScore, TokenIds, UpdateReport
 from megatron_paint.runtime.heartbeat import mark_progress
 
 
@@ -74,11 +66,19 @@ class MegatronPolicy:
         taught = trained and settings.objective.needs.teacher
         self.teacher = Teacher(self.stage, settings.objective.teacher if taught else TeacherSettings(weights="current"))
         self.writer = Writer(ranks)
-        self.multiple = token_multiple(megatron)
+        self.vocab = _vocab_axis(shape, ranks, self.stage.config)
+        multiple = token_multiple(megatron)
+        self.forward = ForwardPass(
+            ranks=ranks,
+            stage=self.stage,
+            model=self.wrapped,
+            micro_batch_tokens=settings.data.micro_batch_tokens,
+            token_multiple=multiple,
+        )
         self.sampler = MegatronSampler(
             self.stage,
             ranks,
-            token_multiple=self.multiple,
+            token_multiple=multiple,
             limits=BatchLimits(
                 rows=settings.rollout.batch_size,
                 prefill_tokens=settings.data.micro_batch_tokens,
@@ -88,19 +88,33 @@ class MegatronPolicy:
 
     def update(self, samples: Sequence[Sample], loss: TokenLoss, *, lr: float) -> UpdateReport:
         """One optimiser step; FloatingPointError, before the optimiser, where a loss or the gradient is not finite."""
-        scores, seconds = self.accumulate(samples, loss)
-        with _timed(seconds, "optimizer"):
+        clock = _PhaseClock()
+        with clock.phase("teacher"):
+            states = self.teacher_states(samples, loss)
+        with clock.phase("student"):
+            scores = self.backward(samples, loss, states)
+        with clock.phase("optimizer"):
             norm = take_step(self.optimizer, lr=lr, weight_decay=self.settings.optimizer.weight_decay)
             self.teacher.follow()
-        return UpdateReport(scores=scores, grad_norm=norm, seconds=seconds)
+        return UpdateReport(scores=scores, grad_norm=norm, seconds=clock.seconds)
 
     def evaluate_loss(
         self, samples: Sequence[Sample], loss: TokenLoss, *, teach_itself: bool = False
     ) -> tuple[SampleScore, ...]:
-        """The loss of each sample without a step; with `teach_itself` the current weights are the teacher, which then
-        scores row by row: the same numbers by another way."""
-        teacher = Teacher(self.stage, TeacherSettings(weights="current")) if teach_itself else self.teacher
-        return self.accumulate(samples, loss, forward_only=True, teacher=teacher, teacher_alone=teach_itself)[0]
+        """The loss of each sample without a step. With `teach_itself` the current weights are the teacher.
+
+        That teacher computes each sample in a micro-batch of its own: the same numbers, computed in another way.
+        """
+        mark_progress("student")
+        if teach_itself:
+            itself = Teacher(self.stage, TeacherSettings(weights="current"))
+            row_by_row = dataclasses.replace(self.forward, micro_batch_tokens=1)
+            states = self.teacher_states(samples, loss, teacher=itself, forward=row_by_row)
+        else:
+            states = self.teacher_states(samples, loss)
+        score = self._score_with(loss, samples, states)
+        found = self.forward.run(_student_sequences(samples), self._replicas(samples), score)
+        return self._gather_scores([part.result for part in found], len(samples))
 
     def teacher_logprobs(self, samples: Sequence[Sample]) -> list[tuple[float, ...]]:
         """Log-probabilities of each sample's response tokens, in nats, under the teacher's weights and prompt."""
@@ -110,7 +124,7 @@ class MegatronPolicy:
         )
         shown = [dataclasses.replace(s, student_prompt_ids=s.teacher_prompt_ids, rollout=None) for s in samples]
         with self.teacher.in_place():
-            scores, _ = self.accumulate(shown, loss, forward_only=True)
+            scores = self.evaluate_loss(shown, loss)
         return [score.token_logprobs for score in scores]
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
@@ -131,177 +145,121 @@ class MegatronPolicy:
         dtype = DTYPES[model.dtype]
         export_stage(self.stage, folder, shape=self.shape, ranks=ranks, dtype=dtype, source=model.hf_path)
 
-    def accumulate(
+    def teacher_states(
         self,
         samples: Sequence[Sample],
         loss: TokenLoss,
         *,
-        forward_only: bool = False,
         teacher: Teacher | None = None,
-        teacher_alone: bool = False,
-    ) -> tuple[tuple[SampleScore, ...], dict[str, float]]:
-        """Teacher pass and student pass of a step: scores of all samples, and, unless `forward_only`, the gradient of
-        the loss divided by the global number of tokens that carry it, in Megatron's gradient buffers.
+        forward: ForwardPass | None = None,
+    ) -> TeacherStates:
+        """What the loss needs from the teacher; defaults: this policy's teacher, and its usual micro-batches."""
+        teacher, forward = teacher or self.teacher, forward or self.forward
+        replicas = self._replicas(samples)
 
-        teacher_alone: the teacher scores each sample in a micro-batch of its own.
+        def hidden(prompts: Iterable[TokenIds]) -> dict[int, Tensor]:
+            sequences = [
+                ScoredSequence(prompt_ids=prompt, response_ids=sample.response_ids)
+                for prompt, sample in zip(prompts, samples, strict=True)
+            ]
+            with teacher.in_place():
+                return _merged(forward.run(sequences, replicas, _by_index))
+
+        return TeacherStates(
+            hidden_NH=hidden(s.teacher_prompt_ids for s in samples) if loss.needs_teacher else None,
+            full_hidden_NH=hidden(s.full_teacher_prompt_ids for s in samples) if loss.needs_full_teacher else None,
+            output_weight_VH=teacher.output_weight() if loss.needs_teacher else None,
+        )
+
+    def backward(self, samples: Sequence[Sample], loss: TokenLoss, states: TeacherStates) -> tuple[SampleScore, ...]:
+        """The student's pass: scores of all samples, and the loss's gradient in Megatron's gradient buffers.
+
+        FloatingPointError: the loss of a sample is not finite.
         """
-        _check_normalisation(self.stage.config)
-        teacher = teacher or self.teacher
-        costs = [len(s.student_prompt_ids) + len(s.teacher_prompt_ids or ()) + 2 * len(s.response_ids) for s in samples]
-        replicas = assign_replicas(costs, self.ranks.dp_size)
-        seconds: dict[str, float] = {}
-        teachers: dict[str, dict[int, Tensor]] = {}
-        with _timed(seconds, "teacher"):
-            if loss.needs_teacher:
-                limit = 1 if teacher_alone else None
-                hidden = self._score(samples, replicas, "teacher_prompt_ids", teacher, limit=limit)
-                teachers["teacher_hidden_NH"] = hidden
-            if loss.needs_full_teacher:
-                teachers["full_teacher_hidden_NH"] = self._score(samples, replicas, "full_teacher_prompt_ids", teacher)
-        with _timed(seconds, "student"):
-            found: dict[int, SampleScore | NonFinite] = {}
-            evaluate = partial(
-                self._loss_of, samples, loss, teachers, found, teacher.output_weight() if teachers else None
+        self.wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        score = self._score_with(loss, samples, states)
+        found = self.forward.run_backward(_student_sequences(samples), self._replicas(samples), score)
+        return self._gather_scores(found, len(samples))
+
+    def _score_with(
+        self, loss: TokenLoss, samples: Sequence[Sample], states: TeacherStates
+    ) -> Callable[[MicroBatch, Tensor], LossResult[dict[int, SampleScore | NonFinite]]]:
+        """The loss step of one micro-batch: its result is the score of each sample, by the sample's index."""
+
+        def score(batch: MicroBatch, student_NH: Tensor) -> LossResult[dict[int, SampleScore | NonFinite]]:
+            output = loss(
+                ResponseRows(
+                    samples=tuple(samples[i] for i in batch.indices),
+                    lengths=batch.lengths,
+                    token_ids_N=batch.token_ids_N,
+                    student_hidden_NH=student_NH,
+                    output_weight_VH=self.stage.output_weight(),
+                    vocab=self.vocab,
+                    teacher_hidden_NH=_rows_of(states.hidden_NH, batch, like=student_NH),
+                    teacher_output_weight_VH=states.output_weight_VH,
+                    full_teacher_hidden_NH=_rows_of(states.full_hidden_NH, batch, like=student_NH),
+                )
             )
-            if not forward_only:
-                self.wrapped.zero_grad_buffer()
-                self.optimizer.zero_grad()
-            with torch.set_grad_enabled(not forward_only):
-                self._pass(samples, replicas, "student_prompt_ids", evaluate, forward_only=forward_only)
-        merged = gather_entries(found if self.ranks.tp_rank == 0 else {}, self.ranks)
+            scores = score_samples(output, batch, samples, rank=self.ranks.rank, keep_logprobs=loss.keeps_logprobs)
+            return LossResult(output.loss_T.sum(), output.carries_loss_T.sum().to(torch.int), scores)
+
+        return score
+
+    def _replicas(self, samples: Sequence[Sample]) -> list[list[int]]:
+        """The samples of each data-parallel replica, the same in the teacher's and the student's pass."""
+        costs = [len(s.student_prompt_ids) + len(s.teacher_prompt_ids or ()) + 2 * len(s.response_ids) for s in samples]
+        return assign_replicas(costs, self.ranks.dp_size)
+
+    def _gather_scores(
+        self, found: Sequence[dict[int, SampleScore | NonFinite]], count: int
+    ) -> tuple[SampleScore, ...]:
+        """The scores of all `count` samples on every rank; FloatingPointError where a loss is not finite."""
+        merged = gather_entries(_merged(found) if self.ranks.tp_rank == 0 else {}, self.ranks)
         problems = [score for score in merged.values() if isinstance(score, NonFinite)]
         if problems:
             raise FloatingPointError("; ".join(str(problem) for problem in problems[:3]))
-        return tuple(merged[i] for i in range(len(samples))), seconds
-
-    def _score(
-        self,
-        samples: Sequence[Sample],
-        replicas: list[list[int]],
-        prompts: str,
-        teacher: Teacher,
-        *,
-        limit: int | None = None,
-    ) -> dict[int, Tensor]:
-        """Final hidden states [N, H] at each sample's response rows under the teacher; empty but on the last stage."""
-        hidden: dict[int, Tensor] = {}
-
-        def keep(batch: MicroBatch, hidden_T1H: Tensor, non_loss_data: bool = True) -> None:
-            rows_NH = self._response_rows(hidden_T1H, batch)
-            hidden.update(zip(batch.indices, rows_NH.split(batch.lengths), strict=True))
-
-        with torch.no_grad(), teacher.in_place():
-            self._pass(samples, replicas, prompts, keep, forward_only=True, limit=limit)
-        return hidden
-
-    def _pass(
-        self,
-        samples: Sequence[Sample],
-        replicas: list[list[int]],
-        prompts: str,
-        at_the_end: Callable[[MicroBatch, Tensor], Any],
-        *,
-        forward_only: bool,
-        limit: int | None = None,
-    ) -> None:
-        """Runs all micro-batches of this replica through the pipeline; `at_the_end` meets the last stage's output.
-
-        limit: tokens of a micro-batch, data.micro_batch_tokens if left out.
-        """
-
-        def sequences(indices: Sequence[int]) -> list[ScoredSequence]:
-            return [
-                ScoredSequence(index=i, prompt_ids=getattr(samples[i], prompts), response_ids=samples[i].response_ids)
-                for i in indices
-            ]
-
-        limit = limit or self.settings.data.micro_batch_tokens
-        sizes = [[s.num_tokens for s in sequences(replica)] for replica in replicas]
-        count = max(len(cut_micro_batches(sizes_, limit, multiple=self.multiple)) for sizes_ in sizes)
-        batches = make_micro_batches(
-            sequences(replicas[self.ranks.dp_rank]),
-            limit=limit,
-            multiple=self.multiple,
-            count=count,
-            device=self.ranks.device,
-        )
-
-        def forward_step(iterator: Iterator[MicroBatch], model) -> tuple[Tensor, Callable]:
-            mark_progress("student" if prompts == "student_prompt_ids" else "teacher")
-            batch = next(iterator)
-            return model(batch.ids_T, batch.rows), partial(at_the_end, batch)
-
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(batches),
-            model=[self.wrapped],
-            num_microbatches=len(batches),
-            seq_length=self.multiple,  # real lengths travel with the tensors
-            micro_batch_size=1,
-            forward_only=forward_only,
-            collect_non_loss_data=forward_only,
-        )
-
-    def _response_rows(self, hidden_T1H: Tensor, batch: MicroBatch) -> Tensor:
-        """Rows that predict response tokens, [N, H], whole on every tensor-parallel rank."""
-        # Under sequence parallelism the loss leaves each rank's part of the gradient; the rows' backward sums them.
-        group = self.ranks.tp_group if self.stage.config.sequence_parallel else None
-        return response_rows(hidden_T1H, batch.predicting_N, group)
-
-    def _vocab(self) -> VocabAxis:
-        if self.ranks.tp_size == 1:
-            return WholeVocab()
-        reduce = not self.stage.config.sequence_parallel
-        return ShardedVocab.evenly_cut(self.ranks.tp_group, self.shape.vocab_size, reduce_hidden_grad=reduce)
-
-    def _loss_of(
-        self,
-        samples: Sequence[Sample],
-        loss: TokenLoss,
-        teachers: dict[str, dict[int, Tensor]],
-        found: dict[int, SampleScore | NonFinite],
-        teacher_weight_VH: Tensor | None,
-        batch: MicroBatch,
-        hidden_T1H: Tensor,
-        non_loss_data: bool = False,
-    ) -> tuple[Tensor, Tensor, dict]:
-        """Sum of the loss over a micro-batch and the number of tokens that carry it, as Megatron's schedule wants."""
-        student_NH = self._response_rows(hidden_T1H, batch)
-        kept = {
-            name: torch.cat([hidden[i] for i in batch.indices]) if batch.indices else student_NH.detach()
-            for name, hidden in teachers.items()
-        }
-        output = loss(
-            ResponseRows(
-                lengths=batch.lengths,
-                samples=tuple(samples[i] for i in batch.indices),
-                token_ids_N=batch.token_ids_N,
-                student_hidden_NH=student_NH,
-                output_weight_VH=self.stage.output_weight(),
-                vocab=self._vocab(),
-                teacher_output_weight_VH=teacher_weight_VH,
-                **kept,
-            )
-        )
-        found |= score_samples(output, batch, samples, rank=self.ranks.rank, keep_logprobs=loss.keeps_logprobs)
-        return output.loss_T.sum(), output.carries_loss_T.sum().to(torch.int), {}
+        return tuple(merged[i] for i in range(count))
 
 
-def _check_normalisation(config: TransformerConfig) -> None:
-    """ValueError unless Megatron divides the sum of the loss once, by the global token count."""
-    if not config.calculate_per_token_loss:
-        raise ValueError(
-            "calculate_per_token_loss: got False; the schedule would divide each micro-batch's loss by its own tokens, "
-            "a mean of means, where the loss is a sum that is divided once by the global count; set it to True"
-        )
+def _student_sequences(samples: Sequence[Sample]) -> list[ScoredSequence]:
+    return [ScoredSequence(prompt_ids=s.student_prompt_ids, response_ids=s.response_ids) for s in samples]
 
 
-@contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    """Wall time of a phase on this rank, up to the end of what it put to work on the device."""
-    mark_progress(phase)
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    yield
-    torch.cuda.synchronize()
-    seconds[phase] = time.perf_counter() - start
+def _by_index(batch: MicroBatch, hidden_NH: Tensor) -> dict[int, Tensor]:
+    """The rows of each sequence of a micro-batch, by its index."""
+    return dict(zip(batch.indices, hidden_NH.split(batch.lengths), strict=True))
+
+
+def _merged(parts: Iterable[dict[int, Any]]) -> dict[int, Any]:
+    return {index: value for part in parts for index, value in part.items()}
+
+
+def _rows_of(hidden: dict[int, Tensor] | None, batch: MicroBatch, *, like: Tensor) -> Tensor | None:
+    """The teacher's rows [N, H] of a micro-batch; an empty one has none, of the student's width and type."""
+    if hidden is None:
+        return None
+    return torch.cat([hidden[i] for i in batch.indices]) if batch.indices else like.detach()
+
+
+def _vocab_axis(shape: ModelShape, ranks: Ranks, config: TransformerConfig) -> VocabAxis:
+    if ranks.tp_size == 1:
+        return WholeVocab()
+    # Under sequence parallelism the backward of the response rows sums the hidden states' gradient.
+    return ShardedVocab.evenly_cut(ranks.tp_group, shape.vocab_size, reduce_hidden_grad=not config.sequence_parallel)
+
+
+class _PhaseClock:
+    """Wall time of phases on this rank, each up to the end of the work that it started on the device."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        mark_progress(name)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        yield
+        torch.cuda.synchronize()
+        self.seconds[name] = time.perf_counter() - start

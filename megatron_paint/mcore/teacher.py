@@ -18,6 +18,18 @@ from megatron_paint.mcore.lora import adapters_of
 from megatron_paint.mcore.model import Stage
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherStates:
+    """What the student's loss needs from the teacher: hidden states on the last stage, by the sample's index.
+
+    None: the loss does not need it; output_weight_VH: None where the teacher has the student's output layer.
+    """
+
+    hidden_NH: dict[int, Tensor] | None  # of each sample: final hidden states at its N response rows
+    full_hidden_NH: dict[int, Tensor] | None  # the same, after the prompt with the complete reference
+    output_weight_VH: Tensor | None
+
+
 class Teacher:
     """The second set of weights of this rank, if the settings need one."""
 

@@ -16,7 +16,7 @@ from megatron_paint.mcore.ranks import start_ranks, stop_ranks
 from megatron_paint.models.qwen3.shape import read_shape
 from tests.mcore import parity_cases as parity
 from tests.mcore.layouts import LAYOUTS
-from tests.mcore.parity_worker import gradients, records, settings_of
+from tests.mcore.parity_worker import accumulate, gradients, records, settings_of
 
 LOSS_SCALE = 256.0
 
@@ -33,12 +33,12 @@ def run(folder: Path, ranks, megatron: dict, *, tied: bool, overlap: bool, scale
     found, original = [], gemm.main_grad_of
     gemm.main_grad_of = lambda weight: found.append(buffer) or (original(weight) if buffer else None)
     try:
-        policy.accumulate(records(0, case), loss)
+        accumulate(policy, records(0, case), loss)
         output = [p for p in policy.stage.parameters() if getattr(p, "is_embedding_or_output_parameter", False)]
         assert not buffer or not found or any(p.grad_added_to_main_grad for p in output)
         first = gradients(policy)
         # A second step starts from zeroed buffers, whatever the first one left on the parameters.
-        policy.accumulate(records(0, case), loss)
+        accumulate(policy, records(0, case), loss)
         again = gradients(policy)
     finally:
         gemm.main_grad_of = original
@@ -46,7 +46,7 @@ def run(folder: Path, ranks, megatron: dict, *, tied: bool, overlap: bool, scale
     policy.stage.config = replace(policy.stage.config, calculate_per_token_loss=False)
     refusal = ""
     try:
-        policy.accumulate(records(0, case), loss)
+        accumulate(policy, records(0, case), loss)
     except ValueError as error:
         refusal = str(error)
     assert "a mean of means" in refusal

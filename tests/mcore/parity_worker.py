@@ -24,7 +24,6 @@ from megatron_paint.config.settings import (
 from megatron_paint.losses import InterpolationLossConfig
 from megatron_paint.losses.objectives import CrossEntropyLoss, DistillationLoss
 from megatron_paint.mcore import hf_checkpoint
-from megatron_paint.mcore.batch import assign_replicas
 from megatron_paint.mcore.hf_checkpoint import first_layer_of, gathered_tensors, load_stage
 from megatron_paint.mcore.lora import adapters_of
 from megatron_paint.mcore.policy import MegatronPolicy
@@ -164,10 +163,15 @@ def gradients(policy: MegatronPolicy) -> dict[str, torch.Tensor]:
 
 def teacher_hidden(policy: MegatronPolicy, samples: list[Sample]) -> dict[int, torch.Tensor]:
     """Hidden states [N, H] that the teacher pass keeps, by sample."""
-    replicas = assign_replicas([len(sample.response_ids) for sample in samples], policy.ranks.dp_size)
-    kept = policy._score(samples, replicas, "teacher_prompt_ids", policy.teacher)
+    loss = DistillationLoss(config=InterpolationLossConfig(), chunk_bytes=4e3, token_temperature=1.1)
+    kept = policy.teacher_states(samples, loss).hidden_NH
     assert policy.ranks.is_last_stage or not kept
     return everyones(policy, kept)
+
+
+def accumulate(policy: MegatronPolicy, samples: list[Sample], loss) -> None:
+    """Leaves the gradient of one step in Megatron's buffers."""
+    policy.backward(samples, loss, policy.teacher_states(samples, loss))
 
 
 def run_case(case: parity.Case, folder: Path, out: Path, ranks, megatron: dict) -> None:
@@ -196,7 +200,7 @@ def run_case(case: parity.Case, folder: Path, out: Path, ranks, megatron: dict) 
     for step in range(parity.STEPS):
         samples = records(step, case)
         if not case.distributed_optimizer:
-            policy.accumulate(samples, loss)
+            accumulate(policy, samples, loss)
             result["gradients"].append(gradients(policy))
         reports = [policy.update(samples, loss, lr=case.lr)] if case.grpo is None else None
         for report in reports or objective.update(policy, samples, lr=case.lr)[0]:
