@@ -1,4 +1,4 @@
-"""`megatron-paint evaluate`: samples every benchmark, saving answers as they arrive, then grades and reports."""
+"""`megatron-paint evaluate`: samples every benchmark, saves answers as they arrive, then grades and reports."""
 
 import hashlib
 from collections.abc import Sequence
@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_paint.cli.evaluate_options import Requested
-from megatron_paint.config.settings import Settings
+from megatron_paint.config.settings import EvaluateSettings
 from megatron_paint.evaluation.answer_file import AnswerFile
 from megatron_paint.evaluation.benchmarks import Benchmark, load_benchmarks
 from megatron_paint.evaluation.evaluator import Answers, Evaluator
 from megatron_paint.evaluation.summary import Evaluated, write_summary
 from megatron_paint.grading.grade import GradingPool
 from megatron_paint.models.shape import ModelShape
-from megatron_paint.planning.memory import cache_bytes_per_token, make_plan
+from megatron_paint.planning.layout import cache_bytes_per_token, check_layout
 from megatron_paint.records import EvalReport, Problem, Rollout
 from megatron_paint.run.console import Mode, Progress
 from megatron_paint.runtime.rank_zero import OnRankZero, directly
@@ -23,13 +23,13 @@ from megatron_paint.training.inputs import evaluation_limit, load_prompts
 if TYPE_CHECKING:
     from megatron_paint.mcore.ranks import Ranks
 
-PROBED = 2**16  # bytes of a file's beginning, middle and end
+PROBED = 2**16  # bytes that are read at a file's beginning, middle and end
 
 
 def load_evaluators(
     asked: Requested, shape: ModelShape, *, on_rank_zero: OnRankZero = directly
 ) -> tuple[tuple[str, Evaluator], ...]:
-    """(name, evaluator) of every benchmark; `share` has one rank read."""
+    """(name, evaluator) of every benchmark. on_rank_zero: reads the problems on one rank for all."""
     settings = asked.settings
     prompts = load_prompts(settings, shape)
     limit = evaluation_limit(settings, shape, prompts)
@@ -37,7 +37,7 @@ def load_evaluators(
         lambda: load_benchmarks(asked.benchmarks, settings.evaluation, prompt_limit=limit)
     )
     return tuple(
-        (one.name, Evaluator(settings.evaluation, one.problems, prompts, seed=settings.run.seed)) for one in benchmarks
+        (one.name, Evaluator(settings.evaluation, one.problems, prompts, seed=settings.seed)) for one in benchmarks
     )
 
 
@@ -45,30 +45,39 @@ def evaluate(asked: Requested, *, mode: Mode = "normal") -> None:
     """Evaluates a model without a run folder, in the ranks that the environment describes."""
     from megatron_paint.mcore.ranks import joined_ranks
 
-    with joined_ranks(asked.settings.megatron) as ranks:
-        _evaluate(asked, ranks, make_plan(asked.settings, processes=ranks.size).shape, mode=mode)
+    settings = asked.settings
+    with joined_ranks(settings.megatron) as ranks:
+        layout = check_layout(settings.model, settings.megatron, settings.rollout, processes=ranks.size)
+        _evaluate(asked, ranks, layout.shape, mode=mode)
 
 
 def _evaluate(asked: Requested, ranks: "Ranks", shape: ModelShape, *, mode: Mode) -> None:
     """Rank 0 reads, writes, grades and prints."""
     from megatron_paint.mcore.collectives import rank_zero_does
-    from megatron_paint.mcore.policy import MegatronPolicy
+    from megatron_paint.mcore.runner import ModelRunner
 
     on_rank_zero = partial(rank_zero_does, ranks)
     evaluators = load_evaluators(asked, shape, on_rank_zero=on_rank_zero)
     files = {name: answer_file(asked, name, evaluator) for name, evaluator in evaluators}
     done = {name: on_rank_zero(file.begin) for name, file in files.items()}
     progress = Progress(mode if ranks.rank == 0 else "silent", steps=0)
-    policy = MegatronPolicy(asked.settings, shape, ranks, trained=False)
-    rows = rows_at_once(asked.settings, shape, evaluators)
-    progress.note(
-        f"{rows} answers are decoded together on a replica (rollout.batch_size, rollout.cache_bytes)", rows=rows
+    settings = asked.settings
+    runner = ModelRunner(
+        shape,
+        ranks,
+        model=settings.model,
+        megatron=settings.megatron,
+        rollout=settings.rollout,
+        micro_batch_tokens=settings.micro_batch_tokens,
+        seed=settings.seed,
     )
+    rows = rows_at_once(settings, shape, evaluators)
+    progress.note(f"a replica decodes {rows} answers together (rollout.batch_size, rollout.cache_bytes)", rows=rows)
     found: dict[str, Answers] = {}
     for name, evaluator in evaluators:
         counted = _Counted(progress, name, total=evaluator.count, there=len(done[name]))
         found[name] = evaluator.sample(
-            policy,
+            runner,
             done=done[name],
             save=lambda rollouts, name=name, counted=counted: on_rank_zero(
                 lambda: (files[name].add(rollouts), counted.add(rollouts))
@@ -78,20 +87,21 @@ def _evaluate(asked: Requested, ranks: "Ranks", shape: ModelShape, *, mode: Mode
     on_rank_zero(lambda: _report(asked, evaluators, found, files, progress))
 
 
-def rows_at_once(settings: Settings, shape: ModelShape, evaluators: Sequence[tuple[str, Evaluator]]) -> int:
-    """Answers that a replica decodes together at their longest: they are saved as these end."""
+def rows_at_once(settings: EvaluateSettings, shape: ModelShape, evaluators: Sequence[tuple[str, Evaluator]]) -> int:
+    """How many answers of the greatest length a replica decodes together. They are saved when all have ended."""
     longest = max(len(evaluator.prompt(problem)) for _, evaluator in evaluators for problem in evaluator.problems)
-    tokens = int(settings.rollout.cache_bytes // cache_bytes_per_token(settings, shape))
+    token_bytes = cache_bytes_per_token(shape, dtype=settings.model.dtype, megatron=settings.megatron)
+    tokens = int(settings.rollout.cache_bytes // token_bytes)
     return max(1, min(settings.rollout.batch_size, tokens // (longest + settings.evaluation.max_new_tokens)))
 
 
 class _Counted:
-    """Says how far the sampling of a benchmark is."""
+    """Prints the progress of sampling one benchmark."""
 
     def __init__(self, progress: Progress, name: str, *, total: int, there: int):
         self.progress, self.name, self.total, self.there = progress, name, total, there
         if there:
-            progress.note(f"{name}: {there} answers were there already")
+            progress.note(f"{name}: {there} answers exist already")
 
     def add(self, rollouts: Sequence[Rollout]) -> None:
         self.there += len(rollouts)
@@ -99,18 +109,18 @@ class _Counted:
 
 
 def answer_file(asked: Requested, name: str, evaluator: Evaluator) -> AnswerFile:
-    """Where the answers to a benchmark stand, with what they depend on."""
+    """The file of the answers to a benchmark, with everything that the answers depend on."""
     prompts = {problem.id: digest(repr(evaluator.prompt(problem)).encode()) for problem in evaluator.problems}
     return AnswerFile(asked.out / f"{name}.answers.jsonl", sampled_with(asked, evaluator), prompts)
 
 
 def digest(content: bytes) -> str:
-    """Enough of a SHA-256 to tell contents apart."""
+    """The beginning of a SHA-256, long enough to distinguish contents."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 
 def sampled_with(asked: Requested, evaluator: Evaluator) -> dict[str, Any]:
-    """All that an answer depends on but its problem and number: a change of any of it is another evaluation."""
+    """Everything that an answer depends on, except its problem and number. Any change makes another evaluation."""
     settings, evaluation = asked.settings, asked.settings.evaluation
     frame = evaluator.prompt(Problem(id="", problem="", solution="", answer=""))
     return {
@@ -123,14 +133,14 @@ def sampled_with(asked: Requested, evaluator: Evaluator) -> dict[str, Any]:
         "top_k": evaluation.top_k,
         "max_new_tokens": evaluation.max_new_tokens,
         "thinking": evaluation.thinking,
-        "template": digest(repr(frame).encode()),  # as the chat template frames it
+        "template": digest(repr(frame).encode()),  # with the chat template around it
         "stop_ids": sorted(evaluator.prompts.tokenizer.stop_ids),
-        "seed": settings.run.seed,
+        "seed": settings.seed,
     }
 
 
 def fingerprint(folder: Path) -> str:
-    """Of a folder's weights: names, sizes, and the bytes at each file's beginning, middle and end."""
+    """A fingerprint of a folder's weights: names, sizes, and the bytes at each file's beginning, middle and end."""
     found = hashlib.sha256()
     for file in sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".distcp")):
         size = file.stat().st_size
@@ -159,7 +169,7 @@ def _report(
 def finish(
     out: Path, model: str, reports: Sequence[EvalReport], sampled_with: dict[str, Any], progress: Progress
 ) -> None:
-    """Writes the results and says them."""
+    """Writes and prints the results."""
     evaluated = Evaluated(model=model, reports=tuple(reports), sampled_with=sampled_with)
     write_summary(out, evaluated)
     progress.end(after=reports, folder=str(out))

@@ -221,7 +221,7 @@ def run_evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
     """Evaluates a model, in as many ranks as the layout needs, or grades responses that are there."""
     from megatron_paint.cli.evaluate_options import requested
     from megatron_paint.launch.local import run_here
-    from megatron_paint.planning.memory import make_plan
+    from megatron_paint.planning.layout import check_layout
 
     if options.responses is not None:
         return _grade_responses(options)
@@ -235,11 +235,12 @@ def run_evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
         overrides=options.overrides,
     )
     processes = _processes(asked.settings, options, place)
-    plan = make_plan(asked.settings, processes=processes)
+    settings = asked.settings
+    layout = check_layout(settings.model, settings.megatron, settings.rollout, processes=processes)
     if place is None:
         from megatron_paint.cli.evaluate import answer_file, load_evaluators
 
-        for name, evaluator in load_evaluators(asked, plan.shape):  # a mistake is told in seconds, by one process
+        for name, evaluator in load_evaluators(asked, layout.shape):  # a mistake is told in seconds, by one process
             answer_file(asked, name, evaluator).begin()
         if processes > 1:
             return run_here(arguments, processes)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -32,69 +31,42 @@ from megatron_paint.mcore.batch import (
     assign_replicas,
     cut_micro_batches,
     make_micro_batches,
-    token_multiple,
 )
-from megatron_paint.mcore.checkpoint import copy_checkpoint, has_adapters, load_checkpoint, load_weights
-from megatron_paint.mcore.generate import BatchLimits, Generator
-from megatron_paint.mcore.hf_checkpoint import export_adapters, export_stage, load_stage
-from megatron_paint.mcore.lora import add_adapters
-from megatron_paint.mcore.model import DTYPES, build_model
+from megatron_paint.mcore.checkpoint import copy_checkpoint, load_checkpoint
+from megatron_paint.mcore.hf_checkpoint import export_adapters, export_stage
+from megatron_paint.mcore.model import DTYPES
 from megatron_paint.mcore.optimizer import make_optimizer, take_step, wrap_data_parallel
 from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.mcore.response_rows import response_rows
+from megatron_paint.mcore.runner import ModelRunner
 from megatron_paint.mcore.scores import NonFinite, score_samples
 from megatron_paint.mcore.teacher import Teacher
 from megatron_paint.models.shape import ModelShape
-from megatron_paint.planning.memory import cache_bytes_per_token
-from megatron_paint.policy import GenerationRequest, SamplingParameters
-from megatron_paint.records import Rollout, Sample, SampleScore, UpdateReport
+from megatron_paint.records import Sample, SampleScore, UpdateReport
 from megatron_paint.runtime.heartbeat import beat
 
 
-class MegatronPolicy:
+class MegatronPolicy(ModelRunner):
     """Implements `megatron_paint.policy.Policy`; one that is not `trained` has no gradients, optimiser or teacher."""
 
     def __init__(self, settings: Settings, shape: ModelShape, ranks: Ranks, *, trained: bool = True):
+        super().__init__(
+            shape,
+            ranks,
+            model=settings.model,
+            megatron=settings.megatron,
+            rollout=settings.rollout,
+            micro_batch_tokens=settings.data.micro_batch_tokens,
+            seed=settings.run.seed,
+            loads_adapters=not trained,
+        )
         self.settings = settings
-        self.shape = shape
-        self.ranks = ranks
         megatron = settings.megatron
-        self.stage = build_model(shape, settings.model, megatron, ranks)
-        load_stage(self.stage, settings.model.hf_path, shape, ranks)
-        # A run starts from whole weights. Adapters of a checkpoint, too, are taken where it is only to be looked at.
-        start, lora = settings.model.megatron_path, settings.model.lora
-        adapted = start is not None and not trained and lora is not None and has_adapters(start)
-        if start is not None and not adapted:
-            load_weights(self.stage, start)
-        if lora is not None:
-            add_adapters(self.stage, lora, shape, ranks, seed=settings.run.seed)
-        if adapted:
-            load_weights(self.stage, start)
         self.wrapped = wrap_data_parallel(self.stage, megatron) if trained else self.stage
         self.optimizer = make_optimizer(self.wrapped, settings.optimizer, megatron) if trained else None
         taught = trained and settings.objective.has_teacher
         self.teacher = Teacher(self.stage, settings.objective.teacher if taught else TeacherSettings(weights="current"))
         self.writer = Writer(ranks)
-        self.multiple = token_multiple(megatron)
-        self.generator = Generator(
-            self.stage,
-            ranks,
-            token_multiple=self.multiple,
-            limits=BatchLimits(
-                rows=settings.rollout.batch_size,
-                prefill_tokens=settings.data.micro_batch_tokens,
-                cache_tokens=int(settings.rollout.cache_bytes // cache_bytes_per_token(settings, shape)),
-            ),
-        )
-
-    def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParameters) -> list[Rollout]:
-        """One rollout per request, in order; replicas share the requests and exchange what they sampled."""
-        most = [len(r.prompt_ids) + sampling.max_new_tokens for r in requests]
-        taken = assign_replicas(most, self.ranks.dp_size)[self.ranks.dp_rank]
-        rollouts = self.generator.generate([requests[i] for i in taken], sampling)
-        speaks = self.ranks.tp_rank == 0 and self.ranks.is_last_stage
-        merged = self._exchange(dict(zip(taken, rollouts, strict=True)) if speaks else {})
-        return [merged[i] for i in range(len(requests))]
 
     def update(self, samples: Sequence[Sample], loss: TokenLoss, *, lr: float) -> UpdateReport:
         """One optimiser step; FloatingPointError, before the optimiser, where a loss or the gradient is not finite."""
@@ -183,12 +155,6 @@ class MegatronPolicy:
         if problems:
             raise FloatingPointError("; ".join(str(problem) for problem in problems[:3]))
         return tuple(merged[i] for i in range(len(samples))), seconds
-
-    def _exchange(self, mine: dict[int, Any]) -> dict[int, Any]:
-        """All ranks' entries together."""
-        everyone: list[dict[int, Any]] = [{} for _ in range(self.ranks.size)]
-        dist.all_gather_object(everyone, mine, group=self.ranks.host_group)
-        return {index: value for entries in everyone for index, value in entries.items()}
 
     def _score(
         self,

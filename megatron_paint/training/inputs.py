@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megatron_paint.base.errors import UserError, about
 from megatron_paint.checkpoints.hf_reader import HuggingFaceReader
-from megatron_paint.config.settings import Settings
+from megatron_paint.config.settings import EvaluateSettings, Settings
 from megatron_paint.data.problems import LoadedProblems, ProblemSet, PromptLimit, load_held_out, load_problems
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.data.tokenizers import load_tokenizer
@@ -53,7 +53,7 @@ def load_held_out_sources(
     return prompts, loaded.problems
 
 
-def load_prompts(settings: Settings, shape: ModelShape) -> Prompts:
+def load_prompts(settings: Settings | EvaluateSettings, shape: ModelShape) -> Prompts:
     """The model's tokenizer and the templates; UserError where the tokenizer has ids that the model lacks."""
     tokenizer = load_tokenizer(settings.model.hf_path, chat_template=settings.prompts.chat_template)
     if tokenizer.size > shape.vocab_size:
@@ -123,7 +123,7 @@ def _limit(settings: Settings, shape: ModelShape, prompts: Prompts) -> PromptLim
     )
 
 
-def evaluation_limit(settings: Settings, shape: ModelShape, prompts: Prompts) -> PromptLimit:
+def evaluation_limit(settings: Settings | EvaluateSettings, shape: ModelShape, prompts: Prompts) -> PromptLimit:
     """Room for an answer after the prompt of an evaluation."""
     longest = settings.evaluation.max_new_tokens
     return PromptLimit(

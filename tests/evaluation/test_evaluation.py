@@ -215,7 +215,7 @@ BOTH = [{"id": "a", "response": "\\boxed{1}"}, {"id": "b", "response": "\\boxed{
         (BOTH[:1], r"problem 'b' has 0 responses and others 1 \(1 such"),
         ([], r"has 0 responses"),
         ([*BOTH, {"id": "c", "response": ""}], r"r.jsonl:3: no benchmark has a problem 'c'"),
-        ([*BOTH, {"id": "a", "sample": 0, "response": ""}], r"sample 0 of problem 'a' stands there twice"),
+        ([*BOTH, {"id": "a", "sample": 0, "response": ""}], r"sample 0 of problem 'a' is in the file twice"),
         ([{"id": "a", "text": "1"}], r"r.jsonl:1: not an object"),
         ([{"id": "a", "response": 1}], r"response is a int"),
         ([{"id": "a", "response": "", "sample": "1"}], r"whole numbers"),
