@@ -4,14 +4,16 @@ Each line of the file is a JSON object with `id` (of the problem) and `response`
 the order of the lines of a problem), `finished` (default: true) and `num_tokens`.
 """
 
+import argparse
 import json
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.cli.evaluate import finish
+from megatron_paint.cli.evaluate_model import finish
 from megatron_paint.cli.evaluate_options import DEFAULT_OUT
+from megatron_paint.cli.ranks import console_mode
 from megatron_paint.config.load import evaluation_section_of, override_tree
 from megatron_paint.evaluation.benchmarks import Benchmark, load_benchmarks, names_in
 from megatron_paint.evaluation.evaluator import grade_all
@@ -19,6 +21,18 @@ from megatron_paint.evaluation.statistics import build_report
 from megatron_paint.grading.grade import GradingPool
 from megatron_paint.records import EvalReport, Graded
 from megatron_paint.run.console import Mode, Progress
+
+
+def run(options: argparse.Namespace) -> int:
+    """`megatron-paint evaluate --responses FILE`; returns the exit status."""
+    for name, value in (("--model", options.model), ("--n", options.samples), ("SETTINGS.yaml", options.config)):
+        if value is not None:
+            raise UserError(f"{name} samples new answers, and --responses grades recorded ones: leave one of them out")
+    if options.benchmarks is None:
+        raise UserError("--responses needs --benchmarks: the problems with the right answers")
+    mode = console_mode(options)
+    grade_recorded(options.responses, options.benchmarks, options.out, overrides=options.overrides, mode=mode)
+    return 0
 
 
 def grade_recorded(

@@ -14,7 +14,7 @@ import pytest
 import scipy.stats
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.cli.evaluate import fingerprint
+from megatron_paint.cli.evaluate_model import fingerprint
 from megatron_paint.cli.evaluate_options import requested
 from megatron_paint.cli.main import main
 from megatron_paint.config.settings import EvaluationSettings
