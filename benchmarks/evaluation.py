@@ -2,7 +2,7 @@
 
     python benchmarks/evaluation.py [--responses rollouts.jsonl] [--rounds 5]
 
-Sampling: a Qwen3 of 15 million random weights answers prompts of different lengths in batches, with the policy's own
+Sampling: a Qwen3 of 15 million random weights answers prompts of different lengths in batches, with the project's own
 generator and with `transformers.generate` (its cache, left padding, the same batch, sampling at temperature 1). Both
 stop at the same number of tokens; alternating rounds, the median of the ratios. Grading: recorded responses
 ({"rollout", "answer"}; made ones without a file) by the pool of worker processes, and by math-verify in this process
@@ -26,13 +26,12 @@ from megatron_paint.config.settings import (
     ModelSettings,
     RolloutSettings,
     RunSettings,
-    Settings,
 )
 from megatron_paint.grading.boxes import last_box
 from megatron_paint.grading.grade import GradingPool
 from megatron_paint.mcore.ranks import start_ranks, stop_ranks
 from megatron_paint.models.qwen3.shape import read_shape
-from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
+from megatron_paint.policy import GenerationRequest, SamplingParameters
 
 VOCABULARY, NEVER = 4096, 4095  # an id that both are told to stop at and that is never sampled
 
@@ -44,17 +43,19 @@ def measure_sampling(rounds: int, *, rows: int, tokens: int) -> None:
     prompts = [[generator.randrange(NEVER) for _ in range(generator.randint(20, 120))] for _ in range(rows)]
     with tempfile.TemporaryDirectory() as folder:
         make_model(folder, vocabulary=VOCABULARY, layers=4)
-        settings = Settings(
-            model=ModelSettings(hf_path=folder, dtype="float32"),
-            data=DataSettings(train="none"),
-            run=RunSettings(dir="none"),
-            rollout=RolloutSettings(batch_size=rows),
-            megatron=MegatronSettings(use_distributed_optimizer=False),
-        )
-        ranks = start_ranks(settings.megatron)
-        from megatron_paint.mcore.policy import MegatronPolicy
+        megatron = MegatronSettings(use_distributed_optimizer=False)
+        ranks = start_ranks(megatron)
+        from megatron_paint.mcore.runner import ModelRunner
 
-        policy = MegatronPolicy(settings, read_shape(folder), ranks, trained=False)
+        runner = ModelRunner(
+            read_shape(folder),
+            ranks,
+            model=ModelSettings(hf_path=folder, dtype="float32"),
+            megatron=megatron,
+            rollout=RolloutSettings(batch_size=rows),
+            micro_batch_tokens=DataSettings.micro_batch_tokens,
+            seed=RunSettings.seed,
+        )
         theirs = Qwen3ForCausalLM.from_pretrained(folder).eval()
     sampling = SamplingParameters(
         max_new_tokens=tokens, temperature=1.0, top_p=1.0, top_k=0, stop_ids=frozenset({NEVER})
@@ -68,7 +69,7 @@ def measure_sampling(rounds: int, *, rows: int, tokens: int) -> None:
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
 
     def ours() -> int:
-        return sum(len(rollout.response_ids) for rollout in policy.sampler.generate(requests, sampling))
+        return sum(len(rollout.response_ids) for rollout in runner.sampler.generate(requests, sampling))
 
     def others() -> int:
         with torch.no_grad():

@@ -1,5 +1,6 @@
 """`megatron-paint doctor`: what this machine has, and what lacking the rest costs."""
 
+import argparse
 import importlib
 import importlib.metadata
 import importlib.util
@@ -295,6 +296,11 @@ def render(findings: list[Finding]) -> Table:
             finding.name, f"[{STYLES[finding.status]}]{state}[/]", escape(finding.found), escape(finding.cost)
         )
     return table
+
+
+def run(options: argparse.Namespace, _: list[str]) -> int:
+    """The command; returns the exit status."""
+    return doctor(as_json=options.json, run_parent=os.getcwd())
 
 
 def doctor(*, as_json: bool = False, run_parent: str | Path = ".", console: Console | None = None) -> int:

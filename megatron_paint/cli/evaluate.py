@@ -1,171 +1,38 @@
-"""`megatron-paint evaluate`: samples every benchmark, saving answers as they arrive, then grades and reports."""
+"""`megatron-paint evaluate`: a model on benchmarks, or recorded responses."""
 
-import hashlib
-from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import argparse
 
-from megatron_paint.cli.evaluate_options import Requested
-from megatron_paint.config.settings import Settings
-from megatron_paint.evaluation.answer_file import AnswerFile
-from megatron_paint.evaluation.benchmarks import Benchmark, load_benchmarks
-from megatron_paint.evaluation.evaluator import Answers, Evaluator
-from megatron_paint.evaluation.summary import Evaluated, write_summary
-from megatron_paint.grading.grade import GradingPool
-from megatron_paint.models.shape import ModelShape
-from megatron_paint.planning.memory import cache_bytes_per_token, make_plan
-from megatron_paint.records import EvalReport, Problem, Rollout
-from megatron_paint.run.console import Mode, Progress
-from megatron_paint.runtime.rank_zero import OnRankZero, directly
-from megatron_paint.training.inputs import evaluation_limit, load_prompts
-
-if TYPE_CHECKING:
-    from megatron_paint.mcore.ranks import Ranks
-
-PROBED = 2**16  # bytes of a file's beginning, middle and end
+from megatron_paint.cli.evaluate_options import requested
+from megatron_paint.cli.ranks import console_mode, number_of_ranks, rank_environment_of
+from megatron_paint.planning.layout import check_layout
 
 
-def load_evaluators(
-    asked: Requested, shape: ModelShape, *, on_rank_zero: OnRankZero = directly
-) -> tuple[tuple[str, Evaluator], ...]:
-    """(name, evaluator) of every benchmark; `share` has one rank read."""
+def run(options: argparse.Namespace, arguments: list[str]) -> int:
+    """Evaluates a model in as many ranks as the layout needs, or grades recorded responses; returns the exit status."""
+    if options.responses is not None:
+        from megatron_paint.cli import grade_responses
+
+        return grade_responses.run(options)
+    environment = rank_environment_of(options)
+    asked = requested(
+        config=options.config,
+        model=options.model,
+        benchmarks=options.benchmarks,
+        samples=options.samples,
+        out=options.out,
+        overrides=options.overrides,
+    )
     settings = asked.settings
-    prompts = load_prompts(settings, shape)
-    limit = evaluation_limit(settings, shape, prompts)
-    benchmarks: Sequence[Benchmark] = on_rank_zero(
-        lambda: load_benchmarks(asked.benchmarks, settings.evaluation, prompt_limit=limit)
-    )
-    return tuple(
-        (one.name, Evaluator(settings.evaluation, one.problems, prompts, seed=settings.run.seed)) for one in benchmarks
-    )
+    processes = number_of_ranks(settings.megatron, options, environment)
+    layout = check_layout(settings.model, settings.megatron, settings.rollout, processes=processes)
+    from megatron_paint.cli.evaluate_model import answer_file, evaluate, load_evaluators  # they import torch
 
+    if environment is None:
+        for name, evaluator in load_evaluators(asked, layout.shape):  # one process finds a mistake within seconds
+            answer_file(asked, name, evaluator).begin()
+        if processes > 1:
+            from megatron_paint.launch.local import run_here
 
-def evaluate(asked: Requested, *, mode: Mode = "normal") -> None:
-    """Evaluates a model without a run folder, in the ranks that the environment describes."""
-    from megatron_paint.mcore.ranks import joined_ranks
-
-    with joined_ranks(asked.settings.megatron) as ranks:
-        _evaluate(asked, ranks, make_plan(asked.settings, processes=ranks.size).shape, mode=mode)
-
-
-def _evaluate(asked: Requested, ranks: "Ranks", shape: ModelShape, *, mode: Mode) -> None:
-    """Rank 0 reads, writes, grades and prints."""
-    from megatron_paint.mcore.collectives import rank_zero_does
-    from megatron_paint.mcore.policy import MegatronPolicy
-
-    on_rank_zero = partial(rank_zero_does, ranks)
-    evaluators = load_evaluators(asked, shape, on_rank_zero=on_rank_zero)
-    files = {name: answer_file(asked, name, evaluator) for name, evaluator in evaluators}
-    done = {name: on_rank_zero(file.begin) for name, file in files.items()}
-    progress = Progress(mode if ranks.rank == 0 else "silent", steps=0)
-    policy = MegatronPolicy(asked.settings, shape, ranks, trained=False)
-    rows = rows_at_once(asked.settings, shape, evaluators)
-    progress.note(
-        f"{rows} answers are decoded together on a replica (rollout.batch_size, rollout.cache_bytes)", rows=rows
-    )
-    found: dict[str, Answers] = {}
-    for name, evaluator in evaluators:
-        counted = _Counted(progress, name, total=evaluator.count, there=len(done[name]))
-        found[name] = evaluator.sample(
-            policy.sampler,
-            done=done[name],
-            save=lambda rollouts, name=name, counted=counted: on_rank_zero(
-                lambda: (files[name].add(rollouts), counted.add(rollouts))
-            ),
-            at_once=rows * ranks.dp_size,
-        )
-    on_rank_zero(lambda: _report(asked, evaluators, found, files, progress))
-
-
-def rows_at_once(settings: Settings, shape: ModelShape, evaluators: Sequence[tuple[str, Evaluator]]) -> int:
-    """Answers that a replica decodes together at their longest: they are saved as these end."""
-    longest = max(len(evaluator.prompt(problem)) for _, evaluator in evaluators for problem in evaluator.problems)
-    tokens = int(settings.rollout.cache_bytes // cache_bytes_per_token(settings, shape))
-    return max(1, min(settings.rollout.batch_size, tokens // (longest + settings.evaluation.max_new_tokens)))
-
-
-class _Counted:
-    """Says how far the sampling of a benchmark is."""
-
-    def __init__(self, progress: Progress, name: str, *, total: int, there: int):
-        self.progress, self.name, self.total, self.there = progress, name, total, there
-        if there:
-            progress.note(f"{name}: {there} answers were there already")
-
-    def add(self, rollouts: Sequence[Rollout]) -> None:
-        self.there += len(rollouts)
-        self.progress.note(f"{self.name}: {self.there} of {self.total} answers", benchmark=self.name, done=self.there)
-
-
-def answer_file(asked: Requested, name: str, evaluator: Evaluator) -> AnswerFile:
-    """Where the answers to a benchmark stand, with what they depend on."""
-    prompts = {problem.id: digest(repr(evaluator.prompt(problem)).encode()) for problem in evaluator.problems}
-    return AnswerFile(asked.out / f"{name}.answers.jsonl", sampled_with(asked, evaluator), prompts)
-
-
-def digest(content: bytes) -> str:
-    """Enough of a SHA-256 to tell contents apart."""
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-def sampled_with(asked: Requested, evaluator: Evaluator) -> dict[str, Any]:
-    """All that an answer depends on but its problem and number: a change of any of it is another evaluation."""
-    settings, evaluation = asked.settings, asked.settings.evaluation
-    frame = evaluator.prompt(Problem(id="", problem="", solution="", answer=""))
-    return {
-        "model": str(Path(asked.model).resolve()),
-        "weights": fingerprint(Path(asked.model)),
-        "dtype": settings.model.dtype,
-        "fp8": settings.megatron.fp8 and settings.megatron.fp8_recipe,
-        "temperature": evaluation.temperature,
-        "top_p": evaluation.top_p,
-        "top_k": evaluation.top_k,
-        "max_new_tokens": evaluation.max_new_tokens,
-        "thinking": evaluation.thinking,
-        "template": digest(repr(frame).encode()),  # as the chat template frames it
-        "stop_ids": sorted(evaluator.prompts.tokenizer.stop_ids),
-        "seed": settings.run.seed,
-    }
-
-
-def fingerprint(folder: Path) -> str:
-    """Of a folder's weights: names, sizes, and the bytes at each file's beginning, middle and end."""
-    found = hashlib.sha256()
-    for file in sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".distcp")):
-        size = file.stat().st_size
-        found.update(f"{file.name} {size} ".encode())
-        with file.open("rb") as opened:
-            for place in (0, size // 2, max(0, size - PROBED)):
-                opened.seek(place)
-                found.update(opened.read(PROBED))
-    return found.hexdigest()[:16]
-
-
-def _report(
-    asked: Requested,
-    evaluators: Sequence[tuple[str, Evaluator]],
-    found: dict[str, Answers],
-    files: dict[str, AnswerFile],
-    progress: Progress,
-) -> None:
-    reports: list[EvalReport] = []
-    with GradingPool(seconds=asked.settings.evaluation.grading_seconds) as graders:
-        for name, evaluator in evaluators:
-            reports.append(evaluator.report(found[name], step=0, benchmark=name, graders=graders))
-    finish(asked.out, asked.model, reports, next(iter(files.values())).sampled_with, progress)
-
-
-def finish(
-    out: Path, model: str, reports: Sequence[EvalReport], sampled_with: dict[str, Any], progress: Progress
-) -> None:
-    """Writes the results and says them."""
-    evaluated = Evaluated(model=model, reports=tuple(reports), sampled_with=sampled_with)
-    write_summary(out, evaluated)
-    progress.end(after=reports, folder=str(out))
-    if len(reports) > 1:
-        macro = evaluated.macro
-        progress.result(
-            f"Macro average {100 * macro.mean:.1f} % [{100 * macro.low:.1f}, {100 * macro.high:.1f}]",
-            macro=[macro.mean, macro.low, macro.high],
-        )
+            return run_here(arguments, processes)
+    evaluate(asked, mode=console_mode(options))
+    return 0

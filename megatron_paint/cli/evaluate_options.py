@@ -1,4 +1,4 @@
-"""What `megatron-paint evaluate` was asked for: settings, benchmarks and where the results go."""
+"""The request of `megatron-paint evaluate`: settings, benchmarks and the folder of the results."""
 
 import json
 from dataclasses import dataclass
@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.load import override_tree, read_tree, settings_of
-from megatron_paint.config.settings import Settings
+from megatron_paint.config.load import evaluate_settings_of, override_tree, read_tree
+from megatron_paint.config.settings import EvaluateSettings
 from megatron_paint.evaluation.benchmarks import names_in
 
-RUN_STATE = "run_state.json"  # of a checkpoint that a run wrote
+RUN_STATE = "run_state.json"  # in a checkpoint that a run wrote
 DEFAULT_OUT = "evaluations"
 
 
@@ -18,8 +18,8 @@ DEFAULT_OUT = "evaluations"
 class Requested:
     """One evaluation of one model."""
 
-    settings: Settings
-    model: str  # as reports name it
+    settings: EvaluateSettings
+    model: str  # its name in reports
     benchmarks: tuple[str, ...]  # names or files
     out: Path
 
@@ -33,19 +33,19 @@ def requested(
     out: Path | None,
     overrides: list[str],
 ) -> Requested:
-    """What the options ask for; UserError that says which of them is missing.
+    """The evaluation that the options ask for. UserError names an option that is missing.
 
-    config: a settings file, whose model and held-out problems are the defaults; model: a Hugging Face folder, or a
-    checkpoint of a run, which knows the Hugging Face folder that it came from.
+    config: a settings file of an evaluation or of a training run. Its model and held-out problems are the defaults.
+    model: a Hugging Face folder, or a checkpoint of a run, which names the Hugging Face folder that it came from.
     """
     if config is None and model is None:
         raise UserError("evaluate needs a model: give --model FOLDER, or a settings file")
-    tree = read_tree(config) if config is not None else _bare_tree()
+    tree = read_tree(config) if config is not None else {}
     if model is not None:
         _take_model(tree, model)
     if samples is not None:
         overrides = [*overrides, f"evaluation.samples={samples}"]
-    settings = settings_of(override_tree(tree, overrides))
+    settings = evaluate_settings_of(override_tree(tree, overrides))
     held_out = settings.evaluation.problems
     names = names_in(benchmarks or "")
     if not names and held_out is None:
@@ -59,12 +59,8 @@ def requested(
     )
 
 
-def _bare_tree() -> dict[str, Any]:
-    """Settings of an evaluation alone: nothing is trained, and no run folder is made."""
-    return {"data": {"train": "none"}, "run": {"dir": "none"}, "rollout": {"max_new_tokens": 1}}
-
-
 def _take_model(tree: dict[str, Any], folder: Path) -> None:
+    """Puts the model of `--model` into the settings. A checkpoint of a run also sets the sections model and prompts."""
     if (folder / "config.json").is_file():
         tree["model"] = {**(tree.get("model") or {}), "hf_path": str(folder)}
         for key in ("megatron_path", "lora"):

@@ -1,18 +1,20 @@
-"""Grades responses that are there: of another program, or of an evaluation that was only sampled.
+"""Grades recorded responses: of another program, or of an evaluation without grades.
 
-A JSON object a line: `id` (the problem's), `response` (text), and if known `sample` (default: the order of the lines of
-a problem), `finished` (default true) and `num_tokens`.
+Each line of the file is a JSON object with `id` (of the problem) and `response` (text). Optional are `sample` (default:
+the order of the lines of a problem), `finished` (default: true) and `num_tokens`.
 """
 
+import argparse
 import json
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.cli.evaluate import finish
+from megatron_paint.cli.evaluate_model import finish
 from megatron_paint.cli.evaluate_options import DEFAULT_OUT
-from megatron_paint.config.load import override_tree, settings_of
+from megatron_paint.cli.ranks import console_mode
+from megatron_paint.config.load import evaluation_section_of, override_tree
 from megatron_paint.evaluation.benchmarks import Benchmark, load_benchmarks, names_in
 from megatron_paint.evaluation.evaluator import grade_all
 from megatron_paint.evaluation.statistics import build_report
@@ -21,12 +23,23 @@ from megatron_paint.records import EvalReport, Graded
 from megatron_paint.run.console import Mode, Progress
 
 
+def run(options: argparse.Namespace) -> int:
+    """`megatron-paint evaluate --responses FILE`; returns the exit status."""
+    for name, value in (("--model", options.model), ("--n", options.samples), ("SETTINGS.yaml", options.config)):
+        if value is not None:
+            raise UserError(f"{name} samples new answers, and --responses grades recorded ones: leave one of them out")
+    if options.benchmarks is None:
+        raise UserError("--responses needs --benchmarks: the problems with the right answers")
+    mode = console_mode(options)
+    grade_recorded(options.responses, options.benchmarks, options.out, overrides=options.overrides, mode=mode)
+    return 0
+
+
 def grade_recorded(
     responses: Path, benchmarks: str, out: Path | None, *, overrides: Sequence[str], mode: Mode
 ) -> list[EvalReport]:
-    """Reports of recorded responses to benchmarks, written and said; every problem needs equally many responses."""
-    bare = {"model": {"hf_path": "none"}, "data": {"train": "none"}, "run": {"dir": "none"}}
-    settings = settings_of(override_tree(bare, overrides)).evaluation
+    """Writes and prints reports of recorded responses. Every problem needs the same number of responses."""
+    settings = evaluation_section_of(override_tree({}, overrides))
     found = load_benchmarks(names_in(benchmarks), settings)
     recorded = _read(responses, found)
     with GradingPool(seconds=settings.grading_seconds) as graders:
@@ -41,14 +54,14 @@ def grade_recorded(
 
 
 def _read(path: Path, benchmarks: Sequence[Benchmark]) -> list[Graded]:
-    """The responses, not yet graded. UserError that names a line that is wrong, or a problem with too few."""
+    """The responses, without grades. UserError names a wrong line, or a problem with too few responses."""
     known: dict[str, str] = {}
     for benchmark in benchmarks:
         for problem in benchmark.problems:
             if known.setdefault(problem.id, benchmark.name) != benchmark.name:
                 raise UserError(
                     f"--benchmarks: {known[problem.id]} and {benchmark.name} both have a problem {problem.id!r}, and a "
-                    "response names its problem alone: grade them one by one"
+                    "response names only its problem: grade the benchmarks one by one"
                 )
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -61,13 +74,13 @@ def _read(path: Path, benchmarks: Sequence[Benchmark]) -> list[Graded]:
             answer = _answer(line, f"{path}:{number}", known, counts)
             key = answer.problem_id, answer.sample_index
             if key in found:
-                raise UserError(f"{path}:{number}: sample {key[1]} of problem {key[0]!r} stands there twice")
+                raise UserError(f"{path}:{number}: sample {key[1]} of problem {key[0]!r} is in the file twice")
             found[key] = answer
     most = max(counts.values(), default=0)
-    if lacking := [id for id in sorted(known) if counts[id] != most] or ([] if found else ["any"]):
+    if short := [id for id in sorted(known) if counts[id] != most] or ([] if found else ["any"]):
         raise UserError(
-            f"{path}: problem {lacking[0]!r} has {counts[lacking[0]]} responses and others {most} ({len(lacking)} such "
-            "problems); every problem needs equally many: add them, or leave problems out with evaluation.limit"
+            f"{path}: problem {short[0]!r} has {counts[short[0]]} responses and others {most} ({len(short)} such "
+            "problems); every problem needs the same number: add responses, or use fewer problems (evaluation.limit)"
         )
     return list(found.values())
 

@@ -1,5 +1,6 @@
 """`megatron-paint inspect`: one sample of one step, as the student wrote it and as the teacher saw the solution."""
 
+import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,9 @@ from rich.console import Console
 from rich.text import Text
 
 from megatron_paint.base.errors import UserError
+from megatron_paint.config.load import settings_of
+from megatron_paint.config.saved import read_yaml
+from megatron_paint.data.tokenizers import load_tokenizer
 from megatron_paint.run.folder import RunFolder
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoding gives for a character whose bytes are not all there yet
@@ -15,6 +19,18 @@ LONGEST_CHARACTER = 4  # tokens
 HIDDEN, SELECTED, FOUND, MISSING = "dim strike", "bold black on yellow", "green", "red"
 
 Decode = Callable[[Sequence[int]], str]
+
+
+def run(options: argparse.Namespace, _: list[str]) -> int:
+    """Prints one sample of a run; returns the exit status."""
+    settings = settings_of(read_yaml(RunFolder(options.run_dir).config_file))
+    tokenizer = load_tokenizer(settings.model.hf_path, chat_template=settings.prompts.chat_template)
+
+    def decode(ids: Sequence[int]) -> str:
+        return tokenizer.decode(ids, keep_special=True)
+
+    inspect_sample(options.run_dir, options.step, index=options.index, id=options.id, tokenizer_decode=decode)
+    return 0
 
 
 def inspect_sample(

@@ -1,5 +1,6 @@
 """`megatron-paint settings [KEY]`: every setting with its type, limits, default, meaning and source."""
 
+import argparse
 import os
 import sys
 from dataclasses import asdict
@@ -8,12 +9,13 @@ from megatron_paint.base.json_text import to_json
 from megatron_paint.config import describe
 
 
-def print_settings(key: str | None, *, as_json: bool) -> None:
+def run(options: argparse.Namespace, _: list[str]) -> int:
     """Prints the settings. A reader that closes the pipe early, such as `head`, is no error."""
     try:
-        print(settings_json(key) if as_json else settings_text(key), flush=True)
+        print(settings_json(options.key) if options.json else settings_text(options.key), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more as it exits
+    return 0
 
 
 def settings_text(key: str | None) -> str:

@@ -4,7 +4,8 @@ A file may begin with `base: OTHER.yaml`, a path relative to itself, and then sa
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import typing
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,19 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.mistakes import user_error
-from megatron_paint.config.settings import Settings
+from megatron_paint.config.mistakes import mistakes, user_error
+from megatron_paint.config.settings import (
+    DataSettings,
+    EvaluateSettings,
+    EvaluationSettings,
+    MegatronSettings,
+    ModelSettings,
+    ObjectiveSettings,
+    OptimizerSettings,
+    RolloutSettings,
+    RunSettings,
+    Settings,
+)
 
 
 def load_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
@@ -40,12 +52,51 @@ def settings_of(tree: Mapping[str, Any]) -> Settings:
         settings = TypeAdapter(Settings).validate_python(tree)
     except ValidationError as error:
         raise user_error(error, Settings) from None
-    return resolve_objective(settings, tree)
+    settings = dataclasses.replace(settings, objective=_resolved_objective(settings.objective, tree))
+    _refuse_contradictions(settings.model, settings.objective, settings.rollout, settings.optimizer, settings.megatron)
+    return settings
 
 
-def resolve_objective(settings: Settings, tree: Mapping[str, Any]) -> Settings:
-    """OPSD is PAINT that shows everything and interpolates nowhere; the checks that need several settings at once."""
-    objective = settings.objective
+def evaluate_settings_of(tree: Mapping[str, Any]) -> EvaluateSettings:
+    """Settings of an evaluation, from nested dictionaries: its own settings, or those of a training run.
+
+    The sections `data`, `objective`, `optimizer` and `run` may be missing or incomplete. Their contents are checked.
+    Only run.seed and data.micro_batch_tokens of them are used.
+    """
+    _check(tree, may_be_incomplete=("data", "run"))
+    used = {name: _section_of(tree, name) for name in ("model", "prompts", "rollout", "megatron", "evaluation")}
+    objective = _resolved_objective(_section_of(tree, "objective"), tree)
+    optimizer = _section_of(tree, "optimizer")
+    _refuse_contradictions(used["model"], objective, used["rollout"], optimizer, used["megatron"])
+    return EvaluateSettings(
+        **used,
+        seed=tree.get("run", {}).get("seed", RunSettings.seed),
+        micro_batch_tokens=tree.get("data", {}).get("micro_batch_tokens", DataSettings.micro_batch_tokens),
+    )
+
+
+def evaluation_section_of(tree: Mapping[str, Any]) -> EvaluationSettings:
+    """The section `evaluation`. Other sections may be missing or incomplete; their contents are checked."""
+    _check(tree, may_be_incomplete=("model", "data", "run"))
+    return _section_of(tree, "evaluation")
+
+
+def _check(tree: Mapping[str, Any], *, may_be_incomplete: Collection[str]) -> None:
+    """UserError for every mistake in the tree, except for keys that are missing in sections that may be incomplete."""
+    try:
+        TypeAdapter(Settings).validate_python(tree)
+    except ValidationError as error:
+        if found := mistakes(error, Settings, may_be_incomplete=may_be_incomplete):
+            raise UserError("\n".join(found)) from None
+
+
+def _section_of(tree: Mapping[str, Any], name: str) -> Any:
+    """One section of a tree that was checked."""
+    return TypeAdapter(typing.get_type_hints(Settings)[name]).validate_python(tree.get(name, {}))
+
+
+def _resolved_objective(objective: ObjectiveSettings, tree: Mapping[str, Any]) -> ObjectiveSettings:
+    """OPSD is PAINT that shows everything and interpolates nowhere. UserError: the tree contradicts that."""
     if objective.name == "opsd":
         given = tree.get("objective", {})
         rule, positions = given.get("reveal", {}).get("rule", "full"), given.get("loss", {}).get("positions", "none")
@@ -60,16 +111,30 @@ def resolve_objective(settings: Settings, tree: Mapping[str, Any]) -> Settings:
             reveal=dataclasses.replace(objective.reveal, rule="full"),
             loss=dataclasses.replace(objective.loss, positions="none"),
         )
-    settings = dataclasses.replace(settings, objective=objective)
-    for wrong, message in _contradictions(settings):
+    return objective
+
+
+def _refuse_contradictions(
+    model: ModelSettings,
+    objective: ObjectiveSettings,
+    rollout: RolloutSettings,
+    optimizer: OptimizerSettings,
+    megatron: MegatronSettings,
+) -> None:
+    """The checks that need several settings at once."""
+    for wrong, message in _contradictions(model, objective, rollout, optimizer, megatron):
         if wrong:
             raise UserError(message)
-    return settings
 
 
-def _contradictions(settings: Settings) -> list[tuple[bool, str]]:
-    reveal, rollout, megatron = settings.objective.reveal, settings.rollout, settings.megatron
-    optimizer, objective = settings.optimizer, settings.objective
+def _contradictions(
+    model: ModelSettings,
+    objective: ObjectiveSettings,
+    rollout: RolloutSettings,
+    optimizer: OptimizerSettings,
+    megatron: MegatronSettings,
+) -> list[tuple[bool, str]]:
+    reveal = objective.reveal
     return [
         (
             reveal.rule == "fixed" and reveal.share is None,
@@ -136,8 +201,8 @@ def _contradictions(settings: Settings) -> list[tuple[bool, str]]:
             "megatron.recompute_granularity=full needs recompute_method and recompute_num_layers (uniform, 1)",
         ),
         (
-            megatron.fp8 is not None and settings.model.dtype != "bfloat16",
-            f"megatron.fp8 needs model.dtype=bfloat16, got {settings.model.dtype}",
+            megatron.fp8 is not None and model.dtype != "bfloat16",
+            f"megatron.fp8 needs model.dtype=bfloat16, got {model.dtype}",
         ),
     ]
 

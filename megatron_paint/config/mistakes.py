@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import functools
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError, create_model
@@ -12,13 +12,23 @@ from pydantic import BaseModel, ValidationError, create_model
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.dialect import CLOSED
 
+MISSING = ("missing", "missing_keyword_only_argument")  # pydantic's types of an error where a key is not set
+
 
 def user_error(error: ValidationError, root: type, prefix: str = "") -> UserError:
     """All mistakes of one check as a UserError, one line each.
 
     root: the settings class that was checked; prefix: the dotted key of that class, "" for all settings.
     """
-    return UserError("\n".join(dict.fromkeys(_explain(found, root, prefix) for found in error.errors())))
+    return UserError("\n".join(mistakes(error, root, prefix)))
+
+
+def mistakes(
+    error: ValidationError, root: type, prefix: str = "", *, may_be_incomplete: Collection[str] = ()
+) -> list[str]:
+    """The same as lines, without repeats. may_be_incomplete: sections in which a key may be missing."""
+    found = [e for e in error.errors() if e["type"] not in MISSING or e["loc"][0] not in may_be_incomplete]
+    return list(dict.fromkeys(_explain(e, root, prefix) for e in found))
 
 
 def check_fields(section: Any, prefix: str) -> None:
@@ -61,7 +71,7 @@ def _explain(error: Mapping[str, Any], root: type, prefix: str) -> str:
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         return unknown_setting(key, {field.name for field in dataclasses.fields(section)} if section else set())
     meaning = f" ({m})" if (m := _meaning(section, name)) else ""
-    if kind in ("missing", "missing_keyword_only_argument"):
+    if kind in MISSING:
         return f"{key} is not set{meaning}: it has no default, set it in the settings file or as {key}=..."
     if kind.startswith("dataclass") and not isinstance(got, Mapping):
         return f"{key} is a section of settings, got {got!r}"

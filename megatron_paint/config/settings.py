@@ -406,3 +406,17 @@ class Settings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     megatron: MegatronSettings = field(default_factory=MegatronSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+
+
+@settings_class
+class EvaluateSettings:
+    """Settings of an evaluation without training. `load.py` fills them from the same sections, and the last two from
+    run.seed and data.micro_batch_tokens."""
+
+    model: ModelSettings
+    prompts: PromptSettings
+    rollout: RolloutSettings
+    megatron: MegatronSettings
+    evaluation: EvaluationSettings
+    seed: int
+    micro_batch_tokens: int

@@ -23,67 +23,51 @@ from megatron_paint.losses.elementwise.choose import loss_kernel
 from megatron_paint.losses.interface import ResponseRows, TokenLoss
 from megatron_paint.losses.objectives import CrossEntropyLoss
 from megatron_paint.mcore.async_writer import Writer
-from megatron_paint.mcore.batch import MicroBatch, assign_replicas, token_multiple
-from megatron_paint.mcore.checkpoint import copy_checkpoint, has_adapters, load_checkpoint, load_weights
+from megatron_paint.mcore.batch import MicroBatch, assign_replicas
+from megatron_paint.mcore.checkpoint import copy_checkpoint, load_checkpoint
 from megatron_paint.mcore.collectives import gather_entries
 from megatron_paint.mcore.forward_pass import ForwardPass, LossResult
-from megatron_paint.mcore.generate import BatchLimits, MegatronSampler
-from megatron_paint.mcore.hf_checkpoint import export_adapters, export_stage, load_stage
-from megatron_paint.mcore.lora import add_adapters
-from megatron_paint.mcore.model import DTYPES, build_model
+from megatron_paint.mcore.hf_checkpoint import export_adapters, export_stage
+from megatron_paint.mcore.model import DTYPES
 from megatron_paint.mcore.optimizer import make_optimizer, take_step, wrap_data_parallel
 from megatron_paint.mcore.ranks import Ranks
+from megatron_paint.mcore.runner import ModelRunner
 from megatron_paint.mcore.scores import NonFinite, score_samples
 from megatron_paint.mcore.teacher import Teacher, TeacherStates
 from megatron_paint.models.shape import ModelShape
-from megatron_paint.planning.memory import cache_bytes_per_token
 from megatron_paint.policy import ScoredSequence
 from megatron_paint.records import Sample, SampleScore, TokenIds, UpdateReport
 from megatron_paint.runtime.heartbeat import mark_progress
 
 
-class MegatronPolicy:
+class MegatronPolicy(ModelRunner):
     """Implements `megatron_paint.policy.Policy`; one that is not `trained` has no gradients, optimiser or teacher."""
 
     def __init__(self, settings: Settings, shape: ModelShape, ranks: Ranks, *, trained: bool = True):
+        super().__init__(
+            shape,
+            ranks,
+            model=settings.model,
+            megatron=settings.megatron,
+            rollout=settings.rollout,
+            micro_batch_tokens=settings.data.micro_batch_tokens,
+            seed=settings.run.seed,
+            loads_adapters=not trained,
+        )
         self.settings = settings
-        self.shape = shape
-        self.ranks = ranks
         megatron = settings.megatron
-        self.stage = build_model(shape, settings.model, megatron, ranks)
-        load_stage(self.stage, settings.model.hf_path, shape, ranks)
-        # A run starts from whole weights. Adapters of a checkpoint, too, are taken where it is only to be looked at.
-        start, lora = settings.model.megatron_path, settings.model.lora
-        adapted = start is not None and not trained and lora is not None and has_adapters(start)
-        if start is not None and not adapted:
-            load_weights(self.stage, start)
-        if lora is not None:
-            add_adapters(self.stage, lora, shape, ranks, seed=settings.run.seed)
-        if adapted:
-            load_weights(self.stage, start)
         self.wrapped = wrap_data_parallel(self.stage, megatron) if trained else self.stage
         self.optimizer = make_optimizer(self.wrapped, settings.optimizer, megatron) if trained else None
         taught = trained and settings.objective.needs.teacher
         self.teacher = Teacher(self.stage, settings.objective.teacher if taught else TeacherSettings(weights="current"))
         self.writer = Writer(ranks)
         self.vocab = _vocab_axis(shape, ranks, self.stage.config)
-        multiple = token_multiple(megatron)
         self.forward = ForwardPass(
             ranks=ranks,
             stage=self.stage,
             model=self.wrapped,
             micro_batch_tokens=settings.data.micro_batch_tokens,
-            token_multiple=multiple,
-        )
-        self.sampler = MegatronSampler(
-            self.stage,
-            ranks,
-            token_multiple=multiple,
-            limits=BatchLimits(
-                rows=settings.rollout.batch_size,
-                prefill_tokens=settings.data.micro_batch_tokens,
-                cache_tokens=int(settings.rollout.cache_bytes // cache_bytes_per_token(settings, shape)),
-            ),
+            token_multiple=self.multiple,
         )
 
     def update(self, samples: Sequence[Sample], loss: TokenLoss, *, lr: float) -> UpdateReport:

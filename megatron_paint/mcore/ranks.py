@@ -18,7 +18,7 @@ from megatron_paint.config.settings import MegatronSettings
 from megatron_paint.losses.cpu_math import settle_cpu_math
 from megatron_paint.mcore.cpu import redirect_cuda_to_cpu
 from megatron_paint.planning.hardware import device_of_rank, engine_environment
-from megatron_paint.planning.memory import data_parallel_size
+from megatron_paint.planning.layout import data_parallel_size
 
 # Of messages between hosts: all ranks wait in one while rank 0 reads and grades a data set or writes to a slow disk.
 HOST_TIMEOUT = timedelta(hours=12)

@@ -1,1 +1,1 @@
-"""What a run needs, worked out before anything is loaded: layout, memory, hardware."""
+"""What a run needs, computed before anything is loaded: layout, memory, hardware."""

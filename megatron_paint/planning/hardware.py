@@ -1,21 +1,28 @@
-"""What this machine can run: Transformer Engine or plain torch, and on which device."""
+"""What this machine can run: Transformer Engine or plain torch, and on which device.
+
+torch is imported when a function needs it, because mistakes in the settings are found before that.
+"""
 
 import importlib
 import os
 from functools import cache
 from importlib.util import find_spec
-
-import torch
+from typing import TYPE_CHECKING
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import MegatronSettings
 
-# Transformer Engine reads it where attention is built; Megatron-Core refuses deterministic_mode unless it is 0.
+if TYPE_CHECKING:
+    import torch
+
+# Transformer Engine reads it when it builds attention. Megatron-Core refuses deterministic_mode unless it is 0.
 NONDETERMINISTIC = "NVTE_ALLOW_NONDETERMINISTIC_ALGO"
 
 
 def engine_is_lacking() -> str | None:
-    """Why Transformer Engine cannot be used here, or None where it can."""
+    """Why Transformer Engine cannot be used here; None if it can."""
+    import torch
+
     if not torch.cuda.is_available():
         return "no CUDA device was found"
     if find_spec("transformer_engine") is None:
@@ -25,7 +32,7 @@ def engine_is_lacking() -> str | None:
 
 @cache
 def _import_error(module: str) -> str | None:
-    """Why an installed module cannot be imported; Megatron would go on with a stand-in that fails in its layers."""
+    """Why an installed module cannot be imported. Megatron would continue with a stand-in that fails in its layers."""
     try:
         importlib.import_module(module)
     except (ImportError, OSError, RuntimeError) as error:
@@ -37,7 +44,7 @@ def _import_error(module: str) -> str | None:
 
 
 def use_transformer_engine(megatron: MegatronSettings) -> bool:
-    """Whether layers come from Transformer Engine; UserError where a setting needs it and it cannot be used."""
+    """Whether layers come from Transformer Engine. UserError: a setting needs it, and it cannot be used."""
     lacking = engine_is_lacking()
     if lacking and megatron.transformer_impl == "transformer_engine":
         raise UserError(f"megatron.transformer_impl=transformer_engine: {lacking}; set it to auto or local")
@@ -47,7 +54,7 @@ def use_transformer_engine(megatron: MegatronSettings) -> bool:
 
 
 def engine_environment(megatron: MegatronSettings) -> dict[str, str]:
-    """Variables that Transformer Engine must find for these settings; UserError where one is set to the contrary."""
+    """Environment variables that Transformer Engine needs for these settings. UserError: one has another value."""
     if not (megatron.deterministic_mode and use_transformer_engine(megatron)):
         return {}
     given = os.environ.get(NONDETERMINISTIC, "0").strip()
@@ -59,14 +66,16 @@ def engine_environment(megatron: MegatronSettings) -> dict[str, str]:
     return {NONDETERMINISTIC: "0"}
 
 
-def device_of_rank() -> torch.device:
-    """This rank's GPU, by LOCAL_RANK, or the CPU where there is none; UserError where more ranks than GPUs are here."""
+def device_of_rank() -> "torch.device":
+    """This rank's GPU, by LOCAL_RANK, or the CPU if there is no GPU. UserError: there are more ranks than GPUs."""
+    import torch
+
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not gpus:
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if gpus == 1 and "LOCAL_WORLD_SIZE" not in os.environ:
-        return torch.device("cuda", 0)  # `srun --gpus-per-task=1` shows each task its own GPU alone
+        return torch.device("cuda", 0)  # `srun --gpus-per-task=1` shows each task only its own GPU
     if local_rank >= gpus:
         raise UserError(
             f"LOCAL_RANK={local_rank}, but this machine shows {gpus} GPUs to the rank: start at most one rank a GPU "

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_paint.base.errors import UserError, about
 from megatron_paint.checkpoints.hf_reader import HuggingFaceReader
-from megatron_paint.config.settings import Settings
+from megatron_paint.config.settings import EvaluateSettings, Settings
 from megatron_paint.data.problems import LoadedProblems, ProblemSet, PromptLimit, load_held_out, load_problems
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.data.tokenizers import load_tokenizer
@@ -70,7 +70,7 @@ def load_inputs(settings: Settings, shape: ModelShape, *, on_rank_zero: OnRankZe
     return Inputs(prompts=prompts, problems=problems, held_out=held_out)
 
 
-def load_prompts(settings: Settings, shape: ModelShape) -> Prompts:
+def load_prompts(settings: Settings | EvaluateSettings, shape: ModelShape) -> Prompts:
     """The model's tokenizer and the templates.
 
     Raises UserError if the tokenizer has ids that the model does not have.
@@ -95,7 +95,7 @@ def replay_sampler(settings: Settings, prompts: Prompts) -> ReplaySampler:
     return ReplaySampler(settings.rollout.path, stop_ids=prompts.tokenizer.stop_ids)
 
 
-def evaluation_limit(settings: Settings, shape: ModelShape, prompts: Prompts) -> PromptLimit:
+def evaluation_limit(settings: Settings | EvaluateSettings, shape: ModelShape, prompts: Prompts) -> PromptLimit:
     """Room for an answer after the prompt of an evaluation."""
     longest = settings.evaluation.max_new_tokens
     return PromptLimit(

@@ -216,7 +216,7 @@ def test_a_killed_evaluation_goes_on(whole, tmp_path):
     answers.write_text("\n".join(there[:3]) + "\n" + there[2][:20])  # the header, two answers, and one cut short
     ended = forked_ranks.run(tmp_path, *line, "--json")
     assert ended.statuses == [0, 0], ended
-    assert "2 answers were there already" in ended.out[0]
+    assert "2 answers exist already" in ended.out[0]
     assert answers.read_text().split("\n")[:3] == there[:3]
     assert (out / "problems.json").read_bytes() == (run_dir / "eval" / "step_000000.json").read_bytes()
     ended = forked_ranks.run(tmp_path, *line, "evaluation.temperature=0.5", "evaluation.thinking=true")

@@ -14,7 +14,7 @@ import pytest
 import scipy.stats
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.cli.evaluate import fingerprint
+from megatron_paint.cli.evaluate_model import fingerprint
 from megatron_paint.cli.evaluate_options import requested
 from megatron_paint.cli.main import main
 from megatron_paint.config.settings import EvaluationSettings
@@ -215,7 +215,7 @@ BOTH = [{"id": "a", "response": "\\boxed{1}"}, {"id": "b", "response": "\\boxed{
         (BOTH[:1], r"problem 'b' has 0 responses and others 1 \(1 such"),
         ([], r"has 0 responses"),
         ([*BOTH, {"id": "c", "response": ""}], r"r.jsonl:3: no benchmark has a problem 'c'"),
-        ([*BOTH, {"id": "a", "sample": 0, "response": ""}], r"sample 0 of problem 'a' stands there twice"),
+        ([*BOTH, {"id": "a", "sample": 0, "response": ""}], r"sample 0 of problem 'a' is in the file twice"),
         ([{"id": "a", "text": "1"}], r"r.jsonl:1: not an object"),
         ([{"id": "a", "response": 1}], r"response is a int"),
         ([{"id": "a", "response": "", "sample": "1"}], r"whole numbers"),

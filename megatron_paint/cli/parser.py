@@ -1,0 +1,122 @@
+"""The commands and their options. The module of a command is imported when the command runs."""
+
+import argparse
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+from megatron_paint import __version__
+from megatron_paint.base.argument_parser import Parser
+from megatron_paint.cli.convert_options import add_commands as add_convert_commands
+from megatron_paint.cli.launch_slurm import add_commands as add_launch_commands
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands. `options.run(options, arguments)` runs the chosen one and returns its exit status."""
+    parser = Parser(prog="megatron-paint", description="PAINT on Megatron-Core")
+    parser.add_argument("--version", action="version", version=f"megatron-paint {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_train(commands.add_parser("train", help="train from a settings file"))
+    _add_evaluate(
+        commands.add_parser(
+            "evaluate",
+            help="Avg@n, pass@k and maj@n of a model on benchmarks (evaluate compare A B compares two models)",
+            epilog="megatron-paint evaluate compare A B compares two evaluations; see megatron-paint compare --help",
+        )
+    )
+    _add_compare(
+        commands.add_parser("compare", help="compare two evaluations, paired by problem, with intervals and p-values")
+    )
+    inspect = commands.add_parser("inspect", help="show samples of a run")
+    _add_samples(
+        inspect.add_subparsers(required=True, metavar="WHAT").add_parser(
+            "samples", help="one sample of a step: what was hidden, found and selected"
+        )
+    )
+    _add_status(commands.add_parser("status", help="the state of a run, also while it runs"))
+    convert = commands.add_parser("convert", help="Qwen3 checkpoints between Hugging Face and Megatron")
+    add_convert_commands(convert.add_subparsers(required=True, metavar="ACTION"))
+    launch = commands.add_parser("launch", help="submit a run to a cluster")
+    add_launch_commands(launch.add_subparsers(required=True, metavar="WHERE"))
+    _add_settings_command(
+        commands.add_parser("settings", help="every setting: its type, limits, default, meaning and source")
+    )
+    _add_doctor(commands.add_parser("doctor", help="what this machine has, and what is missing and its cost"))
+    return parser
+
+
+def _run(module: str) -> Callable[[argparse.Namespace, list[str]], int]:
+    """Imports a module of cli/ when its command runs, and calls its `run`."""
+
+    def run(options: argparse.Namespace, arguments: list[str]) -> int:
+        return import_module(f"megatron_paint.cli.{module}").run(options, arguments)
+
+    return run
+
+
+def _add_train(train: argparse.ArgumentParser) -> None:
+    _add_settings(train)
+    train.add_argument("--dry-run", action="store_true", help="check everything, print sizes and memory, and end")
+    train.add_argument("--self-check", action="store_true", help="compare the model with itself, and end")
+    train.set_defaults(run=_run("train"))
+
+
+def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
+    _add_settings(evaluate, needed=False)
+    evaluate.add_argument("--model", type=Path, help="Hugging Face folder, or a checkpoint of a run")
+    evaluate.add_argument(
+        "--benchmarks", help="names or files, with commas: aime24,aime25,hmmt25,math500,gsm8k,held_out.jsonl"
+    )
+    evaluate.add_argument("--n", type=int, dest="samples", help="samples per problem (evaluation.samples)")
+    evaluate.add_argument("--responses", type=Path, help="grade these recorded responses (JSONL); needs no model")
+    evaluate.add_argument("--out", type=Path, help="folder of the results; default: evaluations/MODEL")
+    evaluate.set_defaults(run=_run("evaluate"))
+
+
+def _add_compare(compare: argparse.ArgumentParser) -> None:
+    compare.add_argument("a", type=Path, metavar="A", help="folder of an evaluation, or one of its BENCHMARK.json")
+    compare.add_argument("b", type=Path, metavar="B", help="the same of another model")
+    compare.add_argument("--json", action="store_true", help="print JSON")
+    compare.add_argument("--out", type=Path, help="also write the table to this Markdown file")
+    compare.set_defaults(run=_run("compare"))
+
+
+def _add_samples(samples: argparse.ArgumentParser) -> None:
+    samples.add_argument("run_dir", type=Path, metavar="RUN")
+    samples.add_argument("step", type=int, metavar="STEP")
+    samples.add_argument("--index", type=int, default=0, help="number of the sample in the step, from 0")
+    samples.add_argument("--id", help="the sample of this problem instead")
+    samples.set_defaults(run=_run("inspect_samples"))
+
+
+def _add_status(status: argparse.ArgumentParser) -> None:
+    status.add_argument("run_dir", type=Path, metavar="RUN")
+    status.add_argument("--json", action="store_true", help="print JSON")
+    status.set_defaults(run=_run("status"))
+
+
+def _add_settings_command(settings: argparse.ArgumentParser) -> None:
+    settings.add_argument(
+        "key", nargs="?", metavar="KEY", help="a section such as optimizer, or a key such as run.steps"
+    )
+    settings.add_argument("--json", action="store_true", help="print JSON")
+    settings.set_defaults(run=_run("settings"))
+
+
+def _add_doctor(doctor: argparse.ArgumentParser) -> None:
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=_run("doctor"))
+
+
+def _add_settings(parser: argparse.ArgumentParser, *, needed: bool = True) -> None:
+    """The settings file, overrides, the number of ranks, and what the console prints."""
+    parser.add_argument("config", type=Path, metavar="SETTINGS.yaml", nargs=None if needed else "?")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optimizer.lr=1e-5")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        help="number of ranks to start here; default: one per GPU; without GPUs as many as one replica needs",
+    )
+    console = parser.add_mutually_exclusive_group()
+    console.add_argument("--quiet", action="store_true", help="print only warnings and the final table")
+    console.add_argument("--json", action="store_true", help="print one JSON object per event")

@@ -1,0 +1,38 @@
+"""What `train` and `evaluate` share: the ranks that they start or belong to, and what the console prints."""
+
+import argparse
+import os
+
+from megatron_paint.base.errors import UserError
+from megatron_paint.config.settings import MegatronSettings
+from megatron_paint.launch.local import number_of_processes
+from megatron_paint.launch.print_once import host_store
+from megatron_paint.launch.rank_environment import RankEnvironment, export_rank_environment, find_rank_environment
+from megatron_paint.run.console import Mode
+
+
+def console_mode(options: argparse.Namespace) -> Mode:
+    """What `--quiet` and `--json` ask for."""
+    return "quiet" if options.quiet else "json" if options.json else "normal"
+
+
+def rank_environment_of(options: argparse.Namespace) -> RankEnvironment | None:
+    """The rank environment that torchrun or srun gave this process; None if it is not one of their ranks."""
+    environment = find_rank_environment(os.environ)
+    if environment is None:
+        return None
+    if options.processes not in (None, environment.size):
+        raise UserError(
+            f"--processes={options.processes} is given, but this process is one of {environment.size} ranks that "
+            "torchrun or srun started: start as many ranks as you need, and leave --processes out"
+        )
+    export_rank_environment(environment, os.environ)
+    host_store(environment)
+    return environment
+
+
+def number_of_ranks(
+    megatron: MegatronSettings, options: argparse.Namespace, environment: RankEnvironment | None
+) -> int:
+    """The number of ranks that exist, or else the number that will be started here."""
+    return environment.size if environment is not None else number_of_processes(megatron, options.processes)

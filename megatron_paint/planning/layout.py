@@ -1,0 +1,126 @@
+"""The layout of the processes: checks model, settings and machine against each other before anything is loaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_paint.base.errors import UserError, about
+from megatron_paint.config.settings import MegatronSettings, ModelSettings, RolloutSettings
+from megatron_paint.models.qwen3.shape import read_shape
+from megatron_paint.models.shape import ModelShape
+from megatron_paint.planning.apex import refuse_foreign_apex
+from megatron_paint.planning.hardware import engine_environment, use_transformer_engine
+
+WIDTHS = {"bfloat16": 2, "float32": 4}  # bytes of a number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A model and the processes that share it."""
+
+    shape: ModelShape
+    processes: int
+    tensor_parallel: int
+    pipeline_parallel: int
+    data_parallel: int
+    uses_engine: bool  # layers of Transformer Engine
+
+
+def check_layout(
+    model: ModelSettings, megatron: MegatronSettings, rollout: RolloutSettings, *, processes: int
+) -> Layout:
+    """The layout of `processes` processes. UserError names a setting that does not fit, and the nearest valid value."""
+    shape = check_model(model, megatron, rollout)
+    data_parallel = data_parallel_size(processes, megatron)
+    engine_environment(megatron)
+    return Layout(
+        shape=shape,
+        processes=processes,
+        tensor_parallel=megatron.tensor_model_parallel_size,
+        pipeline_parallel=megatron.pipeline_model_parallel_size,
+        data_parallel=data_parallel,
+        uses_engine=use_transformer_engine(megatron),
+    )
+
+
+def check_model(model: ModelSettings, megatron: MegatronSettings, rollout: RolloutSettings) -> ModelShape:
+    """The sizes of the model, which fit the parallel sizes and the key-value cache. UserError as in `check_layout`.
+
+    It needs neither torch nor the number of processes.
+    """
+    refuse_foreign_apex()
+    with about("model.hf_path"):
+        shape = read_shape(model.hf_path)
+    _refuse_experts(megatron, shape)
+    tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
+    for size, what in (
+        (shape.num_heads, "attention heads"),
+        (shape.num_groups, "key-value groups"),
+        (shape.ffn_size, "feed-forward size"),
+        (shape.vocab_size, "vocabulary size"),
+    ):
+        _must_divide("megatron.tensor_model_parallel_size", tp, size, what, shape)
+    _must_divide("megatron.pipeline_model_parallel_size", pp, shape.num_layers, "number of layers", shape)
+    if megatron.sequence_parallel and tp == 1:
+        raise UserError(
+            "megatron.sequence_parallel=true splits activations over tensor-parallel ranks, but "
+            "tensor_model_parallel_size=1; set it to false"
+        )
+    _check_cache(shape, model=model, megatron=megatron, rollout=rollout)
+    start = model.megatron_path
+    if start is not None and not Path(start).is_dir():
+        raise UserError(f"model.megatron_path: {start} is not a folder; give the folder of a Megatron checkpoint")
+    return shape
+
+
+def data_parallel_size(processes: int, megatron: MegatronSettings) -> int:
+    """The number of replicas that `processes` processes form. UserError: the layout does not fit that number."""
+    tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
+    if processes % (tp * pp):
+        multiple = max(1, round(processes / (tp * pp))) * tp * pp
+        raise UserError(
+            f"{processes} processes cannot be laid out as tensor_model_parallel_size={tp} x "
+            f"pipeline_model_parallel_size={pp}: their number must be a multiple of {tp * pp} "
+            f"(nearest: --processes {multiple})"
+        )
+    return processes // (tp * pp)
+
+
+def cache_bytes_per_token(shape: ModelShape, *, dtype: str, megatron: MegatronSettings) -> int:
+    """Bytes of the keys and values of one token that a rank stores while it samples."""
+    layers = shape.num_layers // megatron.pipeline_model_parallel_size
+    return layers * 2 * shape.num_groups // megatron.tensor_model_parallel_size * shape.head_dim * WIDTHS[dtype]
+
+
+def _refuse_experts(megatron: MegatronSettings, shape: ModelShape) -> None:
+    if shape.num_experts:
+        raise UserError(
+            f"{shape.source} is a mixture of experts: its checkpoints can be converted (megatron-paint convert), but "
+            "training one is not possible yet; give a dense model"
+        )
+    if megatron.expert_model_parallel_size > 1:
+        raise UserError(
+            f"megatron.expert_model_parallel_size={megatron.expert_model_parallel_size} splits experts over ranks, and "
+            f"{shape.source} has none; set it to 1"
+        )
+
+
+def _must_divide(key: str, ranks: int, size: int, what: str, shape: ModelShape) -> None:
+    if size % ranks:
+        valid = [n for n in range(1, size + 1) if size % n == 0]
+        nearest = min(valid, key=lambda n: (abs(n - ranks), n))
+        raise UserError(
+            f"{key}={ranks} does not divide the {what}, {size}, of {shape.source}; the nearest that does is {nearest}"
+        )
+
+
+def _check_cache(
+    shape: ModelShape, *, model: ModelSettings, megatron: MegatronSettings, rollout: RolloutSettings
+) -> None:
+    """UserError where the cache does not hold one response of the greatest possible length."""
+    needed = cache_bytes_per_token(shape, dtype=model.dtype, megatron=megatron) * shape.max_positions
+    if needed > rollout.cache_bytes:
+        raise UserError(
+            f"rollout.cache_bytes={rollout.cache_bytes:g} is less than the keys and values of one response of "
+            f"{shape.max_positions:,} positions take on a rank: {needed:,}; raise it, or the tensor or pipeline "
+            "parallel size"
+        )

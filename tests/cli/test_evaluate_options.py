@@ -1,0 +1,65 @@
+"""What `evaluate` takes from settings: its own sections, or a training run's, which is checked as a complete file."""
+
+import pytest
+
+from megatron_paint.base.errors import UserError
+from megatron_paint.cli.evaluate_options import requested
+from megatron_paint.config.load import evaluate_settings_of, evaluation_section_of
+from megatron_paint.config.settings import DataSettings, RunSettings
+
+ALONE = {"model": {"hf_path": "m"}, "evaluation": {"problems": "held_out.jsonl", "samples": 3}}
+TRAINING = ALONE | {"data": {"train": "p.jsonl", "micro_batch_tokens": 512}, "run": {"dir": "r", "seed": 7}}
+
+
+def test_an_evaluation_needs_no_training_settings():
+    settings = evaluate_settings_of(ALONE)
+    assert (settings.model.hf_path, settings.evaluation.samples) == ("m", 3)
+    assert (settings.seed, settings.micro_batch_tokens) == (RunSettings.seed, DataSettings.micro_batch_tokens)
+    assert evaluate_settings_of(ALONE | {"run": {"seed": 5}}).seed == 5
+    assert evaluate_settings_of(ALONE | {"data": {"micro_batch_tokens": 64}}).micro_batch_tokens == 64
+
+
+def test_a_training_file_will_do():
+    settings = evaluate_settings_of(TRAINING | {"objective": {"name": "grpo"}})
+    assert (settings.seed, settings.micro_batch_tokens) == (7, 512)
+    assert settings.evaluation == evaluate_settings_of(ALONE).evaluation
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"evaluation": {"sample": 3}}, "unknown setting evaluation.sample: did you mean evaluation.samples?"),
+        ({"evaluatoin": {}}, "unknown setting evaluatoin: did you mean evaluation?"),
+        ({"optimizer": {"lrr": 1.0}}, "unknown setting optimizer.lrr: did you mean optimizer.lr?"),
+        ({"objective": {"loss": {"fracton": 0.1}}}, "did you mean objective.loss.fraction?"),
+        ({"data": {"train": "p", "micro_batch_tokens": 0}}, "data.micro_batch_tokens"),
+        ({"run": {"seed": "one"}}, "run.seed"),
+        ({"run": {"dirr": "r"}}, "did you mean run.dir?"),
+        ({"optimizer": {"min_lr": 1.0}}, "optimizer.min_lr=1.0 is above"),
+        ({"objective": {"name": "opsd", "reveal": {"rule": "overlap"}}}, "objective.name=opsd shows the whole"),
+        ({"megatron": {"fp8": "hybrid"}, "model": {"hf_path": "m", "dtype": "float32"}}, "needs model.dtype=bfloat16"),
+        ({"model": {}}, "model.hf_path is not set"),
+    ],
+)
+@pytest.mark.parametrize("base", [ALONE, TRAINING], ids=["alone", "training"])
+def test_mistakes_are_refused(base, changes, says):
+    with pytest.raises(UserError) as error:
+        evaluate_settings_of(base | changes)
+    assert says in str(error.value)
+    assert "is not set" not in str(error.value) or says.endswith("is not set")
+
+
+def test_recorded_responses_need_no_model():
+    assert evaluation_section_of({"evaluation": {"limit": 2}}).limit == 2
+    with pytest.raises(UserError, match=r"did you mean evaluation.limit\?"):
+        evaluation_section_of({"evaluation": {"limt": 2}})
+    with pytest.raises(UserError, match=r"did you mean optimizer.lr\?"):
+        evaluation_section_of({"optimizer": {"lrr": 2}})
+
+
+def test_an_own_settings_file(tmp_path):
+    file = tmp_path / "evaluate.yaml"
+    file.write_text("model: {hf_path: m}\nevaluation: {problems: held_out.jsonl}\n")
+    asked = requested(config=file, model=None, benchmarks=None, samples=2, out=None, overrides=["run.seed=4"])
+    assert (asked.settings.seed, asked.settings.evaluation.samples) == (4, 2)
+    assert (asked.model, asked.benchmarks, asked.out.parts) == ("m", ("held_out.jsonl",), ("evaluations", "m"))
