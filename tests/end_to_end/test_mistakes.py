@@ -232,7 +232,7 @@ CONFIGS = {
     ),
     "attention bias": ({"attention_bias": True}, "attention_bias"),
     "other sizes than the weights": ({"intermediate_size": 128}, "shape"),
-    "one layer too many": ({"num_hidden_layers": 3}, "lacks model.layers.2"),
+    "one layer too many": ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
 }
 
 
