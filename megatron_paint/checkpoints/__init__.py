@@ -1,1 +1,1 @@
-"""Checkpoint formats on disk: Hugging Face, PEFT and Megatron; needs no Megatron."""
+"""Checkpoint formats on disk: Hugging Face, PEFT and Megatron. They are read and written without Megatron."""

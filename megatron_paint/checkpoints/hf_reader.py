@@ -1,7 +1,7 @@
-"""Slices of the tensors of a Hugging Face checkpoint folder, read straight from its safetensors files.
+"""Reads slices of tensors from the safetensors files of a Hugging Face checkpoint folder.
 
-The safetensors library checks each file's header when it is opened. The bytes are then read with ordinary reads and not
-through its memory map, whose pages would count as this process's memory up to the size of the whole checkpoint.
+The safetensors library checks the header of each file. The bytes are then read with ordinary reads. The pages of the
+library's memory map would count as memory of this process, up to the size of the checkpoint.
 """
 
 import json
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.checkpoints.dtypes import row_blocks
+from megatron_paint.checkpoints.expected_tensors import check_tensors
 from megatron_paint.models.qwen3.mapping import hugging_face_shapes
 from megatron_paint.models.shape import ModelShape
 
@@ -28,7 +29,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 @dataclass(frozen=True, kw_only=True)
 class TensorPlace:
-    """Where a tensor's bytes stand: `nbytes` of them from `start` of `file`."""
+    """The position of a tensor's bytes: `nbytes` bytes from `start` of `file`."""
 
     file: str
     dtype: torch.dtype
@@ -41,9 +42,10 @@ class TensorPlace:
 
 
 class HuggingFaceReader:
-    """The tensors of a safetensors checkpoint, sharded or in one file.
+    """The tensors of a safetensors checkpoint in one or more files.
 
-    With `shape`, opening it checks that exactly the tensors of that model are there; UserError says what is not.
+    With `shape`, the checkpoint must have exactly the tensors of that model. Raises UserError if it does not, or if a
+    file is missing or damaged.
     """
 
     def __init__(self, folder: str | Path, shape: ModelShape | None = None):
@@ -54,7 +56,7 @@ class HuggingFaceReader:
             self._check(shape)
 
     def __call__(self, name: str, *, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
-        """Rows and columns of tensor `name`, on the CPU, in the checkpoint's type."""
+        """Returns rows and columns of tensor `name`, on the CPU, in the checkpoint's type."""
         place = self.tensors[name]
         first, stop, _ = rows.indices(place.shape[0])
         row_bytes = place.nbytes // place.shape[0]
@@ -64,18 +66,19 @@ class HuggingFaceReader:
         return values if columns is None else values[:, columns].contiguous()
 
     def check_tied(self, shape: ModelShape) -> None:
-        """UserError where an output layer that the config ties to the embedding is stored, and is not the embedding."""
+        """Raises UserError if a stored output layer differs from the embedding although the config ties the two."""
         if not shape.tied or HEAD not in self.tensors:
             return
         same = self.tensors[HEAD].shape == self.tensors[EMBEDDING].shape
         blocks = row_blocks(self.tensors[EMBEDDING].shape)
         if not same or not all(torch.equal(self(HEAD, rows=rows), self(EMBEDDING, rows=rows)) for rows in blocks):
             raise UserError(
-                f"{self.folder}: its config.json ties {HEAD} to {EMBEDDING}, but the two that it holds differ; if the "
-                "output layer is one of its own, set tie_word_embeddings to false there"
+                f"{self.folder}: its config.json ties {HEAD} to {EMBEDDING}, but the stored tensors differ; if the "
+                "output layer is a separate one, set tie_word_embeddings to false there"
             )
 
     def close(self) -> None:
+        """Closes the files."""
         while self._open:
             os.close(self._open.popitem()[1])
 
@@ -97,18 +100,18 @@ class HuggingFaceReader:
         index = self.folder / INDEX
         if not index.exists():
             if not (self.folder / SINGLE).exists():
-                pickled = " (.bin files are not read: convert them to safetensors)" * any(self.folder.glob("*.bin"))
+                pickled = " (convert the .bin files to safetensors first)" * any(self.folder.glob("*.bin"))
                 raise UserError(f"{self.folder} has neither {SINGLE} nor {INDEX}{pickled}")
             return self._places(SINGLE)
         file_of = self._read_index(index)
         places = {file: self._places(file) for file in sorted(set(file_of.values()))}
         for name, file in file_of.items():
             if name not in places[file]:
-                raise UserError(f"{INDEX} says that {file} holds {name}; it does not")
+                raise UserError(f"{index} lists {name} in {file}, but the file does not have it")
         for file, held in places.items():
             for name in held:
                 if file_of.get(name) != file:
-                    raise UserError(f"{self.folder / file} holds {name}, which {INDEX} does not say")
+                    raise UserError(f"{self.folder / file} has {name}, but {INDEX} does not list it there")
         return {name: places[file][name] for name, file in file_of.items()}
 
     def _read_index(self, index: Path) -> dict[str, str]:
@@ -134,7 +137,7 @@ class HuggingFaceReader:
         except FileNotFoundError:
             raise UserError(f"shard {path} is missing; download the checkpoint again") from None
         except PermissionError:
-            raise UserError(f"{path} may not be read; ask its owner, or check its permissions") from None
+            raise UserError(f"{path}: you have no permission to read it; ask its owner") from None
         except (SafetensorError, OSError, ValueError, struct.error) as error:
             raise UserError(f"{path} is truncated or not a safetensors file ({error}); download it again") from None
         header.pop("__metadata__", None)
@@ -143,24 +146,14 @@ class HuggingFaceReader:
     def _place(self, name: str, entry: dict[str, Any], file: str, data: int) -> TensorPlace:
         if entry["dtype"] not in DTYPES:
             raise UserError(
-                f"{name} in {self.folder / file} is stored as {entry['dtype']}; only "
-                f"{', '.join(DTYPES)} are read: quantised weights have to be converted first"
+                f"{name} in {self.folder / file} is stored as {entry['dtype']}; the supported types are "
+                f"{', '.join(DTYPES)}: convert quantised weights first"
             )
         if not entry["shape"] or not all(entry["shape"]):
-            raise UserError(f"{name} in {self.folder / file} has shape {entry['shape']}; no Qwen3 has it")
+            raise UserError(f"{name} in {self.folder / file} has shape {entry['shape']}, which no tensor of Qwen3 has")
         start = data + entry["data_offsets"][0]
         return TensorPlace(file=file, dtype=DTYPES[entry["dtype"]], shape=tuple(entry["shape"]), start=start)
 
     def _check(self, shape: ModelShape) -> None:
-        expected = hugging_face_shapes(shape)
-        surplus_allowed = {HEAD} if shape.tied else set()
-        missing = sorted(expected.keys() - self.tensors.keys())
-        surplus = sorted(self.tensors.keys() - expected.keys() - surplus_allowed)
-        for names, what in ((missing, "lacks"), (surplus, "has tensors that no Qwen3 of its config has:")):
-            if names:
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                raise UserError(f"{self.folder} {what} {', '.join(names[:3])}{more}")
-        for name, wanted in expected.items():
-            found = self.tensors[name].shape
-            if found != tuple(wanted):
-                raise UserError(f"{name} in {self.folder} has shape {found}, its config.json says {tuple(wanted)}")
+        found = {name: place.shape for name, place in self.tensors.items() if not (shape.tied and name == HEAD)}
+        check_tensors(self.folder, found, hugging_face_shapes(shape), config=shape.source)

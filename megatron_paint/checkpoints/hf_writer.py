@@ -1,4 +1,4 @@
-"""Safetensors shards of a Hugging Face folder, laid out before the first byte, so that any process fills any part."""
+"""Writes the safetensors files of a Hugging Face folder. Their layout comes first, so any process can fill any part."""
 
 import json
 import math
@@ -17,27 +17,27 @@ from megatron_paint.checkpoints.dtypes import cast, raw_bytes
 from megatron_paint.checkpoints.hf_reader import DTYPES, INDEX, SINGLE, TensorPlace
 from megatron_paint.checkpoints.manifest import MANIFEST
 
-SHARD_BYTES = 5 * 10**9  # as Hugging Face's own tools
+SHARD_BYTES = 5 * 10**9  # the default of Hugging Face's tools
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where every tensor of a checkpoint goes, and the header that each file begins with."""
+    """The position of every tensor of a checkpoint, and the header of each file."""
 
     places: Mapping[str, TensorPlace]
     headers: Mapping[str, bytes]
-    sizes: Mapping[str, int]  # of the files, headers included
+    sizes: Mapping[str, int]  # of the files, including headers, in bytes
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors."""
+        """The bytes of all tensors."""
         return sum(place.nbytes for place in self.places.values())
 
 
 def lay_out(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], *, shard_bytes: int = SHARD_BYTES) -> Layout:
-    """Cuts tensors, in their order, into files of at most `shard_bytes`; one that is larger stands alone."""
+    """Distributes tensors, in their order, to files of at most `shard_bytes`. A larger tensor gets a separate file."""
     groups: list[list[str]] = [[]]
     filled = 0
     for name, (dtype, shape) in tensors.items():
@@ -65,7 +65,7 @@ def _lay_out_file(
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8, as the format wants it
+    text += b" " * (-len(text) % 8)  # the format requires that tensors begin at a multiple of 8
     head = struct.pack("<Q", len(text)) + text
     for name, (dtype, shape) in tensors.items():
         start = len(head) + header[name]["data_offsets"][0]
@@ -74,7 +74,7 @@ def _lay_out_file(
 
 
 def begin_files(folder: Path, layout: Layout) -> None:
-    """Makes all files with their headers and full size; what is not written yet is zeros."""
+    """Creates all files with their headers and full size. Tensors that are not written yet are zeros."""
     for file, header in layout.headers.items():
         with open(folder / file, "wb") as stream:
             stream.write(header)
@@ -82,14 +82,14 @@ def begin_files(folder: Path, layout: Layout) -> None:
 
 
 class RowWriter:
-    """Writes rows of tensors to their places in the files of a layout."""
+    """Writes rows of tensors to their positions in the files of a layout."""
 
     def __init__(self, folder: Path, layout: Layout):
         self.folder, self.layout = folder, layout
         self._open: dict[str, int] = {}
 
     def write(self, name: str, first_row: int, rows: Tensor) -> None:
-        """`rows` of tensor `name` from `first_row`, in the layout's type."""
+        """Writes `rows` of tensor `name`, from row `first_row`, in the layout's type."""
         place = self.layout.places[name]
         buffer = raw_bytes(cast(rows, place.dtype, name))
         at = place.start + first_row * (place.nbytes // place.shape[0])
@@ -100,17 +100,18 @@ class RowWriter:
             buffer, at = buffer[count:], at + count
 
     def close(self) -> None:
+        """Closes the files."""
         while self._open:
             os.close(self._open.popitem()[1])
 
 
 def write_index(folder: Path, layout: Layout) -> None:
-    """The index of a checkpoint in several files; none where there is one."""
+    """Writes the index of a checkpoint with several files. One file needs no index."""
     _write_index(folder, {name: place.file for name, place in layout.places.items()}, layout.nbytes)
 
 
 def name_shards(folder: Path, written: Mapping[str, Mapping[str, int]]) -> None:
-    """Gives files that were written under other names ({file: {tensor: bytes}}) their final ones, and an index."""
+    """Renames files to their final names and writes the index. written: {file: {tensor: bytes}}."""
     file_of = {}
     for number, file in enumerate(sorted(written), start=1):
         final = SINGLE if len(written) == 1 else f"model-{number:05d}-of-{len(written):05d}.safetensors"
@@ -126,9 +127,10 @@ def _write_index(folder: Path, file_of: Mapping[str, str], nbytes: int) -> None:
 
 
 def copy_companions(source: Path, folder: Path, *, dtype: torch.dtype) -> None:
-    """Everything of a checkpoint that is not weights: config, tokenizer, chat template, generation settings.
+    """Copies all files of a checkpoint except weights: config, tokenizer, chat template, generation settings.
 
-    config.json then names `dtype`, under the key that the source had (`torch_dtype` in transformers 4, `dtype` in 5).
+    The copied config.json has `dtype` under the key of the source (`torch_dtype` in transformers 4, `dtype` in 5).
+    Raises UserError if the source cannot be read.
     """
     try:
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
@@ -137,6 +139,6 @@ def copy_companions(source: Path, folder: Path, *, dtype: torch.dtype) -> None:
         raise UserError(f"{source} cannot be read ({error}); an export copies from it") from error
     for path in paths:
         if path.suffix not in WEIGHTS and not path.name.endswith(".index.json") and path.name != MANIFEST:
-            shutil.copyfile(path, folder / path.name)  # the content and not the permissions
+            shutil.copyfile(path, folder / path.name)  # copies the content without the permissions
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

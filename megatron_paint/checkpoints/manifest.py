@@ -1,4 +1,4 @@
-"""What a conversion read or wrote on the Hugging Face side: every tensor with its type, shape and SHA-256."""
+"""The manifest of a conversion: type, shape and SHA-256 of every tensor on the Hugging Face side."""
 
 import json
 import re
@@ -16,12 +16,12 @@ TYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 def manifest_entry(dtype: torch.dtype, shape: Sequence[int], sha256: str | None) -> dict[str, Any]:
-    """What the manifest says of one tensor."""
+    """Returns the manifest's entry of one tensor."""
     return {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape), "sha256": sha256}
 
 
 def write_manifest(folder: Path, *, source: Path, base: Path, tensors: Mapping[str, Mapping[str, Any]]) -> None:
-    """Writes the manifest into a checkpoint; the config of `base` goes with it, so that its sizes stand there too."""
+    """Writes the manifest into a checkpoint. It includes the config of `base`, and so the model's sizes."""
     content = {
         "made_by": f"megatron_paint {__version__}",
         "source": str(source),
@@ -32,7 +32,7 @@ def write_manifest(folder: Path, *, source: Path, base: Path, tensors: Mapping[s
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest, or None where a checkpoint has none; UserError where it is damaged."""
+    """Returns the manifest, or None if a checkpoint has none. Raises UserError if it is damaged."""
     path = folder / MANIFEST
     if not path.exists():
         return None
@@ -43,23 +43,23 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             if entry["dtype"] not in TYPES or not isinstance(entry["shape"], list):
                 raise ValueError(f"{name} has no type or no shape")
             if entry["sha256"] is not None and not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
-                raise ValueError(f"the checksum of {name} is none")
+                raise ValueError(f"the checksum of {name} is not a SHA-256")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); convert the checkpoint again") from None
     return content
 
 
 class Stored(NamedTuple):
-    """What stands in a folder under a tensor's name."""
+    """Type and shape of a tensor in a folder."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
 
 def checksums(folder: Path, stored: Mapping[str, Stored]) -> dict[str, str]:
-    """SHA-256 by tensor, as recorded, of those that stand in `folder` in the recorded type.
+    """Returns the recorded SHA-256 of each tensor that `folder` stores in the recorded type.
 
-    stored: all that stand there; UserError where the manifest tells of other tensors or shapes.
+    stored: all tensors of the folder. Raises UserError if the manifest has other tensors or shapes.
     """
     manifest = read_manifest(folder)
     if manifest is None:
@@ -67,6 +67,6 @@ def checksums(folder: Path, stored: Mapping[str, Stored]) -> dict[str, str]:
     recorded = manifest["tensors"]
     shapes = {name: list(tensor.shape) for name, tensor in stored.items()}
     if shapes != {name: entry["shape"] for name, entry in recorded.items()}:
-        raise UserError(f"{folder / MANIFEST} is of other tensors than those beside it; convert the checkpoint again")
+        raise UserError(f"{folder / MANIFEST} lists other tensors than the checkpoint has; convert it again")
     same = {n for n, tensor in stored.items() if recorded[n]["dtype"] == str(tensor.dtype).removeprefix("torch.")}
     return {name: recorded[name]["sha256"] for name in same if recorded[name]["sha256"]}

@@ -1,4 +1,4 @@
-"""A Megatron checkpoint seen as the Hugging Face tensors of its model, adapters merged or apart."""
+"""Reads a Megatron checkpoint as the Hugging Face tensors of its model, with adapters merged or separate."""
 
 import json
 import math
@@ -12,14 +12,15 @@ from torch import Tensor
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.checkpoints.dtypes import row_blocks
+from megatron_paint.checkpoints.expected_tensors import check_tensors
 from megatron_paint.checkpoints.manifest import Stored, checksums
+from megatron_paint.checkpoints.run_state import RUN_STATE
 from megatron_paint.checkpoints.torch_dist import CheckpointReader
 from megatron_paint.models.qwen3.mapping import Entry, checkpoint_entries
 from megatron_paint.models.shape import ModelShape
 
-RUN_STATE = "run_state.json"
-BESIDE = ("optimizer.", "teacher.", "rng", "rerun", "chained_")  # what a run keeps beside the model
-ADAPTERS = {  # projection -> where its adapters stand in a layer of the checkpoint, and its rule's parameter
+NOT_MODEL = ("optimizer.", "teacher.", "rng", "rerun", "chained_")  # prefixes of a run's other state
+ADAPTERS = {  # projection -> the module of its adapters in a layer of the checkpoint
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "self_attention.qkv_adapters"),
     "o_proj": "self_attention.proj_adapters",
     **dict.fromkeys(("gate_proj", "up_proj"), "mlp.fc1_adapters"),
@@ -40,19 +41,19 @@ class Lora:
 
 
 class MegatronSource:
-    """Opens a checkpoint and checks that exactly the parameters of `shape` are in it; UserError says what is not."""
+    """A Megatron checkpoint of a model. Raises UserError if it does not have exactly the parameters of `shape`."""
 
     def __init__(self, folder: str | Path, shape: ModelShape):
         self.folder, self.shape = Path(folder), shape
         self.reader = CheckpointReader(folder)
-        self.entry_of: dict[str, Entry] = {}  # Hugging Face tensor -> the parameter that holds it
+        self.entry_of: dict[str, Entry] = {}  # Hugging Face tensor -> the parameter that contains it
         for entry in checkpoint_entries(shape):
             self.entry_of |= dict.fromkeys(entry.rule.hf_shapes(), entry)
         self._check()
 
     @cached_property
     def lora(self) -> Lora | None:
-        """The adapters' settings as the run that wrote the checkpoint recorded them; None without adapters."""
+        """The settings of the adapters, as the training run recorded them; None without adapters."""
         if not any("_adapters." in key for key in self._model_keys()):
             return None
         path = self.folder / RUN_STATE
@@ -64,25 +65,25 @@ class MegatronSource:
             return lora
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{self.folder} holds adapters, but {path} does not tell their rank and alpha ({error}); it is not a "
-                "checkpoint that a run of megatron_paint wrote"
+                f"{self.folder} has adapters, but {path} does not have their rank and alpha ({error}); the checkpoint "
+                "must come from a training run of megatron_paint"
             ) from None
 
     def checksums(self) -> dict[str, str]:
-        """SHA-256 of the Hugging Face tensors that stand here unchanged in type, as the conversion recorded them."""
+        """Returns the recorded SHA-256 of the Hugging Face tensors that are stored in the recorded type."""
         if self.lora is not None:
             return {}
         stored = {name: Stored(self.dtype(name), entry.rule.hf_shapes()[name]) for name, entry in self.entry_of.items()}
         return checksums(self.folder, stored)
 
     def dtype(self, name: str) -> torch.dtype:
-        """The type in which a Hugging Face tensor's numbers are stored here."""
+        """Returns the type in which a Hugging Face tensor is stored here."""
         return self.reader.tensors[self.entry_of[name].key].dtype
 
     def blocks(self, entry: Entry) -> Iterator[tuple[str, int, Tensor]]:
-        """All rows of the Hugging Face tensors that a parameter holds, in order: (tensor, first row, values).
+        """Yields all rows of the Hugging Face tensors in a parameter, in order: (tensor, first row, values).
 
-        With adapters added the values are float32, to be rounded once by whoever takes them.
+        Values with merged adapters are float32. The caller rounds them once.
         """
         for rows in row_blocks(entry.rule.shape):
             block = self.reader.read(entry.key, entry.place, rows)
@@ -99,7 +100,7 @@ class MegatronSource:
         return values.float() + self.lora.scale * (b_OK.float() @ a_KI.float())
 
     def adapter(self, name: str, rows: slice | None = None) -> tuple[Tensor, Tensor] | None:
-        """A [K, I] and these rows of B [O, K] of a tensor's adapters; None where it has none."""
+        """Returns A [rank, inputs] and these rows of B [outputs, rank]; None if the tensor has no adapter."""
         projection = name.split(".")[-2]
         if projection not in ADAPTERS or not self.entry_of[name].place:
             return None
@@ -112,14 +113,14 @@ class MegatronSource:
         return self.reader.read(a, place, slice(0, rank)), self.reader.read(b, place, rows or slice(0, outputs))
 
     def adapter_bytes(self) -> int:
-        """Of all adapters."""
+        """Returns the size of all adapters in bytes."""
         return sum(self.reader.tensors[key].nbytes for key in self._model_keys() if "_adapters." in key)
 
     def _model_keys(self) -> Iterator[str]:
-        return (key for key in self.reader.tensors if not key.startswith(BESIDE))
+        return (key for key in self.reader.tensors if not key.startswith(NOT_MODEL))
 
     def _adapter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """What a checkpoint with adapters holds of them: all seven projections, layers stacked."""
+        """Returns the shapes of all adapter tensors: seven projections, layers stacked."""
         if self.lora is None:
             return {}
         shapes, layers = {}, self.shape.num_layers
@@ -134,20 +135,9 @@ class MegatronSource:
 
     def _check(self) -> None:
         expected = {entry.key: entry.shape for entry in self.entry_of.values()} | self._adapter_shapes()
-        found = set(self._model_keys())
-        missing, surplus = sorted(expected.keys() - found), sorted(found - expected.keys())
-        for keys, what in ((missing, "lacks"), (surplus, "has parameters that this Qwen3 has not:")):
-            if keys:
-                more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-                raise UserError(
-                    f"{self.folder} {what} {', '.join(keys[:3])}{more}; its model is not {self.shape.source}'s"
-                )
+        found = {key: self.reader.tensors[key].shape for key in self._model_keys()}
+        check_tensors(self.folder, found, expected, config=self.shape.source)
         for key, shape in expected.items():
-            stored = self.reader.tensors[key]
-            if stored.shape != shape:
-                raise UserError(
-                    f"{self.folder}: {key} has shape {stored.shape}, {self.shape.source} says {shape}; another model"
-                )
-            held = sum(math.prod(piece.sizes) for piece in stored.pieces)
-            if held != math.prod(shape):
-                raise UserError(f"{self.folder}: the pieces of {key} hold {held} of {math.prod(shape)} elements")
+            filled = sum(math.prod(piece.sizes) for piece in self.reader.tensors[key].pieces)
+            if filled != math.prod(shape):
+                raise UserError(f"{self.folder}: the pieces of {key} have {filled} of {math.prod(shape)} elements")

@@ -1,4 +1,4 @@
-"""PEFT's folder of a LoRA adapter: names, files and description."""
+"""The folder of a LoRA adapter in PEFT's format: tensor names, file names and config."""
 
 import json
 from pathlib import Path
@@ -8,12 +8,12 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def adapter_name(weight: str, side: str) -> str:
-    """PEFT's name of the adapter `side` ("A" or "B") of a Hugging Face weight."""
+    """Returns PEFT's name of the adapter `side` ("A" or "B") of a Hugging Face weight."""
     return f"base_model.model.{weight.removesuffix('.weight')}.lora_{side}.weight"
 
 
 def write_config(folder: Path, *, rank: int, alpha: float, base: str) -> None:
-    """Describes adapters of this rank and alpha on all seven projections of the model at `base`."""
+    """Writes the config of adapters on all seven projections. base: path of the model that they belong to."""
     content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -1,8 +1,8 @@
-"""Megatron's distributed checkpoint folders (torch's DCP format), read and written piece by piece without Megatron.
+"""Reads and writes Megatron's distributed checkpoint folders (torch's DCP format) piece by piece, without Megatron.
 
-A folder holds `.metadata` (a pickle: which piece of which tensor stands where), `__*.distcp` files (pieces, each as
-`torch.save` writes it, one behind another), `metadata.json` and `common.pt`. The pickle is read with an allow-list:
-every class that is not torch's own description of tensors is replaced by one that does nothing.
+A folder has `.metadata` (a pickle with the position of each piece of each tensor), `__*.distcp` files (the pieces one
+after another, each in the format of `torch.save`), `metadata.json` and `common.pt`. The pickle is read with an allow
+list. Classes that do not describe tensors are replaced by a class that does nothing.
 """
 
 import io
@@ -37,7 +37,7 @@ _KNOWN = {
 
 
 class _Ignored:
-    """Stands for whatever a pickle names that is no part of the description of tensors."""
+    """Replaces every class in a pickle that does not describe tensors. It does nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         pass
@@ -64,7 +64,7 @@ class _Unpickler(pickle.Unpickler):
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A box of a tensor and the bytes that hold it."""
+    """A box of a tensor and the position of its bytes."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -87,7 +87,7 @@ class StoredTensor:
 
 
 class _Part(NamedTuple):
-    """What a piece holds of a box: from `starts` to `stops` of the tensor."""
+    """The part of a box that a piece has: from `starts` to `stops` of the tensor."""
 
     piece: Piece
     starts: tuple[int, ...]
@@ -98,22 +98,22 @@ class _Part(NamedTuple):
         return tuple(b - a for a, b in zip(self.starts, self.stops, strict=True))
 
     def within(self, corner: Sequence[int]) -> tuple[slice, ...]:
-        """Where it lies in a box that begins at `corner` of the tensor."""
+        """Returns its position in a box that begins at `corner` of the tensor."""
         return tuple(slice(a - c, b - c) for a, b, c in zip(self.starts, self.stops, corner, strict=True))
 
-    def meets(self, other: "_Part") -> bool:
-        """Whether they share an element."""
+    def overlaps(self, other: "_Part") -> bool:
+        """Tells whether the two parts share an element."""
         edges = zip(self.starts, self.stops, other.starts, other.stops, strict=True)
         return all(max(a, c) < min(b, d) for a, b, c, d in edges)
 
 
 class CheckpointReader:
-    """The tensors of a Megatron checkpoint, any box of them at a time. UserError for what cannot be right."""
+    """Reads any box of the tensors of a Megatron checkpoint. Raises UserError if the checkpoint is damaged."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.tensors = _read_metadata(self.folder)
-        # Of tensors whose pieces each lie in one entry of the first axis: by key and that entry.
+        # Tensors whose pieces each lie in one entry of the first axis. Their pieces are found by key and that entry.
         self._stacked = {key for key, tensor in self.tensors.items() if all(p.sizes[:1] == (1,) for p in tensor.pieces)}
         self._by_place: dict[tuple, list[Piece]] = defaultdict(list)
         for key, tensor in self.tensors.items():
@@ -122,9 +122,10 @@ class CheckpointReader:
         self._last: tuple[Piece, Tensor] | None = None
 
     def read(self, key: str, place: tuple[int, ...], rows: slice) -> Tensor:
-        """Rows of what stands at `place` of the first axes of tensor `key`; UserError where pieces lack or overlap.
+        """Returns rows of tensor `key` at `place` of its first axes.
 
-        The result may share its memory with others of the same piece; it is not to be written to.
+        The result may share memory with other results, so do not write to it. Raises UserError if pieces are missing or
+        overlap.
         """
         stored = self.tensors[key]
         shape = stored.shape[len(place) :]
@@ -135,7 +136,7 @@ class CheckpointReader:
         filled = sum(math.prod(part.sizes) for part in parts)
         if filled != math.prod(sizes):
             raise UserError(
-                f"{self.folder}: the pieces of {key} at {place} rows {rows.start} to {rows.stop} hold {filled} of "
+                f"{self.folder}: the pieces of {key} at {place} rows {rows.start} to {rows.stop} have {filled} of "
                 f"{math.prod(sizes)} elements; the checkpoint is damaged: save or copy it again"
             )
         if len(parts) == 1:
@@ -147,7 +148,7 @@ class CheckpointReader:
         return box.reshape(rows.stop - rows.start, *shape[1:])
 
     def _parts(self, key: str, place: tuple[int, ...], low: Sequence[int], high: Sequence[int]) -> list[_Part]:
-        """What the pieces hold of a box of a tensor; UserError where they overlap."""
+        """Returns the parts of a box of a tensor. Raises UserError if pieces overlap."""
         by_place = bool(place) and key in self._stacked
         found: list[_Part] = []
         for piece in self._by_place[key, place[:1]] if by_place else self.tensors[key].pieces:
@@ -155,16 +156,16 @@ class CheckpointReader:
             stops = tuple(min(b, o + s) for b, o, s in zip(high, piece.offsets, piece.sizes, strict=True))
             if all(a < b for a, b in zip(starts, stops, strict=True)):
                 part = _Part(piece, starts, stops)
-                if any(part.meets(other) for other in found):
+                if any(part.overlaps(other) for other in found):
                     raise UserError(f"{self.folder}: pieces of {key} overlap; the checkpoint is damaged: copy it again")
                 found.append(part)
         return found
 
     def _load(self, key: str, stored: StoredTensor, piece: Piece) -> Tensor:
-        """The piece's tensor; the last one is kept, as its rows are often asked for in turn."""
+        """Returns the piece's tensor. The last one is kept, because its rows are often read one after another."""
         if self._last is not None and self._last[0] is piece:
             return self._last[1]
-        self._last = None  # before the next one exists, so that only one is held
+        self._last = None  # frees the old piece before the next one is loaded
         path = self.folder / piece.file
         try:
             with open(path, "rb") as file:
@@ -174,7 +175,7 @@ class CheckpointReader:
                 f"{path}: the piece of {key} at byte {piece.start} cannot be read ({_line(error)})"
             ) from None
         if not isinstance(tensor, Tensor) or tensor.dtype != stored.dtype or tuple(tensor.shape) != piece.sizes:
-            raise UserError(f"{path}: the piece of {key} at byte {piece.start} is not what {METADATA} says it is")
+            raise UserError(f"{path}: the piece of {key} at byte {piece.start} differs from its entry in {METADATA}")
         self._last = (piece, tensor)
         return tensor
 
@@ -219,7 +220,7 @@ def _read_metadata(folder: Path) -> dict[str, StoredTensor]:
             f"{folder}: its description cannot be read ({_line(error)}); copy the checkpoint again"
         ) from None
     if not isinstance(backend, dict) or backend.get("sharded_backend") != FORMAT["sharded_backend"]:
-        raise UserError(f"{folder / BACKEND}: not a torch_dist checkpoint, the one format that is read")
+        raise UserError(f"{folder / BACKEND}: not a torch_dist checkpoint; no other format is supported")
     try:
         return _tensors(found, folder)
     except UserError:
@@ -229,7 +230,7 @@ def _read_metadata(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _unpickled(content: bytes) -> Any:
-    """What a pickle describes. A few bytes could ask for a memo of gigabytes, so its indices are looked at before."""
+    """Loads a pickle. Its memo indices are checked first, because a few bytes could request a memo of gigabytes."""
     for operation, argument, _ in pickletools.genops(content):
         if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= argument <= len(content):
             raise ValueError(f"memo index {argument} in {len(content)} bytes")
@@ -277,7 +278,7 @@ def _check_piece(piece: Piece, key: str, shape: tuple[int, ...], folder: Path, s
 
 
 class PieceWriter:
-    """Appends pieces to one `.distcp` file; `written` describes them for `write_metadata`."""
+    """Appends pieces to one `.distcp` file. `written` describes them for `write_metadata`."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -285,10 +286,13 @@ class PieceWriter:
         self._file = open(path, "wb")  # noqa: SIM115 (closed by close)
 
     def write(self, key: str, shape: Sequence[int], offsets: Sequence[int], tensor: Tensor) -> None:
-        """Writes a box of tensor `key`; its axes before the tensor's own have size 1."""
+        """Writes a box of tensor `key`. Missing first axes of `tensor` are added with size 1.
+
+        shape: of the complete tensor `key`. offsets: first element of the box on each axis.
+        """
         box = tensor.reshape(*[1] * (len(shape) - tensor.dim()), *tensor.shape)
         if box.untyped_storage().nbytes() != box.nbytes:
-            box = box.clone()  # torch.save writes the whole storage behind a view
+            box = box.clone()  # torch.save writes the complete storage behind a view
         start = self._file.tell()
         with _without_crc32():
             torch.save(box, self._file)
@@ -306,12 +310,13 @@ class PieceWriter:
         )
 
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()
 
 
 @contextmanager
 def _without_crc32() -> Iterator[None]:
-    """Spares torch.save most of its time: torch.load never looks at these checksums, and ours are in the manifest."""
+    """Turns off torch.save's checksums, which take most of its time. torch.load ignores them; the manifest has ours."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -323,9 +328,9 @@ def _without_crc32() -> Iterator[None]:
 def write_metadata(
     folder: Path, written: Iterable[dict[str, Any]], common: dict[str, Any], *, empty: Iterable[str] = ()
 ) -> None:
-    """Describes the pieces in `folder`, so that Megatron's dist_checkpointing loads them at any layout.
+    """Writes the description of the pieces in `folder`. Megatron's dist_checkpointing can then load them at any layout.
 
-    empty: names of objects that hold nothing; all of them are one entry of one file.
+    written: entries of `PieceWriter.written`. empty: names of empty objects, which share one entry of one file.
     """
     described: dict[str, metadata.TensorStorageMetadata | metadata.BytesStorageMetadata] = {}
     storage: dict[metadata.MetadataIndex, filesystem._StorageInfo] = {}
@@ -339,7 +344,7 @@ def write_metadata(
         index = metadata.MetadataIndex(key, offsets, len(described[key].chunks))
         described[key].chunks.append(metadata.ChunkStorageMetadata(offsets, torch.Size(piece["sizes"])))
         storage[index] = filesystem._StorageInfo(piece["file"], piece["start"], piece["length"])
-    torch.save([None], folder / EMPTY)  # as Megatron writes an object that is None
+    torch.save([None], folder / EMPTY)  # the form in which Megatron writes an object that is None
     nothing = filesystem._StorageInfo(EMPTY, 0, (folder / EMPTY).stat().st_size)
     for name in empty:
         described[name] = metadata.BytesStorageMetadata()

@@ -1,4 +1,4 @@
-"""What `megatron-paint convert to-megatron | to-hf | check | inspect` does, and tools/convert_qwen3.py as well."""
+"""Runs `megatron-paint convert to-megatron | to-hf | check | inspect` and tools/convert_qwen3.py."""
 
 import argparse
 import json
@@ -20,20 +20,22 @@ from megatron_paint.convert.to_hf import ToAdapter, ToHuggingFace
 from megatron_paint.convert.to_megatron import ToMegatron
 from megatron_paint.convert.work import Job, convert, processes_for
 
-SHOWN = 10  # differences that are listed
+DIFFERENCES_SHOWN = 10
 
 
 def run_to_megatron(options: argparse.Namespace) -> int:
+    """Converts to Megatron and returns the exit status 0. Raises UserError if the conversion is not possible."""
     _check_folder(options.source)
     return _convert(ToMegatron(source=options.source, dtype=options.dtype, checksums=options.checksums), options)
 
 
 def run_to_hf(options: argparse.Namespace) -> int:
+    """Converts to Hugging Face and returns the exit status 0. Raises UserError if the conversion is not possible."""
     for folder in (options.source, options.base):
         _check_folder(folder)
     if options.lora == "adapter":
         if options.shard_size is not None:
-            raise UserError("--shard-size: adapters are one file, as PEFT reads them; leave it out")
+            raise UserError("--shard-size: PEFT reads adapters from one file; leave this option out")
         return _convert(ToAdapter(source=options.source, base=options.base, dtype=options.dtype), options)
     job = ToHuggingFace(
         source=options.source,
@@ -54,7 +56,7 @@ def _convert(job: Job, options: argparse.Namespace) -> int:
     started = time.monotonic()
     total = sum(task.nbytes for task in job.tasks())
     processes = processes_for(total, options.processes)
-    steps: list[int] = []  # bytes: first those that an interrupted conversion had done
+    steps: list[int] = []  # bytes; the first entry is what an interrupted conversion has done
     with _progress(f"{options.source.name} -> {options.out.name}", total, options) as advance:
 
         def progress(nbytes: int) -> None:
@@ -74,7 +76,7 @@ def _convert(job: Job, options: argparse.Namespace) -> int:
 
 
 def run_check(options: argparse.Namespace) -> int:
-    """0 where both are the same, 1 where not."""
+    """Compares two checkpoints. Returns the exit status: 0 if they are equal, 1 if they differ."""
     for folder in (options.hf, options.megatron):
         _check_folder(folder)
     total = sum(place.nbytes for place in HuggingFaceReader(options.hf).tensors.values())
@@ -108,22 +110,26 @@ def _lines(found: Comparison) -> Iterator[str]:
             else "bit for bit"
         )
         yield (
-            f"equal: {found.tensors} tensors, {found.nbytes / 1e9:.3g} GB, {how}; {found.checksums} held to the "
+            f"equal: {found.tensors} tensors, {found.nbytes / 1e9:.3g} GB, {how}; {found.checksums} compared with the "
             "checksums of the conversion"
         )
         return
     worst = sorted(found.differences, key=lambda difference: -difference.largest)
-    for difference in worst[:SHOWN]:
+    for difference in worst[:DIFFERENCES_SHOWN]:
         at = ", ".join(map(str, difference.where))
-        yield f"{difference.name}: {difference.unequal} numbers differ, most at [{at}], by {difference.largest:.3g}"
-    if len(worst) > SHOWN:
-        yield f"and {len(worst) - SHOWN} more tensors"
-    for name, folder in found.bad_checksums[:SHOWN]:
-        yield f"{name}: {folder} is not what its manifest says; it was changed after the conversion"
+        yield (
+            f"{difference.name}: {difference.unequal} numbers differ; the largest difference is "
+            f"{difference.largest:.3g}, at [{at}]"
+        )
+    if len(worst) > DIFFERENCES_SHOWN:
+        yield f"and {len(worst) - DIFFERENCES_SHOWN} more tensors"
+    for name, folder in found.bad_checksums[:DIFFERENCES_SHOWN]:
+        yield f"{name}: {folder} differs from its manifest; it was changed after the conversion"
     yield f"not equal: {len(worst)} of {found.tensors} tensors differ"
 
 
 def run_inspect(options: argparse.Namespace) -> int:
+    """Prints the description of a checkpoint and returns the exit status 0."""
     _check_folder(options.path)
     found = describe(options.path)
     if options.json:
@@ -142,7 +148,7 @@ def run_inspect(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _progress(title: str, total: int, options: argparse.Namespace) -> Iterator[Callable[[int], None]]:
-    """A bar with bytes a second and the time left, where someone is looking."""
+    """Shows a bar with bytes a second and the remaining time, unless --quiet or --json is given."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(
         *columns, TimeRemainingColumn(), console=Console(stderr=True), disable=options.quiet or options.json

@@ -1,4 +1,4 @@
-"""The options of `megatron-paint convert` and tools/convert_qwen3.py; torch is imported when an action runs."""
+"""The options of `megatron-paint convert` and tools/convert_qwen3.py. torch is imported only when an action runs."""
 
 import argparse
 import sys
@@ -14,18 +14,20 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 def add_commands(commands: Any) -> None:
     """Adds the four actions to a parser's subparsers."""
-    to_megatron = commands.add_parser("to-megatron", help="a Hugging Face folder to a checkpoint that any layout loads")
+    to_megatron = commands.add_parser("to-megatron", help="a Hugging Face folder to a checkpoint for any layout")
     to_megatron.add_argument("source", type=Path, metavar="HF_DIR")
     to_megatron.add_argument("out", type=Path, metavar="OUT")
     _add_conversion(to_megatron)
     to_megatron.set_defaults(run=_run("run_to_megatron"))
 
-    to_hf = commands.add_parser("to-hf", help="a Megatron checkpoint to a folder that transformers and vLLM load")
+    to_hf = commands.add_parser("to-hf", help="a Megatron checkpoint to a folder for transformers and vLLM")
     to_hf.add_argument("source", type=Path, metavar="MEGATRON_CKPT")
     to_hf.add_argument("out", type=Path, metavar="OUT")
     to_hf.add_argument("--base", type=Path, required=True, metavar="HF_DIR", help="config, tokenizer, chat template")
-    to_hf.add_argument("--lora", choices=("merged", "adapter"), default="merged", help="what becomes of adapters")
-    to_hf.add_argument("--shard-size", type=_size, metavar="SIZE", help="largest file (5GB)")
+    to_hf.add_argument(
+        "--lora", choices=("merged", "adapter"), default="merged", help="merge adapters, or write them alone"
+    )
+    to_hf.add_argument("--shard-size", type=_size, metavar="SIZE", help="size of the largest file (5GB)")
     _add_conversion(to_hf)
     to_hf.set_defaults(run=_run("run_to_hf"))
 
@@ -37,23 +39,23 @@ def add_commands(commands: Any) -> None:
     _add_console(check)
     check.set_defaults(run=_run("run_check"))
 
-    inspect = commands.add_parser("inspect", help="sizes, types, layout of a checkpoint, and what is odd")
+    inspect = commands.add_parser("inspect", help="print sizes, types, layout and odd findings of a checkpoint")
     inspect.add_argument("path", type=Path, metavar="PATH")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_run("run_inspect"))
 
 
 def _add_conversion(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the source's own")
-    parser.add_argument("--processes", type=int, help="default: one a core, at most 8, fewer for a small model")
-    parser.add_argument("--no-checksums", dest="checksums", action="store_false", help="leave SHA-256 out")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists, once the new one is whole")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the type of the source")
+    parser.add_argument("--processes", type=int, help="default: one for each core, at most 8, fewer for a small model")
+    parser.add_argument("--no-checksums", dest="checksums", action="store_false", help="compute no SHA-256")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT when the new checkpoint is complete")
     _add_console(parser)
 
 
 def _add_console(parser: argparse.ArgumentParser) -> None:
     console = parser.add_mutually_exclusive_group()
-    console.add_argument("--quiet", action="store_true", help="print errors alone")
+    console.add_argument("--quiet", action="store_true", help="print only errors")
     console.add_argument("--json", action="store_true", help="print one JSON object at the end")
 
 
@@ -73,7 +75,7 @@ def _run(name: str) -> Callable[[argparse.Namespace, list[str]], int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The stand-alone command; the exit status."""
+    """Runs the stand-alone command and returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="convert_qwen3.py", description="Qwen3 checkpoints: Hugging Face <-> Megatron"
     )
@@ -85,5 +87,5 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"convert_qwen3.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("convert_qwen3.py: interrupted; the same command goes on where it ended", file=sys.stderr)
+        print("convert_qwen3.py: interrupted; the same command resumes the conversion", file=sys.stderr)
         return 130

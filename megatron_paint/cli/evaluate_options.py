@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_paint.base.errors import UserError
+from megatron_paint.checkpoints.run_state import RUN_STATE
 from megatron_paint.config.load import evaluate_settings_of, override_tree, read_tree
 from megatron_paint.config.settings import EvaluateSettings
 from megatron_paint.evaluation.benchmarks import names_in
 
-RUN_STATE = "run_state.json"  # in a checkpoint that a run wrote
 DEFAULT_OUT = "evaluations"
 
 

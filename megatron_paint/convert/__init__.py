@@ -1,1 +1,1 @@
-"""Qwen3 checkpoints between Hugging Face's format and Megatron's, tensor by tensor; needs no Megatron, no GPU."""
+"""Converts Qwen3 checkpoints between Hugging Face's format and Megatron's. It needs neither Megatron nor a GPU."""

@@ -1,4 +1,4 @@
-"""Compares a Hugging Face checkpoint with a Megatron one, number by number, and looks into either."""
+"""Compares a Hugging Face checkpoint with a Megatron one, number by number, and describes the content of either."""
 
 import hashlib
 import math
@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from megatron_paint.checkpoints.dtypes import raw_bytes
+from megatron_paint.checkpoints.expected_tensors import tensor_problems
 from megatron_paint.checkpoints.hf_reader import EMBEDDING, HEAD, HuggingFaceReader
 from megatron_paint.checkpoints.manifest import MANIFEST, Stored, checksums, read_manifest
-from megatron_paint.checkpoints.megatron_source import BESIDE, MegatronSource
+from megatron_paint.checkpoints.megatron_source import NOT_MODEL, MegatronSource
 from megatron_paint.checkpoints.torch_dist import METADATA, CheckpointReader, StoredTensor
 from megatron_paint.models.qwen3.mapping import checkpoint_entries, hugging_face_shapes
 from megatron_paint.models.qwen3.shape import read_shape, shape_of
@@ -21,24 +22,24 @@ from megatron_paint.models.qwen3.shape import read_shape, shape_of
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """One tensor that is not the same on both sides."""
+    """One tensor that differs between the two sides."""
 
     name: str
-    largest: float  # |difference|
-    where: tuple[int, ...]
-    unequal: int  # numbers that differ
+    largest: float  # largest |difference|
+    where: tuple[int, ...]  # index of the largest difference
+    unequal: int  # how many numbers differ
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What `check` found."""
+    """The result of a comparison."""
 
     tensors: int
     nbytes: int
     differences: tuple[Difference, ...]
-    bad_checksums: tuple[tuple[str, str], ...]  # (tensor, folder): not what the manifest in that folder says
-    checksums: int  # how many were held to a checksum in a manifest
-    rounded: int  # tensors that stand in other types on the two sides, and were compared in the narrower one
+    bad_checksums: tuple[tuple[str, str], ...]  # (tensor, folder) that differ from the manifest in that folder
+    checksums: int  # how many tensors were compared with a checksum in a manifest
+    rounded: int  # tensors with different types on the two sides; they were compared in the narrower type
 
     @property
     def equal(self) -> bool:
@@ -46,7 +47,11 @@ class Comparison:
 
 
 def compare(hf: Path, megatron: Path, *, progress: Callable[[int], None] = lambda nbytes: None) -> Comparison:
-    """Compares every number, and each side with its manifest where it has one; adapters count as merged."""
+    """Compares every number. A side that has a manifest is also compared with it. Adapters are merged first.
+
+    progress: called with the bytes of each compared tensor. Raises UserError if a checkpoint is damaged or of another
+    model.
+    """
     shape = read_shape(hf)
     reader, source = HuggingFaceReader(hf, shape), MegatronSource(megatron, shape)
     reader.check_tied(shape)
@@ -84,7 +89,7 @@ def compare(hf: Path, megatron: Path, *, progress: Callable[[int], None] = lambd
 def _difference(name: str, ours: torch.Tensor, theirs: torch.Tensor, first_row: int) -> Difference | None:
     if ours.dtype == theirs.dtype and torch.equal(_bits(ours), _bits(theirs)):
         return None
-    # A type that was changed on the way is compared in the narrower one: the numbers are then what they can be.
+    # If the types differ, both sides are compared in the narrower type, because the conversion rounded to it.
     dtype = min((ours.dtype, theirs.dtype), key=lambda dtype: dtype.itemsize)
     ours, theirs = ours.to(dtype), theirs.to(dtype)
     unequal = _bits(ours) != _bits(theirs)
@@ -99,7 +104,7 @@ def _difference(name: str, ours: torch.Tensor, theirs: torch.Tensor, first_row: 
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
-    """Numbers as integers, so that -0 is not 0 and NaN is itself."""
+    """Returns the bits of numbers as integers. So -0 differs from 0, and NaN equals NaN."""
     return values.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
 
 
@@ -111,7 +116,10 @@ def _worse(one: Difference | None, other: Difference | None) -> Difference | Non
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """What a checkpoint folder holds: kind, sizes, types, layout, number of parameters, and what is odd."""
+    """Describes a checkpoint folder: kind, sizes, types, layout, number of parameters, and odd findings.
+
+    Raises UserError if it cannot be read.
+    """
     return _describe_megatron(path) if (path / METADATA).exists() else _describe_hugging_face(path)
 
 
@@ -122,14 +130,14 @@ def _describe_hugging_face(path: Path) -> dict[str, Any]:
     found = {name: place.shape for name, place in reader.tensors.items()}
     if shape.tied and HEAD in found:
         expected = {**expected, HEAD: expected[EMBEDDING]}
-    odd = _compared(found, expected)
+    odd = tensor_problems(found, expected)
     if shape.tied and HEAD in found:
-        odd.append(f"{HEAD} is stored although the config ties it to the embedding; it has to equal that")
+        odd.append(f"{HEAD} is stored although the config ties it to the embedding; the two must be equal")
     dtypes = _counts(place.dtype for place in reader.tensors.values())
     if len(dtypes) > 1:
-        odd.append("tensors of several types")
+        odd.append("the tensors have several types")
     if shape.dtype not in dtypes:
-        odd.append(f"config.json says {shape.dtype}, which no tensor has")
+        odd.append(f"config.json has the type {shape.dtype}, but no tensor has it")
     return {
         "kind": "Hugging Face",
         "model": _model(shape),
@@ -145,11 +153,11 @@ def _describe_hugging_face(path: Path) -> dict[str, Any]:
 
 def _describe_megatron(path: Path) -> dict[str, Any]:
     reader, manifest = CheckpointReader(path), read_manifest(path)
-    model = {k: t for k, t in reader.tensors.items() if not k.startswith(BESIDE) and "_adapters." not in k}
-    odd = [f"{k} is stored in no piece" for k, t in reader.tensors.items() if not t.pieces]
+    model = {k: t for k, t in reader.tensors.items() if not k.startswith(NOT_MODEL) and "_adapters." not in k}
+    odd = [f"{k} has no piece" for k, t in reader.tensors.items() if not t.pieces]
     if manifest:
         wanted = {entry.key: entry.shape for entry in checkpoint_entries(shape_of(manifest["config"], path / MANIFEST))}
-        odd += _compared({key: tensor.shape for key, tensor in model.items()}, wanted)
+        odd += tensor_problems({key: tensor.shape for key, tensor in model.items()}, wanted)
     return {
         "kind": "Megatron (torch_dist)",
         "converted_from": manifest["source"] if manifest else None,
@@ -158,7 +166,7 @@ def _describe_megatron(path: Path) -> dict[str, Any]:
         "model_bytes": sum(t.nbytes for t in model.values()),
         "dtypes": _counts(t.dtype for t in model.values()),
         "tensors": len(model),
-        "adapters": sum("_adapters." in k and not k.startswith(BESIDE) for k in reader.tensors),
+        "adapters": sum("_adapters." in k and not k.startswith(NOT_MODEL) for k in reader.tensors),
         "optimizer": any(k.startswith("optimizer.") for k in reader.tensors),
         "teacher": any(k.startswith("teacher.") for k in reader.tensors),
         "layers": next((t.shape[0] for k, t in model.items() if k.startswith("decoder.layers.")), 0),
@@ -169,20 +177,8 @@ def _describe_megatron(path: Path) -> dict[str, Any]:
     }
 
 
-def _compared(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What is missing, surplus or of another shape, a line each."""
-    missing = [f"{name} is missing" for name in expected if name not in found]
-    surplus = [f"{name} is there, and no Qwen3 of its config has it" for name in found if name not in expected]
-    shapes = [
-        f"{name} has shape {found[name]}, its config says {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name] != tuple(shape)
-    ]
-    return missing + surplus + shapes
-
-
 def _tensor_parallel(model: Mapping[str, StoredTensor]) -> int | None:
-    """How many ranks shared each layer when it was saved: the column shards of a row-parallel weight."""
+    """Returns the tensor-parallel size at saving: the number of column shards of a row-parallel weight."""
     stored = model.get("decoder.layers.self_attention.linear_proj.weight")
     return len({piece.offsets[-1] for piece in stored.pieces}) if stored is not None else None
 

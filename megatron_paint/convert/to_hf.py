@@ -1,4 +1,4 @@
-"""Megatron -> Hugging Face: a folder that `transformers` and vLLM load as it is, a few tensors at a time."""
+"""Megatron -> Hugging Face: makes a folder that `transformers` and vLLM can load, a few tensors at a time."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +33,10 @@ from megatron_paint.models.shape import ModelShape
 
 @dataclass(frozen=True, kw_only=True)
 class ToHuggingFace:
-    """The job: adapters are merged; types are those of the weights in `base`, or of its config, or `dtype`."""
+    """The conversion job. It merges adapters.
+
+    The types are `dtype` if it is given, else those of the weights in `base`, else the type in the config of `base`.
+    """
 
     source: Path
     base: Path
@@ -70,14 +73,14 @@ class ToHuggingFace:
         )
 
     def _base_dtypes(self) -> dict[str, torch.dtype]:
-        """Types of the base's own weights, where it has them and no other type is asked for."""
+        """Returns the types of the base's weights. It is empty if the base has no weights or `dtype` is given."""
         if self.dtype is not None or not any((self.base / name).exists() for name in (INDEX, SINGLE)):
             return {}
         return {name: place.dtype for name, place in HuggingFaceReader(self.base, self.shape).tensors.items()}
 
     def begin(self, folder: Path) -> None:
         source = MegatronSource(self.source, self.shape)
-        _ = source.lora, source.checksums()  # bad records are told before any work
+        _ = source.lora, source.checksums()  # raises for damaged records before any work is done
         begin_files(folder, self.layout)
 
     @cached_property
@@ -104,8 +107,10 @@ class ToHuggingFace:
     def _convert(
         self, entry: Entry, source: MegatronSource, writer: RowWriter, recorded: Mapping[str, str]
     ) -> dict[str, Any]:
-        """Writes the tensors of a parameter, holds what is read to the checksums `recorded`; gives the manifest's
-        entries of what is written."""
+        """Writes the tensors of a parameter and returns their manifest entries.
+
+        Raises UserError if a tensor differs from its checksum in `recorded`.
+        """
         names = list(entry.rule.hf_shapes())
         read, written = ({name: hashlib.sha256() for name in names} for _ in range(2))
         unchanged = {n for n in names if n in recorded and source.dtype(n) == self.layout.places[n].dtype}
@@ -120,7 +125,8 @@ class ToHuggingFace:
         for name in names:
             if name in recorded and read[name].hexdigest() != recorded[name]:
                 raise UserError(
-                    f"{self.source}: {name} is not what was converted, as its SHA-256 shows; convert or copy it again"
+                    f"{self.source}: {name} differs from what was converted, as its SHA-256 shows; convert or copy it "
+                    "again"
                 )
             sha256 = (read if name in unchanged else written)[name].hexdigest() if self.checksums else None
             place = self.layout.places[name]
@@ -132,7 +138,7 @@ class ToHuggingFace:
         check_names(tensors, self.layout.places)
         write_index(folder, self.layout)
         dtypes = {place.dtype for place in self.layout.places.values()}
-        # Of mixed types the config keeps its own word.
+        # With mixed types the config keeps its type.
         dtype = dtypes.pop() if len(dtypes) == 1 else getattr(torch, self.shape.dtype)
         copy_companions(self.base, folder, dtype=dtype)
         write_manifest(folder, source=self.source, base=self.base, tensors=tensors)
@@ -140,7 +146,7 @@ class ToHuggingFace:
 
 @dataclass(frozen=True, kw_only=True)
 class ToAdapter:
-    """The job: the adapters of a LoRA run's checkpoint as a PEFT folder, for the model in `base`."""
+    """The conversion job from the adapters of a LoRA run's checkpoint to a PEFT folder for the model in `base`."""
 
     source: Path
     base: Path
@@ -160,11 +166,11 @@ class ToAdapter:
         return MegatronSource(self.source, read_shape(self.base)).lora
 
     def begin(self, folder: Path) -> None:
-        """Nothing has to be there before the one task."""
+        """Does nothing: the one task needs no preparation."""
 
     def tasks(self) -> Sequence[Task]:
         if self.lora is None:
-            raise UserError(f"{self.source} holds no adapters; leave --lora adapter out")
+            raise UserError(f"{self.source} has no adapters; leave --lora adapter out")
         stored = MegatronSource(self.source, read_shape(self.base)).adapter_bytes()
         return [Task(number=0, entries=(0,), nbytes=stored)]
 

@@ -1,4 +1,4 @@
-"""Hugging Face -> Megatron: a checkpoint that any layout loads, without a model, a few tensors at a time."""
+"""Hugging Face -> Megatron: makes a checkpoint that any layout can load, a few tensors at a time."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ from megatron_paint.models.shape import ModelShape
 
 @dataclass(frozen=True, kw_only=True)
 class ToMegatron:
-    """The job; weights keep their type unless `dtype` names another ("bfloat16", "float16", "float32")."""
+    """The conversion job. Weights keep their type unless `dtype` is given ("bfloat16", "float16", "float32")."""
 
     source: Path
     dtype: str | None = None
@@ -49,7 +49,7 @@ class ToMegatron:
 
     @cached_property
     def stored(self) -> Mapping[str, TensorPlace]:
-        """What the source holds; UserError unless it is a whole Qwen3."""
+        """The tensors of the source. Raises UserError if it is not a complete Qwen3 model."""
         return HuggingFaceReader(self.source, self.shape).tensors
 
     @cached_property
@@ -61,7 +61,7 @@ class ToMegatron:
         self._check_types()
 
     def _check_types(self) -> None:
-        """UserError where tensors of one Megatron tensor, which stacks all layers, are of several types."""
+        """Raises UserError if tensors of one Megatron tensor, which stacks all layers, have several types."""
         first_of: dict[str, str] = {}
         for entry in self.entries if self.dtype is None else []:
             for name in entry.rule.hf_shapes():

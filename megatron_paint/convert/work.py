@@ -1,7 +1,7 @@
-"""Runs a conversion's tasks in one or more processes, into a folder that appears when it is whole and can be resumed.
+"""Runs the tasks of a conversion in one or more processes. The output folder appears when it is complete.
 
-A task writes its bytes, brings them onto the disk, and only then leaves its record; a conversion that was interrupted
-goes on with the tasks that have none. The plan beside the records tells whether they belong to the same conversion.
+A task writes its bytes and waits until they are on disk. Only then it writes its record. An interrupted conversion
+resumes with the tasks that have no record. The plan beside the records shows whether they are of the same conversion.
 """
 
 import fcntl
@@ -24,44 +24,45 @@ from megatron_paint.runtime.files import NewFolder, disk_errors, lock_of, sync, 
 from megatron_paint.runtime.processes import start_worker
 
 PLAN, RECORDS = "plan.json", "records"
-MARKS = ("config.json", "adapter_config.json", ".metadata")  # of folders that --overwrite may replace
+CHECKPOINT_FILES = ("config.json", "adapter_config.json", ".metadata")  # --overwrite replaces folders with one of these
 TASK_BYTES = 256 * 10**6
-PROCESS_BYTES = 2 * 10**9  # ours: for which another process is started
+PROCESS_BYTES = 2 * 10**9  # one more process is started for each such amount; ours
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A share of the work: numbers of the entries that it converts, and their size."""
+    """A part of the work."""
 
     number: int
-    entries: tuple[int, ...]
-    nbytes: int
+    entries: tuple[int, ...]  # indices of the entries that it converts
+    nbytes: int  # size of these entries
 
 
 class Job(Protocol):
-    """A conversion: picklable, so that each process can make its own worker of it."""
+    """A conversion. It can be pickled, so each process can make a worker from it."""
 
     @property
     def sources(self) -> tuple[Path, ...]:
-        """Folders that are read."""
+        """The folders that the conversion reads."""
 
     def plan(self) -> dict[str, Any]:
-        """What makes this conversion another one than the next: sources and options."""
+        """Returns the sources and options. Two conversions with equal plans are the same conversion."""
 
     def begin(self, folder: Path) -> None:
-        """Makes what the tasks write into; called once, in an empty folder."""
+        """Creates the files that the tasks write into. It is called once, with an empty folder."""
 
-    def tasks(self) -> Sequence[Task]: ...
+    def tasks(self) -> Sequence[Task]:
+        """Returns the tasks in the order of their numbers."""
 
     def worker(self, folder: Path) -> Callable[[Task], dict[str, Any]]:
-        """A function that does a task and gives its record; made once in each process."""
+        """Returns a function that does a task and returns its record. It is called once in each process."""
 
     def finish(self, folder: Path, records: Sequence[dict[str, Any]]) -> None:
-        """Writes what describes the whole, once all tasks are done; checks that nothing is lacking."""
+        """Writes the description of the complete output after all tasks. Checks that no tensor is missing."""
 
 
 def cut_tasks(sizes: Sequence[int]) -> list[Task]:
-    """Neighbouring entries together, about TASK_BYTES a task."""
+    """Groups neighbouring entries into tasks of about TASK_BYTES."""
     tasks: list[Task] = []
     entries: list[int] = []
     filled = 0
@@ -75,7 +76,7 @@ def cut_tasks(sizes: Sequence[int]) -> list[Task]:
 
 
 def fingerprint(folder: Path) -> dict[str, list[int]]:
-    """Size and time of change of each file of a source; another number, another conversion."""
+    """Returns size and time of change of each file of a source. If one changes, it is another conversion."""
     try:
         stats = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file()}
     except OSError as error:
@@ -86,26 +87,31 @@ def fingerprint(folder: Path) -> dict[str, list[int]]:
 def convert(
     job: Job, out: Path, *, processes: int, overwrite: bool, progress: Callable[[int], None] = lambda nbytes: None
 ) -> list[dict[str, Any]]:
-    """Does the job into `out`, complete or absent; gives the tasks' records. `progress` is told the bytes of each task
-    that is done. UserError: `out` exists and `overwrite` is not set, the disk refuses, or a source is damaged."""
+    """Does the job and returns the records of the tasks. Afterwards `out` is complete or absent.
+
+    progress: called with the bytes that an earlier attempt has done, and then with the bytes of each task. Raises
+    UserError if `out` exists without `overwrite`, if writing fails, or if a source is damaged or changes.
+    """
     out = Path(os.path.abspath(out))
     _check_apart(out, job.sources)
     new = NewFolder(out)
     with disk_errors(out), _locked(new.unfinished):
         new.recover()
         _check_absent(out, overwrite)
-        job = replace(job)  # without what it may have read of its sources before
+        job = replace(job)  # a copy without cached reads of its sources
         plan = job.plan()
         tasks = job.tasks()
         records = _begin_or_resume(job, plan, tasks, new.unfinished)
         progress(sum(task.nbytes for task in tasks if task.number in records))
-        left = [task for task in tasks if task.number not in records]
-        for task, record in _run(job, new.unfinished, left, processes):
+        remaining = [task for task in tasks if task.number not in records]
+        for task, record in _run(job, new.unfinished, remaining, processes):
             records[task.number] = record
             progress(task.nbytes)
         ordered = [records[task.number] for task in tasks]
         if job.plan() != plan:
-            raise UserError(f"{job.sources[0]} changed while it was read; run the same command again when it is whole")
+            raise UserError(
+                f"{job.sources[0]} changed while it was read; run the same command again when it is complete"
+            )
         job.finish(new.unfinished, ordered)
         shutil.rmtree(new.unfinished / RECORDS)
         (new.unfinished / PLAN).unlink()
@@ -115,35 +121,38 @@ def convert(
 
 
 def _check_absent(out: Path, overwrite: bool) -> None:
-    """UserError where something stands at `out` that is not to be replaced."""
+    """Raises UserError if `out` exists and must not be replaced."""
     if not os.path.lexists(out):
         return
     if out.is_symlink() or not out.is_dir():
         raise UserError(f"{out} is {'a link' if out.is_symlink() else 'a file'}; give another folder for the output")
     if not overwrite:
-        raise UserError(f"{out} exists; remove it, give another folder, or say --overwrite")
-    if any(out.iterdir()) and not any((out / name).exists() for name in MARKS):
-        raise UserError(f"{out} holds no checkpoint, so --overwrite does not remove it; give another folder")
+        raise UserError(f"{out} exists; remove it, give another folder, or add --overwrite")
+    if any(out.iterdir()) and not any((out / name).exists() for name in CHECKPOINT_FILES):
+        raise UserError(f"{out} has no checkpoint, so --overwrite does not remove it; give another folder")
 
 
 def _check_apart(out: Path, sources: Sequence[Path]) -> None:
-    """UserError where the output would take the place of what is read, or of a folder that holds it."""
+    """Raises UserError if the output and a source are the same folder or one contains the other."""
     resolved = out.resolve()
     for source in (path.resolve() for path in sources):
         if resolved == source or resolved in source.parents or source in resolved.parents:
-            raise UserError(f"{out} and {source}, which is read, lie in each other; give another folder for the output")
+            raise UserError(
+                f"the output {out} and the source {source} are the same folder, or one contains the other; give "
+                "another folder for the output"
+            )
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keeps a second conversion out of the same folder; the lock goes with the process, however it ends."""
+    """Keeps a second conversion out of the same folder. The lock ends with the process, even if it is killed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = lock_of(folder)
     with open(path, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                raise BlockingIOError  # the other one has just ended and taken the file away
+                raise BlockingIOError  # the other conversion has just ended and removed the file
         except BlockingIOError:
             raise UserError(f"another conversion is writing {folder}; wait for it or give another folder") from None
         try:
@@ -155,7 +164,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def _begin_or_resume(
     job: Job, plan: Mapping[str, Any], tasks: Sequence[Task], folder: Path
 ) -> dict[int, dict[str, Any]]:
-    """Records of what an interrupted conversion with the same plan has done; else an empty start."""
+    """Returns the records of an interrupted conversion with the same plan. Without one it prepares a new folder."""
     plan = {**plan, "version": __version__, "tasks": [[task.number, task.entries, task.nbytes] for task in tasks]}
     plan = json.loads(json.dumps(plan))
     if _read_json(folder / PLAN) == plan:
@@ -169,7 +178,7 @@ def _begin_or_resume(
 
 
 def _is_done(record: Any, folder: Path) -> bool:
-    """Whether a record is whole, and the files that it tells of are there."""
+    """Tells whether a record is complete and its files exist in full size."""
     if not isinstance(record, dict) or not isinstance(record.get("sizes"), dict):
         return False
     paths = {folder / name: size for name, size in record["sizes"].items()}
@@ -200,8 +209,8 @@ def _run(job: Job, folder: Path, tasks: Sequence[Task], processes: int) -> Itera
                 yield running.pop(future), future.result()
     except BrokenProcessPool:
         raise UserError(
-            "a process of the conversion was killed, most often for want of memory: use fewer --processes; the same "
-            "command goes on where it ended"
+            "a process of the conversion was killed, probably because memory ran out: use fewer --processes. The same "
+            "command resumes the conversion"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -213,13 +222,13 @@ _folder: Path
 
 def _start_worker(job: Job, folder: Path) -> None:
     global _job, _folder
-    start_worker()  # Ctrl-C is for the parent, and nobody writes on when it is gone
+    start_worker()  # Ctrl-C reaches only the parent, and workers end with it
     _job, _folder = job, folder
 
 
 @cache
 def _worker() -> Callable[[Task], dict[str, Any]]:
-    """Made with the first task, whose result brings its errors to the parent."""
+    """Makes the worker with the first task, so its errors reach the parent as the result of that task."""
     return _job.worker(_folder)
 
 
@@ -239,23 +248,25 @@ def _do(work: Callable[[Task], dict[str, Any]], folder: Path, task: Task) -> dic
 
 
 def merged(records: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
-    """The dictionaries `name` of all records together."""
+    """Merges the dictionaries `name` of all records."""
     return {key: value for record in records for key, value in record[name].items()}
 
 
 def check_names(done: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """UserError unless exactly the wanted tensors are done: the records of an interrupted conversion are other people's
-    files until then."""
+    """Raises UserError unless exactly the wanted tensors are done. Records on disk may be damaged."""
     if done.keys() != wanted.keys():
         odd = sorted(done.keys() ^ wanted.keys())
         raise UserError(
-            f"the records of the interrupted conversion are damaged: {len(odd)} tensors are lacking or too many, such "
+            f"the records of the interrupted conversion are damaged: {len(odd)} tensors are missing or surplus, such "
             f"as {odd[0]}; remove the unfinished folder and start again"
         )
 
 
 def processes_for(nbytes: int, asked: int | None) -> int:
-    """The number of processes to use: one a core, at most 8, fewer where starting one takes longer than its share."""
+    """Returns the number of processes: one for each core, at most 8, and fewer if there is too little work.
+
+    nbytes: size of the work. asked: the user's number, which is used if it is given. Raises UserError if it is below 1.
+    """
     if asked is not None and asked < 1:
         raise UserError(f"--processes must be at least 1, got {asked}")
     return asked or max(1, min(8, len(os.sched_getaffinity(0)), nbytes // PROCESS_BYTES))

@@ -1,7 +1,7 @@
-"""Answers on disk as they arrive, so that an evaluation that was ended goes on where it was.
+"""Writes answers to disk as they arrive, so that an interrupted evaluation resumes.
 
-The first line of a file says what the answers were sampled with; each further line is one answer. A line that a crash
-cut short, or that is damaged, is sampled again.
+The first line of a file has the model and the sampling settings. Each further line is one answer. An answer whose line
+is incomplete or damaged is sampled again.
 """
 
 import json
@@ -18,7 +18,10 @@ Key = tuple[str, int]  # problem id, sample index
 
 
 class AnswerFile:
-    """The answers of one model to one benchmark; prompts: problem id -> what tells its prompt from others."""
+    """The answers of one model to one benchmark.
+
+    sampled_with: everything that the answers depend on. prompts: a digest of each problem's prompt, by problem id.
+    """
 
     def __init__(self, path: Path, sampled_with: Mapping[str, Any], prompts: Mapping[str, str]):
         self.path = path
@@ -26,9 +29,9 @@ class AnswerFile:
         self.prompts = dict(prompts)
 
     def begin(self) -> dict[Key, Rollout]:
-        """The answers that are there, in a file made ready for more.
+        """Returns the answers in the file and prepares the file for more.
 
-        Errors: UserError where they were sampled with something else, which is named, or the file holds other things.
+        Raises UserError if they were sampled with other settings or prompts, or if the file has another content.
         """
         with disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,15 +43,15 @@ class AnswerFile:
             values = _parsed(line)
             if (rollout := _rollout(values)) is not None:
                 self._check_prompt(rollout.problem_id, values.get("prompt"))
-                self.prompts.setdefault(rollout.problem_id, values.get("prompt"))  # of a problem not asked for now
+                self.prompts.setdefault(rollout.problem_id, values.get("prompt"))  # for a problem that is not used now
                 answers[rollout.problem_id, rollout.sample_index] = rollout
-        whole = [to_json({"sampled_with": self.sampled_with}), *map(self._line, answers.values())]
-        if lines != [*whole, ""]:
-            write_atomically(self.path, "\n".join(whole) + "\n")
+        intact = [to_json({"sampled_with": self.sampled_with}), *map(self._line, answers.values())]
+        if lines != [*intact, ""]:
+            write_atomically(self.path, "\n".join(intact) + "\n")
         return answers
 
     def add(self, rollouts: Sequence[Rollout]) -> None:
-        """Write answers; a full disk ends in a UserError, and what was written stays."""
+        """Appends answers. Raises UserError if the disk is full. Answers that were written before are kept."""
         for rollout in rollouts:
             append_line(self.path, self._line(rollout))
 
@@ -64,26 +67,27 @@ class AnswerFile:
         )
 
     def _check_header(self, header: Mapping[str, Any]) -> None:
-        there, here = header.get("sampled_with"), self.sampled_with
-        if not isinstance(there, dict):
-            raise UserError(f"{self.path} is no file of answers; give another --out, or remove it")
-        odd = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
+        stored, current = header.get("sampled_with"), self.sampled_with
+        if not isinstance(stored, dict):
+            raise UserError(f"{self.path} is not a file of answers; give another --out, or remove it")
+        odd = [key for key in sorted(stored.keys() | current.keys()) if stored.get(key) != current.get(key)]
         if odd:
-            changes = ", ".join(f"{key} was {there.get(key)!r} and is {here.get(key)!r}" for key in odd)
+            changes = ", ".join(f"{key} was {stored.get(key)!r} and is {current.get(key)!r}" for key in odd)
             raise UserError(
-                f"{self.path} holds answers that were sampled otherwise ({changes}); give another --out, or remove it"
+                f"{self.path} has answers that were sampled with other settings ({changes}); give another --out, or "
+                "remove it"
             )
 
     def _check_prompt(self, problem_id: str, prompt: Any) -> None:
         if problem_id in self.prompts and prompt != self.prompts[problem_id]:
             raise UserError(
-                f"{self.path} holds answers to another prompt of problem {problem_id!r}: the problem, the template or "
+                f"{self.path} has answers to another prompt of problem {problem_id!r}: the problem, the template or "
                 "evaluation.thinking has changed; give another --out, or remove it"
             )
 
 
 def _parsed(line: str) -> dict[str, Any]:
-    """The line's object; an empty one where there is none."""
+    """Returns the JSON object of a line; an empty one if the line has none."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
@@ -92,10 +96,10 @@ def _parsed(line: str) -> dict[str, Any]:
 
 
 def _rollout(line: Mapping[str, Any]) -> Rollout | None:
-    """None where the line is no whole answer."""
+    """Returns the answer of a line; None if it is incomplete or damaged."""
     id, sample, ids, finished = (line.get(name) for name in ("id", "sample", "response_ids", "finished"))
-    whole = isinstance(id, str) and type(sample) is int and isinstance(finished, bool) and isinstance(ids, list)
-    if not whole or not ids or not all(type(token) is int and token >= 0 for token in ids):
+    complete = isinstance(id, str) and type(sample) is int and isinstance(finished, bool) and isinstance(ids, list)
+    if not complete or not ids or not all(type(token) is int and token >= 0 for token in ids):
         return None
     return Rollout(
         problem_id=id,

@@ -1,7 +1,7 @@
-"""The benchmarks that are known by name, and problem files in their place.
+"""Loads benchmarks by name or from problem files.
 
-Names stand for sets on the Hugging Face hub, which `datasets` loads (from its cache where there is no network). A file
-is a benchmark too: `id`, `problem`, `answer`, and its name is the file's.
+A name is a data set on the Hugging Face hub. `datasets` loads it, without a network from its cache. A file is a
+benchmark too: it has the columns `id`, `problem` and `answer`. The benchmark then has the name of the file.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from megatron_paint.records import Problem
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a benchmark's problems come from; answer_mark: the answer is what follows its last occurrence."""
+    """The data set of a benchmark. answer_mark: the answer is the text after the last occurrence of this mark."""
 
     path: str
     split: str
@@ -41,27 +41,30 @@ NAMED = {
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """Problems to evaluate on, under the name that reports give them."""
+    """Problems to evaluate on, and their name in reports."""
 
     name: str
     problems: tuple[Problem, ...]
 
 
 def names_in(text: str) -> tuple[str, ...]:
-    """The names and files of a list with commas."""
+    """Splits a list of names and files at its commas."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def load_benchmarks(
     names: Sequence[str], settings: EvaluationSettings, *, prompt_limit: PromptLimit | None = None
 ) -> tuple[Benchmark, ...]:
-    """The benchmarks of these names or files; UserError that names the one that is not known or cannot be read."""
+    """Loads the benchmarks of these names or files.
+
+    Raises UserError that names a benchmark that is unknown, appears twice or cannot be read.
+    """
     found = [_load(name, settings, prompt_limit) for name in names]
     for number, benchmark in enumerate(found):
         if benchmark.name == "summary":
-            raise UserError(f"--benchmarks: {names[number]} would take the place of the summary; rename the file")
+            raise UserError(f"--benchmarks: {names[number]} would overwrite the summary; rename the file")
         if benchmark.name in {earlier.name for earlier in found[:number]}:
-            raise UserError(f"--benchmarks names {benchmark.name!r} twice; leave one out, or rename a file")
+            raise UserError(f"--benchmarks has {benchmark.name!r} twice; leave one out, or rename a file")
     return tuple(found)
 
 
@@ -79,12 +82,12 @@ def _load(name: str, settings: EvaluationSettings, prompt_limit: PromptLimit | N
 
 
 def _check_file(name: str) -> None:
-    """What is neither known nor a file may still be a name for `datasets`, if it looks like one."""
+    """Raises UserError unless the name is a file or looks like a name for `datasets`."""
     path = Path(name)
     if path.suffix in (*JSONL_ENDINGS, ".parquet") or path.exists() or "/" in name:
         return
     raise UserError(
-        f"--benchmarks: {name!r} is neither a known benchmark nor a file; known are {', '.join(NAMED)}."
+        f"--benchmarks: {name!r} is neither a known benchmark nor a file. The known benchmarks are {', '.join(NAMED)}."
         f"{nearest(name, NAMED)}"
     )
 
@@ -92,5 +95,5 @@ def _check_file(name: str) -> None:
 def _after(mark: str, problem: Problem) -> str:
     _, found, answer = problem.answer.rpartition(mark)
     if not found:
-        raise UserError(f"{problem.source}: the answer holds no {mark!r}, behind which this benchmark has it")
+        raise UserError(f"{problem.source}: the answer has no {mark!r}; this benchmark has the answer after this mark")
     return answer.strip().replace(",", "")

@@ -1,4 +1,4 @@
-"""Two evaluations side by side: only paired differences over the same problems tell two models apart."""
+"""Compares two evaluations. Only paired differences over the same problems can show that two models differ."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,33 +22,35 @@ MACRO = "macro average"
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """One benchmark, or the macro average: means of both, B minus A with its interval, and the chance of a difference
-    at least so large if the two did not differ."""
+    """The comparison of one benchmark or of the macro average."""
 
     benchmark: str
     problems: int
-    a: float
+    a: float  # mean score of A, in [0, 1]
     b: float
-    difference: Interval
-    p_value: float
+    difference: Interval  # B minus A
+    p_value: float  # chance of a difference at least this large if the two models were equal
 
 
 def compare_files(a: Path, b: Path) -> list[Compared]:
-    """Compares two folders of evaluations, or two report files. UserError: of different benchmarks or problems."""
+    """Compares two folders of evaluations or two report files.
+
+    Raises UserError if their benchmarks or problems differ, or if a file cannot be read.
+    """
     return compare(read_reports(a), read_reports(b))
 
 
 def compare(a: Sequence[EvalReport], b: Sequence[EvalReport]) -> list[Compared]:
-    """Benchmark by benchmark, in the order of `a`; with several of them the macro average at the end."""
+    """Compares each benchmark in the order of `a`. If there are several, the last row is the macro average."""
     by_name = {report.benchmark: report for report in b}
     b = [by_name[report.benchmark] for report in a] if by_name.keys() == {r.benchmark for r in a} else b
-    macro = _compare(MACRO, a, b)  # where benchmarks or problems differ, this tells it
+    macro = _compare(MACRO, a, b)  # raises UserError if benchmarks or problems differ
     rows = [_compare(one.benchmark, [one], [other]) for one, other in zip(a, b, strict=True)]
     return [*rows, macro] if len(rows) > 1 else rows
 
 
 def sampled_otherwise(a: Path, b: Path) -> list[str]:
-    """What else than the model the two evaluations differ in, where their folders say so."""
+    """Returns the recorded settings, other than the model, in which the two evaluations differ; one text for each."""
     ours, theirs = read_sampled_with(a), read_sampled_with(b)
     shared = sorted((ours.keys() & theirs.keys()) - {"model", "weights", "responses"})
     return [f"{key} {ours[key]} and {theirs[key]}" for key in shared if ours[key] != theirs[key]]
@@ -67,7 +69,7 @@ def _compare(name: str, a: Sequence[EvalReport], b: Sequence[EvalReport]) -> Com
 
 
 def lines(rows: Sequence[Compared]) -> list[list[str]]:
-    """The comparison as texts, shares in per cent."""
+    """Returns the cells of the comparison's table as texts, with shares in per cent."""
     return [
         [
             row.benchmark,
@@ -85,7 +87,7 @@ COLUMNS = ("benchmark", "problems", "A", "B", "B - A (paired)", "p")
 
 
 def console_table(rows: Sequence[Compared]) -> Table:
-    """The comparison as a table for the console."""
+    """Returns the comparison as a table for the console."""
     made = Table(title="Shares in %, with 95 % intervals over problems")
     for number, name in enumerate(COLUMNS):
         made.add_column(name, justify="right" if number else "left")
@@ -95,7 +97,7 @@ def console_table(rows: Sequence[Compared]) -> Table:
 
 
 def markdown(rows: Sequence[Compared], *, a: Path, b: Path) -> str:
-    """The comparison as a Markdown table."""
+    """Returns the comparison as a Markdown table."""
     head = [f"A = `{a}`, B = `{b}`; shares in %, 95 % intervals over problems, p by sign flips of problems.", ""]
     body = ["| " + " | ".join(row) + " |" for row in lines(rows)]
     return "\n".join([*head, "| " + " | ".join(COLUMNS) + " |", "|---|---:|---:|---:|---|---:|", *body]) + "\n"

@@ -1,4 +1,4 @@
-"""Avg@n of a model on a file of problems: sample, grade in worker processes, report."""
+"""Evaluates a model on problems: samples answers, grades them in worker processes and reports Avg@n."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,14 +15,14 @@ from megatron_paint.rollouts.engine import GenerationRequest, Sampler, SamplingP
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answers:
-    """What a sampler answered, not yet graded."""
+    """The answers of a sampler, before grading."""
 
-    sampled: list[Rollout]  # `evaluation.samples` a problem
-    greedy: list[Rollout]  # one a problem, or none
+    sampled: list[Rollout]  # `evaluation.samples` for each problem
+    greedy: list[Rollout]  # one for each problem, or empty
 
 
 class Evaluator:
-    """Evaluates on the same problems with the same keys every time, so that two evaluations can be paired."""
+    """Evaluates with the same problems and the same keys every time, so that two evaluations can be paired."""
 
     def __init__(self, settings: EvaluationSettings, problems: Sequence[Problem], prompts: Prompts, *, seed: int):
         self.settings = settings
@@ -38,9 +38,10 @@ class Evaluator:
         save: Callable[[Sequence[Rollout]], None] = lambda rollouts: None,
         at_once: int | None = None,
     ) -> Answers:
-        """The sampler's answers; every rank takes part.
+        """Samples the answers. All ranks call it together.
 
-        done: answers that are there already, greedy ones as sample -1; save: is given `at_once` new ones at a time.
+        done: answers that exist already, by (problem id, sample index); a greedy answer has sample index -1. save:
+        called with every `at_once` new answers. at_once: None samples all at once.
         """
         settings, done = self.settings, done or {}
         sampling = SamplingParameters.from_settings(settings, stop_ids=self.prompts.tokenizer.stop_ids)
@@ -63,15 +64,15 @@ class Evaluator:
 
     @property
     def count(self) -> int:
-        """How many answers an evaluation takes."""
+        """The number of answers of an evaluation."""
         return len(self.problems) * (self.settings.samples + self.settings.greedy)
 
     def prompt(self, problem: Problem) -> TokenIds:
-        """What the model is shown."""
+        """Returns the prompt of a problem."""
         return self.prompts.evaluation_prompt(problem, self.settings.thinking)
 
     def report(self, answers: Answers, *, step: int, benchmark: str, graders: GradingPool) -> EvalReport:
-        """The answers graded; the work of one rank."""
+        """Grades the answers and returns the report. Only one rank calls it."""
         sampled, greedy = self._grade(answers.sampled, graders), self._grade(answers.greedy, graders)
         return build_report(step, benchmark, sampled, greedy=greedy)
 
@@ -105,7 +106,7 @@ class Evaluator:
 
 
 def grade_all(ungraded: Sequence[Graded], answers: Mapping[str, str], graders: GradingPool) -> list[Graded]:
-    """The same with their verdicts; answers: problem id -> the right one."""
+    """Returns the responses with their grades. answers: the right answer of each problem id."""
     grades = graders.grade([(one.response_text, answers[one.problem_id]) for one in ungraded])
     return [
         replace(one, outcome=grade.outcome, extracted=grade.extracted)

@@ -1,7 +1,8 @@
 """Figures of an evaluation, with intervals over the draw of problems.
 
-A problem's score is the share of its samples that are right; Avg@n is the mean of these. Few problems make every
-figure uncertain (90 problems: about 3.5 points of standard error): compare two models only by `paired_difference`.
+The score of a problem is the share of its samples that are right. Avg@n is the mean of the scores. Few problems make
+every figure uncertain: 90 problems give a standard error of about 3.5 points. So compare two models only by
+`paired_difference`.
 """
 
 import math
@@ -19,16 +20,16 @@ from megatron_paint.records import EvalReport, Graded
 GREEDY = -1  # sample_index of greedy answers in an EvalReport
 RESAMPLES = 10_000
 LEVEL = 0.95
-BLOCK = 2_000_000  # resampled scores held at once
-FLIPS = 100_000
-MOST_EXACT = 16  # problems whose signs are all gone through
+BLOCK_SIZE = 2_000_000  # resampled scores in memory at once
+SIGN_DRAWS = 100_000
+MAX_EXACT_PROBLEMS = 16  # up to this number of problems, all sign combinations are computed
 ROUNDING = 1e-12
-SHARES, DIFFERENCES = (0.0, 1.0), (-1.0, 1.0)  # what a problem's score, or a difference of two, can be
+SHARES, DIFFERENCES = (0.0, 1.0), (-1.0, 1.0)  # ranges of a problem's score and of a difference of two scores
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean and its interval, all three shares or differences of shares."""
+    """A mean and the ends of its interval. They are shares or differences of shares."""
 
     mean: float
     low: float
@@ -36,9 +37,9 @@ class Interval:
 
 
 def pass_at_k(right: int, samples: int, k: int) -> float:
-    """Unbiased chance that at least one of k samples is right: 1 - C(n - c, k) / C(n, k), with 1 <= k <= n.
+    """Returns the unbiased chance that at least one of k samples is right: 1 - C(n - c, k) / C(n, k).
 
-    Source: Chen et al. 2021, arXiv 2107.03374, equation 1.
+    Raises ValueError unless 1 <= k <= n and 0 <= c <= n. Source: Chen et al. 2021, arXiv 2107.03374, equation 1.
     """
     if not (1 <= k <= samples and 0 <= right <= samples):
         raise ValueError(f"pass@k needs 1 <= k <= n and 0 <= c <= n, got k={k}, n={samples}, c={right}")
@@ -46,10 +47,10 @@ def pass_at_k(right: int, samples: int, k: int) -> float:
 
 
 def majority_score(answers: Sequence[Graded]) -> float:
-    """Chance that the most frequent answer of one problem is right, in [0, 1].
+    """Returns the chance that the most frequent answer of one problem is right, in [0, 1].
 
-    Right answers are one candidate however they are written; wrong ones are told apart by their normal form. Samples
-    without an answer do not vote. Among k equally frequent candidates each is taken with chance 1/k.
+    All right answers are one candidate. Wrong answers with different normal forms are different candidates. Samples
+    without an answer do not vote. If k candidates are equally frequent, each has the chance 1/k.
     """
     votes = Counter(
         "right" if answer.outcome == "right" else "wrong " + normal_form(answer.extracted or "")
@@ -65,34 +66,35 @@ def majority_score(answers: Sequence[Graded]) -> float:
 def mean_interval(
     groups: Sequence[np.ndarray], *, key: str, level: float = LEVEL, limits: tuple[float, float] = SHARES
 ) -> Interval:
-    """Mean of the groups' means, with a percentile interval that redraws problems within each group.
+    """Returns the mean of the groups' means with a percentile interval that redraws problems within each group.
 
     groups: one array [problems] of scores within `limits` for each benchmark. key: names the draw; the same key and
-    sizes give the same problems again. level: coverage in (0, 1). A group whose scores are all alike, which would be
-    certain by redrawing, widens the interval by that of `alike_interval`.
+    sizes draw the same problems again. level: coverage in (0, 1). Redrawing a group of equal scores gives no spread, so
+    such a group widens the interval by its `equal_scores_interval`.
     """
     generator = np.random.default_rng(zlib.crc32(key.encode("utf-8")))
     means, below, above = np.zeros(RESAMPLES), 0.0, 0.0
     for scores in groups:
-        rows = max(1, BLOCK // len(scores))
+        rows = max(1, BLOCK_SIZE // len(scores))
         for start in range(0, RESAMPLES, rows):
             stop = min(start + rows, RESAMPLES)
             drawn = generator.integers(0, len(scores), size=(stop - start, len(scores)))
             means[start:stop] += scores[drawn].mean(axis=1) / len(groups)
         if np.ptp(scores) < ROUNDING:
-            alike = alike_interval(float(scores[0]), len(scores), level=level, limits=limits)
-            below += (alike.mean - alike.low) / len(groups)
-            above += (alike.high - alike.mean) / len(groups)
+            equal = equal_scores_interval(float(scores[0]), len(scores), level=level, limits=limits)
+            below += (equal.mean - equal.low) / len(groups)
+            above += (equal.high - equal.mean) / len(groups)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(np.mean([scores.mean() for scores in groups])), float(low - below), float(high + above))
 
 
-def alike_interval(score: float, problems: int, *, level: float, limits: tuple[float, float]) -> Interval:
-    """Interval of the mean score where all of so many problems have the same one, of scores within `limits`.
+def equal_scores_interval(score: float, problems: int, *, level: float, limits: tuple[float, float]) -> Interval:
+    """Returns the interval of the mean score if all drawn problems have the same score.
 
-    Problems with this score make up at least q = ((1 - level) / 2)^(1 / problems) of all: with fewer, so many in a row
-    would be less likely than (1 - level) / 2. The others score anything within the limits. Where all are right, or none
-    is, this is the interval of Clopper and Pearson (Biometrika 26, 1934), about [0, 3.7 / problems] at 0 and 95 %.
+    The share of problems with this score is at least q = ((1 - level) / 2)^(1 / problems). With a smaller share, this
+    many equal draws would be less likely than (1 - level) / 2. All other problems may have any score within `limits`.
+    If all scores are 1 or all are 0, this is the interval of Clopper and Pearson (Biometrika 26, 1934): for 0 and 95 %
+    about [0, 3.7 / problems].
     """
     others = 1 - ((1 - level) / 2) ** (1 / problems)
     low, high = (score + others * (limit - score) for limit in limits)
@@ -114,30 +116,31 @@ def _right(answers: Sequence[Graded]) -> int:
 
 
 def _mean_length(graded: Sequence[Graded]) -> float:
-    """In tokens, over the answers whose length is known."""
+    """Returns the mean length in tokens over the answers whose length is known; NaN if none is known."""
     known = [answer.num_tokens for answer in graded if answer.num_tokens]
     return sum(known) / len(known) if known else math.nan
 
 
 def length_text(metrics: Mapping[str, float]) -> str:
-    """The mean length as a reader sees it; a file holds null where it is not known."""
+    """Returns the mean length as text; "-" if it is not known, which is NaN in memory and null in a file."""
     length = metrics["length_mean"]
     return "-" if length is None or math.isnan(length) else f"{length:,.0f}"
 
 
 def problem_scores(report: EvalReport) -> dict[str, float]:
-    """Share of right samples of each problem, greedy answers left out."""
+    """Returns the share of right samples of each problem, without greedy answers."""
     sampled = [answer for answer in report.answers if answer.sample_index != GREEDY]
     return {name: _right(group) / len(group) for name, group in _by_problem(sampled).items()}
 
 
 def build_report(step: int, benchmark: str, graded: Sequence[Graded], *, greedy: Sequence[Graded] = ()) -> EvalReport:
-    """The report on sampled answers, n for each problem, and on greedy ones if there are any.
+    """Returns the report on n sampled answers for each problem, and on greedy answers if there are any.
 
-    metrics, shares in [0, 1] unless said otherwise: avg, avg/low and avg/high (95 % over problems), avg/sampling_se
-    (standard error from the draw of n samples alone; n > 1) and avg/problem_se (from the draw of problems; more than
-    one problem), pass@1 .. pass@n, maj@n, truncated_share, no_answer_share, length_mean (tokens; NaN where no length is
-    known), timeouts (a count); greedy and greedy/length_mean with greedy answers, which are kept with sample_index -1.
+    The metrics are shares in [0, 1] unless noted: avg, avg/low and avg/high (95 % over problems), avg/sampling_se
+    (standard error from the draw of n samples; only for n > 1), avg/problem_se (standard error from the draw of
+    problems; only for more than one), pass@1 .. pass@n, maj@n, truncated_share, no_answer_share, length_mean (tokens;
+    NaN if no length is known), timeouts (a count), and with greedy answers greedy and greedy/length_mean. The report
+    has greedy answers with sample_index -1. Raises ValueError unless all problems have equally many samples.
     """
     groups = _by_problem(graded)
     samples = len(next(iter(groups.values())))
@@ -170,49 +173,53 @@ def build_report(step: int, benchmark: str, graded: Sequence[Graded], *, greedy:
 
 
 def paired_difference(*, before: EvalReport, after: EvalReport) -> Interval:
-    """Avg@n after minus before, with a 95 % interval over problems that both solved the same draw of.
+    """Returns Avg@n after minus before, paired by problem, with a 95 % interval over the draw of problems.
 
-    UserError: the reports are on different benchmarks or problems.
+    Raises UserError if the reports have different benchmarks or problems.
     """
     return macro_difference(before=[before], after=[after])
 
 
 def macro_average(reports: Sequence[EvalReport]) -> Interval:
-    """Mean of the benchmarks' Avg@n, with a 95 % interval over the problems within each."""
+    """Returns the mean of the benchmarks' Avg@n, with a 95 % interval over the problems within each benchmark."""
     groups = [np.array(list(problem_scores(report).values())) for report in reports]
     return mean_interval(groups, key="/".join(report.benchmark for report in reports))
 
 
 def macro_difference(*, before: Sequence[EvalReport], after: Sequence[EvalReport]) -> Interval:
-    """Macro average after minus before, paired by problem, with a 95 % interval; benchmarks in the same order."""
+    """Returns the macro average after minus before, paired by problem, with a 95 % interval.
+
+    Raises UserError unless both have the same benchmarks in the same order and the same problems.
+    """
     groups = paired_differences(before=before, after=after)
     return mean_interval(groups, key="/".join(report.benchmark for report in before), limits=DIFFERENCES)
 
 
 def sign_flip_p_value(groups: Sequence[np.ndarray], *, key: str) -> float:
-    """Chance of a mean of the groups' means as far from 0 as this one, if each problem's difference had either sign.
+    """Returns the chance of a mean at least as far from 0 as the observed one if the sign of each difference is random.
 
-    groups: one array [problems] of paired differences for each benchmark. Exact over all signs up to 16 problems that
-    differ at all, else over 100,000 draws that `key` names, with the observed signs counted as one of them.
+    groups: one array [problems] of paired differences for each benchmark; the mean is the mean of the groups' means.
+    Up to 16 problems with a difference the chance is exact over all signs. Above, it is estimated from 100,000 draws
+    named by `key`, with the observed signs counted as one more draw.
     """
     weighted = np.concatenate([group / len(group) for group in groups]) / len(groups)
     weighted = weighted[weighted != 0]
     observed = abs(weighted.sum())
-    if len(weighted) <= MOST_EXACT:
+    if len(weighted) <= MAX_EXACT_PROBLEMS:
         signs = 1 - 2 * (np.arange(2 ** len(weighted))[:, None] >> np.arange(len(weighted)) & 1)
         return float(np.mean(np.abs(signs @ weighted) >= observed - ROUNDING))
     generator = np.random.default_rng(zlib.crc32(key.encode("utf-8")))
-    rows, extreme = max(1, BLOCK // len(weighted)), 1
-    for start in range(0, FLIPS, rows):
-        drawn = generator.integers(0, 2, size=(min(rows, FLIPS - start), len(weighted))) * 2 - 1
+    rows, extreme = max(1, BLOCK_SIZE // len(weighted)), 1
+    for start in range(0, SIGN_DRAWS, rows):
+        drawn = generator.integers(0, 2, size=(min(rows, SIGN_DRAWS - start), len(weighted))) * 2 - 1
         extreme += int(np.sum(np.abs(drawn @ weighted) >= observed - ROUNDING))
-    return extreme / (FLIPS + 1)
+    return extreme / (SIGN_DRAWS + 1)
 
 
 def paired_differences(*, before: Sequence[EvalReport], after: Sequence[EvalReport]) -> list[np.ndarray]:
-    """Score after minus before of each problem, one array [problems] for each benchmark, in the same order.
+    """Returns score after minus before of each problem: one array [problems] for each benchmark, in the same order.
 
-    Errors: UserError where benchmarks or problems are not the same.
+    Raises UserError if benchmarks or problems differ.
     """
     names = [[report.benchmark for report in reports] for reports in (before, after)]
     if names[0] != names[1] or not names[0]:

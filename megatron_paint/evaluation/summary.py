@@ -1,4 +1,4 @@
-"""The results of an evaluation as files: JSON for programs, Markdown for readers, a plot."""
+"""Writes the results of an evaluation as JSON for programs, Markdown for readers and a plot. Reads reports again."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ SUMMARY = "summary.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
-    """Reports of one model on several benchmarks."""
+    """The reports of one model on several benchmarks."""
 
     model: str
     reports: tuple[EvalReport, ...]
@@ -25,12 +25,15 @@ class Evaluated:
 
     @property
     def macro(self) -> Interval:
-        """Mean of the benchmarks' Avg@n."""
+        """The mean of the benchmarks' Avg@n, with its interval."""
         return macro_average(self.reports)
 
 
 def write_summary(out: Path, evaluated: Evaluated) -> None:
-    """`summary.json`, `summary.md`, `summary.png`, and all answers of each benchmark in `BENCHMARK.json`."""
+    """Writes `summary.json`, `summary.md`, `summary.png`, and all answers of each benchmark in `BENCHMARK.json`.
+
+    Raises UserError if writing fails.
+    """
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         for report in evaluated.reports:
@@ -51,7 +54,7 @@ def _of(report: EvalReport) -> dict[str, Any]:
 
 
 def markdown(evaluated: Evaluated) -> str:
-    """A table of the benchmarks, shares in per cent with 95 % intervals over problems."""
+    """Returns a Markdown table of the benchmarks: shares in per cent, with 95 % intervals over problems."""
     lines = [
         f"# {evaluated.model}",
         "",
@@ -79,7 +82,7 @@ def markdown(evaluated: Evaluated) -> str:
 
 
 def plot(path: Path, evaluated: Evaluated) -> None:
-    """Avg@n and pass@n of each benchmark, with the interval of the first."""
+    """Draws Avg@n of each benchmark with its interval, and pass@n."""
     from matplotlib.figure import Figure
 
     names = [report.benchmark for report in evaluated.reports]
@@ -98,21 +101,21 @@ def plot(path: Path, evaluated: Evaluated) -> None:
 
 
 def read_reports(path: Path) -> tuple[EvalReport, ...]:
-    """The reports of an evaluation's folder, or of one report's file (those in a run folder's eval/ too).
+    """Reads the reports of an evaluation's folder, or one report file, such as those in a run folder's eval/.
 
-    Errors: UserError that names what cannot be read.
+    Raises UserError that names the file that cannot be read.
     """
     files = [path]
     if path.is_dir():
         try:
             files = [path / f"{name}.json" for name in list(_summary(path)["benchmarks"])]
         except (KeyError, TypeError) as error:
-            raise UserError(f"{path} holds no evaluation: {SUMMARY} names no benchmarks") from error
+            raise UserError(f"{path} has no evaluation: {SUMMARY} names no benchmarks") from error
     return tuple(map(read_report, files))
 
 
 def read_sampled_with(path: Path) -> dict[str, Any]:
-    """What an evaluation's folder says that its answers were sampled with; nothing of a lone report."""
+    """Returns the recorded sampling settings of an evaluation's folder. A single report file has none."""
     return dict(_summary(path).get("sampled_with") or {}) if path.is_dir() else {}
 
 
@@ -120,14 +123,14 @@ def _summary(folder: Path) -> dict[str, Any]:
     try:
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder} holds no evaluation: {SUMMARY} cannot be read ({error})") from error
+        raise UserError(f"{folder} has no evaluation: {SUMMARY} cannot be read ({error})") from error
     if not isinstance(summary, dict):
-        raise UserError(f"{folder} holds no evaluation: {SUMMARY} is no object")
+        raise UserError(f"{folder} has no evaluation: {SUMMARY} is not a JSON object")
     return summary
 
 
 def read_report(file: Path) -> EvalReport:
-    """One report; UserError where it cannot be read."""
+    """Reads one report. Raises UserError if it cannot be read."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         report = EvalReport(**{**content, "answers": tuple(Graded(**answer) for answer in content["answers"])})

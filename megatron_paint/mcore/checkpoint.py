@@ -18,6 +18,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_paint.base.errors import UserError
+from megatron_paint.checkpoints.run_state import RUN_STATE
 from megatron_paint.mcore.collectives import (
     all_ranks_do,
     begin_folder,
@@ -40,8 +41,6 @@ from megatron_paint.runtime.checksums import (
     unreadable,
     write_checksums,
 )
-
-STATE = "run_state.json"
 
 # The one sharding of Megatron's distributed optimiser that any layout can load. Megatron writes into what it is given.
 _METADATA = MappingProxyType(
@@ -84,7 +83,7 @@ def copy_checkpoint(
         finish_folder(folder, behind, write=write_part, finish=finish, mark=True)
 
     def finish(unfinished: Path, parts: list[dict[str, Checksum]]) -> None:
-        (unfinished / STATE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        (unfinished / RUN_STATE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         checksums = {name: checksum for part in parts for name, checksum in part.items()}
         rest = [file for file in sorted(unfinished.iterdir()) if file.is_file() and file.name not in checksums]
         write_checksums(unfinished, checksums | checksums_of(rest))
@@ -110,16 +109,16 @@ def _known_checksums(folder: Path) -> tuple[dict[str, Checksum], str | None]:
     try:
         if (checksums := read_checksums(folder)) is not None:
             return checksums, None
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = json.loads((folder / RUN_STATE).read_text(encoding="utf-8"))
         return {}, f"{CHECKSUMS} is missing" if state.get("has_checksums") else None
     except Damaged as error:
         return {}, str(error)
     except FileNotFoundError:
-        return {}, f"{STATE} is missing"
+        return {}, f"{RUN_STATE} is missing"
     except OSError as error:
-        raise unreadable(folder / STATE, error) from error
+        raise unreadable(folder / RUN_STATE, error) from error
     except (ValueError, AttributeError) as error:
-        return {}, f"{STATE} is not what was written ({error!r})"
+        return {}, f"{RUN_STATE} is not what was written ({error!r})"
 
 
 def load_checkpoint(folder: Path, stage: Stage, optimizer: MegatronOptimizer, teacher: Teacher) -> dict[str, Any]:
@@ -155,7 +154,7 @@ def _sizes(stage: Stage) -> dict[str, int | bool]:
 
 def _read_state(folder: str | Path, stage: Stage) -> dict[str, Any]:
     """The run's state; UserError where it cannot be read or is of a model of other sizes."""
-    file = Path(folder) / STATE
+    file = Path(folder) / RUN_STATE
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
         there = dict(state["model"])

@@ -1,4 +1,4 @@
-"""What the trainer and the planner know of a model: sizes and switches, not the name of its family."""
+"""The description of a model that the trainer and the planner use: sizes and switches. It has no family name."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class ModelShape:
     """Sizes and switches of a decoder-only transformer with RMSNorm, SwiGLU and rotary positions."""
 
-    source: str  # the config.json that it was read from
+    source: str  # path of the config.json that it was read from
     vocab_size: int
     hidden_size: int
     num_layers: int
@@ -22,14 +22,14 @@ class ModelShape:
     norm_eps: float
     max_positions: int
     dtype: str  # of the stored weights: "bfloat16", "float32", ...
-    num_experts: int = 0  # in each layer; 0 is a dense model
+    num_experts: int = 0  # in each layer; 0: a dense model
     experts_per_token: int = 0
     expert_ffn_size: int = 0
-    normalise_experts: bool = True  # the chosen experts' probabilities sum to 1
+    normalise_experts: bool = True  # True: the probabilities of the chosen experts are scaled to sum to 1
 
     @property
     def num_parameters(self) -> int:
-        """Number of weights; a tied embedding is counted once."""
+        """The number of weights. A tied embedding counts once."""
         projections = 2 * self.num_heads + 2 * self.num_groups  # query and output; key and value
         attention = self.hidden_size * self.head_dim * projections
         attention += 2 * self.head_dim if self.qk_norm else 0

@@ -1,4 +1,4 @@
-"""Checkpoints of LoRA runs: merged they are the run's own export, apart they are a PEFT adapter of the base model."""
+"""Checkpoints of LoRA runs: the merged model equals the run's export, and the adapters load as a PEFT adapter."""
 
 import json
 import os
@@ -21,7 +21,7 @@ LORA = ("model.lora={rank: 4, alpha: 8}", "run.steps=2", "optimizer.lr=0.05", "e
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """(model folder, run folder) of two steps with adapters at tensor parallel 2."""
+    """Returns (model folder, run folder) of two steps with adapters at tensor parallel 2."""
     layout = "tensor_model_parallel_size: 2, sequence_parallel: true"
     return train(tmp_path_factory.mktemp("lora"), layout)
 
@@ -95,12 +95,12 @@ def test_a_live_run_exports_adapters(tmp_path):
 def test_adapters_are_one_file(trained, tmp_path, capsys):
     command = ["convert", "to-hf", str(trained[1]), str(tmp_path / "out"), "--base", str(trained[0])]
     assert main([*command, "--lora", "adapter", "--shard-size", "1MB"]) == 2
-    assert "--shard-size: adapters are one file" in capsys.readouterr().err
+    assert "--shard-size: PEFT reads adapters from one file" in capsys.readouterr().err
 
 
 def test_a_checkpoint_without_adapters_has_none_to_give(trained, tmp_path, capsys):
     assert main(["convert", "to-megatron", str(trained[0]), str(tmp_path / "plain"), "--quiet"]) == 0
     command = ["convert", "to-hf", str(tmp_path / "plain"), str(tmp_path / "out"), "--base", str(trained[0])]
     assert main([*command, "--lora", "adapter"]) == 2
-    assert "holds no adapters" in capsys.readouterr().err
+    assert "has no adapters" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

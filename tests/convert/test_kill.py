@@ -1,4 +1,4 @@
-"""A conversion that is killed, or whose disk is full, leaves no output, and the same command then finishes the work."""
+"""A conversion that is killed or fills the disk leaves no output. The same command then finishes the work."""
 
 import json
 import os
@@ -20,12 +20,13 @@ from megatron_paint.convert.check import compare
 from tests.convert.family import make_member
 
 ROOT = Path(__file__).parents[2]
-# Small tasks, so that there is a middle.
+# Small tasks, so that the conversion can be interrupted in the middle.
 COMMAND = """
 import sys
-from megatron_paint.convert import arguments, work
+from megatron_paint.cli import convert_options
+from megatron_paint.convert import work
 work.TASK_BYTES = 20_000
-sys.exit(arguments.main())
+sys.exit(convert_options.main())
 """
 
 
@@ -95,7 +96,7 @@ def test_killed_and_resumed(action, processes, sources, tmp_path):
         running.send_signal(signal.SIGKILL)
         _, problem = running.communicate()
         wait_until(lambda workers=workers: not any(map(is_alive, workers)))
-        if out.exists():  # it was through before this process came to kill it
+        if out.exists():  # the conversion ended before this process could kill it
             shutil.rmtree(out)
             before = set()
             continue
@@ -108,15 +109,15 @@ def test_killed_and_resumed(action, processes, sources, tmp_path):
     printed, problem = finishing.communicate(timeout=600)
     assert finishing.returncode == 0, problem
     summary = json.loads(printed)
-    assert 0 < kept == summary["resumed_bytes"] <= summary["bytes"]  # what was done is not done again
+    assert 0 < kept == summary["resumed_bytes"] <= summary["bytes"]  # finished tasks are not done again
     assert is_right(action, sources, out)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("action", ["to-megatron", "to-hf"])
 @pytest.mark.parametrize(("limit", "processes"), [(600, 1), (15_000, 2)])
-def test_a_disk_that_refuses(action, processes, limit, sources, tmp_path):
-    """No file may grow beyond `limit` bytes, as on a disk without room: one line, no output; later it goes through."""
+def test_a_full_disk(action, processes, limit, sources, tmp_path):
+    """No file may grow beyond `limit` bytes. The command prints one line and makes no output. Later it succeeds."""
     out = tmp_path / "out"
     command = [*arguments(action, sources, out), "--processes", str(processes)]
     limits = (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1])

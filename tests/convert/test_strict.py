@@ -1,4 +1,4 @@
-"""What a converter must not let pass: mixed types, sources that change, damage of every kind, numbers that are lost."""
+"""What a converter must refuse: mixed types, sources that change, damage of every kind, numbers that are lost."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def test_types_that_megatron_cannot_keep_apart(odd, model, tmp_path, capsys):
 
     source = changed(model, tmp_path, widen)
     command = ["convert", "to-megatron", str(source), str(tmp_path / "out"), "--quiet"]
-    if odd == "lm_head.weight":  # a tensor of its own
+    if odd == "lm_head.weight":  # a separate tensor
         assert main(command) == 0
     else:
         assert main(command) == 2
@@ -85,7 +85,7 @@ def test_a_source_that_changes_meanwhile(processes, model, tmp_path, monkeypatch
 
 
 def test_any_flipped_bit_of_a_piece(model, tmp_path):
-    """An error of the user's, or numbers: never another exception."""
+    """The result is a UserError or numbers, and never another exception."""
     megatron = shutil.copytree(model / "megatron", tmp_path / "megatron")
     key = "decoder.final_layernorm.weight"
     (piece,) = CheckpointReader(megatron).tensors[key].pieces
@@ -105,25 +105,25 @@ def test_any_flipped_bit_of_a_piece(model, tmp_path):
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (lambda manifest: "{", "is damaged"),
         (lambda manifest: "[" * 10_000, "is damaged"),
         (lambda manifest: {"tensors": {}}, "is damaged"),
-        (lambda manifest: manifest | {"tensors": {}}, "is of other tensors"),
+        (lambda manifest: manifest | {"tensors": {}}, "lists other tensors"),
         (lambda manifest: with_norm(manifest, dtype="bfloat17"), "model.norm.weight has no type"),
-        (lambda manifest: with_norm(manifest, sha256="0"), "the checksum of model.norm.weight is none"),
-        (lambda manifest: with_norm(manifest, shape=[47]), "is of other tensors"),
-        (lambda manifest: with_norm(manifest, sha256="0" * 64), "model.norm.weight is not what was converted"),
+        (lambda manifest: with_norm(manifest, sha256="0"), "the checksum of model.norm.weight is not a SHA-256"),
+        (lambda manifest: with_norm(manifest, shape=[47]), "lists other tensors"),
+        (lambda manifest: with_norm(manifest, sha256="0" * 64), "model.norm.weight differs from what was converted"),
     ],
 )
-def test_a_damaged_manifest(content, says, processes, model, tmp_path, capfd):
+def test_a_damaged_manifest(content, message, processes, model, tmp_path, capfd):
     megatron = shutil.copytree(model / "megatron", tmp_path / "megatron")
     written = content(json.loads((megatron / MANIFEST).read_text()))
     (megatron / MANIFEST).write_text(written if isinstance(written, str) else json.dumps(written))
     assert to_hf(model, megatron, tmp_path / "out", "--processes", str(processes)) == 2
     (line,) = capfd.readouterr().err.strip().splitlines()
-    assert says in line
+    assert message in line
     assert not (tmp_path / "out").exists()
 
 
@@ -132,8 +132,8 @@ def with_norm(manifest, **values):
     return manifest | {"tensors": tensors | {"model.norm.weight": tensors["model.norm.weight"] | values}}
 
 
-def test_an_error_of_a_worker_is_its_own(model, tmp_path, monkeypatch, capfd):
-    """Of two processes, both find the source damaged: one line that says so, and nothing of memory."""
+def test_an_error_of_a_worker_is_printed_once(model, tmp_path, monkeypatch, capfd):
+    """Both of two processes find the source damaged. One line reports it and does not mention memory."""
     monkeypatch.setattr(work, "TASK_BYTES", 20_000)
     megatron = shutil.copytree(model / "megatron", tmp_path / "megatron")
     (path,) = {megatron / p.file for t in CheckpointReader(megatron).tensors.values() for p in t.pieces}
@@ -151,8 +151,8 @@ def test_a_type_that_was_narrowed_is_compared_in_it(model, tmp_path, capsys):
     assert "after rounding" in capsys.readouterr().out
 
 
-def test_check_names_the_worst_of_what_differs(model, tmp_path):
-    """Equal infinities and a zero of the other sign mislead nobody."""
+def test_check_names_the_largest_difference(model, tmp_path):
+    """Equal infinities do not hide it, and a zero of the other sign differs."""
 
     def spoil(tensors):
         tensors["model.norm.weight"][3] = torch.inf
@@ -171,19 +171,19 @@ def test_check_names_the_worst_of_what_differs(model, tmp_path):
     assert found["model.layers.0.input_layernorm.weight"].where == (7,)
 
 
-def test_numbers_that_are_none(model, tmp_path, capsys):
+def test_nan_and_infinity(model, tmp_path, capsys):
     source = changed(
         model, tmp_path, lambda tensors: tensors["model.norm.weight"].index_fill_(0, torch.tensor(2), torch.nan)
     )
     command = ["convert", "to-megatron", str(source), str(tmp_path / "out"), "--quiet"]
     assert main([*command, "--dtype", "float32"]) == 2
-    assert "model.norm.weight holds infinite numbers or NaN" in capsys.readouterr().err
-    assert main(command) == 0  # bits are copied as they are
+    assert "model.norm.weight has infinite numbers or NaN" in capsys.readouterr().err
+    assert main(command) == 0  # bits are copied without a change
     assert compare(source, tmp_path / "out").equal
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling link", "file"])
-def test_what_is_no_folder_is_not_replaced(kind, model, tmp_path, capsys):
+def test_links_and_files_are_not_replaced(kind, model, tmp_path, capsys):
     out = tmp_path / "out"
     (tmp_path / "target").mkdir()
     if kind == "file":
@@ -197,7 +197,7 @@ def test_what_is_no_folder_is_not_replaced(kind, model, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "target"]
 
 
-def test_records_without_their_files_are_not_believed(model, tmp_path, monkeypatch):
+def test_records_without_their_files_are_ignored(model, tmp_path, monkeypatch):
     monkeypatch.setattr(work, "TASK_BYTES", 20_000)
     monkeypatch.setattr(ToMegatron, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -215,25 +215,25 @@ def test_records_without_their_files_are_not_believed(model, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE scaling"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "RoPE scaling"),
-        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "rotary embedding of a part"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "rotary embedding of only a part"),
         ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_theta=nan"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', not true or false"),
         ({"hidden_size": 48.5}, "hidden_size is 48.5, not a whole number"),
         ({"num_attention_heads": True}, "num_attention_heads is True, not a whole number"),
     ],
 )
-def test_configs_that_are_not_understood(change, says, model, tmp_path):
+def test_unsupported_configs(change, message, model, tmp_path):
     config = json.loads((model / "hf" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         read_shape(tmp_path)
 
 
-def test_a_missing_file_is_said_once(model, tmp_path):
+def test_a_missing_file_is_reported_once(model, tmp_path):
     megatron = shutil.copytree(model / "megatron", tmp_path / "megatron")
     (megatron / "__0_0.distcp").unlink()
     with pytest.raises(UserError) as caught:
@@ -251,7 +251,7 @@ def test_every_layer_of_a_tensor_has_its_type(model):
 
 
 def test_a_description_of_a_few_bytes_takes_no_memory(model, tmp_path):
-    """A memo index of 200 million makes Python's unpickler reserve gigabytes before it reads on."""
+    """A memo index of 200 million makes Python's unpickler reserve gigabytes before it reads the rest."""
     megatron = shutil.copytree(model / "megatron", tmp_path / "megatron")
     (megatron / METADATA).write_bytes(b"N" + pickle.LONG_BINPUT + (200_000_000).to_bytes(4, "little") + b".")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

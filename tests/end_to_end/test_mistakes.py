@@ -223,7 +223,7 @@ def _change_config(model, **values):
 CONFIGS = {
     "not a Qwen3": ({"model_type": "llama"}, "'llama'"),
     "sliding window": ({"use_sliding_window": True}, "sliding-window"),
-    "heads that no group divides": ({"num_attention_heads": 5}, "5 heads"),
+    "heads that no group divides": ({"num_attention_heads": 5}, "5 attention heads"),
     "a size of 0": ({"hidden_size": 0}, "hidden_size=0"),
     "a size that is text": ({"num_hidden_layers": "many"}, "not a Qwen3 config"),
     "a mixture of experts": (
@@ -232,7 +232,7 @@ CONFIGS = {
     ),
     "attention bias": ({"attention_bias": True}, "attention_bias"),
     "other sizes than the weights": ({"intermediate_size": 128}, "shape"),
-    "one layer too many": ({"num_hidden_layers": 3}, "lacks model.layers.2"),
+    "one layer too many": ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
 }
 
 

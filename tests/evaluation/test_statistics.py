@@ -1,4 +1,4 @@
-"""Figures of an evaluation against numbers worked by hand."""
+"""Figures of an evaluation against numbers worked by hand and against scipy."""
 
 import math
 
@@ -15,6 +15,7 @@ from megatron_paint.evaluation.statistics import (
     mean_interval,
     paired_difference,
     pass_at_k,
+    sign_flip_p_value,
 )
 from megatron_paint.records import Graded
 
@@ -22,7 +23,7 @@ OUTCOMES = {"r": "right", "w": "wrong", "n": "no_answer", "t": "timeout"}
 
 
 def graded(problem, marks, *, answers=None, tokens=10, finished=True):
-    """One Graded for each letter of `marks`: r, w, n, t."""
+    """Makes one Graded for each letter of `marks`: r, w, n, t."""
     return [
         Graded(
             problem_id=problem,
@@ -131,7 +132,7 @@ def test_interval_is_that_of_the_binomial():
     assert mean_interval([scores], key="x", level=0.5).low > interval.low
 
 
-def test_interval_covers_the_truth_about_as_often_as_it_says():
+def test_interval_covers_the_truth_about_as_often_as_its_level():
     generator = np.random.default_rng(0)
     covered = 0
     for number in range(60):
@@ -143,7 +144,7 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
 @pytest.mark.parametrize("problems", [1, 2, 30, 500])
 @pytest.mark.parametrize("level", [0.5, 0.95])
 def test_interval_where_all_problems_are_right_or_none_is(problems, level):
-    """Redrawing would call it certain; it is the exact interval of the binomial."""
+    """Redrawing problems gives no spread. The interval is the exact one of the binomial distribution."""
     for score in (0, 1):
         found = mean_interval([np.full(problems, float(score))], key="x", level=level)
         exact = scipy.stats.binomtest(score * problems, problems).proportion_ci(level, method="exact")
@@ -153,8 +154,8 @@ def test_interval_where_all_problems_are_right_or_none_is(problems, level):
         assert min(max(found.high, 0.0), 1.0) == found.high
 
 
-def test_interval_where_all_problems_score_alike():
-    """0.025^(1/10) = 0.6915: that many problems score 1/3, and the others score anything."""
+def test_interval_where_all_scores_are_equal():
+    """At least 0.025^(1/10) = 0.6915 of all problems have the score 1/3. The others may have any score."""
     found = mean_interval([np.full(10, 1 / 3)], key="x")
     assert (found.low, found.high) == pytest.approx((0.6915 / 3, 0.6915 / 3 + 0.3085), abs=1e-4)
     half = np.array([0.0, 1.0] * 50)  # [0.40, 0.60], as above
@@ -178,7 +179,7 @@ def test_paired_difference_by_hand():
 
 
 def test_pairing_removes_the_spread_between_problems():
-    """All but one problem gain one sample in four: the difference is nearly certain, though the scores vary widely."""
+    """Every problem except one gains one sample in four. The difference is almost certain; the scores vary widely."""
     marks = ["wwww", "rwww", "rrww", "rrrw"] * 5 + ["rrrr"]
     gains = [mark.replace("w", "r", 1) for mark in marks]
     before = build_report(0, "x", [g for i, mark in enumerate(marks) for g in graded(str(i), mark)])
@@ -210,3 +211,33 @@ def test_macro_average_weighs_benchmarks_and_not_problems():
     assert macro_average([small, large]).mean == pytest.approx((1 + 1 / 3) / 2)
     better = build_report(1, "large", graded("b", "r") + graded("c", "w") + graded("d", "r"))
     assert macro_difference(before=[small, large], after=[small, better]).mean == pytest.approx(1 / 6)
+
+
+def test_pass_at_k_and_intervals_against_scipy():
+    generator = np.random.default_rng(3)
+    scores = generator.integers(0, 13, size=90) / 12
+    ours = mean_interval([scores], key="any")
+    theirs = scipy.stats.bootstrap((scores,), np.mean, n_resamples=20_000, method="percentile", rng=generator)
+    assert ours.low == pytest.approx(theirs.confidence_interval.low, abs=0.01)
+    assert ours.high == pytest.approx(theirs.confidence_interval.high, abs=0.01)
+    for right in range(13):
+        for k in (1, 3, 12):
+            assert pass_at_k(right, 12, k) == pytest.approx(1 - scipy.stats.hypergeom(12, right, k).pmf(0))
+
+
+@pytest.mark.parametrize(("problems", "shift"), [(8, 0.2), (12, 0.05), (60, 0.05), (300, 0.0)])
+def test_p_values_against_scipy(problems, shift):
+    generator = np.random.default_rng(problems)
+    differences = generator.integers(-4, 5, size=problems) / 12 + shift
+    theirs = scipy.stats.permutation_test(
+        (differences,), np.mean, permutation_type="samples", n_resamples=100_000, rng=generator
+    )
+    assert sign_flip_p_value([differences], key="k") == pytest.approx(theirs.pvalue, abs=0.006)
+
+
+def test_p_values_at_the_ends():
+    assert sign_flip_p_value([np.array([0.1, 0.2, -0.3])], key="k") == 1.0  # a sum of 0, except for rounding
+    assert sign_flip_p_value([np.zeros(40)], key="k") == 1.0
+    assert sign_flip_p_value([np.full(10, 0.1)], key="k") == 2 / 2**10
+    assert sign_flip_p_value([np.full(50, 0.1)], key="k") == 1 / 100_001
+    assert sign_flip_p_value([np.full(5, 0.1), np.zeros(7)], key="k") == 2 / 2**5

@@ -1,8 +1,8 @@
-"""The one table between Qwen3's tensors in Hugging Face checkpoints and Megatron-Core's parameters.
+"""The table between Qwen3's tensors in Hugging Face checkpoints and Megatron-Core's parameters. There is no other one.
 
-Every Megatron parameter is made of runs of rows of Hugging Face tensors, so one list of runs describes both directions,
-any slice of either side, and each tensor-parallel rank's share. Names of both kinds of layer (Megatron's local ones and
-Transformer Engine's, which fuse norms into the linear layers) are understood.
+Every Megatron parameter consists of runs of rows of Hugging Face tensors. One list of runs describes both directions,
+any slice of either side, and the part of each tensor-parallel rank. The table knows the names of both kinds of layer:
+Megatron's local layers, and Transformer Engine's, which fuse norms into the linear layers.
 """
 
 import re
@@ -15,45 +15,45 @@ from torch import Tensor
 
 from megatron_paint.models.shape import ModelShape
 
-Read = Callable[..., Tensor]  # read(name, rows=slice, columns=slice | None) -> that part of the tensor
+Read = Callable[..., Tensor]  # read(name, rows=slice, columns=slice | None) returns that part of the tensor
 
 
 def part(size: int, *, rank: int, ranks: int) -> slice:
-    """The contiguous part of `size` entries that belongs to `rank`."""
+    """Returns the contiguous part of `size` entries that belongs to `rank`."""
     return slice(rank * size // ranks, (rank + 1) * size // ranks)
 
 
 @dataclass(frozen=True)
 class Segment:
-    """`rows` rows of the Hugging Face tensor `name` from `source`, which are Megatron's rows from `row`."""
+    """A run of rows: rows source to source + rows of the tensor `name` are rows row to row + rows of Megatron's."""
 
-    name: str
-    source: int
-    row: int
-    rows: int
+    name: str  # of the Hugging Face tensor
+    source: int  # first row in the Hugging Face tensor
+    row: int  # first row in Megatron's parameter
+    rows: int  # number of rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """How one Megatron parameter is made of rows of Hugging Face tensors, and how tensor-parallel ranks share it.
+    """How one Megatron parameter consists of rows of Hugging Face tensors, and how tensor-parallel ranks share it.
 
-    split: none (every rank has all), rows, columns, or halves (a part of the first half of the rows, then the same part
-    of the second: not a slice of the whole).
+    split: none (every rank has all rows), rows, columns, or halves. With halves a rank has a part of the first half of
+    the rows and then the same part of the second half. This is not one slice of the parameter.
     """
 
-    shape: tuple[int, ...]  # of the whole parameter: (rows,) or (rows, columns)
+    shape: tuple[int, ...]  # of the complete parameter: (rows,) or (rows, columns)
     segments: tuple[Segment, ...]  # in the order of Megatron's rows, without gaps
     split: Literal["none", "rows", "columns", "halves"]
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and whole shapes of the Hugging Face tensors."""
+        """Returns the complete shapes of the Hugging Face tensors, by name."""
         rows: dict[str, int] = {}
         for segment in self.segments:
             rows[segment.name] = rows.get(segment.name, 0) + segment.rows
         return {name: (count, *self.shape[1:]) for name, count in rows.items()}
 
     def shard_rows(self, *, rank: int, ranks: int) -> tuple[slice, ...]:
-        """The rows that a tensor-parallel rank holds."""
+        """Returns the rows of a tensor-parallel rank."""
         rows = self.shape[0]
         if self.split == "rows":
             return (part(rows, rank=rank, ranks=ranks),)
@@ -63,11 +63,11 @@ class Rule:
         return (slice(0, rows),)
 
     def shard_columns(self, *, rank: int, ranks: int) -> slice | None:
-        """The columns that a tensor-parallel rank holds; None for all."""
+        """Returns the columns of a tensor-parallel rank; None if it has all columns."""
         return part(self.shape[1], rank=rank, ranks=ranks) if self.split == "columns" else None
 
     def read_rows(self, read: Read, rows: slice, columns: slice | None = None) -> Tensor:
-        """These rows of the whole Megatron parameter."""
+        """Returns these rows of the complete Megatron parameter."""
         found = []
         for segment in self.segments:
             low, high = max(rows.start, segment.row), min(rows.stop, segment.row + segment.rows)
@@ -77,7 +77,7 @@ class Rule:
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def locate(self, name: str, rows: slice) -> Iterator[slice]:
-        """Where these rows of a Hugging Face tensor stand among Megatron's, in their order."""
+        """Yields the positions of these rows of a Hugging Face tensor in Megatron's parameter, in their order."""
         for segment in self.segments:
             low, high = max(rows.start, segment.source), min(rows.stop, segment.source + segment.rows)
             if segment.name == name and low < high:
@@ -85,16 +85,16 @@ class Rule:
                 yield slice(low + shift, high + shift)
 
     def load(self, read: Read, *, rank: int, ranks: int) -> Tensor:
-        """The parameter of tensor-parallel rank `rank` of `ranks`."""
+        """Returns the parameter of tensor-parallel rank `rank` of `ranks`."""
         columns = self.shard_columns(rank=rank, ranks=ranks)
         parts = [self.read_rows(read, rows, columns) for rows in self.shard_rows(rank=rank, ranks=ranks)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def unload(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The Hugging Face tensors, from the parameters of all tensor-parallel ranks in order."""
-        whole = self._join(shards)
+        """Returns the Hugging Face tensors. shards: the parameters of all tensor-parallel ranks, in rank order."""
+        joined = self._join(shards)
         return {
-            name: torch.cat([whole[rows] for rows in self.locate(name, slice(0, shape[0]))])
+            name: torch.cat([joined[rows] for rows in self.locate(name, slice(0, shape[0]))])
             for name, shape in self.hf_shapes().items()
         }
 
@@ -109,13 +109,13 @@ class Rule:
         return torch.cat((*firsts, *seconds))
 
 
-def _whole(name: str, *shape: int, split: Literal["none", "rows", "columns"] = "none") -> Rule:
-    """One Hugging Face tensor as it is."""
+def _single(name: str, *shape: int, split: Literal["none", "rows", "columns"] = "none") -> Rule:
+    """The parameter equals one Hugging Face tensor."""
     return Rule(shape=shape, segments=(Segment(name, 0, 0, shape[0]),), split=split)
 
 
 def _gate_up(prefix: str, *, ffn: int, hidden: int) -> Rule:
-    """All gate rows, then all up rows."""
+    """The parameter has all gate rows, then all up rows."""
     segments = (
         Segment(f"{prefix}gate_proj.weight", 0, 0, ffn),
         Segment(f"{prefix}up_proj.weight", 0, ffn, ffn),
@@ -124,7 +124,7 @@ def _gate_up(prefix: str, *, ffn: int, hidden: int) -> Rule:
 
 
 def _qkv(prefix: str, shape: ModelShape) -> Rule:
-    """Interleaved by key-value group: the group's query heads, its key, its value."""
+    """The rows are interleaved by key-value group: the group's query heads, then its key, then its value."""
     head, queries = shape.head_dim, shape.num_heads // shape.num_groups * shape.head_dim
     segments, row = [], 0
     for group in range(shape.num_groups):
@@ -134,51 +134,51 @@ def _qkv(prefix: str, shape: ModelShape) -> Rule:
     return Rule(shape=(row, shape.hidden_size), segments=tuple(segments), split="rows")
 
 
-_SPELLINGS = {  # Transformer Engine's fused names -> the names of the table
+_FUSED_NAMES = {  # Transformer Engine's fused names -> the names of the table
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 
 
 def layer_rules(shape: ModelShape, layer: int) -> dict[str, Rule]:
-    """Rules of layer `layer` (from 0), by the parameter's name inside the layer; experts apart."""
+    """Returns the rules of a layer (from 0) by the parameter's name inside the layer. Experts are not included."""
     hf, hidden = f"model.layers.{layer}.", shape.hidden_size
     rules = {
-        "input_layernorm.weight": _whole(hf + "input_layernorm.weight", hidden),
+        "input_layernorm.weight": _single(hf + "input_layernorm.weight", hidden),
         "self_attention.linear_qkv.weight": _qkv(hf + "self_attn.", shape),
-        "self_attention.q_layernorm.weight": _whole(hf + "self_attn.q_norm.weight", shape.head_dim),
-        "self_attention.k_layernorm.weight": _whole(hf + "self_attn.k_norm.weight", shape.head_dim),
-        "self_attention.linear_proj.weight": _whole(
+        "self_attention.q_layernorm.weight": _single(hf + "self_attn.q_norm.weight", shape.head_dim),
+        "self_attention.k_layernorm.weight": _single(hf + "self_attn.k_norm.weight", shape.head_dim),
+        "self_attention.linear_proj.weight": _single(
             hf + "self_attn.o_proj.weight", hidden, shape.num_heads * shape.head_dim, split="columns"
         ),
-        "pre_mlp_layernorm.weight": _whole(hf + "post_attention_layernorm.weight", hidden),
+        "pre_mlp_layernorm.weight": _single(hf + "post_attention_layernorm.weight", hidden),
     }
     if shape.num_experts:
-        return rules | {"mlp.router.weight": _whole(hf + "mlp.gate.weight", shape.num_experts, hidden)}
+        return rules | {"mlp.router.weight": _single(hf + "mlp.gate.weight", shape.num_experts, hidden)}
     return rules | {f"mlp.{name}": rule for name, rule in _mlp(hf + "mlp.", shape.ffn_size, hidden).items()}
 
 
 def expert_rules(shape: ModelShape, layer: int, expert: int) -> dict[str, Rule]:
-    """Rules of one expert, by the parameter's name inside the expert."""
+    """Returns the rules of one expert by the parameter's name inside the expert."""
     return _mlp(f"model.layers.{layer}.mlp.experts.{expert}.", shape.expert_ffn_size, shape.hidden_size)
 
 
 def _mlp(prefix: str, ffn: int, hidden: int) -> dict[str, Rule]:
     return {
         "linear_fc1.weight": _gate_up(prefix, ffn=ffn, hidden=hidden),
-        "linear_fc2.weight": _whole(f"{prefix}down_proj.weight", hidden, ffn, split="columns"),
+        "linear_fc2.weight": _single(f"{prefix}down_proj.weight", hidden, ffn, split="columns"),
     }
 
 
 def outer_rules(shape: ModelShape) -> dict[str, Rule]:
-    """Rules of what stands before and after the layers."""
+    """Returns the rules of the parameters before and after the layers."""
     vocabulary = (shape.vocab_size, shape.hidden_size)
     rules = {
-        "embedding.word_embeddings.weight": _whole("model.embed_tokens.weight", *vocabulary, split="rows"),
-        "decoder.final_layernorm.weight": _whole("model.norm.weight", shape.hidden_size),
+        "embedding.word_embeddings.weight": _single("model.embed_tokens.weight", *vocabulary, split="rows"),
+        "decoder.final_layernorm.weight": _single("model.norm.weight", shape.hidden_size),
     }
     if not shape.tied:
-        rules["output_layer.weight"] = _whole("lm_head.weight", *vocabulary, split="rows")
+        rules["output_layer.weight"] = _single("lm_head.weight", *vocabulary, split="rows")
     return rules
 
 
@@ -189,9 +189,10 @@ _EXPERT = re.compile(
 
 
 def rule_of(name: str, shape: ModelShape, *, first_layer: int, first_expert: int = 0) -> Rule:
-    """The rule of one parameter of a pipeline stage whose layers and experts begin at these global indices.
+    """Returns the rule of one parameter of a pipeline stage.
 
-    A tied last stage holds a copy of the embedding under `output_layer.weight`.
+    first_layer, first_expert: global indices of the stage's first layer and expert. If the embedding is tied, the last
+    stage holds a copy of it under `output_layer.weight`. Raises KeyError for an unknown parameter.
     """
     matched = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
     if matched is None:
@@ -199,7 +200,7 @@ def rule_of(name: str, shape: ModelShape, *, first_layer: int, first_expert: int
         inside, rules = "embedding.word_embeddings.weight" if copied else name, outer_rules(shape)
     else:
         layer = first_layer + int(matched[1])
-        inside, rules = _SPELLINGS.get(matched[2], matched[2]), layer_rules(shape, layer)
+        inside, rules = _FUSED_NAMES.get(matched[2], matched[2]), layer_rules(shape, layer)
         if expert := _EXPERT.fullmatch(inside):
             number = first_expert + int(expert["local"] or expert["grouped"] or 0)
             inside, rules = expert["one"] or f"{expert['many']}.weight", expert_rules(shape, layer, number)
@@ -209,30 +210,30 @@ def rule_of(name: str, shape: ModelShape, *, first_layer: int, first_expert: int
 
 
 def hugging_face_shapes(shape: ModelShape) -> Mapping[str, tuple[int, ...]]:
-    """Every tensor that a checkpoint of this shape holds, with its shape, in the order of the network."""
+    """Returns the shape of every tensor of a checkpoint, by name, in the order of the network."""
     return {name: size for entry in checkpoint_entries(shape) for name, size in entry.rule.hf_shapes().items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One parameter in a Megatron checkpoint: what `rule` makes stands at `place` of the tensor `key`.
+    """One parameter in a Megatron checkpoint: the parameter of `rule` is stored at `place` of the tensor `key`.
 
-    A checkpoint stacks the layers' parameters along a first axis, and the experts' along a second.
+    A checkpoint stacks the layers' parameters along a first axis and the experts' parameters along a second axis.
     """
 
     key: str
     rule: Rule
-    place: tuple[int, ...] = ()  # (layer,), (layer, expert) or nothing
+    place: tuple[int, ...] = ()  # (layer,), (layer, expert) or ()
     stack: tuple[int, ...] = ()  # sizes of these axes
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole tensor `key`."""
+        """The shape of the complete tensor `key`."""
         return (*self.stack, *self.rule.shape)
 
 
 def checkpoint_entries(shape: ModelShape) -> Iterator[Entry]:
-    """Every parameter of a Megatron checkpoint, in the order of the network."""
+    """Yields every parameter of a Megatron checkpoint in the order of the network."""
     outer = outer_rules(shape)
     yield Entry(key="embedding.word_embeddings.weight", rule=outer.pop("embedding.word_embeddings.weight"))
     for layer in range(shape.num_layers):
@@ -241,13 +242,13 @@ def checkpoint_entries(shape: ModelShape) -> Iterator[Entry]:
         yield Entry(key=key, rule=rule)
 
 
-# Modules of a layer beside which Megatron or Transformer Engine looks for state of their own.
+# Megatron or Transformer Engine also looks for extra state of these modules of a layer.
 _STATEFUL = ("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention")
 _STATEFUL += ("self_attention.q_layernorm", "self_attention.k_layernorm", "input_layernorm", "pre_mlp_layernorm")
 
 
 def empty_entries(shape: ModelShape) -> Iterator[str]:
-    """Names of the objects beside the weights that Megatron asks of a checkpoint; without FP8 scales they are empty."""
+    """Yields the names of the extra objects that Megatron looks for in a checkpoint. Without FP8 they are empty."""
     yield "decoder.final_layernorm._extra_state/shard_0_1"
     layers, experts = shape.num_layers, shape.num_experts
     linear = ("linear_fc1", "linear_fc2")
@@ -261,9 +262,9 @@ def empty_entries(shape: ModelShape) -> Iterator[str]:
 
 
 def _layer_entries(shape: ModelShape, layer: int) -> Iterator[Entry]:
-    fused = {inside: spelling for spelling, inside in _SPELLINGS.items()}
+    fused = {inside: name for name, inside in _FUSED_NAMES.items()}
     if shape.num_experts:
-        del fused["pre_mlp_layernorm.weight"]  # it also feeds the router, so no layer fuses it
+        del fused["pre_mlp_layernorm.weight"]  # the router uses it too, so no layer fuses it
     stack = (shape.num_layers,)
     for inside, rule in layer_rules(shape, layer).items():
         yield Entry(key=f"decoder.layers.{fused.get(inside, inside)}", rule=rule, place=(layer,), stack=stack)

@@ -1,4 +1,4 @@
-"""The sizes of a Qwen3 checkpoint, read from its config.json; refuses what is not understood."""
+"""Reads the sizes of a Qwen3 checkpoint from its config.json. It refuses a config that the package cannot compute."""
 
 import json
 import math
@@ -10,10 +10,11 @@ from megatron_paint.models.shape import ModelShape
 
 
 def read_shape(folder: str | Path) -> ModelShape:
-    """Reads and checks `folder`/config.json; UserError where it is absent, foreign or asks for more than we compute.
+    """Reads and checks `folder`/config.json.
 
-    Reads the keys of `transformers` 4 (rope_theta, torch_dtype, num_experts) and 5 (rope_parameters, dtype,
-    num_local_experts).
+    It knows the keys of `transformers` 4 (rope_theta, torch_dtype, num_experts) and 5 (rope_parameters, dtype,
+    num_local_experts). Raises UserError if the file is missing, is not a Qwen3 config or needs a feature that the
+    package does not compute.
     """
     path = Path(folder) / "config.json"
     if not Path(folder).is_dir():
@@ -28,15 +29,15 @@ def read_shape(folder: str | Path) -> ModelShape:
 
 
 def shape_of(raw: Any, path: Path) -> ModelShape:
-    """The sizes that a config says; `path` is where it stands, for errors. Raises as read_shape does."""
+    """Returns the sizes in the content of a config. path: the file of the config, for errors. Raises as read_shape."""
     if not isinstance(raw, dict) or raw.get("model_type") not in ("qwen3", "qwen3_moe"):
         found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
-        raise UserError(f"{path} has model_type {found!r}; only 'qwen3' and 'qwen3_moe' are understood")
+        raise UserError(f"{path} has model_type {found!r}; only 'qwen3' and 'qwen3_moe' are supported")
     _refuse_unknown(raw, path)
     try:
         shape = _shape(raw, path)
     except KeyError as error:
-        raise UserError(f"{path} lacks {error}; it is not a complete Qwen3 config") from None
+        raise UserError(f"{path} has no key {error}; it is not a complete Qwen3 config") from None
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{path} is not a Qwen3 config ({error}); copy the checkpoint again") from None
     _check_sizes(shape, path)
@@ -48,33 +49,33 @@ def _shape(raw: dict[str, Any], path: Path) -> ModelShape:
     experts = {}
     if raw["model_type"] == "qwen3_moe":
         experts = {
-            "num_experts": _whole(raw, "num_local_experts" if "num_local_experts" in raw else "num_experts"),
-            "experts_per_token": _whole(raw, "num_experts_per_tok"),
-            "expert_ffn_size": _whole(raw, "moe_intermediate_size"),
+            "num_experts": _integer(raw, "num_local_experts" if "num_local_experts" in raw else "num_experts"),
+            "experts_per_token": _integer(raw, "num_experts_per_tok"),
+            "expert_ffn_size": _integer(raw, "moe_intermediate_size"),
             "normalise_experts": _boolean(raw, "norm_topk_prob"),
         }
     return ModelShape(
         source=str(path),
-        vocab_size=_whole(raw, "vocab_size"),
-        hidden_size=_whole(raw, "hidden_size"),
-        num_layers=_whole(raw, "num_hidden_layers"),
-        num_heads=_whole(raw, "num_attention_heads"),
-        num_groups=_whole(raw, "num_key_value_heads"),
-        head_dim=_whole(raw, "head_dim") if raw.get("head_dim") is not None else _usual_head_dim(raw),
-        ffn_size=_whole(raw, "intermediate_size"),
+        vocab_size=_integer(raw, "vocab_size"),
+        hidden_size=_integer(raw, "hidden_size"),
+        num_layers=_integer(raw, "num_hidden_layers"),
+        num_heads=_integer(raw, "num_attention_heads"),
+        num_groups=_integer(raw, "num_key_value_heads"),
+        head_dim=_integer(raw, "head_dim") if raw.get("head_dim") is not None else _usual_head_dim(raw),
+        ffn_size=_integer(raw, "intermediate_size"),
         tied=_boolean(raw, "tie_word_embeddings"),
         qk_norm=True,
         qkv_bias=False,
         rope_theta=float(rope.get("rope_theta") or raw["rope_theta"]),
         norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        max_positions=_whole(raw, "max_position_embeddings"),
+        max_positions=_integer(raw, "max_position_embeddings"),
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
         **experts,
     )
 
 
 def _usual_head_dim(raw: dict[str, Any]) -> int:
-    """As transformers has it where a config does not say."""
+    """Returns the default of transformers for a config without head_dim."""
     return 128 if raw["model_type"] == "qwen3" else raw["hidden_size"] // raw["num_attention_heads"]
 
 
@@ -85,7 +86,7 @@ def _boolean(raw: dict[str, Any], key: str) -> bool:
     return value
 
 
-def _whole(raw: dict[str, Any], key: str) -> int:
+def _integer(raw: dict[str, Any], key: str) -> int:
     value = raw[key]
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{key} is {value!r}, not a whole number")
@@ -107,20 +108,26 @@ def _check_sizes(shape: ModelShape, path: Path) -> None:
         sizes |= {"num_experts_per_tok": shape.experts_per_token, "moe_intermediate_size": shape.expert_ffn_size}
     for key, size in sizes.items():
         if not 0 < size < 2**31:
-            raise UserError(f"{path} says {key}={size}; it must be a whole number from 1")
+            raise UserError(f"{path} has {key}={size}; it must be a whole number from 1")
     for key, number in (("rope_theta", shape.rope_theta), ("rms_norm_eps", shape.norm_eps)):
         if not 0 < number < math.inf:
-            raise UserError(f"{path} says {key}={number}; it must be a positive number")
+            raise UserError(f"{path} has {key}={number}; it must be a positive number")
     if shape.num_heads % shape.num_groups:
-        raise UserError(f"{path} has {shape.num_heads} heads, no multiple of its {shape.num_groups} key-value heads")
+        raise UserError(
+            f"{path} has {shape.num_heads} attention heads; this must be a multiple of its {shape.num_groups} key-value"
+            " heads"
+        )
     if not 0 <= shape.experts_per_token <= shape.num_experts < 2**31:
-        raise UserError(f"{path} says {shape.experts_per_token} of {shape.num_experts} experts a token; copy it again")
+        raise UserError(
+            f"{path} uses {shape.experts_per_token} of {shape.num_experts} experts for each token, which is not "
+            "possible; copy it again"
+        )
     if shape.dtype not in ("bfloat16", "float16", "float32"):
-        raise UserError(f"{path} says dtype {shape.dtype!r}; bfloat16, float16 and float32 are read")
+        raise UserError(f"{path} has dtype {shape.dtype!r}; the supported types are bfloat16, float16 and float32")
 
 
 def _refuse_unknown(raw: dict[str, Any], path: Path) -> None:
-    # transformers 5 writes rope_parameters; a rope_scaling beside it counts all the same.
+    # transformers 5 writes rope_parameters. A rope_scaling beside it counts too.
     ropes = [raw.get(key) or {} for key in ("rope_parameters", "rope_scaling")]
     scaled = any(not isinstance(r, dict) or r.get("rope_type", r.get("type", "default")) != "default" for r in ropes)
     partial = [part.get("partial_rotary_factor", 1) for part in (raw, *ropes) if isinstance(part, dict)]
@@ -131,10 +138,10 @@ def _refuse_unknown(raw: dict[str, Any], path: Path) -> None:
         "quantization_config": (raw.get("quantization_config") is not None, "quantised weights"),
         "hidden_act": (raw.get("hidden_act", "silu") != "silu", "an activation other than silu"),
         "rope type": (scaled, "RoPE scaling"),
-        "partial_rotary_factor": (any(share != 1 for share in partial), "rotary embedding of a part of each head"),
+        "partial_rotary_factor": (any(share != 1 for share in partial), "rotary embedding of only a part of each head"),
         "mlp_only_layers": (bool(raw.get("mlp_only_layers")), "dense layers among sparse ones"),
         "decoder_sparse_step": (raw.get("decoder_sparse_step", 1) != 1, "dense layers among sparse ones"),
     }
     for key, (present, what) in refused.items():
         if present:
-            raise UserError(f"{path} asks for {what} ({key}), which is not computed here")
+            raise UserError(f"{path} needs {what} ({key}), which is not supported")
