@@ -66,7 +66,8 @@ if "megatron_paint.launch.preflight" in sys.argv:
     pathlib.Path(sys.argv[sys.argv.index("--exclude-bad") + 1]).write_text(os.environ.get("BAD_NODES", ""))
     sys.exit(int(os.environ.get("PREFLIGHT", "0")))
 (fakes / "started").touch()
-time.sleep(float(os.environ.get("DEAF_SECONDS", "0")))
+while os.environ.get("DEAF") and not (fakes / "listen").exists():
+    time.sleep(0.01)
 received = []
 signal.signal(signal.SIGUSR1, lambda *_: received.append(1))
 (fakes / "listening").touch()

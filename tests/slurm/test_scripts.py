@@ -296,19 +296,30 @@ def test_bad_nodes_are_left_out_by_the_rest_of_a_chain(tmp_path):
     assert (status, "job 1235 avoids" in output, "job 1236 avoids nodes: n3\n" in output) == (0, False, True), output
 
 
-def signalled(
-    fake: FakeJob, text: str, training: str, *signals: signal.Signals, once: str = "listening", **environ: str
-) -> tuple[int, str]:
-    """Sends signals to the script once training listens, or has started."""
-    job = fake.start(text, training, **environ)
+def wait_until(condition, job: subprocess.Popen) -> None:
+    """Waits for a condition while the job runs."""
     deadline = time.monotonic() + 300
-    while not (fake.fakes / once).exists():
+    while not condition():
         assert time.monotonic() < deadline
         assert job.poll() is None, job.communicate()[0]
         time.sleep(0.02)
+
+
+def signalled(
+    fake: FakeJob, text: str, training: str, *signals: signal.Signals, deaf: bool = False, **environ: str
+) -> tuple[int, str]:
+    """Sends signals to the script once training listens.
+
+    deaf: sends them when training has started, which listens only after the script has begun to repeat them.
+    """
+    job = fake.start(text, training, **environ, **({"DEAF": "1"} if deaf else {}))
+    wait_until((fake.fakes / ("started" if deaf else "listening")).exists, job)
     for number in signals:
         job.send_signal(number)
         time.sleep(0.1)
+    if deaf:
+        wait_until(lambda: fake.called("sleep"), job)
+        (fake.fakes / "listen").touch()
     output, _ = job.communicate(timeout=600)
     return job.returncode, output
 
@@ -347,11 +358,11 @@ def test_a_preempted_job_that_ends_within_its_grace_time_is_requeued(tmp_path):
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "srun"])
-def test_ranks_that_do_not_listen_yet_are_told_again(tmp_path, launcher):
+def test_ranks_that_do_not_listen_yet_are_signalled_again(tmp_path, launcher):
     fake = FakeJob(tmp_path)
     text = script(*TRAIN, f"--launcher={launcher}", "--no-preflight")
     training = "until_told checkpoint=7 exit=0"
-    status, output = signalled(fake, text, training, signal.SIGUSR1, once="started", DEAF_SECONDS="2")
+    status, output = signalled(fake, text, training, signal.SIGUSR1, deaf=True)
     assert (status, "attempt: next exit status 0, step 7" in output) == (0, True), output
     assert set(map(tuple, fake.called("sleep"))) == {("15",)}
 
