@@ -1,4 +1,4 @@
-"""A job without Slurm: srun, scontrol, scancel and Python are stand-ins that write down how they were called.
+"""A job without Slurm: srun, scontrol, scancel and Python are stand-ins that record how they were called.
 
 What runs is the rendered script itself, and the real attempts.py.
 """
@@ -54,7 +54,7 @@ status = task.wait()
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 sys.exit(status if status >= 0 else 128 - status)
 """
-# Training: what it does is in $TRAINING; everything else but the preflight is real.
+# Training does what $TRAINING lists. The preflight is a stand-in too; everything else is real.
 PYTHON = """#!{python}
 import os, pathlib, signal, sys, time
 if sys.argv[1:3] == ["-m", "megatron_paint.launch.slurm.attempts"]:

@@ -1,4 +1,4 @@
-"""`megatron-paint launch slurm` on a real cluster: what it submits trains to the same weights, whatever happens."""
+"""`megatron-paint launch slurm` on a real cluster: its runs reach the same weights, whatever happens."""
 
 import pytest
 
