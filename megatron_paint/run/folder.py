@@ -18,7 +18,6 @@ from megatron_paint.base.errors import UserError, about
 from megatron_paint.base.json_text import to_json
 from megatron_paint.config.saved import changed_keys, moved_decay, plain, read_yaml, to_yaml
 from megatron_paint.config.schedule import Task
-from megatron_paint.evaluation.summary import read_report
 from megatron_paint.records import EvalReport
 from megatron_paint.runtime.files import (
     COMPLETE,
@@ -173,6 +172,8 @@ class RunFolder:
 
     def read_eval(self, step: int) -> EvalReport:
         """The evaluation of one step. UserError: there is none, or it cannot be read."""
+        from megatron_paint.evaluation.summary import read_report  # numpy, which other callers need not import
+
         file = self.path / "eval" / f"{step_name(step)}.json"
         try:
             return read_report(file)

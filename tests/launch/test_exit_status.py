@@ -1,4 +1,4 @@
-"""Which of several failures a run is said to have ended of, and the number of ranks that may be started."""
+"""Which of several failures is reported as the end of a run, and how many ranks may be started."""
 
 import signal
 

@@ -1,4 +1,4 @@
-"""The preflight's checks by themselves: what they make of given answers."""
+"""Each check of the preflight alone, with given answers."""
 
 import os
 import socket

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,9 +29,10 @@ def test_a_timed_process_returns_its_value_or_its_error():
 
 
 def test_a_timed_process_that_hangs_is_ended():
-    hangs = TimedProcess(lambda tell: (tell("half"), time.sleep(600)))
+    hangs = TimedProcess(lambda report: (report("half"), time.sleep(600)))
+    assert hangs._receiver.poll(60)  # it has reported
     began = time.monotonic()
-    outcome = hangs.outcome(began + 10)
+    outcome = hangs.outcome(began + 0.3)
     assert (outcome.kind, outcome.reached) == ("stalled", "half")
     assert time.monotonic() - began < 50
     end_all()
@@ -159,10 +161,10 @@ def test_a_node_that_imports_quickly_uses_the_time_of_the_first_node(clock_of_th
 ENFORCED = """
 import time
 from megatron_paint.launch.preflight.time_limit import TimeLimit
-limit = TimeLimit(5.0, "n", "the start")
+limit = TimeLimit(1.5, "n", "the start")
 limit.enforce()
 limit.restart(600.0)
-time.sleep(6.0)
+time.sleep(2.0)
 print("continues", flush=True)
 limit.phase = "the end"
 limit.restart(0.1)
@@ -174,6 +176,42 @@ def test_the_time_that_began_last_is_the_one_that_ends():
     done = subprocess.run([sys.executable, "-c", ENFORCED], capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert (done.returncode, done.stdout) == (time_limit.BAD, "continues\n")
     assert done.stderr == "preflight: node n: time is up after 0.1 s, in the end\n"
+
+
+@pytest.fixture
+def taken():
+    """A port at which something else listens, which never answers."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+def test_the_first_node_reports_a_port_that_is_taken(taken):
+    options = parse(["--run", "r", "--rendezvous", f"127.0.0.1:{taken}", "--settings", "s.yaml"])
+    states = []
+    me = Node(rank=0, name="a", names=("a", "b"))
+
+    def report(state):
+        states.append(state)
+        return 3
+
+    assert coordinator.run_coordinator(options, me, None, time_limit.TimeLimit(60.0, "a", ""), report) == 3
+    (result,) = states[0].results
+    assert (result.node, result.check, result.ok) == ("a", "rendezvous", False)
+    assert result.seen.startswith(f"port {taken} is taken by process {os.getpid()} (")
+
+
+def test_another_node_reports_a_listener_that_does_not_answer(taken, capsys):
+    options = parse(["--run", "r", "--rendezvous", f"127.0.0.1:{taken}", "--settings", "s.yaml"])
+    me = Node(rank=1, name="b", names=("a", "b"))
+    began = time.monotonic()
+    assert worker.run_worker(options, me, None, time_limit.TimeLimit(2.5, "b", "")) == time_limit.BAD
+    assert time.monotonic() - began < 60
+    assert capsys.readouterr().err == (
+        f"preflight: node b: rendezvous: the listener at 127.0.0.1:{taken} is not the preflight of the first node (it "
+        "does not answer); read the first node's message\n"
+    )
 
 
 def test_a_node_has_time_to_answer_at_every_limit():

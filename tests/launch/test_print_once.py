@@ -1,4 +1,4 @@
-"""The store that ranks ask who prints: kept by rank 0 alone, and a port that is taken is an error of the user's."""
+"""The store that decides which rank prints: only rank 0 hosts it, and a taken port is an error of the user."""
 
 import socket
 import threading
@@ -46,7 +46,7 @@ def test_only_rank_0_keeps_the_store(port, monkeypatch):
 def test_of_two_ranks_with_one_message_one_prints(capsys):
     port = free_port()
     print_once.host_store(environment(port))
-    host, print_once._hosted = print_once._hosted, None  # what follows is another rank, for which it is not at hand
+    host, print_once._hosted = print_once._hosted, None  # from here on this is another rank, without the host
     for message in ("one", "two", "one"):
         print_once.print_once(message, environment(port, rank=1))
     assert host is not None
@@ -54,7 +54,7 @@ def test_of_two_ranks_with_one_message_one_prints(capsys):
 
 
 def test_rank_0_comes_first(capsys, monkeypatch):
-    """Though it meets the error later: what the others print, the console of a job may not show."""
+    """Although its error comes later: the console of a job may not show what other ranks print."""
     monkeypatch.setattr(print_once, "COURTESY", 60.0)
     port = free_port()
     print_once.host_store(environment(port))
@@ -69,7 +69,7 @@ def test_rank_0_comes_first(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
-def test_a_rank_that_meets_nobody_prints(capsys, monkeypatch):
+def test_a_rank_that_reaches_nobody_prints(capsys, monkeypatch):
     monkeypatch.setattr(print_once, "PATIENCE", 0.3)
     port = free_port()
     print_once.print_once("alone", environment(port, rank=1))

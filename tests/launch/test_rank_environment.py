@@ -1,4 +1,4 @@
-"""Which world a process belongs to, from the variables that torchrun and Slurm 22.05 were seen to set."""
+"""The rank environment of a process, from the variables that torchrun and Slurm 22.05 set."""
 
 import pytest
 
@@ -52,12 +52,12 @@ def test_a_given_address_is_taken():
     assert (environment.address, environment.port) == ("head", 29500)
 
 
-NO_WORLD = {"nothing": {}, "batch script": BATCH, "salloc": SALLOC, "srun of one task": LONE_STEP, "srun --pty": SHELL}
+NO_RANKS = {"nothing": {}, "batch script": BATCH, "salloc": SALLOC, "srun of one task": LONE_STEP, "srun --pty": SHELL}
 
 
-@pytest.mark.parametrize("inside", NO_WORLD)
-def test_no_world(inside):
-    assert find_rank_environment(NO_WORLD[inside]) is None
+@pytest.mark.parametrize("inside", NO_RANKS)
+def test_no_ranks(inside):
+    assert find_rank_environment(NO_RANKS[inside]) is None
 
 
 def test_torchrun_wins_over_srun():
@@ -71,12 +71,12 @@ def test_a_script_that_sets_ranks_may_leave_the_local_rank_to_srun():
     assert find_rank_environment(STEP | by_hand | {"SLURM_LOCALID": "5"}).local_rank == 5
 
 
-def test_entering_sets_what_torch_reads():
+def test_export_sets_what_torch_reads():
     environ = STEP | {"MASTER_PORT": "29500", "MASTER_ADDR": ""}
     export_rank_environment(find_rank_environment(environ), environ)
     wanted = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
     assert environ == STEP | wanted
-    assert find_rank_environment(environ).rank == 2  # a second look sees the same world
+    assert find_rank_environment(environ).rank == 2  # a second call finds the same ranks
 
 
 def without(environ, name):
@@ -84,14 +84,14 @@ def without(environ, name):
 
 
 CONTRADICTIONS = {
-    "rank without a world": ({"RANK": "0"}, "WORLD_SIZE is not set"),
-    "world without a rank": ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set, but RANK is not"),
+    "rank without a size": ({"RANK": "0"}, "WORLD_SIZE is not set"),
+    "size without a rank": ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set, but RANK is not"),
     "no local rank": (without(TORCHRUN, "LOCAL_RANK"), "LOCAL_RANK is not set"),
     "no address": (without(TORCHRUN, "MASTER_ADDR"), "MASTER_ADDR is not set"),
     "no port": (without(TORCHRUN, "MASTER_PORT"), "MASTER_PORT is not set"),
-    "rank beyond the world": (TORCHRUN | {"RANK": "8"}, "RANK=8 must be below WORLD_SIZE=8"),
+    "rank beyond the size": (TORCHRUN | {"RANK": "8"}, "RANK=8 must be below WORLD_SIZE=8"),
     "rank is text": (TORCHRUN | {"RANK": "one"}, "RANK='one' must be an integer"),
-    "no port of this world": (TORCHRUN | {"MASTER_PORT": "70000"}, "MASTER_PORT=70000"),
+    "not a port number": (TORCHRUN | {"MASTER_PORT": "70000"}, "MASTER_PORT=70000"),
     "no number of tasks": (without(STEP, "SLURM_STEP_NUM_TASKS"), "SLURM_STEP_NUM_TASKS is not set"),
     "no task number": (without(STEP, "SLURM_PROCID"), "SLURM_PROCID is not set"),
     "task beyond the step": (STEP | {"SLURM_PROCID": "4"}, "SLURM_PROCID=4 must be below SLURM_STEP_NUM_TASKS=4"),
@@ -112,7 +112,7 @@ def test_contradictions_are_one_clear_line(case):
     assert len(str(error.value).splitlines()) == 1
 
 
-# What `scontrol show hostnames` gives first.
+# The first host that `scontrol show hostnames` prints.
 HOSTS = {
     "node[01-03,7],x": "node01",
     "n[7,1-3]": "n7",

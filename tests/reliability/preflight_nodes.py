@@ -18,10 +18,14 @@ from megatron_paint.launch.preflight.probes import Probes
 from megatron_paint.launch.preflight.store import NodeStore
 from megatron_paint.runtime.processes import end_with_parent
 
+PATIENCE = 1.0  # seconds; all nodes write to the same local disk
+
 
 def probes_with(faults: dict) -> Probes:
     """The machine's answers, except for the faults."""
-    probes = Probes(versions=lambda: {"torch": "2.13.0", "triton": "absent"}, gpus=lambda: faults.get("gpus", 0))
+    probes = Probes(
+        versions=lambda: {"torch": "2.13.0", "triton": "absent"}, gpus=lambda: faults.get("gpus", 0), patience=PATIENCE
+    )
     if "ahead" in faults:
         probes = replace(probes, clock=lambda: time.time() + faults["ahead"])
     if "versions" in faults:

@@ -1,4 +1,4 @@
-"""Where a run stands, read off a folder made by hand; who is behind; which checkpoints go; when a job ends."""
+"""The status of a run in a folder made by hand; who is behind; which checkpoints are removed; when a job ends."""
 
 import json
 import signal
@@ -122,11 +122,11 @@ def test_the_end_of_a_job(tmp_path, monkeypatch):
     assert job_end({}) is None
     assert job_end({"SLURM_JOB_ID": "5", "SLURM_JOB_END_TIME": "1700000000"}) == 1_700_000_000.0
     squeue = tmp_path / "squeue"
-    for told, expected in (
+    for end, expected in (
         ("2023-11-14T22:13:20", time.mktime((2023, 11, 14, 22, 13, 20, 0, 0, -1))),
         ("N/A", None),
     ):
-        squeue.write_text(f'#!/bin/sh\n[ "$*" = "--noheader --jobs=5 --format=%e" ] && echo {told}\n')
+        squeue.write_text(f'#!/bin/sh\n[ "$*" = "--noheader --jobs=5 --format=%e" ] && echo {end}\n')
         squeue.chmod(0o755)
         monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
         assert job_end({"SLURM_JOB_ID": "5"}) == expected

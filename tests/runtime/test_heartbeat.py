@@ -1,4 +1,4 @@
-"""The watch: a run is given up when no rank goes on, and not because one of them waits or was suspended."""
+"""The watchdog: it ends a run if no rank makes progress, but not because a rank waits or was suspended."""
 
 import errno
 import json
@@ -67,7 +67,7 @@ class Watched:
         return gave_up
 
     def until_given_up(self):
-        """Seconds until all give the run up."""
+        """Seconds until all ranks give up the run."""
         began = self.now
         while not (gave_up := self.look()):
             assert self.now < began + 100 * LIMIT
@@ -75,7 +75,7 @@ class Watched:
         return self.now - began
 
 
-def test_a_rank_that_waits_is_well_while_another_goes_on(tmp_path, ends):
+def test_a_rank_that_waits_is_not_hung_while_another_makes_progress(tmp_path, ends):
     watched = Watched(tmp_path)
     for _ in range(50):
         watched.watchdogs[1].mark_progress()
@@ -83,7 +83,7 @@ def test_a_rank_that_waits_is_well_while_another_goes_on(tmp_path, ends):
     assert 1.0 * LIMIT <= watched.until_given_up() <= 2.0 * LIMIT
     assert ends == [HUNG, HUNG]
     (message,) = watched.said
-    assert "no progress: rank 0 on " in message, "it was the first to stand still"
+    assert "no progress: rank 0 on " in message, "it was the first without progress"
     assert all(heartbeat.hung for heartbeat in read_heartbeats(tmp_path))
     assert {file.name for file in tmp_path.glob("stacks_*")} == {"stacks_00000.txt", "stacks_00001.txt"}
 
@@ -96,7 +96,7 @@ def test_a_rank_in_a_long_phase_holds_the_others_up_for_longer(tmp_path, ends):
 
 
 def test_a_process_that_was_suspended_is_not_taken_for_a_hang(tmp_path, ends):
-    """The clock goes on meanwhile, and rank 0 waits for rank 1 before and after."""
+    """The clock continues meanwhile, and rank 0 waits for rank 1 before and after."""
     watched = Watched(tmp_path)
     for number in range(50):
         if number % 5 == 0:
@@ -104,8 +104,8 @@ def test_a_process_that_was_suspended_is_not_taken_for_a_hang(tmp_path, ends):
         assert watched.look(after=1000.0 if number % 10 == 9 else LOOK) == []
 
 
-def test_a_disk_that_does_not_say_is_not_taken_for_a_hang(tmp_path, ends, monkeypatch):
-    """And once it says again, the watch is still there."""
+def test_a_disk_that_fails_is_not_taken_for_a_hang(tmp_path, ends, monkeypatch):
+    """And when the disk works again, the watchdog still works."""
 
     def fail(*_, **__):
         raise OSError(errno.EIO, "Input/output error")
@@ -122,7 +122,7 @@ def test_a_disk_that_does_not_say_is_not_taken_for_a_hang(tmp_path, ends, monkey
 
 
 def test_who_sees_that_a_rank_gave_up_sees_which(tmp_path, ends, monkeypatch):
-    """So that one that the disk holds up just then is not spoken for by another as well."""
+    """So a rank that the disk delays at that moment is not reported by another rank too."""
     seen, touch = [], heartbeat.Path.touch
 
     def see(path):
@@ -186,7 +186,7 @@ def test_a_watch_that_cannot_write_ends_the_process_all_the_same(tmp_path, monke
     made.stop()
 
 
-def test_beats_of_an_earlier_life_go_and_its_stacks_stay(tmp_path):
+def test_beats_from_before_a_restart_are_removed_and_stacks_stay(tmp_path):
     for name in ("rank_00007.json", ".rank_00007.123.unfinished", HUNG_RUN, "stacks_00007.txt"):
         (tmp_path / name).touch()
     clear_heartbeats(tmp_path)

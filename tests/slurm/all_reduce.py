@@ -1,4 +1,4 @@
-"""Run as one of four ranks on two nodes: adds up rank + 1 by gloo and says where it ran."""
+"""Run as one of four ranks on two nodes: sums rank + 1 with gloo and prints on which node it ran."""
 
 import os
 import socket

@@ -27,7 +27,7 @@ START_SECONDS = 120.0  # of a daemon on a busy machine; a second on a quiet one
 COMMAND_SECONDS = 60.0
 QUERY_SECONDS = 60.0
 SLOW = ("Socket timed out", "Unable to contact slurm controller")  # of a controller on a busy machine
-# Of a surrounding job, or of a world of ranks: a job here must not inherit them.
+# Variables of a surrounding job, or of a rank environment: a job here must not inherit them.
 FOREIGN = re.compile("S(LURM|BATCH|ALLOC|RUN)_|(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$")
 
 
@@ -67,7 +67,7 @@ class Cluster:
         check: bool = True,
         seconds: float = COMMAND_SECONDS,
     ) -> subprocess.CompletedProcess[str]:
-        """Runs a command on a host. env: beside this process's own; seconds: after so many the command is killed."""
+        """Runs a command on a host. env: added to the environment. seconds: then the command is killed."""
         # `timeout` ends what the command has started as well, which would hold the pipes open otherwise.
         limited = ["env", f"--chdir={cwd or self.folder / 'jobs'}", "timeout", "--kill-after=5", str(seconds)]
         command = self._hosts[on].enter([*limited, *map(str, argv)])
@@ -123,7 +123,7 @@ class Cluster:
         )
 
     def crash(self, node: str) -> None:
-        """The node loses its power with all that runs on it."""
+        """The node loses its power, and all its processes die."""
         self._hosts.pop(node).kill()
 
     def start(self, node: str) -> None:
@@ -138,12 +138,12 @@ class Cluster:
         host.start_daemon(["slurmd", "-D", "-N", node], self._environment())
 
     def cut(self, node: str) -> None:
-        """Takes the node off the network; what runs on it runs on."""
+        """Cuts the node off the network; its processes continue."""
         self._set_cable(node, "down")
         self._cut.add(node)
 
     def mend(self, node: str) -> None:
-        """Puts it back on the network; Slurm takes some 20 s to see it."""
+        """Reconnects it to the network; Slurm notices it after about 20 s."""
         self._set_cable(node, "up")
         self._cut.discard(node)
 
@@ -160,7 +160,7 @@ class Cluster:
         until(answers, seconds=START_SECONDS, otherwise=lambda: f"slurmctld does not answer:\n{self.logs()}")
 
     def stop_controller(self) -> None:
-        """Has slurmctld save its state and end; jobs run on."""
+        """Makes slurmctld save its state and end; jobs continue."""
         self.run(["kill", "-TERM", (self.folder / "slurmctld.pid").read_text().strip()])
         until(
             lambda: self._hosts[LOGIN].daemon_ended("slurmctld"),
@@ -169,11 +169,11 @@ class Cluster:
         )
 
     def keep(self, job: Job) -> None:
-        """Has `repair` leave a job alone."""
+        """Makes `repair` ignore a job."""
         self._kept.add(job.id)
 
     def repair(self) -> None:
-        """Ends all jobs, and brings back whatever a test took down and did not."""
+        """Ends all jobs and restores everything that a test took down."""
         if self._hosts[LOGIN].daemon_ended("slurmctld"):
             self.start_controller()
         if left := self._active_jobs():
@@ -198,9 +198,9 @@ class Cluster:
         """The ends of all daemons' logs, without their complaint of an MPI library that nothing here needs."""
         text = ""
         for file in sorted((self.folder / "log").iterdir()):
-            said = [line for line in file.read_text().splitlines() if "mpi/pmi" not in line]
-            # What a daemon prints is in its log as well, but for the reason why it could not open one.
-            text += "\n".join([f"-- {file.name}", *said[-lines if file.suffix == ".log" else -3 :], ""])
+            lines_of_log = [line for line in file.read_text().splitlines() if "mpi/pmi" not in line]
+            # The log of a daemon also contains what it prints, except the reason if it could not open its log.
+            text += "\n".join([f"-- {file.name}", *lines_of_log[-lines if file.suffix == ".log" else -3 :], ""])
         return text
 
     def _start(self) -> None:

@@ -1,4 +1,4 @@
-"""slurm.conf, gres.conf and the hosts file of a cluster that lives in one folder."""
+"""slurm.conf, gres.conf and the hosts file of a cluster whose files are in one folder."""
 
 import os
 import stat
@@ -18,7 +18,7 @@ def write_configuration(folder: Path, nodes: Sequence[str], *, gpus: int, cpus: 
     """Writes the files and the GPUs' devices into an empty folder."""
     for name in ("state", "log", "devices", "jobs"):
         (folder / name).mkdir()
-    for gpu in range(gpus):  # copies of /dev/null: Slurm counts them, hands them out and never opens them
+    for gpu in range(gpus):  # copies of /dev/null: Slurm counts and assigns them, and never opens them
         os.mknod(folder / f"devices/nvidia{gpu}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
     devices = f"Name=gpu File={folder}/devices/nvidia[0-{gpus - 1}]\n" if gpus else ""
     (folder / "gres.conf").write_text(devices)
@@ -29,7 +29,7 @@ def write_configuration(folder: Path, nodes: Sequence[str], *, gpus: int, cpus: 
     (folder / "slurm.conf").write_text(text + "".join(f"NodeName={node} {hardware}\n" for node in nodes))
 
 
-# A job of the partition `urgent` takes the nodes of those in `lent`, which have so long to end by themselves.
+# A job of the partition `urgent` takes the nodes of those in `lent`, which have GraceTime seconds to end on their own.
 # config_overrides: nodes are as large as they claim. cred_expire: how long a requeued job waits, 120 s by default.
 # The time-outs let a dead node be noticed in about 10 s. Jobs run at their submitter's priority, not at the daemons'.
 SLURM_CONF = """\

@@ -1,4 +1,4 @@
-"""One cluster for all tests of a worker, and the runs that its runs are compared with."""
+"""One cluster for all tests of a worker, and the reference runs."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from tests.slurm.shipped import ENVIRONMENT, MINUTES, ROOT, SETTINGS
 
 @pytest.fixture(scope="session")
 def shared_cluster() -> Iterator[Cluster]:
-    """Four nodes of 8 GPUs, 96 CPUs and 2 TB; skips, with the reason, where Slurm cannot run."""
+    """Four nodes of 8 GPUs, 96 CPUs and 2 TB; skips with the reason if Slurm cannot run."""
     if missing := what_is_missing():
         pytest.skip(f"no Slurm cluster: {missing}")
     with Cluster(nodes=4, gpus=8, cpus=96) as running:
@@ -31,7 +31,7 @@ def cluster(shared_cluster) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def on_one_machine(tmp_path_factory) -> Callable[..., Path]:
-    """Trains in one piece on this machine, without Slurm: `on_one_machine(processes, *settings)` gives the run."""
+    """Trains in one piece on this machine, without Slurm: `on_one_machine(processes, *settings)` returns the run."""
 
     def train(processes: int, *settings: str) -> Path:
         run = tmp_path_factory.mktemp("one") / "run"

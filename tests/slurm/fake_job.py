@@ -1,4 +1,4 @@
-"""A job without Slurm: srun, scontrol, scancel and Python are stand-ins that write down how they were called.
+"""A job without Slurm: srun, scontrol, scancel and Python are stand-ins that record how they were called.
 
 What runs is the rendered script itself, and the real attempts.py.
 """
@@ -54,7 +54,7 @@ status = task.wait()
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 sys.exit(status if status >= 0 else 128 - status)
 """
-# Training: what it does is in $TRAINING; everything else but the preflight is real.
+# Training does what $TRAINING lists. The preflight is a stand-in too; everything else is real.
 PYTHON = """#!{python}
 import os, pathlib, signal, sys, time
 if sys.argv[1:3] == ["-m", "megatron_paint.launch.slurm.attempts"]:
@@ -66,7 +66,8 @@ if "megatron_paint.launch.preflight" in sys.argv:
     pathlib.Path(sys.argv[sys.argv.index("--exclude-bad") + 1]).write_text(os.environ.get("BAD_NODES", ""))
     sys.exit(int(os.environ.get("PREFLIGHT", "0")))
 (fakes / "started").touch()
-time.sleep(float(os.environ.get("DEAF_SECONDS", "0")))
+while os.environ.get("DEAF") and not (fakes / "listen").exists():
+    time.sleep(0.01)
 received = []
 signal.signal(signal.SIGUSR1, lambda *_: received.append(1))
 (fakes / "listening").touch()

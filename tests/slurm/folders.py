@@ -1,4 +1,4 @@
-"""Temporary folders of clusters, and what a killed test run left of its own."""
+"""Temporary folders of clusters, and the removal of folders that killed test runs left."""
 
 import fcntl
 import os
@@ -10,12 +10,14 @@ PREFIX = "slurm-cluster-"
 
 
 class OwnedFolder:
-    """A temporary folder that is held by a lock, so that others can tell a living owner from a dead one."""
+    """A temporary folder with a lock, which shows to others whether its owner is alive."""
 
     def __init__(self) -> None:
         remove_leftovers()
         self._lock: int | None = None
-        while self._lock is None or not self.path.exists():  # one that starts beside us may take it for a leftover
+        while (
+            self._lock is None or not self.path.exists()
+        ):  # another test run may start now and remove it as a leftover
             self.path = Path(tempfile.mkdtemp(prefix=PREFIX))
             self._lock = _lock(self.path)
 
@@ -33,7 +35,7 @@ def remove_leftovers() -> None:
 
 
 def _lock(folder: Path) -> int | None:
-    """A descriptor that holds the folder's lock; None where somebody else does, or where the folder has gone."""
+    """A descriptor that holds the folder's lock; None if another process holds it, or if the folder is gone."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:

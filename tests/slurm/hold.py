@@ -1,4 +1,4 @@
-"""Holds a process still until stdin ends; unlike SIGSTOP, what comes with a TERM of Slurm's does not wake it."""
+"""Holds a process until stdin ends. Unlike after SIGSTOP, the signals that Slurm sends with TERM do not wake it."""
 
 import ctypes
 import os
@@ -16,7 +16,7 @@ def bury(pid: int) -> None:
 
 
 def main() -> None:
-    """The argument is its number; says `held` when it is."""
+    """The argument is the process id; prints `held` when the process is held."""
     pid = int(sys.argv[1])
     libc = ctypes.CDLL(None, use_errno=True)
     for request in (PTRACE_SEIZE, PTRACE_INTERRUPT):

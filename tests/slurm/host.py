@@ -28,7 +28,7 @@ UNSHARE = ("setpriv", "--pdeathsig", "KILL", "unshare", *NAMESPACES, "--fork", "
 
 
 class Host:
-    """A machine with a hostname, network, process numbers, mounts and /dev/shm of its own; files are everybody's."""
+    """A machine with its own hostname, network, process numbers, mounts and /dev/shm; all machines share the files."""
 
     def __init__(self, name: str, *, hosts: Path, log: Path) -> None:
         """Boots it, without a network cable. hosts: its /etc/hosts; log: takes what its daemons print."""

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from tests.slurm.cluster import Cluster
 
 WAIT_SECONDS = 180.0  # generous, as the machine may be busy; a small job takes a second or two
-# A job in one of these does not leave it by itself. Slurm itself requeues one after NODE_FAIL.
+# States that a job does not leave automatically. After NODE_FAIL Slurm requeues a job.
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "DEADLINE", "OUT_OF_MEMORY")
 
 
@@ -26,7 +26,7 @@ class Job:
         return self._fields()["JobState"]
 
     def has_ended(self) -> bool:
-        """Whether it has ended for good; False also where the controller does not answer at once."""
+        """Whether it has ended for good; False if the controller does not answer at once."""
         try:
             return self._fields(at_once=True)["JobState"] in FINAL
         except AssertionError:
@@ -49,9 +49,9 @@ class Job:
         return [] if listed == "(null)" else self._show("hostnames", listed).split()
 
     def wait(self, *states: str, restarts: int | None = None, seconds: float = WAIT_SECONDS) -> str:
-        """Returns when the job has one of the states and, where asked, has been restarted so often: the state.
+        """Waits until the job has one of the states, and so many restarts if given; returns the state.
 
-        A controller that does not answer is asked again. Errors: AssertionError at once where the job has ended in
+        A controller that does not answer is asked again. Errors: AssertionError at once if the job has ended in
         another state, and after so many seconds.
         """
 
@@ -94,7 +94,7 @@ class Job:
         self._control("requeue", str(self.id))
 
     def hold(self) -> None:
-        """Has a job that waits go on waiting until `release`."""
+        """Keeps a job waiting until `release`."""
         self._control("hold", str(self.id))
 
     def release(self) -> None:
@@ -107,7 +107,7 @@ class Job:
         self.cluster.run(["scancel", str(self.id)])
 
     def describe(self) -> str:
-        """All that helps to see why a job is not where a test wants it."""
+        """Everything that helps to find out why a job is not in the expected state."""
         shown = self.cluster.run(["scontrol", "show", "job", str(self.id)], check=False)
         try:
             printed = self.output()

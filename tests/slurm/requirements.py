@@ -1,4 +1,4 @@
-"""What this machine lacks for a cluster of its own."""
+"""What is missing on this machine for a Slurm cluster."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ CABLE = "ip link add br0 type bridge && ip link add cable0 type veth peer name c
 
 
 def what_is_missing() -> str | None:
-    """Why no cluster can start here and what to do about it; None where one can."""
+    """Why no cluster can start here, with a remedy; None if one can."""
     if os.geteuid() != 0:
         return "only root can make network namespaces: run the tests as root"
     missing = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]

@@ -1,4 +1,4 @@
-"""The scripts that stand in golden/ and examples/slurm/; `python -m tests.slurm.scripts` writes them anew."""
+"""The scripts in golden/ and examples/slurm/; `python -m tests.slurm.scripts` writes them again."""
 
 import contextlib
 import io
@@ -131,7 +131,7 @@ def in_new_folder():
 
 
 def write() -> None:
-    """Writes all files anew."""
+    """Writes all files again."""
     GOLDEN.mkdir(exist_ok=True)
     for name in GOLDEN_CASES:
         (GOLDEN / f"{name}.sbatch").write_text(golden_script(name))

@@ -1,4 +1,4 @@
-"""Runs that `megatron-paint launch slurm` submits to the cluster, and what is asked of them whatever happens."""
+"""Runs that `megatron-paint launch slurm` submits to the cluster, and the checks that every run must pass."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def launch(cluster: Cluster, run: Path, *options: str, launcher: str = "torchrun
 
 
 def launch_on(cluster: Cluster, run: Path, *options: str, on: str = LOGIN) -> list[Job]:
-    """The submitted jobs. options: all that the command gets beside the settings; on: the host that it is given on."""
+    """The submitted jobs. options: arguments of the command in addition to the settings. on: the host that launches."""
     command = [sys.executable, "-m", "megatron_paint", "launch", "slurm", *SETTINGS, f"run.dir={run}"]
     command += ["--env=PYTHONPATH", "--env=OMP_NUM_THREADS", *options]
     done = cluster.run(command, cwd=ROOT, env=ENVIRONMENT, seconds=MINUTES, on=on)
@@ -57,7 +57,7 @@ def wait_for_step(job: Job, run: Path, step: int) -> None:
 
 
 def wait_for_checkpoint(job: Job, run: Path, step: int) -> None:
-    """Returns when a checkpoint of this or a later step is whole, which it is some time after the step."""
+    """Returns when the checkpoint of this or a later step is complete, which is some time after the step."""
 
     def reached() -> bool:
         assert not job.has_ended(), job.describe()
@@ -78,7 +78,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def check_is_undisturbed(run: Path, undisturbed: Path, *, steps: int = STEPS) -> None:
-    """The same weights to the bit, each step once, and the run folder says that it is done."""
+    """Bitwise the same weights, each step once, and the run folder records that the run is done."""
     print(describe_attempts(run))
     ours, theirs = weights(run), weights(undisturbed)
     assert len(theirs) > 20
@@ -124,7 +124,7 @@ def describe_attempts(run: Path) -> str:
 
 @contextmanager
 def another_folder(cluster: Cluster, run: Path, *nodes: str) -> Iterator[None]:
-    """Inside, these nodes see another folder in the run's place."""
+    """In the `with` block these nodes see another folder instead of the run folder."""
     run.mkdir()
     for node in nodes:
         cluster.run(["mount", "-t", "tmpfs", "other", run], on=node)

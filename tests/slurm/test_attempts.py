@@ -1,4 +1,4 @@
-"""What a job does at its end, decided from run folders made by hand."""
+"""What follows an attempt, decided from run folders made by hand."""
 
 from itertools import count
 
@@ -63,7 +63,7 @@ def test_an_incomplete_checkpoint_is_none(run):
 
 
 @pytest.mark.parametrize("status", [0, 1, 75, 143])
-def test_progress_goes_on_whatever_the_status(run, status):
+def test_a_run_with_progress_continues_whatever_the_status(run, status):
     run.configure()
     for step in (25, 50, 75):
         assert run.attempt(status, checkpoint=step) == ("go", "next")
@@ -87,7 +87,7 @@ def test_two_attempts_without_progress_stop(run):
 
 
 def test_attempts_that_never_ended_count(run):
-    """As where a node dies, or training outlives its time limit."""
+    """For example if a node dies, or training exceeds its time limit."""
     assert run.attempt(1, ends=False) == ("go", None)
     assert run.attempt(1, ends=False) == ("go", None)
     word, reason = begin(run.path, {})
@@ -95,7 +95,7 @@ def test_attempts_that_never_ended_count(run):
 
 
 def test_attempts_that_name_new_bad_nodes_are_not_idle(run):
-    """Nor do they make up for those that are."""
+    """But they do not cancel earlier idle attempts either."""
     named = [["n1"], ["n2", "n1"], [], ["n3"], ["n1", "n2"]]
     words = [run.attempt(3, bad_nodes=nodes)[1] for nodes in named]
     assert words == ["next", "next", "next", "next", "stop"]
@@ -104,7 +104,7 @@ def test_attempts_that_name_new_bad_nodes_are_not_idle(run):
 
 
 def test_an_attempt_that_another_one_has_followed_decides_nothing(run):
-    """The script goes on where its node was cut off, while Slurm has started the job on other nodes."""
+    """The node was cut off, so its script still runs, while Slurm has restarted the job on other nodes."""
     lost = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "0"}
     begin(run.path, lost)
     begin(run.path, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"})
@@ -119,7 +119,7 @@ def test_a_mistake_stops_at_once(run):
     assert (run.path / "STOPPED").read_text().startswith("exit status 2: a mistake in the settings or the data")
 
 
-def test_a_launch_counts_anew(run):
+def test_a_launch_restarts_the_count(run):
     run.configure()
     assert [run.attempt(1)[1], run.attempt(1)[1]] == ["next", "stop"]
     record_launch(run.path, steps=100)
@@ -128,7 +128,7 @@ def test_a_launch_counts_anew(run):
 
 
 def test_a_launch_with_more_steps_is_not_done_before_it_trained(run):
-    """config.yaml is the earlier launch's until training writes it anew."""
+    """config.yaml is of the earlier launch until training writes it again."""
     run.configure(steps=100)
     run.write("hf", 100)
     assert run.attempt(0, checkpoint=100) == ("go", "done")
@@ -167,8 +167,8 @@ def test_a_line_cut_short_does_not_swallow_the_next_begin(run):
     assert [record["event"] for record in RunFolder(run.path).read_attempts()] == ["begin", "end", "begin", "end"]
 
 
-def test_a_launch_that_is_taken_back(run):
-    """The stop holds again, and what the launch before asked for."""
+def test_a_launch_that_is_undone(run):
+    """The stop, and the steps of the earlier launch, are valid again."""
     run.configure(steps=100)
     record_launch(run.path, steps=100)
     assert run.attempt(2) == ("go", "stop")

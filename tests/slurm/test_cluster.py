@@ -1,4 +1,4 @@
-"""The cluster that the other tests stand on is a cluster: machines of their own, and Slurm's real behaviour on them."""
+"""The cluster that the other tests use: separate machines with the real behaviour of Slurm."""
 
 import sys
 
@@ -6,7 +6,7 @@ import pytest
 
 from tests.slurm.until import until
 
-# Waits for a file without which the job would not end, and says on which node.
+# Waits for a file, and prints on which node. The job ends only after the file exists.
 HOLD = "echo holding on $(hostname); until [ -e {go} ]; do sleep 0.2; done"
 
 LISTEN = """
@@ -135,7 +135,7 @@ def test_a_job_outlives_the_controllers_absence(cluster, tmp_path):
     with pytest.raises(AssertionError, match="Unable to contact slurm controller"):
         cluster.run(["scontrol", "show", "job", str(job.id)])
     (tmp_path / "go").touch()
-    until(lambda: (tmp_path / "done").exists(), seconds=60, otherwise=lambda: "the job did not go on")
+    until(lambda: (tmp_path / "done").exists(), seconds=60, otherwise=lambda: "the job did not continue")
     cluster.start_controller()
     job.wait("COMPLETED")
     assert job.restarts() == 0
@@ -153,7 +153,7 @@ def test_jobs_of_one_name_run_one_after_another(cluster, tmp_path):
 
 
 def test_a_signal_reaches_the_batch_scripts_trap(cluster, tmp_path):
-    """The trap forwards nothing, so that the step goes on and shows that it was not signalled."""
+    """The trap forwards nothing, so the step continues and shows that it got no signal."""
     stepping = f"echo stepping; until [ -e {tmp_path / 'go'} ]; do sleep 0.2; done; echo stepped"
     job = cluster.submit(
         batch(

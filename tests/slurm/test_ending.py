@@ -1,4 +1,4 @@
-"""Nothing of a cluster outlives its test run, however that one ends; where none can start, a reason is given."""
+"""Nothing of a cluster outlives its test run, however that ends. If no cluster can start, a reason is given."""
 
 import os
 import signal
@@ -42,7 +42,7 @@ def processes(folder):
 
 @pytest.fixture
 def own_folder(monkeypatch):
-    """For temporary files, where no cluster beside this one removes leftovers; short, as it holds a socket."""
+    """A folder for temporary files in which no other cluster removes leftovers. Its path is short, as for a socket."""
     with tempfile.TemporaryDirectory() as folder:
         monkeypatch.setattr(tempfile, "tempdir", folder)
         yield folder

@@ -1,4 +1,4 @@
-"""Rendered scripts: equal to the golden ones, clean, and right in what they call; Slurm's commands are stand-ins."""
+"""Rendered scripts: equal to the golden ones, clean, and correct in their calls. Slurm's commands are stand-ins."""
 
 import os
 import shutil
@@ -26,14 +26,14 @@ from tests.slurm.scripts import (
 )
 
 SOURCES = (".ci", "benchmarks", "docs", "examples", "megatron_paint", "tests", "tools")
-# Beside the Python of the tests, whose environment need not be active.
+# In the folder of the Python of the tests, whose environment may be inactive.
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or "shellcheck"
 TRAIN = ["--nodes=2", "--gpus-per-node=2"]
 
 
 @pytest.mark.parametrize("name", GOLDEN_CASES)
 def test_golden(name):
-    """`python -m tests.slurm.scripts` writes them anew; read what changed."""
+    """`python -m tests.slurm.scripts` writes them again; read what changed."""
     assert golden_script(name) == (GOLDEN / f"{name}.sbatch").read_text()
 
 
@@ -191,7 +191,7 @@ def test_a_finished_run_cancels_what_is_queued(tmp_path):
     assert len(fake.called("srun")) == 2  # preflight and training of the first
 
 
-def test_a_chain_leaves_going_on_to_its_next_job(tmp_path):
+def test_a_job_of_a_chain_leaves_the_run_to_the_next_job(tmp_path):
     fake = FakeJob(tmp_path)
     status, output = fake.job(script(*TRAIN, "--attempts=3"), "checkpoint=50 exit=0")
     assert (status, "attempt: next exit status 0, step 50" in output) == (0, True)
@@ -225,8 +225,8 @@ def test_a_dependency_of_the_users_holds_as_well(line):
     assert "#SBATCH --nice\n" in text
 
 
-def test_a_later_launch_of_the_run_goes_on(tmp_path):
-    """Its job waits for this one, which would come first again if it were requeued."""
+def test_a_later_launch_of_the_run_resumes_it(tmp_path):
+    """Its job waits for this one, which would run first again if it were requeued."""
     fake = FakeJob(tmp_path)
     status, output = fake.job(script(*TRAIN), "exit=0", PREFLIGHT="3", BAD_NODES="n2\n", WAITING="1235\n")
     assert (status, "the next job named paint resumes" in output) == (0, True), output
@@ -296,19 +296,30 @@ def test_bad_nodes_are_left_out_by_the_rest_of_a_chain(tmp_path):
     assert (status, "job 1235 avoids" in output, "job 1236 avoids nodes: n3\n" in output) == (0, False, True), output
 
 
-def signalled(
-    fake: FakeJob, text: str, training: str, *signals: signal.Signals, once: str = "listening", **environ: str
-) -> tuple[int, str]:
-    """Sends signals to the script once training listens, or has started."""
-    job = fake.start(text, training, **environ)
+def wait_until(condition, job: subprocess.Popen) -> None:
+    """Waits for a condition while the job runs."""
     deadline = time.monotonic() + 300
-    while not (fake.fakes / once).exists():
+    while not condition():
         assert time.monotonic() < deadline
         assert job.poll() is None, job.communicate()[0]
         time.sleep(0.02)
+
+
+def signalled(
+    fake: FakeJob, text: str, training: str, *signals: signal.Signals, deaf: bool = False, **environ: str
+) -> tuple[int, str]:
+    """Sends signals to the script once training listens.
+
+    deaf: sends them when training has started, which listens only after the script has begun to repeat them.
+    """
+    job = fake.start(text, training, **environ, **({"DEAF": "1"} if deaf else {}))
+    wait_until((fake.fakes / ("started" if deaf else "listening")).exists, job)
     for number in signals:
         job.send_signal(number)
         time.sleep(0.1)
+    if deaf:
+        wait_until(lambda: fake.called("sleep"), job)
+        (fake.fakes / "listen").touch()
     output, _ = job.communicate(timeout=600)
     return job.returncode, output
 
@@ -325,7 +336,7 @@ def test_the_checkpoint_is_awaited_before_the_requeue(tmp_path, launcher):
 
 
 def test_a_cancelled_job_is_not_requeued(tmp_path):
-    """TERM too asks for a checkpoint, but who cancels a job wants no other."""
+    """TERM too requests a checkpoint, but a cancelled job must not come back."""
     fake = FakeJob(tmp_path)
     training = "until_told take=0.3 checkpoint=7 exit=0"
     status, output = signalled(fake, script(*TRAIN, "--no-preflight"), training, signal.SIGTERM)
@@ -335,7 +346,7 @@ def test_a_cancelled_job_is_not_requeued(tmp_path):
 
 
 def test_a_preempted_job_that_ends_within_its_grace_time_is_requeued(tmp_path):
-    """Slurm itself would take it for failed."""
+    """Slurm would treat it as failed."""
     training = "until_told take=0.3 checkpoint=7 exit=0"
     text = script(*TRAIN, "--no-preflight")
     for state, ends in (("RUNNING", 0), ("CANCELLED", 143)):
@@ -347,11 +358,11 @@ def test_a_preempted_job_that_ends_within_its_grace_time_is_requeued(tmp_path):
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "srun"])
-def test_ranks_that_do_not_listen_yet_are_told_again(tmp_path, launcher):
+def test_ranks_that_do_not_listen_yet_are_signalled_again(tmp_path, launcher):
     fake = FakeJob(tmp_path)
     text = script(*TRAIN, f"--launcher={launcher}", "--no-preflight")
     training = "until_told checkpoint=7 exit=0"
-    status, output = signalled(fake, text, training, signal.SIGUSR1, once="started", DEAF_SECONDS="2")
+    status, output = signalled(fake, text, training, signal.SIGUSR1, deaf=True)
     assert (status, "attempt: next exit status 0, step 7" in output) == (0, True), output
     assert set(map(tuple, fake.called("sleep"))) == {("15",)}
 

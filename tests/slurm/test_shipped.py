@@ -1,4 +1,4 @@
-"""`megatron-paint launch slurm` on a real cluster: what it submits trains to the same weights, whatever happens."""
+"""`megatron-paint launch slurm` on a real cluster: its runs reach the same weights, whatever happens."""
 
 import pytest
 
@@ -99,8 +99,8 @@ def test_a_killed_rank_is_started_again_within_the_job(cluster, undisturbed, tmp
     run = tmp_path / "run"
     (job,) = launch(cluster, run)
     wait_for_step(job, run, 4)
-    beat = heartbeats(run)[1]
-    cluster.run(["kill", "-KILL", str(beat["pid"])], on=beat["host"])
+    heartbeat = heartbeats(run)[1]
+    cluster.run(["kill", "-KILL", str(heartbeat["pid"])], on=heartbeat["host"])
     job.wait("COMPLETED", restarts=0, seconds=MINUTES)
     assert start_checkpoints(run) == [0]
     check_is_undisturbed(run, undisturbed)
@@ -108,13 +108,13 @@ def test_a_killed_rank_is_started_again_within_the_job(cluster, undisturbed, tmp
 
 @pytest.mark.long
 def test_a_node_that_the_preflight_names_is_left_out(cluster, undisturbed, tmp_path):
-    """n2 has another folder in the run's place; the job stays off it from then on, and off n4 as it did before."""
+    """n2 has another folder in the run's place; the job avoids it from then on, and n4 as before."""
     run = tmp_path / "run"
     with another_folder(cluster, run, "n2"):
         (job,) = launch(cluster, run, "--exclude=n4")
         job.wait("COMPLETED", restarts=1, seconds=MINUTES)
-    assert f"preflight: node n2: shared folder: {run} does not show what n1 wrote into it" in job.output()
-    assert f"job {job.id} stays off nodes: n2\n" in job.output()
+    assert f"preflight: node n2: shared folder: {run} does not contain what n1 wrote into it" in job.output()
+    assert f"job {job.id} avoids nodes: n2\n" in job.output()
     assert ends(run) == [3, 0]
     assert job.nodes() == ["n1", "n3"]
     check_is_undisturbed(run, undisturbed)

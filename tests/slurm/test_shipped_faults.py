@@ -105,7 +105,7 @@ def small_disk(cluster, tmp_path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("launcher", ["torchrun", "srun"])
 def test_the_disk_is_full_at_a_save(cluster, undisturbed, small_disk, launcher):
-    """The run stops and says where there is no space; launched again, with some, it goes on.
+    """The run stops and reports where space is missing. Launched again, with free space, it resumes.
 
     With torchrun, whose exit status says little, it is the preflight of the next two starts that finds it.
     """
@@ -150,8 +150,8 @@ def test_a_checkpoint_is_damaged_between_two_jobs(cluster, undisturbed, tmp_path
 
 
 @contextmanager
-def standing_still(cluster: Cluster, run: Path, rank: int) -> Iterator[dict]:
-    """Inside, a rank does nothing, and so all that wait for it; gives its host and pid."""
+def holding(cluster: Cluster, run: Path, rank: int) -> Iterator[dict]:
+    """In the `with` block a rank is held, so all ranks wait for it. Yields its host and pid."""
     beat = heartbeats(run)[rank]
     program = [sys.executable, ROOT / "tests/slurm/hold.py", str(beat["pid"])]
     with cluster.start_program(program, on=beat["host"]) as holder:
@@ -163,7 +163,7 @@ def test_slurm_itself_signals_before_the_time_limit(cluster, undisturbed, tmp_pa
     run = tmp_path / "run"
     (job,) = launch(cluster, run, "--time=60", "--signal-seconds=1200", "run.exit_before_limit_s=0")
     wait_for_step(job, run, 4)
-    with standing_still(cluster, run, rank=3) as beat:
+    with holding(cluster, run, rank=3) as beat:
         job.set_time_limit(10)
         usr1 = 1 << (signal.SIGUSR1 - 1)
 
@@ -183,7 +183,7 @@ def test_the_time_limit_leaves_no_time_for_a_checkpoint(cluster, undisturbed, tm
     run = tmp_path / "run"
     first, second = launch(cluster, run, "--time=60", "--attempts=2")
     wait_for_step(first, run, 4)
-    with standing_still(cluster, run, rank=3):
+    with holding(cluster, run, rank=3):
         first.set_time_limit(1)
         first.wait("TIMEOUT", seconds=MINUTES)
     second.wait("COMPLETED", seconds=MINUTES)
@@ -193,7 +193,7 @@ def test_the_time_limit_leaves_no_time_for_a_checkpoint(cluster, undisturbed, tm
 
 
 def test_a_job_is_cancelled_and_launched_again(cluster, undisturbed, tmp_path):
-    """By TERM to its script, and by scancel; neither brings it back by itself."""
+    """By TERM to its script, and by scancel. Neither brings the job back."""
     run = tmp_path / "run"
     (job,) = launch(cluster, run)
     wait_for_step(job, run, 4)
@@ -240,7 +240,7 @@ def test_a_job_is_preempted_with_time_to_save(cluster, undisturbed, tmp_path, la
 
 
 def test_a_run_that_is_launched_again_while_it_trains(cluster, undisturbed, tmp_path):
-    """The later job waits, and goes on where the earlier one is stopped."""
+    """The later job waits, and resumes the run when the earlier one is stopped."""
     run = tmp_path / "run"
     first, second = (launch(cluster, run, launcher="srun")[0] for _ in range(2))
     wait_for_step(first, run, 4)
@@ -254,7 +254,7 @@ def test_a_run_that_is_launched_again_while_it_trains(cluster, undisturbed, tmp_
 
 @contextmanager
 def miscounting(cluster: Cluster, tmp_path: Path, *nodes: str) -> Iterator[None]:
-    """Inside, these nodes count one GPU, where the job expects none."""
+    """In the `with` block these nodes count one GPU, but the job expects none."""
     counter = tmp_path / "gpus.py"
     counter.write_text((ROOT / COUNTER).read_text() + "\n\ndef visible() -> int:\n    return 1\n")
     for node in nodes:

@@ -1,4 +1,4 @@
-"""Ranks on two nodes meet over the network, and training there equals training on one machine."""
+"""Ranks on two nodes connect over the network, and training there equals training on one machine."""
 
 import json
 import math

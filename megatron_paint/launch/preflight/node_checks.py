@@ -51,7 +51,7 @@ def check_node(options: Options, me: Node, probes: Probes, canary: Canary | None
     counted = TimedProcess(lambda _: gpus.check_gpus(probes.gpus, options.expect_gpus))
     answer = None
     if canary is not None:
-        node = {"rank": me.rank, "node": me.name, "first": me.first}
+        node = {"rank": me.rank, "node": me.name, "first": me.first, "patience": probes.patience}
         answer = TimedProcess(lambda _: shared.answer(options.run, canary.name, canary.token, **node))
     found_versions, found_gpus = versions.outcome(deadline), counted.outcome(deadline)
     gpu_result, count = found_gpus.value or (_failed(gpus.CHECK, found_gpus), 0)
