@@ -299,11 +299,11 @@ def run_inspect(options: argparse.Namespace, _: list[str]) -> int:
     """Prints one sample of a run."""
     from megatron_paint.cli.inspect_samples import inspect_sample
     from megatron_paint.config.load import settings_of
-    from megatron_paint.config.saved import read_yaml
+    from megatron_paint.config.saved import read_config
     from megatron_paint.data.tokenizers import load_tokenizer
     from megatron_paint.run.folder import RunFolder
 
-    settings = settings_of(read_yaml(RunFolder(options.run_dir).config_file))
+    settings = settings_of(read_config(RunFolder(options.run_dir).config_file))
     tokenizer = load_tokenizer(settings.model.hf_path, chat_template=settings.prompts.chat_template)
 
     def decode(ids: Sequence[int]) -> str:

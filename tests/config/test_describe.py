@@ -9,14 +9,14 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.config import describe
 from megatron_paint.config.dialect import OPSD_GRPO
 from megatron_paint.config.load import settings_of
-from megatron_paint.config.saved import flat, plain
+from megatron_paint.config.saved import dotted, settings_tree
 
 SMALLEST = {"model": {"hf_path": "m", "lora": {}}, "data": {"train": "p.jsonl"}, "run": {"dir": "r"}}
 KNOWN = {setting.key: setting for section in describe.sections() for setting in section.settings}
 
 
 def test_every_setting_is_described_with_its_default():
-    resolved = flat(plain(settings_of(SMALLEST)))
+    resolved = dotted(settings_tree(settings_of(SMALLEST)))
     assert set(KNOWN) == {*resolved, "model.lora"}
     for key, value in resolved.items():
         assert KNOWN[key].needed == (key in ("model.hf_path", "data.train", "run.dir"))
