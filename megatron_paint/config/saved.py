@@ -15,20 +15,17 @@ from megatron_paint.config.settings import DataSettings, ModelSettings, RunSetti
 # What a resumed run may change: how long, how often and where. None of these changes what a step computes, except
 # run.steps where a decay ends there; `moved_decay_end` checks this.
 MAY_CHANGE_IN_RUN = {
-    *(
-        "dir",
-        "steps",
-        "save_every",
-        "evaluate_every",
-        "export_every",
-        "resume",
-        "tensorboard",
-        "async_save",
-        "keep_last",
-    ),
-    *("keep_every", "exit_before_limit_s", "hang_timeout_s", "max_skipped_steps", "self_check_limit"),
-    "sampler_gap_limit",
+    "dir",
+    "steps",
+    "save_every",
+    "evaluate_every",
+    "export_every",
+    "resume",
+    "tensorboard",
+    "async_save",
 }
+MAY_CHANGE_IN_RUN |= {"keep_last", "keep_every", "exit_before_limit_s", "hang_timeout_s", "max_skipped_steps"}
+MAY_CHANGE_IN_RUN |= {"sampler_gap_limit", "self_check_limit"}
 MAY_CHANGE = {f"run.{name}" for name in MAY_CHANGE_IN_RUN} | {
     "megatron.tensor_model_parallel_size",
     "megatron.pipeline_model_parallel_size",
