@@ -22,7 +22,7 @@ A settings file is YAML with one block for each section. `key=value` after the f
 differs from that file. `null` stands for "not set". A misspelt key, a wrong type or a value outside its limits ends
 the command before anything starts.
 
-"Source" says where the default comes from. "ours" is a choice of this project. The recipe is OPSD's, because none is
+"Source" is where the default comes from. "ours" is a choice of this project. The recipe is OPSD's, because none is
 published for PAINT (docs/algorithm.md). The presets in `examples/` also set values that differ from the defaults.
 """
 METRICS_HEAD = """# Metrics

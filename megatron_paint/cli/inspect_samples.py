@@ -10,7 +10,7 @@ from rich.text import Text
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import settings_of
-from megatron_paint.config.saved import read_yaml
+from megatron_paint.config.saved import read_config
 from megatron_paint.data.tokenizers import load_tokenizer
 from megatron_paint.run.folder import RunFolder
 
@@ -23,7 +23,7 @@ Decode = Callable[[Sequence[int]], str]
 
 def run(options: argparse.Namespace, _: list[str]) -> int:
     """Prints one sample of a run; returns the exit status."""
-    settings = settings_of(read_yaml(RunFolder(options.run_dir).config_file))
+    settings = settings_of(read_config(RunFolder(options.run_dir).config_file))
     tokenizer = load_tokenizer(settings.model.hf_path, chat_template=settings.prompts.chat_template)
 
     def decode(ids: Sequence[int]) -> str:

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import Settings
 
-TYPES = {"string": "text", "number": "number", "integer": "whole number", "boolean": "true or false"}
+TYPES = {"string": "text", "number": "number", "integer": "integer", "boolean": "true or false"}
 LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 
 
@@ -23,7 +23,7 @@ class SettingDescription:
 
     key: str  # dotted, such as optimizer.lr
     type: str  # such as "number or null"
-    allowed: str  # limits or choices, "" where the type says all
+    allowed: str  # limits or choices, "" where the type alone is enough
     default: Any  # None where `needed`
     needed: bool  # there is no default: the user sets it
     meaning: str

@@ -1,11 +1,11 @@
-"""Reads settings: a YAML file, then `key=value` overrides, checked against `config.py`; a mistake is one line.
+"""Reads settings: a YAML file, then `key=value` overrides, checked against `settings.py`; each mistake is one line.
 
-A file may begin with `base: OTHER.yaml`, a path relative to itself, and then says only what differs from that file.
+A file may begin with `base: OTHER.yaml`, a path relative to itself. It then holds only what differs from that file.
 """
 
 import dataclasses
 import typing
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from megatron_paint.base.errors import UserError
+from megatron_paint.config import contradictions
 from megatron_paint.config.mistakes import mistakes, user_error
 from megatron_paint.config.settings import (
     DataSettings,
@@ -35,19 +36,19 @@ def load_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
 
 
 def override_tree(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """The tree with overrides such as `optimizer.lr=1e-5` put in."""
+    """Puts overrides such as `optimizer.lr=1e-5` into the tree and returns it."""
     for override in overrides:
         _override(tree, override)
     return tree
 
 
 def read_tree(path: str | Path) -> dict[str, Any]:
-    """A settings file and its bases as nested dictionaries, unchecked."""
+    """A settings file over its bases as nested dictionaries; nothing is checked except the YAML."""
     return _read_with_base(Path(path))
 
 
 def settings_of(tree: Mapping[str, Any]) -> Settings:
-    """Settings of nested dictionaries, complete and checked."""
+    """Settings of nested dictionaries, complete and checked; UserError has one line for each mistake."""
     try:
         settings = TypeAdapter(Settings).validate_python(tree)
     except ValidationError as error:
@@ -96,22 +97,24 @@ def _section_of(tree: Mapping[str, Any], name: str) -> Any:
 
 
 def _resolved_objective(objective: ObjectiveSettings, tree: Mapping[str, Any]) -> ObjectiveSettings:
-    """OPSD is PAINT that shows everything and interpolates nowhere. UserError: the tree contradicts that."""
-    if objective.name == "opsd":
-        given = tree.get("objective", {})
-        rule, positions = given.get("reveal", {}).get("rule", "full"), given.get("loss", {}).get("positions", "none")
-        if rule != "full" or positions != "none":
-            raise UserError(
-                f"objective.name=opsd shows the whole solution and interpolates nowhere, but reveal.rule={rule} and "
-                f"loss.positions={positions} are set: leave them out, or set objective.reveal.rule=full and "
-                "objective.loss.positions=none"
-            )
-        objective = dataclasses.replace(
-            objective,
-            reveal=dataclasses.replace(objective.reveal, rule="full"),
-            loss=dataclasses.replace(objective.loss, positions="none"),
+    """The objective with the settings that its name implies."""
+    return _opsd(objective, tree["objective"]) if objective.name == "opsd" else objective
+
+
+def _opsd(objective: ObjectiveSettings, given: Mapping[str, Any]) -> ObjectiveSettings:
+    """OPSD is PAINT that shows the complete solution and mixes no target; given: the section as the user wrote it."""
+    rule, positions = given.get("reveal", {}).get("rule", "full"), given.get("loss", {}).get("positions", "none")
+    if rule != "full" or positions != "none":
+        raise UserError(
+            f"objective.name=opsd shows the complete solution and mixes no target, but reveal.rule={rule} and "
+            f"loss.positions={positions} are set: leave them out, or set objective.reveal.rule=full and "
+            "objective.loss.positions=none"
         )
-    return objective
+    return dataclasses.replace(
+        objective,
+        reveal=dataclasses.replace(objective.reveal, rule="full"),
+        loss=dataclasses.replace(objective.loss, positions="none"),
+    )
 
 
 def _refuse_contradictions(
@@ -122,9 +125,8 @@ def _refuse_contradictions(
     megatron: MegatronSettings,
 ) -> None:
     """The checks that need several settings at once."""
-    for wrong, message in _contradictions(model, objective, rollout, optimizer, megatron):
-        if wrong:
-            raise UserError(message)
+    if found := list(_contradictions(model, objective, rollout, optimizer, megatron)):
+        raise UserError("\n".join(found))
 
 
 def _contradictions(
@@ -133,98 +135,35 @@ def _contradictions(
     rollout: RolloutSettings,
     optimizer: OptimizerSettings,
     megatron: MegatronSettings,
-) -> list[tuple[bool, str]]:
-    reveal = objective.reveal
-    return [
-        (
-            reveal.rule == "fixed" and reveal.share is None,
-            "objective.reveal.share is not set: rule=fixed shows this share of each solution; set it in [0, 1]",
-        ),
-        (
-            reveal.rule != "fixed" and reveal.share is not None,
-            f"objective.reveal.share={reveal.share} belongs to rule=fixed, but rule={reveal.rule}; leave it out",
-        ),
-        (
-            reveal.hidden_nats is not None and reveal.unit != "token",
-            f"objective.reveal.hidden_nats={reveal.hidden_nats} is counted over tokens, but objective.reveal.unit="
-            f"{reveal.unit}; set unit to token or hidden_nats to null",
-        ),
-        (
-            objective.teacher.ema_anchor > 0 and objective.teacher.weights != "ema",
-            f"objective.teacher.ema_anchor={objective.teacher.ema_anchor} belongs to weights=ema, but weights="
-            f"{objective.teacher.weights}; leave it out",
-        ),
-        (
-            rollout.engine == "replay" and rollout.path is None,
-            "rollout.path is not set: engine=replay reads rollouts from this file",
-        ),
-        (
-            rollout.engine != "replay" and rollout.path is not None,
-            f"rollout.path belongs to engine=replay, but engine={rollout.engine}; leave it out",
-        ),
-        (
-            objective.name == "grpo" and rollout.temperature == 0,
-            "rollout.temperature=0 makes all responses of a group the same, and objective.name=grpo learns from their "
-            "differences: set it above 0, such as 1.2",
-        ),
-        (
-            objective.name == "grpo" and rollout.engine == "replay" and objective.grpo.importance_limit is not None,
-            f"objective.grpo.importance_limit={objective.grpo.importance_limit} weighs by the sampler's "
-            "log-probabilities, and rollouts read from a file have none: set it to null",
-        ),
-        (
-            objective.name == "grpo" and objective.grpo.kl_weight > 0 and objective.teacher.weights == "current",
-            f"objective.grpo.kl_weight={objective.grpo.kl_weight} keeps the model near the weights of objective.teacher"
-            ", and with objective.teacher.weights=current these are its own: set it to initial or ema",
-        ),
-        (
-            optimizer.min_lr > optimizer.lr,
-            f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}; it is where the decay ends",
-        ),
-        (
-            optimizer.decay_steps is not None and optimizer.decay == "constant",
-            f"optimizer.decay_steps={optimizer.decay_steps} is where a decay ends, but optimizer.decay=constant; leave "
-            "it out, or set decay to linear or cosine",
-        ),
-        (
-            optimizer.decay_steps is not None and optimizer.decay_steps <= optimizer.warmup_steps,
-            f"optimizer.decay_steps={optimizer.decay_steps} must lie after optimizer.warmup_steps="
-            f"{optimizer.warmup_steps}, where the decay begins: {optimizer.warmup_steps + 1} or more",
-        ),
-        (
-            optimizer.name == "sgd" and megatron.use_distributed_optimizer,
-            "optimizer.name=sgd has no state to shard: set megatron.use_distributed_optimizer=false",
-        ),
-        (
-            megatron.recompute_granularity == "full"
-            and (megatron.recompute_method is None or megatron.recompute_num_layers is None),
-            "megatron.recompute_granularity=full needs recompute_method and recompute_num_layers (uniform, 1)",
-        ),
-        (
-            megatron.fp8 is not None and model.dtype != "bfloat16",
-            f"megatron.fp8 needs model.dtype=bfloat16, got {model.dtype}",
-        ),
-    ]
+) -> Iterator[str]:
+    yield from contradictions.of_reveal(objective.reveal)
+    yield from contradictions.of_teacher(objective.teacher)
+    yield from contradictions.of_rollout(rollout)
+    if objective.name == "grpo":
+        yield from contradictions.of_grpo(objective, rollout)
+    yield from contradictions.of_optimizer(optimizer)
+    yield from contradictions.of_megatron(megatron, optimizer, model)
 
 
 def _read_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The file's tree laid over that of its base, section by section; a list or a value replaces what was there."""
+    """The file's tree merged over that of its base; above: the files that lead to this one as their base."""
     if path.resolve() in above:
-        raise UserError(f"settings file {path} is its own base, by way of {above[-1]}: leave one `base:` out")
+        raise UserError(f"settings file {path} is its own base, by way of {above[-1]}: remove one `base:` line")
     tree = _read_yaml(path)
     base = tree.pop("base", None)
     if base is None:
         return tree
     if not isinstance(base, str):
         raise UserError(f"settings file {path}: base is {base!r}; it must be the path of another settings file")
-    return _laid_over(_read_with_base(path.parent / base, (*above, path.resolve())), tree)
+    return _merged(_read_with_base(path.parent / base, (*above, path.resolve())), tree)
 
 
-def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Merges section by section; a value or a list of `above` replaces that of `below`."""
     both = dict(below)
     for key, value in above.items():
         nested = isinstance(value, Mapping) and isinstance(both.get(key), Mapping)
-        both[key] = _laid_over(both[key], value) if nested else value
+        both[key] = _merged(both[key], value) if nested else value
     return both
 
 

@@ -68,7 +68,7 @@ class InterpolationLossConfig:
         Number,
         setting(
             "lambda: share of the partner's logits in the target of selected tokens",
-            source=f"ours; {PAINT}, says small",
+            source=f"ours; {PAINT}, uses a small one",
             ge=0,
             le=1,
         ),

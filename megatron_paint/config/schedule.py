@@ -1,4 +1,4 @@
-"""What a step's number decides: its learning rate and what is due after it; a resumed run has nothing to restore."""
+"""What the number of a step decides: its learning rate and the tasks after it. A resumed run restores none of this."""
 
 import math
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ Task = Literal["checkpoint", "export", "evaluation"]
 def learning_rate(step: int, *, steps: int, settings: OptimizerSettings) -> float:
     """Learning rate of step 1 .. `steps`: a linear rise over the warm-up, then constant, linear or cosine decay.
 
-    The rise reaches `lr` at step `warmup_steps`; the decay reaches `min_lr` at step `decay_steps`, or at the last one,
-    and stays there.
+    The rise reaches `lr` at step `warmup_steps`. The decay reaches `min_lr` at step `decay_steps`, or at the last step
+    if that is not set, and the rate stays there.
     """
     if step <= settings.warmup_steps:
         return settings.lr * step / settings.warmup_steps
@@ -25,18 +25,18 @@ def learning_rate(step: int, *, steps: int, settings: OptimizerSettings) -> floa
     return settings.min_lr + (settings.lr - settings.min_lr) * height
 
 
-def outlived(steps: Sequence[int], run: RunSettings) -> list[int]:
-    """Which of the complete checkpoints at these steps are kept no longer; the newest always is."""
+def expired_checkpoints(steps: Sequence[int], run: RunSettings) -> list[int]:
+    """The steps of the complete checkpoints that are to be removed; the newest checkpoint is always kept."""
     if run.keep_last is None:
         return []
     return [step for step in sorted(steps)[: -run.keep_last] if run.keep_every is None or step % run.keep_every]
 
 
 def due_after(step: int, run: RunSettings) -> list[Task]:
-    """What follows a step, in this order; step 0 is the start, after which the model is evaluated.
+    """The tasks after a step, in this order. Step 0 is the start, after which the model is evaluated.
 
-    The last step is followed by everything, another one by what it is a multiple of the period of. The checkpoint comes
-    first: a run that ends during the rest does the rest when it is resumed.
+    All tasks follow the last step. A task follows another step if that is a multiple of the task's period. The
+    checkpoint comes first: a run that ends during the other tasks does them when it resumes.
     """
     if step == 0:
         return ["evaluation"]

@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_paint.base.errors import UserError, about
 from megatron_paint.base.json_text import to_json
-from megatron_paint.config.saved import changed_keys, moved_decay, plain, read_yaml, to_yaml
+from megatron_paint.config.saved import forbidden_changes, moved_decay_end, read_config, settings_tree, to_yaml
 from megatron_paint.config.schedule import Task
 from megatron_paint.records import EvalReport
 from megatron_paint.runtime.files import (
@@ -59,7 +59,7 @@ class RunFolder:
         step = self.check(settings)
         with about("run.dir"), disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.config_file, to_yaml(plain(settings)))
+            write_atomically(self.config_file, to_yaml(settings_tree(settings)))
             for folder in (self.path / "samples", self.path / "eval", self.path / "checkpoints", self.logs):
                 folder.mkdir(exist_ok=True)
         self._take_back(step)
@@ -67,7 +67,7 @@ class RunFolder:
 
     def check(self, settings: Any) -> int:
         """The step to go on from, or the UserError that `prepare` would raise; touches nothing."""
-        new = plain(settings)
+        new = settings_tree(settings)
         resume = new["run"]["resume"]
         held = self._held()
         if resume == "never" and held:
@@ -106,13 +106,13 @@ class RunFolder:
             raise UserError(
                 f"run.dir={self.path} is not empty and no run folder: it has no config.yaml. Give another run.dir"
             )
-        old = read_yaml(self.config_file)
-        if changed := changed_keys(old=old, new=new):
+        old = read_config(self.config_file)
+        if changed := forbidden_changes(old=old, new=new):
             raise UserError(
                 f"run.dir={self.path} was started with other settings: {'; '.join(changed)}. Restore them to resume, "
                 "or start anew in another run.dir"
             )
-        if moved := moved_decay(old=old, new=new):
+        if moved := moved_decay_end(old=old, new=new):
             raise UserError(f"{moved}; or start anew in another run.dir than {self.path}")
 
     def _take_back(self, step: int) -> None:

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.saved import read_yaml
+from megatron_paint.config.saved import read_config
 from megatron_paint.run.console import duration
 from megatron_paint.run.folder import RunFolder, step_name
 from megatron_paint.runtime.heartbeat import Heartbeat, read_heartbeats, slowest
@@ -45,7 +45,7 @@ def read_status(path: Path, *, now: float | None = None) -> Status:
     folder, now = RunFolder(path), time.time() if now is None else now
     if not folder.config_file.exists():
         raise UserError(f"{path} is not a run folder: it has no config.yaml. Give the run.dir of a run")
-    steps = int(read_yaml(folder.config_file)["run"]["steps"])
+    steps = int(read_config(folder.config_file)["run"]["steps"])
     lines = folder.read_metrics()
     done = [line for line in lines if "skipped" not in line]
     step = max((line["step"] for line in lines), default=0)

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.saved import plain
-from megatron_paint.config.schedule import due_after, learning_rate, outlived
+from megatron_paint.config.saved import settings_tree
+from megatron_paint.config.schedule import due_after, expired_checkpoints, learning_rate
 from megatron_paint.config.settings import Settings
 from megatron_paint.data.problems import ProblemSet
 from megatron_paint.evaluation.evaluator import Evaluator
@@ -140,7 +140,7 @@ class Run:
         """Starts a checkpoint that any layout can resume; with `run.async_save`, training continues meanwhile."""
         self.finish_save()  # the checkpoint before
         self.pace.begin("write")
-        self.policy.save(self.folder.checkpoint_folder(step), {"step": step, "settings": plain(self.settings)})
+        self.policy.save(self.folder.checkpoint_folder(step), {"step": step, "settings": settings_tree(self.settings)})
         if not self.settings.run.async_save:
             self.finish_save()
 
@@ -149,7 +149,9 @@ class Run:
         if self.policy.finish_save(wait=wait):
             self.pace.end("write")
             self.on_rank_zero(
-                lambda: self.folder.remove_checkpoints(outlived(self.folder.checkpoints(), self.settings.run))
+                lambda: self.folder.remove_checkpoints(
+                    expired_checkpoints(self.folder.checkpoints(), self.settings.run)
+                )
             )
 
     def rescue_save(self, error: UserError) -> None:

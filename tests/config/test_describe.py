@@ -9,14 +9,14 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.config import describe
 from megatron_paint.config.dialect import OPSD_GRPO
 from megatron_paint.config.load import settings_of
-from megatron_paint.config.saved import flat, plain
+from megatron_paint.config.saved import dotted, settings_tree
 
 SMALLEST = {"model": {"hf_path": "m", "lora": {}}, "data": {"train": "p.jsonl"}, "run": {"dir": "r"}}
 KNOWN = {setting.key: setting for section in describe.sections() for setting in section.settings}
 
 
 def test_every_setting_is_described_with_its_default():
-    resolved = flat(plain(settings_of(SMALLEST)))
+    resolved = dotted(settings_tree(settings_of(SMALLEST)))
     assert set(KNOWN) == {*resolved, "model.lora"}
     for key, value in resolved.items():
         assert KNOWN[key].needed == (key in ("model.hf_path", "data.train", "run.dir"))
@@ -36,11 +36,11 @@ def test_nothing_is_left_without_words():
         ("optimizer.lr", "number", "above 0", "5e-06", "OPSD, arXiv 2601.18734"),
         ("optimizer.beta2", "number", "at least 0, below 1", "0.999", "AdamW's usual value"),
         ("objective.reveal.minimum", "number", "at least 0, at most 1", "0.3", "ours"),
-        ("objective.grpo.samples_per_problem", "whole number", "at least 2", "8", OPSD_GRPO),
+        ("objective.grpo.samples_per_problem", "integer", "at least 2", "8", OPSD_GRPO),
         ("objective.loss.jsd_beta", "number", "above 0, below 1", "0.5", "ours"),
         ("objective.kernel", "choice", "auto, torch, triton", "auto", "ours"),
         ("megatron.fp8", "choice or null", "e4m3, hybrid", "null", "Megatron-Core's name and default"),
-        ("run.keep_last", "whole number or null", "at least 1", "null", "ours"),
+        ("run.keep_last", "integer or null", "at least 1", "null", "ours"),
         ("run.tensorboard", "true or false", "", "true", "ours"),
         ("rollout.cache_bytes", "number", "above 0", "2e+10", "ours"),
         ("model.lora", "section or null", "", "null", "ours"),

@@ -20,7 +20,8 @@ SMALLEST = {"model": {"hf_path": "m"}, "data": {"train": "p.jsonl"}, "run": {"di
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_shipped_files_are_read(path):
-    assert isinstance(load_settings(path), Settings)
+    needed = ["model.hf_path=m", "run.dir=r"] if path.parent.name == "qwen3_base" else []
+    assert isinstance(load_settings(path, needed), Settings)
 
 
 QWEN3 = {  # hidden, feed-forward, layers, heads of the published models
@@ -30,6 +31,8 @@ QWEN3 = {  # hidden, feed-forward, layers, heads of the published models
     "14b": (5120, 17408, 40, 40),
     "32b": (5120, 25600, 64, 64),
 }
+TENSOR_PARALLEL = {"1p7b": 1, "4b": 1, "8b": 2, "14b": 4, "32b": 8}
+CLIP = {"1p7b": 0.05, "4b": 0.05, "8b": 0.06, "14b": 0.06, "32b": 0.06}  # OPSD publishes the first three
 
 
 @pytest.mark.parametrize("size", QWEN3)
@@ -48,6 +51,9 @@ def test_presets_fit_their_model_and_its_gpus(name, size, tmp_path):
     paint = load_settings(folder / "paint.yaml", [f"model.hf_path={tmp_path}"])
     assert settings.objective.name == name
     assert (settings.model, settings.optimizer, settings.megatron) == (paint.model, paint.optimizer, paint.megatron)
+    assert settings.objective.loss.clip == paint.objective.loss.clip == CLIP[size]
+    assert settings.megatron.tensor_model_parallel_size == TENSOR_PARALLEL[size]
+    assert settings.megatron.sequence_parallel == (TENSOR_PARALLEL[size] > 1)
     assert settings.optimizer.lr == 5e-6
     responses = settings.data.problems_per_step * max(settings.objective.needs.samples_per_problem, 1)
     assert responses == 32

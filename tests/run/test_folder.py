@@ -8,7 +8,7 @@ from ruamel.yaml import YAML
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.base.json_text import to_json
-from megatron_paint.config.saved import changed_keys
+from megatron_paint.config.saved import forbidden_changes
 from megatron_paint.evaluation.statistics import build_report
 from megatron_paint.records import Graded
 from megatron_paint.run.folder import RunFolder
@@ -240,5 +240,5 @@ def test_a_setting_that_an_earlier_version_did_not_have_stood_at_its_default():
     old = {"objective": {"loss": {"clip": 0.05}}}
     same = {"objective": {"loss": {"clip": 0.05, "clip_rule": "entry"}}}
     other = {"objective": {"loss": {"clip": 0.05, "clip_rule": "token"}}}
-    assert changed_keys(old=old, new=same) == []
-    assert changed_keys(old=old, new=other) == ["objective.loss.clip_rule: 'entry' -> 'token'"]
+    assert forbidden_changes(old=old, new=same) == []
+    assert forbidden_changes(old=old, new=other) == ["objective.loss.clip_rule: 'entry' -> 'token'"]

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.schedule import outlived
+from megatron_paint.config.schedule import expired_checkpoints
 from megatron_paint.config.settings import RunSettings
 from megatron_paint.run.status import read_status, status_lines
 from megatron_paint.runtime.heartbeat import Heartbeat, hang_message, slowest
@@ -94,7 +94,7 @@ def test_who_is_behind():
     [({}, []), ({"keep_last": 2}, [1, 2, 3, 4]), ({"keep_last": 1, "keep_every": 2}, [1, 3, 5])],
 )
 def test_which_checkpoints_go(keep, gone):
-    assert outlived([6, 1, 2, 3, 4, 5], RunSettings(dir="r", **keep)) == gone
+    assert expired_checkpoints([6, 1, 2, 3, 4, 5], RunSettings(dir="r", **keep)) == gone
 
 
 def test_a_job_is_stopped_before_its_end():

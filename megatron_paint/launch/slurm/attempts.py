@@ -18,7 +18,7 @@ from typing import Any, Literal
 from megatron_paint.base.errors import UserError
 from megatron_paint.base.json_text import to_json
 from megatron_paint.config.load import settings_of
-from megatron_paint.config.saved import read_yaml
+from megatron_paint.config.saved import read_config
 from megatron_paint.config.schedule import due_after
 from megatron_paint.run.folder import ATTEMPTS, STOPPED, RunFolder
 from megatron_paint.runtime.files import append_line, disk_errors, write_atomically
@@ -103,7 +103,7 @@ def finished_steps(run: Path, records: Sequence[Mapping[str, Any]]) -> int | Non
     folder = RunFolder(run)
     if not folder.config_file.exists():
         return None
-    settings = settings_of(read_yaml(folder.config_file))
+    settings = settings_of(read_config(folder.config_file))
     steps = settings.run.steps
     if steps < _requested_steps(records):
         return None  # the settings are of an earlier launch: training of this launch has not started

@@ -1,0 +1,90 @@
+"""Settings that contradict each other: each function takes the sections that it compares and yields error messages.
+
+`loss.py` checks the loss, which can be used alone.
+"""
+
+from collections.abc import Iterator
+
+from megatron_paint.config.settings import (
+    MegatronSettings,
+    ModelSettings,
+    ObjectiveSettings,
+    OptimizerSettings,
+    RevealSettings,
+    RolloutSettings,
+    TeacherSettings,
+)
+
+
+def of_reveal(reveal: RevealSettings) -> Iterator[str]:
+    if reveal.rule == "fixed" and reveal.share is None:
+        yield "objective.reveal.share is not set: rule=fixed shows this share of each solution; set it in [0, 1]"
+    if reveal.rule != "fixed" and reveal.share is not None:
+        yield f"objective.reveal.share={reveal.share} belongs to rule=fixed, but rule={reveal.rule}; leave it out"
+    if reveal.hidden_nats is not None and reveal.unit != "token":
+        yield (
+            f"objective.reveal.hidden_nats={reveal.hidden_nats} is counted over tokens, but objective.reveal.unit="
+            f"{reveal.unit}; set unit to token or hidden_nats to null"
+        )
+
+
+def of_teacher(teacher: TeacherSettings) -> Iterator[str]:
+    if teacher.ema_anchor > 0 and teacher.weights != "ema":
+        yield (
+            f"objective.teacher.ema_anchor={teacher.ema_anchor} belongs to weights=ema, but weights={teacher.weights}; "
+            "leave it out"
+        )
+
+
+def of_rollout(rollout: RolloutSettings) -> Iterator[str]:
+    if rollout.engine == "replay" and rollout.path is None:
+        yield "rollout.path is not set: engine=replay reads rollouts from this file"
+    if rollout.engine != "replay" and rollout.path is not None:
+        yield f"rollout.path belongs to engine=replay, but engine={rollout.engine}; leave it out"
+
+
+def of_grpo(objective: ObjectiveSettings, rollout: RolloutSettings) -> Iterator[str]:
+    """Only for objective.name=grpo."""
+    grpo = objective.grpo
+    if rollout.temperature == 0:
+        yield (
+            "rollout.temperature=0 makes all responses of a group the same, and objective.name=grpo learns from their "
+            "differences: set it above 0, such as 1.2"
+        )
+    if rollout.engine == "replay" and grpo.importance_limit is not None:
+        yield (
+            f"objective.grpo.importance_limit={grpo.importance_limit} needs the sampler's log-probabilities, and "
+            "rollouts read from a file have none: set it to null"
+        )
+    if grpo.kl_weight > 0 and objective.teacher.weights == "current":
+        yield (
+            f"objective.grpo.kl_weight={grpo.kl_weight} keeps the model near the weights of objective.teacher, and "
+            "with objective.teacher.weights=current these are the model's own: set it to initial or ema"
+        )
+
+
+def of_optimizer(optimizer: OptimizerSettings) -> Iterator[str]:
+    if optimizer.min_lr > optimizer.lr:
+        yield f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}; it is where the decay ends"
+    if optimizer.decay_steps is None:
+        return
+    if optimizer.decay == "constant":
+        yield (
+            f"optimizer.decay_steps={optimizer.decay_steps} is where a decay ends, but optimizer.decay=constant; leave "
+            "it out, or set decay to linear or cosine"
+        )
+    if optimizer.decay_steps <= optimizer.warmup_steps:
+        yield (
+            f"optimizer.decay_steps={optimizer.decay_steps} must lie after optimizer.warmup_steps="
+            f"{optimizer.warmup_steps}, where the decay begins: {optimizer.warmup_steps + 1} or more"
+        )
+
+
+def of_megatron(megatron: MegatronSettings, optimizer: OptimizerSettings, model: ModelSettings) -> Iterator[str]:
+    if optimizer.name == "sgd" and megatron.use_distributed_optimizer:
+        yield "optimizer.name=sgd has no state to shard: set megatron.use_distributed_optimizer=false"
+    incomplete = megatron.recompute_method is None or megatron.recompute_num_layers is None
+    if megatron.recompute_granularity == "full" and incomplete:
+        yield "megatron.recompute_granularity=full needs recompute_method and recompute_num_layers (uniform, 1)"
+    if megatron.fp8 is not None and model.dtype != "bfloat16":
+        yield f"megatron.fp8 needs model.dtype=bfloat16, got {model.dtype}"
