@@ -85,18 +85,23 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleScore:
-    """What the loss saw in one sample: sums over its response tokens, in nats unless said otherwise."""
+    """What the loss measured in one sample, summed over its response tokens; in nats if nothing else is said.
+
+    sums: by name, those that the loss measures.
+    student_entropy, teacher_entropy: of all tokens.
+    divergence_selected, divergence_other: to the target, at selected tokens and at all others, without a clip. SFT: the
+    loss; GRPO: the estimated KL to the reference.
+    clipped_mass: target mass on clipped vocabulary entries, of tokens that carry loss; under the clip of tokens the
+    share of the gradient that it took.
+    clipped_entries: number of clipped vocabulary entries (under the clip of tokens: of tokens), where loss is carried.
+    clipped_ratios: number of tokens whose probability ratio is clipped (GRPO).
+    """
 
     loss_sum: float
     num_tokens: int  # response tokens
     loss_tokens: int  # those that carry loss
-    student_entropy_sum: float = 0.0
-    teacher_entropy_sum: float = 0.0
     selected: tuple[int, ...] = ()  # positions in the response, from 0
-    divergence_selected_sum: float = 0.0  # unclipped
-    divergence_other_sum: float = 0.0
-    clipped_mass_sum: float = 0.0  # target mass on clipped entries, summed over tokens that carry loss
-    clipped_entries: int = 0  # of the target; GRPO: tokens whose ratio is clipped
+    sums: dict[str, float] = field(default_factory=dict)
     token_logprobs: tuple[float, ...] | None = None  # of the response, where the loss asks for them
     sampler_gap_max: float | None = None  # max |sampler log-prob - trainer log-prob|; None: not sampled in this step
 

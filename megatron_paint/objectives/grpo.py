@@ -6,7 +6,6 @@ whose rewards are all equal teaches nothing and is left out.
 """
 
 import dataclasses
-import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from megatron_paint.data.prompts import Prompts
 from megatron_paint.grading.grade import Grade, GradingPool
 from megatron_paint.losses.elementwise.choose import loss_kernel
 from megatron_paint.losses.objectives import PolicyGradientLoss
-from megatron_paint.objectives.metrics import metrics_of, ratio
+from megatron_paint.objectives.metrics import mean_of, metrics_of, ratio
 from megatron_paint.policy import Policy
 from megatron_paint.records import Problem, Rollout, Sample, SampleScore, StepReport, UpdateReport
 from megatron_paint.rollouts.source import RolloutSource
@@ -81,16 +80,12 @@ class Grpo:
             seconds={"rollout": sampled - started, **phases, "step": time.perf_counter() - started},
         )
         metrics |= {
-            # Of what was scored: responses of groups that are left out have no entropy to count.
-            "entropy/student_mean": ratio(sum(s.student_entropy_sum for s in first), sum(s.num_tokens for s in first)),
-            "entropy/teacher_mean": math.nan,
-            "divergence/other_mean": self._kl(first),
             "reward/mean": statistics.fmean(float(grade.correct) for grade in grades),
             "reward/timeouts": float(sum(grade.outcome == "timeout" for grade in grades)),
             "reward/equal_groups_share": 1.0 - len(taken) / len(samples),
             "updates": float(len(updates)),
-            "ratio/clipped_share": ratio(sum(s.clipped_entries for s in every), sum(s.loss_tokens for s in every)),
-            "kl/mean": self._kl(every),
+            "ratio/clipped_share": mean_of("clipped_ratios", every, lambda score: score.loss_tokens),
+            "kl/mean": mean_of("divergence_other", every, lambda score: score.num_tokens),
             "time/grade_s": graded - sampled,
         }
         done = f"step {step} ended after {len(updates)} of {self.grpo.updates_per_batch} updates"
@@ -157,8 +152,3 @@ class Grpo:
                     for sample, score in zip(samples, first, strict=True)
                 ]
         return updates, ""
-
-    def _kl(self, scores: Sequence[SampleScore]) -> float:
-        if not self.loss.needs_teacher:
-            return math.nan
-        return ratio(sum(s.divergence_other_sum for s in scores), sum(s.num_tokens for s in scores))

@@ -16,6 +16,12 @@ def ratio(total: float, count: float) -> float:
     return total / count if count else math.nan
 
 
+def mean_of(name: str, scores: Sequence[SampleScore], count: Callable[[SampleScore], int]) -> float:
+    """The sum `name` over `count`, of the scores that have this sum; NaN where none has."""
+    having = [score for score in scores if name in score.sums]
+    return ratio(sum(score.sums[name] for score in having), sum(map(count, having)))
+
+
 def metrics_of(
     *,
     step: int,
@@ -30,16 +36,16 @@ def metrics_of(
     seconds: phase -> wall time; a phase that is left out took none; `step` is the wall time of the whole step, the
     sum of the phases if left out.
     Denominators. Loss tokens: loss (0 without any), clip/share and clip/entries (clipped entries per token). Response
-    tokens: entropy/*, selected/share; teacher entropy is NaN without a teacher. Selected positions, all others:
-    divergence/selected_mean, divergence/other_mean. Samples: response/length_mean; those sampled in this step:
-    response/truncated_share; those with a reveal: overlap/mean, reveal/mean (the share asked for), anchors/none_share
-    (those whose reference has no anchor). What has nothing to count is NaN, except where 0 is said.
+    tokens: entropy/*, selected/share. Selected positions, all others: divergence/selected_mean, divergence/other_mean.
+    Entropies and divergences count the responses whose loss measures them. Samples: response/length_mean; those sampled
+    in this step: response/truncated_share; those with a reveal: overlap/mean, reveal/mean (the share asked for),
+    anchors/none_share (those whose reference has no anchor). Without anything to count the value is NaN, if 0 is not
+    mentioned here.
     """
     tokens, loss_tokens = sum(s.num_tokens for s in scores), sum(s.loss_tokens for s in scores)
     selected = sum(len(s.selected) for s in scores)
     reveals = [sample.reveal for sample in samples if sample.reveal is not None]
     rollouts = [sample.rollout for sample in samples if sample.rollout is not None]
-    taught = any(sample.teacher_prompt_ids is not None for sample in samples)
     phases = {phase: float(seconds.get(phase, 0.0)) for phase in PHASES}
     return {
         "step": step,
@@ -49,13 +55,13 @@ def metrics_of(
         "reveal/mean": ratio(sum(reveal.share for reveal in reveals), len(reveals)),
         "anchors/none_share": ratio(sum(not reveal.overlap.anchors for reveal in reveals), len(reveals)),
         "loss_tokens": loss_tokens,
-        "entropy/student_mean": ratio(sum(s.student_entropy_sum for s in scores), tokens),
-        "entropy/teacher_mean": ratio(sum(s.teacher_entropy_sum for s in scores), tokens) if taught else math.nan,
+        "entropy/student_mean": mean_of("student_entropy", scores, lambda s: s.num_tokens),
+        "entropy/teacher_mean": mean_of("teacher_entropy", scores, lambda s: s.num_tokens),
         "selected/share": ratio(selected, tokens),
-        "divergence/selected_mean": ratio(sum(s.divergence_selected_sum for s in scores), selected),
-        "divergence/other_mean": ratio(sum(s.divergence_other_sum for s in scores), tokens - selected),
-        "clip/share": sum(s.clipped_mass_sum for s in scores) / max(loss_tokens, 1),
-        "clip/entries": sum(s.clipped_entries for s in scores) / max(loss_tokens, 1),
+        "divergence/selected_mean": mean_of("divergence_selected", scores, lambda s: len(s.selected)),
+        "divergence/other_mean": mean_of("divergence_other", scores, lambda s: s.num_tokens - len(s.selected)),
+        "clip/share": sum(s.sums.get("clipped_mass", 0.0) for s in scores) / max(loss_tokens, 1),
+        "clip/entries": sum(s.sums.get("clipped_entries", 0.0) for s in scores) / max(loss_tokens, 1),
         "response/length_mean": ratio(tokens, len(samples)),
         "response/truncated_share": ratio(sum(not rollout.finished for rollout in rollouts), len(rollouts)),
         "grad_norm": grad_norm,

@@ -204,7 +204,7 @@ def run_case(case: parity.Case, folder: Path, out: Path, ranks, megatron: dict) 
         for report in reports or objective.update(policy, samples, lr=case.lr)[0]:
             result["losses"].append([score.loss_sum for score in report.scores])
             result["norms"].append(report.grad_norm)
-            result["clipped"].append(sum(score.clipped_entries for score in report.scores))
+            result["clipped"].append(sum(score.sums.get("clipped_ratios", 0.0) for score in report.scores))
     policy.export(out / case.name)
     if ranks.rank == 0:
         torch.save(result, out / f"{case.name}.pt")

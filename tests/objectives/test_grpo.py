@@ -65,7 +65,7 @@ def loss_of(*, p, old=None, sampler=0.5, advantage=1.0, weight=1.0, reference=No
     )
     output.loss_T.sum().backward()
     # d log p / d (first logit) = 1 - p
-    return output.loss_T.item(), float(logit.grad[0, 0]) / (1 - p), int(output.clipped_entries_T)
+    return output.loss_T.item(), float(logit.grad[0, 0]) / (1 - p), int(output.sums["clipped_ratios"])
 
 
 @pytest.mark.parametrize(
@@ -130,9 +130,11 @@ class Taught:
                 num_tokens=len(sample.response_ids),
                 loss_tokens=len(sample.response_ids),
                 token_logprobs=(-2.0,) * len(sample.response_ids),
-                clipped_entries=len(self.updates) - 1,
-                student_entropy_sum=0.5 * len(sample.response_ids),
-                divergence_other_sum=0.25 * len(sample.response_ids),
+                sums={
+                    "clipped_ratios": len(self.updates) - 1,
+                    "student_entropy": 0.5 * len(sample.response_ids),
+                    **({"divergence_other": 0.25 * len(sample.response_ids)} if loss.needs_teacher else {}),
+                },
             )
             for sample in samples
         )

@@ -44,16 +44,24 @@ SCORES = (
         loss_sum=3.0,
         num_tokens=3,
         loss_tokens=2,
-        student_entropy_sum=1.5,
-        teacher_entropy_sum=0.5,
         selected=(1,),
-        divergence_selected_sum=2.0,
-        divergence_other_sum=1.0,
-        clipped_mass_sum=0.6,
-        clipped_entries=6,
+        sums={
+            "student_entropy": 1.5,
+            "teacher_entropy": 0.5,
+            "divergence_selected": 2.0,
+            "divergence_other": 1.0,
+            "clipped_mass": 0.6,
+            "clipped_entries": 6,
+        },
         sampler_gap_max=0.01,
     ),
-    SampleScore(loss_sum=1.0, num_tokens=1, loss_tokens=1, student_entropy_sum=0.5, sampler_gap_max=0.02),
+    SampleScore(
+        loss_sum=1.0,
+        num_tokens=1,
+        loss_tokens=1,
+        sums={"student_entropy": 0.5, "teacher_entropy": 0.0, "divergence_selected": 0.0, "divergence_other": 0.0},
+        sampler_gap_max=0.02,
+    ),
 )
 SECONDS = {"rollout": 1.0, "teacher": 0.5, "student": 0.5}
 
