@@ -81,10 +81,9 @@ class CrossEntropyLoss:
     chunk_bytes: float
     kernel: Kernel = "auto"
 
-    keeps_logprobs: bool = False
-
     needs_teacher = False
     needs_full_teacher = False
+    keeps_logprobs = False
 
     def __call__(self, rows: ResponseRows) -> LossOutput:
         scored = token_logprobs(

@@ -16,7 +16,7 @@ from megatron_paint.losses.objectives import DistillationLoss
 from megatron_paint.masker.overlap import MaskerPool
 from megatron_paint.masker.reveal import limit_hidden, reveal_step
 from megatron_paint.objectives.metrics import metrics_of
-from megatron_paint.policy import Policy
+from megatron_paint.policy import Policy, ScoredSequence
 from megatron_paint.records import Problem, Reveal, Rollout, Sample, StepReport
 from megatron_paint.rollouts.source import RolloutSource
 from megatron_paint.runtime.rank_zero import OnRankZero, directly
@@ -94,11 +94,15 @@ class Paint:
             return samples
         partly = [index for index, s in enumerate(samples) if s.reveal.shown_tokens < s.reveal.total_tokens]
         references = [
-            dataclasses.replace(samples[index], response_ids=self.prompts.solution_ids(samples[index].reveal.reference))
+            ScoredSequence(
+                prompt_ids=samples[index].teacher_prompt_ids,
+                response_ids=self.prompts.solution_ids(samples[index].reveal.reference),
+            )
             for index in partly
         ]
         found = list(samples)
-        for index, logprobs in zip(partly, policy.teacher_logprobs(references) if partly else (), strict=True):
+        scored = policy.logprobs(references, weights="teacher") if partly else []
+        for index, logprobs in zip(partly, scored, strict=True):
             sample = samples[index]
             offsets = self.prompts.solution_offsets(sample.reveal.reference)
             surprise = [-logprob for logprob in logprobs]

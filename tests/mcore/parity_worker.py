@@ -30,6 +30,7 @@ from megatron_paint.mcore.policy import MegatronPolicy
 from megatron_paint.mcore.ranks import start_ranks, stop_ranks
 from megatron_paint.models.qwen3.shape import read_shape
 from megatron_paint.objectives import Grpo
+from megatron_paint.policy import ScoredSequence
 from megatron_paint.records import Problem, Rollout, Sample
 from tests.mcore import parity_cases as parity
 from tests.mcore.layouts import LAYOUTS
@@ -190,11 +191,14 @@ def run_case(case: parity.Case, folder: Path, out: Path, ranks, megatron: dict) 
     elif case.teacher != "none":
         config = InterpolationLossConfig(**case.loss_settings)
         loss = DistillationLoss(config=config, chunk_bytes=4e3, token_temperature=1.1)
-    result = {"losses": [], "gradients": [], "norms": [], "hidden": {}, "clipped": []}
+    result = {"losses": [], "gradients": [], "norms": [], "hidden": {}, "clipped": [], "logprobs": {}}
     if case.has_teacher_prompt:
         result["hidden"] = teacher_hidden(policy, records(0, case))
-    if case.has_teacher_prompt:
-        result["teacher_logprobs"] = policy.teacher_logprobs(records(0, case))
+        sequences = [
+            ScoredSequence(prompt_ids=s.teacher_prompt_ids, response_ids=s.response_ids) for s in records(0, case)
+        ]
+        for weights in ("teacher", "current"):
+            result["logprobs"][weights] = policy.logprobs(sequences, weights=weights)
     for step in range(parity.STEPS):
         samples = records(step, case)
         if not case.distributed_optimizer:
