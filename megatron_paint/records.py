@@ -23,16 +23,15 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
-    """One response that the student sampled for one problem."""
+    """One response to one problem: sampled from the student, read from a file, or given (SFT)."""
 
     problem_id: str
-    sample_index: int  # 0 .. samples per problem - 1
+    sample_index: int = 0  # 0 .. samples per problem - 1
     prompt_ids: TokenIds  # what the student was shown
-    response_ids: TokenIds  # what it sampled, the end token included where one was sampled
-    logprobs: (
-        tuple[float, ...] | None
-    )  # of the sampled tokens, in nats, at the sampling temperature, before top-k and top-p; None from replay
-    finished: bool  # True: ended by a stop token; False: cut at the length limit
+    response_ids: TokenIds  # with the end token, if there is one
+    # Of sampled tokens, in nats at the sampling temperature, before top-k and top-p; None: not known.
+    logprobs: tuple[float, ...] | None = None
+    finished: bool | None = None  # True: ended by a stop token; False: cut at the length limit; None: not sampled
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,20 +66,29 @@ class Reveal:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """What one rollout is trained on: prompts of both sides and the response that both score."""
+    """What one rollout is trained on, with what the teacher is shown for it."""
 
     problem: Problem
-    sample_index: int
     key: int  # non-negative 63-bit key of (run seed, step, problem id, sample index): all randomness of this sample
-    student_prompt_ids: TokenIds
-    response_ids: TokenIds
+    rollout: Rollout
     teacher_prompt_ids: TokenIds | None = None  # None: no teacher (SFT)
-    full_teacher_prompt_ids: TokenIds | None = None  # the whole reference; only for partner=full_teacher
+    full_teacher_prompt_ids: TokenIds | None = None  # with the complete reference; only for partner=full_teacher
     reveal: Reveal | None = None
-    rollout: Rollout | None = None  # None: the response was not sampled (SFT)
     advantage: float | None = None  # of every token of the response; only GRPO's
     old_logprobs: tuple[float, ...] | None = None  # before the step's first update; None: this is the first
     weight: float = 1.0  # of each token in the sum of the loss
+
+    @property
+    def sample_index(self) -> int:
+        return self.rollout.sample_index
+
+    @property
+    def student_prompt_ids(self) -> TokenIds:
+        return self.rollout.prompt_ids
+
+    @property
+    def response_ids(self) -> TokenIds:
+        return self.rollout.response_ids
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

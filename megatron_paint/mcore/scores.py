@@ -43,7 +43,7 @@ def score_samples(
             scores[index] = NonFinite(rank=rank, micro_batch=batch.number, problem_id=sample.problem.id)
             continue
         gap = None
-        if logps is not None and sample.rollout is not None and sample.rollout.logprobs is not None:
+        if logps is not None and sample.rollout.logprobs is not None:
             gap = float((logps[place] - torch.tensor(sample.rollout.logprobs)).abs().max())
         scores[index] = SampleScore(
             loss_sum=_sum(losses[place]),

@@ -118,13 +118,10 @@ class Grpo:
             samples.append(
                 Sample(
                     problem=problem,
-                    sample_index=rollout.sample_index,
                     key=self.source.key(problem, step, rollout.sample_index),
-                    student_prompt_ids=rollout.prompt_ids,
+                    rollout=rollout,
                     # The reference of the KL is the teacher's weights, shown what the student is shown.
                     teacher_prompt_ids=rollout.prompt_ids if self.loss.needs_teacher else None,
-                    response_ids=rollout.response_ids,
-                    rollout=rollout,
                     advantage=advantage,
                     weight=weight,
                 )

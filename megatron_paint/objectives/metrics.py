@@ -45,7 +45,7 @@ def metrics_of(
     tokens, loss_tokens = sum(s.num_tokens for s in scores), sum(s.loss_tokens for s in scores)
     selected = sum(len(s.selected) for s in scores)
     reveals = [sample.reveal for sample in samples if sample.reveal is not None]
-    rollouts = [sample.rollout for sample in samples if sample.rollout is not None]
+    sampled = [sample.rollout for sample in samples if sample.rollout.finished is not None]
     phases = {phase: float(seconds.get(phase, 0.0)) for phase in PHASES}
     return {
         "step": step,
@@ -63,7 +63,7 @@ def metrics_of(
         "clip/share": sum(s.sums.get("clipped_mass", 0.0) for s in scores) / max(loss_tokens, 1),
         "clip/entries": sum(s.sums.get("clipped_entries", 0.0) for s in scores) / max(loss_tokens, 1),
         "response/length_mean": ratio(tokens, len(samples)),
-        "response/truncated_share": ratio(sum(not rollout.finished for rollout in rollouts), len(rollouts)),
+        "response/truncated_share": ratio(sum(not rollout.finished for rollout in sampled), len(sampled)),
         "grad_norm": grad_norm,
         "lr": lr,
         "sampler_gap/max": max((s.sampler_gap_max for s in scores if s.sampler_gap_max is not None), default=math.nan),
@@ -89,7 +89,7 @@ def sample_lines(report: StepReport, *, decode: Callable[[Sequence[int]], str]) 
             "teacher_prompt_ids": _list(sample.teacher_prompt_ids),
             "response_ids": list(sample.response_ids),
             "response_text": decode(list(sample.response_ids)),
-            "finished": None if sample.rollout is None else sample.rollout.finished,
+            "finished": sample.rollout.finished,
             "overlap": None if sample.reveal is None else sample.reveal.overlap.score,
             "anchors": [] if sample.reveal is None else _anchors(sample.reveal),
             "reveal": None if sample.reveal is None else _reveal(sample.reveal),

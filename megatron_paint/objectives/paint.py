@@ -115,12 +115,9 @@ class Paint:
         full = self.prompts.full_teacher_prompt(problem, reveal) if self.loss.needs_full_teacher else None
         return Sample(
             problem=problem,
-            sample_index=rollout.sample_index,
             key=key,
-            student_prompt_ids=rollout.prompt_ids,
-            response_ids=rollout.response_ids,
+            rollout=rollout,
             teacher_prompt_ids=self.prompts.teacher_prompt(problem, reveal),
             full_teacher_prompt_ids=full,
             reveal=reveal,
-            rollout=rollout,
         )

@@ -9,7 +9,7 @@ from megatron_paint.data.prompts import Prompts
 from megatron_paint.losses.objectives import CrossEntropyLoss
 from megatron_paint.objectives.metrics import metrics_of
 from megatron_paint.policy import Policy
-from megatron_paint.records import Problem, Sample, StepReport
+from megatron_paint.records import Problem, Rollout, Sample, StepReport
 
 
 class Sft:
@@ -39,8 +39,10 @@ class Sft:
         """The solution as the response to the student's prompt."""
         return Sample(
             problem=problem,
-            sample_index=0,
             key=derive_key(self.settings.run.seed, step, problem.id, 0),
-            student_prompt_ids=self.prompts.student_prompt(problem),
-            response_ids=self.prompts.sft_response(problem),
+            rollout=Rollout(
+                problem_id=problem.id,
+                prompt_ids=self.prompts.student_prompt(problem),
+                response_ids=self.prompts.sft_response(problem),
+            ),
         )

@@ -7,7 +7,7 @@ import torch
 from megatron_paint.losses import InterpolationLossConfig, WholeVocab, interpolation_loss
 from megatron_paint.losses.interface import ResponseRows
 from megatron_paint.losses.objectives import CrossEntropyLoss, DistillationLoss
-from megatron_paint.records import Problem, Sample
+from megatron_paint.records import Problem, Rollout, Sample
 from tests.losses.losses_cases import Case, make_data
 from tests.losses.losses_compare import relative
 
@@ -16,10 +16,8 @@ def rows(data) -> ResponseRows:
     samples = tuple(
         Sample(
             problem=Problem(id=str(key), problem="", solution="", answer=""),
-            sample_index=0,
             key=key,
-            student_prompt_ids=(1,),
-            response_ids=tuple(ids.tolist()),
+            rollout=Rollout(problem_id=str(key), prompt_ids=(1,), response_ids=tuple(ids.tolist())),
         )
         for key, ids in zip(data.keys, data.ids_T.split(data.lengths), strict=True)
     )

@@ -80,12 +80,10 @@ def records(step: int, case: parity.Case) -> list[Sample]:
     return [
         Sample(
             problem=Problem(id=str(i), problem="", solution="", answer=""),
-            sample_index=0,
             key=i,
-            student_prompt_ids=tuple(student),
+            rollout=Rollout(problem_id=str(i), prompt_ids=tuple(student), response_ids=tuple(response)),
             teacher_prompt_ids=tuple(teacher) if case.teacher != "none" else None,
             full_teacher_prompt_ids=tuple(full) if case.loss_settings.get("partner") == "full_teacher" else None,
-            response_ids=tuple(response),
         )
         for i, (student, teacher, full, response) in enumerate(parity.step_samples(step)[: case.num_samples])
     ]
@@ -98,11 +96,8 @@ def grpo_records(step: int, case: parity.Case) -> list[Sample]:
     return [
         Sample(
             problem=Problem(id=str(i), problem="", solution="", answer=""),
-            sample_index=0,
             key=i,
-            student_prompt_ids=tuple(student),
             teacher_prompt_ids=tuple(student) if case.grpo.get("kl_weight") else None,
-            response_ids=tuple(response),
             rollout=Rollout(
                 problem_id=str(i),
                 sample_index=0,

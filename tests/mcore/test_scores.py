@@ -15,15 +15,10 @@ from megatron_paint.records import Problem, Rollout, Sample
 
 def sample(name: str, *logprobs: float) -> Sample:
     response = tuple(range(1, len(logprobs) + 1))
-    rollout = Rollout(
-        problem_id=name, sample_index=0, prompt_ids=(9,), response_ids=response, logprobs=logprobs, finished=True
-    )
+    rollout = Rollout(problem_id=name, prompt_ids=(9,), response_ids=response, logprobs=logprobs, finished=True)
     return Sample(
         problem=Problem(id=name, problem="", solution="", answer=""),
-        sample_index=0,
         key=0,
-        student_prompt_ids=(9,),
-        response_ids=response,
         rollout=rollout,
     )
 

@@ -32,20 +32,12 @@ def loss_of(*, p, old=None, sampler=0.5, advantage=1.0, weight=1.0, reference=No
     logit = torch.tensor([[math.log(p / (1 - p)), 0.0]], dtype=torch.float64, requires_grad=True)
     sample = Sample(
         problem=PROBLEM,
-        sample_index=0,
         key=0,
-        student_prompt_ids=(1,),
-        response_ids=(0,),
         advantage=advantage,
         weight=weight,
         old_logprobs=None if old is None else (math.log(old),),
         rollout=Rollout(
-            problem_id="a",
-            sample_index=0,
-            prompt_ids=(1,),
-            response_ids=(0,),
-            logprobs=(math.log(sampler),),
-            finished=True,
+            problem_id="a", prompt_ids=(1,), response_ids=(0,), logprobs=(math.log(sampler),), finished=True
         ),
     )
     loss = PolicyGradientLoss(settings=GrpoSettings(**settings), chunk_bytes=1e6, temperature=1.0, kernel="torch")

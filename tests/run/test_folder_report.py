@@ -20,17 +20,14 @@ def sample(problem_id, *, response=(5, 6, 7), anchors=(), overlap=0.0, share=1.0
         reference=problem.solution,
     )
     rollout = Rollout(
-        problem_id=problem_id, sample_index=0, prompt_ids=(1,), response_ids=response, logprobs=None, finished=finished
+        problem_id=problem_id, prompt_ids=(1, 2), response_ids=response, finished=finished if reveal else None
     )
     return Sample(
         problem=problem,
-        sample_index=0,
         key=1,
-        student_prompt_ids=(1, 2),
-        response_ids=response,
+        rollout=rollout,
         teacher_prompt_ids=(1, 3) if reveal else None,
         reveal=shown if reveal else None,
-        rollout=rollout if reveal else None,
     )
 
 
