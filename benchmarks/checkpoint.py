@@ -88,23 +88,12 @@ def make_samples(count: int, *, tokens: int) -> list[Sample]:
     samples = []
     for index in range(count):
         prompt, response = (tuple(draw.randrange(VOCABULARY) for _ in range(n)) for n in (40, tokens))
-        rollout = Rollout(
-            problem_id=str(index),
-            sample_index=0,
-            prompt_ids=prompt,
-            response_ids=response,
-            logprobs=None,
-            finished=True,
-        )
         samples.append(
             Sample(
                 problem=Problem(id=str(index), problem="", solution="", answer=""),
-                sample_index=0,
                 key=index,
-                student_prompt_ids=prompt,
+                rollout=Rollout(problem_id=str(index), prompt_ids=prompt, response_ids=response),
                 teacher_prompt_ids=prompt[::-1],
-                response_ids=response,
-                rollout=rollout,
             )
         )
     return samples

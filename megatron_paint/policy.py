@@ -6,7 +6,7 @@ Axes: N response tokens of a micro-batch, H hidden size, V vocabulary (whole, or
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from megatron_paint.losses.interface import TokenLoss
 from megatron_paint.records import Sample, SampleScore, TokenIds, UpdateReport
@@ -39,8 +39,13 @@ class Policy(Protocol):
     ) -> tuple[SampleScore, ...]:
         """The loss of each sample without a step; with `teach_itself` the current weights are the teacher."""
 
-    def teacher_logprobs(self, samples: Sequence[Sample]) -> list[tuple[float, ...]]:
-        """Log-probabilities of each sample's response tokens, in nats, under the teacher's weights and prompt."""
+    def logprobs(
+        self, sequences: Sequence[ScoredSequence], *, weights: Literal["teacher", "current"]
+    ) -> list[tuple[float, ...]]:
+        """Log-probabilities in nats of each sequence's response tokens, at temperature 1.
+
+        weights: those of the teacher, or the current ones. FloatingPointError: a log-probability is not finite.
+        """
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
         """Begins to write a checkpoint: weights, optimiser, teacher and `state`; complete or absent.

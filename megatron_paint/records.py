@@ -24,15 +24,15 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
-    """One response that the student sampled for one problem."""
+    """One response to one problem: sampled from the student, read from a file, or given (SFT)."""
 
     problem_id: str
-    sample_index: int  # 0 .. samples per problem - 1
-    prompt_ids: TokenIds  # the student's prompt
-    response_ids: TokenIds  # the sampled tokens, including the end token if one was sampled
-    # Log-probs of the sampled tokens, in nats, at the sampling temperature, before top-k and top-p. None from a replay.
-    logprobs: tuple[float, ...] | None
-    finished: bool  # True: a stop token ended it; False: it was cut at the length limit
+    sample_index: int = 0  # 0 .. samples per problem - 1
+    prompt_ids: TokenIds  # what the student was shown
+    response_ids: TokenIds  # with the end token, if there is one
+    # Of sampled tokens, in nats at the sampling temperature, before top-k and top-p; None: not known.
+    logprobs: tuple[float, ...] | None = None
+    finished: bool | None = None  # True: ended by a stop token; False: cut at the length limit; None: not sampled
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,37 +67,51 @@ class Reveal:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """The training data of one rollout: both prompts, and the response that student and teacher score."""
+    """What one rollout is trained on, with what the teacher is shown for it."""
 
     problem: Problem
-    sample_index: int
-    key: int  # 63-bit key of (run seed, step, problem id, sample index); all randomness of this sample comes from it
-    student_prompt_ids: TokenIds
-    response_ids: TokenIds
+    key: int  # non-negative 63-bit key of (run seed, step, problem id, sample index): all randomness of this sample
+    rollout: Rollout
     teacher_prompt_ids: TokenIds | None = None  # None: no teacher (SFT)
-    full_teacher_prompt_ids: TokenIds | None = None  # shows the complete reference; only for partner=full_teacher
+    full_teacher_prompt_ids: TokenIds | None = None  # with the complete reference; only for partner=full_teacher
     reveal: Reveal | None = None
-    rollout: Rollout | None = None  # None: the response was not sampled (SFT)
-    advantage: float | None = None  # of every response token; only for GRPO
-    old_logprobs: tuple[float, ...] | None = None  # before the first update of the step; None: this is the first update
+    advantage: float | None = None  # of every token of the response; only GRPO's
+    old_logprobs: tuple[float, ...] | None = None  # before the step's first update; None: this is the first
     weight: float = 1.0  # of each token in the sum of the loss
+
+    @property
+    def sample_index(self) -> int:
+        return self.rollout.sample_index
+
+    @property
+    def student_prompt_ids(self) -> TokenIds:
+        return self.rollout.prompt_ids
+
+    @property
+    def response_ids(self) -> TokenIds:
+        return self.rollout.response_ids
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleScore:
-    """What the loss measured on one sample. Sums run over its response tokens, in nats unless noted otherwise."""
+    """What the loss measured on one sample. Sums run over its response tokens, in nats unless noted otherwise.
+
+    sums: by name, those that the loss measures.
+    student_entropy, teacher_entropy: of all tokens.
+    divergence_selected, divergence_other: to the target, at selected tokens and at all others, without a clip. SFT: the
+    loss; GRPO: the estimated KL to the reference.
+    clipped_mass: target mass on clipped vocabulary entries, of tokens that carry loss; under the clip of tokens the
+    share of the gradient that it took.
+    clipped_entries: number of clipped vocabulary entries (under the clip of tokens: of tokens), where loss is carried.
+    clipped_ratios: number of tokens whose probability ratio is clipped (GRPO).
+    """
 
     loss_sum: float
     num_tokens: int  # response tokens
-    loss_tokens: int  # response tokens that carry loss
-    student_entropy_sum: float = 0.0
-    teacher_entropy_sum: float = 0.0
+    loss_tokens: int  # those that carry loss
     selected: tuple[int, ...] = ()  # positions in the response, from 0
-    divergence_selected_sum: float = 0.0  # unclipped
-    divergence_other_sum: float = 0.0
-    clipped_mass_sum: float = 0.0  # target mass on clipped entries, summed over tokens that carry loss
-    clipped_entries: int = 0  # clipped entries of the target; GRPO: tokens whose ratio is clipped
-    token_logprobs: tuple[float, ...] | None = None  # of the response; None: the loss does not need them
+    sums: dict[str, float] = field(default_factory=dict)
+    token_logprobs: tuple[float, ...] | None = None  # of the response, where the loss asks for them
     sampler_gap_max: float | None = None  # max |sampler log-prob - trainer log-prob|; None: not sampled in this step
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.masker.reveal import cut_solution
-from megatron_paint.records import Overlap, Problem, Reveal, Sample, TokenIds
+from megatron_paint.records import Overlap, Problem, Reveal, Rollout, Sample, TokenIds
 
 HELD_OUT_SHARE = 5  # every fifth problem, by checksum, is held out
 VOCABULARY = (
@@ -233,10 +233,8 @@ class RowMaker:
 def _row(prompt_ids: TokenIds, response_ids: TokenIds) -> Sample:
     return Sample(
         problem=Problem(id="", problem="", solution="", answer=""),
-        sample_index=0,
         key=0,
-        student_prompt_ids=prompt_ids,
-        response_ids=response_ids,
+        rollout=Rollout(problem_id="", prompt_ids=prompt_ids, response_ids=response_ids),
     )
 
 

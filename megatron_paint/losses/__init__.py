@@ -10,12 +10,13 @@ from megatron_paint.config.loss import InterpolationLossConfig
 if TYPE_CHECKING:
     from megatron_paint.losses.fused import fused_interpolation_loss
     from megatron_paint.losses.logprobs import TokenLogprobs, token_logprobs
-    from megatron_paint.losses.output import LossOutput
+    from megatron_paint.losses.output import InterpolationOutput, LossOutput
     from megatron_paint.losses.reference import interpolation_loss
     from megatron_paint.losses.vocab import ShardedVocab, VocabAxis, WholeVocab
 
 __all__ = [
     "InterpolationLossConfig",
+    "InterpolationOutput",
     "LossOutput",
     "ShardedVocab",
     "TokenLogprobs",
@@ -28,6 +29,7 @@ __all__ = [
 
 # Settings are read and checked where torch may be missing or slow to load, so what needs it is imported on first use.
 _HOME = {
+    "InterpolationOutput": "output",
     "LossOutput": "output",
     "ShardedVocab": "vocab",
     "TokenLogprobs": "logprobs",

@@ -13,7 +13,7 @@ from megatron_paint.losses.cpu_math import settle_cpu_math
 from megatron_paint.losses.elementwise.choose import choose_kernel, make_passes
 from megatron_paint.losses.elementwise.interface import Passes
 from megatron_paint.losses.fused_pass import FusedPass, Inputs
-from megatron_paint.losses.output import LossOutput
+from megatron_paint.losses.output import InterpolationOutput
 from megatron_paint.losses.output_layer.chunks import ChunkSize, chunk_size, elements_of_tile
 from megatron_paint.losses.output_layer.formed_gradient import attach_gradient
 from megatron_paint.losses.output_layer.products import OutputLayerGradient
@@ -37,7 +37,7 @@ def fused_interpolation_loss(
     token_ids_T: torch.Tensor | None = None,
     token_temperature: float | None = None,
     kernel: Kernel = "auto",
-) -> LossOutput:
+) -> InterpolationOutput:
     """The same numbers as interpolation_loss, forming the gradient in the forward pass.
 
     student_hidden_TH, teacher_hidden_TH, full_teacher_hidden_TH [T, H]: final hidden states at response rows, before

@@ -27,7 +27,7 @@ from megatron_paint.losses.elementwise.softmax_statistics import (
     merge_token_logp,
     query_tokens,
 )
-from megatron_paint.losses.output import LossOutput
+from megatron_paint.losses.output import InterpolationOutput
 from megatron_paint.losses.output_layer.chunks import Chunk, ChunkSize, plan_chunks
 from megatron_paint.losses.output_layer.products import OutputLayerGradient, Projection, inverse
 from megatron_paint.losses.selection import select_blindly, select_positions
@@ -116,7 +116,7 @@ class FusedPass:
         # What a rollout longer than a chunk is taken for until its entropies are known: the commoner of the two.
         self.guess = inputs.config.fraction > 0.5
 
-    def run(self) -> LossOutput:
+    def run(self) -> InterpolationOutput:
         """Go through all chunks, then through the rows whose guess was wrong."""
         by_rollout = self.blind_T is None and self.config.positions == "top_fraction"
         chunks = plan_chunks(self.inputs.lengths, self.size.tokens, whole_rollouts=by_rollout)
@@ -274,9 +274,9 @@ class FusedPass:
         statistics = Statistics(*[empty_T] * len(Statistics._fields))
         return statistics, Outcome(*[empty_T] * len(Outcome._fields)), empty_T.bool()
 
-    def _output(self, statistics: Statistics, outcome: Outcome, selected_T: torch.Tensor) -> LossOutput:
+    def _output(self, statistics: Statistics, outcome: Outcome, selected_T: torch.Tensor) -> InterpolationOutput:
         scale_T = self._loss_scale(slice(None), selected_T)
-        return LossOutput(
+        return InterpolationOutput(
             loss_T=torch.where(scale_T == 0.0, 0.0, outcome.loss_T * scale_T),
             student_entropy_T=statistics.student_entropy_T,
             teacher_entropy_T=statistics.teacher_entropy_T,

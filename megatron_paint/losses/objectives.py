@@ -20,7 +20,10 @@ from megatron_paint.losses.interface import ResponseRows
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationLoss:
-    """The vocabulary-parallel sparse interpolation loss towards the teacher's distribution (PAINT and OPSD)."""
+    """The vocabulary-parallel sparse interpolation loss towards the teacher's distribution (PAINT and OPSD).
+
+    Sums: student_entropy, teacher_entropy, divergence_selected, divergence_other, clipped_mass, clipped_entries.
+    """
 
     config: InterpolationLossConfig
     chunk_bytes: float
@@ -35,7 +38,7 @@ class DistillationLoss:
         return self.config.partner == "full_teacher"
 
     def __call__(self, rows: ResponseRows) -> LossOutput:
-        return fused_interpolation_loss(
+        output = fused_interpolation_loss(
             rows.student_hidden_NH,
             rows.output_weight_VH,
             rows.teacher_hidden_NH,
@@ -51,19 +54,36 @@ class DistillationLoss:
             token_temperature=self.token_temperature,
             kernel=self.kernel,
         )
+        selected_T, carries_T = output.selected_T, output.carries_loss_T
+        return LossOutput(
+            loss_T=output.loss_T,
+            carries_loss_T=carries_T,
+            selected_T=selected_T,
+            token_logp_T=output.token_logp_T,
+            sums={
+                "student_entropy": output.student_entropy_T,
+                "teacher_entropy": output.teacher_entropy_T,
+                "divergence_selected": torch.where(selected_T, output.divergence_T, 0.0),
+                "divergence_other": torch.where(selected_T, 0.0, output.divergence_T),
+                "clipped_mass": torch.where(carries_T, output.clipped_share_T, 0.0),
+                "clipped_entries": torch.where(carries_T, output.clipped_entries_T, 0),
+            },
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CrossEntropyLoss:
-    """Minus the log-probability of each response token (SFT)."""
+    """Minus the log-probability of each response token (SFT).
+
+    Sums: student_entropy, and divergence_other, which is the loss: the divergence to a target of one token.
+    """
 
     chunk_bytes: float
     kernel: Kernel = "auto"
 
-    keeps_logprobs: bool = False
-
     needs_teacher = False
     needs_full_teacher = False
+    keeps_logprobs = False
 
     def __call__(self, rows: ResponseRows) -> LossOutput:
         scored = token_logprobs(
@@ -76,7 +96,8 @@ class CrossEntropyLoss:
             token_weight_T=torch.ones_like(rows.token_ids_N, dtype=torch.float32),
             kernel=self.kernel,
         )
-        return _output(-scored.logp_T, logp_T=scored.logp_T, entropy_T=scored.entropy_T)
+        sums = {"student_entropy": scored.entropy_T, "divergence_other": -scored.logp_T.detach()}
+        return _on_all_tokens(-scored.logp_T, logp_T=scored.logp_T, sums=sums)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +107,8 @@ class PolicyGradientLoss:
     -w min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) + kl_weight k3, times the sample's weight. rho: the token's
     probability over what it was before the step's first update; w = min(that / the sampler's, importance_limit),
     without a gradient; k3 = exp(d) - d - 1, d = log p_reference - log p: an unbiased estimate of the KL to the
-    reference that is never negative. In the output `divergence_T` is k3, and `clipped_entries_T` is 1 where the clip
-    stops a token's gradient.
+    reference that is never negative.
+    Sums: student_entropy; clipped_ratios, tokens whose gradient the clip stops; with a kl_weight divergence_other, k3.
     """
 
     settings: GrpoSettings
@@ -120,7 +141,7 @@ class PolicyGradientLoss:
         if settings.importance_limit is not None and rows.samples:
             sampler_N = _joined([sample.rollout.logprobs for sample in rows.samples], like=logp_N)
             loss_N = loss_N * (old_N - sampler_N).exp().clamp(max=settings.importance_limit)
-        k3_N = torch.zeros_like(logp_N)
+        sums = {"student_entropy": scored.entropy_T, "clipped_ratios": clipped_N}
         if self.needs_teacher:
             weight_VH = rows.teacher_output_weight_VH
             with torch.no_grad():
@@ -130,8 +151,9 @@ class PolicyGradientLoss:
             d_N = reference.logp_T - logp_N
             k3_N = torch.expm1(d_N) - d_N
             loss_N = loss_N + settings.kl_weight * k3_N
+            sums["divergence_other"] = k3_N.detach()
         loss_N = loss_N * _spread(rows, [sample.weight for sample in rows.samples], like=logp_N)
-        return _output(loss_N, logp_T=logp_N, entropy_T=scored.entropy_T, divergence_T=k3_N, clipped_T=clipped_N)
+        return _on_all_tokens(loss_N, logp_T=logp_N, sums=sums)
 
     def _score(self, rows: ResponseRows, hidden_NH: torch.Tensor, weight_VH: torch.Tensor) -> TokenLogprobs:
         return token_logprobs(
@@ -156,25 +178,13 @@ def _joined(values: Sequence[Sequence[float]], *, like: torch.Tensor) -> torch.T
     return torch.tensor([value for part in values for value in part], dtype=like.dtype, device=like.device)
 
 
-def _output(
-    loss_T: torch.Tensor,
-    *,
-    logp_T: torch.Tensor,
-    entropy_T: torch.Tensor,
-    divergence_T: torch.Tensor | None = None,
-    clipped_T: torch.Tensor | None = None,
-) -> LossOutput:
-    """A loss that all tokens carry, without a target distribution; divergence_T: -log p if left out."""
-    nothing = torch.zeros_like(entropy_T)
-    everywhere = torch.ones_like(nothing, dtype=torch.bool)
+def _on_all_tokens(loss_T: torch.Tensor, *, logp_T: torch.Tensor, sums: dict[str, torch.Tensor]) -> LossOutput:
+    """A loss that all tokens carry, without a sparse set."""
+    everywhere_T = torch.ones_like(loss_T, dtype=torch.bool)
     return LossOutput(
         loss_T=loss_T,
-        student_entropy_T=entropy_T,
-        teacher_entropy_T=nothing,
-        selected_T=~everywhere,
-        divergence_T=(-logp_T if divergence_T is None else divergence_T).detach(),
-        clipped_share_T=nothing,
-        clipped_entries_T=nothing.long() if clipped_T is None else clipped_T.long(),
-        carries_loss_T=everywhere,
+        carries_loss_T=everywhere_T,
+        selected_T=~everywhere_T,
         token_logp_T=logp_T.detach(),
+        sums=sums,
     )

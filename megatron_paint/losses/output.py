@@ -1,4 +1,4 @@
-"""What a loss gives back. Axes: T response tokens."""
+"""What losses return. Axes: T response tokens."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossOutput:
-    """The loss of every token and what was seen on the way; only loss_T has a gradient.
+class InterpolationOutput:
+    """The interpolation loss of every token and what was measured there; only loss_T has a gradient.
 
     loss_T [T], float32 or float64: weights and clip included, 0 where the position carries no loss; sum it.
     student_entropy_T, teacher_entropy_T [T]: nats, over the whole vocabulary, at the loss temperature.
     selected_T [T] bool: positions in the sparse set M.
     divergence_T [T]: the divergence to the position's target in nats, at every position, without clip and weights.
-    clipped_share_T [T] in [0, 1]: target mass on clipped entries, 1 - Q_A; under the clip of tokens the share of the
-    gradient that the clip took; 0 without clip.
+    clipped_share_T [T] in [0, 1]: target mass on clipped entries, 1 - Q_A. Under the clip of tokens: the share of the
+    gradient that the clip took. 0 without clip.
     clipped_entries_T [T] int64: how many vocabulary entries were clipped; under the clip of tokens 1 where it was.
     carries_loss_T [T] bool: all positions, or the selected ones under elsewhere="skip".
     token_logp_T [T]: the student's log-probability of the given token at token_temperature, before any sampling
@@ -31,4 +31,21 @@ class LossOutput:
     clipped_share_T: torch.Tensor
     clipped_entries_T: torch.Tensor
     carries_loss_T: torch.Tensor
+    token_logp_T: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOutput:
+    """The loss of every token of a micro-batch, as a step uses it; only loss_T has a gradient.
+
+    loss_T [T], float32 or float64: 0 where the token carries no loss. carries_loss_T, selected_T [T] bool.
+    token_logp_T [T]: nats; None where the loss does not compute it.
+    sums: per-token values [T] by name. Each is added up over all tokens of a response and becomes
+    `SampleScore.sums[name]`. A loss puts 0 where a token does not count, and leaves out what it does not measure.
+    """
+
+    loss_T: torch.Tensor
+    carries_loss_T: torch.Tensor
+    selected_T: torch.Tensor
+    sums: dict[str, torch.Tensor]
     token_logp_T: torch.Tensor | None = None

@@ -12,7 +12,7 @@ import torch
 from megatron_paint.config.loss import InterpolationLossConfig
 from megatron_paint.losses import checks
 from megatron_paint.losses.cpu_math import settle_cpu_math
-from megatron_paint.losses.output import LossOutput
+from megatron_paint.losses.output import InterpolationOutput
 from megatron_paint.losses.selection import select_positions
 from megatron_paint.losses.vocab import VocabAxis, WholeVocab
 
@@ -33,7 +33,7 @@ def interpolation_loss(
     token_weight_T: torch.Tensor | None = None,
     token_ids_T: torch.Tensor | None = None,
     token_temperature: float | None = None,
-) -> LossOutput:
+) -> InterpolationOutput:
     """The divergence of each token's target and the student, and what was seen on the way.
 
     Logits [T, V] before the temperature, any floating point type; -inf masks an entry. lengths: tokens of each
@@ -81,7 +81,7 @@ def interpolation_loss(
         loss_T = torch.where(above_T, config.clip * (1.0 + (loss_T.clamp(min=config.clip) / config.clip).log()), loss_T)
         clipped_share_T = 1.0 - config.clip / divergence_T.clamp(min=config.clip)
         clipped_entries_T = above_T.long()
-    return LossOutput(
+    return InterpolationOutput(
         loss_T=loss_T * scale_T,
         student_entropy_T=student_entropy_T,
         teacher_entropy_T=teacher_entropy_T,

@@ -7,21 +7,21 @@ Axes: T tokens of a micro-batch, N response tokens of it, H hidden size.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_paint.config.settings import Settings, TeacherSettings
-from megatron_paint.losses import ShardedVocab, VocabAxis, WholeVocab
+from megatron_paint.losses import ShardedVocab, VocabAxis, WholeVocab, token_logprobs
 from megatron_paint.losses.elementwise.choose import loss_kernel
 from megatron_paint.losses.interface import ResponseRows, TokenLoss
-from megatron_paint.losses.objectives import CrossEntropyLoss
 from megatron_paint.mcore.async_writer import Writer
 from megatron_paint.mcore.batch import MicroBatch, assign_replicas
 from megatron_paint.mcore.checkpoint import copy_checkpoint, load_checkpoint
@@ -100,16 +100,35 @@ class MegatronPolicy(ModelRunner):
         found = self.forward.run(_student_sequences(samples), self._replicas(samples), score)
         return self._gather_scores([part.result for part in found], len(samples))
 
-    def teacher_logprobs(self, samples: Sequence[Sample]) -> list[tuple[float, ...]]:
-        """Log-probabilities of each sample's response tokens, in nats, under the teacher's weights and prompt."""
+    def logprobs(
+        self, sequences: Sequence[ScoredSequence], *, weights: Literal["teacher", "current"]
+    ) -> list[tuple[float, ...]]:
+        """Log-probabilities of each sequence's response tokens in nats, at temperature 1.
+
+        FloatingPointError: one is not finite.
+        """
+        mark_progress("scoring")
         objective = self.settings.objective
-        loss = CrossEntropyLoss(
-            chunk_bytes=objective.chunk_bytes, kernel=loss_kernel(objective.kernel), keeps_logprobs=True
-        )
-        shown = [dataclasses.replace(s, student_prompt_ids=s.teacher_prompt_ids, rollout=None) for s in samples]
-        with self.teacher.in_place():
-            scores = self.evaluate_loss(shown, loss)
-        return [score.token_logprobs for score in scores]
+
+        def score(batch: MicroBatch, hidden_NH: Tensor) -> dict[int, tuple[float, ...]]:
+            scored = token_logprobs(
+                hidden_NH,
+                self.stage.output_weight(),
+                batch.token_ids_N,
+                vocab=self.vocab,
+                chunk_bytes=objective.chunk_bytes,
+                kernel=loss_kernel(objective.kernel),
+            )
+            return {index: tuple(part.tolist()) for index, part in _by_index(batch, scored.logp_T).items()}
+
+        replicas = assign_replicas([sequence.num_tokens for sequence in sequences], self.ranks.dp_size)
+        with self.teacher.in_place() if weights == "teacher" else nullcontext():
+            found = self.forward.run(sequences, replicas, score)
+        merged = self._exchange(_merged(found) if self.ranks.tp_rank == 0 else {})
+        for index, logprobs in merged.items():
+            if not all(map(math.isfinite, logprobs)):
+                raise FloatingPointError(f"a log-probability of sequence {index} is not finite ({weights} weights)")
+        return [merged[i] for i in range(len(sequences))]
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
         write = copy_checkpoint(folder, self.stage, self.optimizer, self.teacher, state, self.ranks)
@@ -210,9 +229,9 @@ def _student_sequences(samples: Sequence[Sample]) -> list[ScoredSequence]:
     return [ScoredSequence(prompt_ids=s.student_prompt_ids, response_ids=s.response_ids) for s in samples]
 
 
-def _by_index(batch: MicroBatch, hidden_NH: Tensor) -> dict[int, Tensor]:
-    """The rows of each sequence of a micro-batch, by its index."""
-    return dict(zip(batch.indices, hidden_NH.split(batch.lengths), strict=True))
+def _by_index(batch: MicroBatch, rows: Tensor) -> dict[int, Tensor]:
+    """The rows, [N] or [N, H], of each sequence of a micro-batch, by its index."""
+    return dict(zip(batch.indices, rows.split(batch.lengths), strict=True))
 
 
 def _merged(parts: Iterable[dict[int, Any]]) -> dict[int, Any]:

@@ -28,44 +28,34 @@ class NonFinite:
 def score_samples(
     output: LossOutput, batch: MicroBatch, samples: Sequence[Sample], *, rank: int, keep_logprobs: bool
 ) -> dict[int, SampleScore | NonFinite]:
-    """Scores of the micro-batch's samples by their index in the step."""
-    on_host = {
-        name: getattr(output, f"{name}_T").detach().cpu().split(batch.lengths)
-        for name in (
-            "loss",
-            "student_entropy",
-            "teacher_entropy",
-            "selected",
-            "divergence",
-            "clipped_share",
-            "clipped_entries",
-            "carries_loss",
-        )
-    }
-    logps = output.token_logp_T.detach().cpu().split(batch.lengths) if output.token_logp_T is not None else None
+    """Scores of the micro-batch's samples by their index in the step; samples: those of the step."""
+
+    def by_sample(values_N: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return values_N.detach().cpu().split(batch.lengths)
+
+    losses, carries, selected = map(by_sample, (output.loss_T, output.carries_loss_T, output.selected_T))
+    sums = {name: by_sample(values_N) for name, values_N in output.sums.items()}
+    logps = None if output.token_logp_T is None else by_sample(output.token_logp_T)
     scores: dict[int, SampleScore | NonFinite] = {}
     for place, index in enumerate(batch.indices):
-        part = {name: rows[place] for name, rows in on_host.items()}
         sample = samples[index]
-        if not torch.isfinite(part["loss"]).all():
+        if not torch.isfinite(losses[place]).all():
             scores[index] = NonFinite(rank=rank, micro_batch=batch.number, problem_id=sample.problem.id)
             continue
         gap = None
-        if logps is not None and sample.rollout is not None and sample.rollout.logprobs is not None:
+        if logps is not None and sample.rollout.logprobs is not None:
             gap = float((logps[place] - torch.tensor(sample.rollout.logprobs)).abs().max())
-        selected, carries = part["selected"], part["carries_loss"]
         scores[index] = SampleScore(
-            loss_sum=float(part["loss"].double().sum()),
-            num_tokens=len(selected),
-            loss_tokens=int(carries.sum()),
-            student_entropy_sum=float(part["student_entropy"].double().sum()),
-            teacher_entropy_sum=float(part["teacher_entropy"].double().sum()),
-            selected=tuple(selected.nonzero()[:, 0].tolist()),
-            divergence_selected_sum=float(part["divergence"][selected].double().sum()),
-            divergence_other_sum=float(part["divergence"][~selected].double().sum()),
-            clipped_mass_sum=float(part["clipped_share"][carries].double().sum()),
-            clipped_entries=int(part["clipped_entries"][carries].sum()),
+            loss_sum=_sum(losses[place]),
+            num_tokens=len(losses[place]),
+            loss_tokens=int(carries[place].sum()),
+            selected=tuple(selected[place].nonzero()[:, 0].tolist()),
+            sums={name: _sum(parts[place]) for name, parts in sums.items()},
             token_logprobs=tuple(logps[place].tolist()) if keep_logprobs else None,
             sampler_gap_max=gap,
         )
     return scores
+
+
+def _sum(values_N: torch.Tensor) -> float:
+    return float(values_N.double().sum())

@@ -6,7 +6,6 @@ clipped ratio. A group whose rewards are all equal teaches nothing and is left o
 """
 
 import dataclasses
-import math
 import statistics
 from collections.abc import Sequence
 
@@ -16,7 +15,7 @@ from megatron_paint.grading.grade import Grade
 from megatron_paint.losses.elementwise.choose import loss_kernel
 from megatron_paint.losses.objectives import PolicyGradientLoss
 from megatron_paint.objectives.interface import ObjectiveInputs
-from megatron_paint.objectives.metrics import ratio
+from megatron_paint.objectives.metrics import mean_of
 from megatron_paint.policy import Policy
 from megatron_paint.records import Problem, Rollout, Sample, SampleScore, StepResult, UpdateReport
 from megatron_paint.rollouts.source import sample_key
@@ -69,20 +68,15 @@ class Grpo:
     def extras(
         self, grades: Sequence[Grade], taught: Sequence[int], updates: Sequence[UpdateReport]
     ) -> dict[str, float]:
-        """The metrics that only GRPO has, and those that count only what was scored."""
-        first = updates[0].scores if updates else ()
+        """The metrics that only GRPO has."""
         every = [score for update in updates for score in update.scores]
         return {
-            # Responses of groups that are left out have no entropy to count.
-            "entropy/student_mean": ratio(sum(s.student_entropy_sum for s in first), sum(s.num_tokens for s in first)),
-            "entropy/teacher_mean": math.nan,
-            "divergence/other_mean": self._kl(first),
             "reward/mean": statistics.fmean(float(grade.correct) for grade in grades),
             "reward/timeouts": float(sum(grade.outcome == "timeout" for grade in grades)),
             "reward/equal_groups_share": 1.0 - len(taught) / len(grades),
             "updates": float(len(updates)),
-            "ratio/clipped_share": ratio(sum(s.clipped_entries for s in every), sum(s.loss_tokens for s in every)),
-            "kl/mean": self._kl(every),
+            "ratio/clipped_share": mean_of("clipped_ratios", every, lambda score: score.loss_tokens),
+            "kl/mean": mean_of("divergence_other", every, lambda score: score.num_tokens),
         }
 
     def grades(self, problems: Sequence[Problem], rollouts: Sequence[Rollout]) -> list[Grade]:
@@ -106,13 +100,10 @@ class Grpo:
             samples.append(
                 Sample(
                     problem=problem,
-                    sample_index=rollout.sample_index,
                     key=sample_key(self.rollouts.seed, step=step, problem=problem, index=rollout.sample_index),
-                    student_prompt_ids=rollout.prompt_ids,
+                    rollout=rollout,
                     # The reference of the KL is the teacher's weights, shown what the student is shown.
                     teacher_prompt_ids=rollout.prompt_ids if self.loss.needs_teacher else None,
-                    response_ids=rollout.response_ids,
-                    rollout=rollout,
                     advantage=advantage,
                     weight=weight,
                 )
@@ -141,11 +132,6 @@ class Grpo:
                     for sample, score in zip(samples, first, strict=True)
                 ]
         return updates, ""
-
-    def _kl(self, scores: Sequence[SampleScore]) -> float:
-        if not self.loss.needs_teacher:
-            return math.nan
-        return ratio(sum(s.divergence_other_sum for s in scores), sum(s.num_tokens for s in scores))
 
     @staticmethod
     def longest_prompt(problem: Problem, prompts: Prompts, settings: ObjectiveSettings, *, response: int) -> int:

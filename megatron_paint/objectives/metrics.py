@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from megatron_paint.records import Reveal, StepReport, StepResult, TokenIds
+from megatron_paint.records import Reveal, SampleScore, StepReport, StepResult, TokenIds
 
 PHASES = ("rollout", "mask", "teacher", "student", "optimizer")
 CLIP_LIMIT = 0.2  # mean clipped share; ours
@@ -16,24 +16,29 @@ def ratio(total: float, count: float) -> float:
     return total / count if count else math.nan
 
 
+def mean_of(name: str, scores: Sequence[SampleScore], count: Callable[[SampleScore], int]) -> float:
+    """The sum `name` over `count`, for the scores that have this sum. NaN if none has it."""
+    having = [score for score in scores if name in score.sums]
+    return ratio(sum(score.sums[name] for score in having), sum(map(count, having)))
+
+
 def metrics_of(result: StepResult, *, step: int, lr: float, seconds: Mapping[str, float]) -> dict[str, float]:
     """The metrics.jsonl line of one step; entropies, divergences and loss in nats.
 
     seconds: phase -> wall time outside the policy's updates; their own times are added. A missing phase took no time.
     `step` is the wall time of the complete step; without it, the sum of the phases is used.
     Denominators. Loss tokens: loss (0 without any), clip/share and clip/entries (clipped entries per token). Response
-    tokens: entropy/*, selected/share; teacher entropy is NaN without a teacher. Selected positions, all others:
-    divergence/selected_mean, divergence/other_mean. Samples: response/length_mean; those sampled in this step:
-    response/truncated_share; those with a reveal: overlap/mean, reveal/mean (the share asked for), anchors/none_share
-    (those whose reference has no anchor). Updates: grad_norm. A mean over nothing is NaN, except where 0 is named
-    above. The objective's extras come last and replace a value of the same key.
+    tokens: entropy/*, selected/share. Selected positions, all others: divergence/selected_mean, divergence/other_mean.
+    Entropies and divergences count the responses whose loss measures them. Samples: response/length_mean; those sampled
+    in this step: response/truncated_share; those with a reveal: overlap/mean, reveal/mean (the share asked for),
+    anchors/none_share (those whose reference has no anchor). Updates: grad_norm. A mean over nothing is NaN, except
+    where 0 is named above. The objective's extras come last and replace a value of the same key.
     """
     samples, scores = result.samples, result.scores
     tokens, loss_tokens = sum(s.num_tokens for s in scores), sum(s.loss_tokens for s in scores)
     selected = sum(len(s.selected) for s in scores)
     reveals = [sample.reveal for sample in samples if sample.reveal is not None]
-    rollouts = [sample.rollout for sample in samples if sample.rollout is not None]
-    taught = any(sample.teacher_prompt_ids is not None for sample in samples)
+    sampled = [sample.rollout for sample in samples if sample.rollout.finished is not None]
     phases = dict.fromkeys(PHASES, 0.0)
     for timed in (seconds, *(update.seconds for update in result.updates)):
         for phase, took in timed.items():
@@ -47,15 +52,15 @@ def metrics_of(result: StepResult, *, step: int, lr: float, seconds: Mapping[str
         "reveal/mean": ratio(sum(reveal.share for reveal in reveals), len(reveals)),
         "anchors/none_share": ratio(sum(not reveal.overlap.anchors for reveal in reveals), len(reveals)),
         "loss_tokens": loss_tokens,
-        "entropy/student_mean": ratio(sum(s.student_entropy_sum for s in scores), tokens),
-        "entropy/teacher_mean": ratio(sum(s.teacher_entropy_sum for s in scores), tokens) if taught else math.nan,
+        "entropy/student_mean": mean_of("student_entropy", scores, lambda s: s.num_tokens),
+        "entropy/teacher_mean": mean_of("teacher_entropy", scores, lambda s: s.num_tokens),
         "selected/share": ratio(selected, tokens),
-        "divergence/selected_mean": ratio(sum(s.divergence_selected_sum for s in scores), selected),
-        "divergence/other_mean": ratio(sum(s.divergence_other_sum for s in scores), tokens - selected),
-        "clip/share": sum(s.clipped_mass_sum for s in scores) / max(loss_tokens, 1),
-        "clip/entries": sum(s.clipped_entries for s in scores) / max(loss_tokens, 1),
+        "divergence/selected_mean": mean_of("divergence_selected", scores, lambda s: len(s.selected)),
+        "divergence/other_mean": mean_of("divergence_other", scores, lambda s: s.num_tokens - len(s.selected)),
+        "clip/share": sum(s.sums.get("clipped_mass", 0.0) for s in scores) / max(loss_tokens, 1),
+        "clip/entries": sum(s.sums.get("clipped_entries", 0.0) for s in scores) / max(loss_tokens, 1),
         "response/length_mean": ratio(tokens, len(samples)),
-        "response/truncated_share": ratio(sum(not rollout.finished for rollout in rollouts), len(rollouts)),
+        "response/truncated_share": ratio(sum(not rollout.finished for rollout in sampled), len(sampled)),
         "grad_norm": ratio(sum(update.grad_norm for update in result.updates), len(result.updates)),
         "lr": lr,
         "sampler_gap/max": max((s.sampler_gap_max for s in scores if s.sampler_gap_max is not None), default=math.nan),
@@ -82,7 +87,7 @@ def sample_lines(report: StepReport, *, decode: Callable[[Sequence[int]], str]) 
             "teacher_prompt_ids": _list(sample.teacher_prompt_ids),
             "response_ids": list(sample.response_ids),
             "response_text": decode(list(sample.response_ids)),
-            "finished": None if sample.rollout is None else sample.rollout.finished,
+            "finished": sample.rollout.finished,
             "overlap": None if sample.reveal is None else sample.reveal.overlap.score,
             "anchors": [] if sample.reveal is None else _anchors(sample.reveal),
             "reveal": None if sample.reveal is None else _reveal(sample.reveal),

@@ -15,7 +15,7 @@ from megatron_paint.losses.elementwise.choose import loss_kernel
 from megatron_paint.losses.objectives import DistillationLoss
 from megatron_paint.masker.reveal import limit_hidden, reveal_step
 from megatron_paint.objectives.interface import ObjectiveInputs
-from megatron_paint.policy import Policy
+from megatron_paint.policy import Policy, ScoredSequence
 from megatron_paint.records import Problem, Reveal, Rollout, Sample, StepResult
 from megatron_paint.rollouts.source import sample_key
 from megatron_paint.runtime.timer import Timer
@@ -74,11 +74,15 @@ class Paint:
             return samples
         partly = [index for index, s in enumerate(samples) if s.reveal.shown_tokens < s.reveal.total_tokens]
         references = [
-            dataclasses.replace(samples[index], response_ids=self.prompts.solution_ids(samples[index].reveal.reference))
+            ScoredSequence(
+                prompt_ids=samples[index].teacher_prompt_ids,
+                response_ids=self.prompts.solution_ids(samples[index].reveal.reference),
+            )
             for index in partly
         ]
         found = list(samples)
-        for index, logprobs in zip(partly, policy.teacher_logprobs(references) if partly else (), strict=True):
+        scored = policy.logprobs(references, weights="teacher") if partly else []
+        for index, logprobs in zip(partly, scored, strict=True):
             sample = samples[index]
             offsets = self.prompts.solution_offsets(sample.reveal.reference)
             surprise = [-logprob for logprob in logprobs]
@@ -91,14 +95,11 @@ class Paint:
         full = self.prompts.full_teacher_prompt(problem, reveal) if self.loss.needs_full_teacher else None
         return Sample(
             problem=problem,
-            sample_index=rollout.sample_index,
             key=key,
-            student_prompt_ids=rollout.prompt_ids,
-            response_ids=rollout.response_ids,
+            rollout=rollout,
             teacher_prompt_ids=self.prompts.teacher_prompt(problem, reveal),
             full_teacher_prompt_ids=full,
             reveal=reveal,
-            rollout=rollout,
         )
 
     @staticmethod

@@ -7,7 +7,7 @@ from megatron_paint.data.prompts import Prompts
 from megatron_paint.losses.objectives import CrossEntropyLoss
 from megatron_paint.objectives.interface import ObjectiveInputs
 from megatron_paint.policy import Policy
-from megatron_paint.records import Problem, Sample, StepResult
+from megatron_paint.records import Problem, Rollout, Sample, StepResult
 from megatron_paint.rollouts.source import sample_key
 from megatron_paint.runtime.timer import Timer
 
@@ -31,10 +31,12 @@ class Sft:
         """The solution as the response to the student's prompt."""
         return Sample(
             problem=problem,
-            sample_index=0,
             key=sample_key(self.seed, step=step, problem=problem),
-            student_prompt_ids=self.prompts.student_prompt(problem),
-            response_ids=self.prompts.sft_response(problem),
+            rollout=Rollout(
+                problem_id=problem.id,
+                prompt_ids=self.prompts.student_prompt(problem),
+                response_ids=self.prompts.sft_response(problem),
+            ),
         )
 
     @staticmethod

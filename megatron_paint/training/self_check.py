@@ -90,10 +90,7 @@ def _sample(problem: Problem, rollout: Rollout) -> Sample:
     """A rollout with the student's prompt for student and teacher."""
     return Sample(
         problem=problem,
-        sample_index=0,
         key=0,
-        student_prompt_ids=rollout.prompt_ids,
-        teacher_prompt_ids=rollout.prompt_ids,
-        response_ids=rollout.response_ids,
         rollout=rollout,
+        teacher_prompt_ids=rollout.prompt_ids,
     )

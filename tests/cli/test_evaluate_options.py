@@ -39,7 +39,7 @@ def test_a_training_file_will_do():
         ({"run": {"seed": "one"}}, "run.seed"),
         ({"run": {"dirr": "r"}}, "did you mean run.dir?"),
         ({"optimizer": {"min_lr": 1.0}}, "optimizer.min_lr=1.0 is above"),
-        ({"objective": {"name": "opsd", "reveal": {"rule": "overlap"}}}, "objective.name=opsd shows the whole"),
+        ({"objective": {"name": "opsd", "reveal": {"rule": "overlap"}}}, "objective.name=opsd shows the complete"),
         ({"megatron": {"fp8": "hybrid"}, "model": {"hf_path": "m", "dtype": "float32"}}, "needs model.dtype=bfloat16"),
         ({"model": {}}, "model.hf_path is not set"),
     ],

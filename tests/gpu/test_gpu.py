@@ -25,7 +25,7 @@ from megatron_paint.losses import (
 )
 from megatron_paint.losses.objectives import DistillationLoss
 from megatron_paint.planning.hardware import engine_is_lacking
-from megatron_paint.records import Problem, Sample
+from megatron_paint.records import Problem, Rollout, Sample
 from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
 
 pytestmark = [
@@ -66,16 +66,15 @@ def samples(count=6):
     def draw(n):
         return tuple(torch.randint(0, 1024, (n,), generator=generator).tolist())
 
+    drawn = [(draw(10 + 7 * i), draw(30 + 11 * i), draw(5 + 13 * i)) for i in range(count)]
     return [
         Sample(
             problem=Problem(id=str(i), problem="", solution="", answer=""),
-            sample_index=0,
             key=i,
-            student_prompt_ids=draw(10 + 7 * i),
-            teacher_prompt_ids=draw(30 + 11 * i),
-            response_ids=draw(5 + 13 * i),
+            rollout=Rollout(problem_id=str(i), prompt_ids=prompt, response_ids=response),
+            teacher_prompt_ids=teacher_prompt,
         )
-        for i in range(count)
+        for i, (prompt, teacher_prompt, response) in enumerate(drawn)
     ]
 
 
@@ -131,7 +130,7 @@ def test_sampler_and_trainer_agree(folder, ranks, implementation):
         for s in samples()
     ]
     rollouts = policy.sampler.generate(requests, sampling)
-    scored = [replace(s, response_ids=r.response_ids, rollout=r) for s, r in zip(samples(), rollouts, strict=True)]
+    scored = [replace(s, rollout=r) for s, r in zip(samples(), rollouts, strict=True)]
     assert max(score.sampler_gap_max for score in policy.evaluate_loss(scored, LOSS)) < 0.3
 
 

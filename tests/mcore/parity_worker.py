@@ -30,6 +30,7 @@ from megatron_paint.mcore.policy import MegatronPolicy
 from megatron_paint.mcore.ranks import start_ranks, stop_ranks
 from megatron_paint.models.qwen3.shape import read_shape
 from megatron_paint.objectives import Grpo, ObjectiveInputs
+from megatron_paint.policy import ScoredSequence
 from megatron_paint.records import Problem, Rollout, Sample
 from megatron_paint.rollouts.source import RolloutSource
 from tests.mcore import parity_cases as parity
@@ -80,12 +81,10 @@ def records(step: int, case: parity.Case) -> list[Sample]:
     return [
         Sample(
             problem=Problem(id=str(i), problem="", solution="", answer=""),
-            sample_index=0,
             key=i,
-            student_prompt_ids=tuple(student),
+            rollout=Rollout(problem_id=str(i), prompt_ids=tuple(student), response_ids=tuple(response)),
             teacher_prompt_ids=tuple(teacher) if case.teacher != "none" else None,
             full_teacher_prompt_ids=tuple(full) if case.loss_settings.get("partner") == "full_teacher" else None,
-            response_ids=tuple(response),
         )
         for i, (student, teacher, full, response) in enumerate(parity.step_samples(step)[: case.num_samples])
     ]
@@ -98,11 +97,8 @@ def grpo_records(step: int, case: parity.Case) -> list[Sample]:
     return [
         Sample(
             problem=Problem(id=str(i), problem="", solution="", answer=""),
-            sample_index=0,
             key=i,
-            student_prompt_ids=tuple(student),
             teacher_prompt_ids=tuple(student) if case.grpo.get("kl_weight") else None,
-            response_ids=tuple(response),
             rollout=Rollout(
                 problem_id=str(i),
                 sample_index=0,
@@ -192,11 +188,14 @@ def run_case(case: parity.Case, folder: Path, out: Path, ranks, megatron: dict) 
     elif case.teacher != "none":
         config = InterpolationLossConfig(**case.loss_settings)
         loss = DistillationLoss(config=config, chunk_bytes=4e3, token_temperature=1.1)
-    result = {"losses": [], "gradients": [], "norms": [], "hidden": {}, "clipped": []}
+    result = {"losses": [], "gradients": [], "norms": [], "hidden": {}, "clipped": [], "logprobs": {}}
     if case.has_teacher_prompt:
         result["hidden"] = teacher_hidden(policy, records(0, case))
-    if case.has_teacher_prompt:
-        result["teacher_logprobs"] = policy.teacher_logprobs(records(0, case))
+        sequences = [
+            ScoredSequence(prompt_ids=s.teacher_prompt_ids, response_ids=s.response_ids) for s in records(0, case)
+        ]
+        for weights in ("teacher", "current"):
+            result["logprobs"][weights] = policy.logprobs(sequences, weights=weights)
     for step in range(parity.STEPS):
         samples = records(step, case)
         if not case.distributed_optimizer:
@@ -206,7 +205,7 @@ def run_case(case: parity.Case, folder: Path, out: Path, ranks, megatron: dict) 
         for report in reports or objective.update(policy, samples, lr=case.lr)[0]:
             result["losses"].append([score.loss_sum for score in report.scores])
             result["norms"].append(report.grad_norm)
-            result["clipped"].append(sum(score.clipped_entries for score in report.scores))
+            result["clipped"].append(sum(score.sums.get("clipped_ratios", 0.0) for score in report.scores))
     policy.export(out / case.name)
     if ranks.rank == 0:
         torch.save(result, out / f"{case.name}.pt")

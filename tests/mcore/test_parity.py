@@ -72,7 +72,8 @@ def plain(checkpoints):
         losses, gradients, norms, clipped = [], [], [], []
         keys = [derive_key(index, "positions") for index in range(case.num_samples)]
         hidden = policy.teacher_hidden(parity.step_samples(0)[: case.num_samples]) if case.has_teacher_prompt else {}
-        logprobs = policy.teacher_logprobs(parity.step_samples(0)[: case.num_samples]) if hidden else []
+        pairs = [(teacher, response) for _, teacher, _, response in parity.step_samples(0)[: case.num_samples]]
+        logprobs = {w: policy.logprobs(pairs, weights=w) for w in ("teacher", "current")} if hidden else {}
         for step in range(parity.STEPS):
             samples = parity.step_samples(step)[: case.num_samples]
             if case.teacher == "none":
@@ -97,7 +98,7 @@ def plain(checkpoints):
             "gradients": gradients,
             "norms": norms,
             "hidden": hidden,
-            "teacher_logprobs": logprobs,
+            "logprobs": logprobs,
             "clipped": clipped,
             "before": before,
             "after": exported(policy.model, case),
@@ -159,8 +160,10 @@ def test_equals_plain_torch(case, layout, plain):
     assert found["hidden"].keys() == wanted["hidden"].keys()
     for index, hidden in wanted["hidden"].items():
         assert relative(found["hidden"][index], hidden) < 1e-5, index
-    for mine, wished in zip(found.get("teacher_logprobs", []), wanted["teacher_logprobs"], strict=True):
-        assert mine == pytest.approx(wished, abs=1e-5)
+    assert found["logprobs"].keys() == wanted["logprobs"].keys()
+    for weights, logprobs in wanted["logprobs"].items():
+        for mine, wished in zip(found["logprobs"][weights], logprobs, strict=True):
+            assert mine == pytest.approx(wished, abs=1e-5), weights
     for step, gradients in enumerate(found["gradients"]):
         expected = {n: g for n, g in wanted["gradients"][step].items() if not (case.tied and n == "lm_head.weight")}
         assert gradients.keys() == expected.keys()

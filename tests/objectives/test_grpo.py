@@ -35,20 +35,12 @@ def loss_of(*, p, old=None, sampler=0.5, advantage=1.0, weight=1.0, reference=No
     logit = torch.tensor([[math.log(p / (1 - p)), 0.0]], dtype=torch.float64, requires_grad=True)
     sample = Sample(
         problem=PROBLEM,
-        sample_index=0,
         key=0,
-        student_prompt_ids=(1,),
-        response_ids=(0,),
         advantage=advantage,
         weight=weight,
         old_logprobs=None if old is None else (math.log(old),),
         rollout=Rollout(
-            problem_id="a",
-            sample_index=0,
-            prompt_ids=(1,),
-            response_ids=(0,),
-            logprobs=(math.log(sampler),),
-            finished=True,
+            problem_id="a", prompt_ids=(1,), response_ids=(0,), logprobs=(math.log(sampler),), finished=True
         ),
     )
     loss = PolicyGradientLoss(settings=GrpoSettings(**settings), chunk_bytes=1e6, temperature=1.0, kernel="torch")
@@ -68,7 +60,7 @@ def loss_of(*, p, old=None, sampler=0.5, advantage=1.0, weight=1.0, reference=No
     )
     output.loss_T.sum().backward()
     # d log p / d (first logit) = 1 - p
-    return output.loss_T.item(), float(logit.grad[0, 0]) / (1 - p), int(output.clipped_entries_T)
+    return output.loss_T.item(), float(logit.grad[0, 0]) / (1 - p), int(output.sums["clipped_ratios"])
 
 
 @pytest.mark.parametrize(
@@ -136,9 +128,11 @@ class Taught:
                 num_tokens=len(sample.response_ids),
                 loss_tokens=len(sample.response_ids),
                 token_logprobs=(-2.0,) * len(sample.response_ids),
-                clipped_entries=len(self.updates) - 1,
-                student_entropy_sum=0.5 * len(sample.response_ids),
-                divergence_other_sum=0.25 * len(sample.response_ids),
+                sums={
+                    "clipped_ratios": len(self.updates) - 1,
+                    "student_entropy": 0.5 * len(sample.response_ids),
+                    **({"divergence_other": 0.25 * len(sample.response_ids)} if loss.needs_teacher else {}),
+                },
             )
             for sample in samples
         )

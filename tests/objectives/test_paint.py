@@ -24,9 +24,10 @@ class Teacher:
     def __init__(self, nats):
         self.nats, self.asked = nats, []
 
-    def teacher_logprobs(self, samples):
-        self.asked = samples
-        return [(-self.nats,) * len(sample.response_ids) for sample in samples]
+    def logprobs(self, sequences, *, weights):
+        assert weights == "teacher"
+        self.asked = sequences
+        return [(-self.nats,) * len(sequence.response_ids) for sequence in sequences]
 
 
 def limited(model, *, nats, rollouts, hidden_nats=1.0):
@@ -63,7 +64,7 @@ def test_only_what_is_partly_hidden_is_asked_about(model):
     before, after, asked, prompts = limited(model, nats=0.5, rollouts=["nothing of it", "It is \\boxed{8}"])
     assert [sample.reveal.share for sample in before] == [1.0, 0.3]
     (reference,) = asked
-    assert reference.teacher_prompt_ids == before[1].teacher_prompt_ids
+    assert reference.prompt_ids == before[1].teacher_prompt_ids
     assert prompts.tokenizer.decode(reference.response_ids, keep_special=True) == SOLUTION
     assert after[0] == before[0]
     # Bytes are tokens here: of 0.5 nats each, 2 may be hidden. A cut there backs off out of the box; the next does not.

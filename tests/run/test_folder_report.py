@@ -31,17 +31,14 @@ def sample(problem_id, *, response=(5, 6, 7), anchors=(), overlap=0.0, share=1.0
         reference=problem.solution,
     )
     rollout = Rollout(
-        problem_id=problem_id, sample_index=0, prompt_ids=(1,), response_ids=response, logprobs=None, finished=finished
+        problem_id=problem_id, prompt_ids=(1, 2), response_ids=response, finished=finished if reveal else None
     )
     return Sample(
         problem=problem,
-        sample_index=0,
         key=1,
-        student_prompt_ids=(1, 2),
-        response_ids=response,
+        rollout=rollout,
         teacher_prompt_ids=(1, 3) if reveal else None,
         reveal=shown if reveal else None,
-        rollout=rollout if reveal else None,
     )
 
 
@@ -55,16 +52,24 @@ SCORES = (
         loss_sum=3.0,
         num_tokens=3,
         loss_tokens=2,
-        student_entropy_sum=1.5,
-        teacher_entropy_sum=0.5,
         selected=(1,),
-        divergence_selected_sum=2.0,
-        divergence_other_sum=1.0,
-        clipped_mass_sum=0.6,
-        clipped_entries=6,
+        sums={
+            "student_entropy": 1.5,
+            "teacher_entropy": 0.5,
+            "divergence_selected": 2.0,
+            "divergence_other": 1.0,
+            "clipped_mass": 0.6,
+            "clipped_entries": 6,
+        },
         sampler_gap_max=0.01,
     ),
-    SampleScore(loss_sum=1.0, num_tokens=1, loss_tokens=1, student_entropy_sum=0.5, sampler_gap_max=0.02),
+    SampleScore(
+        loss_sum=1.0,
+        num_tokens=1,
+        loss_tokens=1,
+        sums={"student_entropy": 0.5, "teacher_entropy": 0.0, "divergence_selected": 0.0, "divergence_other": 0.0},
+        sampler_gap_max=0.02,
+    ),
 )
 SECONDS = {"rollout": 1.0, "teacher": 0.5}  # the update adds its own
 

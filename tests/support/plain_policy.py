@@ -148,11 +148,12 @@ class PlainPolicy:
         return found
 
     @torch.no_grad()
-    def teacher_logprobs(self, samples) -> list[list[float]]:
-        """Log-probabilities of each response under the teacher and its prompt."""
+    def logprobs(self, sequences, *, weights) -> list[list[float]]:
+        """Log-probabilities of the responses of (prompt, response) pairs under the teacher's or the current weights."""
+        model = {"teacher": self.teacher(), "current": self.model}[weights]
         found = []
-        for _, prompt, _, response in samples:
-            logp_NV = F.log_softmax(response_logits(self.teacher(), prompt, response), -1)
+        for prompt, response in sequences:
+            logp_NV = F.log_softmax(response_logits(model, prompt, response), -1)
             found.append([logp_NV[place, token].item() for place, token in enumerate(response)])
         return found
 
