@@ -6,7 +6,6 @@ the teacher's distribution, mixed with its own where their entropies differ most
 nothing.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 from megatron_paint.config.settings import ObjectiveSettings
@@ -44,63 +43,70 @@ class Paint:
         with timer("rollout"):
             rollouts = self.rollouts.rollouts(problems, step=step)
         with timer("mask"):
-            samples = self.samples(problems, rollouts, step=step)
+            reveals = self.reveals(problems, rollouts, step=step)
         with timer("teacher"):
-            samples = self.limited(policy, samples)
+            reveals = self.limit_hidden(policy, problems, reveals)
+        samples = self.samples(problems, rollouts, reveals, step=step)
         update = policy.update(samples, self.loss, lr=lr)
-        return StepResult(samples=tuple(samples), scores=update.scores, updates=(update,))
+        return StepResult(samples=samples, scores=update.scores, updates=(update,))
 
-    def samples(self, problems: Sequence[Problem], rollouts: Sequence[Rollout], *, step: int) -> list[Sample]:
-        """Each rollout with the prompts of student and teacher. The teacher's prompt shows what the masker reveals."""
-        keys = [sample_key(self.rollouts.seed, step=step, problem=problem) for problem in problems]
-        reveals = self.on_rank_zero(
+    def reveals(self, problems: Sequence[Problem], rollouts: Sequence[Rollout], *, step: int) -> list[Reveal]:
+        """How much of each solution the masker shows the teacher."""
+        texts = [self.prompts.response_text(rollout.response_ids) for rollout in rollouts]
+        return self.on_rank_zero(
             lambda: reveal_step(
                 problems,
-                [self.prompts.response_text(rollout.response_ids) for rollout in rollouts],
+                texts,
                 settings=self.settings,
-                keys=keys,
+                keys=[self._key(problem, step) for problem in problems],
                 token_offsets=self.prompts.solution_offsets,
                 pool=self.masker,
             )
         )
-        return [self._sample(*row) for row in zip(problems, rollouts, reveals, keys, strict=True)]
 
-    def limited(self, policy: Policy, samples: list[Sample]) -> list[Sample]:
-        """Shows more of each solution, until what is hidden surprises the teacher by at most `reveal.hidden_nats`.
+    def limit_hidden(self, policy: Policy, problems: Sequence[Problem], reveals: list[Reveal]) -> list[Reveal]:
+        """Shows more of a solution where its hidden part surprises the teacher by more than `reveal.hidden_nats`.
 
         Costs one more pass without gradient: the teacher scores the references that are partly hidden.
         """
         if self.settings.hidden_nats is None:
-            return samples
-        partly = [index for index, s in enumerate(samples) if s.reveal.shown_tokens < s.reveal.total_tokens]
+            return reveals
+        partly = [index for index, reveal in enumerate(reveals) if reveal.shown_tokens < reveal.total_tokens]
         references = [
             ScoredSequence(
-                prompt_ids=samples[index].teacher_prompt_ids,
-                response_ids=self.prompts.solution_ids(samples[index].reveal.reference),
+                prompt_ids=self.prompts.teacher_prompt(problems[index], reveals[index]),
+                response_ids=self.prompts.solution_ids(reveals[index].reference),
             )
             for index in partly
         ]
-        found = list(samples)
+        limited = list(reveals)
         scored = policy.logprobs(references, weights="teacher") if partly else []
         for index, logprobs in zip(partly, scored, strict=True):
-            sample = samples[index]
-            offsets = self.prompts.solution_offsets(sample.reveal.reference)
             surprise = [-logprob for logprob in logprobs]
-            reveal = limit_hidden(sample.reveal, surprise, settings=self.settings, offsets=offsets)
-            prompt = self.prompts.teacher_prompt(sample.problem, reveal)
-            found[index] = dataclasses.replace(sample, reveal=reveal, teacher_prompt_ids=prompt)
-        return found
+            offsets = self.prompts.solution_offsets(reveals[index].reference)
+            limited[index] = limit_hidden(reveals[index], surprise, settings=self.settings, offsets=offsets)
+        return limited
 
-    def _sample(self, problem: Problem, rollout: Rollout, reveal: Reveal, key: int) -> Sample:
-        full = self.prompts.full_teacher_prompt(problem, reveal) if self.loss.needs_full_teacher else None
-        return Sample(
-            problem=problem,
-            key=key,
-            rollout=rollout,
-            teacher_prompt_ids=self.prompts.teacher_prompt(problem, reveal),
-            full_teacher_prompt_ids=full,
-            reveal=reveal,
+    def samples(
+        self, problems: Sequence[Problem], rollouts: Sequence[Rollout], reveals: Sequence[Reveal], *, step: int
+    ) -> tuple[Sample, ...]:
+        """Each rollout with what the teacher is shown for it."""
+        return tuple(
+            Sample(
+                problem=problem,
+                key=self._key(problem, step),
+                rollout=rollout,
+                teacher_prompt_ids=self.prompts.teacher_prompt(problem, reveal),
+                full_teacher_prompt_ids=self.prompts.full_teacher_prompt(problem, reveal)
+                if self.loss.needs_full_teacher
+                else None,
+                reveal=reveal,
+            )
+            for problem, rollout, reveal in zip(problems, rollouts, reveals, strict=True)
         )
+
+    def _key(self, problem: Problem, step: int) -> int:
+        return sample_key(self.rollouts.seed, step=step, problem=problem)
 
     @staticmethod
     def longest_prompt(problem: Problem, prompts: Prompts, settings: ObjectiveSettings, *, response: int) -> int:

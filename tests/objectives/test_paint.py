@@ -56,8 +56,10 @@ def limited(model, *, nats, rollouts, hidden_nats=1.0):
         )
         for problem, text in zip(problems, rollouts, strict=True)
     ]
-    before = paint.samples(problems, sampled, step=1)
-    return before, paint.limited(teacher, before), teacher.asked, prompts
+    reveals = paint.reveals(problems, sampled, step=1)
+    less_hidden = paint.limit_hidden(teacher, problems, reveals)
+    before, after = (list(paint.samples(problems, sampled, shown, step=1)) for shown in (reveals, less_hidden))
+    return before, after, teacher.asked, prompts
 
 
 def test_only_what_is_partly_hidden_is_asked_about(model):
