@@ -7,4 +7,10 @@ from megatron_paint.objectives.sft import Sft
 
 __all__ = ["OBJECTIVES", "Grpo", "Objective", "ObjectiveInputs", "Paint", "Sft"]
 
-OBJECTIVES: dict[str, type[Objective]] = {"paint": Paint, "opsd": Paint, "grpo": Grpo, "sft": Sft}  # by objective.name
+# By objective.name.
+OBJECTIVES: dict[str, type[Objective]] = {
+    "paint": Paint,
+    "opsd": Paint,
+    "grpo": Grpo,
+    "sft": Sft,
+}
