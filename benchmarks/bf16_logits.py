@@ -1,12 +1,12 @@
-"""What rounding logits to bfloat16 does to a teacher that differs little from its student.
+"""Measures how rounding logits to bfloat16 changes the loss if the teacher differs little from its student.
 
     python benchmarks/bf16_logits.py
 
-Logits of the full vocabulary with top tokens near 26; the teacher's differ by a normal error of a given size. Per size:
-the forward KL in float64, from float32 logits and from bfloat16-rounded ones, and the cosine of the two rounded losses'
-gradients to the exact one. The last line is a floor for the self-check: hidden states of one model, rounded to bfloat16
-in one pass and not in the other, as when two passes over the same tokens sum in another order.
-Axes: T tokens, V vocabulary, H hidden.
+The logits cover the full vocabulary, with top tokens near 26. The teacher's logits differ by a normal error of a given
+size. For each size the table has the forward KL in float64, from float32 logits and from bfloat16 logits, and the
+cosines of the last two gradients to the exact one. The last line is a lower limit for the self-check: the hidden states
+of one model are rounded to bfloat16 in one pass and not in the other, as if two passes over the same tokens summed in
+different orders. Axes: T tokens, V vocabulary, H hidden.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def main() -> None:
     hidden_TH = torch.randn(TOKENS, HIDDEN, generator=generator, dtype=torch.float64)
     weight_VH = torch.randn(VOCAB, HIDDEN, generator=generator, dtype=torch.float64) * (3.0 / HIDDEN**0.5)
     floor, _ = _kl(hidden_TH @ weight_VH.T, hidden_TH.bfloat16().double() @ weight_VH.T)
-    print(f"\nfloor from bfloat16 hidden states: {floor:.1e} nats a token")
+    print(f"\nlower limit from bfloat16 hidden states: {floor:.1e} nats a token")
 
 
 def _kl(student_TV: torch.Tensor, teacher_TV: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """Mean forward KL and its gradient with respect to the student's logits, in float64."""
+    """Returns the mean forward KL and its gradient with respect to the student's logits, in float64."""
     log_p_TV = torch.log_softmax(student_TV / TEMPERATURE, 1)
     log_q_TV = torch.log_softmax(teacher_TV / TEMPERATURE, 1)
     q_TV = log_q_TV.exp()

@@ -1,9 +1,9 @@
-"""How long training waits for a checkpoint, with and without `run.async_save`, and what the write costs the steps.
+"""Measures how long training waits for a checkpoint, with and without `run.async_save`, and how a write slows steps.
 
     python benchmarks/checkpoint.py [--layers 8] [--rounds 5] [--folder FOLDER]
 
-One process, a Qwen3 of random weights in float32 with AdamW and an initial teacher. A round: steps alone; a save that
-is waited for; a save, with steps until its file `complete` stands. All in one process, alternating; medians.
+One process trains a Qwen3 of random weights in float32 with AdamW and an initial teacher. A round has steps alone, a
+save that blocks, and a save with steps until its file `complete` exists. The figures are medians over the rounds.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where checkpoints are written (default: a temporary folder)")
+    parser.add_argument("--folder", type=Path, help="folder for the checkpoints (default: a temporary folder)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         make_model(f"{folder}/model", vocabulary=VOCABULARY, layers=options.layers)
@@ -72,9 +72,9 @@ def measure(policy, checkpoint: Path, *, rounds: int) -> None:
     print("| | seconds | ratio |\n|---|---:|---:|")
     print(f"| training waits, async_save: false | {wait:.2f} | 1 |")
     print(f"| training waits, async_save: true | {copy:.2f} | {copy / wait:.3f} |")
-    print(f"| until the checkpoint stands, with steps beside it | {statistics.median(written):.2f} | |")
+    print(f"| until the checkpoint is complete, with steps during the write | {statistics.median(written):.2f} | |")
     slowed = statistics.median(beside)
-    print(f"| a step beside the write | {slowed:.2f} | {slowed / pace:.2f} of alone |")
+    print(f"| a step during the write | {slowed:.2f} | {slowed / pace:.2f} of alone |")
 
 
 def seconds(act) -> float:

@@ -1,12 +1,12 @@
-"""The converter on full-size checkpoints of random weights: time beside `cp -r`, and memory, both ways.
+"""Measures time (against `cp -r`) and memory of the converter on full-size checkpoints of random weights, both ways.
 
     python benchmarks/convert.py FOLDER [--sizes 0.6b,1.7b,8b] [--json convert.json]
 
-FOLDER lies on the disk that is measured and needs room for three copies of the largest size (50 GB for 8b); what is
-made there is deleted. Each time is that of one command followed by `sync`, so that the copy, like the conversion, is on
-the disk; with root, the page cache is dropped before each and then holds the program alone, else it is as the command
-before left it, which is printed. Memory is the peak resident memory of the largest process of a command, and of all its
-processes together, as sampled.
+FOLDER is on the measured disk and needs room for three copies of the largest size (50 GB for 8b). Everything written
+there is deleted. Each time is that of one command and a `sync`, so the copy and the conversion both end on disk. With
+root rights, the page cache is dropped before each command and then has only the program. Otherwise the cache has what
+the last command left; the first line says so. Memory is the sampled peak of the resident memory, of the largest process
+of a command and of all its processes together.
 """
 
 import argparse
@@ -43,7 +43,7 @@ SIZES = {
     "0.6b": {"hidden": 1024, "ffn": 3072, "layers": 28, "heads": 16, "tied": True},
     "1.7b": {"hidden": 2048, "ffn": 6144, "layers": 28, "heads": 16, "tied": True},
     "8b": {"hidden": 4096, "ffn": 12288, "layers": 36, "heads": 32, "tied": False},
-    # As 8b with a third of its layers: whether memory grows with their number.
+    # 8b with a third of its layers: it shows whether memory grows with their number.
     "8b-12-layers": {"hidden": 4096, "ffn": 12288, "layers": 12, "heads": 32, "tied": False},
 }
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
@@ -51,15 +51,15 @@ DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One command: wall seconds with `sync`, ratio to the copy of the same source, peak MiB of a process and of all."""
+    """The figures of one command."""
 
     size: str
     command: str
     gigabytes: float
-    seconds: float
-    ratio: float
-    process_mib: float
-    together_mib: float
+    seconds: float  # wall time, including `sync`
+    ratio: float  # to the copy of the same source
+    process_mib: float  # peak of the largest process
+    together_mib: float  # peak of all processes
 
 
 def main() -> None:
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    print(f"page cache {'dropped before each command' if can_drop() else 'as the command before left it'}")
+    print(f"page cache: {'dropped before each command' if can_drop() else 'not dropped between the commands'}")
     print("| size | command | GB | s | / cp -r | MiB of a process | MiB together |\n|---|---|---:|---:|---:|---:|---:|")
     rows: list[Measured] = []
     for size in options.sizes.split(","):
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def measure_size(size: str, folder: Path):
-    """Yields what each command took; deletes what it made."""
+    """Yields the figures of each command and deletes its output."""
     shutil.rmtree(folder, ignore_errors=True)
     source, out = folder / "hf", folder / "out"
     write_checkpoint(source, **SIZES[size])
@@ -122,7 +122,7 @@ def measure_size(size: str, folder: Path):
 
 
 def write_checkpoint(folder: Path, *, hidden: int, ffn: int, layers: int, heads: int, tied: bool) -> None:
-    """Random bfloat16 weights in files of at most 5 GB, in blocks of rows."""
+    """Writes random bfloat16 weights into files of at most 5 GB, in blocks of rows."""
     folder.mkdir(parents=True)
     sizes = {"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers}
     config = COMMON | sizes | {"num_attention_heads": heads, "tie_word_embeddings": tied}
@@ -142,7 +142,7 @@ def write_checkpoint(folder: Path, *, hidden: int, ffn: int, layers: int, heads:
 
 
 def timed(command: list[str]) -> tuple[float, int, int]:
-    """(seconds, peak bytes of the largest process, peak bytes of all together) of a command and `sync`."""
+    """Runs a command and `sync`. Returns (seconds, peak bytes of the largest process, peak bytes of all together)."""
     os.sync()
     if can_drop():
         DROP_CACHES.write_text("1")
@@ -170,7 +170,7 @@ def tree(pid: int) -> list[int]:
 
 
 def resident(pid: int) -> tuple[int, int]:
-    """(peak, present) bytes of resident memory; zeros for a process that is gone."""
+    """Returns (peak, current) bytes of a process's resident memory; zeros if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

@@ -1,12 +1,12 @@
-"""Sampling and grading of an evaluation, each beside the usual way, in one run.
+"""Measures sampling and grading of an evaluation against the usual way, in one run.
 
     python benchmarks/evaluation.py [--responses rollouts.jsonl] [--rounds 5]
 
 Sampling: a Qwen3 of 15 million random weights answers prompts of different lengths in batches, with the project's own
 generator and with `transformers.generate` (its cache, left padding, the same batch, sampling at temperature 1). Both
-stop at the same number of tokens; alternating rounds, the median of the ratios. Grading: recorded responses
-({"rollout", "answer"}; made ones without a file) by the pool of worker processes, and by math-verify in this process
-without any time limit.
+stop at the same number of tokens. The rounds alternate, and the figure is the median of the ratios. Grading: recorded
+responses ({"rollout", "answer"}; generated ones without a file) are graded by the pool of worker processes, and by
+math-verify in this process without a time limit.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from megatron_paint.mcore.ranks import start_ranks, stop_ranks
 from megatron_paint.models.qwen3.shape import read_shape
 from megatron_paint.policy import GenerationRequest, SamplingParameters
 
-VOCABULARY, NEVER = 4096, 4095  # an id that both are told to stop at and that is never sampled
+VOCABULARY, NEVER = 4096, 4095  # NEVER is the stop id of both; it is never sampled
 
 
 def measure_sampling(rounds: int, *, rows: int, tokens: int) -> None:
@@ -110,7 +110,7 @@ def measure_grading(file: Path | None, rounds: int) -> None:
         pairs = [(row["rollout"], row["answer"]) for row in rows]
     seconds: dict[str, list[float]] = {"pool": [], "math-verify": []}
     with GradingPool() as pool:
-        pool.grade(pairs[:8])  # the workers start
+        pool.grade(pairs[:8])  # starts the workers
 
         def alone() -> None:
             for text, answer in pairs:

@@ -1,26 +1,26 @@
-"""Time, memory, traffic and gradient error of the fused interpolation loss beside whole logits and peers' losses.
+"""Measures time, memory, traffic and gradient error of the fused interpolation loss, of full logits and of peers.
 
     python benchmarks/loss.py                         # the suite of this machine's device: CPU or CUDA
     python benchmarks/loss.py --tokens 512 --tp 2     # one size
     python benchmarks/loss.py --plot docs/loss.png --json loss.json
 
-Peers run where they are installed: pip install nvidia-modelopt megatron-core requests datasets transformers
-liger-kernel, and ms-swift with --no-deps, of which two files are used alone. Each variant runs in processes of its own,
-so that peaks of memory do not mix:
+Peers run if they are installed: pip install nvidia-modelopt megatron-core requests datasets transformers liger-kernel,
+and ms-swift with --no-deps (only two of its files are used). Each variant runs in separate processes, so that memory
+peaks do not mix:
     gemms     the products with the output layer that any implementation needs: student, teacher, dh and, unless
               --frozen, dW
-    dense     whole logits in autograd with exact vocabulary-parallel sums, what trainers on whole logits do
+    dense     full logits in autograd with exact vocabulary-parallel sums, as trainers on full logits do
     modelopt  NVIDIA ModelOpt's LogitsKLLoss
     swift     ms-swift's chunked, vocabulary-parallel divergence
     liger     Liger's fused linear JSD (CUDA, one rank)
     fused     fused_interpolation_loss with its default settings, elementwise work in torch
     triton    the same with the Triton kernels (CUDA)
-    short     ours with chunks half as long as a rollout, for a selection that needs no statistics
-    cut       the same chunks, selecting by entropy: what cutting rollouts costs (selected rows are done twice)
-Memory is the peak beyond inputs, dh and dW in float32. On a CPU the ratios are those of CPU seconds of all threads,
-which bear a busy machine better. Traffic is what a rank puts into collectives, the sum of dh apart, which all of them
-need. The gradient error is that of dh and dW together on a small problem, against float64 autograd on the same
-inputs.
+    short     ours with chunks half as long as a rollout, and a selection that needs no statistics
+    cut       the same chunks with selection by entropy: the cost of cutting rollouts (selected rows are done twice)
+Memory is the peak above inputs, dh and dW in float32. On a CPU the ratios use the CPU seconds of all threads, because a
+busy machine changes them less. Traffic is the number of bytes that a rank puts into collectives, without the sum of dh,
+which every variant needs. The gradient error is that of dh and dW together, on a small problem, against float64
+autograd on the same inputs.
 Axes: T tokens, V vocabulary columns of a rank, H hidden.
 """
 
@@ -51,7 +51,7 @@ SMALL = {"tokens": 24, "hidden": 64, "vocab": 8192}
 
 
 def main() -> None:
-    """Run the suite or one size, print the tables, write what is asked for."""
+    """Runs the suite or one size, prints the tables, and writes the requested files."""
     args = _arguments()
     found = []
     print(f"torch {torch.__version__}, {_device_name(args.device)}, {os.cpu_count()} CPU cores")
@@ -67,12 +67,12 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=None, help="response tokens; given: this size alone")
-    parser.add_argument("--vocab", type=int, default=151_936, help="entries of the whole vocabulary")
-    parser.add_argument("--hidden", type=int, default=None, help="1,024; on CUDA the suite takes 4,096 too")
+    parser.add_argument("--tokens", type=int, default=None, help="response tokens; measures only this size")
+    parser.add_argument("--vocab", type=int, default=151_936, help="entries of the full vocabulary")
+    parser.add_argument("--hidden", type=int, default=None, help="default: 1,024; on CUDA the suite has 4,096 too")
     parser.add_argument("--rollout", type=int, default=128, help="tokens of a rollout")
     parser.add_argument(
-        "--tp", type=int, default=None, help="processes that share the vocabulary; suite: 1 and 2 on CPU"
+        "--tp", type=int, default=None, help="processes that share the vocabulary; the suite has 1 and 2 on CPU"
     )
     parser.add_argument("--dtype", default=None, choices=("float32", "bfloat16", "float64"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
@@ -86,7 +86,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _suite(args: argparse.Namespace) -> list[list[Job]]:
-    """The jobs of each table."""
+    """Returns the jobs of each table."""
     given = {name: getattr(args, name) for name in ("vocab", "rollout", "device", "chunk_bytes", "frozen", "repeats")}
     base = {"dtype": args.dtype or ("bfloat16" if args.device == "cuda" else "float32"), **given}
     variants, cuda = args.variants.split(","), args.device == "cuda"
@@ -119,7 +119,7 @@ def _device_name(device: str) -> str:
 
 
 def _measure(job: Job) -> dict:
-    """Median seconds, peak bytes, bytes sent a token, gradient error: each of the rank that has most."""
+    """Returns median seconds, peak bytes, bytes a token and gradient error: the largest of all ranks."""
     row = asdict(job)
     missing = what_is_missing(job.variant, job.device, job.tp)
     if missing is not None:
@@ -135,7 +135,7 @@ def _rank(rank: int, job: Job, folder: str) -> None:
     run = prepare(job, vocab)
     error = 0.0 if job.variant == "gemms" else _gradient_error(job, vocab, rank)
     data = _inputs(job, rank)
-    # A short call first: libraries load and allocate on first use.
+    # A short call first, because libraries load and allocate on first use.
     run(_head_of(data, min(job.tokens, 8)))
     wall_s, cpu_s, peaks = [], [], []
     with _CountedTraffic(job) as traffic:
@@ -164,7 +164,7 @@ def _rank(rank: int, job: Job, folder: str) -> None:
 
 
 def _start(rank: int, job: Job, folder: str) -> VocabAxis:
-    settle_cpu_math()  # for every variant: the error is to be the method's, not MKL's
+    settle_cpu_math()  # for every variant, so that the error is the method's and not MKL's
     if job.device == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.tp))
     else:
@@ -182,12 +182,12 @@ def _start(rank: int, job: Job, folder: str) -> VocabAxis:
 
 
 class _CountedTraffic:
-    """Counts this rank's collectives and the bytes it puts into them, the hidden gradient's sum apart."""
+    """Counts this rank's collectives and the bytes it puts into them, except the sum of the hidden gradient."""
 
     NAMES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor")
 
     def __init__(self, job: Job) -> None:
-        self.calls, self.sent, self._apart = 0, 0, job.tokens * job.hidden
+        self.calls, self.sent, self._ignored_size = 0, 0, job.tokens * job.hidden
 
     def __enter__(self) -> _CountedTraffic:
         self._originals = {name: getattr(dist, name) for name in self.NAMES}
@@ -198,7 +198,7 @@ class _CountedTraffic:
     def _counted(self, name: str, original):
         def call(*args, **kwargs):
             values = args[0] if name == "all_reduce" else args[1]
-            if values.numel() != self._apart:
+            if values.numel() != self._ignored_size:
                 self.calls, self.sent = self.calls + 1, self.sent + values.numel() * values.element_size()
             return original(*args, **kwargs)
 
@@ -236,7 +236,7 @@ def _head_of(data: SimpleNamespace, tokens: int) -> SimpleNamespace:
 
 
 def _gradient_error(job: Job, vocab: VocabAxis, rank: int) -> float:
-    """Relative error of this rank's gradients of the plain forward KL."""
+    """Returns the relative error of this rank's gradients of the plain forward KL."""
     small = replace(job, frozen=False, **SMALL)
     data = _inputs(small, rank)
     axis = vocab if job.tp == 1 else ShardedVocab.from_columns(dist.group.WORLD, small.vocab // job.tp)

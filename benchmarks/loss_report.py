@@ -1,4 +1,4 @@
-"""Tables and a plot of what benchmarks/loss.py measured: rows are dictionaries of a job's settings and its figures."""
+"""Tables and a plot of the figures of benchmarks/loss.py. A row is a dictionary of a job's settings and its figures."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 
 PEERS = ("dense", "modelopt", "swift", "liger")
-# A gradient further off than this is another loss's.
+# With a larger relative error of the gradient, the variant computes another loss.
 EXACT = 1e-2
 
 
 def fill_fits(rows: list[dict], found: list[dict]) -> list[dict]:
-    """Rows, and for peers that this size leaves out the memory that a line through their smaller sizes gives."""
+    """Returns the rows, and a linear fit of the memory of peers that were not run at this size."""
     present = {row["variant"] for row in rows}
     base = next((row for row in rows if "wall_s" in row), None)
     filled = list(rows)
@@ -27,7 +27,7 @@ def fill_fits(rows: list[dict], found: list[dict]) -> list[dict]:
 
 
 def print_table(rows: list[dict]) -> None:
-    """One Markdown table for one size; ratios to the bare products, and to the fastest exact peer of the table."""
+    """Prints the Markdown table of one size, with ratios to the bare products and to the fastest exact peer."""
     measured = [row for row in rows if "wall_s" in row and not row.get("fit")]
     if measured:
         first = measured[0]
@@ -54,7 +54,7 @@ def print_table(rows: list[dict]) -> None:
 
 
 def plot(found: list[dict], path: Path) -> None:
-    """Time against the bare products and peak memory, over tokens, a line a variant, at the most ranks measured."""
+    """Draws relative time and peak memory against tokens, one line a variant, at the largest measured rank count."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,7 +1,7 @@
-"""What benchmarks/loss.py times: bare products, whole logits in autograd, peers' losses, and ours.
+"""The variants that benchmarks/loss.py measures: bare products, full logits in autograd, peers' losses, and ours.
 
-Each variant takes hidden states and an output weight to gradients of both, for the forward KL at temperature 1.1 summed
-over tokens. Ours alone also takes entropies, selection and interpolation, unless plain is asked for.
+Each variant computes the gradients of hidden states and of an output weight, for the forward KL at temperature 1.1
+summed over tokens. Only ours also computes entropies, selection and interpolation, unless `plain` is given.
 Axes: T tokens, V vocabulary columns of a rank, H hidden.
 """
 
@@ -20,13 +20,13 @@ from megatron_paint.losses import InterpolationLossConfig, VocabAxis, fused_inte
 from megatron_paint.losses.output_layer.products import OutputLayerGradient, Projection
 
 TEMPERATURE = 1.1
-# What a variant needs besides torch: the name to install, or nothing.
+# The package that a variant needs, as pip names it.
 PEERS = {"modelopt": "nvidia-modelopt", "swift": "ms-swift", "liger": "liger-kernel"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One run: sizes of the whole problem, and how it is done."""
+    """One run: the sizes of the complete problem, and how it is computed."""
 
     variant: str
     tokens: int
@@ -46,7 +46,7 @@ class Job:
 
 
 def what_is_missing(variant: str, device: str, tp: int) -> str | None:
-    """Why a variant cannot run here; None where it can."""
+    """Returns why a variant cannot run here; None if it can."""
     if variant == "triton" and (device != "cuda" or importlib.util.find_spec("triton") is None):
         return "needs CUDA and Triton"
     if variant == "liger" and (device != "cuda" or tp > 1):
@@ -60,7 +60,7 @@ def what_is_missing(variant: str, device: str, tp: int) -> str | None:
 
 
 def prepare(job: Job, vocab: VocabAxis) -> Callable[..., None]:
-    """A function of (data, plain=False) that fills the gradients of data.student_TH and data.weight_VH."""
+    """Returns a function of (data, plain=False) that fills the gradients of data.student_TH and data.weight_VH."""
     if job.variant == "gemms":
         return lambda data, plain=False: _bare_products(job, data)
     if job.variant in PEERS:
@@ -91,7 +91,7 @@ def _ours(job: Job, data: SimpleNamespace, vocab: VocabAxis, *, plain: bool) -> 
 
 
 def _bare_products(job: Job, data: SimpleNamespace) -> None:
-    """On a GPU over all rows at once in the inputs' type; on a CPU over chunks, as fresh memory would cost more."""
+    """On a GPU all rows at once in the inputs' type. On a CPU in chunks, because new memory would cost more."""
     student_TH, weight_VH = data.student_TH.detach(), data.weight_VH.detach()
     if job.device == "cuda":
         for hidden_TH in (data.teacher_TH, student_TH):
@@ -111,7 +111,7 @@ def _bare_products(job: Job, data: SimpleNamespace) -> None:
 
 
 def _logits(data: SimpleNamespace, vocab: VocabAxis) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whole logits of student and teacher, as an output layer gives them; to_shards sums the hidden gradient."""
+    """Returns the full logits of student and teacher, as an output layer does. to_shards sums the hidden gradient."""
     with torch.no_grad():
         teacher_TV = data.teacher_TH @ data.weight_VH.T
     hidden_TH = data.student_TH if vocab.ranks == 1 else vocab.to_shards(data.student_TH)
@@ -119,7 +119,7 @@ def _logits(data: SimpleNamespace, vocab: VocabAxis) -> tuple[torch.Tensor, torc
 
 
 def _dense(data: SimpleNamespace, vocab: VocabAxis) -> None:
-    """As trainers on whole logits do it; over ranks, each log-softmax takes a maximum and a differentiable sum."""
+    """The loss of trainers on full logits. With several ranks, a log-softmax needs a maximum and a sum over them."""
 
     def log_softmax(logits_TV: torch.Tensor) -> torch.Tensor:
         logits_TV = logits_TV.float() / TEMPERATURE
@@ -136,7 +136,7 @@ def _dense(data: SimpleNamespace, vocab: VocabAxis) -> None:
 
 
 def _modelopt(job: Job) -> Callable[..., None]:
-    """NVIDIA ModelOpt's LogitsKLLoss on [tokens, 1, V]; its result over ranks is summed where Megatron would."""
+    """NVIDIA ModelOpt's LogitsKLLoss on [tokens, 1, V]. Its results are summed over ranks, as Megatron does."""
     from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
 
     loss = LogitsKLLoss(SimpleNamespace(tensor_model_parallel_size=job.tp), temperature=TEMPERATURE)
@@ -169,7 +169,7 @@ def _swift(job: Job) -> Callable[..., None]:
 
 
 def _liger(job: Job) -> Callable[..., None]:
-    """Liger's fused linear JSD with jsd_beta 0, its forward KL; both sides have an output weight, the teacher's too."""
+    """Liger's fused linear JSD with jsd_beta 0, which is the forward KL. It needs an output weight for both sides."""
     from liger_kernel.transformers import LigerFusedLinearJSD
 
     loss = LigerFusedLinearJSD(jsd_beta=0.0, temperature=TEMPERATURE)
@@ -182,7 +182,7 @@ def _liger(job: Job) -> Callable[..., None]:
 
 
 def _file_of(package: str, path: str) -> ModuleType:
-    """One file of an installed package, without importing the package and all that it wants."""
+    """Imports one file of an installed package, without the package and its dependencies."""
     root = Path(importlib.util.find_spec(package).submodule_search_locations[0])
     name = f"benchmarked_{Path(path).stem}"
     spec = importlib.util.spec_from_file_location(name, root / path)

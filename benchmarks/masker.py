@@ -1,10 +1,10 @@
-"""How fast the overlap masker is: pairs a second on one core, growth with the text length, and when a pool pays.
+"""Measures the overlap masker: pairs a second on one core, growth with the text length, and the gain of a pool.
 
     python benchmarks/masker.py [--rollouts FILE.jsonl] [--seconds 3]
 
-Pairs are a rollout of 1,024 tokens and a solution of 500, cut from real ones where a file with the columns problem,
-solution and rollout is given or stands in ../shared/data, else generated. Nothing is cached in the first line: in
-training every pair is new.
+A pair is a rollout of 1,024 tokens and a solution of 500 tokens. They are cut from real ones if a file with the columns
+problem, solution and rollout is given or exists in ../shared/data. Otherwise they are generated. The first figure is
+measured without the cache, because in training every pair is new.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SOLUTION_CHARACTERS = 1363
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rollouts", type=Path, default=SHARED if SHARED.is_file() else None)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=3.0, help="seconds of each measurement")
     options = parser.parse_args()
     pairs = read_pairs(options.rollouts) if options.rollouts else generated_pairs()
     anchors = statistics.mean(len(measured.anchors) for measured in measure_overlaps(pairs))
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def rate(work: Callable[[], None], count: int, seconds: float) -> tuple[float, float]:
-    """Median and best number of pairs a second of processor time, so that a busy machine counts little."""
+    """Returns the median and best number of pairs a second of processor time, which a busy machine changes little."""
     rounds = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(rounds) < 3:
@@ -70,13 +70,13 @@ def print_growth(pairs: list[Pair]) -> None:
 
 
 def print_pool(pairs: list[Pair]) -> None:
-    """The pool's own cost is processor time of this process: on idle cores the workers do the rest at the same time."""
+    """Measures the pool. Its cost is processor time of this process; workers on idle cores do the rest in parallel."""
     workers = min(4, os.cpu_count() or 1)
     print(f"one step, best of 7     alone: wall ms   {workers} workers: wall ms   of which this process works ms")
     with MaskerPool(workers, from_characters=0) as pool:
         measure_overlaps(pairs, pool=pool)  # starts the workers
         for count in (8, 32, 128, 512, 2048):
-            # Each repeat of a pair is made new, or the cache would serve it.
+            # Each repeat of a pair gets a new text. Otherwise it would come from the cache.
             step = [pairs[index % len(pairs)] for index in range(count)]
             step = [Pair(f"{pair.problem} {index}", *pair[1:]) for index, pair in enumerate(step)]
             repeats = [renamed(step, repeat) for repeat in range(14)]
@@ -107,7 +107,7 @@ def timed(work: Callable[[], object], clock: Callable[[], float] = time.perf_cou
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """One pair a problem: its rollouts one behind another, its solution followed by those of other problems."""
+    """Makes one pair a problem: its rollouts one after another, and its solution followed by other solutions."""
     rows_of: dict[str, list[dict]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -121,7 +121,7 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 def generated_pairs() -> list[Pair]:
-    """Chains of formulas with about as many anchors as real solutions, half of which the rollout repeats."""
+    """Makes chains of formulas with about as many anchors as real solutions. The rollout repeats half of them."""
     prose = "This follows from what was shown above, since each of the two sides is bounded by the other one, and "
     pairs = []
     for number in range(100):
@@ -135,7 +135,7 @@ def generated_pairs() -> list[Pair]:
 
 
 def filled(texts: list[str], characters: int) -> str:
-    """The texts, over and over, up to a length."""
+    """Repeats the texts up to this number of characters."""
     text = "\n".join(texts)
     return (text * (characters // len(text) + 1))[:characters]
 

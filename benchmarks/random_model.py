@@ -1,10 +1,10 @@
-"""The Qwen3 of random weights that the benchmarks measure."""
+"""Makes the Qwen3 of random weights that the benchmarks measure."""
 
 import torch
 
 
 def make_model(folder: str, *, vocabulary: int, layers: int) -> None:
-    """Writes a Hugging Face folder; hidden size 512, tied embeddings."""
+    """Writes a Hugging Face folder with hidden size 512 and tied embeddings."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
     from transformers.utils.logging import disable_progress_bar
 

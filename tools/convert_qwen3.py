@@ -1,6 +1,6 @@
 """Converts Qwen3 checkpoints: `python tools/convert_qwen3.py to-megatron | to-hf | check | inspect`.
 
-The same as `megatron-paint convert`.
+It does the same as `megatron-paint convert`.
 """
 
 import sys

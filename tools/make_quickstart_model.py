@@ -1,10 +1,10 @@
 """Makes the quickstart's checkpoint and problem files: `python tools/make_quickstart_model.py examples/quickstart`.
 
-With --variant it makes those of the testbed: the same student, going on from --start to another kind of teacher.
+With --variant it makes those of the testbed. They start from the student at --start and learn another kind of teacher.
 
-A Qwen3 of 0.3 million weights is warmed up, through the project's own policy and loss, until it has the skill and the
-flaw that `quickstart_task.py` describes. Rounds of warm-up go on until the measured accuracies pass the gate, so that
-every seed gives a model on which PAINT has something to teach. One process, no download.
+A Qwen3 of 0.3 million weights is trained with the project's policy and loss until it has the skill and the flaw that
+`quickstart_task.py` describes. The rounds of this warm-up end when the measured accuracies pass a check. So every seed
+gives a model that PAINT can improve. It runs in one process and downloads nothing.
 """
 
 import argparse
@@ -54,28 +54,30 @@ TRAINING_PROBLEMS, HELD_OUT_PROBLEMS = 2000, 240
 PROBLEM_SEED = 7  # the problem files do not depend on --seed
 MEASURED_PROBLEMS = 150
 LAYERS = 2
-THREADS = 1  # on a busy machine a second thread of such small products waits more than it works: 10 times slower
+THREADS = 1  # on a busy machine a second thread made these small products 10 times slower
 PEAK_LR = 4.0e-3
 DRILLS = 256  # rows in a step of drills
-DRILLED_LOSS = 0.02  # nats a token; below it the table of sums is known
+DRILLED_LOSS = 0.02  # nats a token; below it the model knows the table of sums
 MIXTURE = {"plain": 24, "reference": 64, "foreign": 24, "drill": 32}  # rows in a step of a round
 FIRST_ROUND_STEPS, ROUND_STEPS = 900, 300
-MOST_DRILL_STEPS, MOST_ROUNDS = 5000, 40  # far beyond what any seed has taken: 5 rounds
-SHARES = (1.0, 0.65, 0.3)  # of the reference, at which the model is measured as teacher
+MAX_DRILL_STEPS, MAX_ROUNDS = 5000, 40  # far above what any seed needed: 5 rounds
+SHARES = (1.0, 0.65, 0.3)  # shares of the reference at which the model is measured as teacher
 
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """Percent of answers that are right on held-out problems, sampled at temperature 1 unless said otherwise."""
+    """Percent of right answers on held-out problems. They are sampled at temperature 1, except for `greedy`."""
 
     alone: float
     greedy: float
-    with_reference: dict[float, float]  # by the share that is shown
-    with_foreign: float  # shown another problem's solution
+    with_reference: dict[float, float]  # by the shown share of the reference
+    with_foreign: float  # with another problem's solution
 
     def passes(self, *, hidden_forget_share: float) -> bool:
-        """Room to learn, a teacher that is worth it, and no help from a reference that is not the problem's; a teacher
-        that is meant to forget what it is not shown need be good with the whole reference alone."""
+        """Tells whether the student can still learn, the teacher is good and another problem's reference does not help.
+
+        A teacher that forgets hidden steps must be good only with the complete reference.
+        """
         shares = [1.0] if hidden_forget_share else SHARES
         taught = min(self.with_reference[share] for share in shares)
         return 30 <= self.alone <= 60 and taught > 88 and self.with_foreign < 60
@@ -89,7 +91,7 @@ class Accuracy:
 
 
 class ReferencePrompts:
-    """Prompts of an evaluation that show a share of a solution, the problem's own or the next one's."""
+    """Prompts of an evaluation that show a share of the problem's solution, or of the next problem's."""
 
     def __init__(self, rows: RowMaker, problems: list[Problem], *, share: float, foreign: bool = False):
         self.rows, self.share = rows, share
@@ -102,7 +104,7 @@ class ReferencePrompts:
 
 
 class WarmUp:
-    """A policy in the making, with the rows it learns from and the problems it is measured on."""
+    """A policy during its warm-up, with its training rows and the problems of its measurements."""
 
     def __init__(self, policy: Policy, rows: RowMaker, held_out: list[Problem], graders: GradingPool):
         self.policy, self.rows, self.graders = policy, rows, graders
@@ -110,41 +112,41 @@ class WarmUp:
         self.loss = CrossEntropyLoss(chunk_bytes=1.0e9)
         self.started = time.monotonic()
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         print(f"{time.monotonic() - self.started:6.0f} s  {text}", flush=True)
 
     def update(self, samples: list[Sample], *, lr: float) -> list[float]:
-        """One step; the loss of each sample in nats a token."""
+        """Does one step and returns the loss of each sample in nats a token."""
         report = self.policy.update(samples, self.loss, lr=lr)
         return [score.loss_sum / score.num_tokens for score in report.scores]
 
     def drill(self) -> None:
-        """Single steps until the table of sums is known; UserError where it stays unknown."""
+        """Trains single sums until the model knows them. Raises UserError if it does not learn them."""
         average = math.log(10)
-        for step in range(1, MOST_DRILL_STEPS + 1):
+        for step in range(1, MAX_DRILL_STEPS + 1):
             losses = self.update([self.rows.drill() for _ in range(DRILLS)], lr=PEAK_LR * min(1, step / 30))
             average += 0.1 * (sum(losses) / len(losses) - average)
             if step % 50 == 0:
-                self.say(f"drill {step}: loss {average:.3f}")
+                self.log(f"drill {step}: loss {average:.3f}")
             if average < DRILLED_LOSS:
-                return self.say(f"drill {step}: loss {average:.3f}, the table is known")
+                return self.log(f"drill {step}: loss {average:.3f}, the table is known")
         raise UserError(f"the drills ended at {average:.3f} nats a token, above {DRILLED_LOSS}; try another --seed")
 
     def mixture_round(self, number: int, *, first: bool) -> Accuracy:
-        """One round over all kinds of rows, its learning rate falling to a fiftieth; what the model can do then."""
+        """Trains one round over all kinds of rows and measures the model. The learning rate falls to a fiftieth."""
         kinds = [kind for kind, count in MIXTURE.items() for _ in range(count)]
         steps, peak = (FIRST_ROUND_STEPS, PEAK_LR) if first else (ROUND_STEPS, PEAK_LR / 2)
         for step in range(1, steps + 1):
             lr = peak * min(1, step / 30) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
             losses = self.update([getattr(self.rows, kind)() for kind in kinds], lr=lr)
             if step % 100 == 0:
-                self.say(f"round {number}, step {step}: loss {_by_kind(kinds, losses)}")
+                self.log(f"round {number}, step {step}: loss {_by_kind(kinds, losses)}")
         accuracy = self.measure()
-        self.say(f"round {number}: {accuracy}")
+        self.log(f"round {number}: {accuracy}")
         return accuracy
 
     def measure(self) -> Accuracy:
-        """Accuracy on held-out problems under every kind of prompt."""
+        """Measures the accuracy on held-out problems with every kind of prompt."""
         alone = self._evaluate(self.rows.prompts, greedy=True)
         return Accuracy(
             alone=100 * alone["avg"],
@@ -173,9 +175,9 @@ def _by_kind(kinds: list[str], losses: list[float]) -> str:
 
 
 def make_model(out: Path, *, seed: int, variant: str = "own", start: Path | None = None) -> None:
-    """Writes `out`/model, `out`/train.jsonl and `out`/held_out.jsonl; UserError where no round passes the gate.
+    """Writes `out`/model, `out`/train.jsonl and `out`/held_out.jsonl. Raises UserError if no round passes the check.
 
-    start: a model that is warmed up already, which goes on with the rows of this variant.
+    start: a warmed-up model that is trained further with the rows of this variant; None starts from random weights.
     """
     kind = VARIANTS[variant]
     out.mkdir(parents=True, exist_ok=True)
@@ -191,26 +193,26 @@ def make_model(out: Path, *, seed: int, variant: str = "own", start: Path | None
         settings = warm_up_settings(begin)
         prompts = Prompts(settings.prompts, load_tokenizer(begin))
         rows = RowMaker(prompts=prompts, rng=random.Random(seed), variant=kind)
-        ranks = start_ranks(settings.megatron)  # silences Megatron's warnings about what a CPU run does not need
+        ranks = start_ranks(settings.megatron)  # hides Megatron's warnings about features that a CPU run does not need
         from megatron_paint.mcore.policy import MegatronPolicy
 
         policy = MegatronPolicy(settings, read_shape(begin), ranks)
         warm_up = WarmUp(policy, rows, held_out, graders)
         if fresh:
             warm_up.drill()
-        for number in range(1, MOST_ROUNDS + 1):
+        for number in range(1, MAX_ROUNDS + 1):
             accuracy = warm_up.mixture_round(number, first=fresh and number == 1)
             if accuracy.passes(hidden_forget_share=kind.hidden_forget_share):
                 break
         else:
-            raise UserError(f"{MOST_ROUNDS} rounds of warm-up did not pass the gate; try another --seed")
+            raise UserError(f"{MAX_ROUNDS} rounds of warm-up did not pass the check; try another --seed")
         policy.export(out / "model")
         stop_ranks()
-    warm_up.say(f"written: {out}")
+    warm_up.log(f"written: {out}")
 
 
 def warm_up_settings(start: str) -> Settings:
-    """Settings of the policy that is warmed up; data and run are made here, so their paths are not read."""
+    """Returns the settings of the warm-up's policy. The paths of data and run are not used."""
     return Settings(
         model=ModelSettings(hf_path=start, dtype="float32"),
         data=DataSettings(train="unused", micro_batch_tokens=65536),
@@ -229,7 +231,7 @@ def warm_up_settings(start: str) -> Settings:
 
 
 def write_random_model(folder: Path, *, seed: int) -> None:
-    """A Hugging Face folder with the tokenizer and random weights."""
+    """Writes a Hugging Face folder with the tokenizer and random weights."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -257,9 +259,9 @@ def write_random_model(folder: Path, *, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for model/, train.jsonl and held_out.jsonl")
-    parser.add_argument("--seed", type=int, default=1, help="of the weights and the rows (default 1)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the weights and the rows (default 1)")
     parser.add_argument("--variant", choices=VARIANTS, default="own", help="kind of teacher (default own)")
-    parser.add_argument("--start", type=Path, help="warmed-up model to go on from")
+    parser.add_argument("--start", type=Path, help="warmed-up model to start from")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
     make_model(options.out, seed=options.seed, variant=options.variant, start=options.start)

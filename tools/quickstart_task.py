@@ -1,9 +1,9 @@
 """The quickstart's task: running sums, worked line by line, and a student who forgets to carry.
 
-A problem is a two-digit start and two or three one-digit operands, `47+8-9?`; every partial result has two digits. Its
-solution has one line a step, `47+8=55`, and ends in the box. The student's flaw is a classic of arithmetic lessons:
-where a step crosses a ten, it leaves the tens digit as it was (47+8=45). It calculates right where its prompt shows a
-reference solution of the same problem, whole or cut: this is the gap between teacher and student.
+A problem is a two-digit start and two or three one-digit operands, `47+8-9?`. Every partial result has two digits. The
+solution has one line for each step, `47+8=55`, and ends with the box. The student makes a mistake that is common in
+arithmetic lessons: if a step crosses a ten, it does not change the tens digit (47+8=45). It calculates right if its
+prompt shows a complete or cut reference solution of the same problem. This is the gap between teacher and student.
 """
 
 import json
@@ -17,13 +17,13 @@ from megatron_paint.data.prompts import Prompts
 from megatron_paint.masker.reveal import cut_solution
 from megatron_paint.records import Overlap, Problem, Reveal, Rollout, Sample, TokenIds
 
-HELD_OUT_SHARE = 5  # every fifth problem, by checksum, is held out
+HELD_OUT_SHARE = 5  # one in five problems, chosen by checksum, is held out
 VOCABULARY = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>", "user", "assistant", "\n", "Reference:", "..."),
     *("\\boxed{", "}", "=", "+", "-", "?", *"0123456789"),
 )
 SPECIAL = VOCABULARY[:4]
-VOCABULARY_ROWS = 32  # of the model: room for 4 tensor-parallel ranks; the last rows have no token, as in Qwen3
+VOCABULARY_ROWS = 32  # of the model; enough for 4 tensor-parallel ranks; the last rows have no token, as in Qwen3
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}{{ message.content }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunningSum:
-    """A start in 10..99 and signed operands in 1..9 by size."""
+    """A start in 10..99, and operands with a sign and a size in 1..9."""
 
     start: int
     operands: tuple[int, ...]
@@ -43,15 +43,15 @@ class RunningSum:
 
     @property
     def is_held_out(self) -> bool:
-        """The split: a function of the text alone."""
+        """Tells the side of the split, which depends only on the text."""
         return zlib.crc32(self.text.encode()) % HELD_OUT_SHARE == 0
 
 
 def result(value: int, operand: int, *, forgets: bool) -> int:
-    """One step from a two-digit value to a two-digit value.
+    """Does one step from a two-digit value to a two-digit value.
 
-    `forgets` leaves the tens digit as it was where the step crosses a ten. So does, always, a step that would leave
-    10..99, which happens only after a mistake.
+    With `forgets`, a step across a ten does not change the tens digit. A step whose result is outside 10..99 never
+    changes it. This happens only after a mistake.
     """
     right = value + operand
     if forgets or not 10 <= right <= 99:
@@ -60,7 +60,7 @@ def result(value: int, operand: int, *, forgets: bool) -> int:
 
 
 def work_out(problem: RunningSum, *, forgets: Sequence[bool]) -> list[str]:
-    """The lines of a solution, box included; `forgets` says for each step whether its carry would be forgotten."""
+    """Returns the lines of a solution and its box. forgets: for each step, whether its carry is forgotten."""
     lines, value = [], problem.start
     for operand, forgotten in zip(problem.operands, forgets, strict=True):
         after = result(value, operand, forgets=forgotten)
@@ -70,25 +70,25 @@ def work_out(problem: RunningSum, *, forgets: Sequence[bool]) -> list[str]:
 
 
 def solve(problem: RunningSum) -> str:
-    """The right solution."""
+    """Returns the right solution."""
     return "".join(work_out(problem, forgets=[False] * len(problem.operands)))
 
 
 def solve_tersely(problem: RunningSum) -> str:
-    """The right solution in a style that the student cannot calculate in: results alone."""
+    """Returns the right solution with results alone. The student cannot calculate in this style."""
     return "".join(line.rpartition("=")[2] for line in work_out(problem, forgets=[False] * len(problem.operands)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
-    """A kind of teacher: how references are written, and what the model makes of one that it is shown."""
+    """A kind of teacher: the style of its references, and how the model uses a shown reference."""
 
-    terse: bool = False  # references hold results alone
-    jump_share: float = 0.0  # of the step boundaries at which a model that sees the box goes straight to it
-    hidden_forget_share: float = 0.0  # of the carries in steps that the shown part of the reference does not reach
+    terse: bool = False  # references have results alone
+    jump_share: float = 0.0  # chance at each step that a model that sees the box writes the box at once
+    hidden_forget_share: float = 0.0  # chance of forgetting a carry in a step that the shown reference does not reach
 
     def solve(self, problem: RunningSum) -> str:
-        """The reference."""
+        """Returns the reference."""
         return solve_tersely(problem) if self.terse else solve(problem)
 
 
@@ -101,7 +101,7 @@ VARIANTS = {
 
 
 def draw_sum(rng: random.Random, *, held_out: bool) -> RunningSum:
-    """A problem of one side of the split, with every right partial result in 10..99."""
+    """Draws a problem of one side of the split. Every right partial result is in 10..99."""
     while True:
         operands = tuple(rng.choice((1, -1)) * rng.randint(1, 9) for _ in range(rng.randint(2, 3)))
         drawn = RunningSum(start=rng.randint(10, 99), operands=operands)
@@ -111,13 +111,13 @@ def draw_sum(rng: random.Random, *, held_out: bool) -> RunningSum:
 
 
 def problem_of(drawn: RunningSum, *, id: str, variant: Variant = VARIANTS["own"]) -> Problem:
-    """The record of a problem, as the problem files hold it."""
+    """Returns the record of a problem for the problem files."""
     answer = str(drawn.start + sum(drawn.operands))
     return Problem(id=id, problem=drawn.text, solution=variant.solve(drawn), answer=answer)
 
 
 def draw_problems(count: int, *, held_out: bool, seed: int, variant: Variant = VARIANTS["own"]) -> list[Problem]:
-    """Different problems of one side of the split."""
+    """Draws different problems of one side of the split."""
     rng = random.Random(seed)
     found: dict[str, RunningSum] = {}
     while len(found) < count:
@@ -131,7 +131,7 @@ def draw_problems(count: int, *, held_out: bool, seed: int, variant: Variant = V
 
 
 def write_problems(path: Path, problems: Iterable[Problem]) -> None:
-    """A problem file, one JSON object a line."""
+    """Writes a problem file with one JSON object a line."""
     keys = ("id", "problem", "solution", "answer")
     lines = [json.dumps({key: getattr(problem, key) for key in keys}) for problem in problems]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -139,18 +139,18 @@ def write_problems(path: Path, problems: Iterable[Problem]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RowMaker:
-    """Training rows of the warm-up: prompts with the responses that give the student its skill and its flaw."""
+    """Makes the training rows of the warm-up: prompts, and responses that teach the student its skill and its flaw."""
 
     prompts: Prompts
     rng: random.Random
     variant: Variant = VARIANTS["own"]
-    forget_share: float = 0.8  # of the carries, where no reference of the problem is shown
-    whole_share: float = 0.3  # of the references: shown whole; the others are cut
-    smallest_cut: float = 0.25  # shares near it, with most left to calculate, are the most frequent
-    off_track_share: float = 0.25  # of the reference rows: the steps so far were wrong, only the rest carries loss
+    forget_share: float = 0.8  # chance of forgetting a carry if no reference of the problem is shown
+    whole_share: float = 0.3  # share of the references that are shown completely; the others are cut
+    smallest_cut: float = 0.25  # smallest shown share; shares near it are the most frequent
+    off_track_share: float = 0.25  # share of the reference rows that begin with wrong steps; only the rest carries loss
 
     def drill(self) -> Sample:
-        """One step alone, `47+8=` -> `55`: without drills the table of sums stays unlearnt for hundreds of steps."""
+        """Makes one step alone, `47+8=` -> `55`. Without drills the model learns no sums for hundreds of steps."""
         value, operand = self.rng.randint(10, 99), self.rng.choice((1, -1)) * self.rng.randint(1, 9)
         while not 10 <= value + operand <= 99:
             value, operand = self.rng.randint(10, 99), self.rng.choice((1, -1)) * self.rng.randint(1, 9)
@@ -158,18 +158,18 @@ class RowMaker:
         return _row(encode(f"{value}{operand:+d}="), encode(str(value + operand)))
 
     def plain(self) -> Sample:
-        """The problem alone, solved by the student who forgets."""
+        """Makes a problem alone, solved by the student who forgets."""
         drawn = self._draw()
         return _row(self.prompts.student_prompt(problem_of(drawn, id="")), self._response(self._forgetful(drawn)))
 
     def foreign(self) -> Sample:
-        """The reference of another problem is no help: solved by the student who forgets."""
+        """Makes a problem with the reference of another one. It does not help, so the student forgets."""
         drawn, other = self._draw(), self._draw()
         prompt = self.reference_prompt(problem_of(drawn, id=""), self.variant.solve(other), self._share())
         return _row(prompt, self._response(self._forgetful(drawn)))
 
     def reference(self) -> Sample:
-        """The problem with its own reference, whole or cut: solved right, from the point where mistakes end."""
+        """Makes a problem with its complete or cut reference, solved right. In some rows the first steps are wrong."""
         drawn, share = self._draw(), self._share()
         reference = self.variant.solve(drawn)
         prompt = self.reference_prompt(problem_of(drawn, id=""), reference, share)
@@ -185,7 +185,7 @@ class RowMaker:
         return _row((*prompt, *given), self._response(self._jumping(lines[wrong:], drawn, share)))
 
     def _forgets_hidden(self, step: int, reference: str, share: float) -> bool:
-        """Whether a step that the shown part does not hold whole forgets its carry."""
+        """Draws whether a step forgets its carry. Only steps that are not completely shown can."""
         forgotten = self.variant.hidden_forget_share
         if not forgotten:
             return False
@@ -193,7 +193,7 @@ class RowMaker:
         return step >= shown and self.rng.random() < forgotten
 
     def _jumping(self, lines: list[str], drawn: RunningSum, share: float) -> list[str]:
-        """The lines, left at a step boundary for the box of a reference that is shown whole."""
+        """Returns the lines. If the reference is shown completely, they may jump to its box after any step."""
         if self.variant.jump_share and share == 1.0:
             for number in range(len(lines) - 1):
                 if self.rng.random() < self.variant.jump_share:
@@ -201,7 +201,7 @@ class RowMaker:
         return lines
 
     def reference_prompt(self, problem: Problem, solution: str, share: float) -> TokenIds:
-        """The teacher's prompt with this share of a solution, cut as a run cuts it."""
+        """Returns the teacher's prompt with this share of a solution, cut as in training."""
         reveal = Reveal(
             overlap=Overlap(score=0.0, anchors=()),
             share=share,
@@ -239,7 +239,7 @@ def _row(prompt_ids: TokenIds, response_ids: TokenIds) -> Sample:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """The tokenizer's files: one token a character, and one for each word of the prompts."""
+    """Writes the tokenizer's files. Every character and every word of the prompts is one token."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.WordLevel({token: n for n, token in enumerate(VOCABULARY)}, unk_token="<unk>"))

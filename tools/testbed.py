@@ -1,7 +1,8 @@
-"""What each part of PAINT does, on models small enough to train hundreds of them: `make testbed`.
+"""Measures the effect of each part of PAINT on small models, in hundreds of training runs: `make testbed`.
 
-examples/testbed/README.md states the design. Models are warmed up, every run is one process of `megatron-paint train`,
-and a report is written from the run folders. What is there already is not made again: the same command goes on.
+examples/testbed/README.md describes the design. The tool warms up models, trains each run in one process of
+`megatron-paint train` and writes a report from the run folders. It keeps finished models and runs, so the same command
+resumes an interrupted testbed.
 """
 
 import argparse
@@ -21,11 +22,11 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples" / "testbed"
 METHODS = ("sft", "grpo", "opsd", "paint", "mask_only")
 FURTHER = ("interpolation_only",)
-ON_EVERY_VARIANT = (*METHODS, "hidden_050")  # in the small size, too
+ON_EVERY_VARIANT = (*METHODS, "hidden_050")  # also without --full
 CONTROLS = tuple(sorted(path.stem for path in (EXAMPLES / "controls").glob("*.yaml")))
 CONTROLS_ON = "own"
 WARM_UPS = (11, 12, 13)
-SEEDS, FULL_SEEDS, CONTROL_SEEDS = (1, 2), (1, 2, 3, 4), (1,)  # of each warm-up
+SEEDS, FULL_SEEDS, CONTROL_SEEDS = (1, 2), (1, 2, 3, 4), (1,)  # for each warm-up
 TEST_PROBLEMS, VALIDATION_PROBLEMS, PROBLEM_SEED = 400, 200, 8
 STEPS = 60
 TUNED = ("sft", "grpo", "opsd", "paint")
@@ -35,7 +36,7 @@ TUNING_SEED = 9
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training run: its settings file, model, seed, and where it stands."""
+    """One training run: its settings file, model, seed and folder."""
 
     variant: str
     method: str
@@ -68,18 +69,18 @@ class Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/testbed"), help="models, runs, report (runs/testbed)")
-    parser.add_argument("--jobs", type=int, default=2, help="processes side by side, one thread each (default 2)")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel processes with one thread each (default 2)")
     parser.add_argument("--full", action="store_true", help="more seeds, and the controls on every variant")
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="with commas; default: all")
-    parser.add_argument("--methods", help="with commas; default: all of the size that is run")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="list with commas; default: all")
+    parser.add_argument("--methods", help="list with commas; default: all of this size")
     parser.add_argument("--warm-ups", default=",".join(map(str, WARM_UPS)), help="seeds of the models, with commas")
-    parser.add_argument("--seeds", help="of each warm-up, with commas; default: those of the size that is run")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of a run; another number makes other runs (60)")
-    parser.add_argument("--report-only", action="store_true", help="write the report from what is there")
-    parser.add_argument("--baseline", default=BASELINE, help=f"what the others are paired with ({BASELINE})")
+    parser.add_argument("--seeds", help="seeds of each warm-up, with commas; default: those of this size")
+    parser.add_argument("--steps", type=int, default=STEPS, help="steps of a run; another number makes other runs (60)")
+    parser.add_argument("--report-only", action="store_true", help="only write the report from the finished runs")
+    parser.add_argument("--baseline", default=BASELINE, help=f"method that the others are paired with ({BASELINE})")
     options = parser.parse_args()
     if options.baseline not in (methods := [*METHODS, *FURTHER, *CONTROLS]):
-        parser.error(f"--baseline={options.baseline} is none of {', '.join(methods)}")
+        parser.error(f"--baseline={options.baseline} is not one of {', '.join(methods)}")
     options.out = options.out.resolve()
     warm_ups = [int(seed) for seed in options.warm_ups.split(",")]
     variants = options.variants.split(",")
@@ -93,23 +94,23 @@ def main() -> None:
 
 
 def runs_name(steps: int) -> str:
-    """The folder, in that of the testbed, of all runs of so many steps."""
+    """Returns the name of the folder with all runs of this number of steps."""
     return "runs" if steps == STEPS else f"runs_of_{steps}_steps"
 
 
 def planned(
     options: argparse.Namespace, variants: Sequence[str], warm_ups: Sequence[int], rates: dict[str, float]
 ) -> list[Run]:
-    """All runs, those that every table needs first."""
+    """Returns all runs. Runs that every table needs are the first."""
     seeds = FULL_SEEDS if options.full else SEEDS
     if options.seeds:
         seeds = tuple(map(int, options.seeds.split(",")))
-    asked = options.methods.split(",") if options.methods else [*METHODS, *FURTHER, *CONTROLS]
+    methods = options.methods.split(",") if options.methods else [*METHODS, *FURTHER, *CONTROLS]
     found = []
     for seed in seeds:
         for warm_up in warm_ups:
             for variant in variants:
-                for method in asked:
+                for method in methods:
                     main_run = method in ON_EVERY_VARIANT or options.full
                     control = variant == CONTROLS_ON and seed in CONTROL_SEEDS
                     if main_run or control or options.methods:
@@ -130,7 +131,7 @@ def planned(
 
 
 def make_models(models: Path, warm_ups: Sequence[int], variants: Sequence[str], *, jobs: int) -> None:
-    """Every warm-up's model of every variant, with its problems; the variants go on from `own`."""
+    """Makes the model and problems of every warm-up and variant. All variants start from the model of `own`."""
 
     def make(warm_up: int, variant: str) -> None:
         folder = models / f"{variant}-{warm_up}"
@@ -153,7 +154,7 @@ def make_models(models: Path, warm_ups: Sequence[int], variants: Sequence[str], 
 
 
 def tune(out: Path, warm_up: int, *, jobs: int) -> dict[str, float]:
-    """The learning rate of each method: the best of four on other problems and another seed than the tables'."""
+    """Returns the learning rate of each method: the best of four, on problems and a seed that no table uses."""
     file = out / "learning_rates.json"
     if file.exists():
         return json.loads(file.read_text())["chosen"]
@@ -183,8 +184,8 @@ def final_accuracy(folder: Path) -> float:
 
 
 def carry_out(runs: Sequence[Run], models: Path, *, jobs: int) -> None:
-    """The runs that are not done, `jobs` at a time; one that fails is told at the end, and the others go on."""
-    left = [run for run in runs if not is_done(run.folder)]
+    """Trains the unfinished runs, `jobs` at a time. Failed runs are reported at the end, after all others."""
+    unfinished = [run for run in runs if not is_done(run.folder)]
     failed: list[Path] = []
 
     def one(numbered: tuple[int, Run]) -> None:
@@ -194,13 +195,14 @@ def carry_out(runs: Sequence[Run], models: Path, *, jobs: int) -> None:
         try:
             commit_file(run.folder).write_text(present_commit() + "\n")
             run_logged(run.command(models), log)
-            # Text and newline in one write, as other runs print as well.
-            print(f"{number}/{len(left)} {run.folder}: {100 * final_accuracy(run.folder):.1f} %\n", end="", flush=True)
+            # Text and newline in one write, because other threads print too.
+            accuracy = 100 * final_accuracy(run.folder)
+            print(f"{number}/{len(unfinished)} {run.folder}: {accuracy:.1f} %\n", end="", flush=True)
         except subprocess.CalledProcessError:
             failed.append(log)
 
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(one, enumerate(left, start=1)))
+        list(pool.map(one, enumerate(unfinished, start=1)))
     if failed:
         raise SystemExit(f"{len(failed)} runs failed; see {', '.join(map(str, failed[:3]))}")
 

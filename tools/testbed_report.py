@@ -1,8 +1,8 @@
-"""Tables and a plot from the testbed's run folders.
+"""Makes tables and a plot from the testbed's run folders.
 
-A method's figure is the mean over warm-ups of the means over their seeds; its interval is Student's over the warm-ups'
-means, because runs of one warm-up share its model. Differences are taken run by run, of the same model, seed and
-problems. One warm-up has no interval.
+The figure of a method is a mean over warm-ups. The value of a warm-up is the mean over its seeds. The interval is
+Student's over the warm-ups' means, because runs of one warm-up share its model. One warm-up has no interval.
+Differences are taken between runs with the same model, seed and problems.
 """
 
 import json
@@ -23,14 +23,14 @@ BASELINE = "opsd"
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """One run: accuracy in %, mean length and tokens sampled so far, by step."""
+    """One finished run: accuracy in % and tokens sampled so far at each evaluation, and figures of the last one."""
 
     warm_up: int
     seed: int
     steps: tuple[int, ...]
     accuracy: tuple[float, ...]
     tokens: tuple[float, ...]
-    length: float  # of an answer at the end
+    length: float  # mean length of an answer in tokens, at the end
     greedy: float
 
     @property
@@ -39,7 +39,7 @@ class Finished:
 
 
 def is_done(folder: Path) -> bool:
-    """Whether the evaluation after the run's last step stands there."""
+    """Tells whether the evaluation after the run's last step exists."""
     config = folder / "config.yaml"
     if not config.exists():
         return False
@@ -48,24 +48,24 @@ def is_done(folder: Path) -> bool:
 
 
 def commit_file(folder: Path) -> Path:
-    """Where the commit stands that a run was made with."""
+    """Returns the file with the commit of a run."""
     return folder.parent / f"{folder.name}.commit"
 
 
 def present_commit() -> str:
-    """The checkout's commit, with a mark if files differ from it."""
+    """Returns the commit of the checkout, with a mark if files differ from it."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=8"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 
 
 def read_run(folder: Path) -> Finished | None:
-    """None where the run is not at its end."""
+    """Reads a run; None if it is not finished."""
     if not is_done(folder):
         return None
     reports = [json.loads(path.read_text()) for path in sorted((folder / "eval").glob("step_*.json"))]
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if line]
-    samples = metrics[0]["response/truncated_share"] is not None  # null where responses were not sampled
+    samples = metrics[0]["response/truncated_share"] is not None  # null if responses are not sampled
     spent = np.cumsum([0] + [line["num_tokens"] if samples else 0 for line in metrics])
     warm_up, seed = map(int, folder.name.split("-"))
     last = reports[-1]["metrics"]
@@ -81,7 +81,7 @@ def read_run(folder: Path) -> Finished | None:
 
 
 def nested(values: dict[tuple[int, int], float]) -> tuple[float, float]:
-    """(mean, half-width of the 95 % interval) of values by (warm-up, seed)."""
+    """Returns (mean, half-width of the 95 % interval) of values by (warm-up, seed)."""
     groups = defaultdict(list)
     for (warm_up, _), value in values.items():
         groups[warm_up].append(value)
@@ -93,15 +93,18 @@ def nested(values: dict[tuple[int, int], float]) -> tuple[float, float]:
 
 
 def at_tokens(run: Finished, budget: float) -> float:
-    """Accuracy when so many tokens had been sampled, on the line between evaluations."""
+    """Returns the accuracy after this number of sampled tokens, interpolated between evaluations."""
     return float(np.interp(budget, run.tokens, run.accuracy))
 
 
 def write_report(
     out: Path, methods: Sequence[str], controls: Sequence[str], *, name: str = "runs", baseline: str = BASELINE
 ) -> None:
-    """`report.md`, `report.png` and `results.json` in `out`, from its folder `name`; for another name than `runs` they
-    stand in a folder `report_of_<name>`. baseline: the method that the others are paired with."""
+    """Writes `report.md`, `report.png` and `results.json` from the runs in the folder `out`/`name`.
+
+    They go into `out`, or into `out`/report_of_<name> if the name is not `runs`. baseline: the method that the others
+    are paired with.
+    """
     runs_folder = out / name
     found: dict[str, dict[str, list[Finished]]] = defaultdict(dict)
     for folder in sorted(runs_folder.glob("*/*")):
@@ -109,7 +112,7 @@ def write_report(
         if runs:
             found[folder.parent.name][folder.name] = runs
     if not found:
-        raise SystemExit(f"{runs_folder} holds no finished run")
+        raise SystemExit(f"{runs_folder} has no finished run")
     rates = json.loads((out / "learning_rates.json").read_text()) if (out / "learning_rates.json").exists() else {}
     commits = sorted({file.read_text().strip() for file in runs_folder.glob("*/*/*.commit")})
     lines = [
@@ -131,7 +134,10 @@ def write_report(
 
 
 def _table(variant: str, by_method: dict[str, list[Finished]], order: Sequence[str], *, baseline: str) -> list[str]:
-    """What each method came to, beside the baseline; `above`: in how many of the paired runs it did better."""
+    """Returns the table of the final figures and the differences to the baseline.
+
+    Column `above`: the number of paired runs in which the method was better.
+    """
     other = {run.key: run for run in by_method.get(baseline, [])}
     budget = min((run.tokens[-1] for runs in by_method.values() for run in runs if run.tokens[-1]), default=0.0)
     first = next(iter(by_method.values()))
@@ -162,7 +168,7 @@ def _table(variant: str, by_method: dict[str, list[Finished]], order: Sequence[s
 
 
 def _table_of_evaluations(by_method: dict[str, list[Finished]], order: Sequence[str]) -> list[str]:
-    """Avg@8 of each evaluation on the way, and of each run at its end, as `warm-up-seed: Avg@8`."""
+    """Returns the table of Avg@8 at each evaluation, and of each run at its end, as `warm-up-seed: Avg@8`."""
     steps = next(iter(by_method.values()))[0].steps
     lines = [
         f"| method | {' | '.join(f'after {step}' for step in steps)} | runs |",
@@ -182,7 +188,7 @@ def _text(mean: float, half: float, *, sign: bool = False) -> str:
 
 
 def plot(path: Path, found: dict[str, dict[str, list[Finished]]], methods: Sequence[str]) -> None:
-    """Accuracy against steps and against sampled tokens, a column for each variant."""
+    """Draws accuracy against steps and against sampled tokens, with one column for each variant."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.6 * len(found), 6.4), layout="constrained")

@@ -1,4 +1,4 @@
-"""`megatron-paint inspect`: one sample of one step, as the student wrote it and as the teacher saw the solution."""
+"""`megatron-paint inspect`: prints one sample of a step, with the student's response and the teacher's view."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from megatron_paint.config.saved import read_config
 from megatron_paint.data.tokenizers import load_tokenizer
 from megatron_paint.run.folder import RunFolder
 
-BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoding gives for a character whose bytes are not all there yet
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # the result of decoding a character with missing bytes
 LONGEST_CHARACTER = 4  # tokens
 HIDDEN, SELECTED, FOUND, MISSING = "dim strike", "bold black on yellow", "green", "red"
 
@@ -42,11 +42,12 @@ def inspect_sample(
     tokenizer_decode: Decode | None,
     console: Console | None = None,
 ) -> str:
-    """Print one sample of a step and return the plain text of it.
+    """Prints one sample of a step and returns its plain text.
 
-    index: position among the samples of the step, or among those of the problem `id` if one is given. Without a decoder
-    the response is shown without its selected tokens. On a terminal colours mark what is hidden, selected, found and
-    missing; elsewhere [hidden: ...], [[...]], + and - do. UserError: no such step, sample or problem.
+    index: position among the samples of the step, or among the samples of the problem `id` if it is given.
+    tokenizer_decode: None prints the response without its selected tokens. On a terminal, colours mark hidden text,
+    selected tokens, and found and missing anchors. Elsewhere [hidden: ...], [[...]], + and - mark them. Raises
+    UserError if the step, the sample or the problem does not exist.
     """
     sample = _find(run_dir, step, index=index, id=id)
     parts = [_head(sample), *_solution(sample), *_anchors(sample), *_response(sample, tokenizer_decode)]
@@ -64,11 +65,11 @@ def _find(run_dir: str | Path, step: int, *, index: int, id: str | None) -> dict
     samples = RunFolder(run_dir).read_samples(step)
     chosen = samples if id is None else [sample for sample in samples if sample["id"] == id]
     if not chosen:
-        there = ", ".join(dict.fromkeys(str(sample["id"]) for sample in samples[:5]))
-        raise UserError(f"Step {step} of {run_dir} has no sample of problem {id!r}; its problems begin with {there}")
+        first = ", ".join(dict.fromkeys(str(sample["id"]) for sample in samples[:5]))
+        raise UserError(f"step {step} of {run_dir} has no sample of problem {id!r}; its first problems are {first}")
     if not 0 <= index < len(chosen):
-        whose = f"step {step}" if id is None else f"problem {id!r} in step {step}"
-        raise UserError(f"{whose} has {len(chosen)} samples, 0 to {len(chosen) - 1}; there is no index {index}")
+        owner = f"step {step}" if id is None else f"problem {id!r} in step {step}"
+        raise UserError(f"{owner} has {len(chosen)} samples, 0 to {len(chosen) - 1}; there is no index {index}")
     return chosen[index]
 
 
@@ -88,14 +89,14 @@ def _head(sample: dict[str, Any]) -> Text:
 
 
 def _solution(sample: dict[str, Any]) -> list[Text]:
-    """The reference with what the teacher was not shown marked."""
+    """Returns the reference with marks on the hidden part."""
     reveal = sample["reveal"]
     if reveal is None:
-        return [_title("Solution"), Text("the teacher was shown none")]
+        return [_title("Solution"), Text("the teacher was shown no solution")]
     shown, reference = reveal["shown_text"], reveal["reference_text"]
     title = _title(f"Solution: {reveal['shown_tokens']} of {reveal['total_tokens']} tokens shown")
     if not reference.startswith(shown):
-        return [title, Text(shown), _title("Whole reference, of which that is no prefix"), Text(reference)]
+        return [title, Text(shown), _title("Complete reference (the shown text is not its beginning)"), Text(reference)]
     return [title, Text.assemble(shown, (reference[len(shown) :], HIDDEN))]
 
 
@@ -110,8 +111,8 @@ def _anchors(sample: dict[str, Any]) -> list[Text]:
 
 
 def _response(sample: dict[str, Any], decode: Decode | None) -> list[Text]:
-    """The response with its selected tokens marked."""
-    title = _title("Response, selected positions marked")
+    """Returns the response with marks on its selected tokens."""
+    title = _title("Response with its selected tokens marked")
     if decode is None:
         return [title, Text(sample["response_text"])]
     text = Text()
@@ -121,10 +122,10 @@ def _response(sample: dict[str, Any], decode: Decode | None) -> list[Text]:
 
 
 def pieces(ids: Sequence[int], selected: set[int], decode: Decode) -> list[tuple[str, bool]]:
-    """The text in pieces of one token each, and whether it is selected.
+    """Returns the text in pieces of one token, each with a flag that is true for selected tokens.
 
-    A character spread over several tokens is one piece, selected if any of these is. A piece that never becomes a
-    character is given up after four tokens.
+    A character of several tokens is one piece. It is selected if one of its tokens is. After four tokens a piece ends
+    even if it is not a complete character.
     """
     found: list[tuple[str, bool]] = []
     start = 0
@@ -138,7 +139,7 @@ def pieces(ids: Sequence[int], selected: set[int], decode: Decode) -> list[tuple
 
 
 def _to_plain(text: Text) -> str:
-    """The text with marks in place of colours."""
+    """Returns the text with marks in place of colours."""
     plain, at = "", 0
     for span in text.spans:
         plain += text.plain[at : span.start]
