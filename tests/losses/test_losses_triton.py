@@ -12,16 +12,17 @@ import pytest
 import torch
 
 from megatron_paint.losses.elementwise.choose import _say_once, choose_kernel
-from tests.losses.losses_cases import LOGPROB_CASES, TRITON_CASES
+from tests.losses.losses_cases import LOGPROB_CASES, TRITON_CASES, options
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 HERE = Path(__file__).parent
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+OPTIONS = options(clip=0.05)
 KERNEL_RUNS = [
     f"{kind} {divergence} {columns}"
     for kind in ("float32", "bfloat16", "float16", "masked", "extreme", "identical")
-    for divergence in ("forward", "clipped", "reverse", "jsd")
+    for divergence in OPTIONS
     for columns in ((1, 16, 37) if kind == "float32" else (37,))
 ]
 
@@ -85,7 +86,7 @@ def test_token_kernels_equal_float64(found, logits, gradient, columns):
 @pytest.mark.parametrize("kernel", ["torch", "triton"])
 def test_what_is_not_finite_stays_so(found, kernel):
     """One broken hidden state: its row's loss is not finite, whatever the divergence and whoever's it is."""
-    assert len(found["broken"][kernel]) == 3 * (3 * 4 + 1)
+    assert len(found["broken"][kernel]) == 3 * (3 * len(OPTIONS) + 1)
     assert {run: rows for run, rows in found["broken"][kernel].items() if rows != [True, False, True, True]} == {}
 
 
