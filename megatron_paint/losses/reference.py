@@ -12,6 +12,7 @@ import torch
 from megatron_paint.config.loss import InterpolationLossConfig
 from megatron_paint.losses import checks
 from megatron_paint.losses.cpu_math import settle_cpu_math
+from megatron_paint.losses.elementwise.divergences import divergence_of
 from megatron_paint.losses.output import InterpolationOutput
 from megatron_paint.losses.selection import select_positions
 from megatron_paint.losses.vocab import VocabAxis, WholeVocab
@@ -64,9 +65,9 @@ def interpolation_loss(
         target_logp_TV = _log_softmax(torch.lerp(teacher_TV, partner_TV, weight_T[:, None]), vocab)
         temperature = config.temperature if token_temperature is None else token_temperature
         token_logp_T = _token_logp(student_logits_TV, token_ids_T, temperature, **axis)
-    terms_TV = _divergence(student_logp_TV, target_logp_TV, config)
+    terms_TV = divergence_of(config).reference(student_logp_TV, target_logp_TV, config)
     clipped_TV = _clipped(student_logp_TV, target_logp_TV, config)
-    # A clipped term is the clip and, as in _kl_terms, p - q, which adds up to 0 over all terms.
+    # A clipped term is the clip and, as in kl_terms, p - q, which adds up to 0 over all terms.
     clip_TV = (config.clip or 0.0) + student_logp_TV.exp() - target_logp_TV.exp()
     carries_loss_T = selected_T if config.elsewhere == "skip" else torch.ones_like(selected_T)
     scale_T = carries_loss_T * (1.0 - (1.0 - config.selected_loss_factor) * selected_T.to(dtype))
@@ -109,30 +110,6 @@ def _log_softmax(logits_TV: torch.Tensor, vocab: VocabAxis) -> torch.Tensor:
 
 def _entropy(logp_TV: torch.Tensor, vocab: VocabAxis) -> torch.Tensor:
     return -vocab.sum_shards((logp_TV.exp() * logp_TV).sum(1))
-
-
-def _divergence(logp_TV: torch.Tensor, logq_TV: torch.Tensor, config: InterpolationLossConfig) -> torch.Tensor:
-    """Terms whose sum over the vocabulary is the divergence of target q and student p."""
-    u_TV = logp_TV - logq_TV
-    if config.divergence == "forward_kl":
-        return _kl_terms(logq_TV, -u_TV)
-    if config.divergence == "reverse_kl":
-        return _kl_terms(logp_TV, u_TV)
-    # m = beta q + (1 - beta) p. A ratio past e^80 is cut there: the one that stands below has no mass to speak of.
-    beta = config.jsd_beta
-    q_less_m_TV = -torch.log1p((1.0 - beta) * torch.expm1(u_TV.clamp(max=80.0)))
-    p_less_m_TV = -torch.log1p(beta * torch.expm1((-u_TV).clamp(max=80.0)))
-    return beta * _kl_terms(logq_TV, q_less_m_TV) + (1.0 - beta) * _kl_terms(logp_TV, p_less_m_TV)
-
-
-def _kl_terms(logx_TV: torch.Tensor, d_TV: torch.Tensor) -> torch.Tensor:
-    """x (d + expm1(-d)), d = log x - log y: the sum is that of x d, as both sides sum to 1, and no term is negative.
-
-    Where expm1 could overflow the same is x d + y - x.
-    """
-    near_TV = logx_TV.exp() * (d_TV + torch.expm1(-d_TV.clamp(min=-1.0)))
-    far_TV = logx_TV.exp() * (d_TV - 1.0) + (logx_TV - d_TV).exp()
-    return torch.where(d_TV < -1.0, far_TV, near_TV)
 
 
 def _clipped(logp_TV: torch.Tensor, logq_TV: torch.Tensor, config: InterpolationLossConfig) -> torch.Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from megatron_paint.config.settings import ObjectiveSettings
 from megatron_paint.data.prompts import Prompts
+from megatron_paint.losses.elementwise.choose import loss_kernel
 from megatron_paint.losses.objectives import CrossEntropyLoss
 from megatron_paint.objectives.interface import ObjectiveInputs
 from megatron_paint.policy import Policy
@@ -19,7 +20,7 @@ class Sft:
         settings = inputs.settings
         self.prompts = inputs.prompts
         self.seed = inputs.rollouts.seed
-        self.loss = CrossEntropyLoss(chunk_bytes=settings.chunk_bytes, kernel=settings.kernel)
+        self.loss = CrossEntropyLoss(chunk_bytes=settings.chunk_bytes, kernel=loss_kernel(settings.kernel))
 
     def step(self, policy: Policy, problems: Sequence[Problem], *, step: int, lr: float, timer: Timer) -> StepResult:
         """Scores the solutions and updates once."""

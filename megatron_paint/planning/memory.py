@@ -60,12 +60,12 @@ def make_plan(settings: Settings, *, processes: int) -> Plan:
             f"{shape.max_positions} positions"
         )
     # Imports torch, which a mistake in the settings must not wait for.
-    from megatron_paint.losses.elementwise.choose import loss_kernel, triton_is_lacking
+    from megatron_paint.losses.elementwise.choose import loss_kernel, missing_for_triton
 
     return Plan(
         **vars(layout),
         kernel=loss_kernel(settings.objective.kernel),
-        why_torch=triton_is_lacking() or "",
+        why_torch=missing_for_triton() or "",
         memory=_memory(settings, shape, tp=tp, pp=pp, dp=dp),
         saved=_saved(settings, shape) / (tp * pp),  # the first replica writes for all
     )

@@ -27,6 +27,7 @@ from megatron_paint.losses.objectives import DistillationLoss
 from megatron_paint.planning.hardware import engine_is_lacking
 from megatron_paint.records import Problem, Rollout, Sample
 from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
+from tests.losses.losses_cases import options
 
 pytestmark = [
     pytest.mark.gpu,
@@ -78,8 +79,8 @@ def samples(count=6):
     ]
 
 
-def losses(policy, **options):
-    return torch.tensor([score.loss_sum for score in policy.evaluate_loss(samples(), LOSS, **options)])
+def losses(policy, **changes):
+    return torch.tensor([score.loss_sum for score in policy.evaluate_loss(samples(), LOSS, **changes)])
 
 
 @with_engine
@@ -134,13 +135,7 @@ def test_sampler_and_trainer_agree(folder, ranks, implementation):
     assert max(score.sampler_gap_max for score in policy.evaluate_loss(scored, LOSS)) < 0.3
 
 
-LOSSES = {
-    "forward": {},
-    "clipped": {"clip": 0.05},
-    "reverse": {"divergence": "reverse_kl"},
-    "jsd": {"divergence": "jsd"},
-    "full-teacher": {"partner": "full_teacher", "clip": 0.05},
-}
+LOSSES = options(clip=0.05) | {"full-teacher": {"partner": "full_teacher", "clip": 0.05}}
 
 
 @pytest.mark.parametrize("kernel", ["torch", "triton"])

@@ -30,6 +30,7 @@ def dense_loss(student_TV, teacher_TV, *, lengths, config, full_teacher_TV=None,
     elif config.divergence == "reverse_kl":
         terms_TV = p_TV * (log_p_TV - log_q_TV)
     else:
+        assert config.divergence == "jsd"
         beta = config.jsd_beta
         log_m_TV = torch.log(beta * q_TV + (1 - beta) * p_TV)
         terms_TV = beta * q_TV * (log_q_TV - log_m_TV) + (1 - beta) * p_TV * (log_p_TV - log_m_TV)

@@ -14,7 +14,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from megatron_paint.losses import ShardedVocab, fused_interpolation_loss, interpolation_loss, token_logprobs
-from tests.losses.losses_cases import CASES, COLUMNS, HIDDEN, Case, make_data
+from megatron_paint.losses.elementwise.divergences import DIVERGENCES
+from tests.losses.losses_cases import CASES, COLUMNS, HIDDEN, Case, make_data, short
 from tests.losses.losses_compare import FACTOR, measure_case, relative
 from tests.losses.losses_dense import dense_loss
 
@@ -122,7 +123,7 @@ class _PlainAllReduce(ShardedVocab):
 
 def _plain_all_reduce(rank: int, ranks: int) -> dict[str, dict[str, float]]:
     found = {}
-    for name in ("forward", "reverse", "jsd"):
+    for name in map(short, DIVERGENCES):
         case = CASES[name]
         data, columns = make_data(case, torch.float64), columns_of(case, rank, ranks)
         student_TV = (data.student_TH @ data.weight_VH.T).requires_grad_()

@@ -17,16 +17,12 @@ from megatron_paint.losses import (
     interpolation_loss,
     token_logprobs,
 )
-from tests.losses.losses_cases import Case, make_data
+from megatron_paint.losses.elementwise.divergences import DIVERGENCES
+from tests.losses.losses_cases import Case, make_data, options
 from tests.losses.losses_compare import relative
 from tests.losses.losses_dense import dense_loss
 
-OPTIONS = {
-    "forward": {},
-    "clipped": {"clip": 0.02},
-    "reverse": {"divergence": "reverse_kl"},
-    "jsd": {"divergence": "jsd", "jsd_beta": 0.3},
-}
+OPTIONS = options(clip=0.02)
 DETACHED = ("student_entropy_T", "teacher_entropy_T", "divergence_T", "clipped_share_T", "token_logp_T")
 
 
@@ -43,7 +39,7 @@ def _fused(student_TV, teacher_TV, **kwargs):
 
 
 BOTH = pytest.mark.parametrize("loss", [_reference, _fused])
-ALL_OPTIONS = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+ALL_OPTIONS = pytest.mark.parametrize("given", OPTIONS.values(), ids=OPTIONS)
 
 
 def _logits(tokens: int, columns: int = 12, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,9 +72,9 @@ def test_two_entries_by_hand(loss):
 
 @BOTH
 @ALL_OPTIONS
-def test_gradient_equals_finite_differences(loss, options):
+def test_gradient_equals_finite_differences(loss, given):
     """With the target held: a teacher that needs no partner, so that the loss is a function of the student alone."""
-    config = InterpolationLossConfig(**options, weight=0.0)
+    config = InterpolationLossConfig(**given, weight=0.0)
     student_TV, teacher_TV = _logits(3)
     student_TV.requires_grad_()
     loss(student_TV, teacher_TV, lengths=[3], config=config).loss_T.sum().backward()
@@ -110,7 +106,7 @@ def test_clip_gradient_is_the_formula(loss):
 
 
 @BOTH
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_clip_of_tokens_shortens_the_gradient_and_keeps_its_direction(loss, divergence):
     """clip / divergence times the gradient without clip above the clip, the same below it; the value meets there."""
     student_TV, teacher_TV = _logits(20)
@@ -145,11 +141,11 @@ def test_only_a_clip_of_entries_pushes_the_right_token_down(rule):
 
 @BOTH
 @ALL_OPTIONS
-def test_identical_teacher_gives_nothing(loss, options):
+def test_identical_teacher_gives_nothing(loss, given):
     student_TV, _ = _logits(9)
     for dtype in (torch.float64, torch.float32):
         logits_TV = student_TV.to(dtype, copy=True).requires_grad_()
-        output = loss(logits_TV, logits_TV.detach(), lengths=[9], config=InterpolationLossConfig(**options))
+        output = loss(logits_TV, logits_TV.detach(), lengths=[9], config=InterpolationLossConfig(**given))
         output.loss_T.sum().backward()
         assert output.loss_T.abs().max() <= 1e-12
         assert logits_TV.grad.abs().max() <= (1e-15 if dtype == torch.float64 else 1e-7)
@@ -159,26 +155,26 @@ def test_identical_teacher_gives_nothing(loss, options):
 @BOTH
 @ALL_OPTIONS
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_extreme_logits_stay_finite(loss, options, dtype):
+def test_extreme_logits_stay_finite(loss, given, dtype):
     """Logits up to 1e4 either way: probabilities of 0, log-ratios of 2e4; dense values where those are finite."""
     generator = torch.Generator().manual_seed(1)
     student_TV = (torch.rand(8, 12, generator=generator, dtype=torch.float64) - 0.5) * 2e4
     teacher_TV = (torch.rand(8, 12, generator=generator, dtype=torch.float64) - 0.5) * 2e4
     student_TV, teacher_TV = student_TV.to(dtype, copy=True).requires_grad_(), teacher_TV.to(dtype)
-    config = InterpolationLossConfig(**options, positions="all")
+    config = InterpolationLossConfig(**given, positions="all")
     output = loss(student_TV, teacher_TV, lengths=[5, 3], config=config)
     output.loss_T.sum().backward()
     assert all(torch.isfinite(getattr(output, name)).all() for name in ("loss_T", *DETACHED[:4]))
     assert torch.isfinite(student_TV.grad).all()
-    if options.get("divergence") != "jsd":
+    if given.get("divergence") != "jsd":
         want = dense_loss(student_TV.detach().double(), teacher_TV.double(), lengths=[5, 3], config=config)
         assert relative(output.loss_T, want.loss_T) <= (1e-12 if dtype == torch.float64 else 1e-5)
 
 
 @ALL_OPTIONS
-def test_masked_columns_contribute_nothing(options):
+def test_masked_columns_contribute_nothing(given):
     """-inf on both sides: the same as without these columns, and no gradient to them."""
-    config = InterpolationLossConfig(**options, weight=0.4, fraction=0.5)
+    config = InterpolationLossConfig(**given, weight=0.4, fraction=0.5)
     student_TV, teacher_TV = _logits(6)
     gap = torch.full((6, 3), -math.inf, dtype=torch.float64)
     short = student_TV.clone().requires_grad_()
@@ -195,13 +191,13 @@ def test_masked_columns_contribute_nothing(options):
 
 @BOTH
 @ALL_OPTIONS
-def test_small_divergence_keeps_its_digits_in_float32(loss, options):
+def test_small_divergence_keeps_its_digits_in_float32(loss, given):
     """A divergence of about 4e-5 nats over 20,000 entries: a plain sum of q log(q/p) is off by more than 1 %."""
     generator = torch.Generator().manual_seed(2)
     student_TV = torch.randn(4, 20_000, generator=generator) * 2.0 + 20.0
     # Steps of 2^-12 around 2^5 are exact in float32, so both precisions see the same logits.
     teacher_TV = student_TV + torch.round(torch.randn(4, 20_000, generator=generator) * 36.0) * 2.0**-12
-    config = InterpolationLossConfig(**options | {"clip": None}, temperature=1.0, positions="none")
+    config = InterpolationLossConfig(**given | {"clip": None}, temperature=1.0, positions="none")
     output = loss(student_TV, teacher_TV, lengths=[4], config=config)
     want = dense_loss(student_TV.double(), teacher_TV.double(), lengths=[4], config=config)
     assert 5e-6 < want.divergence_T.mean() < 1e-4
@@ -210,9 +206,9 @@ def test_small_divergence_keeps_its_digits_in_float32(loss, options):
 
 @BOTH
 @ALL_OPTIONS
-def test_only_the_student_logits_get_a_gradient(loss, options):
+def test_only_the_student_logits_get_a_gradient(loss, given):
     """Teacher, partner, selection and entropies are constants, though the student is the partner of its own target."""
-    config = InterpolationLossConfig(**options, weight=0.5, fraction=0.5)
+    config = InterpolationLossConfig(**given, weight=0.5, fraction=0.5)
     student_TV, teacher_TV = _logits(8)
     student_TV.requires_grad_()
     teacher_TV.requires_grad_()
@@ -252,9 +248,9 @@ def test_skip_without_a_selected_position_is_zero():
 
 
 @ALL_OPTIONS
-def test_bfloat16_inputs_keep_float32_logits(options):
+def test_bfloat16_inputs_keep_float32_logits(given):
     """Values to float32 accuracy; the gradients are rounded once, to the inputs' type."""
-    case = Case(name="bf16", settings=options | {"fraction": 0.3}, chunk_tokens=5)
+    case = Case(name="bf16", settings=given | {"fraction": 0.3}, chunk_tokens=5)
     data = make_data(case, torch.bfloat16)
     student_TH = data.student_TH.requires_grad_()
     weight_VH = data.weight_VH.requires_grad_()

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from megatron_paint.losses import WholeVocab
-from tests.losses.losses_cases import CASES, LENGTHS
+from megatron_paint.losses.elementwise.divergences import DIVERGENCES
+from tests.losses.losses_cases import CASES, LENGTHS, short
 from tests.losses.losses_compare import EXACT, dense_case, measure_case
 from tests.losses.losses_ranks import DTYPES, SHARDED_RUNS, measure_layout
 
@@ -51,7 +52,7 @@ def test_partial_hidden_gradients_add_up(layouts, ranks):
         assert found["partial_hidden"]["part"] > 0.1
 
 
-@pytest.mark.parametrize("name", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("name", map(short, DIVERGENCES))
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_plain_all_reduce_has_the_value_and_not_the_gradient(layouts, ranks, name):
     """The mistake that a value test cannot see: the gradient check above would fail on every rank."""
@@ -89,8 +90,8 @@ def test_cases_are_not_trivial():
     assert torch.tensor(LENGTHS).max() > 6
     clipped = dense_case(CASES["clipped"], torch.float64)
     assert 0 < clipped.clipped_entries_T.sum() < 48 * sum(LENGTHS)
-    for divergence in ("forward", "reverse", "jsd"):
-        bounded = dense_case(CASES[f"{divergence}-token-clip"], torch.float64)
+    for name in DIVERGENCES:
+        bounded = dense_case(CASES[f"{short(name)}-token-clip"], torch.float64)
         assert 2 < bounded.clipped_entries_T.sum() < sum(LENGTHS) - 2
     threshold = dense_case(CASES["clipped-threshold"], torch.float64)
     assert 0 < threshold.selected_T.sum() < sum(LENGTHS)

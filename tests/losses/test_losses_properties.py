@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_paint.losses import InterpolationLossConfig, WholeVocab, fused_interpolation_loss
+from megatron_paint.losses.elementwise.divergences import DIVERGENCES
 from megatron_paint.losses.output_layer.chunks import plan_chunks
 from tests.losses.losses_cases import CASES, Case, make_data
 from tests.losses.losses_compare import dense_case, relative
@@ -24,7 +25,7 @@ POSITIONS = ("top_fraction", "threshold", "all", "none", "random")
 @st.composite
 def configs(draw) -> InterpolationLossConfig:
     """Any settings that are allowed."""
-    divergence = draw(st.sampled_from(["forward_kl", "reverse_kl", "jsd"]))
+    divergence = draw(st.sampled_from(sorted(DIVERGENCES)))
     positions = draw(st.sampled_from(POSITIONS))
     control = draw(st.sampled_from(["none", "reweight"]))
     clip_rule = draw(st.sampled_from(["entry", "token"]))

@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import torch
 
+from megatron_paint.config.loss import Divergence
 from megatron_paint.losses import (
     InterpolationLossConfig,
     ShardedVocab,
@@ -20,6 +22,8 @@ from megatron_paint.losses import (
     interpolation_loss,
     token_logprobs,
 )
+from megatron_paint.losses.elementwise.divergences import DIVERGENCES, coefficient_is_one, finish, take_terms
+from megatron_paint.losses.elementwise.torch_backend import TorchPasses
 
 
 @pytest.mark.parametrize(
@@ -65,6 +69,35 @@ def test_a_threshold_must_be_set():
         ValueError, match=r"^objective\.loss\.threshold_nats is not set: positions=threshold .*; set it"
     ):
         InterpolationLossConfig(positions="threshold")
+
+
+def test_every_divergence_of_the_settings_is_in_the_table_and_no_other():
+    assert tuple(DIVERGENCES) == get_args(Divergence)
+
+
+def test_a_divergence_that_is_not_in_the_table_is_refused_everywhere():
+    """Settings check names first; past them there is one error, in every backend, the reference and the sums."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from megatron_paint.losses.elementwise.triton_backend import TritonPasses
+
+    config = InterpolationLossConfig()
+    object.__setattr__(config, "divergence", "total_variation")
+    logits_TV, lengths = torch.zeros(2, 3), [2]
+    calls = (
+        lambda: TorchPasses(config, elements=8),
+        lambda: TritonPasses(config, dlogits_dtype=torch.float32),
+        lambda: take_terms(logits_TV, logits_TV, config),
+        lambda: finish(logits_TV, config),
+        lambda: coefficient_is_one(config),
+        lambda: interpolation_loss(logits_TV, logits_TV, lengths=lengths, config=config),
+        lambda: fused_interpolation_loss(
+            logits_TV, torch.eye(3), logits_TV, lengths=lengths, config=config, vocab=WholeVocab()
+        ),
+    )
+    message = "loss setting divergence: got 'total_variation'; it is one of forward_kl, reverse_kl, jsd; choose one"
+    for call in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_unusual_settings_are_allowed():

@@ -11,17 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_paint.losses.elementwise.choose import _say_once, choose_kernel
-from tests.losses.losses_cases import LOGPROB_CASES, TRITON_CASES
+from megatron_paint.base.errors import UserError
+from megatron_paint.losses.elementwise.choose import _warn_once, choose_kernel, loss_kernel
+from tests.losses.losses_cases import LOGPROB_CASES, TRITON_CASES, options
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 HERE = Path(__file__).parent
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+OPTIONS = options(clip=0.05)
 KERNEL_RUNS = [
     f"{kind} {divergence} {columns}"
     for kind in ("float32", "bfloat16", "float16", "masked", "extreme", "identical")
-    for divergence in ("forward", "clipped", "reverse", "jsd")
+    for divergence in OPTIONS
     for columns in ((1, 16, 37) if kind == "float32" else (37,))
 ]
 
@@ -85,7 +87,7 @@ def test_token_kernels_equal_float64(found, logits, gradient, columns):
 @pytest.mark.parametrize("kernel", ["torch", "triton"])
 def test_what_is_not_finite_stays_so(found, kernel):
     """One broken hidden state: its row's loss is not finite, whatever the divergence and whoever's it is."""
-    assert len(found["broken"][kernel]) == 3 * (3 * 4 + 1)
+    assert len(found["broken"][kernel]) == 3 * (3 * len(OPTIONS) + 1)
     assert {run: rows for run, rows in found["broken"][kernel].items() if rows != [True, False, True, True]} == {}
 
 
@@ -103,7 +105,7 @@ def test_kernels_compile_for_hopper():
 def test_choice_of_kernel(monkeypatch):
     """auto is Triton on CUDA and torch elsewhere; float64 is torch's; an interpreter makes triton run on a CPU."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    _say_once.cache_clear()
+    _warn_once.cache_clear()
     with pytest.warns(UserWarning, match="these tensors are on cpu") as caught:
         chosen = [choose_kernel("auto", device=CPU, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
     assert chosen == ["torch", "torch"]
@@ -119,8 +121,16 @@ def test_choice_of_kernel(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert choose_kernel("triton", device=CPU, dtype=torch.float32) == "triton"
     monkeypatch.setattr("megatron_paint.losses.elementwise.choose.find_spec", lambda _: None)
-    _say_once.cache_clear()
+    _warn_once.cache_clear()
     with pytest.warns(UserWarning, match="Triton is not installed"):
         assert choose_kernel("auto", device=CUDA, dtype=torch.float32) == "torch"
     with pytest.raises(ValueError, match="Triton is not installed"):
         choose_kernel("triton", device=CUDA, dtype=torch.float32)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(
+        UserError, match=r"objective\.kernel: got 'triton'; it needs CUDA and Triton, and Triton is not"
+    ):
+        loss_kernel("triton")
+    assert loss_kernel("auto") == "torch"
+    monkeypatch.undo()
+    assert (loss_kernel("auto"), loss_kernel("torch")) == ("triton" if torch.cuda.is_available() else "torch", "torch")

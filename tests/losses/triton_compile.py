@@ -4,6 +4,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from megatron_paint.losses.elementwise.divergences import DIVERGENCES
 from megatron_paint.losses.elementwise.triton_kernels import (
     divergence_kernel,
     statistics_kernel,
@@ -34,8 +35,14 @@ def main() -> None:
         statistics = {"MIXED": True, "FULL_TEACHER": full, "HEATED": full}
         compile_kernel(statistics_kernel, pointers | {"packed_ptr": "*fp32"}, **statistics)
         pointers |= {"normalisers_ptr": "*fp32", "sums_ptr": "*fp32", "dlogits_ptr": gradient}
-        for divergence, clipped in (("forward_kl", full), ("reverse_kl", False), ("jsd", False)):
-            flags = {"CLIPPED": clipped, "MIXED": True, "FULL_TEACHER": full, "SUMS": True, "GRADIENT": True}
+        for divergence in DIVERGENCES:
+            flags = {
+                "CLIPPED": full and divergence == "forward_kl",
+                "MIXED": True,
+                "FULL_TEACHER": full,
+                "SUMS": True,
+                "GRADIENT": True,
+            }
             compile_kernel(divergence_kernel, pointers, DIVERGENCE=divergence, **flags)
         compile_kernel(token_statistics_kernel, {"logits_ptr": logits, "packed_ptr": "*fp32"})
         pointers = {"logits_ptr": logits, "token_ptr": "*i64", "given_ptr": "*fp32", "dlogits_ptr": gradient}

@@ -25,19 +25,14 @@ from megatron_paint.losses.elementwise.softmax_statistics import Softmax, query_
 from megatron_paint.losses.elementwise.token import TokenLogits, TorchTokenPasses
 from megatron_paint.losses.elementwise.torch_backend import TorchPasses
 from tests.losses import losses_compare
-from tests.losses.losses_cases import CASES, LOGPROB_CASES, TRITON_CASES, make_data
+from tests.losses.losses_cases import CASES, LOGPROB_CASES, TRITON_CASES, make_data, options
 from tests.losses.losses_compare import relative
 from tests.losses.losses_ranks import axis_of, columns_of
 
 # 48 columns in blocks of 16 or, with padding in the last one, 32.
 BLOCKS = (16, 32)
 SHARDED = ("forward-padded", "forward-skewed", "forward", "cold", "clipped-cut-skip", "jsd-cut-full-teacher")
-DIVERGENCES = {
-    "forward": {},
-    "clipped": {"clip": 0.05},
-    "reverse": {"divergence": "reverse_kl"},
-    "jsd": {"divergence": "jsd", "jsd_beta": 0.3},
-}
+OPTIONS = options(clip=0.05)
 LOGITS = ("float32", "bfloat16", "float16", "masked", "extreme", "identical")
 
 
@@ -80,7 +75,7 @@ def measure_broken(kernel: str) -> dict[str, list[bool]]:
     found = {}
     for value in (torch.nan, torch.inf, -torch.inf):
         for side in ("student", "teacher", "full"):
-            for name, options in DIVERGENCES.items():
+            for name, settings in OPTIONS.items():
                 generator = torch.Generator().manual_seed(3)
                 hidden = {key: torch.randn(4, 6, generator=generator) for key in ("student", "teacher", "full")}
                 weight_VH = torch.randn(40, 6, generator=generator)
@@ -91,7 +86,7 @@ def measure_broken(kernel: str) -> dict[str, list[bool]]:
                     hidden["teacher"],
                     full_teacher_hidden_TH=hidden["full"],
                     lengths=[4],
-                    config=InterpolationLossConfig(**options, partner="full_teacher", positions="all"),
+                    config=InterpolationLossConfig(**settings, partner="full_teacher", positions="all"),
                     vocab=WholeVocab(),
                     kernel=kernel,
                 )
@@ -156,7 +151,7 @@ def make_logits(kind: str, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def measure_kernels(kind: str, divergence: str, columns: int) -> dict[str, float]:
     """Statistics, sums and gradient of Triton's passes against torch's in float64 on the same logits."""
-    config = InterpolationLossConfig(**DIVERGENCES[divergence], weight=0.3)
+    config = InterpolationLossConfig(**OPTIONS[divergence], weight=0.3)
     student_TV, teacher_TV = make_logits(kind, columns)
     weight_T = torch.tensor([0.0, 0.3, 0.3, 0.0], dtype=torch.float64)
     half = kind == "bfloat16"
@@ -201,7 +196,7 @@ def main() -> None:
     kernels = {
         f"{kind} {divergence} {columns}": measure_kernels(kind, divergence, columns)
         for kind in LOGITS
-        for divergence in DIVERGENCES
+        for divergence in OPTIONS
         for columns in ((1, 16, 37) if kind == "float32" else (37,))
     }
     tokens = {

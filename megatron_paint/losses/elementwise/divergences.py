@@ -19,11 +19,14 @@ Axes: T tokens, V vocabulary columns of the tile, K packed sums.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from megatron_paint.config.loss import InterpolationLossConfig
+from megatron_paint.losses import reference_divergences
 
 
 class Outcome(NamedTuple):
@@ -38,38 +41,55 @@ class Outcome(NamedTuple):
     clipped_entries_T: torch.Tensor
 
 
-def sum_count(config: InterpolationLossConfig) -> int:
-    """How many sums a token has."""
-    if config.divergence == "forward_kl":
-        return 5 if config.clips_entries else 1
-    return 2 if config.divergence == "jsd" else 1
+@dataclass(frozen=True, kw_only=True)
+class Divergence:
+    """One divergence of target q and student p, as the torch backend and the reference compute it.
+
+    The Triton kernel has its own arithmetic for each: `divergence_kernel`.
+    """
+
+    # Sums over the vocabulary that a token needs; the first one is the divergence.
+    sums: Callable[[InterpolationLossConfig], int]
+    # From p, q and u = log p - log q of a tile, which they may overwrite: its sums [T]; leaves B where q was.
+    terms: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, InterpolationLossConfig], list[torch.Tensor]]
+    # c [T] of the gradient from the sums [T, K]; None: 1, whatever the sums are.
+    coefficient: Callable[[torch.Tensor, InterpolationLossConfig], torch.Tensor] | None
+    # From log p and log q: the terms of the reference loss.
+    reference: Callable[[torch.Tensor, torch.Tensor, InterpolationLossConfig], torch.Tensor]
+
+
+def divergence_of(config: InterpolationLossConfig) -> Divergence:
+    """The table's entry for `config.divergence`; ValueError for a name that the table does not have."""
+    found = DIVERGENCES.get(config.divergence)
+    if found is None:
+        raise ValueError(
+            f"loss setting divergence: got {config.divergence!r}; it is one of {', '.join(DIVERGENCES)}; "
+            "choose one of them"
+        )
+    return found
 
 
 def coefficient_is_one(config: InterpolationLossConfig) -> bool:
     """Whether the gradient is p - B, without a factor, whatever the sums turn out to be."""
-    return config.divergence == "forward_kl" and config.clip is None
+    return divergence_of(config).coefficient is None and config.clip is None
 
 
 def take_terms(log_p_TV: torch.Tensor, log_q_TV: torch.Tensor, config: InterpolationLossConfig) -> list[torch.Tensor]:
     """This tile's sums [T] in the order of finish(); leaves p in log_p_TV and B in log_q_TV."""
     u_TV = log_p_TV - log_q_TV
-    return _TERMS[config.divergence](log_p_TV.exp_(), log_q_TV.exp_(), u_TV, config)
+    return divergence_of(config).terms(log_p_TV.exp_(), log_q_TV.exp_(), u_TV, config)
 
 
 def finish(sums_TK: torch.Tensor, config: InterpolationLossConfig) -> Outcome:
     """The outcome from the sums over all ranks."""
-    divergence_T = sums_TK[:, 0]
+    divergence, divergence_T = divergence_of(config), sums_TK[:, 0]
     none_T, one_T = torch.zeros_like(divergence_T), torch.ones_like(divergence_T)
     if config.clips_entries:
         _, loss_T, kept_T, clipped_T, entries_T = sums_TK.unbind(1)
         # Either sum is inexact near 1: take the small one, so that Q_A is exactly 1 where nothing is clipped.
         kept_T = torch.where(clipped_T < 0.5, 1.0 - clipped_T, kept_T)
         return Outcome(divergence_T, loss_T, kept_T, one_T, clipped_T, entries_T)
-    coefficient_T = one_T
-    if config.divergence == "reverse_kl":
-        coefficient_T = -divergence_T
-    elif config.divergence == "jsd":
-        coefficient_T = (config.jsd_beta - 1.0) * sums_TK[:, 1]
+    coefficient_T = one_T if divergence.coefficient is None else divergence.coefficient(sums_TK, config)
     if config.clip is None:
         return Outcome(divergence_T, divergence_T, coefficient_T, one_T, none_T, none_T)
     times_clip_T = (divergence_T / config.clip).clamp(min=1.0)
@@ -134,9 +154,6 @@ def _logs_to_mixture(u_TV: torch.Tensor, above_TV: torch.Tensor, beta: float) ->
     return torch.lerp(rise_TV, fall_TV, above_TV), torch.lerp(fall_TV, rise_TV, above_TV)
 
 
-_TERMS = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}
-
-
 def _divergence_terms(x_TV: torch.Tensor, y_TV: torch.Tensor, u_TV: torch.Tensor) -> torch.Tensor:
     """x (expm1(u) - u), u = log y - log x; leaves its inputs alone.
 
@@ -162,3 +179,25 @@ def _expm1(values: torch.Tensor) -> torch.Tensor:
 
 
 _HALF = torch.tensor(0.5)
+
+# The only table: a divergence that is not here is refused everywhere, and the tests run through all that are.
+DIVERGENCES = {
+    "forward_kl": Divergence(
+        sums=lambda config: 5 if config.clips_entries else 1,
+        terms=_forward_kl,
+        coefficient=None,
+        reference=reference_divergences.forward_kl,
+    ),
+    "reverse_kl": Divergence(
+        sums=lambda config: 1,
+        terms=_reverse_kl,
+        coefficient=lambda sums_TK, config: -sums_TK[:, 0],
+        reference=reference_divergences.reverse_kl,
+    ),
+    "jsd": Divergence(
+        sums=lambda config: 2,
+        terms=_jsd,
+        coefficient=lambda sums_TK, config: (config.jsd_beta - 1.0) * sums_TK[:, 1],
+        reference=reference_divergences.jsd,
+    ),
+}

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from megatron_paint.config.loss import InterpolationLossConfig
-from megatron_paint.losses.elementwise.divergences import coefficient_is_one, sum_count, take_terms
+from megatron_paint.losses.elementwise.divergences import coefficient_is_one, divergence_of, take_terms
 from megatron_paint.losses.elementwise.interface import ChunkLogits, Target, Work
 from megatron_paint.losses.elementwise.softmax_statistics import (
     EMPTY_MAX,
@@ -33,6 +33,7 @@ class TorchPasses:
 
     def __init__(self, config: InterpolationLossConfig, *, elements: int) -> None:
         self.config, self.elements = config, elements
+        self.divergence = divergence_of(config)
         self._scratch = Scratch()
 
     def statistics(self, logits: ChunkLogits, query: TokenQuery | None) -> torch.Tensor:
@@ -56,7 +57,7 @@ class TorchPasses:
         # Differences to the local maximum are small where they matter, so one rounded constant takes them to log p.
         student_T = (target.student.max_T - logits.student_shift_T) + target.student.sum_T.log()
         target_T = (target.target.max_T - target_shift_T) + target.target.sum_T.log()
-        sums_TK = logits.student_TV.new_zeros((len(student_T), sum_count(self.config)))
+        sums_TK = logits.student_TV.new_zeros((len(student_T), self.divergence.sums(self.config)))
         forms = scale_T is not None and coefficient_is_one(self.config)
         for rows, columns in tiles(logits.student_TV, self.elements):
             p_TV = logits.student_TV[rows, columns].sub_(student_T[rows, None])

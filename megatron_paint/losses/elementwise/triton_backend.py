@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from megatron_paint.config.loss import InterpolationLossConfig
-from megatron_paint.losses.elementwise.divergences import coefficient_is_one, sum_count
+from megatron_paint.losses.elementwise.divergences import coefficient_is_one, divergence_of
 from megatron_paint.losses.elementwise.interface import ChunkLogits, Target, Work
 from megatron_paint.losses.elementwise.softmax_statistics import Softmax, TokenQuery, token_logits
 from megatron_paint.losses.elementwise.token import TokenLogits
@@ -36,6 +36,7 @@ class TritonPasses:
 
     def __init__(self, config: InterpolationLossConfig, *, dlogits_dtype: torch.dtype, block: int = _BLOCK) -> None:
         self.config, self.dlogits_dtype, self.block = config, dlogits_dtype, block
+        self.divergence = divergence_of(config)
         self.factor = inverse(config.temperature, torch.float32)
 
     def statistics(self, logits: ChunkLogits, query: TokenQuery | None) -> torch.Tensor:
@@ -73,7 +74,7 @@ class TritonPasses:
         if scale_T is not None and coefficient_is_one(self.config):
             dlogits_TV = self._buffer(logits)
         self._run(logits, target, None, scale_T, sums_TK=sums_TK, dlogits_TV=dlogits_TV)
-        return Work(sums_TK[:, : sum_count(self.config)].contiguous(), logits, target, dlogits_TV)
+        return Work(sums_TK[:, : self.divergence.sums(self.config)].contiguous(), logits, target, dlogits_TV)
 
     def gradient(self, work: Work, coefficient_T: torch.Tensor, scale_T: torch.Tensor) -> torch.Tensor:
         """scale (c p - B) [T, V], in the teacher's buffer where the types agree."""

@@ -255,6 +255,7 @@ def divergence_kernel(
             if SUMS:
                 first += tl.where(inside, _terms(p, q, -u), 0.0)
         else:
+            tl.static_assert(DIVERGENCE == "jsd", "the kernel has no arithmetic for this divergence")
             m, u_p, u_q = _middle(p, q, u, beta, alpha)
             b = p * u_p * alpha
             if SUMS:
