@@ -1,4 +1,4 @@
-"""At one layout: reads a Hugging Face folder into every stage, saves a Megatron checkpoint, loads one, gives logits."""
+"""At one layout: loads a Hugging Face folder, saves and loads a Megatron checkpoint, and computes logits."""
 
 import sys
 from dataclasses import replace
@@ -21,7 +21,7 @@ from tests.convert.family import LAYOUTS, MEMBERS, TOKENS
 
 
 def logits(stage, ranks) -> torch.Tensor | None:
-    """Whole logits [T, V] on tensor-parallel rank 0 of the last stage."""
+    """Returns the full logits [T, V] on tensor-parallel rank 0 of the last stage."""
     ids_T = torch.tensor(TOKENS)
     rows = token_rows([len(TOKENS)], device=ranks.device)
     if not ranks.is_first_stage:
@@ -40,7 +40,7 @@ def logits(stage, ranks) -> torch.Tensor | None:
 
 
 def check_virtual_stages(folder: Path, member: str, stage: Stage, megatron: MegatronSettings, ranks: Ranks):
-    """Each pipeline rank holding two runs of layers: both ways of loading fill them, as the whole stages above."""
+    """Gives each pipeline rank two runs of layers. Both ways of loading fill them like the single stages above."""
     shape = read_shape(folder / member)
     config = replace(stage.config, virtual_pipeline_model_parallel_size=2)
     spec = layer_spec(with_engine=False, lora=False, num_experts=shape.num_experts)

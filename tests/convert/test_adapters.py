@@ -76,7 +76,7 @@ def test_adapter_on_the_base_gives_the_same_logits(trained, tmp_path):
 
 
 def test_a_live_run_exports_adapters(tmp_path):
-    """From two stages of two tensor-parallel ranks: the same file that the converter makes of the run's checkpoint."""
+    """Two stages of two tensor-parallel ranks export the same file as the converter does from the run's checkpoint."""
     layout = "tensor_model_parallel_size: 2, pipeline_model_parallel_size: 2, sequence_parallel: true"
     found = train(tmp_path, layout, "model.lora.export=adapter", processes=4)
     live, made = found[1] / "hf" / "step_000002", to_hf(found, tmp_path / "adapter", "--lora", "adapter")

@@ -1,5 +1,4 @@
-"""Every member of the family at every layout: what ranks read from Hugging Face, what they load from a converted
-checkpoint, what they save, and the logits that they compute."""
+"""Every member of the family at every layout: loading from Hugging Face and from a conversion, saving, and logits."""
 
 import os
 import subprocess
@@ -22,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory):
-    """Folder with a float32 model of each member and its conversion."""
+    """Returns a folder with a float32 model of each member and its conversion."""
     folder = tmp_path_factory.mktemp("family")
     for member in MEMBERS:
         make_member(folder / member, member, dtype=torch.float32)
@@ -33,7 +32,7 @@ def family(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def layout(request, family, tmp_path_factory):
-    """What one layout made."""
+    """Returns the results of one layout."""
     out = tmp_path_factory.mktemp(request.param)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command += [str(PROCESSES[request.param]), "-m", "tests.convert.convert_worker", request.param, family, out]
@@ -58,7 +57,7 @@ def test_logits_equal_transformers(member, layout, family):
 
 @pytest.mark.parametrize("member", MEMBERS)
 def test_a_checkpoint_of_this_layout_is_the_model(member, layout, family, tmp_path):
-    """Saved by Megatron at this layout, it equals the Hugging Face folder and comes back from it bit for bit."""
+    """A checkpoint saved at this layout equals the Hugging Face folder, and its conversion is the same to the bit."""
     saved = layout / f"{member}-saved"
     found = compare(family / member, saved)
     assert found.equal, found

@@ -1,4 +1,4 @@
-"""Tokenizers: ids, offsets and decoding of both kinds, the thinking switch of chat templates, what may be absent."""
+"""Tokenizers: ids, offsets and decoding of both kinds, the thinking switch of chat templates, and missing files."""
 
 import json
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""Small tokenizers for tests, made on the spot, and the real one where the shared data is there."""
+"""Small tokenizers that the tests make, and the real one if the shared data folder exists."""
 
 import io
 import json
@@ -25,7 +25,7 @@ TEXTS = ["Let us solve x = 12 step by step.", "Problem: what is 3 + 4?", "the an
 
 
 def write_byte_tokenizer(folder, *, template=CHATML, config=None):
-    """A byte-level BPE tokenizer with Qwen3's control tokens, saved as `transformers` does."""
+    """Writes a byte-level BPE tokenizer with Qwen3's control tokens, as `transformers` saves it."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -47,7 +47,7 @@ def write_byte_tokenizer(folder, *, template=CHATML, config=None):
 
 
 def write_sentencepiece(folder, *, template=CHATML, **options):
-    """A byte-fallback SentencePiece model with the same control tokens."""
+    """Writes a byte-fallback SentencePiece model with the same control tokens."""
     import sentencepiece
 
     model = io.BytesIO()

@@ -14,7 +14,7 @@ def anchors_of(solution, problem=""):
 
 
 def is_found(anchor, rollout):
-    """Whether the one formula or number of a solution is found in a rollout."""
+    """Tells whether the only formula or number of a solution is found in a rollout."""
     measured = measure_overlap(problem="", solution=anchor, rollout=rollout)
     assert len(measured.anchors) == 1, measured.anchors
     return measured.anchors[0].found

@@ -1,5 +1,8 @@
-"""Both spellings of Megatron's parameters, at every layout, without Megatron: each rank's parameters are read from a
-Hugging Face folder and put together again, and every tensor comes back once and bit for bit."""
+"""The mapping with both kinds of Megatron's parameter names, at every layout, without Megatron.
+
+Each rank's parameters are read from a Hugging Face folder and joined again. Every tensor appears once and is the same
+to the bit.
+"""
 
 from itertools import product
 
@@ -24,7 +27,7 @@ EXPERTS = {
 
 
 def parameter_names(shape: ModelShape, naming: str, *, layers: int, experts: int, first: bool, last: bool) -> list[str]:
-    """As Megatron's modules spell them: its local layers, or Transformer Engine's with norms fused, experts grouped."""
+    """Returns the names of Megatron's local layers, or of Transformer Engine's with fused norms and grouped experts."""
     attention_norm, mlp_norm = NORMS[naming]
     inside = [f"self_attention.{part}.weight" for part in ("linear_qkv", "q_layernorm", "k_layernorm", "linear_proj")]
     if shape.num_experts:

@@ -1,4 +1,4 @@
-"""The quickstart's task and the files that it ships: what a reader may count on."""
+"""The quickstart's task and its shipped files: the properties that its documentation promises."""
 
 import importlib
 import json
@@ -123,8 +123,8 @@ def test_prompts(prompts):
     assert text(prompts, student) == "<|im_start|>user47+8-9?<|im_end|><|im_start|>assistant"
     assert len(student) == 12
     assert prompts.evaluation_prompt(problem, False) == student
-    whole = text(prompts, rows.reference_prompt(problem, SOLUTION, 1.0))
-    assert whole == f"<|im_start|>user47+8-9?\nReference:{SOLUTION}<|im_end|><|im_start|>assistant"
+    complete = text(prompts, rows.reference_prompt(problem, SOLUTION, 1.0))
+    assert complete == f"<|im_start|>user47+8-9?\nReference:{SOLUTION}<|im_end|><|im_start|>assistant"
     # 20 tokens, so 10 are kept: the first line, its end, and "55" of the second.
     cut = text(prompts, rows.reference_prompt(problem, SOLUTION, 0.5))
     assert cut == "<|im_start|>user47+8-9?\nReference:47+8=55\n55...<|im_end|><|im_start|>assistant"

@@ -1,4 +1,4 @@
-"""The testbed: kinds of teacher, which runs there are, and the report's figures by hand."""
+"""The testbed: the kinds of teacher, the list of runs, and the report's figures worked by hand."""
 
 import importlib
 import json
@@ -31,7 +31,7 @@ def prompts():
 
 
 def reference_rows(prompts, variant, count=300):
-    """(prompt, response) texts of reference rows that begin on track."""
+    """Returns (prompt, response) texts of reference rows that begin with right steps."""
     rows = task.RowMaker(prompts=prompts, rng=random.Random(1), variant=task.VARIANTS[variant], off_track_share=0.0)
     decode = prompts.tokenizer.decode
     made = [rows.reference() for _ in range(count)]
@@ -62,9 +62,9 @@ def test_a_leaky_teacher_leaves_only_when_it_sees_the_box(prompts):
 
 def test_a_weak_teacher_forgets_only_what_is_hidden(prompts):
     rows = reference_rows(prompts, "weak")
-    whole = [response for prompt, response in rows if "\\boxed{" in prompt]
+    complete = [response for prompt, response in rows if "\\boxed{" in prompt]
     cut = [response for prompt, response in rows if "\\boxed{" not in prompt]
-    assert all(map(is_right, whole))
+    assert all(map(is_right, complete))
     assert 0.3 < sum(map(is_right, cut)) / len(cut) < 0.9
     assert all(map(is_right, (response for _, response in reference_rows(prompts, "own"))))
 
@@ -84,7 +84,7 @@ def test_which_runs_there_are():
     assert len(hidden) == len(task.VARIANTS) * 3 * 2
     others = [run for run in runs if run not in main and run not in hidden]
     assert {run.variant for run in others} == {"own"}
-    assert len(others) == 3 * len(testbed.CONTROLS)  # all but hidden_050, and interpolation_only
+    assert len(others) == 3 * len(testbed.CONTROLS)  # all except hidden_050, and interpolation_only
     assert {run.method: run.lr for run in runs}["mask_only"] == rates["paint"]
     full = testbed.planned(options(full=True), list(task.VARIANTS), testbed.WARM_UPS, rates)
     assert len(full) == 4 * 3 * 4 * (len(testbed.CONTROLS) + 6)
@@ -147,7 +147,7 @@ def test_the_report(tmp_path):
         write_run(runs / "opsd" / f"{warm_up}-1", {0: 0.4, 2: base}, tokens=100)
         write_run(runs / "paint" / f"{warm_up}-1", {0: 0.4, 2: base + 0.1}, tokens=200)
         write_run(runs / "sft" / f"{warm_up}-1", {0: 0.4, 2: base}, tokens=100, sampled=False)
-    # Not at their ends, which nothing of them may show: stopped at an evaluation, just begun, an empty folder.
+    # Unfinished runs, which must not be in the report: stopped at an evaluation, just started, an empty folder.
     write_run(tmp_path / "runs" / "own" / "paint" / "3-1", {0: 0.4, 1: 0.9}, tokens=1, commit="def-dirty")
     write_run(tmp_path / "runs" / "own" / "paint" / "4-1", {0: 0.4}, tokens=1)
     (tmp_path / "runs" / "own" / "paint" / "4-1" / "metrics.jsonl").unlink()
