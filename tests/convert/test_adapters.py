@@ -1,10 +1,6 @@
 """Checkpoints of LoRA runs: the merged model equals the run's export, and the adapters load as a PEFT adapter."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +9,8 @@ from safetensors.torch import load_file
 from transformers import Qwen3ForCausalLM
 
 from megatron_paint.cli.main import main
-from tests.support import tiny
+from tests.support import forked_ranks, tiny
 
-ROOT = Path(__file__).parents[2]
 LORA = ("model.lora={rank: 4, alpha: 8}", "run.steps=2", "optimizer.lr=0.05", "evaluation.problems=null")
 
 
@@ -30,16 +25,8 @@ def train(folder, layout, *arguments, processes=2):
     tiny.make_model(folder / "model")
     tiny.make_problems(folder / "problems.jsonl")
     settings = tiny.make_settings(folder, folder / "model", folder / "problems.jsonl", layout=layout)
-    command = [sys.executable, "-m", "megatron_paint", "train", str(settings), *LORA, *arguments]
-    done = subprocess.run(
-        [*command, "--processes", str(processes), "--quiet"],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    ended = forked_ranks.train(folder, settings, *LORA, *arguments, processes=processes)
+    assert ended.statuses == [0] * processes, ended
     return folder / "model", folder / "run"
 
 

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from transformers import AutoModelForCausalLM
@@ -24,6 +24,7 @@ from megatron_paint.convert.to_hf import ToHuggingFace
 from megatron_paint.convert.to_megatron import ToMegatron
 from megatron_paint.convert.work import convert
 from tests.convert.family import MEMBERS, TOKENS, make_member
+from tests.support.exports import same, weights
 
 DAMAGES = int(os.environ.get("CONVERT_DAMAGES", "2000"))  # how many corrupted inputs are tried
 
@@ -39,16 +40,6 @@ def family(tmp_path_factory):
             main(["convert", "to-megatron", str(folder / member), str(folder / f"{member}-megatron"), "--quiet"]) == 0
         )
     return folder
-
-
-def weights(folder):
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def same(ours, theirs):
-    return ours.keys() == theirs.keys() and all(
-        ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]) for name in theirs
-    )
 
 
 @pytest.mark.parametrize("member", MEMBERS)

@@ -3,31 +3,35 @@
 import json
 import os
 import random
-import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
+from megatron_paint.__main__ import run
 from megatron_paint.cli.main import main
-from megatron_paint.convert.check import compare
-from tests.convert.family import make_member
-
-ROOT = Path(__file__).parents[2]
-# Small tasks, so that the conversion can be interrupted in the middle.
-COMMAND = """
-import sys
-from megatron_paint.cli import convert_options
 from megatron_paint.convert import work
-work.TASK_BYTES = 20_000
-sys.exit(convert_options.main())
-"""
+from megatron_paint.convert.check import compare
+from megatron_paint.runtime.files import sync
+from tests.convert.family import make_member
+from tests.support import forked_ranks
+from tests.support.exports import same, weights
+from tests.support.processes import descendants, is_alive
+
+
+def convert_in_small_tasks() -> None:
+    """`megatron-paint convert` with so small tasks that there is a middle, and with forked processes.
+
+    `test_convert.py` and `test_strict.py` start the processes as users do, each of which imports torch.
+    """
+    work.TASK_BYTES = 20_000
+    work.sync = lambda path: (time.sleep(0.005), sync(path))  # as on a disk, so that a kill finds work left to do
+    work.get_context = lambda _: get_context("fork")
+    run()
 
 
 @pytest.fixture(scope="module")
@@ -38,23 +42,20 @@ def sources(tmp_path_factory):
     return folder
 
 
-def arguments(action: str, sources: Path, out: Path) -> list[str]:
+def start(folder: Path, action: str, sources: Path, *options: object, file_size: int | None = None):
+    """A conversion into folder/out, as a process that can be killed. What it prints goes to another folder."""
+    out, printed = folder / "out", folder.parent / f"{folder.name}-printed"
+    printed.mkdir(exist_ok=True)
     given = {"to-megatron": [sources / "hf", out], "to-hf": [sources / "megatron", out, "--base", sources / "hf"]}
-    return ["-c", COMMAND, action, *map(str, given[action]), "--json"]
-
-
-def start(command: list[str], **options) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True, **options
-    )
+    command = ("convert", action, *given[action], "--json", *options)
+    target = "tests.convert.test_kill:convert_in_small_tasks"
+    return forked_ranks.start_command(printed, *command, target=target, file_size=file_size)
 
 
 def is_right(action: str, sources: Path, out: Path) -> bool:
     if action == "to-megatron":
         return compare(sources / "hf", out).equal
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, sources / "hf"))
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    return same(weights(out), weights(sources / "hf"))
 
 
 def wait_until(condition, seconds: float = 60.0) -> None:
@@ -64,23 +65,11 @@ def wait_until(condition, seconds: float = 60.0) -> None:
         time.sleep(0.002)
 
 
-def descendants(pid: int) -> list[int]:
-    found = [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return [*found, *(grandchild for child in found for grandchild in descendants(child))]
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("action", ["to-megatron", "to-hf"])
 def test_killed_and_resumed(action, processes, sources, tmp_path):
     generator, out = random.Random(processes), tmp_path / "out"
-    command = [*arguments(action, sources, out), "--processes", str(processes)]
+    options = ("--processes", processes)
     records = tmp_path / ".out.unfinished" / "records"
 
     def done() -> set[str]:
@@ -89,26 +78,27 @@ def test_killed_and_resumed(action, processes, sources, tmp_path):
     before: set[str] = set()
     kills = 0
     while kills < 2:
-        running = start(command)
+        running = start(tmp_path, action, sources, *options)
         wanted = len(before) + generator.randint(1, 5)
-        wait_until(lambda wanted=wanted, running=running: len(done()) >= wanted or running.poll() is not None)
-        workers = descendants(running.pid) if running.poll() is None else []
-        running.send_signal(signal.SIGKILL)
-        _, problem = running.communicate()
+        wait_until(lambda wanted=wanted, running=running: len(done()) >= wanted or not running.is_alive)
+        workers: list[int] = []
+        with suppress(OSError):  # it has ended
+            workers = descendants(running.pid)
+            os.kill(running.pid, signal.SIGKILL)
+        ended = running.wait()
         wait_until(lambda workers=workers: not any(map(is_alive, workers)))
         if out.exists():  # the conversion ended before this process could kill it
             shutil.rmtree(out)
             before = set()
             continue
-        assert running.returncode == -signal.SIGKILL, problem
+        assert ended.statuses == [-signal.SIGKILL], ended
         assert before <= done()
         before = done()
         kills += 1
     kept = sum(json.loads((records / name).read_text())["nbytes"] for name in before)
-    finishing = start(command)
-    printed, problem = finishing.communicate(timeout=600)
-    assert finishing.returncode == 0, problem
-    summary = json.loads(printed)
+    ended = start(tmp_path, action, sources, *options).wait()
+    assert ended.statuses == [0], ended
+    summary = json.loads(ended.out[0])
     assert 0 < kept == summary["resumed_bytes"] <= summary["bytes"]  # finished tasks are not done again
     assert is_right(action, sources, out)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -117,19 +107,12 @@ def test_killed_and_resumed(action, processes, sources, tmp_path):
 @pytest.mark.parametrize("action", ["to-megatron", "to-hf"])
 @pytest.mark.parametrize(("limit", "processes"), [(600, 1), (15_000, 2)])
 def test_a_full_disk(action, processes, limit, sources, tmp_path):
-    """No file may grow beyond `limit` bytes. The command prints one line and makes no output. Later it succeeds."""
-    out = tmp_path / "out"
-    command = [*arguments(action, sources, out), "--processes", str(processes)]
-    limits = (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
-    running = start(command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
-    _, problem = running.communicate(timeout=600)
-    lines = problem.strip().splitlines()
-    assert running.returncode == 2, problem
-    assert len(lines) == 1, problem
-    assert f"Cannot write {tmp_path}" in lines[0]
-    assert "write to another disk" in lines[0]
+    """No file may grow beyond `limit` bytes, as on a full disk: one line and no output. Later it succeeds."""
+    out, options = tmp_path / "out", ("--processes", processes)
+    ended = start(tmp_path, action, sources, *options, file_size=limit).wait()
+    assert f"Cannot write {tmp_path}" in ended.message
+    assert "write to another disk" in ended.message
     assert not out.exists()
-    again = start(command)
-    _, problem = again.communicate(timeout=600)
-    assert again.returncode == 0, problem
+    ended = start(tmp_path, action, sources, *options).wait()
+    assert ended.statuses == [0], ended
     assert is_right(action, sources, out)

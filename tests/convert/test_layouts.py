@@ -1,13 +1,7 @@
 """Every member of the family at every layout: loading from Hugging Face and from a conversion, saving, and logits."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_paint.convert.check import compare
@@ -15,8 +9,8 @@ from megatron_paint.convert.to_hf import ToHuggingFace
 from megatron_paint.convert.to_megatron import ToMegatron
 from megatron_paint.convert.work import convert
 from tests.convert.family import LAYOUTS, MEMBERS, PROCESSES, TOKENS, make_member
-
-ROOT = Path(__file__).parents[2]
+from tests.support import forked_ranks
+from tests.support.exports import same, weights
 
 
 @pytest.fixture(scope="module")
@@ -34,17 +28,11 @@ def family(tmp_path_factory):
 def layout(request, family, tmp_path_factory):
     """Returns the results of one layout."""
     out = tmp_path_factory.mktemp(request.param)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command += [str(PROCESSES[request.param]), "-m", "tests.convert.convert_worker", request.param, family, out]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("[rank")]
-    assert done.returncode == 0, "\n".join(lines[-60:] or done.stderr.splitlines()[-25:])
+    ended = forked_ranks.run(
+        out, request.param, family, out, target="tests.convert.convert_worker:main", processes=PROCESSES[request.param]
+    )
+    assert ended.statuses == [0] * PROCESSES[request.param], "\n".join(text[-3000:] for text in ended.err)
     return out
-
-
-def weights(folder):
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 @pytest.mark.parametrize("member", MEMBERS)
@@ -63,6 +51,4 @@ def test_a_checkpoint_of_this_layout_is_the_model(member, layout, family, tmp_pa
     assert found.equal, found
     job = ToHuggingFace(source=saved, base=family / member)
     convert(job, tmp_path / "back", processes=1, overwrite=False)
-    ours, theirs = weights(tmp_path / "back"), weights(family / member)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert same(weights(tmp_path / "back"), weights(family / member))

@@ -5,17 +5,15 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.cli.main import main
 from megatron_paint.runtime.files import append_line
 from tests.support import forked_ranks
+from tests.support.exports import same, weights, weights_of_step
 
 PAGE = 4096
 
@@ -90,8 +88,7 @@ def test_a_full_disk_ends_the_run_wherever_it_is_met(trained, tmp_path, disk, wa
     assert not waits or met[1:] == ["checkpoints", "checkpoints", "checkpoints", "hf"]
     (mounted / "ballast").unlink()
     assert forked_ranks.train(tmp_path, trained.settings, *arguments).statuses == [0, 0]
-    ours, theirs = (load_file(r / "hf" / "step_000004" / "model.safetensors") for r in (run, trained.run))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert same(weights_of_step(run, 4), weights_of_step(trained.run, 4))
 
 
 def test_a_disk_that_refuses_one_rank_ends_all(trained, tmp_path):
@@ -107,8 +104,7 @@ def test_a_disk_that_refuses_one_rank_ends_all(trained, tmp_path):
         assert message is not None, case
         assert message.startswith(f"Cannot write {out}/{place}: "), (case, message)
         assert "write to another disk" in message, (case, message)
-    ours, theirs = (load_file(f / "model.safetensors") for f in (out / "export", trained.run / "hf" / "step_000004"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert same(weights(out / "export"), weights_of_step(trained.run, 4))
 
 
 def test_an_export_of_a_read_only_model_can_be_written(trained):
@@ -155,17 +151,9 @@ def test_the_launcher_says_it_once(trained, tmp_path, disk):
     mounted = disk(4_000_000)
     run = up_to_step_2(trained.run, mounted / "run")
     leave(mounted, 60 * PAGE)
-    command = [sys.executable, "-m", "megatron_paint", "train", str(trained.settings)]
-    done = subprocess.run(
-        [*command, f"run.dir={run}", "run.resume=auto", "run.async_save=false", "--processes", "2", "--quiet"],
-        cwd=forked_ranks.ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(forked_ranks.ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 2, done
+    arguments = ("train", trained.settings, f"run.dir={run}", "run.resume=auto", "run.async_save=false")
+    ended = forked_ranks.start_command(tmp_path, *arguments, "--processes", "2", "--quiet").wait()
+    assert ended.statuses == [2], ended
     # torch's remark on a machine that has a CUDA compiler and no GPU
-    lines = [line for line in done.stderr.splitlines() if "No CUDA runtime is found" not in line]
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith(f"megatron-paint: error: Cannot write {run}/checkpoints/step_000004: ")
+    (line,) = (line for line in ended.err[0].splitlines() if "No CUDA runtime is found" not in line)
+    assert line.startswith(f"megatron-paint: error: Cannot write {run}/checkpoints/step_000004: ")

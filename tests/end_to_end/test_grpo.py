@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from megatron_paint.mcore.checkpoint import _begin_state
 from megatron_paint.objectives.metric_table import METRICS
 from tests.support import forked_ranks
+from tests.support.exports import same, weights, weights_of_step
+from tests.support.results import metrics
 
 ROOT = Path(__file__).parents[2]
 GRPO = ROOT / "examples" / "quickstart" / "grpo.yaml"
@@ -24,18 +25,6 @@ def train(tmp_path, run_dir, *arguments):
     ended = forked_ranks.train(tmp_path, GRPO, f"run.dir={run_dir}", *SHORT, *arguments)
     assert ended.statuses == [0, 0], ended
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def timeless(lines):
-    return [{k: v for k, v in line.items() if not k.startswith("time/") and k != "tokens_per_second"} for line in lines]
-
-
-def weights(run_dir, step):
-    return load_file(run_dir / "hf" / f"step_{step:06d}" / "model.safetensors")
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +50,11 @@ def test_what_a_run_logs(unbroken):
 
 
 def test_a_resumed_run_is_the_unbroken_one(unbroken, tmp_path):
-    run_dir, lines = unbroken
+    run_dir, _ = unbroken
     train(tmp_path, tmp_path / "run", "run.steps=2")
-    found = train(tmp_path, tmp_path / "run", "run.steps=3")
-    assert timeless(found) == timeless(lines)
-    assert same(weights(tmp_path / "run", 3), weights(run_dir, 3))
+    train(tmp_path, tmp_path / "run", "run.steps=3")
+    assert metrics(tmp_path / "run") == metrics(run_dir)
+    assert same(weights_of_step(tmp_path / "run", 3), weights_of_step(run_dir, 3))
 
 
 def test_replayed_rollouts_give_the_same_steps(unbroken, tmp_path):
@@ -86,7 +75,7 @@ def test_groups_that_teach_nothing_leave_the_model_alone(sharded, tmp_path):
     for line in lines:
         assert (line["updates"], line["reward/equal_groups_share"], line["loss"]) == (0, 1, 0)
         assert line["grad_norm"] is None
-    assert same(weights(run_dir, 2), load_file(ROOT / "examples" / "quickstart" / "model" / "model.safetensors"))
+    assert same(weights_of_step(run_dir, 2), weights(ROOT / "examples" / "quickstart" / "model"))
 
 
 def test_a_save_before_the_first_update_changes_nothing():

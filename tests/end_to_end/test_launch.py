@@ -1,4 +1,8 @@
-"""Starting and ending: what a world of ranks says, once, and what is left of it."""
+"""Starting and ending: what a group of ranks prints, once, and which processes are left.
+
+The launcher is the real one. Most tests fork its ranks instead of starting a new Python for each; with `long` they are
+started as a user starts them.
+"""
 
 import os
 import signal
@@ -9,15 +13,16 @@ from pathlib import Path
 
 import pytest
 
+from megatron_paint.objectives import Paint
 from megatron_paint.run.folder import RunFolder
-from tests.support import tiny
+from tests.support import forked_launcher, forked_ranks, tiny
 from tests.support.ports import free_port
+from tests.support.processes import children, left_of_session, of_session
+from tests.support.undisturbed import LAYOUT
 
 ROOT = Path(__file__).parents[2]
-LAYOUT = "tensor_model_parallel_size: 2, sequence_parallel: true"
 LONG = ("run.steps=100000", "run.save_every=0", "evaluation.problems=null", "run.tensorboard=false")
-MARK = "MEGATRON_PAINT_TEST_RUN"  # in the environment of every process of a test's run
-WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+WAYS = ["forked", pytest.param("started", marks=pytest.mark.long)]
 
 
 @pytest.fixture(scope="module")
@@ -29,136 +34,156 @@ def settings(tmp_path_factory):
     return tiny.make_settings(folder, folder / "model", folder / "problems.jsonl", layout=LAYOUT)
 
 
-def environment(mark, **more):
-    plain = {name: value for name, value in os.environ.items() if name not in WORLD and "SLURM" not in name}
-    path = os.pathsep.join([str(more.pop("path", ROOT)), str(ROOT)])
-    return plain | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, MARK: str(mark)} | more
+class Forked:
+    """A launcher that the fork server has forked, in a new session."""
+
+    def __init__(self, folder, *arguments, target=forked_ranks.LAUNCHER):
+        self._running = forked_ranks.start_command(folder, *arguments, target=target)
+        self.pid = self._running.pid
+
+    @property
+    def is_alive(self):
+        return self._running.is_alive
+
+    def end(self):
+        """(exit status, stdout, lines of stderr), when it has ended."""
+        ended = self._running.wait()
+        return ended.statuses[0], ended.out[0], ended.err[0].strip().splitlines()
 
 
-def start(*command, env):
-    return subprocess.Popen(
-        [sys.executable, "-m", *map(str, command)],
-        cwd=ROOT,
-        env=env,
-        start_new_session=True,
-        # A test run that a shell has put behind ignores SIGINT, and so would what it starts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+class Started:
+    """A command in a new Python and a new session."""
+
+    def __init__(self, *command, path=ROOT):
+        plain = {k: v for k, v in os.environ.items() if k not in forked_ranks.WORLD and not k.startswith("SLURM")}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", *map(str, command)],
+            cwd=ROOT,
+            env=plain | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(path), str(ROOT)])},
+            start_new_session=True,
+            # A test run that a shell has put in the background ignores SIGINT, and so would what it starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.pid = self._process.pid
+
+    @property
+    def is_alive(self):
+        return self._process.poll() is None
+
+    def end(self):
+        out, err = self._process.communicate(timeout=600)
+        return self._process.returncode, out, err.strip().splitlines()
 
 
-def end(process):
-    """(exit status, stdout, lines of stderr) of a process that is about to end."""
-    out, err = process.communicate(timeout=600)
-    return process.returncode, out, err.strip().splitlines()
-
-
-def left(mark, *, seconds=30.0):
-    """Processes of the test's run that are still there after a while, which a grading worker may take to end."""
-    deadline = time.monotonic() + seconds
-    while (found := _processes(mark)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return found
-
-
-def _processes(mark):
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"{MARK}={mark}\0".encode() in (folder / "environ").read_bytes() + b"\0":
-                found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        except OSError:
-            continue
-    return found
-
-
-def rank_pid(mark, rank):
-    """The process id of one rank of the local launcher."""
-    for pid in _processes(mark):
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        if f"RANK={rank}".encode() in variables and b"megatron_paint\0train" in command:
-            return pid
-    raise AssertionError(f"no rank {rank}")
+def rank_pid(launcher, rank):
+    """Process id of a rank, which leads a process group."""
+    return [pid for pid in children(launcher.pid) if os.getpgid(pid) == pid][rank]
 
 
 @pytest.fixture
-def running(settings, tmp_path):
-    """(launcher of a long run that has done a step, mark of its processes)."""
+def running(request, settings, tmp_path):
+    """(launcher of a long run that has done a step, its run folder)."""
     run = tmp_path / "run"
     arguments = ("train", settings, f"run.dir={run}", *LONG, "--processes", "2")
-    process = start("megatron_paint", *arguments, env=environment(run))
+    launcher = Forked(tmp_path, *arguments) if request.param == "forked" else Started("megatron_paint", *arguments)
     deadline = time.monotonic() + 400
     while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
-        assert process.poll() is None, process.communicate()
+        assert launcher.is_alive, launcher.end()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    yield process, run
-    for pid in _processes(run):
+    yield launcher, run
+    for pid in of_session(launcher.pid):
         os.kill(pid, signal.SIGKILL)
-    process.communicate()
+    launcher.end()
 
 
 linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in Linux's /proc")
 
 
 @linux
+@pytest.mark.parametrize("running", WAYS, indirect=True)
 def test_control_c_ends_quietly(running):
-    process, mark = running
-    os.killpg(process.pid, signal.SIGINT)
-    status, _, err = end(process)
+    launcher, _ = running
+    os.killpg(launcher.pid, signal.SIGINT)
+    status, _, err = launcher.end()
     assert (status, err) == (130, ["megatron-paint: ended by SIGINT"])
-    assert not left(mark)
+    assert not left_of_session(launcher.pid)
 
 
 @linux
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("running", "number"),
+    [
+        ("started", signal.SIGTERM),
+        ("forked", signal.SIGUSR1),
+        pytest.param("started", signal.SIGUSR1, marks=pytest.mark.long),
+    ],
+    indirect=["running"],
+)
 def test_a_signal_to_the_launcher_stops_all_with_a_checkpoint(running, number):
-    process, run = running
-    os.kill(process.pid, number)
-    status, out, err = end(process)
+    launcher, run = running
+    os.kill(launcher.pid, number)
+    status, out, err = launcher.end()
     assert (status, err) == (75, [])
     (checkpoint,) = RunFolder(run).checkpoints()
     assert f"Stopped after step {checkpoint} by {number.name}; the same command with run.resume=auto" in out
     assert len(RunFolder(run).read_metrics()) == checkpoint
-    assert not left(run)
+    assert not left_of_session(launcher.pid)
 
 
 @linux
+@pytest.mark.parametrize("running", WAYS, indirect=True)
 def test_a_second_signal_to_the_launcher_ends_all(running):
-    process, mark = running
-    os.kill(rank_pid(mark, 1), signal.SIGSTOP)  # so that the first has no end
-    os.kill(process.pid, signal.SIGTERM)
+    launcher, run = running
+    os.kill(rank_pid(launcher, 1), signal.SIGSTOP)  # so that the first has no end
+    os.kill(launcher.pid, signal.SIGTERM)
     time.sleep(1.0)
-    assert process.poll() is None
-    os.kill(process.pid, signal.SIGTERM)
-    status, _, err = end(process)
+    assert launcher.is_alive
+    os.kill(launcher.pid, signal.SIGTERM)
+    status, _, err = launcher.end()
     assert (status, err) == (143, ["megatron-paint: ended by SIGTERM"])
-    assert RunFolder(mark).checkpoints() == []
-    assert not left(mark)
+    assert RunFolder(run).checkpoints() == []
+    assert not left_of_session(launcher.pid)
 
 
 @linux
+@pytest.mark.parametrize("running", WAYS, indirect=True)
 def test_a_killed_rank_is_named(running):
-    process, mark = running
-    os.kill(rank_pid(mark, 1), signal.SIGKILL)
-    status, _, err = end(process)
+    launcher, _ = running
+    os.kill(rank_pid(launcher, 1), signal.SIGKILL)
+    status, _, err = launcher.end()
     assert status == 1
     assert len(err) == 1, err
     assert err[0].startswith(
         "megatron-paint: error: rank 1 died of SIGKILL (signal 9): most often the kernel's out-of-mem"
     )
-    assert not left(mark)
+    assert not left_of_session(launcher.pid)
 
 
 @linux
+@pytest.mark.parametrize("running", WAYS, indirect=True)
 def test_ranks_end_with_a_killed_launcher(running):
-    process, mark = running
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not left(mark)
+    launcher, _ = running
+    os.kill(launcher.pid, signal.SIGKILL)
+    launcher.end()
+    assert not left_of_session(launcher.pid)
+
+
+def with_a_bug_on_rank_1():
+    """The launcher, one of whose ranks fails in its first step."""
+
+    unspoilt = Paint.step
+
+    def step(self, *values, **named):
+        if os.environ["RANK"] == "1":
+            raise RuntimeError("a bug on rank 1")
+        return unspoilt(self, *values, **named)
+
+    Paint.step = step
+    forked_launcher.run()
 
 
 BUG = """
@@ -172,60 +197,73 @@ if os.environ.get("RANK") == "1":
 
 
 @linux
-def test_a_bug_prints_its_own_traceback_once(settings, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(BUG)
-    run = tmp_path / "run"
-    arguments = ("train", settings, f"run.dir={run}", *LONG, "--processes", "2")
-    status, _, err = end(start("megatron_paint", *arguments, env=environment(run, path=tmp_path)))
+@pytest.mark.parametrize("way", WAYS)
+def test_a_bug_prints_its_own_traceback_once(way, settings, tmp_path):
+    arguments = ("train", settings, f"run.dir={tmp_path / 'run'}", *LONG, "--processes", "2")
+    if way == "forked":
+        launcher = Forked(tmp_path, *arguments, target="tests.end_to_end.test_launch:with_a_bug_on_rank_1")
+    else:
+        (tmp_path / "sitecustomize.py").write_text(BUG)
+        launcher = Started("megatron_paint", *arguments, path=tmp_path)
+    status, _, err = launcher.end()
     assert status == 1
     assert err[-1] == "RuntimeError: a bug on rank 1"
     assert sum("Traceback" in line for line in err) == 1, err
-    assert not left(run)
+    assert not left_of_session(launcher.pid)
 
 
-def torchrun(*arguments, mark):
+def torchrun(*arguments):
+    """(exit status, stdout, lines of stderr) of torchrun itself."""
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "megatron_paint")
-    return end(start(*launcher, *arguments, env=environment(mark)))
+    return Started(*launcher, *arguments).end()
 
 
-def srun(*arguments, mark, tasks=2):
-    """What srun would start: (exit statuses, stdouts together, lines of stderr together)."""
+def srun(folder, *arguments, tasks=2):
+    """Ranks with what srun sets: (exit statuses, stdouts together, lines of stderr together)."""
     step = {
         "SLURM_JOB_ID": "71",
         "SLURM_STEP_ID": "0",
         "SLURM_STEP_NUM_TASKS": str(tasks),
         "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_PROCID": "{rank}",
+        "SLURM_LOCALID": "{rank}",
         "MASTER_PORT": str(free_port()),
     }
-    started = [
-        start(
-            "megatron_paint",
-            *arguments,
-            env=environment(mark, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), **step),
-        )
-        for rank in range(tasks)
-    ]
-    ends = [end(process) for process in started]
-    return [e[0] for e in ends], "".join(e[1] for e in ends), [line for e in ends for line in e[2]]
+    ended = forked_ranks.run(folder, *arguments, processes=tasks, environment=step)
+    return ended.statuses, "".join(ended.out), [line for text in ended.err for line in text.strip().splitlines()]
 
 
-def test_dry_run_inside_torchrun_only_checks(settings, tmp_path):
-    status, out, err = torchrun("train", settings, f"run.dir={tmp_path / 'run'}", "--dry-run", mark=tmp_path)
-    assert status == 0, err
+@pytest.mark.parametrize("way", WAYS)
+def test_dry_run_inside_torchrun_only_checks(way, settings, tmp_path):
+    arguments = ("train", settings, f"run.dir={tmp_path / 'run'}", "--dry-run")
+    if way == "forked":
+        ended = forked_ranks.run(tmp_path, *arguments)
+        assert ended.statuses == [0, 0], ended
+        out = "".join(ended.out)
+    else:
+        status, out, err = torchrun(*arguments)
+        assert status == 0, err
     assert out.count("2 processes = tensor 2 x pipeline 1 x data 1") == 1
     assert out.count("8 training problems, 3 held-out problems") == 1
     assert not (tmp_path / "run").exists()
 
 
-def test_an_error_inside_torchrun_is_one_line(settings, tmp_path):
-    status, _, err = torchrun("train", settings, "optimizer.lrr=1", mark=tmp_path)
+def test_training_joins_the_ranks_of_torchrun(settings, tmp_path):
+    status, out, err = torchrun("train", settings, f"run.dir={tmp_path / 'run'}", "--self-check")
+    assert status == 0, err
+    assert out.count("2 processes = tensor 2 x pipeline 1 x data 1") == 1
+    assert out.count("self-check: ") == 1
+
+
+def test_an_error_inside_torchrun_is_one_line(settings):
+    status, _, err = torchrun("train", settings, "optimizer.lrr=1")
     assert status == 1  # torchrun's own, whatever a rank's is
     line = "megatron-paint: error: unknown setting optimizer.lrr: did you mean optimizer.lr?"
     assert [text for text in err if "megatron-paint: " in text] == [line]
 
 
 def test_dry_run_inside_srun_only_checks(settings, tmp_path):
-    statuses, out, err = srun("train", settings, f"run.dir={tmp_path / 'run'}", "--dry-run", mark=tmp_path)
+    statuses, out, err = srun(tmp_path, "train", settings, f"run.dir={tmp_path / 'run'}", "--dry-run")
     assert (statuses, err) == ([0, 0], [])
     assert out.count("2 processes = tensor 2 x pipeline 1 x data 1") == 1
     assert not (tmp_path / "run").exists()
@@ -240,15 +278,15 @@ ERRORS = {
 @pytest.mark.parametrize("when", ERRORS)
 def test_an_error_inside_srun_is_one_line(settings, tmp_path, when):
     override, says = ERRORS[when]
-    statuses, _, err = srun("train", settings, override, f"run.dir={tmp_path / 'run'}", mark=tmp_path)
+    statuses, _, err = srun(tmp_path, "train", settings, override, f"run.dir={tmp_path / 'run'}")
     assert statuses == [2, 2]
     assert len(err) == 1, err
     assert err[0].startswith("megatron-paint: error: ")
     assert says in err[0]
 
 
-def test_training_joins_the_world_of_srun(settings, tmp_path):
-    statuses, out, err = srun("train", settings, f"run.dir={tmp_path / 'run'}", "--self-check", mark=tmp_path)
+def test_training_joins_the_ranks_of_srun(settings, tmp_path):
+    statuses, out, err = srun(tmp_path, "train", settings, f"run.dir={tmp_path / 'run'}", "--self-check")
     assert statuses == [0, 0], err
     assert out.count("2 processes = tensor 2 x pipeline 1 x data 1") == 1
     assert out.count("self-check: ") == 1

@@ -4,42 +4,16 @@ import json
 import random
 import re
 import shutil
-import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
-
+from megatron_paint.__main__ import run
+from megatron_paint.mcore import batch
 from tests.support import forked_ranks, tiny
+from tests.support.exports import same, weights_of_step
+from tests.support.results import check_complete, events, last_event, metrics
 
 KILLS = 6
-ROOT = Path(__file__).parents[2]
-
-
-def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
-    return load_file(run / "hf" / f"step_{step:06d}" / "model.safetensors")
-
-
-def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def metrics(run: Path) -> list[dict]:
-    """The lines of metrics.jsonl without their times."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("time/") and k != "tokens_per_second"} for line in lines]
-
-
-def events(ended: forked_ranks.Ended, *kinds: str) -> list[tuple[str, int]]:
-    """(event, step) in the order in which the console told them."""
-    told = [json.loads(line) for line in ended.out[0].splitlines()]
-    return [(event["event"], event["step"]) for event in told if event["event"] in kinds]
-
-
-def last_event(ended: forked_ranks.Ended) -> dict:
-    event = json.loads(ended.out[0].splitlines()[-1])
-    return {key: value for key, value in event.items() if key != "folder"}
 
 
 def test_killed_before_the_last_export(trained, tmp_path):
@@ -63,7 +37,7 @@ def test_killed_before_the_last_export(trained, tmp_path):
     assert (run / "eval" / "step_000000.json").stat().st_mtime_ns == first
     name = "eval/step_000004.json"
     assert (run / name).read_bytes() == (trained.run / name).read_bytes()
-    assert same(weights(run, 4), weights(trained.run, 4))
+    assert same(weights_of_step(run, 4), weights_of_step(trained.run, 4))
     again = forked_ranks.train(tmp_path, trained.settings, f"run.dir={run}", "run.resume=auto")
     assert events(again, "step", "evaluation") == []
     assert last_event(again) == last_event(trained.ended)
@@ -78,8 +52,8 @@ def test_killed_between_a_checkpoint_and_its_export(trained, tmp_path):
     told = events(ended, "step", "evaluation")
     assert told == [("evaluation", 2), ("step", 3), ("step", 4), ("evaluation", 4)]
     assert {path.name for path in (run / "hf").iterdir()} == {"step_000002", "step_000004"}
-    assert same(weights(run, 4), weights(trained.run, 4))
-    assert not same(weights(run, 2), weights(run, 4))
+    assert same(weights_of_step(run, 4), weights_of_step(trained.run, 4))
+    assert not same(weights_of_step(run, 2), weights_of_step(run, 4))
     assert metrics(run) == metrics(trained.run)
     assert last_event(ended) == last_event(trained.ended)
 
@@ -97,29 +71,15 @@ def test_killed_at_any_moment(trained, tmp_path):
             tmp_path, trained.settings, f"run.dir={run}", "run.resume=auto", *arguments, kill=kill
         )
         assert ended.statuses == [-9, -9], ended
-        check_whole(run)
+        check_complete(run)
     ended = forked_ranks.train(tmp_path, trained.settings, f"run.dir={run}", "run.resume=auto", *arguments)
     assert ended.statuses == [0, 0], ended
     assert metrics(run) == metrics(unbroken)
     for step in range(2, steps + 1, 2):
-        assert same(weights(run, step), weights(unbroken, step)), step
+        assert same(weights_of_step(run, step), weights_of_step(unbroken, step)), step
     names = [sorted(str(path.relative_to(place)) for path in place.rglob("*")) for place in (run, unbroken)]
     assert [n for n in names[0] if "events.out" not in n] == [n for n in names[1] if "events.out" not in n]
     assert not any("unfinished" in name or "replaced" in name for name in names[0])
-
-
-def check_whole(run: Path) -> None:
-    """Whatever has its final name is whole."""
-    for checkpoint in (run / "checkpoints").glob("step_*"):
-        assert (checkpoint / "complete").exists(), checkpoint
-        assert json.loads((checkpoint / "run_state.json").read_text())["step"] == int(checkpoint.name[-6:])
-    for export in (run / "hf").glob("step_*"):
-        assert load_file(export / "model.safetensors")
-        assert json.loads((export / "config.json").read_text())["dtype"] == "float32"
-    for file in (run / "samples").glob("step_*"):
-        assert len([json.loads(line) for line in file.read_text().splitlines()]) == 4
-    if (run / "metrics.jsonl").exists():
-        assert all(json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines())
 
 
 def test_a_checkpoint_says_what_it_is_of(trained, tmp_path):
@@ -153,31 +113,23 @@ def test_self_check_leaves_a_used_run_folder_alone(trained, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in trained.run.rglob("*")} == before
 
 
-SPOILT = """
-import dataclasses
+def with_a_wrong_offset() -> None:
+    """The command line, in which the rows that predict a response are one row too early."""
+    right = batch._pack
 
-from megatron_paint.__main__ import run
-from megatron_paint.mcore import batch
+    def shifted(*arguments, **options):
+        packed = right(*arguments, **options)
+        return replace(packed, predicting_N=packed.predicting_N - 1)
 
-right = batch._pack
-
-
-def shifted(*arguments, **options):
-    packed = right(*arguments, **options)
-    return dataclasses.replace(packed, predicting_N=packed.predicting_N - 1)
-
-
-batch._pack = shifted
-run()
-"""
+    batch._pack = shifted
+    run()
 
 
 def test_self_check_sees_a_wrong_offset(trained, tmp_path):
     """Both passes of the loss have it, so the loss stays at rounding; the sampler has not."""
-    arguments = ["train", str(trained.settings), "--self-check", "run.sampler_gap_limit=0.01"]
-    arguments += ["megatron.tensor_model_parallel_size=1", "megatron.sequence_parallel=false", "--processes", "1"]
-    done = subprocess.run(
-        [sys.executable, "-c", SPOILT, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 2, done.stderr
-    assert "self-check: sampler and trainer differ by " in done.stderr
+    arguments = ("train", trained.settings, "--self-check", "run.sampler_gap_limit=0.01", "--processes", "1")
+    arguments += ("megatron.tensor_model_parallel_size=1", "megatron.sequence_parallel=false")
+    target = "tests.end_to_end.test_resume:with_a_wrong_offset"
+    ended = forked_ranks.start_command(tmp_path, *arguments, target=target).wait()
+    assert ended.statuses == [2], ended
+    assert "self-check: sampler and trainer differ by " in ended.err[0]

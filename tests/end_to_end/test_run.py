@@ -5,21 +5,19 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
+from megatron_paint.cli.main import main
 from megatron_paint.objectives.metric_table import METRICS as DESCRIBED
 from tests.support import forked_ranks, tiny
+from tests.support.exports import same, weights_of_step
+from tests.support.processes import left_of_session
+from tests.support.results import metrics
 
-ROOT = Path(__file__).parents[2]
-LAYOUT = "tensor_model_parallel_size: 2, sequence_parallel: true"
 METRICS = {
     *("step", "loss", "num_tokens", "loss_tokens", "grad_norm", "lr", "tokens_per_second", "sampler_gap/max"),
     *("overlap/mean", "reveal/mean", "anchors/none_share", "entropy/student_mean", "entropy/teacher_mean"),
@@ -29,47 +27,15 @@ METRICS = {
 }
 
 
-def command(settings, *arguments):
-    return [sys.executable, "-m", "megatron_paint", "train", str(settings), *arguments, "--processes", "2"]
+def run(folder, settings, *arguments):
+    """The command as a user gives it, whose launcher starts two ranks."""
+    ended = forked_ranks.start_command(folder, "train", settings, *arguments, "--processes", "2").wait()
+    assert ended.statuses == [0], ended
 
 
-def environment():
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-def run(settings, *arguments):
-    done = subprocess.run(
-        command(settings, *arguments), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """(folder with settings, model and problems; run folder of four unbroken steps; its console)."""
-    folder = tmp_path_factory.mktemp("whole")
-    tiny.make_model(folder / "model")
-    tiny.make_problems(folder / "problems.jsonl")
-    settings = tiny.make_settings(folder, folder / "model", folder / "problems.jsonl", layout=LAYOUT)
-    return folder, folder / "run", run(settings, "--json")
-
-
-def metrics(run_dir, *, timeless=True, without=()):
+def test_run_folder(trained):
+    run_dir = trained.run
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    if not timeless:
-        return lines
-    left_out = {"tokens_per_second", *without}
-    return [{k: v for k, v in line.items() if not k.startswith("time/") and k not in left_out} for line in lines]
-
-
-def weights(run_dir):
-    return load_file(run_dir / "hf" / "step_000004" / "model.safetensors")
-
-
-def test_run_folder(whole):
-    _, run_dir, console = whole
-    lines = metrics(run_dir, timeless=False)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert all(set(line) == METRICS for line in lines)
     assert set(DESCRIBED) >= METRICS
@@ -91,51 +57,46 @@ def test_run_folder(whole):
         }
         assert set(sample) >= {"overlap", "anchors", "reveal", "loss", "selected"}
         assert len(sample["selected"]) == -(-len(sample["response_ids"]) // 5)  # a fifth, rounded up
-    events = [json.loads(line) for line in console.splitlines()]
+    events = [json.loads(line) for line in trained.ended.out[0].splitlines()]
     assert [e["event"] for e in events].count("step") == 4
     assert events[-1]["event"] == "end"
 
 
-def test_weights_changed_and_load(whole):
-    folder, run_dir, _ = whole
-    out = run_dir / "hf" / "step_000004"
+def test_weights_changed_and_load(trained):
+    out = trained.run / "hf" / "step_000004"
     model = Qwen3ForCausalLM.from_pretrained(out)
-    start = Qwen3ForCausalLM.from_pretrained(folder / "model")
+    start = Qwen3ForCausalLM.from_pretrained(trained.folder / "model")
     for (name, new), old in zip(model.named_parameters(), start.parameters(), strict=True):
         assert not torch.equal(new, old), name
     assert AutoTokenizer.from_pretrained(out).chat_template == tiny.CHAT
 
 
-def test_killed_run_goes_on_bit_for_bit(whole, tmp_path):
-    folder, unbroken, _ = whole
+def test_killed_run_goes_on_bit_for_bit(trained, tmp_path):
     arguments = (f"run.dir={tmp_path / 'run'}", "run.resume=auto")
-    settings = folder / "settings.yaml"
-    process = subprocess.Popen(
-        command(settings, *arguments), cwd=ROOT, env=environment(), start_new_session=True, stdout=subprocess.DEVNULL
-    )
+    launcher = forked_ranks.start_command(tmp_path, "train", trained.settings, *arguments, "--processes", "2")
     marker = tmp_path / "run" / "checkpoints" / "step_000002" / "complete"
     deadline = time.monotonic() + 200
     while not marker.exists():
-        assert process.poll() is None, "the run ended before its first checkpoint"
+        assert launcher.is_alive, "the run ended before its first checkpoint"
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    os.killpg(launcher.pid, signal.SIGKILL)
+    launcher.wait()
+    assert not left_of_session(launcher.pid)
     # The kill may come after the next save on a busy machine.
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000004", ignore_errors=True)
-    run(settings, *arguments)
-    assert metrics(tmp_path / "run") == metrics(unbroken)
+    run(tmp_path, trained.settings, *arguments)
+    assert metrics(tmp_path / "run") == metrics(trained.run)
     for step in (1, 2, 3, 4):
         name = f"samples/step_{step:06d}.jsonl"
-        assert (tmp_path / "run" / name).read_bytes() == (unbroken / name).read_bytes()
-    ours, theirs = weights(tmp_path / "run"), weights(unbroken)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        assert (tmp_path / "run" / name).read_bytes() == (trained.run / name).read_bytes()
+    assert same(weights_of_step(tmp_path / "run", 4), weights_of_step(trained.run, 4))
 
 
-def test_replay_repeats_the_run(whole, tmp_path):
+def test_replay_repeats_the_run(trained, tmp_path):
     """The samples of a run folder, replayed as they stand, give its metrics again; so do rollouts without `finished`,
     whose end is found by their last token."""
-    folder, unbroken, _ = whole
+    unbroken = trained.run
     bare = tmp_path / "rollouts.jsonl"
     with bare.open("w") as file:
         for step in (1, 2, 3, 4):
@@ -147,43 +108,36 @@ def test_replay_repeats_the_run(whole, tmp_path):
     assert 0 < min(line["response/truncated_share"] for line in wanted) < 1, "some responses end by themselves"
     for name, path in (("folder", unbroken / "samples"), ("file", bare)):
         replay = ("rollout.engine=replay", f"rollout.path={path}", "evaluation.problems=null")
-        ended = forked_ranks.train(tmp_path, folder / "settings.yaml", f"run.dir={tmp_path / name}", *replay)
+        ended = forked_ranks.train(tmp_path, trained.settings, f"run.dir={tmp_path / name}", *replay)
         assert ended.statuses == [0, 0], ended
         assert metrics(tmp_path / name, without=("sampler_gap/max",)) == wanted
 
 
-def test_the_evaluate_command_gives_the_run_s_own_evaluation(whole, tmp_path):
-    folder, unbroken, _ = whole
-    ended = forked_ranks.run(tmp_path, "evaluate", folder / "settings.yaml", "--out", tmp_path / "out")
+def test_the_evaluate_command_gives_the_run_s_own_evaluation(trained, tmp_path):
+    ended = forked_ranks.run(tmp_path, "evaluate", trained.settings, "--out", tmp_path / "out")
     assert ended.statuses == [0, 0], ended
     report = (tmp_path / "out" / "problems.json").read_bytes()
-    assert report == (unbroken / "eval" / "step_000000.json").read_bytes()
+    assert report == (trained.run / "eval" / "step_000000.json").read_bytes()
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_a_checkpoint_is_evaluated_as_its_run_did(lora, whole, tmp_path):
+def test_a_checkpoint_is_evaluated_as_its_run_did(lora, trained, tmp_path):
     """At another layout, and for LoRA with the adapters as they stand beside the weights."""
-    folder, run_dir, _ = whole
+    run_dir = trained.run
     if lora:
         run_dir = tmp_path / "lora"
         ended = forked_ranks.train(
-            tmp_path, folder / "settings.yaml", f"run.dir={run_dir}", "model.lora={rank: 4, alpha: 8}", "run.steps=2"
+            tmp_path, trained.settings, f"run.dir={run_dir}", "model.lora={rank: 4, alpha: 8}", "run.steps=2"
         )
         assert ended.statuses == [0, 0], ended
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "megatron_paint", "evaluate", "--model", run_dir / "checkpoints" / "step_000002"),
-            *("--benchmarks", folder / "problems.jsonl", "--n", "2", "--out", tmp_path / "out", "--processes", "1"),
-            *("evaluation.limit=3", "evaluation.max_new_tokens=12", "evaluation.thinking=false"),
-            *("evaluation.greedy=true", "rollout.batch_size=2"),
-        ],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    ended = forked_ranks.start_command(
+        tmp_path,
+        *("evaluate", "--model", run_dir / "checkpoints" / "step_000002"),
+        *("--benchmarks", trained.folder / "problems.jsonl", "--n", "2", "--out", tmp_path / "out"),
+        *("--processes", "1", "evaluation.limit=3", "evaluation.max_new_tokens=12", "evaluation.thinking=false"),
+        *("evaluation.greedy=true", "rollout.batch_size=2"),
+    ).wait()
+    assert ended.statuses == [0], ended
     found, wanted = (
         json.loads(path.read_text()) for path in (tmp_path / "out/problems.json", run_dir / "eval/step_000002.json")
     )
@@ -193,67 +147,53 @@ def test_a_checkpoint_is_evaluated_as_its_run_did(lora, whole, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"summary.md", "summary.png"}
 
 
-def test_a_killed_evaluation_goes_on(whole, tmp_path):
+def test_a_killed_evaluation_goes_on(trained, tmp_path):
     """Answers that are there are not sampled again, and the report is that of an unbroken evaluation."""
-    folder, run_dir, _ = whole
     out = tmp_path / "out"
-    line = ("evaluate", folder / "settings.yaml", "--out", out, "rollout.batch_size=1", "evaluation.samples=2")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "megatron_paint", *map(str, line), "--processes", "2"],
-        cwd=ROOT,
-        env=environment(),
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-    )
+    line = ("evaluate", trained.settings, "--out", out, "rollout.batch_size=1", "evaluation.samples=2")
+    launcher = forked_ranks.start_command(tmp_path, *line, "--processes", "2")
     answers, deadline = out / "problems.answers.jsonl", time.monotonic() + 200
     while not answers.exists() or answers.read_text().count("\n") < 3:
-        assert process.poll() is None, "the evaluation ended before it could be killed"
+        assert launcher.is_alive, "the evaluation ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    os.killpg(launcher.pid, signal.SIGKILL)
+    launcher.wait()
+    assert not left_of_session(launcher.pid)
     there = answers.read_text().split("\n")
     answers.write_text("\n".join(there[:3]) + "\n" + there[2][:20])  # the header, two answers, and one cut short
     ended = forked_ranks.run(tmp_path, *line, "--json")
     assert ended.statuses == [0, 0], ended
     assert "2 answers exist already" in ended.out[0]
     assert answers.read_text().split("\n")[:3] == there[:3]
-    assert (out / "problems.json").read_bytes() == (run_dir / "eval" / "step_000000.json").read_bytes()
+    assert (out / "problems.json").read_bytes() == (trained.run / "eval" / "step_000000.json").read_bytes()
     ended = forked_ranks.run(tmp_path, *line, "evaluation.temperature=0.5", "evaluation.thinking=true")
     assert re.search(r"temperature was 1.0 and is 0.5, template was .* and is .*, thinking was False", ended.message)
 
 
-def test_changed_settings_do_not_resume(whole, capsys):
-    from megatron_paint.cli.main import main
-
-    folder, run_dir, _ = whole
-    before = (run_dir / "metrics.jsonl").read_bytes()
-    status = main(["train", str(folder / "settings.yaml"), "optimizer.lr=2e-3", "run.resume=auto", "--processes", "2"])
+def test_changed_settings_do_not_resume(trained, capsys):
+    before = (trained.run / "metrics.jsonl").read_bytes()
+    status = main(["train", str(trained.settings), "optimizer.lr=2e-3", "run.resume=auto", "--processes", "2"])
     assert status == 2
     assert "optimizer.lr" in capsys.readouterr().err
-    assert (run_dir / "metrics.jsonl").read_bytes() == before
+    assert (trained.run / "metrics.jsonl").read_bytes() == before
 
 
-def test_another_model_does_not_resume(whole, tmp_path):
+def test_another_model_does_not_resume(trained, tmp_path):
     """The same folder, but with an output layer of its own, which the checkpoint has not; told once by two ranks."""
-    folder, run_dir, _ = whole
-    shutil.copytree(run_dir, tmp_path / "run")
+    shutil.copytree(trained.run, tmp_path / "run")
     tiny.make_model(tmp_path / "model", tied=False)
     recorded = (tmp_path / "run" / "config.yaml").read_text()
-    (tmp_path / "run" / "config.yaml").write_text(recorded.replace(str(folder / "model"), str(tmp_path / "model")))
+    (tmp_path / "run" / "config.yaml").write_text(
+        recorded.replace(str(trained.folder / "model"), str(tmp_path / "model"))
+    )
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.suffix == ".distcp"}
     arguments = (f"model.hf_path={tmp_path / 'model'}", f"run.dir={tmp_path / 'run'}", "run.resume=auto", "run.steps=6")
-    done = subprocess.run(
-        command(folder / "settings.yaml", *arguments),
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 2, done.stderr
-    # A CUDA build of torch says that it found no GPU when Megatron asks it.
-    (line,) = (line for line in done.stderr.splitlines() if "No CUDA runtime is found" not in line)
+    command = ("train", trained.settings, *arguments, "--processes", "2")
+    ended = forked_ranks.start_command(tmp_path, *command).wait()
+    assert ended.statuses == [2], ended
+    # A CUDA build of torch prints that it found no GPU when Megatron asks it.
+    (line,) = (line for line in ended.err[0].splitlines() if "No CUDA runtime is found" not in line)
     assert line.startswith("megatron-paint: error: checkpoint ")
     assert "is of another model" in line
     assert before

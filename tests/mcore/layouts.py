@@ -1,12 +1,10 @@
-"""Starts a worker module at a layout: one process group runs all its cases."""
+"""Runs a worker module at a layout: one process group runs all its cases."""
 
-import os
-import subprocess
-import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.support import forked_ranks
 
 
 @dataclass(frozen=True)
@@ -38,20 +36,11 @@ LAYOUTS = {
 }
 
 
-def run_worker(module: str, layout: str, *arguments: str | Path, timeout: int = 800) -> str:
-    """Runs `tests.mcore.MODULE LAYOUT ARGUMENTS...` on the layout's ranks; fails with what it printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(LAYOUTS[layout].processes), "-m", f"tests.mcore.{module}", layout]
-    done = subprocess.run(
-        [*command, *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    if done.returncode:
-        # The first rank's traceback says it; the launcher's own report does not.
-        lines = [line for line in done.stderr.splitlines() if line.startswith("[rank")] or done.stderr.splitlines()
-        raise AssertionError("\n".join(lines[-25:]))
-    return done.stdout
+def run_worker(module: str, layout: str, *arguments: str | Path) -> None:
+    """Runs `main` of `tests.mcore.MODULE` with LAYOUT ARGUMENTS... on the layout's ranks; fails with their messages."""
+    processes = LAYOUTS[layout].processes
+    with tempfile.TemporaryDirectory() as printed:
+        ended = forked_ranks.run(
+            Path(printed), layout, *arguments, target=f"tests.mcore.{module}:main", processes=processes, limit=800
+        )
+    assert ended.statuses == [0] * processes, "\n".join(text[-3000:] for text in ended.err)

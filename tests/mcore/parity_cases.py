@@ -159,8 +159,34 @@ NOT_FINITE = {
     "full-initial-sgd": "bfloat16",
     "full-current-distributed-adam": "bfloat16",
 }
+# `make test` runs every case at tp1 and at tp2-pp2-sp, which has all collectives of tensor and pipeline parallelism. At
+# the other two it runs the cases that touch what only they have, and `make test-all` runs the rest.
+TOUCHING = {
+    "pp2": (  # a pipeline whose stages hold complete layers: what crosses it, or is shared by its ends
+        "full-initial-sgd",
+        "full-tied-ema-adam",
+        "lora-ema-sgd",
+        "sft-tied-adam",
+        "grpo-kl-sgd",
+    ),
+    "tp2-dp2": (  # replicas: sums over them, state that they share, one that has no sample
+        "full-tied-ema-adam",
+        "full-current-distributed-adam",
+        "lora-current-distributed-adam",
+        "full-one-sample",
+        "full-clip-skip",
+        "grpo-kl-sgd",
+        "grpo-lora-kl-distributed",
+        "grpo-one-sample",
+    ),
+}
 GRPO_TEMPERATURE = 1.2
 ADVANTAGES = (1.3, -0.7, 0.4, -1.1, 0.9)
+
+
+def touches(layout: str, name: str) -> bool:
+    """Whether a case touches what a layout has and the others have not."""
+    return layout not in TOUCHING or name in TOUCHING[layout]
 
 
 def make_checkpoints(folder: Path) -> None:

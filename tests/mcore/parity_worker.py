@@ -1,4 +1,4 @@
-"""Runs all parity cases at one layout; rank 0 writes what came out. Started by torchrun, once per layout."""
+"""Runs parity cases at one layout: those that touch it, or the rest. Rank 0 writes what came out."""
 
 import dataclasses
 import sys
@@ -276,13 +276,19 @@ def run_not_finite(name: str, folder: Path, ranks, megatron: dict) -> list[dict]
 
 
 def main() -> None:
-    layout, folder, out = LAYOUTS[sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3])
+    name, folder, out, touching = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4] == "touching"
+    layout = LAYOUTS[name]
     torch.set_num_threads(1)
     hf_checkpoint.WRITER_BYTES = 10_000  # the ranks share the writing even of these models
     ranks = start_ranks(MegatronSettings(**layout.megatron))
     for case in parity.CASES:
-        run_case(case, folder, out, ranks, layout.megatron)
-    told = {name: run_not_finite(name, folder, ranks, layout.megatron) for name in parity.NOT_FINITE}
+        if parity.touches(name, case.name) == touching:
+            run_case(case, folder, out, ranks, layout.megatron)
+    told = {
+        case: run_not_finite(case, folder, ranks, layout.megatron)
+        for case in parity.NOT_FINITE
+        if parity.touches(name, case) == touching
+    }
     if ranks.rank == 0:
         torch.save(told, out / "not_finite.pt")
     stop_ranks()

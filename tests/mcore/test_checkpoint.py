@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests.mcore import parity_cases as parity
 from tests.mcore.checkpoint_worker import CASES, HALF
 from tests.mcore.layouts import run_worker
+from tests.support.exports import same, weights
 
 WRITER = "tp2-pp2-sp"
 
@@ -21,10 +21,6 @@ def folders(tmp_path_factory):
     return checkpoints, saved, whole, broken
 
 
-def weights(folder):
-    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
-
-
 @pytest.mark.parametrize("layout", [WRITER, "tp1", "tp2-dp2", "pp2"])
 def test_goes_on(layout, folders, tmp_path):
     checkpoints, saved, whole, _ = folders
@@ -36,7 +32,7 @@ def test_goes_on(layout, folders, tmp_path):
         losses = torch.tensor(found[case.name]), torch.tensor(wanted[case.name][HALF:])
         if layout == WRITER:
             assert torch.equal(*losses), case.name
-            assert all(torch.equal(ours[name], theirs[name]) for name in theirs), case.name
+            assert same(ours, theirs), case.name
         elif case.name != "bfloat16":  # another order of sums in bfloat16 is another run
             torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
         else:
@@ -49,8 +45,7 @@ def test_weights_alone_start_another_run(folders, tmp_path):
     run_worker("checkpoint_worker", "pp2", "warm", checkpoints, saved, tmp_path)
     for case in (CASES[0], CASES[1]):
         ours, theirs = weights(tmp_path / case.name), weights(broken / case.name)
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs), case.name
+        assert same(ours, theirs), case.name
         start = weights(parity.checkpoint(checkpoints, "start", case.tied))
         assert not all(torch.equal(ours[name], start[name]) for name in ours)
     refusals = {(tmp_path / f"refused{rank}").read_text() for rank in (0, 1)}

@@ -27,19 +27,25 @@ def rollouts(model_folder, tmp_path_factory):
     return found
 
 
+@pytest.fixture(scope="module")
+def wanted_greedy(model_folder):
+    """Greedy responses of `transformers`, one per request."""
+    torch.set_num_threads(1)
+    model = Qwen3ForCausalLM.from_pretrained(model_folder)
+    answers = []
+    for request in requests():
+        prompt = torch.tensor([request.prompt_ids])
+        limit = SAMPLING["greedy"].max_new_tokens
+        ids = model.generate(prompt, max_new_tokens=limit, do_sample=False, eos_token_id=STOP, pad_token_id=STOP)
+        answers.append(tuple(ids[0, prompt.size(1) :].tolist()))
+    return answers
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("batch_size", [64, 2])
-def test_greedy_equals_transformers(layout, batch_size, rollouts, model_folder):
-    model = Qwen3ForCausalLM.from_pretrained(model_folder)
-    for request, rollout in zip(requests(), rollouts[layout][f"greedy-{batch_size}"], strict=True):
-        wanted = model.generate(
-            torch.tensor([request.prompt_ids]),
-            max_new_tokens=SAMPLING["greedy"].max_new_tokens,
-            do_sample=False,
-            eos_token_id=STOP,
-            pad_token_id=STOP,
-        )[0, len(request.prompt_ids) :]
-        assert rollout.response_ids == tuple(wanted.tolist())
+def test_greedy_equals_transformers(layout, batch_size, rollouts, wanted_greedy):
+    for wanted, rollout in zip(wanted_greedy, rollouts[layout][f"greedy-{batch_size}"], strict=True):
+        assert rollout.response_ids == wanted
         assert rollout.finished == (rollout.response_ids[-1] == STOP)
 
 

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -24,12 +25,26 @@ def checkpoints(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
-def layout(request, checkpoints, tmp_path_factory):
-    """Output folder of all cases at one layout: one process group runs them all."""
-    out = tmp_path_factory.mktemp(request.param)
-    run_worker("parity_worker", request.param, checkpoints, out)
-    return out
+@pytest.fixture(scope="module")
+def outputs(checkpoints, tmp_path_factory):
+    """Output folder of a case at a layout: one process group runs all cases that touch it, another one the rest."""
+    made = {}
+
+    def of(layout: str, name: str) -> Path:
+        part = "touching" if parity.touches(layout, name) else "rest"
+        if (layout, part) not in made:
+            out = made[layout, part] = tmp_path_factory.mktemp(f"{layout}-{part}")
+            run_worker("parity_worker", layout, checkpoints, out, part)
+        return made[layout, part]
+
+    return of
+
+
+def at_all_layouts(names: Iterable[str]) -> list:
+    """(layout, case) for a test; `make test` leaves out the cases that do not touch a layout."""
+    pairs = list(itertools.product(LAYOUTS, names))
+    marks = [() if parity.touches(*pair) else pytest.mark.long for pair in pairs]
+    return [pytest.param(*pair, marks=mark, id="-".join(pair)) for pair, mark in zip(pairs, marks, strict=True)]
 
 
 def plain_model(case: parity.Case, checkpoints: Path, name: str):
@@ -149,10 +164,13 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.parametrize("case", parity.CASES, ids=lambda case: case.name)
-def test_equals_plain_torch(case, layout, plain):
-    wanted = plain[case.name]
-    found = torch.load(layout / f"{case.name}.pt")
+CASES = {case.name: case for case in parity.CASES}
+
+
+@pytest.mark.parametrize(("layout", "name"), at_all_layouts(CASES))
+def test_equals_plain_torch(layout, name, outputs, plain):
+    case, out, wanted = CASES[name], outputs(layout, name), plain[name]
+    found = torch.load(out / f"{name}.pt")
     torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(wanted["losses"]), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(torch.tensor(found["norms"]), torch.tensor(wanted["norms"]), rtol=1e-5, atol=0)
     if case.grpo is not None:
@@ -167,25 +185,25 @@ def test_equals_plain_torch(case, layout, plain):
     for step, gradients in enumerate(found["gradients"]):
         expected = {n: g for n, g in wanted["gradients"][step].items() if not (case.tied and n == "lm_head.weight")}
         assert gradients.keys() == expected.keys()
-        for name, gradient in gradients.items():
-            assert relative(gradient, expected[name]) < 1e-5, (step, name)
-    after = exported(Qwen3ForCausalLM.from_pretrained(layout / case.name), parity.CASES[0])
+        for weight, gradient in gradients.items():
+            assert relative(gradient, expected[weight]) < 1e-5, (step, weight)
+    after = exported(Qwen3ForCausalLM.from_pretrained(out / name), parity.CASES[0])
     if case.tied:
         after.pop("lm_head.weight", None)
-    for name, tensor in wanted["after"].items():
-        change = tensor - wanted["before"][name]
-        if case.lora and not any(f".{t}." in name for t in parity.LORA_TARGETS):
-            assert torch.equal(after[name], wanted["before"][name]), name
+    for weight, tensor in wanted["after"].items():
+        change = tensor - wanted["before"][weight]
+        if case.lora and not any(f".{t}." in weight for t in parity.LORA_TARGETS):
+            assert torch.equal(after[weight], wanted["before"][weight]), weight
             continue
-        assert change.norm() > 0, name
-        assert relative(after[name] - wanted["before"][name], change) < 1e-4, name
+        assert change.norm() > 0, weight
+        assert relative(after[weight] - wanted["before"][weight], change) < 1e-4, weight
 
 
-@pytest.mark.parametrize("name", parity.NOT_FINITE)
-def test_what_is_not_finite_touches_nothing(name, layout):
+@pytest.mark.parametrize(("layout", "name"), at_all_layouts(parity.NOT_FINITE))
+def test_what_is_not_finite_touches_nothing(layout, name, outputs):
     """It stops all ranks alike, and names a loss by rank, micro-batch and problem; weights, optimiser and teacher stay,
     and the updates after it are, to the bit, those of a policy that never met it."""
-    told = torch.load(layout / "not_finite.pt")[name]
+    told = torch.load(outputs(layout, name) / "not_finite.pt")[name]
     assert all(entry["told"] == told[0]["told"] for entry in told)
     loss, gradient = told[0]["told"]
     assert re.fullmatch(r"loss is not finite on rank \d+, micro-batch \d+, problem '2'", loss)

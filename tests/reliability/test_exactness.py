@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from megatron_paint.__main__ import run
-from tests.end_to_end.test_resume import events, metrics
 from tests.support import forked_ranks, tiny
+from tests.support.exports import same, weights_of_step
+from tests.support.results import events, metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS, SAVED = 4, 2  # a checkpoint after every second step; the run is killed in the one after that
@@ -114,11 +113,6 @@ def digests(folder: Path, *patterns: str) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
-    files = (run / "hf" / f"step_{step:06d}").glob("*.safetensors")
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
-
-
 def samples(run: Path, step: int) -> list[dict]:
     return [json.loads(line) for line in (run / "samples" / f"step_{step:06d}.jsonl").read_text().splitlines()]
 
@@ -140,8 +134,8 @@ def test_a_killed_run_has_the_weights_and_the_optimiser_of_an_unbroken_one(case,
         ]
         assert saved[0] == saved[1], step
         assert len(saved[0]) == 3
-    before, after = (weights(found.unbroken, step) for step in (SAVED, STEPS))
-    assert not all(torch.equal(before[name], after[name]) for name in before)
+    before, after = (weights_of_step(found.unbroken, step) for step in (SAVED, STEPS))
+    assert not same(before, after)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -170,13 +164,13 @@ def test_a_run_goes_on_at_another_layout_with_the_same_data(layout, runs, tmp_pa
     assert [line["step"] for line in metrics(run)] == list(range(1, STEPS + 1))
     for step in range(1, STEPS + 1):
         ours, theirs = samples(run, step), samples(found.unbroken, step)
-        same = ("id", "step", "sample", "student_prompt_ids")
+        keys = ("id", "step", "sample", "student_prompt_ids")
         if step <= SAVED + 1:
-            same += ("response_ids", "finished", "teacher_prompt_ids", "reveal", "selected")
-        assert [[line[key] for key in same] for line in ours] == [[line[key] for key in same] for line in theirs], step
+            keys += ("response_ids", "finished", "teacher_prompt_ids", "reveal", "selected")
+        assert [[line[key] for key in keys] for line in ours] == [[line[key] for key in keys] for line in theirs], step
         assert any(line["selected"] for line in ours)
     first = SAVED + 1
     assert metrics(run)[first - 1]["loss"] == pytest.approx(metrics(found.unbroken)[first - 1]["loss"], rel=1e-6)
-    ours, theirs = weights(run, first), weights(found.unbroken, first)
+    ours, theirs = weights_of_step(run, first), weights_of_step(found.unbroken, first)
     assert ours.keys() == theirs.keys()
     assert max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) < 1e-6  # a step moves them by 1e-3

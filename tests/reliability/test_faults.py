@@ -12,14 +12,14 @@ from megatron_paint.run.folder import RunFolder
 from megatron_paint.run.status import read_status
 from megatron_paint.runtime.checksums import CHECKSUMS
 from megatron_paint.runtime.heartbeat import read_heartbeats
-from tests.end_to_end.conftest import trained  # noqa: F401
-from tests.end_to_end.test_resume import metrics, same, weights
 from tests.support import forked_ranks
+from tests.support.exports import same, weights_of_step
+from tests.support.results import metrics
 
 SPOILT = "tests.reliability.spoilt"
 
 
-def train(trained, folder, *arguments, target=None, **how):  # noqa: F811
+def train(trained, folder, *arguments, target=None, **how):
     """A run in a folder of its own, evaluation left out."""
     arguments = (f"run.dir={folder / 'run'}", "evaluation.problems=null", "run.resume=auto", *arguments)
     if target is None:
@@ -32,12 +32,12 @@ def events(ended, kind):
     return [event for event in map(json.loads, ended.out[0].splitlines()) if event["event"] == kind]
 
 
-def check_is_as_if_unbroken(run, trained):  # noqa: F811
-    assert same(weights(run, 4), weights(trained.run, 4))
+def check_is_as_if_unbroken(run, trained):
+    assert same(weights_of_step(run, 4), weights_of_step(trained.run, 4))
     assert metrics(run) == metrics(trained.run)
 
 
-def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(trained, tmp_path):  # noqa: F811
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(trained, tmp_path):
     """Rank 1 gets two signals in step 2: all stop after it, and the run goes on to the weights of an unbroken one."""
     run = tmp_path / "run"
     ended = train(trained, tmp_path, "run.save_every=0", target="signalled")
@@ -54,7 +54,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(trained, tmp_path):  #
 
 
 @pytest.mark.parametrize(("target", "step"), [("in_a_job_that_ends_soon", 0), ("in_a_job_that_ends_in_step_1", 1)])
-def test_the_end_of_the_job_stops_a_run(trained, tmp_path, target, step):  # noqa: F811
+def test_the_end_of_the_job_stops_a_run(trained, tmp_path, target, step):
     """A job that ends in 200 s, of which 300 are to be left, as it is told at the start or as time goes by."""
     ended = train(trained, tmp_path, target=target)
     assert ended.statuses == [75, 75], ended
@@ -64,7 +64,7 @@ def test_the_end_of_the_job_stops_a_run(trained, tmp_path, target, step):  # noq
     assert RunFolder(tmp_path / "run").checkpoints() == [step][:step]
 
 
-def test_a_signal_before_the_first_step(trained, tmp_path):  # noqa: F811
+def test_a_signal_before_the_first_step(trained, tmp_path):
     """Rank 1 gets it while it loads the model; nothing was done, and the same command does all."""
     ended = train(trained, tmp_path, target="signalled_at_the_start")
     assert ended.statuses == [75, 75], ended
@@ -76,7 +76,7 @@ def test_a_signal_before_the_first_step(trained, tmp_path):  # noqa: F811
     check_is_as_if_unbroken(tmp_path / "run", trained)
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(trained, tmp_path):  # noqa: F811
+def test_training_goes_on_while_a_checkpoint_is_written(trained, tmp_path):
     """The checkpoint of step 2 is held back until step 3 is done, and yet it is that of step 2."""
     run = tmp_path / "run"
     ended = train(trained, tmp_path, target="slow_to_write")
@@ -111,7 +111,7 @@ def remove(file: Path) -> str:
     ("name", "spoil"),
     [("__1_0.distcp", truncate), ("__0_0.distcp", flip), (".metadata", remove), (CHECKSUMS, remove)],
 )
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(trained, tmp_path, name, spoil):  # noqa: F811
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(trained, tmp_path, name, spoil):
     run = tmp_path / "run"
     ignored = shutil.ignore_patterns("step_000004.json*", "hf", "eval")
     shutil.copytree(trained.run, run, ignore=ignored)
@@ -128,7 +128,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(trained, tmp
     check_is_as_if_unbroken(run, trained)
 
 
-def test_nothing_is_touched_where_no_checkpoint_is_whole(trained, tmp_path):  # noqa: F811
+def test_nothing_is_touched_where_no_checkpoint_is_whole(trained, tmp_path):
     """It may be the disk that is unwell; to begin anew would take all back that the run has written."""
     run = tmp_path / "run"
     shutil.copytree(trained.run, run)
@@ -142,7 +142,7 @@ def test_nothing_is_touched_where_no_checkpoint_is_whole(trained, tmp_path):  # 
     assert after == before
 
 
-def test_another_setting_is_refused_before_a_damaged_checkpoint_is_set_aside(trained, tmp_path):  # noqa: F811
+def test_another_setting_is_refused_before_a_damaged_checkpoint_is_set_aside(trained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained.run, run)
     truncate(run / "checkpoints" / "step_000004" / CHECKSUMS)
@@ -150,7 +150,7 @@ def test_another_setting_is_refused_before_a_damaged_checkpoint_is_set_aside(tra
     assert (run / "checkpoints" / "step_000004").is_dir()
 
 
-def test_old_checkpoints_go_when_newer_ones_are_whole(trained, tmp_path):  # noqa: F811
+def test_old_checkpoints_go_when_newer_ones_are_whole(trained, tmp_path):
     arguments = ("run.steps=6", "run.save_every=1", "run.keep_last=2", "run.keep_every=3")
     ended = train(trained, tmp_path, *arguments)
     assert ended.statuses == [0, 0], ended
@@ -158,7 +158,7 @@ def test_old_checkpoints_go_when_newer_ones_are_whole(trained, tmp_path):  # noq
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 3
 
 
-def test_steps_without_a_finite_loss_are_left_out_up_to_a_limit(trained, tmp_path):  # noqa: F811
+def test_steps_without_a_finite_loss_are_left_out_up_to_a_limit(trained, tmp_path):
     ended = train(trained, tmp_path, "run.max_skipped_steps=2", target="not_finite")
     assert ended.statuses == [0, 0], ended
     warnings = [event["message"] for event in events(ended, "warning")]
@@ -172,12 +172,12 @@ def test_steps_without_a_finite_loss_are_left_out_up_to_a_limit(trained, tmp_pat
     assert read_status(tmp_path / "run").skipped == 2
 
 
-def test_one_step_too_many_without_a_finite_loss_ends_the_run(trained, tmp_path):  # noqa: F811
+def test_one_step_too_many_without_a_finite_loss_ends_the_run(trained, tmp_path):
     message = train(trained, tmp_path, "run.max_skipped_steps=1", target="not_finite").message
     assert "step 3 stopped before the optimiser: loss is not finite in step 3; 1 steps were skipped before" in message
 
 
-def test_a_hang_names_the_rank_that_is_behind(trained, tmp_path):  # noqa: F811
+def test_a_hang_names_the_rank_that_is_behind(trained, tmp_path):
     run = tmp_path / "run"
     arguments = ("run.save_every=1", "run.hang_timeout_s=8", "run.tensorboard=false")  # little that a disk can hold up
     ended = train(trained, tmp_path, *arguments, target="hanging")

@@ -1,4 +1,4 @@
-"""Short runs of several ranks: one process imports everything once and forks the ranks of each."""
+"""Short runs of several ranks: one process imports everything once and forks the ranks of each run."""
 
 import atexit
 import functools
@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support.ports import free_port
+from tests.support.processes import is_alive
 
 ROOT = Path(__file__).parents[2]
 COMMAND = "megatron_paint.__main__:run"
+LAUNCHER = "tests.support.forked_launcher:run"
+WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # of a launcher of the tests themselves
+RANK = {"RANK": "{rank}", "LOCAL_RANK": "{rank}"}  # {rank} in a value is the number of the process
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Ended:
     statuses: list[int]
     out: list[str]
     err: list[str]
+    cpu_seconds: float
 
     @property
     def message(self) -> str:
@@ -43,7 +48,40 @@ class Ended:
         return line
 
 
-def run(
+class Running:
+    """The forked processes of one job, which a test may kill or signal. One job runs at a time: `wait` for its end."""
+
+    def __init__(self, server: subprocess.Popen, folder: Path, pids: list[int]) -> None:
+        self.pids = pids
+        self._server, self._folder = server, folder
+        self._ended: Ended | None = None
+
+    @property
+    def pid(self) -> int:
+        """Process id of the only process."""
+        (pid,) = self.pids
+        return pid
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether a process of the job still runs. The server collects those that have ended."""
+        return any(map(is_alive, self.pids))
+
+    def wait(self) -> Ended:
+        """Waits until all processes of the job have ended. AssertionError: they did not within the job's limit."""
+        if self._ended is None:
+            answer = json.loads(self._server.stdout.readline())
+            names = ("out", "err")
+            out, err = ([(self._folder / f"{n}{i}").read_text() for i in range(len(self.pids))] for n in names)
+            assert not answer["hung"], (answer, out, err)
+            self._ended = Ended(answer["statuses"], out, err, answer["cpu_seconds"])
+            if "MEGATRON_PAINT_TEST_CPU" in os.environ:
+                with open(os.environ["MEGATRON_PAINT_TEST_CPU"], "a") as stream:
+                    stream.write(f"{self._ended.cpu_seconds:.1f} {os.environ.get('PYTEST_CURRENT_TEST')}\n")
+        return self._ended
+
+
+def start(
     folder: Path,
     *arguments: object,
     target: str = COMMAND,
@@ -51,28 +89,31 @@ def run(
     limit: float = 400.0,
     kill: Kill | None = None,
     file_size: dict[int, int] | None = None,
-) -> Ended:
-    """Calls `target`, which finds the arguments in `sys.argv`, in so many ranks; fails where they hang.
+    environment: dict[str, str] | None = None,
+) -> Running:
+    """Forks so many processes, which call `target` with the arguments in `sys.argv`.
 
-    folder: for their output. limit: seconds. file_size: most bytes of a file that a rank may write.
+    folder: for their output. limit: seconds, after which all are killed. file_size: most bytes of a file that a rank
+    may write. environment: what tells them which rank they are; by default what torchrun sets.
     """
-    job = {
-        "folder": str(folder),
-        "arguments": [str(argument) for argument in arguments],
-        "target": target,
-        "processes": processes,
-        "port": free_port(),
-        "limit": limit,
-        "kill": None if kill is None else {"below": str(kill.below), "event": kill.event, "delay": kill.delay},
-        "file_size": {str(rank): size for rank, size in (file_size or {}).items()},
-    }
-    server = _server()
-    server.stdin.write(json.dumps(job) + "\n")
-    server.stdin.flush()
-    answer = json.loads(server.stdout.readline())
-    out, err = ([(folder / f"{name}{rank}").read_text() for rank in range(processes)] for name in ("out", "err"))
-    assert not answer["hung"], (answer, out, err)
-    return Ended(answer["statuses"], out, err)
+    port = str(free_port())
+    torchrun = RANK | {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return _start(
+        folder,
+        arguments,
+        target=target,
+        processes=processes,
+        limit=limit,
+        kill=None if kill is None else {"below": str(kill.below), "event": kill.event, "delay": kill.delay},
+        file_size={str(rank): size for rank, size in (file_size or {}).items()},
+        environment=torchrun if environment is None else environment,
+        alone=False,
+    )
+
+
+def run(folder: Path, *arguments: object, **how: object) -> Ended:
+    """Runs `target` in so many ranks to its end: see `start`."""
+    return start(folder, *arguments, **how).wait()
 
 
 def train(folder: Path, settings: Path, *overrides: str, **how: object) -> Ended:
@@ -80,13 +121,42 @@ def train(folder: Path, settings: Path, *overrides: str, **how: object) -> Ended
     return run(folder, "train", settings, *overrides, "--json", **how)
 
 
+def start_command(
+    folder: Path, *arguments: object, target: str = LAUNCHER, limit: float = 400.0, file_size: int | None = None
+) -> Running:
+    """Forks one process that no launcher started, in a new session: `megatron-paint ARGUMENTS` as a user starts it.
+
+    Ranks that it starts are forked too: see `forked_launcher`.
+    """
+    return _start(
+        folder,
+        arguments,
+        target=target,
+        processes=1,
+        limit=limit,
+        kill=None,
+        file_size={} if file_size is None else {"0": file_size},
+        environment={},
+        alone=True,
+    )
+
+
+def _start(folder: Path, arguments: tuple[object, ...], **job: object) -> Running:
+    job |= {"folder": str(folder), "arguments": [str(argument) for argument in arguments]}
+    server = _server()
+    server.stdin.write(json.dumps(job) + "\n")
+    server.stdin.flush()
+    return Running(server, folder, json.loads(server.stdout.readline()))
+
+
 @functools.cache
 def _server() -> subprocess.Popen:
-    environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
+    plain = {name: value for name, value in os.environ.items() if name not in WORLD and not name.startswith("SLURM")}
+    ours = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
     server = subprocess.Popen(
         [sys.executable, "-m", "tests.support.rank_server"],
         cwd=ROOT,
-        env=os.environ | environment,
+        env=plain | ours,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -1,10 +1,13 @@
-"""Forks the ranks of many short runs from one process that has imported everything; started by `forked_ranks.py`.
+"""Forks the ranks of many short runs from one process that has imported everything. `forked_ranks.py` starts it.
 
-Reads one job a line from stdin, as JSON, and answers each with a line: see `forked_ranks.run`.
+Reads one job per line from stdin, as JSON. Answers each job with two lines: the process ids as soon as all ranks are
+forked, and the end of the job. See `forked_ranks.start`.
 """
 
 import faulthandler
+import gc
 import importlib
+import importlib.util
 import json
 import os
 import resource
@@ -16,21 +19,28 @@ from pathlib import Path
 
 import transformers  # noqa: F401
 
+import megatron_paint.cli.main
 import megatron_paint.mcore.policy
 import megatron_paint.training.inputs
 import megatron_paint.training.start  # noqa: F401
+from megatron_paint.config.load import load_settings
+from megatron_paint.data.tokenizers import load_tokenizer
 
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 EVENTS = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate"}
 
 
 def main() -> None:
+    load_settings(QUICKSTART / "paint.yaml")  # these two import what they need when they are first called
+    load_tokenizer(QUICKSTART / "model")
+    gc.collect()
+    gc.freeze()  # the ranks' garbage collectors skip what is imported, and copy no page of it
     for line in sys.stdin:
-        job = json.loads(line)
-        print(json.dumps(run(job)), flush=True)
+        run(json.loads(line))
 
 
-def run(job: dict) -> dict:
-    """Forks the ranks of one job and waits for them; `hung` tells that the time was up and they were killed."""
+def run(job: dict) -> None:
+    """Forks the processes of one job and waits for them. `hung`: the time was up, and they were killed."""
     pids: list[int] = []
     for rank in range(job["processes"]):
         pid = os.fork()
@@ -38,35 +48,48 @@ def run(job: dict) -> dict:
             rank_main(job, rank)
             sys.exit()
         pids.append(pid)
-        os.setpgid(pid, pids[0])
-    statuses: list[int | None] = [None] * len(pids)
+        if not job["alone"]:
+            os.setpgid(pid, pids[0])
+    print(json.dumps(pids), flush=True)
+    ends: list[tuple[int, float] | None] = [None] * len(pids)
     deadline = time.monotonic() + job["limit"]
-    while None in statuses and time.monotonic() < deadline:
+    while None in ends and time.monotonic() < deadline:
         for rank, pid in enumerate(pids):
-            if statuses[rank] is None and (ended := os.waitpid(pid, os.WNOHANG)) != (0, 0):
-                statuses[rank] = os.waitstatus_to_exitcode(ended[1])
+            if ends[rank] is None:
+                ends[rank] = ended(pid, os.WNOHANG)
         time.sleep(0.01)
-    hung = None in statuses
+    hung = None in ends
     for rank, pid in enumerate(pids):
-        if statuses[rank] is None:
+        if ends[rank] is None:
             os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-    return {"statuses": statuses, "hung": hung}
+            ends[rank] = ended(pid, 0)
+    statuses, seconds = zip(*ends, strict=True)
+    print(json.dumps({"statuses": statuses, "hung": hung, "cpu_seconds": sum(seconds)}), flush=True)
+
+
+def ended(pid: int, options: int) -> tuple[int, float] | None:
+    """Exit status and CPU seconds of a process and its children; None while it runs."""
+    found, status, usage = os.wait4(pid, options)
+    return (os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime) if found else None
 
 
 def rank_main(job: dict, rank: int) -> None:
-    """One rank, in its own process."""
+    """One process of the job."""
+    if job["alone"]:
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{job['folder']}/{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     faulthandler.enable()
-    faulthandler.dump_traceback_later(0.9 * job["limit"])  # where it hangs
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["processes"])}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
+    faulthandler.dump_traceback_later(0.9 * job["limit"])  # shows where the process hangs
+    os.environ |= {key: value.format(rank=rank) for key, value in job["environment"].items()}
     if (size := job["file_size"].get(str(rank))) is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
     if job["kill"] is not None and rank == 0:
         kill_at_event(Path(job["kill"]["below"]), event=job["kill"]["event"], delay=job["kill"]["delay"])
+    # A pool of this process imports the main module again: the command's, not this one, which imports everything.
+    sys.modules["__main__"].__spec__ = importlib.util.find_spec("megatron_paint.__main__")
     module, function = job["target"].split(":")
     sys.argv[1:] = job["arguments"]
     getattr(importlib.import_module(module), function)()

@@ -1,0 +1,92 @@
+"""`megatron-paint` as a user starts it, whose ranks are forked: nothing is imported a second time.
+
+The launcher itself is the real one. What it starts with `subprocess.Popen([python, "-m", "megatron_paint", ...])`
+becomes a fork of this process that does what the new Python would do, in the state that it would be in.
+"""
+
+import atexit
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import weakref
+from collections.abc import Mapping, Sequence
+
+POPEN = subprocess.Popen
+POLL_SECONDS = 0.01
+
+
+class ForkedRank:
+    """What the launcher uses of `subprocess.Popen`."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        self.args, self.returncode = command, None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os._exit(_rank(command, environment))
+        os.setpgid(self.pid, self.pid)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self) -> int:
+        while self.poll() is None:
+            time.sleep(POLL_SECONDS)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+def _rank(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Runs the command in this fork; its exit status. Nothing of the launcher's may run at its end."""
+    os.setpgid(0, 0)
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # such as the store that the launcher listens at
+    weakref.finalize._registry.clear()  # the launcher's temporary folder
+    atexit._clear()
+    os.environ.clear()
+    os.environ.update(environment)
+    subprocess.Popen = POPEN
+    sys.argv[1:] = command[3:]
+    try:
+        from megatron_paint.__main__ import run as command_line
+
+        command_line()
+        status = 0
+    except SystemExit as ended:
+        status = ended.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return status
+
+
+def _popen(command: Sequence[str], *, env: Mapping[str, str] | None = None, **options: object):
+    if list(command[:3]) == [sys.executable, "-m", "megatron_paint"]:
+        assert options == {"stdin": subprocess.DEVNULL, "process_group": 0}, options
+        return ForkedRank(command, os.environ if env is None else env)
+    return POPEN(command, env=env, **options)
+
+
+def run() -> None:
+    """The command line, with forked ranks."""
+    from megatron_paint.__main__ import run as command_line
+
+    subprocess.Popen = _popen
+    command_line()
