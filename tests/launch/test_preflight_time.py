@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_paint.launch.preflight import command, coordinator, time_limit, timed_process, worker
+from megatron_paint.launch.preflight import command, coordinator, store, time_limit, timed_process, worker
 from megatron_paint.launch.preflight.identity import Node
 from megatron_paint.launch.preflight.options import LIMIT_SECONDS, parse
 from megatron_paint.launch.preflight.result import faulty_nodes
@@ -202,7 +202,9 @@ def test_the_first_node_reports_a_port_that_is_taken(taken):
     assert result.seen.startswith(f"port {taken} is taken by process {os.getpid()} (")
 
 
-def test_another_node_reports_a_listener_that_does_not_answer(taken, capsys):
+def test_another_node_reports_a_listener_that_does_not_answer(taken, capsys, monkeypatch):
+    """torch waits for the greeting of such a listener for ever (tests/reliability/test_preflight.py, long)."""
+    monkeypatch.setattr(store, "_greet", lambda *_: time.sleep(5))
     options = parse(["--run", "r", "--rendezvous", f"127.0.0.1:{taken}", "--settings", "s.yaml"])
     me = Node(rank=1, name="b", names=("a", "b"))
     began = time.monotonic()
