@@ -10,9 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial
+
+from megatron_paint.__main__ import run as command_line
+from tests.support.forks import end_after
 
 POPEN = subprocess.Popen
 POLL_SECONDS = 0.01
@@ -27,7 +30,7 @@ class ForkedRank:
         sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            os._exit(_rank(command, environment))
+            end_after(partial(_rank, command, environment))
         os.setpgid(self.pid, self.pid)
 
     def poll(self) -> int | None:
@@ -47,8 +50,8 @@ class ForkedRank:
             os.kill(self.pid, number)
 
 
-def _rank(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Runs the command in this fork; its exit status. Nothing of the launcher's may run at its end."""
+def _rank(command: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Runs the command in this fork, as if it were a new Python: nothing of the launcher's is left."""
     os.setpgid(0, 0)
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         if callable(signal.getsignal(number)):
@@ -61,20 +64,7 @@ def _rank(command: Sequence[str], environment: Mapping[str, str]) -> int:
     os.environ.update(environment)
     subprocess.Popen = POPEN
     sys.argv[1:] = command[3:]
-    try:
-        from megatron_paint.__main__ import run as command_line
-
-        command_line()
-        status = 0
-    except SystemExit as ended:
-        status = ended.code or 0
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    return status
+    command_line()
 
 
 def _popen(command: Sequence[str], *, env: Mapping[str, str] | None = None, **options: object):
@@ -86,7 +76,5 @@ def _popen(command: Sequence[str], *, env: Mapping[str, str] | None = None, **op
 
 def run() -> None:
     """The command line, with forked ranks."""
-    from megatron_paint.__main__ import run as command_line
-
     subprocess.Popen = _popen
     command_line()

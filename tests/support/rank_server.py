@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import transformers  # noqa: F401
@@ -25,6 +26,7 @@ import megatron_paint.training.inputs
 import megatron_paint.training.start  # noqa: F401
 from megatron_paint.config.load import load_settings
 from megatron_paint.data.tokenizers import load_tokenizer
+from tests.support.forks import end_after
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 EVENTS = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate"}
@@ -45,8 +47,7 @@ def run(job: dict) -> None:
     for rank in range(job["processes"]):
         pid = os.fork()
         if pid == 0:
-            rank_main(job, rank)
-            sys.exit()
+            end_after(partial(rank_main, job, rank))
         pids.append(pid)
         if not job["alone"]:
             os.setpgid(pid, pids[0])
