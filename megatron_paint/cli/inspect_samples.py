@@ -1,7 +1,7 @@
-"""`megatron-paint inspect`: one sample of one step, as the student wrote it and as the teacher saw the solution."""
+"""`megatron-paint inspect samples`: the response of the student, and the solution as the teacher saw it."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +11,18 @@ from rich.text import Text
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import settings_of
 from megatron_paint.config.saved import read_yaml
-from megatron_paint.data.tokenizers import load_tokenizer
+from megatron_paint.data.decoding import Decode, load_decoder
 from megatron_paint.run.folder import RunFolder
 
-BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoding gives for a character whose bytes are not all there yet
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # decoding returns it for an incomplete character
 LONGEST_CHARACTER = 4  # tokens
 HIDDEN, SELECTED, FOUND, MISSING = "dim strike", "bold black on yellow", "green", "red"
-
-Decode = Callable[[Sequence[int]], str]
 
 
 def run(options: argparse.Namespace, _: list[str]) -> int:
     """Prints one sample of a run; returns the exit status."""
     settings = settings_of(read_yaml(RunFolder(options.run_dir).config_file))
-    tokenizer = load_tokenizer(settings.model.hf_path, chat_template=settings.prompts.chat_template)
-
-    def decode(ids: Sequence[int]) -> str:
-        return tokenizer.decode(ids, keep_special=True)
-
+    decode = load_decoder(settings.model.hf_path, chat_template=settings.prompts.chat_template)
     inspect_sample(options.run_dir, options.step, index=options.index, id=options.id, tokenizer_decode=decode)
     return 0
 
@@ -42,11 +36,11 @@ def inspect_sample(
     tokenizer_decode: Decode | None,
     console: Console | None = None,
 ) -> str:
-    """Print one sample of a step and return the plain text of it.
+    """Prints one sample of a step and returns its plain text.
 
-    index: position among the samples of the step, or among those of the problem `id` if one is given. Without a decoder
-    the response is shown without its selected tokens. On a terminal colours mark what is hidden, selected, found and
-    missing; elsewhere [hidden: ...], [[...]], + and - do. UserError: no such step, sample or problem.
+    index: position among the samples of the step, or of the problem `id` if it is given. Without a decoder the selected
+    tokens of the response are not marked. On a terminal colours mark hidden, selected, found and missing parts. In a
+    file the marks are [hidden: ...], [[...]], + and -. UserError: no such step, sample or problem.
     """
     sample = _find(run_dir, step, index=index, id=id)
     parts = [_head(sample), *_solution(sample), *_anchors(sample), *_response(sample, tokenizer_decode)]
@@ -88,14 +82,14 @@ def _head(sample: dict[str, Any]) -> Text:
 
 
 def _solution(sample: dict[str, Any]) -> list[Text]:
-    """The reference with what the teacher was not shown marked."""
+    """The reference. A mark shows the part that the teacher did not see."""
     reveal = sample["reveal"]
     if reveal is None:
-        return [_title("Solution"), Text("the teacher was shown none")]
+        return [_title("Solution"), Text("the teacher saw none")]
     shown, reference = reveal["shown_text"], reveal["reference_text"]
     title = _title(f"Solution: {reveal['shown_tokens']} of {reveal['total_tokens']} tokens shown")
     if not reference.startswith(shown):
-        return [title, Text(shown), _title("Whole reference, of which that is no prefix"), Text(reference)]
+        return [title, Text(shown), _title("Complete reference, which does not begin with that text"), Text(reference)]
     return [title, Text.assemble(shown, (reference[len(shown) :], HIDDEN))]
 
 
@@ -110,7 +104,7 @@ def _anchors(sample: dict[str, Any]) -> list[Text]:
 
 
 def _response(sample: dict[str, Any], decode: Decode | None) -> list[Text]:
-    """The response with its selected tokens marked."""
+    """The response. Marks show its selected tokens."""
     title = _title("Response, selected positions marked")
     if decode is None:
         return [title, Text(sample["response_text"])]
@@ -121,10 +115,10 @@ def _response(sample: dict[str, Any], decode: Decode | None) -> list[Text]:
 
 
 def pieces(ids: Sequence[int], selected: set[int], decode: Decode) -> list[tuple[str, bool]]:
-    """The text in pieces of one token each, and whether it is selected.
+    """The text in pieces of one token each, and whether each is selected.
 
-    A character spread over several tokens is one piece, selected if any of these is. A piece that never becomes a
-    character is given up after four tokens.
+    A character that consists of several tokens is one piece, which is selected if one of the tokens is. Tokens that
+    never form a character end a piece after four tokens.
     """
     found: list[tuple[str, bool]] = []
     start = 0
@@ -138,7 +132,7 @@ def pieces(ids: Sequence[int], selected: set[int], decode: Decode) -> list[tuple
 
 
 def _to_plain(text: Text) -> str:
-    """The text with marks in place of colours."""
+    """The text with marks instead of colours."""
     plain, at = "", 0
     for span in text.spans:
         plain += text.plain[at : span.start]

@@ -16,9 +16,10 @@ from megatron_paint.grading.grade import GradingPool
 from megatron_paint.objectives import Objective
 from megatron_paint.objectives.metrics import ClipWatch, sample_lines
 from megatron_paint.policy import Policy
-from megatron_paint.records import EvalReport, StepReport
+from megatron_paint.records import StepReport
 from megatron_paint.run.console import Progress
 from megatron_paint.run.folder import RunFolder
+from megatron_paint.run.results import print_results
 from megatron_paint.runtime.heartbeat import beat
 from megatron_paint.runtime.pace import Pace
 from megatron_paint.runtime.rank_zero import OnRankZero
@@ -205,15 +206,5 @@ class Run:
         self.progress.evaluation(report)
 
     def end(self) -> None:
-        """Says where to look next and how the model did before and after, as the run folder has it."""
-        last = self.settings.run.steps
-        self.progress.note(
-            f"Look next: megatron-paint inspect samples {self.folder.path} {last}, "
-            f"{self.folder.metrics_file}, {self.folder.hf_folder(last)} (a Hugging Face checkpoint)"
-        )
-        before, after = self.evaluation_of(0), self.evaluation_of(last)
-        self.progress.end(before=before if after else [], after=after, folder=str(self.folder.path))
-
-    def evaluation_of(self, step: int) -> list[EvalReport]:
-        """The evaluation of a step that stands in the run folder, none if there is none."""
-        return [self.folder.read_eval(step)] if self.folder.holds("evaluation", step) else []
+        """Prints the results, as the run folder has them."""
+        print_results(self.folder, self.progress, last=self.settings.run.steps)

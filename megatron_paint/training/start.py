@@ -33,10 +33,13 @@ if TYPE_CHECKING:
 MOST_MASKER_WORKERS = 8  # ours: a step of 512 problems is then measured in a tenth of a second
 
 
-def train(settings: Settings, *, mode: Mode = "normal", self_check_only: bool = False) -> bool:
-    """Runs a training run in the world that the environment describes; whether it came to its end.
+def train(
+    settings: Settings, *, mode: Mode = "normal", self_check_only: bool = False, prints_plan: bool = True
+) -> bool:
+    """Runs a training run in the ranks that the environment describes; returns whether it came to its end.
 
-    False: it was asked to stop, and has left a checkpoint. UserError for bad input.
+    False: it was asked to stop, and has left a checkpoint. prints_plan: False where another process has printed plan
+    and data. UserError for bad input.
     """
     from megatron_paint.mcore.ranks import joined_ranks
 
@@ -45,14 +48,14 @@ def train(settings: Settings, *, mode: Mode = "normal", self_check_only: bool = 
         hang = None if self_check_only else settings.run.hang_timeout_s
         ranks = stack.enter_context(joined_ranks(settings.megatron, hang_seconds=hang and 2 * LONG * hang))
         if self_check_only:
-            check_model(settings, ranks, mode=mode)
+            check_model(settings, ranks, mode=mode, prints_plan=prints_plan)
             return True
-        run = prepare(settings, ranks, mode=mode, stack=stack, request=request)
+        run = prepare(settings, ranks, mode=mode, stack=stack, request=request, prints_plan=prints_plan)
         self_check(settings, run.policy, run.problems, run.prompts, run.progress)
         return run.train()
 
 
-def check_model(settings: Settings, ranks: "Ranks", *, mode: Mode) -> None:
+def check_model(settings: Settings, ranks: "Ranks", *, mode: Mode, prints_plan: bool) -> None:
     """The self-check alone, without a run folder."""
     from megatron_paint.mcore.collectives import rank_zero_does
     from megatron_paint.mcore.policy import MegatronPolicy
@@ -62,7 +65,7 @@ def check_model(settings: Settings, ranks: "Ranks", *, mode: Mode) -> None:
     plan = make_plan(settings, processes=ranks.size)
     sources = load_sources(settings, plan.shape, on_rank_zero=partial(rank_zero_does, ranks))
     progress = Progress(_answer_mode(mode) if ranks.rank == 0 else "silent", steps=0)
-    for line in [] if mode == "quiet" else plan.lines(settings):
+    for line in plan.lines(settings) if prints_plan and mode != "quiet" else []:
         progress.note(line)
     policy = MegatronPolicy(settings, plan.shape, ranks, trained=False)
     self_check(settings, policy, sources.problems, sources.prompts, progress)
@@ -73,7 +76,9 @@ def _answer_mode(mode: Mode) -> Mode:
     return "normal" if mode == "quiet" else mode
 
 
-def prepare(settings: Settings, ranks: "Ranks", *, mode: Mode, stack: ExitStack, request: StopRequest) -> "Run":
+def prepare(
+    settings: Settings, ranks: "Ranks", *, mode: Mode, stack: ExitStack, request: StopRequest, prints_plan: bool = True
+) -> "Run":
     """Everything that the loop needs: data checked, the folder ready, the model loaded, the checkpoint taken up."""
     from megatron_paint.mcore.collectives import any_rank_says, rank_zero_does
     from megatron_paint.mcore.policy import MegatronPolicy
@@ -93,7 +98,8 @@ def prepare(settings: Settings, ranks: "Ranks", *, mode: Mode, stack: ExitStack,
     if first and settings.run.tensorboard:
         board, note = open_tensorboard(folder.path / "tensorboard", resume_step=start)
     progress = Progress(mode if first else "silent", steps=settings.run.steps, tensorboard=board)
-    for line in [*plan.lines(settings), *sources.notes, *([note] if note else [])]:
+    planned = [*plan.lines(settings), *sources.notes] if prints_plan else []
+    for line in [*planned, *([note] if note else [])]:
         progress.note(line)
     for warning in set_aside:
         progress.warn(warning)

@@ -84,7 +84,7 @@ def test_a_terminal_gets_colours_and_no_marks(run_dir):
 def test_choice_by_index_and_by_problem(run_dir):
     assert show(run_dir, index=2)[0].startswith("problem a, step 3: overlap 0.50, reveal 0.65, loss 0.7500")
     assert show(run_dir, id="a", index=1)[0].startswith("problem a, step 3: overlap 0.50, reveal 0.65, loss 0.7500")
-    assert "the teacher was shown none" in show(run_dir, id="b")[0]
+    assert "the teacher saw none" in show(run_dir, id="b")[0]
 
 
 def test_a_solution_shown_whole_has_no_mark(run_dir):

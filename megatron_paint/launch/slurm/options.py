@@ -7,10 +7,12 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.settings import RunSettings
+
+if TYPE_CHECKING:
+    from megatron_paint.config.settings import RunSettings
 
 # Slurm's own options with a value that goes into the script as it is: what the value looks like, and what it means.
 PLACING = {
@@ -80,7 +82,7 @@ class SlurmOptions:
         return 1 if self.launcher == "torchrun" else self.processes_per_node
 
 
-def make_options(given: argparse.Namespace, *, run: RunSettings, environ: Mapping[str, str]) -> SlurmOptions:
+def make_options(given: argparse.Namespace, *, run: "RunSettings", environ: Mapping[str, str]) -> SlurmOptions:
     """Checks the command line's options; UserError names the option, what it got and what holds."""
     _check_numbers(given)
     _check_combinations(given)
