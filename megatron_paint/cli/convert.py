@@ -5,7 +5,6 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +15,7 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.checkpoints.hf_reader import HuggingFaceReader
 from megatron_paint.checkpoints.hf_writer import SHARD_BYTES
 from megatron_paint.convert.check import Comparison, compare, describe
+from megatron_paint.convert.folders import check_folder
 from megatron_paint.convert.to_hf import ToAdapter, ToHuggingFace
 from megatron_paint.convert.to_megatron import ToMegatron
 from megatron_paint.convert.work import Job, convert, processes_for
@@ -24,13 +24,13 @@ SHOWN = 10  # differences that are listed
 
 
 def run_to_megatron(options: argparse.Namespace) -> int:
-    _check_folder(options.source)
+    check_folder(options.source)
     return _convert(ToMegatron(source=options.source, dtype=options.dtype, checksums=options.checksums), options)
 
 
 def run_to_hf(options: argparse.Namespace) -> int:
     for folder in (options.source, options.base):
-        _check_folder(folder)
+        check_folder(folder)
     if options.lora == "adapter":
         if options.shard_size is not None:
             raise UserError("--shard-size: adapters are one file, as PEFT reads them; leave it out")
@@ -43,11 +43,6 @@ def run_to_hf(options: argparse.Namespace) -> int:
         checksums=options.checksums,
     )
     return _convert(job, options)
-
-
-def _check_folder(path: Path) -> None:
-    if not path.is_dir():
-        raise UserError(f"{path} is not a folder; give the folder of a checkpoint")
 
 
 def _convert(job: Job, options: argparse.Namespace) -> int:
@@ -76,7 +71,7 @@ def _convert(job: Job, options: argparse.Namespace) -> int:
 def run_check(options: argparse.Namespace) -> int:
     """0 where both are the same, 1 where not."""
     for folder in (options.hf, options.megatron):
-        _check_folder(folder)
+        check_folder(folder)
     total = sum(place.nbytes for place in HuggingFaceReader(options.hf).tensors.values())
     with _progress("comparing", total, options) as advance:
         found = compare(options.hf, options.megatron, progress=advance)
@@ -124,7 +119,7 @@ def _lines(found: Comparison) -> Iterator[str]:
 
 
 def run_inspect(options: argparse.Namespace) -> int:
-    _check_folder(options.path)
+    check_folder(options.path)
     found = describe(options.path)
     if options.json:
         print(json.dumps(found))

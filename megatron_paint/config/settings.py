@@ -288,6 +288,8 @@ class RunSettings:
 
 @settings_class
 class Settings:
+    """All settings of a run."""
+
     model: ModelSettings
     data: DataSettings
     run: RunSettings
