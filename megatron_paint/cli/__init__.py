@@ -1,1 +1,1 @@
-"""What a user types: parse, check, call, print."""
+"""The commands: each parses its options, checks, calls the library and prints."""

@@ -5,7 +5,6 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +15,7 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.checkpoints.hf_reader import HuggingFaceReader
 from megatron_paint.checkpoints.hf_writer import SHARD_BYTES
 from megatron_paint.convert.check import Comparison, compare, describe
+from megatron_paint.convert.folders import check_folder
 from megatron_paint.convert.to_hf import ToAdapter, ToHuggingFace
 from megatron_paint.convert.to_megatron import ToMegatron
 from megatron_paint.convert.work import Job, convert, processes_for
@@ -25,14 +25,14 @@ DIFFERENCES_SHOWN = 10
 
 def run_to_megatron(options: argparse.Namespace) -> int:
     """Converts to Megatron and returns the exit status 0. Raises UserError if the conversion is not possible."""
-    _check_folder(options.source)
+    check_folder(options.source)
     return _convert(ToMegatron(source=options.source, dtype=options.dtype, checksums=options.checksums), options)
 
 
 def run_to_hf(options: argparse.Namespace) -> int:
     """Converts to Hugging Face and returns the exit status 0. Raises UserError if the conversion is not possible."""
     for folder in (options.source, options.base):
-        _check_folder(folder)
+        check_folder(folder)
     if options.lora == "adapter":
         if options.shard_size is not None:
             raise UserError("--shard-size: PEFT reads adapters from one file; leave this option out")
@@ -45,11 +45,6 @@ def run_to_hf(options: argparse.Namespace) -> int:
         checksums=options.checksums,
     )
     return _convert(job, options)
-
-
-def _check_folder(path: Path) -> None:
-    if not path.is_dir():
-        raise UserError(f"{path} is not a folder; give the folder of a checkpoint")
 
 
 def _convert(job: Job, options: argparse.Namespace) -> int:
@@ -78,7 +73,7 @@ def _convert(job: Job, options: argparse.Namespace) -> int:
 def run_check(options: argparse.Namespace) -> int:
     """Compares two checkpoints. Returns the exit status: 0 if they are equal, 1 if they differ."""
     for folder in (options.hf, options.megatron):
-        _check_folder(folder)
+        check_folder(folder)
     total = sum(place.nbytes for place in HuggingFaceReader(options.hf).tensors.values())
     with _progress("comparing", total, options) as advance:
         found = compare(options.hf, options.megatron, progress=advance)
@@ -130,7 +125,7 @@ def _lines(found: Comparison) -> Iterator[str]:
 
 def run_inspect(options: argparse.Namespace) -> int:
     """Prints the description of a checkpoint and returns the exit status 0."""
-    _check_folder(options.path)
+    check_folder(options.path)
     found = describe(options.path)
     if options.json:
         print(json.dumps(found))

@@ -1,4 +1,4 @@
-"""`megatron-paint doctor`: what this machine has, and what lacking the rest costs."""
+"""`megatron-paint doctor`: what this machine has, what is missing, and what that costs."""
 
 import argparse
 import importlib
@@ -24,35 +24,35 @@ from megatron_paint.planning.apex import CURE, apex_folders, is_foreign
 
 Status = Literal["ok", "missing", "broken", "low"]
 GIB = 1 << 30
-OLDEST_PYTHON = (3, 10)
+OLDEST_PYTHON = (3, 11)
 FREE_DISK = 20 * GIB  # one 8B checkpoint in bf16 is 16 GiB
-SHARED_MEMORY = 1 * GIB  # container default is 64 MiB, which NCCL and data loaders outgrow
-LOG_WIDTH = 140  # of the table where the console is a file
+SHARED_MEMORY = 1 * GIB  # the default of a container, 64 MiB, is too small for NCCL and data loaders
+LOG_WIDTH = 140  # of the table if the console is a file
 STYLES = {"ok": "green", "missing": "yellow", "low": "yellow", "broken": "bold red"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """One thing that was looked for."""
+    """One thing that doctor looked for."""
 
     name: str
-    status: Status  # low: there, but little of it
+    status: Status  # low: it exists, but too little of it
     found: str  # version, size or reason
-    cost: str = ""  # what goes without it; empty if ok
+    cost: str = ""  # the consequence; empty if ok
     required: bool = False
-    fatal: bool = False  # training cannot be trusted to work as it is
+    fatal: bool = False  # training may fail
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Package:
-    """A package to look for, by what is imported and by what is installed."""
+    """A package to look for, by its module and by its distribution."""
 
     name: str
     module: str
     distribution: str
     cost: str
     required: bool = False
-    imported: bool = True  # training imports it, so that a broken one is worse than none; else it is only looked up
+    imported: bool = True  # training imports it, so a broken one is fatal; False: only its presence is reported
 
 
 REQUIRED = (
@@ -125,7 +125,7 @@ EXTENSIONS = (
         name="Apex amp_C",
         module="amp_C",
         distribution="apex",
-        cost="gradient norms and clipping take a loop of small kernels, unless Transformer Engine is there",
+        cost="gradient norms and clipping take a loop of small kernels, unless Transformer Engine is installed",
     ),
     Package(
         name="Apex fused_weight_gradient_mlp_cuda",
@@ -140,18 +140,18 @@ def load(module: str) -> ModuleType | str:
     """The module, "" if it is not installed, or why it could not be imported."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Megatron-Core warns of what is missing, which is in the table anyway
+            warnings.simplefilter("ignore")  # Megatron-Core warns of missing packages, which are in the table
             return importlib.import_module(module)
     except ModuleNotFoundError as error:
         missing = error.name or module
         return "" if f"{module}.".startswith(f"{missing}.") else f"needs {missing}, which is not installed"
-    except Exception as error:  # a broken installation can raise anything, and doctor is there to say what
+    except Exception as error:  # a broken installation can raise anything
         lines = str(error).splitlines()
         return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def examine_package(package: Package) -> Finding:
-    """Look for one package, import it if training does, and name its version."""
+    """Looks for one package, imports it if training does, and reports its version."""
     if package.imported:
         module = load(package.module)
         problem = module if isinstance(module, str) else None
@@ -178,7 +178,7 @@ def _version(package: Package) -> str:
 
 
 def examine_apex() -> list[Finding]:
-    """Apex and its CUDA extensions; PyPI's `apex` is another project that only shares the name."""
+    """Apex and its CUDA extensions. PyPI's `apex` is another project with the same name."""
     findings = []
     folders = apex_folders()
     if folders is None:
@@ -189,7 +189,7 @@ def examine_apex() -> list[Finding]:
                 name="Apex",
                 status="broken",
                 found="a module `apex` without apex.optimizers: not NVIDIA's",
-                cost=f"training is refused, because Megatron-Core takes it for NVIDIA's: {CURE}",
+                cost=f"training is refused, because Megatron-Core would use it as NVIDIA's: {CURE}",
                 fatal=True,
             )
         )
@@ -199,7 +199,7 @@ def examine_apex() -> list[Finding]:
 
 
 def examine_torch() -> list[Finding]:
-    """PyTorch, its GPUs and its means of communication."""
+    """PyTorch, its GPUs and its communication backends."""
     torch = load("torch")
     if isinstance(torch, str):
         status: Status = "broken" if torch else "missing"
@@ -247,7 +247,7 @@ def examine_python() -> Finding:
 
 
 def examine_space(name: str, path: Path, *, total: bool, wanted: int, cost: str) -> Finding:
-    """Room in one place, in bytes: its whole size or what is free of it."""
+    """The space in one place, in bytes: its total size or its free part."""
     try:
         usage = shutil.disk_usage(path)
     except OSError as error:
@@ -262,16 +262,16 @@ def examine_space(name: str, path: Path, *, total: bool, wanted: int, cost: str)
 
 
 def examine(run_parent: str | Path = ".") -> list[Finding]:
-    """Everything that is looked for, in the order in which it is shown; changes nothing.
+    """All findings, in the order of the table. It changes nothing.
 
-    run_parent: where run folders go, whose disk is measured.
+    run_parent: the folder of run folders, whose disk is measured.
     """
     disk = f"less than {FREE_DISK // GIB} GiB: one checkpoint of an 8B model may not fit"
     shared = "less than 1 GiB: NCCL and vLLM fail between GPUs; start the container with --shm-size=16g or --ipc=host"
     checks: list[Callable[[], Finding | list[Finding]]] = [
         examine_python,
         examine_torch,
-        # torch is imported before these: extensions find its libraries only then.
+        # After torch: extensions find its libraries only when it is imported.
         *(lambda package=package: examine_package(package) for package in REQUIRED),
         examine_apex,
         *(lambda package=package: examine_package(package) for package in OPTIONAL),
@@ -304,7 +304,7 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def doctor(*, as_json: bool = False, run_parent: str | Path = ".", console: Console | None = None) -> int:
-    """Print what was found; the exit status: 1 if something required is missing or anything is broken, else 0."""
+    """Prints the findings. Returns the exit status: 1 if something required is missing or broken, else 0."""
     findings = examine(run_parent)
     fatal = [finding.name for finding in findings if finding.fatal]
     console = console or Console(highlight=False)
@@ -315,6 +315,6 @@ def doctor(*, as_json: bool = False, run_parent: str | Path = ".", console: Cons
         if not console.is_terminal:
             console.width = LOG_WIDTH
         console.print(render(findings))
-        verdict = f"Mend first: {', '.join(fatal)}" if fatal else "Ready to train."
+        verdict = f"Fix first: {', '.join(fatal)}" if fatal else "Ready to train."
         console.print(verdict, style="bold red" if fatal else "bold green", soft_wrap=True)
     return 1 if fatal else 0

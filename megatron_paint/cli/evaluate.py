@@ -1,9 +1,11 @@
 """`megatron-paint evaluate`: a model on benchmarks, or recorded responses."""
 
 import argparse
+import os
 
 from megatron_paint.cli.evaluate_options import requested
-from megatron_paint.cli.ranks import console_mode, number_of_ranks, rank_environment_of
+from megatron_paint.cli.ranks import console_mode, number_of_ranks, rank_environment_of, start_ranks_here
+from megatron_paint.launch.loopback import loopback
 from megatron_paint.planning.layout import check_layout
 
 
@@ -31,8 +33,9 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
         for name, evaluator in load_evaluators(asked, layout.shape):  # one process finds a mistake within seconds
             answer_file(asked, name, evaluator).begin()
         if processes > 1:
-            from megatron_paint.launch.local import run_here
-
-            return run_here(arguments, processes)
-    evaluate(asked, mode=console_mode(options))
+            return start_ranks_here(arguments, processes, options)
+        with loopback(os.environ):
+            evaluate(asked, mode=console_mode(options))
+    else:
+        evaluate(asked, mode=console_mode(options))
     return 0

@@ -1,7 +1,7 @@
-"""`megatron-paint inspect`: prints one sample of a step, with the student's response and the teacher's view."""
+"""`megatron-paint inspect samples`: the response of the student, and the solution as the teacher saw it."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +11,18 @@ from rich.text import Text
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import settings_of
 from megatron_paint.config.saved import read_config
-from megatron_paint.data.tokenizers import load_tokenizer
+from megatron_paint.data.decoding import Decode, load_decoder
 from megatron_paint.run.folder import RunFolder
 
-BROKEN = "\N{REPLACEMENT CHARACTER}"  # the result of decoding a character with missing bytes
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # decoding returns it for an incomplete character
 LONGEST_CHARACTER = 4  # tokens
 HIDDEN, SELECTED, FOUND, MISSING = "dim strike", "bold black on yellow", "green", "red"
-
-Decode = Callable[[Sequence[int]], str]
 
 
 def run(options: argparse.Namespace, _: list[str]) -> int:
     """Prints one sample of a run; returns the exit status."""
     settings = settings_of(read_config(RunFolder(options.run_dir).config_file))
-    tokenizer = load_tokenizer(settings.model.hf_path, chat_template=settings.prompts.chat_template)
-
-    def decode(ids: Sequence[int]) -> str:
-        return tokenizer.decode(ids, keep_special=True)
-
+    decode = load_decoder(settings.model.hf_path, chat_template=settings.prompts.chat_template)
     inspect_sample(options.run_dir, options.step, index=options.index, id=options.id, tokenizer_decode=decode)
     return 0
 
@@ -44,10 +38,9 @@ def inspect_sample(
 ) -> str:
     """Prints one sample of a step and returns its plain text.
 
-    index: position among the samples of the step, or among the samples of the problem `id` if it is given.
-    tokenizer_decode: None prints the response without its selected tokens. On a terminal, colours mark hidden text,
-    selected tokens, and found and missing anchors. Elsewhere [hidden: ...], [[...]], + and - mark them. Raises
-    UserError if the step, the sample or the problem does not exist.
+    index: position among the samples of the step, or of the problem `id` if it is given. Without a decoder the selected
+    tokens of the response are not marked. On a terminal colours mark hidden, selected, found and missing parts. In a
+    file the marks are [hidden: ...], [[...]], + and -. UserError: no such step, sample or problem.
     """
     sample = _find(run_dir, step, index=index, id=id)
     parts = [_head(sample), *_solution(sample), *_anchors(sample), *_response(sample, tokenizer_decode)]
@@ -65,11 +58,11 @@ def _find(run_dir: str | Path, step: int, *, index: int, id: str | None) -> dict
     samples = RunFolder(run_dir).read_samples(step)
     chosen = samples if id is None else [sample for sample in samples if sample["id"] == id]
     if not chosen:
-        first = ", ".join(dict.fromkeys(str(sample["id"]) for sample in samples[:5]))
-        raise UserError(f"step {step} of {run_dir} has no sample of problem {id!r}; its first problems are {first}")
+        there = ", ".join(dict.fromkeys(str(sample["id"]) for sample in samples[:5]))
+        raise UserError(f"Step {step} of {run_dir} has no sample of problem {id!r}; its problems begin with {there}")
     if not 0 <= index < len(chosen):
-        owner = f"step {step}" if id is None else f"problem {id!r} in step {step}"
-        raise UserError(f"{owner} has {len(chosen)} samples, 0 to {len(chosen) - 1}; there is no index {index}")
+        whose = f"step {step}" if id is None else f"problem {id!r} in step {step}"
+        raise UserError(f"{whose} has {len(chosen)} samples, 0 to {len(chosen) - 1}; there is no index {index}")
     return chosen[index]
 
 
@@ -89,14 +82,14 @@ def _head(sample: dict[str, Any]) -> Text:
 
 
 def _solution(sample: dict[str, Any]) -> list[Text]:
-    """Returns the reference with marks on the hidden part."""
+    """The reference. A mark shows the part that the teacher did not see."""
     reveal = sample["reveal"]
     if reveal is None:
-        return [_title("Solution"), Text("the teacher was shown no solution")]
+        return [_title("Solution"), Text("the teacher saw none")]
     shown, reference = reveal["shown_text"], reveal["reference_text"]
     title = _title(f"Solution: {reveal['shown_tokens']} of {reveal['total_tokens']} tokens shown")
     if not reference.startswith(shown):
-        return [title, Text(shown), _title("Complete reference (the shown text is not its beginning)"), Text(reference)]
+        return [title, Text(shown), _title("Complete reference, which does not begin with that text"), Text(reference)]
     return [title, Text.assemble(shown, (reference[len(shown) :], HIDDEN))]
 
 
@@ -111,8 +104,8 @@ def _anchors(sample: dict[str, Any]) -> list[Text]:
 
 
 def _response(sample: dict[str, Any], decode: Decode | None) -> list[Text]:
-    """Returns the response with marks on its selected tokens."""
-    title = _title("Response with its selected tokens marked")
+    """The response. Marks show its selected tokens."""
+    title = _title("Response, selected positions marked")
     if decode is None:
         return [title, Text(sample["response_text"])]
     text = Text()
@@ -122,10 +115,10 @@ def _response(sample: dict[str, Any], decode: Decode | None) -> list[Text]:
 
 
 def pieces(ids: Sequence[int], selected: set[int], decode: Decode) -> list[tuple[str, bool]]:
-    """Returns the text in pieces of one token, each with a flag that is true for selected tokens.
+    """The text in pieces of one token each, and whether each is selected.
 
-    A character of several tokens is one piece. It is selected if one of its tokens is. After four tokens a piece ends
-    even if it is not a complete character.
+    A character that consists of several tokens is one piece, which is selected if one of the tokens is. Tokens that
+    never form a character end a piece after four tokens.
     """
     found: list[tuple[str, bool]] = []
     start = 0
@@ -139,7 +132,7 @@ def pieces(ids: Sequence[int], selected: set[int], decode: Decode) -> list[tuple
 
 
 def _to_plain(text: Text) -> str:
-    """Returns the text with marks in place of colours."""
+    """The text with marks instead of colours."""
     plain, at = "", 0
     for span in text.spans:
         plain += text.plain[at : span.start]

@@ -2,16 +2,21 @@
 
 import argparse
 import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import MegatronSettings
-from megatron_paint.launch.local import number_of_processes
+from megatron_paint.launch.local import number_of_processes, run_here
+from megatron_paint.launch.loopback import loopback
 from megatron_paint.launch.print_once import host_store
 from megatron_paint.launch.rank_environment import RankEnvironment, export_rank_environment, find_rank_environment
-from megatron_paint.run.console import Mode
+
+if TYPE_CHECKING:
+    from megatron_paint.run.console import Mode
 
 
-def console_mode(options: argparse.Namespace) -> Mode:
+def console_mode(options: argparse.Namespace) -> "Mode":
     """What `--quiet` and `--json` ask for."""
     return "quiet" if options.quiet else "json" if options.json else "normal"
 
@@ -36,3 +41,24 @@ def number_of_ranks(
 ) -> int:
     """The number of ranks that exist, or else the number that will be started here."""
     return environment.size if environment is not None else number_of_processes(megatron, options.processes)
+
+
+def start_ranks_here(
+    arguments: Sequence[str],
+    processes: int,
+    options: argparse.Namespace,
+    *,
+    prepare: Callable[[str], None] = lambda folder: None,
+) -> int:
+    """Starts the ranks of a command on this machine and waits for them; returns the exit status.
+
+    prepare: writes into the folder that the ranks share with this process what they need of it.
+    """
+    from megatron_paint.run.console import Progress
+
+    Progress(console_mode(options), steps=0).note(
+        f"starting {processes} ranks: each imports PyTorch and Megatron-Core and loads its part of the model",
+        processes=processes,
+    )
+    with loopback(os.environ):
+        return run_here(arguments, processes, prepare=prepare)

@@ -154,7 +154,12 @@ def _silence_known_warnings() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed\.checkpoint\..*")
     warnings.filterwarnings("ignore", message="Please use DTensor instead")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    # Megatron-Core imports it on every rank; it reports that CUDA is installed and no GPU is present.
+    logging.getLogger("torch.utils.cpp_extension").addFilter(
+        lambda record: not record.getMessage().startswith("No CUDA runtime is found, using CUDA_HOME")
+    )
 
 
 def _seed_libraries() -> None:

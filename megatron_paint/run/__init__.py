@@ -1,1 +1,1 @@
-"""What a run leaves behind and what it says while it runs."""
+"""What a run leaves in its folder and prints while it runs."""

@@ -1,4 +1,4 @@
-"""What a run says on the console while it runs; only rank 0 has a Progress that is not silent."""
+"""What a run prints while it runs. Only rank 0 has a Progress that is not silent."""
 
 import math
 import time
@@ -16,15 +16,15 @@ from megatron_paint.records import EvalReport, StepReport
 from megatron_paint.run.tensorboard import TensorBoardLog
 
 Mode = Literal["normal", "quiet", "json", "silent"]
-RECENT = 20  # steps that the time left is estimated from
-LOG_WIDTH = 120  # of the table where the console is a file
+RECENT = 20  # the time left is estimated from so many steps
+LOG_WIDTH = 120  # of the table if the console is a file
 
 
 class Progress:
     """Console and TensorBoard of one run.
 
     normal: a line per step, and a table at the end. quiet: warnings and the table. json: one JSON object per event on
-    stdout, with `event` one of note, step, evaluation, warning, end. silent: nothing at all, for ranks above 0.
+    stdout, with `event` one of note, result, step, evaluation, warning, end. silent: nothing, for ranks above 0.
     """
 
     def __init__(
@@ -47,24 +47,24 @@ class Progress:
         self._accuracy: float | None = None
 
     def note(self, message: str, **values: Any) -> None:
-        """Say something that is neither a step nor a problem; `values` go into the JSON event."""
+        """Prints a line that is neither a step nor a warning. `values` go into the JSON event."""
         self._emit("note", {"message": message, **values}, "" if self.mode == "quiet" else escape(message))
 
     def result(self, message: str, **values: Any) -> None:
-        """Say what the run was for: quiet or not."""
+        """Prints a result of the run, also in quiet mode."""
         self._emit("result", {"message": message, **values}, escape(message))
 
     def warn(self, message: str) -> None:
-        """Say something that asks for attention."""
+        """Prints a warning."""
         self._emit("warning", {"message": message}, f"[bold yellow]warning:[/] {escape(message)}")
 
     def start_clock(self) -> None:
-        """Begin to measure steps now: after start-up or a pause that is no part of a step."""
+        """Starts to measure steps now: after the start, or after a pause that does not belong to a step."""
         self._times.clear()
         self._times.append(self._clock())
 
     def step(self, report: StepReport) -> None:
-        """Report one step, and what it warns of."""
+        """Prints one step and its warnings."""
         self._times.append(self._clock())
         left = self.seconds_left(report.step)
         line = "" if self.mode == "quiet" else self._step_line(report, left)
@@ -75,7 +75,7 @@ class Progress:
             self.tensorboard.add(report.step, report.metrics)
 
     def evaluation(self, report: EvalReport) -> None:
-        """Report one evaluation; its accuracy stays on the lines of later steps."""
+        """Prints one evaluation. The lines of later steps repeat its accuracy."""
         self._accuracy = report.metrics["avg"]
         values = {"step": report.step, "benchmark": report.benchmark, **report.metrics}
         line = f"[bold]evaluation[/] at step {report.step} on {escape(report.benchmark)}: {accuracy_text(report)}"
@@ -85,7 +85,7 @@ class Progress:
             self.tensorboard.add(report.step, scores)
 
     def end(self, *, before: Sequence[EvalReport] = (), after: Sequence[EvalReport] = (), folder: str = "") -> None:
-        """Report the end of the run: before and after for each benchmark, and where everything is."""
+        """Prints the end of the run: each benchmark before and after, and the folder of the results."""
         differences = {}
         for old, new in zip(before, after, strict=True) if before else ():
             difference = paired_difference(before=old, after=new)
@@ -99,7 +99,7 @@ class Progress:
             self.tensorboard.close()
 
     def seconds_left(self, step: int) -> float:
-        """Time that the steps after `step` will take, at the mean pace of the last 20."""
+        """The seconds that the steps after `step` will take, at the mean speed of the last 20."""
         if len(self._times) < 2:
             return 0.0
         pace = (self._times[-1] - self._times[0]) / (len(self._times) - 1)
@@ -110,7 +110,7 @@ class Progress:
         width = len(str(self.steps))
         parts = [f"step {report.step:>{width}}/{self.steps}", f"loss {metrics['loss']:.4f}"]
         for name, key in (("overlap", "overlap/mean"), ("reveal", "reveal/mean"), ("reward", "reward/mean")):
-            if not math.isnan(metrics.get(key, math.nan)):  # the objective has it
+            if not math.isnan(metrics.get(key, math.nan)):  # only some objectives have it
                 parts.append(f"{name} {metrics[key]:.2f}")
         if self._accuracy is not None:
             parts.append(f"accuracy {100 * self._accuracy:.1f} %")
@@ -121,7 +121,7 @@ class Progress:
         if self.mode == "silent" or (self.mode != "json" and rendered == ""):
             return
         if self.mode == "json":
-            # Not through rich: it would wrap and colour.
+            # rich would wrap and colour the line.
             print(to_json({"event": event, **values}), file=self.console.file, flush=True)
         else:
             self.console.print(rendered, soft_wrap=isinstance(rendered, str))

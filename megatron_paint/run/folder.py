@@ -1,4 +1,4 @@
-"""The run folder: its layout, how it starts, and how a run goes on in it.
+"""The run folder: its layout, how a run starts in it, and how it resumes.
 
 config.yaml, metrics.jsonl, samples/step_000001.jsonl, eval/step_000100.json, checkpoints/step_000025/, hf/step_000100/,
 logs/; on Slurm attempts.jsonl. Only one process, rank 0, writes; any process may read.
@@ -36,7 +36,7 @@ ALLOWED_BEFORE = {"logs", ATTEMPTS, STOPPED}  # the batch system and its jobs wr
 
 
 class RunFolder:
-    """Paths, writing and reading of one run folder; making one of these touches nothing on the disk."""
+    """Paths, writing and reading of one run folder. Creating the object changes nothing on the disk."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -48,13 +48,12 @@ class RunFolder:
     # Starting
 
     def prepare(self, settings: Any) -> int:
-        """Make the folder, or get it ready to go on, after `run.resume`; the step to go on from, 0 at the start.
+        """Creates the folder, or prepares it for resuming, as `run.resume` asks. Returns the last step done, 0: none.
 
-        settings: the Settings, or the same as nested dictionaries. Writes config.yaml first, so that a folder that
-        cannot be written is found before any work. On resuming, what the folder holds beyond the checkpoint's step is
-        taken back: metrics, samples and evaluations; exports stay until they are due again. UserError: the folder is
-        not empty and nothing is to be resumed, nothing is there to resume, a setting changed that may not, or the disk
-        refuses.
+        settings: the Settings, or the same as nested dictionaries. config.yaml is written first: a folder that cannot
+        be written is found before any work. A resumed run removes metrics, samples and evaluations of steps after its
+        checkpoint. Exports stay until they are due again. UserError: the folder is not empty and run.resume=never;
+        there is no checkpoint and run.resume=required; a setting changed that must not change; the disk refuses.
         """
         step = self.check(settings)
         with about("run.dir"), disk_errors(self.path):
@@ -66,26 +65,26 @@ class RunFolder:
         return step
 
     def check(self, settings: Any) -> int:
-        """The step to go on from, or the UserError that `prepare` would raise; touches nothing."""
+        """What `prepare` would return or raise. It changes nothing."""
         new = settings_tree(settings)
         resume = new["run"]["resume"]
         held = self._held()
         if resume == "never" and held:
             raise UserError(
-                f"run.dir={self.path} is not empty: it holds {', '.join(held[:3])}. Give another run.dir, or go on in "
-                "it with run.resume=auto"
+                f"run.dir={self.path} is not empty: it contains {', '.join(held[:3])}. Give another run.dir, or resume "
+                "the run in it with run.resume=auto"
             )
         step = (self.latest_checkpoint() or 0) if resume != "never" else 0
         if resume == "required" and step == 0:
             raise UserError(
-                f"run.dir={self.path} holds no complete checkpoint to resume from, but run.resume=required. "
+                f"run.dir={self.path} has no complete checkpoint to resume from, but run.resume=required. "
                 "Give the run.dir of an earlier run, or start with run.resume=auto"
             )
         if held:
             self._check_unchanged(new)
         if step > new["run"]["steps"]:
             raise UserError(
-                f"run.steps={new['run']['steps']} lies before step {step}, the newest checkpoint of "
+                f"run.steps={new['run']['steps']} is before step {step}, the newest checkpoint of "
                 f"run.dir={self.path}: set run.steps to {step} or more"
             )
         existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
@@ -104,16 +103,16 @@ class RunFolder:
     def _check_unchanged(self, new: Mapping[str, Any]) -> None:
         if not self.config_file.exists():
             raise UserError(
-                f"run.dir={self.path} is not empty and no run folder: it has no config.yaml. Give another run.dir"
+                f"run.dir={self.path} is neither empty nor a run folder: it has no config.yaml. Give another run.dir"
             )
         old = read_config(self.config_file)
         if changed := forbidden_changes(old=old, new=new):
             raise UserError(
                 f"run.dir={self.path} was started with other settings: {'; '.join(changed)}. Restore them to resume, "
-                "or start anew in another run.dir"
+                "or start again in another run.dir"
             )
         if moved := moved_decay_end(old=old, new=new):
-            raise UserError(f"{moved}; or start anew in another run.dir than {self.path}")
+            raise UserError(f"{moved}; or start again in another run.dir than {self.path}")
 
     def _take_back(self, step: int) -> None:
         for folder in (self.path, *(self.path / kind for kind in ("samples", "eval", "checkpoints", "hf"))):
@@ -130,11 +129,11 @@ class RunFolder:
     # Metrics, samples and evaluations
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Add the line of one step, which holds `step`; numbers that are not finite become null."""
+        """Appends the line of one step, which has the key `step`. Numbers that are not finite become null."""
         append_line(self.metrics_file, to_json(dict(metrics)))
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All whole lines of metrics.jsonl; a line that a crash cut short is left out."""
+        """All complete lines of metrics.jsonl. A line that a crash cut short is skipped."""
         return [json.loads(line) for line, _ in self._metric_lines()]
 
     def _metric_lines(self) -> list[tuple[str, int]]:
@@ -149,29 +148,29 @@ class RunFolder:
         return lines
 
     def samples_file(self, step: int) -> Path:
-        """Where the samples of one step stand."""
+        """The file of the samples of one step."""
         return self.path / "samples" / f"{step_name(step)}.jsonl"
 
     def write_samples(self, step: int, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Write all samples of one step at once, a line each."""
+        """Writes all samples of one step at once, one line per sample."""
         write_atomically(self.samples_file(step), "".join(to_json(dict(line)) + "\n" for line in lines))
 
     def read_samples(self, step: int) -> list[dict[str, Any]]:
-        """The samples of one step. UserError: there are none, with the steps that there are."""
+        """The samples of one step. UserError: there are none; it names the steps that exist."""
         file = self.samples_file(step)
         if not file.exists():
             there = [at for at, _ in _steps(self.path / "samples", ".jsonl")]
             steps = f"it has steps {there[0]} to {there[-1]}" if there else "it has no samples"
-            raise UserError(f"{self.path} holds no samples of step {step}: {steps}. Give --step one of these")
+            raise UserError(f"{self.path} has no samples of step {step}: {steps}. Give one of these steps")
         return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
     def write_eval(self, report: EvalReport) -> None:
-        """Write one evaluation in place of an earlier one of the same step."""
+        """Writes one evaluation. It replaces an earlier one of the same step."""
         file = self.path / "eval" / f"{step_name(report.step)}.json"
         write_atomically(file, to_json(dataclasses.asdict(report), indent=1) + "\n")
 
     def read_eval(self, step: int) -> EvalReport:
-        """The evaluation of one step. UserError: there is none, or it cannot be read."""
+        """The evaluation of one step. UserError: it does not exist, or it cannot be read."""
         from megatron_paint.evaluation.summary import read_report  # numpy, which other callers need not import
 
         file = self.path / "eval" / f"{step_name(step)}.json"
@@ -182,17 +181,17 @@ class RunFolder:
             raise UserError(f"{error}; steps evaluated: {there}") from error
 
     def evaluated_steps(self) -> list[int]:
-        """Steps that have an evaluation, rising."""
+        """Steps that have an evaluation, in ascending order."""
         return [at for at, _ in _steps(self.path / "eval", ".json")]
 
     # Checkpoints and exports
 
     def checkpoint_folder(self, step: int) -> Path:
-        """Where the checkpoint of one step stands, complete or not."""
+        """The folder of the checkpoint of one step, complete or not."""
         return self.path / "checkpoints" / step_name(step)
 
     def checkpoints(self) -> list[int]:
-        """Steps that have a complete checkpoint, rising."""
+        """Steps that have a complete checkpoint, in ascending order."""
         return [at for at, folder in _steps(self.path / "checkpoints", "") if (folder / COMPLETE).is_file()]
 
     def latest_checkpoint(self) -> int | None:
@@ -200,14 +199,14 @@ class RunFolder:
         return max(self.checkpoints(), default=None)
 
     def set_aside(self, step: int) -> Path:
-        """Give a damaged checkpoint another name, under which it is no checkpoint any more; the name."""
+        """Renames a damaged checkpoint, so that it no longer counts as one; returns the new path."""
         folder = self.checkpoint_folder(step)
         with disk_errors(folder):
             number = next(n for n in itertools.count(1) if not folder.with_name(f"damaged_{n}_{folder.name}").exists())
             return folder.rename(folder.with_name(f"damaged_{number}_{folder.name}"))
 
     def remove_checkpoints(self, steps: Iterable[int]) -> None:
-        """Remove checkpoints; one that a crash cuts short is an unfinished one, which goes with the next start."""
+        """Removes checkpoints. Each is renamed to unfinished first, so that after a crash the next start removes it."""
         for step in steps:
             unfinished = NewFolder(self.checkpoint_folder(step)).unfinished
             with disk_errors(unfinished):
@@ -215,11 +214,11 @@ class RunFolder:
             shutil.rmtree(unfinished, ignore_errors=True)
 
     def hf_folder(self, step: int) -> Path:
-        """Where the exported checkpoint of one step stands."""
+        """The folder of the export of one step."""
         return self.path / "hf" / step_name(step)
 
     def holds(self, task: Task, step: int) -> bool:
-        """Whether what is due after a step stands there, whole."""
+        """Whether the result of a task that is due after a step exists and is complete."""
         if task == "checkpoint":
             return step in self.checkpoints()
         return self.hf_folder(step).is_dir() if task == "export" else step in self.evaluated_steps()
@@ -241,12 +240,12 @@ class RunFolder:
 
 
 def step_name(step: int) -> str:
-    """Name of a step's file or folder, without ending."""
+    """The name of a step's file or folder, without the ending."""
     return f"step_{step:06d}"
 
 
 def _steps(folder: Path, ending: str) -> list[tuple[int, Path]]:
-    """Entries that are named after a step, by rising step."""
+    """Entries that are named after a step, in ascending order."""
     if not folder.is_dir():
         return []
     found = []

@@ -17,6 +17,11 @@ def end_with_launcher() -> None:
         end_with_parent(int(launcher))
 
 
+def has_launcher() -> bool:
+    """Whether our launcher started this process."""
+    return LAUNCHER in os.environ
+
+
 def end_with_parent(parent: int | None = None) -> None:
     """Makes the kernel kill this process when its parent dies. Only Linux can do this; elsewhere nothing happens.
 

@@ -9,9 +9,10 @@ from megatron_paint.data.prompts import Prompts
 from megatron_paint.evaluation.evaluator import Answers, Evaluator
 from megatron_paint.grading.grade import GradingPool
 from megatron_paint.objectives.metrics import ClipWatch, sample_lines
-from megatron_paint.records import EvalReport, StepReport
+from megatron_paint.records import StepReport
 from megatron_paint.run.console import Progress
 from megatron_paint.run.folder import RunFolder
+from megatron_paint.run.results import print_results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +58,5 @@ class Recorder:
         self.progress.evaluation(report)
 
     def end(self) -> None:
-        """Prints where to look next, and the evaluations before and after as the run folder has them."""
-        last = self.settings.run.steps
-        self.progress.note(
-            f"Look next: megatron-paint inspect samples {self.folder.path} {last}, "
-            f"{self.folder.metrics_file}, {self.folder.hf_folder(last)} (a Hugging Face checkpoint)"
-        )
-        before, after = self._evaluation_of(0), self._evaluation_of(last)
-        self.progress.end(before=before if after else [], after=after, folder=str(self.folder.path))
-
-    def _evaluation_of(self, step: int) -> list[EvalReport]:
-        return [self.folder.read_eval(step)] if self.folder.holds("evaluation", step) else []
+        """Prints the results, as the run folder has them."""
+        print_results(self.folder, self.progress, last=self.settings.run.steps)

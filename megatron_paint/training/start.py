@@ -40,12 +40,18 @@ MOST_MASKER_WORKERS = 8  # ours: a step of 512 problems then takes a tenth of a 
 
 
 def train(
-    settings: Settings, *, mode: Mode = "normal", self_check_only: bool = False, inputs: Inputs | None = None
+    settings: Settings,
+    *,
+    mode: Mode = "normal",
+    self_check_only: bool = False,
+    prints_plan: bool = True,
+    inputs: Inputs | None = None,
 ) -> bool:
     """Runs a training run in the ranks that the environment describes.
 
-    inputs: what `check_inputs` has read in this process, if it was called. Returns False if the run was asked to stop;
-    it has left a checkpoint then. Raises UserError for bad input.
+    prints_plan: False if another process has printed the plan and the size of the data. inputs: what `check_inputs` has
+    read in this process, if it was called. Returns False if the run was asked to stop; it has left a checkpoint then.
+    Raises UserError for bad input.
     """
     from megatron_paint.mcore.ranks import joined_ranks
 
@@ -54,14 +60,14 @@ def train(
         hang = None if self_check_only else settings.run.hang_timeout_s
         ranks = stack.enter_context(joined_ranks(settings.megatron, hang_seconds=hang and 2 * LONG * hang))
         if self_check_only:
-            check_model(settings, ranks, inputs, mode=mode)
+            check_model(settings, ranks, inputs, mode=mode, prints_plan=prints_plan)
             return True
-        run = prepare(settings, ranks, inputs, mode=mode, stack=stack, request=request)
+        run = prepare(settings, ranks, inputs, mode=mode, prints_plan=prints_plan, stack=stack, request=request)
         self_check(settings, run.policy, run.sampler, run.problems, run.recorder.prompts, run.progress)
         return run.train()
 
 
-def check_model(settings: Settings, ranks: "Ranks", inputs: Inputs | None, *, mode: Mode) -> None:
+def check_model(settings: Settings, ranks: "Ranks", inputs: Inputs | None, *, mode: Mode, prints_plan: bool) -> None:
     """The self-check alone, without a run folder."""
     from megatron_paint.mcore.collectives import rank_zero_does
     from megatron_paint.mcore.policy import MegatronPolicy
@@ -70,7 +76,7 @@ def check_model(settings: Settings, ranks: "Ranks", inputs: Inputs | None, *, mo
     inputs = inputs or load_inputs(settings, plan.shape, on_rank_zero=partial(rank_zero_does, ranks))
     # A command that is asked one question answers it, even under --quiet.
     progress = Progress(("normal" if mode == "quiet" else mode) if ranks.rank == 0 else "silent", steps=0)
-    for line in [] if mode == "quiet" else plan.lines(settings):
+    for line in plan.lines(settings) if prints_plan and mode != "quiet" else []:
         progress.note(line)
     policy = MegatronPolicy(settings, plan.shape, ranks, trained=False)
     self_check(settings, policy, policy.sampler, inputs.problems, inputs.prompts, progress)
@@ -82,6 +88,7 @@ def prepare(
     inputs: Inputs | None,
     *,
     mode: Mode,
+    prints_plan: bool,
     stack: ExitStack,
     request: StopRequest,
 ) -> Run:
@@ -99,7 +106,7 @@ def prepare(
     start = on_rank_zero(lambda: folder.prepare(settings))
     watch_over(settings, folder, ranks, stack)
     progress = _open_console(settings, folder, mode=mode if first else "silent", start=start)
-    for line in [*plan.lines(settings), *inputs.notes]:
+    for line in [*plan.lines(settings), *inputs.notes] if prints_plan else []:
         progress.note(line)
     for warning in warnings:
         progress.warn(warning)

@@ -169,7 +169,7 @@ def test_exit_status_and_table(monkeypatch):
     assert "none now" in text
     status, text = run(monkeypatch, [GOOD, ABSENT, WRONG])
     assert status == 1
-    assert "Mend first: Apex" in text
+    assert "Fix first: Apex" in text
     assert "[not] NVIDIA's" in text
 
 

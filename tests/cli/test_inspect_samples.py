@@ -1,4 +1,4 @@
-"""The printed sample, with marks and with colours."""
+"""One sample shown, with marks and with colours."""
 
 import io
 
@@ -69,7 +69,7 @@ def test_plain_text_has_marks(run_dir):
         "  + boxed    17",
         "  - number   12",
         "",
-        "== Response with its selected tokens marked",
+        "== Response, selected positions marked",
         "The sum[[ is]][[ 17]]",
     ]
 
@@ -84,12 +84,12 @@ def test_a_terminal_gets_colours_and_no_marks(run_dir):
 def test_choice_by_index_and_by_problem(run_dir):
     assert show(run_dir, index=2)[0].startswith("problem a, step 3: overlap 0.50, reveal 0.65, loss 0.7500")
     assert show(run_dir, id="a", index=1)[0].startswith("problem a, step 3: overlap 0.50, reveal 0.65, loss 0.7500")
-    assert "the teacher was shown no solution" in show(run_dir, id="b")[0]
+    assert "the teacher saw none" in show(run_dir, id="b")[0]
 
 
-def test_a_completely_shown_solution_has_no_mark(run_dir):
-    complete = {**line("a")["reveal"], "shown_text": "all", "reference_text": "all"}
-    RunFolder(run_dir).write_samples(4, [line("a", reveal=complete)])
+def test_a_solution_shown_whole_has_no_mark(run_dir):
+    whole = {**line("a")["reveal"], "shown_text": "all", "reference_text": "all"}
+    RunFolder(run_dir).write_samples(4, [line("a", reveal=whole)])
     assert "hidden" not in show(run_dir, step=4)[0]
 
 
@@ -103,11 +103,11 @@ def test_without_a_decoder_the_text_is_shown(run_dir):
         ({"step": 9}, "no samples of step 9"),
         ({"index": 3}, "3 samples, 0 to 2; there is no index 3"),
         ({"index": -1}, "there is no index -1"),
-        ({"id": "zz"}, "no sample of problem 'zz'; its first problems are a, b"),
+        ({"id": "zz"}, "no sample of problem 'zz'; its problems begin with a, b"),
         ({"id": "b", "index": 1}, "problem 'b' in step 3 has 1 samples"),
     ],
 )
-def test_missing_samples_are_user_errors(run_dir, options, message):
+def test_what_is_not_there_is_a_user_error(run_dir, options, message):
     with pytest.raises(UserError, match=message):
         show(run_dir, **options)
 
@@ -122,13 +122,13 @@ def test_a_character_of_several_tokens_is_one_piece():
     assert pieces([1, 7, 8, 9, 2], {2}, decode) == [("The", False), ("∑", True), (" sum", False)]
 
 
-def test_the_text_after_broken_bytes_is_complete():
+def test_bytes_that_are_no_character_do_not_swallow_the_rest():
     found = pieces([7, 7, 7, 7, 1, 7], {4}, decode)
     assert "".join(text for text, _ in found).startswith("�")
     assert ("The", True) in found
 
 
-def test_the_pieces_of_the_real_tokenizer_join_to_the_text():
+def test_the_real_tokenizer_gives_back_its_text():
     from pathlib import Path
 
     folder = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "qwen3_tokenizer"

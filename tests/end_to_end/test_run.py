@@ -60,6 +60,20 @@ def test_run_folder(trained):
     events = [json.loads(line) for line in trained.ended.out[0].splitlines()]
     assert [e["event"] for e in events].count("step") == 4
     assert events[-1]["event"] == "end"
+    notes = [event["message"].split(":")[0] for event in events if event["event"] == "note"]
+    starts = [note.split()[0] for note in notes]
+    assert starts[:8] == ["model", "layout", "layers", "loss", "step", "memory", "data", "starting"]
+    assert not {"model", "layout", "memory", "data"} & set(starts[8:]), "ranks print the plan again"
+    assert notes[7] == "starting 2 ranks"
+
+
+def test_a_finished_run_prints_its_results_again_without_ranks(whole):
+    _, run_dir, console = whole
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    again = run(run_dir.parent / "settings.yaml", "run.resume=auto", "--json").splitlines()
+    assert json.loads(again[-1]) == json.loads(console.splitlines()[-1])
+    assert not any("starting" in line for line in again)
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
 
 
 def test_weights_changed_and_load(trained):

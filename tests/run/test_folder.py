@@ -87,7 +87,7 @@ def test_log_files_of_the_batch_system_may_be_there(tmp_path):
 
 def test_a_foreign_folder_is_never_taken_for_a_run(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="no run folder"):
+    with pytest.raises(UserError, match="neither empty nor a run folder"):
         RunFolder(tmp_path).prepare(settings(tmp_path, run__resume="auto"))
 
 
@@ -172,7 +172,7 @@ def test_a_decay_does_not_move(tmp_path):
 
 def test_a_run_does_not_end_before_its_newest_checkpoint(tmp_path):
     started(tmp_path, 5, checkpoints=(2, 5))
-    with pytest.raises(UserError, match=r"run\.steps=4 lies before step 5.*set run\.steps to 5 or more"):
+    with pytest.raises(UserError, match=r"run\.steps=4 is before step 5.*set run\.steps to 5 or more"):
         RunFolder(tmp_path).prepare(settings(tmp_path, run__resume="auto", run__steps=4))
     assert len(RunFolder(tmp_path).read_metrics()) == 5
 

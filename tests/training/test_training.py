@@ -1,13 +1,11 @@
 """The loop with a policy that only takes notes: what is done after which step, by whom, and after a resume."""
 
 import itertools
-import os
 from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
 
-from megatron_paint import __main__ as command
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import settings_of
 from megatron_paint.evaluation.statistics import build_report
@@ -236,26 +234,6 @@ def test_groups_are_taken_down_where_nobody_can_be_waited_for(monkeypatch, ranks
     with pytest.raises(UserError) if fails else ExitStack():
         start.train(settings(tmp_path))
     assert stopped == ([True] if stops else [])
-
-
-class Ended(BaseException):
-    """What os._exit is made to raise."""
-
-
-def test_a_process_that_failed_ends_at_once(monkeypatch, capsys):
-    def end_at_once(status):
-        raise Ended(status)
-
-    def bug():
-        raise KeyError("a bug")
-
-    monkeypatch.setattr(os, "_exit", end_at_once)
-    for main, end, status in ((lambda: 0, SystemExit, 0), (lambda: 2, Ended, 2), (bug, Ended, 1)):
-        monkeypatch.setattr(command, "main", main)
-        with pytest.raises(end) as caught:
-            command.run()
-        assert caught.value.args == (status,)
-    assert "KeyError: 'a bug'" in capsys.readouterr().err
 
 
 def check(tmp_path, evaluate_loss):

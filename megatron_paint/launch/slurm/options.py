@@ -7,10 +7,12 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.settings import RunSettings
+
+if TYPE_CHECKING:
+    from megatron_paint.config.settings import RunSettings
 
 # Slurm's own options, whose values are copied into the script: the form of the value, and its meaning.
 PLACING = {
@@ -82,7 +84,7 @@ class SlurmOptions:
         return 1 if self.launcher == "torchrun" else self.processes_per_node
 
 
-def make_options(given: argparse.Namespace, *, run: RunSettings, environ: Mapping[str, str]) -> SlurmOptions:
+def make_options(given: argparse.Namespace, *, run: "RunSettings", environ: Mapping[str, str]) -> SlurmOptions:
     """Checks the options. Errors: UserError with the option, its value, the rule and a remedy."""
     _check_numbers(given)
     _check_combinations(given)

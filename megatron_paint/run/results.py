@@ -1,0 +1,73 @@
+"""The results of a run, read from its folder: at the end of the run, and whenever a finished run is started again."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from megatron_paint.base.errors import UserError
+from megatron_paint.config.saved import dotted, read_config, settings_tree
+from megatron_paint.config.schedule import due_after
+from megatron_paint.config.settings import Settings
+from megatron_paint.records import EvalReport
+from megatron_paint.run.console import Progress
+from megatron_paint.run.folder import RunFolder
+from megatron_paint.runtime.checksums import Damaged, damage, read_checksums
+
+MAY_DIFFER = ("run.dir", "run.resume")  # settings that change nothing in a finished run
+READERS = 4  # threads that compute checksums; ours
+
+
+def print_results(folder: RunFolder, progress: Progress, *, last: int) -> None:
+    """Prints where to look next, and the evaluations before the run and after its step `last`."""
+    progress.note(
+        f"Look next: megatron-paint inspect samples {folder.path} {last}, "
+        f"{folder.metrics_file}, {folder.hf_folder(last)} (a Hugging Face checkpoint)"
+    )
+    before, after = _evaluation(folder, 0), _evaluation(folder, last)
+    progress.end(before=before if after else [], after=after, folder=str(folder.path))
+
+
+def _evaluation(folder: RunFolder, step: int) -> list[EvalReport]:
+    return [folder.read_eval(step)] if folder.holds("evaluation", step) else []
+
+
+def is_finished(folder: RunFolder, settings: Settings) -> bool:
+    """Whether a run with exactly these settings is complete in its folder, and may be resumed.
+
+    Resuming such a run would only print its results. The answer is False where a setting differs, where anything of the
+    last step is missing, and where the last checkpoint is damaged. UserError: the disk refuses to read the checkpoint.
+    """
+    if settings.run.resume == "never" or not _has_same_settings(folder, settings):
+        return False
+    last = settings.run.steps
+    due = [(task, last) for task in due_after(last, settings.run)]
+    if settings.evaluation.problems is None:
+        due.remove(("evaluation", last))
+    else:
+        due.append(("evaluation", 0))
+    files = (folder.metrics_file, folder.samples_file(last))
+    complete = folder.latest_checkpoint() == last and all(folder.holds(task, step) for task, step in due)
+    return complete and all(file.is_file() for file in files) and _is_whole(folder.checkpoint_folder(last))
+
+
+def _has_same_settings(folder: RunFolder, settings: Settings) -> bool:
+    try:
+        before = dotted(read_config(folder.config_file))
+    except UserError:
+        return False  # the usual start finds out what is wrong
+    now = dotted(settings_tree(settings))
+    for key in MAY_DIFFER:
+        before[key] = now[key]
+    return before == now
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether the checkpoint has checksums, and every file has its own."""
+    try:
+        checksums = read_checksums(checkpoint)
+    except Damaged:
+        return False
+    if not checksums:
+        return False  # of an earlier version, or damaged: the usual start distinguishes them
+    with ThreadPoolExecutor(READERS) as pool:
+        found = pool.map(lambda name: damage(checkpoint, {name: checksums[name]}), checksums)
+        return all(what is None for what in found)
