@@ -24,7 +24,7 @@ import transformers  # noqa: F401
 import megatron_paint.cli
 import megatron_paint.mcore.policy
 import megatron_paint.training.inputs
-import megatron_paint.training.start  # noqa: F401
+import megatron_paint.training.start
 from megatron_paint.config.load import load_settings
 from megatron_paint.data.tokenizers import load_tokenizer
 from tests.support.forks import end_after
