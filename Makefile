@@ -9,10 +9,17 @@ READY := .venv/.ready
 endif
 # pip chooses the newest torch; set TORCH to pin one, such as TORCH=torch==2.13.0 (a CPU build on Python 3.11).
 TORCH ?=
-# Test files that run side by side; some start four processes.
+# How many test files run at the same time. Some start four processes.
 JOBS ?= 2
+# More options for pytest, such as OPTIONS=--slow-limit=60 or OPTIONS="-k parity".
+OPTIONS ?=
+PYTEST = $(BIN)/python -m pytest
+# A file stays with one worker. tests/conftest.py puts the longest files first.
+PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=25 $(OPTIONS)
+# `make check` leaves out the folders and files that start ranks, nodes or compilers.
+STARTS = end_to_end reliability slurm gpu convert mcore losses/test_losses_parallel.py losses/test_losses_triton.py
 
-.PHONY: help quickstart testbed testbed-full test check soak test-slurm test-long test-gpu bench install
+.PHONY: help quickstart testbed testbed-full test check test-all test-slurm soak test-gpu bench install
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -29,32 +36,32 @@ testbed: $(READY)
 testbed-full: $(READY)
 	$(BIN)/python tools/testbed.py --jobs $(JOBS) --full
 
-## make test         every test that needs no GPU and is not long
-# In the order of the files: tests/unit, whose files are short, comes last, so that all processes end together.
+## make test         the tests that need no GPU and no Slurm cluster, except the long ones
 test: $(READY)
-	$(BIN)/python -m pytest -m "not gpu and not long" -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not gpu and not cluster and not long" $(PARALLEL)
 
-## make check        lint and the fast tests
+## make check        lint, and the tests that start no ranks
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q tests --ignore=tests/end_to_end --ignore=tests/reliability --ignore=tests/slurm --ignore=tests/gpu --ignore=tests/convert --ignore=tests/mcore
+	$(PYTEST) -q -m "not gpu and not cluster and not long" $(STARTS:%=--ignore=tests/%) $(PARALLEL)
 
-## make soak         a run whose ranks are killed 100 times, and goes on each time
-soak: $(READY)
-	MEGATRON_PAINT_KILLS=100 $(BIN)/python -m pytest -q -s tests/reliability/test_soak.py
+## make test-all     everything that needs no GPU; as root, also on a Slurm cluster that it starts: hours
+test-all: $(READY)
+	$(PYTEST) -m "not gpu and not cluster" $(PARALLEL)
+	$(PYTEST) -m cluster -n 0 $(OPTIONS) tests/slurm
 
-## make test-slurm   everything on a Slurm cluster that it starts itself, as root: half an hour
+## make test-slurm   everything about Slurm, on a cluster that it starts, as root: half an hour
 test-slurm: $(READY)
-	$(BIN)/python -m pytest -n 0 -rP tests/slurm
+	$(PYTEST) -n 0 -rP $(OPTIONS) tests/slurm
 
-## make test-long    the long tests: of the quickstart, and on that cluster
-test-long: $(READY)
-	$(BIN)/python -m pytest -n 0 -m long
+## make soak         a run whose ranks are killed 100 times, and which resumes each time
+soak: $(READY)
+	MEGATRON_PAINT_KILLS=100 $(PYTEST) -q -s $(OPTIONS) tests/reliability/test_soak.py
 
 ## make test-gpu     the tests that need a GPU
 test-gpu: $(READY)
-	$(BIN)/python -m pytest -m gpu tests/gpu
+	$(PYTEST) -m gpu $(OPTIONS) tests/gpu
 
 ## make bench        the benchmarks of docs/benchmarks.md
 bench: $(READY)
@@ -64,8 +71,8 @@ bench: $(READY)
 install: $(READY)
 
 .venv/.ready: setup.py
-	@echo "No virtual environment is active: making one in .venv and installing megatron_paint into it (some minutes)."
+	@echo "No virtual environment is active. Making one in .venv and installing megatron_paint into it: some minutes."
 	$(PYTHON) -m venv .venv
-	$(if $(TORCH),.venv/bin/python -m pip install -q $(TORCH))
-	.venv/bin/python -m pip install -q -e ".[test,tensorboard]"
+	$(if $(TORCH),.venv/bin/python -m pip install $(TORCH))
+	.venv/bin/python -m pip install -e ".[test,tensorboard]"
 	touch $@

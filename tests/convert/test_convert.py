@@ -26,7 +26,7 @@ from megatron_paint.convert.work import convert
 from tests.convert.family import MEMBERS, TOKENS, make_member
 from tests.support.exports import same, weights
 
-DAMAGES = int(os.environ.get("CONVERT_DAMAGES", "2000"))  # how many corrupted inputs are tried
+DAMAGES = [400, pytest.param(int(os.environ.get("CONVERT_DAMAGES", "2000")), marks=pytest.mark.long)]  # are tried
 
 
 @pytest.fixture(scope="module")
@@ -301,14 +301,15 @@ def test_paths_stay_in_the_folder(family, tmp_path):
         CheckpointReader(megatron)
 
 
+@pytest.mark.parametrize("damages", DAMAGES)
 @pytest.mark.parametrize("side", ["hugging face", "megatron"])
-def test_damage_never_passes(side, family, tmp_path):
+def test_damage_never_passes(side, damages, family, tmp_path):
     """Cut, flipped and overwritten files give a UserError or a right output, and never a partial output."""
     generator = random.Random(5)
     source = family / "dense-tied" if side == "hugging face" else family / "dense-tied-megatron"
     right = weights(family / "dense-tied")
     refused = 0
-    for _ in range(DAMAGES // 2):
+    for _ in range(damages // 2):
         damaged, out = tmp_path / "damaged", tmp_path / "out"
         shutil.copytree(source, damaged)
         victims = sorted(
@@ -326,7 +327,7 @@ def test_damage_never_passes(side, family, tmp_path):
             assert not out.exists()
         for path in tmp_path.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert refused > DAMAGES // 8
+    assert refused > damages // 8
 
 
 def exported(megatron, family, tmp_path):

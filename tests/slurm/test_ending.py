@@ -48,6 +48,7 @@ def own_folder(monkeypatch):
         yield folder
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("ending", THEN)
 def test_nothing_is_left(ending, own_folder):
     if missing := requirements.what_is_missing():

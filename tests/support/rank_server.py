@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import json
 import os
+import pkgutil
 import resource
 import signal
 import sys
@@ -20,10 +21,10 @@ from pathlib import Path
 
 import transformers  # noqa: F401
 
-import megatron_paint.cli.main
+import megatron_paint.cli
 import megatron_paint.mcore.policy
 import megatron_paint.training.inputs
-import megatron_paint.training.start  # noqa: F401
+import megatron_paint.training.start
 from megatron_paint.config.load import load_settings
 from megatron_paint.data.tokenizers import load_tokenizer
 from tests.support.forks import end_after
@@ -33,6 +34,8 @@ EVENTS = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate
 
 
 def main() -> None:
+    for command in pkgutil.iter_modules(megatron_paint.cli.__path__):
+        importlib.import_module(f"megatron_paint.cli.{command.name}")
     load_settings(QUICKSTART / "paint.yaml")  # these two import what they need when they are first called
     load_tokenizer(QUICKSTART / "model")
     gc.collect()
