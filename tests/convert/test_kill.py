@@ -1,6 +1,10 @@
-"""A conversion that is killed or fills the disk leaves no output. The same command then finishes the work."""
+"""A conversion that is killed or fills the disk leaves no output. The same command then finishes the work.
+
+`make test` forks the command and its workers from the tests' process. Long: the same in new processes.
+"""
 
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -15,19 +19,68 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_paint.cli import convert_options
 from megatron_paint.cli.main import main
+from megatron_paint.convert import work
 from megatron_paint.convert.check import compare
 from tests.convert.family import make_member
+from tests.support.forked_command import ForkedCommand
 
 ROOT = Path(__file__).parents[2]
-# Small tasks, so that the conversion can be interrupted in the middle.
-COMMAND = """
+TASK_BYTES = 20_000  # small tasks, so that the conversion can be interrupted in the middle
+COMMAND = f"""
 import sys
 from megatron_paint.cli import convert_options
 from megatron_paint.convert import work
-work.TASK_BYTES = 20_000
+work.TASK_BYTES = {TASK_BYTES}
 sys.exit(convert_options.main())
 """
+
+
+class NewCommand:
+    """The conversion in a new Python, which starts new workers."""
+
+    def __init__(self, arguments: list[str], file_size: int | None) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", COMMAND, *arguments],
+            cwd=ROOT,
+            env=environment,
+            preexec_fn=lambda: limit_file_size(file_size),
+            stdout=-1,
+            stderr=-1,
+            text=True,
+        )
+        self.pid, self.poll = self._process.pid, self._process.poll
+
+    def end(self) -> tuple[int, str, str]:
+        """Exit status, stdout and stderr."""
+        printed, problem = self._process.communicate(timeout=600)
+        return self._process.returncode, printed, problem
+
+
+def forked_command(arguments: list[str], file_size: int | None) -> ForkedCommand:
+    """The conversion in a fork of this process; it forks its workers."""
+
+    def run() -> int:
+        limit_file_size(file_size)
+        work.TASK_BYTES = TASK_BYTES
+        work.get_context = lambda _: multiprocessing.get_context("fork")
+        return convert_options.main(arguments)
+
+    return ForkedCommand(run)
+
+
+def limit_file_size(most: int | None) -> None:
+    """No file of this process may grow beyond so many bytes."""
+    if most is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@pytest.fixture(params=[forked_command, pytest.param(NewCommand, marks=pytest.mark.long)], ids=["forked", "new"])
+def start(request):
+    """Starts a conversion: `start(arguments, file_size=None)`."""
+    return lambda arguments, file_size=None: request.param(arguments, file_size)
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +93,7 @@ def sources(tmp_path_factory):
 
 def arguments(action: str, sources: Path, out: Path) -> list[str]:
     given = {"to-megatron": [sources / "hf", out], "to-hf": [sources / "megatron", out, "--base", sources / "hf"]}
-    return ["-c", COMMAND, action, *map(str, given[action]), "--json"]
-
-
-def start(command: list[str], **options) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True, **options
-    )
+    return [action, *map(str, given[action]), "--json"]
 
 
 def is_right(action: str, sources: Path, out: Path) -> bool:
@@ -78,7 +124,7 @@ def is_alive(pid: int) -> bool:
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("action", ["to-megatron", "to-hf"])
-def test_killed_and_resumed(action, processes, sources, tmp_path):
+def test_killed_and_resumed(action, processes, start, sources, tmp_path):
     generator, out = random.Random(processes), tmp_path / "out"
     command = [*arguments(action, sources, out), "--processes", str(processes)]
     records = tmp_path / ".out.unfinished" / "records"
@@ -93,21 +139,20 @@ def test_killed_and_resumed(action, processes, sources, tmp_path):
         wanted = len(before) + generator.randint(1, 5)
         wait_until(lambda wanted=wanted, running=running: len(done()) >= wanted or running.poll() is not None)
         workers = descendants(running.pid) if running.poll() is None else []
-        running.send_signal(signal.SIGKILL)
-        _, problem = running.communicate()
+        os.kill(running.pid, signal.SIGKILL)
+        status, _, problem = running.end()
         wait_until(lambda workers=workers: not any(map(is_alive, workers)))
         if out.exists():  # the conversion ended before this process could kill it
             shutil.rmtree(out)
             before = set()
             continue
-        assert running.returncode == -signal.SIGKILL, problem
+        assert status == -signal.SIGKILL, problem
         assert before <= done()
         before = done()
         kills += 1
     kept = sum(json.loads((records / name).read_text())["nbytes"] for name in before)
-    finishing = start(command)
-    printed, problem = finishing.communicate(timeout=600)
-    assert finishing.returncode == 0, problem
+    status, printed, problem = start(command).end()
+    assert status == 0, problem
     summary = json.loads(printed)
     assert 0 < kept == summary["resumed_bytes"] <= summary["bytes"]  # finished tasks are not done again
     assert is_right(action, sources, out)
@@ -116,20 +161,17 @@ def test_killed_and_resumed(action, processes, sources, tmp_path):
 
 @pytest.mark.parametrize("action", ["to-megatron", "to-hf"])
 @pytest.mark.parametrize(("limit", "processes"), [(600, 1), (15_000, 2)])
-def test_a_full_disk(action, processes, limit, sources, tmp_path):
+def test_a_full_disk(action, processes, limit, start, sources, tmp_path):
     """No file may grow beyond `limit` bytes. The command prints one line and makes no output. Later it succeeds."""
     out = tmp_path / "out"
     command = [*arguments(action, sources, out), "--processes", str(processes)]
-    limits = (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
-    running = start(command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
-    _, problem = running.communicate(timeout=600)
+    status, _, problem = start(command, limit).end()
     lines = problem.strip().splitlines()
-    assert running.returncode == 2, problem
+    assert status == 2, problem
     assert len(lines) == 1, problem
     assert f"Cannot write {tmp_path}" in lines[0]
     assert "write to another disk" in lines[0]
     assert not out.exists()
-    again = start(command)
-    _, problem = again.communicate(timeout=600)
-    assert again.returncode == 0, problem
+    status, _, problem = start(command).end()
+    assert status == 0, problem
     assert is_right(action, sources, out)
