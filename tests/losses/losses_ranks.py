@@ -35,7 +35,7 @@ SHARDED_RUNS = [
 
 
 def is_long(ranks: int, dtype: str, name: str) -> bool:
-    """Whether a run is left to `make test-all`: the ranks differ in rounding and cuts, and each type runs all at TP 1."""
+    """Whether `make test` leaves this run out: layouts differ in rounding and cuts, and each type runs all at TP 1."""
     return (ranks, dtype) != (2, "float64") and (name.partition("-")[2] not in _FEW or (ranks, dtype) == (4, "float32"))
 
 
