@@ -1,7 +1,8 @@
-"""One rank after another dies at any moment of a run, which goes on each time; 10 times here, 100 by `make soak`.
+"""One rank after another dies at any moment of a run, which resumes each time.
 
-In the midst of a rollout, a teacher's or student's pass, the optimiser's step, a copy, a write, a flush, a rename or a
-removal. `tests/end_to_end/test_resume.py` has all ranks die together in the midst of their writes.
+It dies 3 times in `make test`, 10 times in `make test-all` and 100 times in `make soak`: in the midst of a rollout, a
+teacher's or student's pass, the optimiser's step, a copy, a write, a flush, a rename or a removal.
+`tests/end_to_end/test_resume.py` has all ranks die together in the midst of their writes.
 """
 
 import os
@@ -15,7 +16,8 @@ from tests.end_to_end.conftest import trained  # noqa: F401
 from tests.end_to_end.test_resume import check_whole, metrics, same, weights
 from tests.support import forked_ranks
 
-KILLS = int(os.environ.get("MEGATRON_PAINT_KILLS", "10"))
+ASKED = os.environ.get("MEGATRON_PAINT_KILLS")
+KILLS = [int(ASKED)] if ASKED else [3, pytest.param(10, marks=pytest.mark.long)]
 STEPS_A_KILL = 1.0  # steps that a life adds, about
 # Where a rank dies and up to at which time of coming there in its life; what rank 0 alone does is below.
 WHERE = {"start": 8, "rollout": 40, "teacher": 4, "student": 4, "optimizer": 2, "checkpoint": 2}
@@ -29,17 +31,18 @@ def draw(random: Random) -> tuple[int, str, int]:
     return 0 if where in FIRST_RANK else random.randrange(2), where, random.randint(1, most)
 
 
-@pytest.mark.timeout(600 + 90 * KILLS)
-def test_ranks_killed_at_any_moment(trained, tmp_path):  # noqa: F811
+@pytest.mark.timeout(600 + 90 * int(ASKED or 10))
+@pytest.mark.parametrize("kills", KILLS)
+def test_ranks_killed_at_any_moment(kills, trained, tmp_path):  # noqa: F811
     """No step before the newest checkpoint is done again, nothing is damaged, and the end is the unbroken run's."""
-    steps = 4 + round(STEPS_A_KILL * KILLS)
+    steps = 4 + round(STEPS_A_KILL * kills)
     arguments = ("evaluation.problems=null", f"run.steps={steps}", "run.save_every=1", "run.keep_last=2")
     unbroken, run = tmp_path / "unbroken", tmp_path / "run"
     limit = 400.0 + 10.0 * steps
     ended = forked_ranks.train(tmp_path, trained.settings, f"run.dir={unbroken}", *arguments, limit=limit)
     assert ended.statuses == [0, 0], ended
     random, places, folder = Random(3), Counter(), RunFolder(run)
-    while sum(places.values()) < KILLS:
+    while sum(places.values()) < kills:
         rank, where, number = draw(random)
         before = folder.latest_checkpoint() or 0
         command = ("train", trained.settings, f"run.dir={run}", "run.resume=auto", *arguments, "--json")
@@ -55,7 +58,7 @@ def test_ranks_killed_at_any_moment(trained, tmp_path):  # noqa: F811
         assert done == list(range(1, len(done) + 1))
         assert newest <= len(done) <= newest + 2  # a step is done while the checkpoint of the one before is written
     print(f"killed {sum(places.values())} times up to step {folder.latest_checkpoint()} of {steps}: {dict(places)}")
-    assert len(places) > min(KILLS, len(WHERE | FIRST_RANK)) / 2
+    assert len(places) > min(kills, len(WHERE | FIRST_RANK)) / 2
     ended = forked_ranks.train(tmp_path, trained.settings, f"run.dir={run}", "run.resume=auto", *arguments, limit=limit)
     assert ended.statuses == [0, 0], ended
     assert same(weights(run, steps), weights(unbroken, steps))
