@@ -116,7 +116,7 @@ def _start(arguments: Sequence[str], environment: dict[str, str]) -> subprocess.
 def _watch(ranks: Sequence[subprocess.Popen], signals: _LauncherSignals) -> None:
     """Returns when all ranks have ended, soon after a rank failed, or when a signal asks for the end."""
     failed_at, passed_on = None, False
-    while not signals.asks_to_end and any(rank.poll() is None for rank in ranks):
+    while not signals.asks_to_end and None in [rank.poll() for rank in ranks]:  # asks every rank, not only the first
         if signals.asks_to_stop and not passed_on:
             passed_on = True
             for rank in ranks:

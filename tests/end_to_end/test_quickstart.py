@@ -1,13 +1,15 @@
 """The quickstart as a user runs it: the model gets better at held-out problems, and not from the format alone.
 
-Its ranks are forked here. The control, which is `long`, starts them as a user does.
+`make test` trains fewer steps in one process. The command of `make quickstart`, 50 steps in four processes, and its
+control are long.
 """
 
 import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from collections import defaultdict
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -22,12 +24,38 @@ from tests.support import forked_ranks
 ROOT = Path(__file__).parents[2]
 SETTINGS = "examples/quickstart/paint.yaml"
 POINTS = 0.10  # that accuracy must rise by
+SMALL = (
+    "megatron.tensor_model_parallel_size=1",
+    "megatron.pipeline_model_parallel_size=1",
+    "megatron.sequence_parallel=false",
+    "run.steps=15",
+)
 
 
-def command(folder, action, *arguments):
-    """The quickstart's settings on four ranks, as its command line starts them."""
-    ended = forked_ranks.run(folder, action, SETTINGS, *arguments, "--quiet", processes=4, limit=800)
-    assert ended.statuses == [0] * 4, ended
+@dataclass(frozen=True)
+class Quickstart:
+    """The quickstart's run, and how its commands are given."""
+
+    small: bool
+    run: Path
+
+    def command(self, action: str, *arguments: str) -> None:
+        """Runs a command with the quickstart's settings, to its end."""
+        if self.small:
+            ended = forked_ranks.run(
+                self.run.parent, action, SETTINGS, *SMALL, *arguments, "--quiet", processes=1, limit=800
+            )
+            assert ended.statuses == [0], ended
+            return
+        done = subprocess.run(
+            [sys.executable, "-m", "megatron_paint", action, SETTINGS, *arguments, "--processes", "4", "--quiet"],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=800,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
 
 
 def reports(run_dir):
@@ -36,12 +64,15 @@ def reports(run_dir):
     return folder.read_eval(first), folder.read_eval(last)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Run folder of the quickstart."""
-    folder = tmp_path_factory.mktemp("quickstart")
-    command(folder, "train", f"run.dir={folder / 'run'}")
-    return folder / "run"
+COMPLETE = pytest.param(False, id="complete", marks=pytest.mark.long)
+
+
+@pytest.fixture(scope="module", params=[pytest.param(True, id="small"), COMPLETE])
+def quickstart(request, tmp_path_factory):
+    """The quickstart, trained."""
+    quickstart = Quickstart(request.param, tmp_path_factory.mktemp("quickstart") / "run")
+    quickstart.command("train", f"run.dir={quickstart.run}")
+    return quickstart
 
 
 def greedy_alone(report):
@@ -50,8 +81,8 @@ def greedy_alone(report):
     return replace(report, answers=tuple(answers), samples_per_problem=1)
 
 
-def test_accuracy_rises(trained):
-    before, after = reports(trained)
+def test_accuracy_rises(quickstart):
+    before, after = reports(quickstart.run)
     assert before.num_problems >= 200
     assert 0.3 <= before.metrics["avg"] <= 0.6
     difference = paired_difference(before=before, after=after)
@@ -62,53 +93,46 @@ def test_accuracy_rises(trained):
     assert greedy.low > 0
 
 
-def test_transformers_gives_the_same_greedy_answers(trained):
-    _, after = reports(trained)
+def test_transformers_gives_the_same_greedy_answers(quickstart):
+    _, after = reports(quickstart.run)
     greedy = {answer.problem_id: answer.response_text for answer in after.answers if answer.sample_index == -1}
-    (out,) = (trained / "hf").iterdir()
+    (out,) = (quickstart.run / "hf").iterdir()
     model, tokenizer = Qwen3ForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     template = (ROOT / "examples/quickstart/templates/evaluation.jinja").read_text()
-    ids = {}
+    batches = defaultdict(dict)  # prompts of one length need no padding
     for line in (ROOT / "examples/quickstart/held_out.jsonl").read_text().splitlines():
         problem = json.loads(line)
         content = template.replace("{{ problem }}", problem["problem"]).rstrip("\n")
         chat = tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
-        ids[problem["id"]] = tokenizer(chat, add_special_tokens=False).input_ids
-    assert ids.keys() == greedy.keys()
-    for length in {len(prompt) for prompt in ids.values()}:  # a batch for each length, so that nothing is padded
-        batch = {name: prompt for name, prompt in ids.items() if len(prompt) == length}
+        ids = tokenizer(chat, add_special_tokens=False).input_ids
+        batches[len(ids)][problem["id"]] = ids
+    answers = {}
+    for length, prompts in batches.items():
         with torch.no_grad():
-            generated = model.generate(torch.tensor(list(batch.values())), max_new_tokens=40, do_sample=False)
-        for name, row in zip(batch, generated, strict=True):
-            assert tokenizer.decode(row[length:], skip_special_tokens=True) == greedy[name]
+            generated = model.generate(torch.tensor(list(prompts.values())), max_new_tokens=40, do_sample=False)
+        texts = tokenizer.batch_decode(generated[:, length:], skip_special_tokens=True)
+        answers |= dict(zip(prompts, texts, strict=True))
+    assert len(answers) == 240
+    assert answers == greedy
 
 
-def test_no_training_changes_nothing(trained, tmp_path):
+def test_no_training_changes_nothing(quickstart, tmp_path):
     """The untrained model, sampled once more with another key: the interval of the difference holds 0."""
-    command(tmp_path, "evaluate", "run.seed=2", "--out", tmp_path / "again")
+    quickstart.command("evaluate", "run.seed=2", "--out", str(tmp_path / "again"))
     (again,) = read_reports(tmp_path / "again")
-    before, _ = reports(trained)
+    before, _ = reports(quickstart.run)
     difference = paired_difference(before=before, after=again)
     assert difference.low <= 0 <= difference.high
     assert again.metrics["greedy"] == before.metrics["greedy"]
 
 
-@pytest.mark.long
-def test_shuffled_solutions_do_not_teach(trained, tmp_path):
+@pytest.mark.parametrize("quickstart", [COMPLETE], indirect=True)
+def test_shuffled_solutions_do_not_teach(quickstart, tmp_path):
     """Solutions of other problems have the format and not the content: they must not give the rise."""
-    arguments = (f"run.dir={tmp_path / 'run'}", "objective.reveal.solution=wrong", "--processes", "4", "--quiet")
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron_paint", "train", SETTINGS, *arguments],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=800,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    before, after = reports(trained)
+    quickstart.command("train", f"run.dir={tmp_path / 'run'}", "objective.reveal.solution=wrong")
+    before, after = reports(quickstart.run)
     _, control = reports(tmp_path / "run")
     rise = after.metrics["avg"] - before.metrics["avg"]
     assert control.metrics["avg"] - before.metrics["avg"] < rise / 2

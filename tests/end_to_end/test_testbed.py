@@ -15,7 +15,7 @@ QUICKSTART = ROOT / "examples" / "quickstart"
 
 @pytest.mark.long
 def test_paint_and_opsd_on_one_model(tmp_path):
-    """Both accuracies rise; the command goes on where it was ended, and writes its report."""
+    """Both accuracies rise; the command resumes where it was ended, and writes its report."""
     model = tmp_path / "models" / "own-1"
     model.mkdir(parents=True)
     shutil.copytree(QUICKSTART / "model", model / "model")

@@ -9,15 +9,20 @@ from megatron_paint.losses import WholeVocab
 from megatron_paint.losses.elementwise.divergences import DIVERGENCES
 from tests.losses.losses_cases import CASES, LENGTHS, short
 from tests.losses.losses_compare import EXACT, dense_case, measure_case
-from tests.losses.losses_ranks import DTYPES, SHARDED_RUNS, measure_layout
+from tests.losses.losses_ranks import DTYPES, SHARDED_RUNS, is_long, measure_layout
 
 TOLERANCE = {"float64": 1e-12, "float32": 5e-6}
 
 
 @pytest.fixture(scope="module")
-def layouts(tmp_path_factory):
-    """What every rank of TP 2 and TP 4 measured."""
-    return {ranks: measure_layout(ranks, tmp_path_factory.mktemp(f"tp{ranks}")) for ranks in (2, 4)}
+def layouts(request, tmp_path_factory):
+    """What every rank of TP 2 and TP 4 measured of the runs that are selected."""
+    runs = {2: [], 4: []}
+    for item in request.session.items:
+        if getattr(item, "function", None) is test_sharded_vocabulary_equals_dense:
+            ranks, dtype, name = (item.callspec.params[key] for key in ("ranks", "dtype", "name"))
+            runs[ranks].append((dtype, name))
+    return {ranks: measure_layout(ranks, runs[ranks], tmp_path_factory.mktemp(f"tp{ranks}")) for ranks in runs}
 
 
 def _assert_close(errors: dict[str, float], tolerance: float) -> None:
@@ -34,7 +39,10 @@ def test_whole_vocabulary_equals_dense(name, dtype):
     _assert_close(errors, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize(("ranks", "dtype", "name"), SHARDED_RUNS)
+@pytest.mark.parametrize(
+    ("ranks", "dtype", "name"),
+    [pytest.param(*run, marks=[pytest.mark.long] if is_long(*run) else []) for run in SHARDED_RUNS],
+)
 def test_sharded_vocabulary_equals_dense(layouts, ranks, dtype, name):
     for found in layouts[ranks]:
         _assert_close(found["cases"][f"{name} {dtype}"], TOLERANCE[dtype])

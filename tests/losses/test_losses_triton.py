@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,17 @@ pytest.importorskip("triton", reason="Triton is not installed")
 HERE = Path(__file__).parent
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 OPTIONS = options(clip=0.05)
-KERNEL_RUNS = [
-    f"{kind} {divergence} {columns}"
-    for kind in ("float32", "bfloat16", "float16", "masked", "extreme", "identical")
-    for divergence in OPTIONS
-    for columns in ((1, 16, 37) if kind == "float32" else (37,))
-]
+SHARDED = ("forward-padded", "forward-skewed", "forward", "cold", "clipped-cut-skip", "jsd-cut-full-teacher")
+
+
+def _runs(short: list[str], more: list[str] = ()) -> pytest.MarkDecorator:
+    """Parametrizes a test of what the interpreter's process measures; `make test` leaves out `more`."""
+    return pytest.mark.parametrize("run", [*short, *(pytest.param(run, marks=pytest.mark.long) for run in more)])
+
+
+def _sizes(kind: str, names: Sequence[str]) -> pytest.MarkDecorator:
+    """Every case once with few tokens, and once with all."""
+    return _runs([f"{kind} {name} short" for name in names], [f"{kind} {name} full" for name in names])
 
 
 def _run(*arguments: str, **environment: str) -> None:
@@ -36,65 +42,84 @@ def _run(*arguments: str, **environment: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What the interpreter's process measured."""
-    path = tmp_path_factory.mktemp("triton") / "found.json"
-    _run(str(HERE / "triton_worker.py"), str(path), TRITON_INTERPRET="1")
-    return json.loads(path.read_text())
+def found(request, tmp_path_factory):
+    """What the interpreter's process measured in the runs that are selected."""
+    folder = tmp_path_factory.mktemp("triton")
+    items = [item for item in request.session.items if item.path == Path(__file__)]
+    runs = [item.callspec.params["run"] for item in items if "found" in item.fixturenames]
+    (folder / "runs.json").write_text(json.dumps(runs))
+    _run(str(HERE / "triton_worker.py"), str(folder / "runs.json"), str(folder / "found.json"), TRITON_INTERPRET="1")
+    return json.loads((folder / "found.json").read_text())
 
 
-@pytest.mark.parametrize("name", TRITON_CASES)
-def test_fused_loss_equals_dense(found, name):
+@_sizes("loss", TRITON_CASES)
+def test_fused_loss_equals_dense(found, run):
     """Values and gradients in float32; selections and counts exactly."""
-    errors = found["cases"][name]
     exact = ("selected_T", "clipped_entries_T", "carries_loss_T")
+    errors = found[run]
     assert not {key: value for key, value in errors.items() if value > (0.0 if key.endswith(exact) else 5e-6)}
 
 
-@pytest.mark.parametrize("name", LOGPROB_CASES)
-def test_token_logprobs_equal_dense(found, name):
+@_sizes("logprobs", LOGPROB_CASES)
+def test_token_logprobs_equal_dense(found, run):
     """Log-probabilities, entropies and gradients in float32."""
-    errors = found["logprobs"][name]
+    errors = found[run]
     assert len(errors) == 8
     assert not {key: value for key, value in errors.items() if value > 5e-6}
 
 
-@pytest.mark.parametrize("run", KERNEL_RUNS)
+@_runs(
+    [f"kernels float32 {divergence} {columns}" for divergence in OPTIONS for columns in (1, 16, 37)]
+    + [
+        f"kernels {kind} {divergence} 37"
+        for kind in ("bfloat16", "masked", "extreme", "identical")
+        for divergence in OPTIONS
+    ],
+    [f"kernels float16 {divergence} 37" for divergence in OPTIONS],
+)
 def test_kernels_equal_float64(found, run):
     """On the same logits in float64: any width, any type, masked columns, logits of 1e4, a teacher that is the student.
 
     The bfloat16 runs write their gradient rounded to 8 bits. At 1e4 float32 logits have steps of 1e-3.
     """
-    errors = found["kernels"][run]
+    kind, errors = run.split()[1], found[run]
     assert errors["finite"] == 1.0
     assert max(errors[name] for name in ("normalisers", "token", "outcome")) <= 5e-6
-    if run.startswith("identical"):
+    if kind == "identical":
         assert errors["loss"] == errors["largest"] == 0.0
-    elif not run.startswith("extreme"):
-        assert errors["gradient"] <= (4e-3 if run.startswith("bfloat16") else 5e-6)
+    elif kind != "extreme":
+        assert errors["gradient"] <= (4e-3 if kind == "bfloat16" else 5e-6)
 
 
-@pytest.mark.parametrize("gradient", ["float32", "bfloat16"])
-@pytest.mark.parametrize("logits", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("columns", [1, 16, 37])
-def test_token_kernels_equal_float64(found, logits, gradient, columns):
-    """Of all types, the gradient in a buffer of its own where the types differ; one token on another rank."""
-    errors = found["tokens"][f"{logits} {gradient} {columns}"]
-    assert errors["statistics"] <= 5e-6
-    assert errors["gradient"] <= (5e-6 if gradient == "float32" else 4e-3)
+@_runs(
+    [
+        f"tokens {logits} {gradient} {columns}"
+        for logits in ("float32", "bfloat16", "float16")
+        for gradient in ("float32", "bfloat16")
+        for columns in (1, 16, 37)
+    ]
+)
+def test_token_kernels_equal_float64(found, run):
+    """Of all types, the gradient in a separate buffer where the types differ; one token on another rank."""
+    assert found[run]["statistics"] <= 5e-6
+    assert found[run]["gradient"] <= (5e-6 if run.split()[2] == "float32" else 4e-3)
 
 
-@pytest.mark.parametrize("kernel", ["torch", "triton"])
-def test_what_is_not_finite_stays_so(found, kernel):
+@_runs(
+    [f"broken torch {value} each" for value in ("nan", "inf", "-inf")]
+    + ["broken triton nan each", "broken triton inf forward", "broken triton -inf forward"],
+    ["broken triton inf each", "broken triton -inf each"],
+)
+def test_what_is_not_finite_stays_so(found, run):
     """One broken hidden state: its row's loss is not finite, whatever the divergence and whoever's it is."""
-    assert len(found["broken"][kernel]) == 3 * (3 * len(OPTIONS) + 1)
-    assert {run: rows for run, rows in found["broken"][kernel].items() if rows != [True, False, True, True]} == {}
+    assert len(found[run]) == 3 * (len(OPTIONS) if run.endswith("each") else 1) + 1
+    assert {name: rows for name, rows in found[run].items() if rows != [True, False, True, True]} == {}
 
 
-def test_sharded_vocabularies_equal_dense(found):
+@_sizes("sharded", SHARDED)
+def test_sharded_vocabularies_equal_dense(found, run):
     """Two ranks, one of them with padding, unequal shards, tokens elsewhere."""
-    assert len(found["sharded"]) == 6
-    assert {name: error for name, error in found["sharded"].items() if error > 5e-6} == {}
+    assert found[run] <= 5e-6
 
 
 def test_kernels_compile_for_hopper():

@@ -1,5 +1,8 @@
 """Runs the Triton kernels under Triton's interpreter and writes what it measured: the interpreter is per process.
 
+Run as a program with a file of runs and a file for the results, both JSON. A run is a text: what is measured, and the
+words that the function of that name takes.
+
 Axes: T tokens, V vocabulary columns, H hidden.
 """
 
@@ -24,36 +27,34 @@ from megatron_paint.losses.elementwise.interface import ChunkLogits, Target, spl
 from megatron_paint.losses.elementwise.softmax_statistics import Softmax, query_tokens
 from megatron_paint.losses.elementwise.token import TokenLogits, TorchTokenPasses
 from megatron_paint.losses.elementwise.torch_backend import TorchPasses
-from tests.losses import losses_compare
+from tests.losses import losses_cases, losses_compare
 from tests.losses.losses_cases import CASES, LOGPROB_CASES, TRITON_CASES, make_data, options
 from tests.losses.losses_compare import relative
 from tests.losses.losses_ranks import axis_of, columns_of
 
 # 48 columns in blocks of 16 or, with padding in the last one, 32.
 BLOCKS = (16, 32)
-SHARDED = ("forward-padded", "forward-skewed", "forward", "cold", "clipped-cut-skip", "jsd-cut-full-teacher")
+# Rollouts of a case. The interpreter takes as long as there are tokens; a chunk of 6 still cuts the first rollout.
+LENGTHS = {"short": (7, 1), "full": losses_cases.LENGTHS}
 OPTIONS = options(clip=0.05)
-LOGITS = ("float32", "bfloat16", "float16", "masked", "extreme", "identical")
 
 
-def measure_logprobs() -> dict[str, dict[str, float]]:
-    """Errors of token log-probabilities against the dense ones, case by case, with kernel="triton"."""
+def measure_logprobs(name: str, size: str) -> dict[str, float]:
+    """Errors of a case's token log-probabilities against the dense ones, with kernel="triton"."""
     losses_compare.token_logprobs = partial(token_logprobs, kernel="triton")
-    found = {}
-    for index, name in enumerate(LOGPROB_CASES):
-        triton_passes.TritonTokenPasses.__init__.__kwdefaults__["block"] = BLOCKS[index % 2]
-        case = CASES[name]
-        data, vocab = make_data(case, torch.float32), WholeVocab(valid_size=case.valid_size)
-        found[name] = losses_compare.measure_logprobs(case, data, vocab, slice(None))
-    return found
+    triton_passes.TritonTokenPasses.__init__.__kwdefaults__["block"] = BLOCKS[LOGPROB_CASES.index(name) % 2]
+    case = CASES[name]
+    data, vocab = make_data(case, torch.float32, lengths=LENGTHS[size]), WholeVocab(valid_size=case.valid_size)
+    return losses_compare.measure_logprobs(case, data, vocab, slice(None))
 
 
-def measure_token_kernels(logits: str, gradient: str, columns: int) -> dict[str, float]:
+def measure_token_kernels(logits: str, gradient: str, columns: str) -> dict[str, float]:
     """Token statistics and gradient of Triton's passes against torch's in float64, one token on another rank."""
-    generator = torch.Generator().manual_seed(columns)
-    values_TV = (torch.randn(4, columns, generator=generator) * 3.0).to(getattr(torch, logits))
-    ids_T = torch.tensor([0, 2, 3, 5]) % columns + torch.tensor([0, 0, columns, 0])
-    query = query_tokens(ids_T, start=0, columns=columns, ratio=1.0)
+    width = int(columns)
+    generator = torch.Generator().manual_seed(width)
+    values_TV = (torch.randn(4, width, generator=generator) * 3.0).to(getattr(torch, logits))
+    ids_T = torch.tensor([0, 2, 3, 5]) % width + torch.tensor([0, 0, width, 0])
+    query = query_tokens(ids_T, start=0, columns=width, ratio=1.0)
     results = []
     for exact in (True, False):
         dtype = torch.float64 if exact else values_TV.dtype
@@ -70,42 +71,43 @@ def measure_token_kernels(logits: str, gradient: str, columns: int) -> dict[str,
     return {"statistics": relative(found, statistics), "gradient": relative(change_TV, dlogits_TV)}
 
 
-def measure_broken(kernel: str) -> dict[str, list[bool]]:
-    """Which rows' losses are finite where one hidden state of row 1 is not."""
+def measure_broken(kernel: str, value: str, which: str) -> dict[str, list[bool]]:
+    """Which rows' losses are finite where one hidden state of row 1 is not: of each of `OPTIONS`, or of one of them."""
     found = {}
-    for value in (torch.nan, torch.inf, -torch.inf):
-        for side in ("student", "teacher", "full"):
-            for name, settings in OPTIONS.items():
-                generator = torch.Generator().manual_seed(3)
-                hidden = {key: torch.randn(4, 6, generator=generator) for key in ("student", "teacher", "full")}
-                weight_VH = torch.randn(40, 6, generator=generator)
-                hidden[side][1, 3] = value
-                output = fused_interpolation_loss(
-                    hidden["student"],
-                    weight_VH,
-                    hidden["teacher"],
-                    full_teacher_hidden_TH=hidden["full"],
-                    lengths=[4],
-                    config=InterpolationLossConfig(**settings, partner="full_teacher", positions="all"),
-                    vocab=WholeVocab(),
-                    kernel=kernel,
-                )
-                found[f"{value} {side} {name}"] = torch.isfinite(output.loss_T).tolist()
-                if side == "student":
-                    ids_T = torch.arange(4)
-                    scored = token_logprobs(hidden[side], weight_VH, ids_T, vocab=WholeVocab(), kernel=kernel)
-                    found[f"{value} logprobs"] = torch.isfinite(scored.logp_T).tolist()
+    names = {"each": list(OPTIONS)}.get(which, [which])
+    for side in ("student", "teacher", "full"):
+        generator = torch.Generator().manual_seed(3)
+        hidden = {key: torch.randn(4, 6, generator=generator) for key in ("student", "teacher", "full")}
+        weight_VH = torch.randn(40, 6, generator=generator)
+        hidden[side][1, 3] = float(value)
+        for name in names:
+            output = fused_interpolation_loss(
+                hidden["student"],
+                weight_VH,
+                hidden["teacher"],
+                full_teacher_hidden_TH=hidden["full"],
+                lengths=[4],
+                config=InterpolationLossConfig(**OPTIONS[name], partner="full_teacher", positions="all"),
+                vocab=WholeVocab(),
+                kernel=kernel,
+            )
+            found[f"{side} {name}"] = torch.isfinite(output.loss_T).tolist()
+        if side == "student":
+            scored = token_logprobs(hidden[side], weight_VH, torch.arange(4), vocab=WholeVocab(), kernel=kernel)
+            found["logprobs"] = torch.isfinite(scored.logp_T).tolist()
     return found
 
 
-def measure_sharded(folder: Path) -> dict[str, float]:
-    """The largest errors of the fused loss and of token log-probabilities over two ranks' columns."""
-    mp.spawn(_rank, (2, str(folder)), nprocs=2)
+def measure_sharded(runs: list[str], folder: Path) -> dict[str, float]:
+    """The largest error of the fused loss and of token log-probabilities over two ranks' columns, run by run."""
+    if not runs:
+        return {}
+    mp.start_processes(_rank, (2, runs, str(folder)), nprocs=2, start_method="fork")
     parts = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
     return {key: max(part[key] for part in parts) for key in parts[0]}
 
 
-def _rank(rank: int, ranks: int, folder: str) -> None:
+def _rank(rank: int, ranks: int, runs: list[str], folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
     losses_compare.fused_interpolation_loss = partial(fused_interpolation_loss, kernel="triton")
@@ -113,25 +115,25 @@ def _rank(rank: int, ranks: int, folder: str) -> None:
     triton_passes.TritonPasses.__init__.__kwdefaults__["block"] = 16
     triton_passes.TritonTokenPasses.__init__.__kwdefaults__["block"] = 16
     found = {}
-    for name in SHARDED:
+    for run in runs:
+        _, name, size = run.split()
+        losses_compare.make_data = partial(make_data, lengths=LENGTHS[size])
         case = CASES[name]
         columns = columns_of(case, rank, ranks)
         errors = losses_compare.measure_case(case, torch.float32, axis_of(case, rank, ranks), columns)
-        found[name] = max(value for key, value in errors.items() if not key.startswith("reference"))
+        found[run] = max(value for key, value in errors.items() if not key.startswith("reference"))
     Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
-def measure_cases() -> dict[str, dict[str, float]]:
-    """The fused loss's errors against the dense one, case by case, with kernel="triton"."""
+def measure_loss(name: str, size: str) -> dict[str, float]:
+    """The fused loss's errors in a case against the dense one, with kernel="triton"."""
     losses_compare.fused_interpolation_loss = partial(fused_interpolation_loss, kernel="triton")
-    found = {}
-    for index, name in enumerate(TRITON_CASES):
-        triton_passes.TritonPasses.__init__.__kwdefaults__["block"] = BLOCKS[index % 2]
-        case = CASES[name]
-        errors = losses_compare.measure_case(case, torch.float32, WholeVocab(valid_size=case.valid_size), slice(None))
-        found[name] = {key: value for key, value in errors.items() if key.startswith("fused")}
-    return found
+    losses_compare.make_data = partial(make_data, lengths=LENGTHS[size])
+    triton_passes.TritonPasses.__init__.__kwdefaults__["block"] = BLOCKS[TRITON_CASES.index(name) % 2]
+    case = CASES[name]
+    errors = losses_compare.measure_case(case, torch.float32, WholeVocab(valid_size=case.valid_size), slice(None))
+    return {key: value for key, value in errors.items() if key.startswith("fused")}
 
 
 def make_logits(kind: str, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,10 +151,11 @@ def make_logits(kind: str, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
     return student_TV.to(dtype), teacher_TV.to(dtype)
 
 
-def measure_kernels(kind: str, divergence: str, columns: int) -> dict[str, float]:
+def measure_kernels(kind: str, divergence: str, columns: str) -> dict[str, float]:
     """Statistics, sums and gradient of Triton's passes against torch's in float64 on the same logits."""
     config = InterpolationLossConfig(**OPTIONS[divergence], weight=0.3)
-    student_TV, teacher_TV = make_logits(kind, columns)
+    width = int(columns)
+    student_TV, teacher_TV = make_logits(kind, width)
     weight_T = torch.tensor([0.0, 0.3, 0.3, 0.0], dtype=torch.float64)
     half = kind == "bfloat16"
     results = []
@@ -166,7 +169,7 @@ def measure_kernels(kind: str, divergence: str, columns: int) -> dict[str, float
             made = torch.bfloat16 if half else torch.float32
             passes = triton_passes.TritonPasses(config, dlogits_dtype=made, block=16)
         logits = ChunkLogits(student_TV=parts[0], teacher_TV=parts[1], partner_TV=None)
-        query = query_tokens(torch.tensor([0, 2, 3, 5]) % columns, start=0, columns=columns, ratio=0.7)
+        query = query_tokens(torch.tensor([0, 2, 3, 5]) % width, start=0, columns=width, ratio=0.7)
         found = split_statistics(passes.statistics(logits, query), mixed=True, token=True)
         student, teacher = (Softmax(part[:, 0], part[:, 1]) for part in (found.student, found.teacher))
         mixed = Softmax(found.mixed[:, 0], found.mixed[:, 1])
@@ -191,24 +194,25 @@ def measure_kernels(kind: str, divergence: str, columns: int) -> dict[str, float
     }
 
 
+MEASURES = {
+    "loss": measure_loss,
+    "logprobs": measure_logprobs,
+    "kernels": measure_kernels,
+    "tokens": measure_token_kernels,
+    "broken": measure_broken,
+}
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    kernels = {
-        f"{kind} {divergence} {columns}": measure_kernels(kind, divergence, columns)
-        for kind in LOGITS
-        for divergence in OPTIONS
-        for columns in ((1, 16, 37) if kind == "float32" else (37,))
-    }
-    tokens = {
-        f"{logits} {gradient} {columns}": measure_token_kernels(logits, gradient, columns)
-        for logits in ("float32", "bfloat16", "float16")
-        for gradient in ("float32", "bfloat16")
-        for columns in (1, 16, 37)
-    }
-    path = Path(sys.argv[1])
-    found = {"cases": measure_cases(), "logprobs": measure_logprobs(), "kernels": kernels, "tokens": tokens}
-    found["broken"] = {kernel: measure_broken(kernel) for kernel in ("torch", "triton")}
-    path.write_text(json.dumps(found | {"sharded": measure_sharded(path.parent)}))
+    runs, results = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    # First, because a process that has computed gradients cannot always be forked.
+    found = measure_sharded([run for run in runs if run.startswith("sharded ")], results.parent)
+    for run in runs:
+        if run not in found:
+            kind, *words = run.split()
+            found[run] = MEASURES[kind](*words)
+    results.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
