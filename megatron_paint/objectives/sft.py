@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from megatron_paint.base.keys import derive_key
 from megatron_paint.config.settings import Settings
 from megatron_paint.data.prompts import Prompts
+from megatron_paint.losses.elementwise.choose import loss_kernel
 from megatron_paint.losses.objectives import CrossEntropyLoss
 from megatron_paint.objectives.metrics import metrics_of
 from megatron_paint.policy import Policy
@@ -18,7 +19,9 @@ class Sft:
     def __init__(self, settings: Settings, prompts: Prompts):
         self.settings = settings
         self.prompts = prompts
-        self.loss = CrossEntropyLoss(chunk_bytes=settings.objective.chunk_bytes, kernel=settings.objective.kernel)
+        self.loss = CrossEntropyLoss(
+            chunk_bytes=settings.objective.chunk_bytes, kernel=loss_kernel(settings.objective.kernel)
+        )
 
     def step(self, policy: Policy, problems: Sequence[Problem], *, step: int, lr: float) -> StepReport:
         """Scores the solutions and updates once."""

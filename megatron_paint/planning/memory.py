@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_paint.base.errors import UserError, about
 from megatron_paint.config.settings import MegatronSettings, Settings
-from megatron_paint.losses.elementwise.choose import loss_kernel, triton_is_lacking
+from megatron_paint.losses.elementwise.choose import loss_kernel, missing_for_triton
 from megatron_paint.models.qwen3.shape import read_shape
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.apex import refuse_foreign_apex
@@ -49,7 +49,7 @@ class Plan:
             f"layers     {'Transformer Engine' if self.uses_engine else 'plain torch'}, {settings.model.dtype}"
             f"{f', FP8 {settings.megatron.fp8} {settings.megatron.fp8_recipe}' if settings.megatron.fp8 else ''}",
             f"loss       elementwise work by {self.kernel}"
-            f"{f' ({triton_is_lacking()})' if self.kernel == 'torch' and triton_is_lacking() else ''}, chunks of "
+            f"{f' ({missing_for_triton()})' if self.kernel == 'torch' and missing_for_triton() else ''}, chunks of "
             f"{_size(settings.objective.chunk_bytes)}",
             f"step       {problems} problems, about {problems / self.data_parallel:g} a replica, micro-batches of at "
             f"most {settings.data.micro_batch_tokens:,} tokens; {settings.run.steps} steps",

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_paint.losses.elementwise.choose import _say_once, choose_kernel
+from megatron_paint.base.errors import UserError
+from megatron_paint.losses.elementwise.choose import _warn_once, choose_kernel, loss_kernel
 from tests.losses.losses_cases import LOGPROB_CASES, TRITON_CASES, options
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -104,7 +105,7 @@ def test_kernels_compile_for_hopper():
 def test_choice_of_kernel(monkeypatch):
     """auto is Triton on CUDA and torch elsewhere; float64 is torch's; an interpreter makes triton run on a CPU."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    _say_once.cache_clear()
+    _warn_once.cache_clear()
     with pytest.warns(UserWarning, match="these tensors are on cpu") as caught:
         chosen = [choose_kernel("auto", device=CPU, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
     assert chosen == ["torch", "torch"]
@@ -120,8 +121,16 @@ def test_choice_of_kernel(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert choose_kernel("triton", device=CPU, dtype=torch.float32) == "triton"
     monkeypatch.setattr("megatron_paint.losses.elementwise.choose.find_spec", lambda _: None)
-    _say_once.cache_clear()
+    _warn_once.cache_clear()
     with pytest.warns(UserWarning, match="Triton is not installed"):
         assert choose_kernel("auto", device=CUDA, dtype=torch.float32) == "torch"
     with pytest.raises(ValueError, match="Triton is not installed"):
         choose_kernel("triton", device=CUDA, dtype=torch.float32)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(
+        UserError, match=r"objective\.kernel: got 'triton'; it needs .* Triton is not"
+    ):
+        loss_kernel("triton")
+    assert loss_kernel("auto") == "torch"
+    monkeypatch.undo()
+    assert (loss_kernel("auto"), loss_kernel("torch")) == ("triton" if torch.cuda.is_available() else "torch", "torch")
