@@ -1,6 +1,6 @@
 """The records that a step is made of, in the order in which they appear.
 
-Problem -> Rollout -> Reveal -> Sample -> SampleScore -> StepReport; EvalReport stands beside them.
+Problem -> Rollout -> Reveal -> Sample -> SampleScore -> StepReport. An evaluation makes an EvalReport.
 All are frozen: a step makes new records and never changes one. Token ids are tuples of int, made once from text.
 """
 
@@ -18,7 +18,7 @@ class Problem:
     problem: str  # the problem's text
     solution: str  # the verified solution; ends in \boxed{answer} in the usual data sets
     answer: str  # the final answer that the grader compares with
-    source: str = ""  # where it stands: "file:line"
+    source: str = ""  # its place in the file: "file:line"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +61,7 @@ class Reveal:
     total_tokens: int
     shown_text: str  # a prefix of the reference, or the reference itself
     reference: str  # the solution that was cut: the problem's own, or another one's under `solution: wrong`
-    hidden_nats: float | None = None  # what the rule's share hides, by the teacher's surprise; None: not asked for
+    hidden_nats: float | None = None  # of what the rule's share hides, under the teacher; None: not computed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +75,7 @@ class Sample:
     full_teacher_prompt_ids: TokenIds | None = None  # with the complete reference; only for partner=full_teacher
     reveal: Reveal | None = None
     advantage: float | None = None  # of every token of the response; only GRPO's
-    old_logprobs: tuple[float, ...] | None = None  # before the step's first update; None: this is the first
+    old_logprobs: tuple[float, ...] | None = None  # before the step's first update; None: in that update
     weight: float = 1.0  # of each token in the sum of the loss
 
     @property
@@ -93,7 +93,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleScore:
-    """What the loss measured in one sample, summed over its response tokens; in nats if nothing else is said.
+    """What the loss measured in one sample, summed over its response tokens; in nats unless noted.
 
     sums: by name, those that the loss measures.
     student_entropy, teacher_entropy: of all tokens.
@@ -111,7 +111,7 @@ class SampleScore:
     selected: tuple[int, ...] = ()  # positions in the response, from 0
     sums: dict[str, float] = field(default_factory=dict)
     token_logprobs: tuple[float, ...] | None = None  # of the response, where the loss asks for them
-    sampler_gap_max: float | None = None  # max |sampler log-prob - trainer log-prob|; None: not sampled in this step
+    sampler_gap_max: float | None = None  # max |sampler log-prob - trainer log-prob|; None: no sampler log-probs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,7 @@
-"""The policy on Megatron-Core: generation, teacher pass, student pass and step over all ranks.
+"""The policy on Megatron-Core: generation, the teacher's pass, the student's pass and the step, over all ranks.
 
-Every rank is called with the whole step's records. A sample belongs to one data-parallel replica; within it, the last
-pipeline stage computes the loss from hidden states, and tensor-parallel ranks share the vocabulary.
+Every rank is called with the records of the complete step. A sample belongs to one data-parallel replica. There the
+last pipeline stage computes the loss from hidden states, and tensor-parallel ranks share the vocabulary.
 
 Axes: T tokens of a micro-batch, N response tokens of it, H hidden size.
 """
@@ -43,7 +43,7 @@ from megatron_paint.runtime.heartbeat import beat
 
 
 class MegatronPolicy:
-    """Implements `megatron_paint.policy.Policy`; one that is not `trained` has no gradients, optimiser or teacher."""
+    """Implements `megatron_paint.policy.Policy`. Without `trained` it has no gradients, optimiser or teacher."""
 
     def __init__(self, settings: Settings, shape: ModelShape, ranks: Ranks, *, trained: bool = True):
         self.settings = settings
@@ -52,7 +52,7 @@ class MegatronPolicy:
         megatron = settings.megatron
         self.stage = build_model(shape, settings.model, megatron, ranks)
         load_stage(self.stage, settings.model.hf_path, shape, ranks)
-        # A run starts from whole weights. Adapters of a checkpoint, too, are taken where it is only to be looked at.
+        # A run starts from weights without adapters. A policy that is not trained also loads a checkpoint's adapters.
         start, lora = settings.model.megatron_path, settings.model.lora
         adapted = start is not None and not trained and lora is not None and has_adapters(start)
         if start is not None and not adapted:
@@ -96,7 +96,10 @@ class MegatronPolicy:
         return [merged[i] for i in range(len(requests))]
 
     def update(self, samples: Sequence[Sample], loss: TokenLoss, *, lr: float) -> UpdateReport:
-        """One optimiser step; FloatingPointError, before the optimiser, where a loss or the gradient is not finite."""
+        """One optimiser step.
+
+        FloatingPointError: a loss or the gradient is not finite; the optimiser has not changed any weight.
+        """
         clock = _PhaseClock()
         with clock.phase("teacher"):
             states = self.teacher_states(samples, loss)
@@ -112,7 +115,7 @@ class MegatronPolicy:
     ) -> tuple[SampleScore, ...]:
         """The loss of each sample without a step. With `teach_itself` the current weights are the teacher.
 
-        That teacher computes each sample in a micro-batch of its own: the same numbers, computed in another way.
+        That teacher computes each sample in a separate micro-batch: the same numbers, computed in another way.
         """
         beat("student")
         if teach_itself:
@@ -181,7 +184,7 @@ class MegatronPolicy:
         teacher: Teacher | None = None,
         forward: ForwardPass | None = None,
     ) -> TeacherStates:
-        """What the loss needs from the teacher; defaults: this policy's teacher, and its usual micro-batches."""
+        """What the loss needs from the teacher. Defaults: this policy's teacher and its usual micro-batches."""
         teacher, forward = teacher or self.teacher, forward or self.forward
         replicas = self._replicas(samples)
 
@@ -242,7 +245,7 @@ class MegatronPolicy:
     def _gather_scores(
         self, found: Sequence[dict[int, SampleScore | NonFinite]], count: int
     ) -> tuple[SampleScore, ...]:
-        """The scores of all `count` samples on every rank; FloatingPointError where a loss is not finite."""
+        """The scores of all `count` samples on every rank; FloatingPointError: a loss is not finite."""
         merged = self._exchange(_merged(found) if self.ranks.tp_rank == 0 else {})
         problems = [score for score in merged.values() if isinstance(score, NonFinite)]
         if problems:
@@ -270,7 +273,7 @@ def _merged(parts: Iterable[dict[int, Any]]) -> dict[int, Any]:
 
 
 def _rows_of(hidden: dict[int, Tensor] | None, batch: MicroBatch, *, like: Tensor) -> Tensor | None:
-    """The teacher's rows [N, H] of a micro-batch; an empty one has none, of the student's width and type."""
+    """The teacher's rows [N, H] of a micro-batch; an empty micro-batch has none, of the student's width and type."""
     if hidden is None:
         return None
     return torch.cat([hidden[i] for i in batch.indices]) if batch.indices else like.detach()

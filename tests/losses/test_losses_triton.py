@@ -127,9 +127,7 @@ def test_choice_of_kernel(monkeypatch):
     with pytest.raises(ValueError, match="Triton is not installed"):
         choose_kernel("triton", device=CUDA, dtype=torch.float32)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    with pytest.raises(
-        UserError, match=r"objective\.kernel: got 'triton'; it needs .* Triton is not"
-    ):
+    with pytest.raises(UserError, match=r"objective\.kernel: got 'triton'; it needs .* Triton is not"):
         loss_kernel("triton")
     assert loss_kernel("auto") == "torch"
     monkeypatch.undo()
