@@ -1,7 +1,4 @@
-"""The seam between an objective and the machine: what an algorithm may ask of a policy, and what a loss is given.
-
-Axes: N response tokens of a micro-batch, H hidden size, V vocabulary (whole, or this rank's slice).
-"""
+"""The seam between an objective and the machine: what an algorithm can ask of a policy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +23,7 @@ class ScoredSequence:
 
 
 class Policy(Protocol):
-    """A model that samples and learns; how many machines that takes is its own business.
+    """A model that samples and learns, on any number of machines.
 
     Every rank calls with the same arguments and gets the same results.
     """
@@ -37,7 +34,7 @@ class Policy(Protocol):
     def evaluate_loss(
         self, samples: Sequence[Sample], loss: TokenLoss, *, teach_itself: bool = False
     ) -> tuple[SampleScore, ...]:
-        """The loss of each sample without a step; with `teach_itself` the current weights are the teacher."""
+        """The loss of each sample without a step. With `teach_itself` the current weights are the teacher."""
 
     def logprobs(
         self, sequences: Sequence[ScoredSequence], *, weights: Literal["teacher", "current"]
@@ -48,17 +45,20 @@ class Policy(Protocol):
         """
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
-        """Begins to write a checkpoint: weights, optimiser, teacher and `state`; complete or absent.
+        """Starts to write a checkpoint: weights, optimiser, teacher and `state`; complete or absent.
 
-        What it holds is settled on return; the write goes on behind it. One at a time: see `finish_save`.
+        Its content is copied before this returns; the write continues in the background. Only one write can run at a
+        time: see `finish_save`.
         """
 
     def finish_save(self, *, wait: bool) -> bool:
-        """Whether the checkpoint that was begun stands now, which is said once; `wait` until it does. UserError: a disk
-        refused, and there is none."""
+        """Returns True exactly once, after the checkpoint started by `save` is complete on disk.
+
+        With `wait`, blocks until then. UserError: writing failed, and there is no checkpoint.
+        """
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Takes a checkpoint up, at any layout, and returns its state."""
+        """Loads a checkpoint that was written at any layout, and returns its state."""
 
     def export(self, folder: Path) -> None:
-        """Writes a Hugging Face checkpoint that `transformers` loads as it is."""
+        """Writes a Hugging Face checkpoint that `transformers` can load."""

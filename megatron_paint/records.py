@@ -76,7 +76,7 @@ class Sample:
     full_teacher_prompt_ids: TokenIds | None = None  # with the complete reference; only for partner=full_teacher
     reveal: Reveal | None = None
     advantage: float | None = None  # of every token of the response; only GRPO's
-    old_logprobs: tuple[float, ...] | None = None  # before the step's first update; None: this is the first
+    old_logprobs: tuple[float, ...] | None = None  # before the step's first update; None: in that update
     weight: float = 1.0  # of each token in the sum of the loss
 
     @property
@@ -112,7 +112,7 @@ class SampleScore:
     selected: tuple[int, ...] = ()  # positions in the response, from 0
     sums: dict[str, float] = field(default_factory=dict)
     token_logprobs: tuple[float, ...] | None = None  # of the response, where the loss asks for them
-    sampler_gap_max: float | None = None  # max |sampler log-prob - trainer log-prob|; None: not sampled in this step
+    sampler_gap_max: float | None = None  # max |sampler log-prob - trainer log-prob|; None: no sampler log-probs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""The vocabulary-parallel sparse interpolation loss, its reference, and token log-probabilities. Needs torch alone."""
+"""The vocabulary-parallel sparse interpolation loss, its reference, and token log-probabilities. Needs only torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
     "token_logprobs",
 ]
 
-# Settings are read and checked where torch may be missing or slow to load, so what needs it is imported on first use.
+# Settings are checked where torch may be missing or slow to load: everything that needs it is imported on first use.
 _HOME = {
     "InterpolationOutput": "output",
     "LossOutput": "output",

@@ -1,4 +1,4 @@
-"""What every loss checks about its arguments. Axes: T tokens, V this rank's vocabulary columns, H hidden."""
+"""Checks of arguments that the losses share. Axes: T tokens, V this rank's vocabulary columns, H hidden."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_matrix(name: str, value: torch.Tensor, axes: str, *, like: tuple[int |
 
 
 def check_full_teacher(name: str, value: torch.Tensor | None, config: InterpolationLossConfig) -> None:
-    """ValueError unless the full teacher is there exactly when the partner asks for it."""
+    """ValueError unless the full teacher is passed exactly when the partner needs it."""
     if (value is not None) != (config.partner == "full_teacher"):
         got = "nothing" if value is None else "a tensor"
         raise ValueError(
@@ -60,7 +60,7 @@ def check_token_ids(token_ids_T: torch.Tensor | None, tokens: int, *, vocab: Voc
     if not tokens:
         return
     low, high = (int(value) for value in token_ids_T.aminmax())
-    size = vocab.whole_size(columns)
+    size = vocab.full_size(columns)
     if low < 0 or high >= size:
         raise ValueError(
             f"token_ids_T: got ids from {low} to {high}; the vocabulary has {size} entries, from 0; "
@@ -77,6 +77,6 @@ def check_temperature(name: str, value: float) -> None:
 
 
 def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
-    """float64 if any tensor is, else float32: logits are never kept in less."""
+    """float64 if any tensor is float64, otherwise float32: logits never have fewer bits."""
     double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if double else torch.float32

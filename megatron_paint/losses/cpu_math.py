@@ -1,8 +1,8 @@
-"""A remedy for a fault of MKL, which torch computes exp, tanh and their like with on CPUs.
+"""Works around a bug of MKL, with which torch computes exp, tanh and similar functions on CPUs.
 
-MKL chooses the kernel of each such function at its first call. Where that first call comes from several threads at once
-(any tensor of more than a few thousand elements), one of them can run a kernel of low accuracy on its whole part of the
-tensor: relative errors of 1e-4, once, in about one process of ten. Known as pytorch issue 188792; MKL before 2025.0.
+MKL chooses the kernel of each such function at its first call. If several threads make that first call at once (any
+tensor of more than a few thousand elements), one thread can run a kernel of low accuracy on its part of the tensor.
+Relative errors of 1e-4 occur once, in about one process of ten. Known as pytorch issue 188792; MKL before 2025.0.
 """
 
 from functools import cache
@@ -17,7 +17,7 @@ _FUNCTIONS = (
 
 @cache
 def settle_cpu_math() -> None:
-    """Calls every such function once on one number, which a single thread does, so that its kernel is chosen."""
+    """Calls every such function once on one number: a single thread does this, and MKL chooses the kernel."""
     for dtype in (torch.float32, torch.float64):
         half = torch.full((1,), 0.5, dtype=dtype)
         for name in _FUNCTIONS:

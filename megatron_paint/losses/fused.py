@@ -38,22 +38,22 @@ def fused_interpolation_loss(
     token_temperature: float | None = None,
     kernel: Kernel = "auto",
 ) -> InterpolationOutput:
-    """The same numbers as interpolation_loss, forming the gradient in the forward pass.
+    """The same numbers as interpolation_loss; the forward pass computes the gradient.
 
     student_hidden_TH, teacher_hidden_TH, full_teacher_hidden_TH [T, H]: final hidden states at response rows, before
-    the output layer; output_weight_VH [V, H]: this rank's rows of it, teacher_output_weight_VH where the teacher has
-    its own. bfloat16, float16, float32 or float64; logits are float32, or float64 if any input is.
-    lengths: tokens of each rollout, in row order. chunk_tokens: rows at a time; None takes as many as keep logits and
-    temporaries within chunk_bytes (a fifth above it where a rollout is cut, up to half with elsewhere="skip").
+    the output layer; output_weight_VH [V, H]: this rank's rows of it; teacher_output_weight_VH: the teacher's, if it
+    differs. bfloat16, float16, float32 or float64; logits are float32, or float64 if any input is.
+    lengths: tokens of each rollout, in row order. chunk_tokens: rows at a time; None: as many as keep logits and
+    temporaries within chunk_bytes (a fifth more if a rollout is cut, up to half more with elsewhere="skip").
     token_weight_T [T] multiplies loss_T. rollout_keys: one int per rollout, for positions="random". token_ids_T [T],
     token_temperature (None: the loss temperature): for token_logp_T.
-    kernel: who does the elementwise work; see kernels.choose_kernel.
+    kernel: the backend of the elementwise work; see `choose_kernel`.
 
-    Gradients go to student_hidden_TH and output_weight_VH where they require one; under no_grad nothing is formed.
-    backward accepts one factor common to all tokens and raises ValueError otherwise: weights of tokens belong in
-    token_weight_T. The weight's gradient goes to main_grad where Megatron gave the parameter one (main_grad.py), in
-    backward, in the buffer's type. The hidden states' gradient is summed over the vocabulary's ranks unless
-    vocab.reduce_hidden_grad is False. Collectives: two per chunk, at most 64 float32 bytes a token from each rank;
+    student_hidden_TH and output_weight_VH get gradients if they require them; under no_grad none is computed.
+    backward accepts one factor common to all tokens and raises ValueError otherwise: pass weights of tokens as
+    token_weight_T. If Megatron gave the parameter a main_grad, backward adds the weight's gradient to it, in the
+    buffer's type (main_grad.py). The hidden states' gradient is summed over the vocabulary's ranks unless
+    vocab.reduce_hidden_grad is False. Collectives: two per chunk, at most 64 bytes of float32 a token from each rank;
     one per redone chunk; that sum.
     Raises ValueError for arguments that do not fit together.
     """
@@ -104,7 +104,7 @@ def _size_and_passes(
     columns: int,
     dlogits_dtype: torch.dtype,
 ) -> tuple[ChunkSize, Passes]:
-    """How many tokens' logits exist at a time, and who does the elementwise work on them."""
+    """How many tokens' logits exist at a time, and the backend of the elementwise work on them."""
     device, vocab = inputs.student_TH.device, inputs.vocab
     chosen = choose_kernel(kernel, device=device, dtype=inputs.dtype)
     buffers = (2 if inputs.full_teacher_TH is None else 3) * (2 if vocab.ranks > 1 else 1) + (chosen == "triton")

@@ -1,11 +1,12 @@
 """The passes over chunks of logits behind fused_interpolation_loss.
 
-Per chunk: two matrix products give the student's and the teacher's logits; one collective gives softmax statistics,
-entropies and with them the selection, a second one the divergences; then dlogits W and dlogits^T h. Where the
-vocabulary is sharded, the second collective of a chunk runs behind the next chunk's products to logits, and the next
-chunk's first one behind this chunk's products of the gradient. A rollout longer than a chunk gets the gradient of its
-commoner target at first, and the rows where that was wrong are done again, which costs 4 (1 + share) matrix products of
-all rows where a statistics pass before a gradient pass would cost 6.
+Per chunk: two matrix products compute the student's and the teacher's logits. One collective merges softmax statistics
+and entropies, which determine the selection; a second one merges the divergences. Then dlogits W and dlogits^T h.
+With a sharded vocabulary the second collective of a chunk overlaps with the next chunk's products to logits, and the
+next chunk's first collective overlaps with this chunk's products of the gradient.
+Which tokens are selected is known only after the complete rollout was seen. If a rollout does not fit into one chunk,
+all its tokens are first treated as the more frequent case; the tokens for which this was wrong are redone. Cost:
+4 (1 + wrong fraction) matrix products of all rows; two separate passes would cost 6.
 Axes: T response tokens, V this rank's vocabulary columns without padding, H hidden, R ranks, K packed statistics.
 """
 
@@ -56,7 +57,7 @@ class Inputs:
 
 
 class Statistics(NamedTuple):
-    """What is known of each token from the first collective; mixed is the normaliser of the interpolated target."""
+    """Each token's statistics from the first collective; mixed: the normaliser of the interpolated target."""
 
     student_max_T: torch.Tensor
     student_sum_T: torch.Tensor
@@ -83,7 +84,7 @@ class Statistics(NamedTuple):
 
 
 class FirstVisit(NamedTuple):
-    """A chunk whose statistics are on their way; gathered gives those of all ranks [R, T, K] when they are there."""
+    """A chunk whose statistics are being gathered; gathered() waits for those of all ranks [R, T, K]."""
 
     chunk: Chunk
     logits: ChunkLogits
@@ -91,12 +92,12 @@ class FirstVisit(NamedTuple):
 
 
 class FusedPass:
-    """One call of the fused loss: reads its inputs, fills the gradient (None: values alone)."""
+    """One call of the fused loss: reads its inputs and fills the gradient (None: only values)."""
 
     def __init__(
         self, inputs: Inputs, size: ChunkSize, passes: Passes, gradient: OutputLayerGradient | None, *, overlap: bool
     ) -> None:
-        """overlap: have the logits of two chunks at a time, so that no product waits for a collective."""
+        """overlap: keep the logits of two chunks at a time, so that no product waits for a collective."""
         self.inputs, self.size, self.passes, self.gradient = inputs, size, passes, gradient
         self.overlap = overlap
         self.config = inputs.config
@@ -113,15 +114,15 @@ class FusedPass:
         self.project_student = Projection(inputs.weight_VH, inputs.dtype, **made)
         self.project_teacher = Projection(inputs.teacher_weight_VH, inputs.dtype, **made)
         self.project_full_teacher = Projection(inputs.teacher_weight_VH, inputs.dtype, **made)
-        # What a rollout longer than a chunk is taken for until its entropies are known: the commoner of the two.
+        # What every token of a rollout that does not fit into one chunk is treated as at first: the more frequent case.
         self.guess = inputs.config.fraction > 0.5
 
     def run(self) -> InterpolationOutput:
-        """Go through all chunks, then through the rows whose guess was wrong."""
+        """Processes all chunks, then the rows whose guess was wrong."""
         by_rollout = self.blind_T is None and self.config.positions == "top_fraction"
         chunks = plan_chunks(self.inputs.lengths, self.size.tokens, whole_rollouts=by_rollout)
         if not chunks:
-            return self._output(*self._nothing())
+            return self._output(*self._empty())
         statistics_of, outcome_of, selected_of = zip(*self._first_visits(chunks), strict=True)
         statistics = Statistics(*map(torch.cat, zip(*statistics_of, strict=True)))
         outcome = Outcome(*map(torch.cat, zip(*outcome_of, strict=True)))
@@ -131,7 +132,7 @@ class FusedPass:
         return self._output(statistics, outcome, selected_T)
 
     def _first_visits(self, chunks: Sequence[Chunk]) -> list[tuple[Statistics, Outcome, torch.Tensor]]:
-        """Statistics, outcome and selection of each chunk, while the gradient is filled."""
+        """Statistics, outcome and selection of each chunk; fills the gradient."""
         found = []
         visit: FirstVisit | None = self._start_visit(chunks[0])
         for following in (*chunks[1:], None):
@@ -171,7 +172,7 @@ class FusedPass:
         self.gradient.put(rows, dlogits_TV)
 
     def _correct_guesses(self, statistics: Statistics, outcome: Outcome, guessed_T: torch.Tensor) -> torch.Tensor:
-        """The right selection; outcome and gradient of rows that were taken for the other kind are replaced."""
+        """The correct selection; replaces outcome and gradient of the rows whose guess was wrong."""
         selected_T = select_positions(
             statistics.student_entropy_T,
             statistics.teacher_entropy_T,
@@ -180,14 +181,14 @@ class FusedPass:
         )
         if self._selection_matters():
             wrong_rows = (selected_T != guessed_T).nonzero().squeeze(1)
-            # A quarter of a chunk's rows: logits, their copies, the wrong gradient and the right one exist together.
+            # A quarter of a chunk's rows: logits, copies, wrong and correct gradient exist at the same time.
             for rows in wrong_rows.split(max(1, self.size.tokens // 4)):
                 if rows.numel():
                     self._second_visit(rows, statistics.rows(rows), outcome)
         return selected_T
 
     def _second_visit(self, rows: torch.Tensor, statistics: Statistics, outcome: Outcome) -> None:
-        """Replace the outcome and the gradient of rows, of which all had the wrong guess."""
+        """Replaces the outcome and the gradient of rows that all had the wrong guess."""
         logits = self._logits(rows)
         guess_T = torch.full(rows.shape, self.guess, device=self.device)
         guess_had_loss = self.guess or self.config.elsewhere == "teacher"
@@ -197,12 +198,12 @@ class FusedPass:
             scale_T = self._gradient_scale(rows, guess_T) * outcome.factor_T[rows]
             replaced_TV = self.passes.gradient(work, outcome.coefficient_T[rows], scale_T)
         work = self._sums(logits, statistics, rows, ~guess_T)
-        right = finish(self.inputs.vocab.sum_in_place(work.sums_TK), self.config)
-        for stored_T, right_T in zip(outcome, right, strict=True):
-            stored_T[rows] = right_T
+        correct = finish(self.inputs.vocab.sum_in_place(work.sums_TK), self.config)
+        for stored_T, correct_T in zip(outcome, correct, strict=True):
+            stored_T[rows] = correct_T
         if self.gradient is not None:
-            scale_T = self._gradient_scale(rows, ~guess_T) * right.factor_T
-            dlogits_TV = self.passes.gradient(work, right.coefficient_T, scale_T)
+            scale_T = self._gradient_scale(rows, ~guess_T) * correct.factor_T
+            dlogits_TV = self.passes.gradient(work, correct.coefficient_T, scale_T)
             self.gradient.put(rows, dlogits_TV, replaced_TV)
 
     def _logits(self, rows: Rows) -> ChunkLogits:
@@ -242,14 +243,14 @@ class FusedPass:
         )
 
     def _sums(self, logits: ChunkLogits, statistics: Statistics, rows: Rows, selected_T: torch.Tensor) -> Work:
-        """This rank's part of the divergences of these rows, and what their gradient needs."""
+        """This rank's part of the divergences of these rows, and the inputs of their gradient."""
         weight_T = selected_T.to(self.inputs.dtype) * self.config.target_weight
         target = Target(student=statistics.student, target=statistics.target(selected_T), weight_T=weight_T)
         scale_T = None if self.gradient is None else self._gradient_scale(rows, selected_T)
         return self.passes.sums(logits, target, scale_T)
 
     def _loss_scale(self, rows: Rows, selected_T: torch.Tensor) -> torch.Tensor:
-        """What multiplies each token's divergence: its weight, the control's factor, 0 where it carries no loss."""
+        """The factor of each token's divergence: its weight times the control's factor; 0 if it carries no loss."""
         scale_T = torch.ones(selected_T.shape, dtype=self.inputs.dtype, device=self.device)
         scale_T = torch.where(selected_T, scale_T * self.config.selected_loss_factor, scale_T)
         if self.inputs.token_weight_T is not None:
@@ -269,7 +270,7 @@ class FusedPass:
         reweights = self.config.selected_loss_factor != 1.0 or self.config.elsewhere == "skip"
         return self.gradient is not None and reweights
 
-    def _nothing(self) -> tuple[Statistics, Outcome, torch.Tensor]:
+    def _empty(self) -> tuple[Statistics, Outcome, torch.Tensor]:
         empty_T = torch.zeros(0, dtype=self.inputs.dtype, device=self.device)
         statistics = Statistics(*[empty_T] * len(Statistics._fields))
         return statistics, Outcome(*[empty_T] * len(Outcome._fields)), empty_T.bool()

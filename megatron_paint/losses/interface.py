@@ -1,6 +1,6 @@
-"""What a token loss is given of a micro-batch, and what it promises.
+"""The inputs of a token loss, and what it must provide.
 
-Axes: N response tokens of a micro-batch, H hidden size, V vocabulary (whole, or this rank's slice).
+Axes: N response tokens of a micro-batch, H hidden size, V vocabulary (complete, or this rank's slice).
 """
 
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from megatron_paint.records import Sample
 
 @dataclass(frozen=True, kw_only=True)
 class ResponseRows:
-    """What a loss sees of a micro-batch: the rows that predict response tokens, rollout after rollout."""
+    """A micro-batch as a loss gets it: the rows that predict response tokens, rollout after rollout."""
 
-    samples: tuple[Sample, ...]  # whose responses they are
+    samples: tuple[Sample, ...]  # one per response
     lengths: tuple[int, ...]  # response tokens of each; they sum to N
     token_ids_N: Tensor  # the response tokens
     student_hidden_NH: Tensor
@@ -29,10 +29,10 @@ class ResponseRows:
 
 
 class TokenLoss(Protocol):
-    """A loss over response tokens: knows a vocabulary axis, not a machine, and returns sums, never means."""
+    """A loss over response tokens. It knows a vocabulary axis but no machine, and returns sums, never means."""
 
     needs_teacher: bool
     needs_full_teacher: bool
-    keeps_logprobs: bool  # whether the scores are to hold every token's log-probability
+    keeps_logprobs: bool  # whether the scores must hold every token's log-probability
 
     def __call__(self, rows: ResponseRows) -> LossOutput: ...

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens from hidden states, for cross entropy and policy gradients.
+"""Log-probabilities of tokens from hidden states, for cross entropy and policy gradients.
 
 Axes: T tokens, V this rank's vocabulary columns, H hidden, R ranks, K packed statistics.
 """
@@ -31,7 +31,7 @@ from megatron_paint.losses.vocab import VocabAxis
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLogprobs:
-    """logp_T [T]: log-probabilities in nats, times token_weight_T where given, differentiable; entropy_T [T]: nats."""
+    """logp_T [T]: log-probabilities in nats, times token_weight_T if passed, differentiable; entropy_T [T]: nats."""
 
     logp_T: torch.Tensor
     entropy_T: torch.Tensor
@@ -52,14 +52,14 @@ def token_logprobs(
     """log softmax(hidden weight^T / temperature) at each token, with a bounded number of logits at any time.
 
     hidden_TH [T, H]: final hidden states; output_weight_VH [V, H]: this rank's rows of the output layer;
-    token_ids_T [T]: ids of the whole vocabulary. Types, chunks and kernel as in fused_interpolation_loss.
-    Without token_weight_T any gradient may come in: backward makes each chunk's logits again (4 matrix products in
-    all). With it logp_T is multiplied by the weights, the gradient is formed in the forward pass (3 products), and
-    backward accepts one factor common to all tokens, else raises ValueError: cross entropy is
+    token_ids_T [T]: ids of the complete vocabulary. Types, chunks and kernel as in fused_interpolation_loss.
+    Without token_weight_T backward accepts any gradient and computes each chunk's logits again (4 matrix products in
+    total). With it logp_T is multiplied by the weights, and the forward pass computes the gradient (3 products);
+    backward then accepts one factor common to all tokens and raises ValueError otherwise. Cross entropy is
     -token_logprobs(..., token_weight_T=mask).logp_T.sum().
-    One collective a chunk, which runs behind the next chunk's product, and one for the hidden states' gradient unless
-    vocab.reduce_hidden_grad is False; without token_weight_T the latter runs in backward. Raises ValueError for
-    arguments that do not fit together.
+    Collectives: one a chunk, which overlaps with the next chunk's product; one for the hidden states' gradient unless
+    vocab.reduce_hidden_grad is False, in backward if there is no token_weight_T. Raises ValueError for arguments that
+    do not fit together.
     """
     settle_cpu_math()
     tokens, columns = hidden_TH.shape[0], output_weight_VH.shape[0]
@@ -109,7 +109,7 @@ def token_logprobs(
 
 
 class _Visit(NamedTuple):
-    """A chunk whose statistics are on their way; gathered gives those of all ranks [R, T, K] when they are there."""
+    """A chunk whose statistics are being gathered; gathered() waits for those of all ranks [R, T, K]."""
 
     rows: slice
     logits: TokenLogits
@@ -137,7 +137,7 @@ class _Head:
     def measure(
         self, weight_T: torch.Tensor | None, gradient: OutputLayerGradient | None
     ) -> tuple[torch.Tensor, torch.Tensor, Softmax]:
-        """Log-probabilities, entropies and normalisers [T]; fills the gradient of sum(weight logp) if there is one."""
+        """Log-probabilities, entropies and normalisers [T]; fills the gradient of sum(weight logp) if it is passed."""
         new = {"dtype": self.dtype, "device": self.hidden_TH.device}
         logp_T, entropy_T, max_T, sum_T = (torch.empty(self.hidden_TH.shape[0], **new) for _ in range(4))
         overlap = self.vocab.ranks > 1
@@ -156,7 +156,7 @@ class _Head:
             if gradient is not None:
                 scale_T = weight_T[rows] / self.temperature
                 gradient.put(rows, passes.gradient(visit.logits, visit.query, total, scale_T))
-            visit = None  # and with it its logits, before the next ones exist
+            visit = None  # frees its logits before the next ones exist
             if following is not None and ahead is None:
                 ahead = self.start_visit(following, project, passes)
             visit = ahead
@@ -168,7 +168,7 @@ class _Head:
         return _Visit(rows, logits, query, self.vocab.start_gather(passes.statistics(logits, query)))
 
     def fill(self, gradient: OutputLayerGradient, total: Softmax, grad_T: torch.Tensor) -> None:
-        """The gradient of sum(grad logp), from normalisers that are known."""
+        """Fills the gradient of sum(grad logp) from known normalisers."""
         project, passes = self.projection(1), self.passes(gradient)
         for rows in self.row_chunks():
             logits = TokenLogits(values_TV=project(self.hidden_TH[rows]))
@@ -196,7 +196,7 @@ class _Head:
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Keeps hidden states and normalisers alone; backward makes the logits again."""
+    """Keeps only hidden states and normalisers; backward computes the logits again."""
 
     @staticmethod
     def forward(
@@ -212,7 +212,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_T: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
         head: _Head = ctx.head
-        # The saved tensors are those of head; unpacking them lets autograd refuse weights changed since the forward.
+        # The saved tensors are those of head. Unpacking them lets autograd refuse weights changed since the forward.
         hidden_TH, _, *total = ctx.saved_tensors
         wants = ctx.needs_input_grad[:2]
         columns = head.weight_VH.shape[0]
@@ -221,6 +221,6 @@ class _TokenLogprobs(torch.autograd.Function):
         dhidden_TH, weight = gradient.dhidden_TH, gradient.weight
         return (
             None if dhidden_TH is None else dhidden_TH.to(hidden_TH.dtype),
-            None if weight is None else weight.hand_over(1.0),
+            None if weight is None else weight.release(1.0),
             None,
         )

@@ -1,4 +1,4 @@
-"""The losses of the objectives, as the policy calls them: on the response rows of one micro-batch."""
+"""The losses of the objectives. The policy calls them with the response rows of one micro-batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class DistillationLoss:
 
     config: InterpolationLossConfig
     chunk_bytes: float
-    token_temperature: float  # at which the sampler's log-probabilities were taken
+    token_temperature: float  # of the sampler's log-probabilities
     kernel: Kernel = "auto"
 
     needs_teacher = True
@@ -48,7 +48,7 @@ class DistillationLoss:
             chunk_bytes=self.chunk_bytes,
             teacher_output_weight_VH=rows.teacher_output_weight_VH,
             full_teacher_hidden_TH=rows.full_teacher_hidden_NH,
-            # The rollout's own draws come from its key itself: positions drawn from it would be those of its draws.
+            # The rollout's tokens were drawn with the key itself; positions must not use the same random numbers.
             rollout_keys=[derive_key(sample.key, "positions") for sample in rows.samples],
             token_ids_T=rows.token_ids_N,
             token_temperature=self.token_temperature,
@@ -92,7 +92,7 @@ class CrossEntropyLoss:
             rows.token_ids_N,
             vocab=rows.vocab,
             chunk_bytes=self.chunk_bytes,
-            # With weights the gradient is formed in the forward pass: one product with the output layer fewer.
+            # With weights the forward pass computes the gradient, which saves one product with the output layer.
             token_weight_T=torch.ones_like(rows.token_ids_N, dtype=torch.float32),
             kernel=self.kernel,
         )
@@ -105,9 +105,9 @@ class PolicyGradientLoss:
     """The clipped policy gradient of GRPO on each response token, at the temperature of the rollout.
 
     -w min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) + kl_weight k3, times the sample's weight. rho: the token's
-    probability over what it was before the step's first update; w = min(that / the sampler's, importance_limit),
-    without a gradient; k3 = exp(d) - d - 1, d = log p_reference - log p: an unbiased estimate of the KL to the
-    reference that is never negative.
+    probability divided by its probability before the step's first update; w = min(that probability / the sampler's,
+    importance_limit), without a gradient; k3 = exp(d) - d - 1, d = log p_reference - log p: an unbiased estimate of
+    the KL to the reference, which is never negative.
     Sums: student_entropy; clipped_ratios, tokens whose gradient the clip stops; with a kl_weight divergence_other, k3.
     """
 
@@ -168,18 +168,18 @@ class PolicyGradientLoss:
 
 
 def _spread(rows: ResponseRows, values: Sequence[float], *, like: torch.Tensor) -> torch.Tensor:
-    """One value a sample, at each of its tokens [N]."""
+    """One value per sample, repeated at each of its tokens [N]."""
     value_S = torch.tensor(values, dtype=like.dtype, device=like.device)
     return value_S.repeat_interleave(torch.tensor(rows.lengths, dtype=torch.int64, device=like.device))
 
 
 def _joined(values: Sequence[Sequence[float]], *, like: torch.Tensor) -> torch.Tensor:
-    """The samples' values at their tokens [N]."""
+    """The values of all samples' tokens [N]."""
     return torch.tensor([value for part in values for value in part], dtype=like.dtype, device=like.device)
 
 
 def _on_all_tokens(loss_T: torch.Tensor, *, logp_T: torch.Tensor, sums: dict[str, torch.Tensor]) -> LossOutput:
-    """A loss that all tokens carry, without a sparse set."""
+    """A loss at all tokens, without a sparse set."""
     everywhere_T = torch.ones_like(loss_T, dtype=torch.bool)
     return LossOutput(
         loss_T=loss_T,

@@ -12,7 +12,7 @@ class InterpolationOutput:
     """The interpolation loss of every token and what was measured there; only loss_T has a gradient.
 
     loss_T [T], float32 or float64: weights and clip included, 0 where the position carries no loss; sum it.
-    student_entropy_T, teacher_entropy_T [T]: nats, over the whole vocabulary, at the loss temperature.
+    student_entropy_T, teacher_entropy_T [T]: nats, over the complete vocabulary, at the loss temperature.
     selected_T [T] bool: positions in the sparse set M.
     divergence_T [T]: the divergence to the position's target in nats, at every position, without clip and weights.
     clipped_share_T [T] in [0, 1]: target mass on clipped entries, 1 - Q_A. Under the clip of tokens: the share of the

@@ -1,4 +1,4 @@
-"""The interpolation loss from logits, in plain autograd: what the fused loss is compared with.
+"""The interpolation loss from logits, in plain autograd: the reference for the fused loss.
 
 Axes: T response tokens, V the vocabulary or this rank's columns of it.
 """
@@ -17,7 +17,7 @@ from megatron_paint.losses.output import InterpolationOutput
 from megatron_paint.losses.selection import select_positions
 from megatron_paint.losses.vocab import VocabAxis, WholeVocab
 
-# Stands for the logit -inf: exp of it is 0, and differences and products of it stay finite.
+# Replaces the logit -inf: its exponential is 0, and its differences and products remain finite.
 _MASKED = -1e30
 _WHOLE = WholeVocab()
 
@@ -35,12 +35,12 @@ def interpolation_loss(
     token_ids_T: torch.Tensor | None = None,
     token_temperature: float | None = None,
 ) -> InterpolationOutput:
-    """The divergence of each token's target and the student, and what was seen on the way.
+    """The divergence of each token's target and the student, and further measurements.
 
     Logits [T, V] before the temperature, any floating point type; -inf masks an entry. lengths: tokens of each
     rollout, in row order. rollout_keys: one int per rollout, for positions="random". token_weight_T [T] multiplies
     loss_T. token_ids_T [T], token_temperature (None: the loss temperature): for token_logp_T.
-    The gradient goes through student_logits_TV alone, and not where the student is a partner or is measured.
+    Only student_logits_TV gets a gradient, and only as the student: not as a partner and not from measurements.
     Raises ValueError for arguments that do not fit together.
     """
     settle_cpu_math()
@@ -67,7 +67,7 @@ def interpolation_loss(
         token_logp_T = _token_logp(student_logits_TV, token_ids_T, temperature, **axis)
     terms_TV = divergence_of(config).reference(student_logp_TV, target_logp_TV, config)
     clipped_TV = _clipped(student_logp_TV, target_logp_TV, config)
-    # A clipped term is the clip and, as in kl_terms, p - q, which adds up to 0 over all terms.
+    # A clipped term is the clip plus, as in kl_terms, p - q: over all terms those add up to 0.
     clip_TV = (config.clip or 0.0) + student_logp_TV.exp() - target_logp_TV.exp()
     carries_loss_T = selected_T if config.elsewhere == "skip" else torch.ones_like(selected_T)
     scale_T = carries_loss_T * (1.0 - (1.0 - config.selected_loss_factor) * selected_T.to(dtype))
@@ -96,7 +96,7 @@ def interpolation_loss(
 
 
 def _energies(logits_TV: torch.Tensor, temperature: float, *, vocab: VocabAxis, dtype: torch.dtype) -> torch.Tensor:
-    """Logits over the temperature without the padding columns."""
+    """Logits divided by the temperature, without the padding columns."""
     logits_TV = logits_TV[:, : vocab.valid_columns(logits_TV.shape[1])].to(dtype)
     return (logits_TV / temperature).clamp(min=_MASKED)
 
@@ -113,7 +113,7 @@ def _entropy(logp_TV: torch.Tensor, vocab: VocabAxis) -> torch.Tensor:
 
 
 def _clipped(logp_TV: torch.Tensor, logq_TV: torch.Tensor, config: InterpolationLossConfig) -> torch.Tensor:
-    """Which terms of the forward KL are above the clip."""
+    """The terms of the forward KL that are above the clip."""
     if not config.clips_entries:
         return torch.zeros_like(logq_TV, dtype=torch.bool)
     return logq_TV.exp() * (logq_TV - logp_TV) > config.clip

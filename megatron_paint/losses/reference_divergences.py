@@ -1,4 +1,4 @@
-"""The divergences of the reference loss, in plain autograd: arithmetic of its own, shared with no other implementation.
+"""The divergences of the reference loss, in plain autograd; no other implementation shares this arithmetic.
 
 Each function returns terms [T, V] whose sum over the vocabulary is the divergence of target q and student p.
 Axes: T tokens, V the vocabulary or this rank's columns of it.

@@ -1,4 +1,4 @@
-"""The sparse set M: which positions of each rollout get the interpolated target. Axes: T response tokens."""
+"""The sparse set M: the positions of each rollout that get the interpolated target. Axes: T response tokens."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def select_positions(
     config: InterpolationLossConfig,
     rollout_keys: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """Select positions rollout by rollout, so that the answer depends on neither packing nor layout.
+    """Selects positions rollout by rollout, so that the result depends on neither packing nor layout.
 
     Entropies [T] in nats, rollouts one after the other, sum(lengths) == T. Returns [T] bool: the
     ceil(fraction * N - 1e-9) largest mismatches of each rollout of N tokens, ties to the earlier position
-    (top_fraction), or every mismatch strictly above threshold_nats (threshold), or select_blindly's answer.
+    (top_fraction), or every mismatch strictly above threshold_nats (threshold), or the result of select_blindly.
     """
     blind_T = select_blindly(lengths=lengths, config=config, rollout_keys=rollout_keys, device=student_entropy_T.device)
     if blind_T is not None:
@@ -41,9 +41,9 @@ def select_blindly(
     rollout_keys: Sequence[int] | None,
     device: torch.device,
 ) -> torch.Tensor | None:
-    """The selection where it needs no entropies (all, none, random, a top fraction of 0 or 1), else None.
+    """The selection if it needs no entropies (all, none, random, a top fraction of 0 or 1), otherwise None.
 
-    random: ceil(fraction * N - 1e-9) positions of each rollout, drawn from its key alone, an int in [0, 2**128).
+    random: ceil(fraction * N - 1e-9) positions of each rollout, drawn only from its key, an int in [0, 2**128).
     """
     tokens = sum(lengths)
     if config.positions in ("all", "none"):
@@ -66,7 +66,7 @@ def select_blindly(
 
 
 def selected_count(length: int, fraction: float) -> int:
-    """How many of a rollout's positions top_fraction selects; 1e-9 keeps 0.1 * 30 at 3."""
+    """The number of positions of a rollout that top_fraction selects; because of 1e-9, 0.1 * 30 is 3."""
     return max(0, math.ceil(fraction * length - 1e-9))
 
 
@@ -84,7 +84,7 @@ def _top_fraction(mismatch_T: torch.Tensor, lengths: Sequence[int], fraction: fl
     lengths_R = torch.tensor(lengths, dtype=torch.long, device=device)
     counts_R = torch.tensor([selected_count(n, fraction) for n in lengths], dtype=torch.long, device=device)
     rollout_T = torch.repeat_interleave(lengths_R, output_size=mismatch_T.numel())
-    # Two stable sorts, by mismatch and then by rollout, leave ties in their order and need no loop over rollouts.
+    # Two stable sorts, by mismatch and then by rollout, keep the order of ties and need no loop over rollouts.
     order_T = torch.argsort(mismatch_T, descending=True, stable=True)
     order_T = order_T[torch.argsort(rollout_T[order_T], stable=True)]
     starts_R = torch.cumsum(lengths_R, 0) - lengths_R

@@ -1,6 +1,6 @@
-"""The vocabulary axis: whole on this process, or cut into column ranges over a process group.
+"""The vocabulary axis: complete in this process, or split into column ranges over a process group.
 
-Every collective of the losses is here. Axes: T tokens, V this rank's vocabulary columns, R ranks of the group.
+This file has every collective of the losses. Axes: T tokens, V this rank's vocabulary columns, R ranks of the group.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 @dataclass(frozen=True, kw_only=True)
 class WholeVocab:
-    """All columns are on this process; columns from valid_size on are a framework's padding and stay out."""
+    """All columns are in this process; columns from valid_size on are a framework's padding and are ignored."""
 
     valid_size: int | None = None
 
@@ -28,7 +28,7 @@ class WholeVocab:
             raise ValueError(f"valid_size: got {self.valid_size}; it counts vocabulary entries; pass 1 or more")
 
     def valid_columns(self, columns: int) -> int:
-        """How many of the columns on this rank belong to the vocabulary; ValueError where that cannot be."""
+        """How many of the columns on this rank belong to the vocabulary; ValueError if that is impossible."""
         if self.valid_size is None:
             return columns
         if self.valid_size > columns:
@@ -38,28 +38,28 @@ class WholeVocab:
             )
         return self.valid_size
 
-    def whole_size(self, columns: int) -> int:
+    def full_size(self, columns: int) -> int:
         """The number of entries of the real vocabulary over all ranks."""
         return self.valid_columns(columns)
 
     def widest(self, columns: int) -> int:
-        """The columns of a shard, the same number on every rank, from which chunk sizes are derived."""
+        """The number of columns, the same on every rank, from which chunk sizes are computed."""
         return columns
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """Stack every rank's values [...] to [R, ...]; no gradient."""
+        """Stacks every rank's values [...] to [R, ...]; no gradient."""
         return values.unsqueeze(0)
 
     def sum_in_place(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over ranks into values; no gradient."""
+        """Sums over ranks into values; no gradient."""
         return values
 
     def start_gather(self, values: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Start gather(); the call of what comes back waits for the answer."""
+        """Starts gather(); calling the returned function waits for the result."""
         return lambda: self.gather(values)
 
     def start_sum(self, values: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Start sum_in_place(); the call of what comes back waits for the answer."""
+        """Starts sum_in_place(); calling the returned function waits for the result."""
         return lambda: values
 
     def max_shards(self, values: torch.Tensor) -> torch.Tensor:
@@ -71,19 +71,19 @@ class WholeVocab:
         return values
 
     def to_shards(self, values: torch.Tensor) -> torch.Tensor:
-        """Bring a value that is the same on all ranks to where each rank uses it on its own columns."""
+        """Passes a value that is equal on all ranks to each rank's columns; its gradient is summed over ranks."""
         return values
 
 
 @dataclass(frozen=True)
 class ShardedVocab:
-    """This rank holds columns [start, stop) of size; the group's ranks hold the others.
+    """This rank holds columns [start, stop) of size; the other ranks of the group hold the rest.
 
     size counts padding columns, valid_size does not (None: no padding). All ranks of the group call the losses with the
-    same tokens, lengths and settings. The differentiable methods follow one convention: the loss comes out the same
-    on every rank, each rank calls backward on its own copy, and it counts once.
-    reduce_hidden_grad: True sums the hidden states' gradient over the group inside the loss; False leaves each rank's
-    part for a caller that sums it anyway, as the backward of a sequence-parallel gather does with its reduce-scatter.
+    same tokens, lengths and settings. The differentiable methods follow one convention: the loss is equal on every
+    rank, each rank calls backward on its own copy, and it counts once.
+    reduce_hidden_grad: True sums the hidden states' gradient over the group inside the loss. False returns each rank's
+    part to a caller that sums it anyway: the backward of a sequence-parallel gather does so with its reduce-scatter.
     """
 
     group: Any
@@ -109,7 +109,7 @@ class ShardedVocab:
     def from_columns(
         cls, group: Any, columns: int, *, valid_size: int | None = None, reduce_hidden_grad: bool = True
     ) -> ShardedVocab:
-        """The axis for shards of equal width that lie in rank order, as Megatron cuts its output layer."""
+        """The axis for shards of equal width in rank order, as Megatron splits its output layer."""
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         return cls(
             group,
@@ -124,12 +124,12 @@ class ShardedVocab:
     def evenly_cut(
         cls, group: Any, size: int, *, valid_size: int | None = None, reduce_hidden_grad: bool = True
     ) -> ShardedVocab:
-        """The axis of a vocabulary of this size over all ranks of the group; ValueError where it does not divide."""
+        """The axis of a vocabulary of this size over all ranks of the group; ValueError if it does not divide."""
         ranks = dist.get_world_size(group)
         if size % ranks:
             raise ValueError(
-                f"vocabulary: got {size} entries for {ranks} ranks; each holds as many; choose a number of ranks that "
-                "divides it, or pad the output layer and pass the real size as valid_size"
+                f"vocabulary: got {size} entries for {ranks} ranks; each must hold the same number; choose a number of "
+                "ranks that divides it, or pad the output layer and pass the real size as valid_size"
             )
         return cls.from_columns(group, size // ranks, valid_size=valid_size, reduce_hidden_grad=reduce_hidden_grad)
 
@@ -143,9 +143,9 @@ class ShardedVocab:
                 f"vocabulary shard: got {columns} columns for the range {self.start} to {self.stop}; this rank holds "
                 f"{self.stop - self.start} of {self.size}; pass this rank's slice of the output layer"
             )
-        return min(max(self.whole_size(columns) - self.start, 0), columns)
+        return min(max(self.full_size(columns) - self.start, 0), columns)
 
-    def whole_size(self, columns: int) -> int:
+    def full_size(self, columns: int) -> int:
         return self.size if self.valid_size is None else self.valid_size
 
     def widest(self, columns: int) -> int:
@@ -182,13 +182,13 @@ VocabAxis = WholeVocab | ShardedVocab
 
 
 def _after(work: Any, values: torch.Tensor) -> torch.Tensor:
-    """On a GPU this makes the current stream wait, not the host."""
+    """Waits; on a GPU the current stream waits, not the host."""
     work.wait()
     return values
 
 
 class _SumShards(torch.autograd.Function):
-    """Sum over ranks; every rank's summand reaches the replicated loss once, so the gradient passes unchanged."""
+    """Sum over ranks. Every rank's summand enters the replicated loss once, so the gradient is passed unchanged."""
 
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, group: Any) -> torch.Tensor:
@@ -202,7 +202,7 @@ class _SumShards(torch.autograd.Function):
 
 
 class _ToShards(torch.autograd.Function):
-    """The value as it is; each rank's columns send back a part of its gradient, so the gradient is summed."""
+    """The unchanged value. Each rank's columns contribute a part of its gradient, so the gradient is summed."""
 
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, group: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""One write that goes on behind the training, in a thread of each rank."""
+"""One write in the background of the training, in a thread of each rank."""
 
 import dataclasses
 import threading
@@ -10,28 +10,29 @@ from megatron_paint.mcore.ranks import Ranks
 
 
 class Writer:
-    """Runs a function on all ranks together, whose threads talk over a process group of their own."""
+    """Runs a function on all ranks together. Its threads communicate over a separate process group."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
-        self._behind = dataclasses.replace(ranks, host_group=ranks.writer_group)
+        self._background = dataclasses.replace(ranks, host_group=ranks.writer_group)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
     def start(self, write: Callable[[Ranks], None]) -> None:
-        """Begins; all ranks call together. RuntimeError: `finish` has not said yet that the write before is done."""
+        """Starts a write; all ranks call together. RuntimeError: the last one is not finished."""
         if self._thread is not None:
-            raise RuntimeError("a write goes on already: finish it first")
+            raise RuntimeError("a write is still running: finish it first")
         self._error = None
-        # A daemon: a run that ends by an error does not wait for it, and an unfinished write counts as none.
+        # A daemon: a run that ends with an error does not wait for it. An unfinished write counts as no write.
         self._thread = threading.Thread(target=self._run, args=[write], name="writer", daemon=True)
         self._thread.start()
 
     def finish(self, *, wait: bool) -> bool:
-        """Whether a write has ended since the last call, on all ranks, which call together; `wait` until it has.
+        """Whether a write has ended on all ranks since the last call; all ranks call together.
 
-        To wait takes no message between ranks but the threads' own. UserError: the write's, on all ranks. Any other
-        error of it is raised on the rank that met it.
+        With `wait`, blocks until it has ended; this needs no message between ranks except those of the threads.
+        UserError: the write failed with one; all ranks raise it. Any other error is raised on the rank where it
+        happened.
         """
         if self._thread is None:
             return False
@@ -49,6 +50,6 @@ class Writer:
 
     def _run(self, write: Callable[[Ranks], None]) -> None:
         try:
-            write(self._behind)
+            write(self._background)
         except Exception as error:
             self._error = error

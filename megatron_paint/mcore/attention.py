@@ -1,11 +1,11 @@
 """Attention over packed rows, with a key-value cache for sampling: one code path for training and generation.
 
-A call's tokens stand one behind another, rows concatenated without padding: hidden states are [T, 1, H]. Everything in
-the network except attention works on single tokens, so only this file knows rows. `TokenRows` travels down the layers
-as Megatron's `packed_seq_params`: as an argument, so that activation recomputation sees the right one.
+The rows of a call are concatenated without padding: hidden states are [T, 1, H]. Everything in the network except
+attention works on single tokens, so only this file knows rows. `TokenRows` is passed down the layers as Megatron's
+`packed_seq_params`. It is an argument, so that activation recomputation gets the right one.
 
 Axes: T tokens of the call, R rows, S longest row, K keys, N heads of this rank, G key-value groups of this rank, D head
-size. Megatron's static inference context has one offset for a whole batch and differs between its versions; rows of
+size. Megatron's static inference context has one offset for a complete batch and differs between its versions; rows of
 different lengths and pipeline stages need one offset a row.
 """
 
@@ -28,9 +28,9 @@ class KeyValueCache:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def write(self, layer: int, key_TGD: Tensor, value_TGD: Tensor, rows: "TokenRows") -> tuple[Tensor, Tensor]:
-        """Stores the call's keys and values at their rows and positions; returns all that the layer holds."""
+        """Stores the call's keys and values at their rows and positions; returns everything that the layer holds."""
         if layer not in self.layers:
-            # Zeros, because a key that is masked out still enters as 0 times its value.
+            # Zeros: a masked key still contributes 0 times its value, which must be finite.
             shape = (self.rows, self.length, *key_TGD.shape[1:])
             self.layers[layer] = (key_TGD.new_zeros(shape), value_TGD.new_zeros(shape))
         keys_RKGD, values_RKGD = self.layers[layer]
@@ -40,7 +40,7 @@ class KeyValueCache:
         return keys_RKGD, values_RKGD
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        """Drops all rows but these, in this order."""
+        """Keeps only these rows, in this order."""
         for layer, (keys, values) in self.layers.items():
             index = torch.tensor(rows, device=keys.device)
             self.layers[layer] = (keys[index], values[index])
@@ -48,20 +48,20 @@ class KeyValueCache:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRows:
-    """Where each of a call's T tokens stands: its row, its place among the call's tokens of that row, its position.
+    """For each of a call's T tokens: its row, its index among the call's tokens of that row, its position.
 
-    A call may end in padding, which the layout or FP8 needs: a last row of its own that no cache ever holds.
+    A call may end in padding, which the layout or FP8 needs. Padding is a separate last row that no cache holds.
     """
 
     lengths: tuple[int, ...]  # the call's tokens in each row, without padding
     padding: int
     row_T: Tensor
     slot_T: Tensor
-    position_T: Tensor  # slot_T plus what the cache holds of the row already
-    begins: Tensor  # int32: where each row begins in T, and T at the end, as packed attention kernels want it
+    position_T: Tensor  # slot_T plus the number of tokens of the row that the cache already holds
+    begins: Tensor  # int32: where each row begins in T, and T at the end, as packed attention kernels expect it
     end: int  # one past the largest position of a row
     cache: KeyValueCache | None = None
-    visible_RSK: Tensor | None = None  # which cached keys a new token sees; None where the cache held nothing before
+    visible_RSK: Tensor | None = None  # which cached keys a new token sees; None if the cache was empty
     qkv_format: str = "rows"  # not "thd": Megatron's layers then leave the tensors alone
     tokens_per_sample: None = None  # read by Megatron's MoE layers
 
@@ -84,7 +84,7 @@ def token_rows(
     starts: Sequence[int] | None = None,
     cache: KeyValueCache | None = None,
 ) -> TokenRows:
-    """Rows of the given numbers of new tokens; `starts` counts what the cache holds of each, None where it is empty."""
+    """Rows with the given numbers of new tokens. starts: cached tokens of each row; None: the cache is empty."""
     packed_R = torch.tensor((*lengths, padding) if padding else lengths, dtype=torch.int64)
     row_T = torch.repeat_interleave(torch.arange(len(packed_R)), packed_R)
     begin_R = packed_R.cumsum(0) - packed_R
@@ -111,9 +111,9 @@ def token_rows(
 
 
 def attend_rows(query_TND: Tensor, key_TGD: Tensor, value_TGD: Tensor, *, rows: TokenRows, layer: int) -> Tensor:
-    """Causal grouped-query attention of each row's new tokens over all of the row: [T, N, D].
+    """Causal grouped-query attention of each row's new tokens over the complete row: [T, N, D].
 
-    Rows are spread into a rectangle for torch's kernels; what pads it is never read back.
+    Rows are copied into a rectangle for torch's kernels; its padding is never read back.
     """
     lengths, count = (rows.packed_lengths, len(query_TND)) if rows.cache is None else (rows.lengths, rows.tokens)
     parts = (query_TND[:count], key_TGD[:count], value_TGD[:count])
@@ -128,10 +128,10 @@ def attend_rows(query_TND: Tensor, key_TGD: Tensor, value_TGD: Tensor, *, rows: 
 
 
 def _attend_grouped(query_RSND: Tensor, keys_RKGD: Tensor, values_RKGD: Tensor, visible_RSK: Tensor | None) -> Tensor:
-    """Attention [R, S, N, D], causal where `visible_RSK` is None.
+    """Attention [R, S, N, D], causal if `visible_RSK` is None.
 
-    With a mask the query heads of a group become more queries of one head: torch's fast kernels take either a mask or
-    grouped heads, and with both it would fall back to one that holds all scores and copies of the keys.
+    With a mask the query heads of a group become more queries of one head. Torch's fast kernels accept a mask or
+    grouped heads; with both, torch falls back to a kernel that stores all scores and copies the keys.
     """
     if visible_RSK is None:
         out_RNSD = F.scaled_dot_product_attention(
@@ -148,7 +148,7 @@ def _attend_grouped(query_RSND: Tensor, keys_RKGD: Tensor, values_RKGD: Tensor, 
 
 
 def _spread(values_T: Tensor, lengths: Sequence[int], rows: TokenRows) -> Tensor:
-    """[T, ...] -> [R, S, ...], zero where a row is shorter than the longest."""
+    """[T, ...] -> [R, S, ...]; the rest of a short row is 0."""
     if max(lengths) == 1:
         return values_T[:, None]
     rectangle = values_T.new_zeros((len(lengths), max(lengths), *values_T.shape[1:]))
@@ -156,7 +156,7 @@ def _spread(values_T: Tensor, lengths: Sequence[int], rows: TokenRows) -> Tensor
 
 
 class LocalAttention(MegatronModule):
-    """Core attention in plain torch, for machines without Transformer Engine and as the reference beside it."""
+    """Core attention in plain torch: for machines without Transformer Engine, and the reference for it."""
 
     def __init__(self, config, layer_number, attn_mask_type, attention_type, **unused):
         super().__init__(config=config)
@@ -169,11 +169,11 @@ class LocalAttention(MegatronModule):
 
 
 def transformer_engine_attention() -> type:
-    """Transformer Engine's packed attention, and ours where a cache is read; imported only where it is used."""
+    """Transformer Engine's packed attention, and ours if there is a cache; imported only if it is used."""
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
     class RowsTransformerEngineAttention(TEDotProductAttention):
-        """TEDotProductAttention that takes `TokenRows`."""
+        """TEDotProductAttention that accepts `TokenRows`."""
 
         def forward(self, query, key, value, attention_mask=None, *, packed_seq_params: TokenRows, **kwargs) -> Tensor:
             rows = packed_seq_params

@@ -1,4 +1,4 @@
-"""From samples to micro-batches: which replica takes which sample, which sequences run together, as packed tensors.
+"""From sequences to micro-batches: which replica computes which sequence, which run together, as packed tensors.
 
 Axes: T tokens of a micro-batch, N response tokens of it.
 """
@@ -13,7 +13,7 @@ from megatron_paint.config.settings import MegatronSettings
 from megatron_paint.mcore.attention import TokenRows, token_rows
 from megatron_paint.policy import ScoredSequence
 
-# Tokens that each rank's shard of a sequence must be a multiple of (Transformer Engine's FP8 GEMMs).
+# The number of tokens in each rank's shard must be a multiple of this (Transformer Engine's FP8 GEMMs).
 FP8_MULTIPLE = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 
 
@@ -31,13 +31,13 @@ class MicroBatch:
 
 
 def token_multiple(megatron: MegatronSettings) -> int:
-    """What the number of tokens of a call must be a multiple of."""
+    """The number of tokens of a call must be a multiple of this."""
     ranks = megatron.tensor_model_parallel_size if megatron.sequence_parallel else 1
     return ranks * (FP8_MULTIPLE[megatron.fp8_recipe] if megatron.fp8 is not None else 1)
 
 
 def assign_replicas(costs: Sequence[int], replicas: int) -> list[list[int]]:
-    """Indices of the items that each data-parallel replica takes: longest first, to the one with least so far."""
+    """The indices of each data-parallel replica's items: the largest cost first, to the replica with the lowest sum."""
     loads = [(0, replica) for replica in range(replicas)]
     taken: list[list[int]] = [[] for _ in range(replicas)]
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
@@ -48,8 +48,10 @@ def assign_replicas(costs: Sequence[int], replicas: int) -> list[list[int]]:
 
 
 def cut_micro_batches(sizes: Sequence[int], limit: int, *, multiple: int = 1) -> list[list[int]]:
-    """Groups of items, by falling size, of at most `limit` tokens each once padded to `multiple`; an item above the
-    limit stands alone."""
+    """Groups of items, in order of falling size.
+
+    A group has at most `limit` tokens after padding to `multiple`. An item above the limit gets its own group.
+    """
     limit = limit // multiple * multiple
     groups: list[list[int]] = []
     filled = 0

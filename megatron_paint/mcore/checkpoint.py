@@ -1,6 +1,6 @@
 """Checkpoints of a run: Megatron's distributed format plus the run's own state; complete or absent.
 
-Saved at one layout, loaded at any other: weights and optimiser state are stored by parameter, not by rank.
+A checkpoint can be loaded at any layout: weights and optimiser state are stored by parameter, not by rank.
 """
 
 import json
@@ -46,12 +46,12 @@ from megatron_paint.runtime.checksums import (
 _METADATA = MappingProxyType(
     {
         "distrib_optim_sharding_type": "fully_reshardable",
-        # One rank gathers the other replicas' shards over gloo; else every rank holds all of them on its GPU.
+        # One rank gathers the other replicas' shards over gloo. Otherwise every rank would hold all of them on its GPU.
         "distrib_optim_fully_reshardable_mem_efficient": True,
         "chained_optim_avoid_prefix": True,
     }
 )
-ENGINE_STATE = "_extra_state"  # Transformer Engine's own entries beside the weights
+ENGINE_STATE = "_extra_state"  # Transformer Engine's own entries, next to the weights
 
 
 def copy_checkpoint(
@@ -62,10 +62,10 @@ def copy_checkpoint(
     state: dict[str, Any],
     ranks: Ranks,
 ) -> Callable[[Ranks], None]:
-    """Copies everything a run needs to go on to host memory; all ranks call together.
+    """Copies everything that a run needs to resume to host memory; all ranks call together.
 
-    The function that is returned writes the copy to `path`, on all ranks together, with the world whose host group it
-    is to talk over. A failed write looks like none. UserError, from either: a disk refused.
+    The returned function writes the copy to `path`, on all ranks together; it communicates over the host group of the
+    ranks that it is called with. A failed write leaves nothing at `path`. UserError, from either: writing failed.
     """
     _begin_state(optimizer)
     folder = begin_folder(path, ranks)
@@ -74,13 +74,13 @@ def copy_checkpoint(
         write_tensors = copy_distributed(sharded, folder.unfinished, ranks, named=folder.path)
     content = {**state, "model": _sizes(stage), "has_checksums": True}
 
-    def write(behind: Ranks) -> None:
+    def write(background: Ranks) -> None:
         def write_part(unfinished: Path) -> dict[str, Checksum]:
-            write_tensors(behind)
-            # A rank's tensors are in files of its own; each rank reads its own back.
-            return checksums_of(sorted(unfinished.glob(f"__{behind.rank}_*.distcp")))
+            write_tensors(background)
+            # Each rank wrote its tensors to separate files and reads those back.
+            return checksums_of(sorted(unfinished.glob(f"__{background.rank}_*.distcp")))
 
-        finish_folder(folder, behind, write=write_part, finish=finish, mark=True)
+        finish_folder(folder, background, write=write_part, finish=finish, mark=True)
 
     def finish(unfinished: Path, parts: list[dict[str, Checksum]]) -> None:
         (unfinished / RUN_STATE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -92,9 +92,9 @@ def copy_checkpoint(
 
 
 def checkpoint_damage(folder: Path, ranks: Ranks) -> str | None:
-    """What is wrong with a checkpoint's files, by their checksums; None where nothing is. The ranks share the reading.
+    """How a checkpoint's files differ from their checksums; None: they do not. The ranks share the reading.
 
-    A checkpoint of an earlier version, which has no checksums, is taken as it is. UserError: a disk cannot be read.
+    A checkpoint of an earlier version has no checksums and is accepted. UserError: a disk cannot be read.
     """
     checksums, problem = rank_zero_does(ranks, lambda: _known_checksums(folder))
     if problem is not None:
@@ -105,7 +105,7 @@ def checkpoint_damage(folder: Path, ranks: Ranks) -> str | None:
 
 
 def _known_checksums(folder: Path) -> tuple[dict[str, Checksum], str | None]:
-    """The checksums of a checkpoint, or what is wrong with them."""
+    """The checksums of a checkpoint, and what is wrong with them, or None."""
     try:
         if (checksums := read_checksums(folder)) is not None:
             return checksums, None
@@ -122,7 +122,7 @@ def _known_checksums(folder: Path) -> tuple[dict[str, Checksum], str | None]:
 
 
 def load_checkpoint(folder: Path, stage: Stage, optimizer: MegatronOptimizer, teacher: Teacher) -> dict[str, Any]:
-    """Fills model, optimiser and teacher from `folder`, whatever layout wrote it; returns the run's state."""
+    """Fills model, optimiser and teacher from `folder`, written at any layout; returns the run's state."""
     state = _read_state(folder, stage)
     _begin_state(optimizer)
     _prepare_torch_adam(optimizer)
@@ -132,13 +132,13 @@ def load_checkpoint(folder: Path, stage: Stage, optimizer: MegatronOptimizer, te
     if all(isinstance(part.optimizer, torch.optim.Adam) for part in optimizer.chained_optimizers):
         _restore_step_0(loaded["optimizer"])
     optimizer.load_state_dict(loaded["optimizer"])
-    _part_torch_adam_steps(optimizer)
+    _separate_torch_adam_steps(optimizer)
     teacher.load(loaded)
     return state
 
 
 def _sizes(stage: Stage) -> dict[str, int | bool]:
-    """What a checkpoint's model and the one that loads it must have in common, in the words of config.json."""
+    """The sizes that a checkpoint's model and the model that loads it must share, named as in config.json."""
     config = stage.config
     return {
         "vocab_size": stage.vocab_size,
@@ -157,23 +157,23 @@ def _read_state(folder: str | Path, stage: Stage) -> dict[str, Any]:
     file = Path(folder) / RUN_STATE
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
-        there = dict(state["model"])
+        saved = dict(state["model"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"checkpoint {folder} cannot be resumed: {file.name} is not readable ({error!r}). Remove the folder to go "
-            "on from the checkpoint before it"
+            f"checkpoint {folder} cannot be resumed: {file.name} is not readable ({error!r}). Remove the folder to "
+            "resume from the checkpoint before it"
         ) from error
     here = _sizes(stage)
-    if differences := [f"{key} is {there.get(key)}, not {here[key]}" for key in here if there.get(key) != here[key]]:
+    if differences := [f"{key} is {saved.get(key)}, not {here[key]}" for key in here if saved.get(key) != here[key]]:
         raise UserError(
             f"checkpoint {folder} is of another model than model.hf_path: {', '.join(differences)}. Restore the model "
-            "that the run was started from, or start anew in another run.dir"
+            "that the run was started from, or start a new run in another run.dir"
         )
     return state
 
 
 def load_weights(stage: Stage, folder: str | Path) -> None:
-    """Fills the model alone from a Megatron checkpoint of the same architecture, of any run and layout."""
+    """Fills only the model, from a Megatron checkpoint of the same architecture, of any run and layout."""
     wanted = {"model": _weights(stage)}
     if has_adapters(folder) and not adapters_of(stage):
         raise UserError(
@@ -184,8 +184,11 @@ def load_weights(stage: Stage, folder: str | Path) -> None:
 
 
 def _weights(stage: Stage) -> dict:
-    """Entries of the model. Transformer Engine's are of use for delayed FP8 scaling alone; left out otherwise, so that
-    both kinds of layer load each other's checkpoints."""
+    """Entries of the model.
+
+    Transformer Engine's own entries are used only by delayed FP8 scaling. Otherwise they are left out, so that both
+    kinds of layers can load each other's checkpoints.
+    """
     state = stage.sharded_state_dict(metadata=dict(_METADATA))
     if stage.config.fp8 is not None and stage.config.fp8_recipe == "delayed":
         return state
@@ -193,15 +196,17 @@ def _weights(stage: Stage) -> dict:
 
 
 def _fill(stage: Stage, state: dict) -> None:
-    lacking = stage.load_state_dict(state, strict=False)
-    wrong = [key for key in lacking.missing_keys if not key.endswith(ENGINE_STATE)] + lacking.unexpected_keys
+    differences = stage.load_state_dict(state, strict=False)
+    wrong = [key for key in differences.missing_keys if not key.endswith(ENGINE_STATE)] + differences.unexpected_keys
     if wrong:
         raise AssertionError(f"the checkpoint's entries do not fit the model: {wrong[:3]}")
 
 
 def _begin_state(optimizer: MegatronOptimizer) -> None:
-    """Gives an optimiser that has taken no step the state that its first one would begin from: Megatron can neither
-    save nor load one without. A step on zero gradients at a learning rate of 0 makes it, and does not count."""
+    """Creates the state of an optimiser that has taken no step: Megatron cannot save or load one without state.
+
+    A step on zero gradients at a learning rate of 0 creates it, and is not counted.
+    """
     for inner in (part.optimizer for part in optimizer.chained_optimizers):
         if inner.state:
             continue
@@ -223,7 +228,7 @@ def _begin_state(optimizer: MegatronOptimizer) -> None:
 
 
 def _restore_step_0(state: dict) -> None:
-    """Puts the step of an optimiser that has taken none into its loaded state: Megatron leaves a step of 0 out."""
+    """Adds a step counter of 0 to the loaded state of an optimiser: Megatron does not save a step of 0."""
     for key, value in state.items():
         moments = key == "state" and isinstance(value, dict) and any(isinstance(v, dict) for v in value.values())
         if moments:
@@ -233,19 +238,21 @@ def _restore_step_0(state: dict) -> None:
 
 
 def has_adapters(folder: str | Path) -> bool:
-    """Whether a checkpoint holds LoRA adapters beside its weights."""
+    """Whether a checkpoint holds LoRA adapters."""
     return any("_adapters." in key and not key.startswith(("teacher.", "optimizer.")) for key in _keys(folder))
 
 
 def _prepare_torch_adam(optimizer: MegatronOptimizer) -> None:
-    """Lets Megatron's distributed optimiser load into torch's own Adam, which it has where neither Transformer Engine
-    nor Apex is installed: it forgets the step where it copies the moments."""
+    """Lets Megatron's distributed optimiser load into torch's own Adam, used without Transformer Engine and Apex.
+
+    Megatron copies the moments and drops the step.
+    """
     for part in _distributed_torch_optimizers(optimizer):
         part._set_main_param_and_optimizer_states = partial(_set_with_step, part)
 
 
-def _part_torch_adam_steps(optimizer: MegatronOptimizer) -> None:
-    """Gives each parameter its own step counter: Megatron loads one tensor for all, which each would then advance."""
+def _separate_torch_adam_steps(optimizer: MegatronOptimizer) -> None:
+    """Makes one step counter per parameter: Megatron loads one tensor for all, and each parameter would advance it."""
     for part in _distributed_torch_optimizers(optimizer):
         for state in part.optimizer.state.values():
             state["step"] = state["step"].clone()
@@ -284,7 +291,7 @@ def _as_user_error(folder: str | Path) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, torch.distributed.DistError):
-        raise  # also RuntimeErrors, and not the checkpoint's fault
+        raise  # these are RuntimeErrors too, but the checkpoint is not their cause
     except (dist_checkpointing.core.CheckpointingException, KeyError, RuntimeError, OSError, EOFError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(f"checkpoint {folder} cannot be loaded into this model: {first_line}") from error

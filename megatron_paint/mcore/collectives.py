@@ -1,4 +1,4 @@
-"""Ranks act and share how it went: a result, or a user's error, of one reaches all."""
+"""Runs a function on one rank or on all, and shares its result or its UserError with all ranks."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def rank_zero_does(ranks: Ranks, act: Callable[[], T]) -> T:
-    """What `act` gives on rank 0, on all ranks; where it raises a UserError, all ranks raise it."""
+    """The result of `act` on rank 0, returned on all ranks; if it raises a UserError, all ranks raise it."""
     box: list[object] = [None, None]
     if ranks.rank == 0:
         try:
@@ -29,16 +29,16 @@ def rank_zero_does(ranks: Ranks, act: Callable[[], T]) -> T:
 
 
 def any_rank_says(ranks: Ranks, reason: str | None) -> str | None:
-    """The reason of the first rank that has one, on all of them."""
+    """The reason of the first rank that has one, returned on all ranks; None: no rank has one."""
     everyone: list[str | None] = [None] * ranks.size
     dist.all_gather_object(everyone, reason, group=ranks.host_group)
-    return next((said for said in everyone if said is not None), None)
+    return next((found for found in everyone if found is not None), None)
 
 
 def all_ranks_do(ranks: Ranks, act: Callable[[], T]) -> list[T]:
-    """What `act` gives on each rank, by rank, on all of them; where it raises a UserError on any, all raise the first.
+    """The results of `act` on all ranks, by rank; if it raises a UserError on any rank, all ranks raise the first one.
 
-    A rank that fails waits here for the others, so `act` must not leave them in a collective of its own.
+    A rank that fails waits here for the others, so `act` must not leave them waiting in another collective.
     """
     result, problem = None, None
     try:
@@ -60,16 +60,16 @@ def fill_folder(
     finish: Callable[[Path, list[T]], None],
     mark: bool = False,
 ) -> None:
-    """A folder that all ranks fill takes the place of `path`, whole; an error of a disk on one rank ends all of them.
+    """All ranks fill a new folder, which then replaces `path` as one. If one rank cannot write, all ranks stop.
 
-    write: every rank's part, given the folder; finish: what rank 0 adds, given what the parts gave; mark: write the
-    file `complete`, last of all. UserError: a disk refused; what stood at `path` is intact.
+    write: writes a rank's part into the folder; finish: rank 0 completes the folder, with the results of all parts;
+    mark: write the file `complete`, last of all. UserError: writing failed; the old content of `path` is intact.
     """
     finish_folder(begin_folder(path, ranks), ranks, write=write, finish=finish, mark=mark)
 
 
 def begin_folder(path: str | Path, ranks: Ranks) -> NewFolder:
-    """The first part of `fill_folder`: an unfinished folder that all ranks may write into."""
+    """The first part of `fill_folder`: an unfinished folder for all ranks to write into."""
     folder = NewFolder(path)
     with discarded_on_error(folder, ranks):
         rank_zero_does(ranks, folder.begin)
@@ -78,7 +78,7 @@ def begin_folder(path: str | Path, ranks: Ranks) -> NewFolder:
 
 @contextmanager
 def discarded_on_error(folder: NewFolder, ranks: Ranks) -> Iterator[None]:
-    """Takes an unfinished folder back where all ranks meet a UserError inside."""
+    """Removes an unfinished folder if all ranks raise a UserError inside."""
     try:
         yield
     except UserError:

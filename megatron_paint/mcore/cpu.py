@@ -1,7 +1,7 @@
-"""Lets Megatron-Core run on a machine without CUDA, over gloo; does nothing where a GPU is present.
+"""Lets Megatron-Core run on a machine without CUDA, over gloo; does nothing if there is a GPU.
 
 Megatron-Core 0.16 and 0.19 assume CUDA in a handful of places: device queries, streams and events, `device="cuda"`
-keywords, tensor type names, the CUDA random state. Each is redirected to its CPU counterpart, here and nowhere else.
+keywords, tensor type names, the CUDA random state. Only this file redirects each to its CPU counterpart.
 """
 
 import torch
@@ -20,7 +20,7 @@ class _CudaKeywordsToCpu(TorchFunctionMode):
 
 
 class _NoEvent:
-    """CUDA event of a device that runs everything in order."""
+    """Replaces a CUDA event: a CPU runs everything in order."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -38,7 +38,7 @@ class _NoEvent:
 
 
 class _NoStream:
-    """CUDA stream of a device that runs everything in order; also a context manager, like torch.cuda.stream(...)."""
+    """Replaces a CUDA stream, and the context manager torch.cuda.stream(...): a CPU runs everything in order."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -59,7 +59,7 @@ class _NoStream:
 
 
 def redirect_cuda_to_cpu() -> None:
-    """Redirects Megatron-Core's CUDA assumptions to the CPU, once per process, if and only if there is no CUDA."""
+    """Redirects Megatron-Core's CUDA assumptions to the CPU, once per process, only if there is no CUDA."""
     global _redirected
     if torch.cuda.is_available() or _redirected is not None:
         return
@@ -71,7 +71,7 @@ def redirect_cuda_to_cpu() -> None:
 
 
 def _redirect_torch_cuda() -> None:
-    # One function each: torch's compiler keeps a table of functions and refuses one under two names.
+    # A separate function for each: torch's compiler keeps a table of functions and refuses one with two names.
     cuda = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
     cuda.set_device = lambda *args, **kwargs: None
@@ -110,7 +110,7 @@ def _redirect_random_state() -> None:
 
 
 def _redirect_experts() -> None:
-    """What Megatron's MoE layers assume: Transformer Engine's GEMM for the router, split sizes that are tensors."""
+    """Megatron's MoE layers expect Transformer Engine's GEMM for the router, and pass split sizes as tensors."""
     import megatron.core.transformer.moe.moe_utils as moe_utils
 
     if not hasattr(moe_utils, "te_general_gemm"):

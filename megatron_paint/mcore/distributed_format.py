@@ -1,7 +1,7 @@
 """Writes Megatron's distributed checkpoint format in two parts: a copy that training waits for, and the write.
 
-A disk that refuses one rank ends all ranks: Megatron's own writer leaves the others in a collective where rank 0 cannot
-write one of its small files. Reading is Megatron's own.
+If one rank cannot write, all ranks stop. With Megatron's own writer, the other ranks stay in a collective if rank 0
+cannot write one of its small files. Megatron's own code reads the format.
 """
 
 from collections.abc import Callable
@@ -30,18 +30,18 @@ from megatron_paint.runtime.files import disk_errors
 
 
 def copy_distributed(state: dict[str, Any], folder: Path, ranks: Ranks, *, named: Path) -> Callable[[Ranks], None]:
-    """Copies what this rank is to write of `state` to host memory; all ranks call together.
+    """Copies this rank's part of `state` to host memory; all ranks call together.
 
-    The function that is returned writes the copy into the empty `folder`, on all ranks together, with the world whose
-    host group it is to talk over. Rank 0 writes the small part that has no tensors at once. named: the folder that a
-    UserError names. UserError, from either: a disk refused, on this rank or on another.
+    The returned function writes the copy into the empty `folder`, on all ranks together; it communicates over the host
+    group of the ranks that it is called with. Rank 0 writes the small part without tensors immediately.
+    named: the folder that a UserError names. UserError, from either: writing failed on this rank or on another.
     """
     strategy = _CopyStrategy(ranks, named=named)
     try:
         with disk_errors(named):
             dist_checkpointing.save(state, str(folder), sharded_strategy=strategy, async_sharded_save=True)
     except UserError as error:
-        if not strategy.begun:  # the others wait at the strategy's beginning
+        if not strategy.begun:  # the other ranks wait where the strategy begins
             all_ranks_do(ranks, _raiser(error))
         raise
     return strategy.copy.write
@@ -55,7 +55,7 @@ def _raiser(error: Exception) -> Callable[[], None]:
 
 
 class _CopyStrategy(TorchDistSaveShardedStrategy):
-    """Stands in Megatron's place for a writer: agrees with the other ranks on who writes what, and copies it."""
+    """Replaces Megatron's writer: the ranks agree on who writes what, and each copies its part."""
 
     def __init__(self, ranks: Ranks, *, named: Path) -> None:
         super().__init__("torch_dist", 1)
@@ -64,7 +64,7 @@ class _CopyStrategy(TorchDistSaveShardedStrategy):
         self.copy: _Copy | None = None
 
     def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path, *_: Any) -> AsyncRequest:
-        """Called by Megatron on all ranks after rank 0 has written its common part."""
+        """Megatron calls this on all ranks after rank 0 has written its common part."""
         self.begun = True
         all_ranks_do(self.ranks, lambda: None)
         state, *_ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
@@ -74,11 +74,11 @@ class _CopyStrategy(TorchDistSaveShardedStrategy):
 
 
 class _Copy:
-    """What this rank is to write, in host memory: torch's own plan, carried out later."""
+    """This rank's part in host memory, with torch's own plan for the write, which runs later."""
 
     def __init__(self, state: dict[str, Any], folder: Path, ranks: Ranks, *, named: Path) -> None:
         self.folder, self.named = folder, named
-        # Without its copying ahead, which is for tensors on a GPU: the thread that writes touches no CUDA.
+        # No copies ahead, which are for tensors on a GPU: the writing thread must not use CUDA.
         self.writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
         planner, first = MCoreSavePlanner(flatten_state_dict=False), ranks.rank == 0
         planner.set_up_planner(state, self.writer.storage_meta(), first)
@@ -93,11 +93,11 @@ class _Copy:
         self.data = {item.index: _in_host_memory(planner.resolve_data(item)) for item in self.plan.items}
 
     def resolve_data(self, item: WriteItem) -> Any:
-        """What torch's writer asks a planner for."""
+        """The data of one item; torch's writer calls this."""
         return self.data[item.index]
 
     def write(self, ranks: Ranks) -> None:
-        """Every rank's tensors, then rank 0's two files that make them a checkpoint."""
+        """Writes every rank's tensors, then rank 0's two files that make them a checkpoint."""
         written: list[list[WriteResult]] = []
         all_ranks_do(ranks, lambda: written.append(self._write_mine()))
         everyones = _gathered(written[0], ranks)
@@ -114,7 +114,7 @@ class _Copy:
 
 
 def _gathered(mine: Any, ranks: Ranks) -> list | None:
-    """What each rank gives, by rank, on rank 0."""
+    """The values of all ranks, by rank, on rank 0; None on the others."""
     everyones = [None] * ranks.size if ranks.rank == 0 else None
     dist.gather_object(mine, everyones, dst=0, group=ranks.host_group)
     return everyones

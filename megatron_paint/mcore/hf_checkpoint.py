@@ -1,4 +1,7 @@
-"""Hugging Face folders in and out of a live model: every rank reads its own slices, and all share the writing."""
+"""Reads Hugging Face folders into a model in memory and writes them from it.
+
+Every rank reads its own slices, and all ranks share the writing.
+"""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -23,11 +26,11 @@ from megatron_paint.models.qwen3.mapping import hugging_face_shapes, rule_of
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.runtime.files import sync
 
-WRITER_BYTES = 10**9  # ours: of a stage's weights, for which another rank takes a part of the writing
+WRITER_BYTES = 10**9  # ours: one rank writes about this much of a stage's weights
 
 
 def base_parameters(stage: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters of a stage that are in a Hugging Face checkpoint: all but adapters."""
+    """Parameters of a stage that are in a Hugging Face checkpoint: all except adapters."""
     return ((name, p) for name, p in stage.named_parameters() if "_adapters." not in name)
 
 
@@ -38,7 +41,7 @@ def first_layer_of(stage: nn.Module) -> int:
 
 @torch.no_grad()
 def load_stage(stage: nn.Module, folder: str | Path, shape: ModelShape, ranks: Ranks) -> None:
-    """Fills every base parameter of this rank's stage from its own slices of the checkpoint; no rank asks another."""
+    """Fills every base parameter of this rank's stage from the checkpoint, without communication between ranks."""
     with about("model.hf_path"):
         reader = HuggingFaceReader(folder, shape)
     first_expert = ranks.ep_rank * shape.num_experts // ranks.ep_size
@@ -46,7 +49,7 @@ def load_stage(stage: nn.Module, folder: str | Path, shape: ModelShape, ranks: R
         rule = rule_of(name, shape, first_layer=first_layer_of(stage), first_expert=first_expert)
         value = rule.load(reader, rank=ranks.tp_rank, ranks=ranks.tp_size)
         if value.shape != parameter.shape:
-            raise AssertionError(f"{name}: rule gives {tuple(value.shape)}, parameter is {tuple(parameter.shape)}")
+            raise AssertionError(f"{name}: rule returns {tuple(value.shape)}, parameter is {tuple(parameter.shape)}")
         parameter.copy_(value)
     reader.close()
 
@@ -60,10 +63,10 @@ def gathered_tensors(
     writers: int = 1,
     prepare: Callable[[str, Tensor], Tensor] = lambda name, value: value,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Hugging Face tensors of this stage, one after another, each on one of `writers` ranks in turn: those of the first
-    replica, then those of the next. `prepare` makes of each shard what is to be gathered.
+    """Hugging Face tensors of this stage, one after another, each on one of `writers` ranks in turn.
 
-    All tensor-parallel ranks of the stage must iterate together. A tied copy of the embedding is left out.
+    The writers are the ranks of the first replica, then those of the next. prepare: applied to each shard before it is
+    gathered. All tensor-parallel ranks of the stage must iterate together. A tied copy of the embedding is left out.
     """
     for number, (name, value) in enumerate(named):
         replica, owner = divmod(number % writers, ranks.tp_size)
@@ -89,10 +92,10 @@ def export_stage(
     source: str | Path,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes a Hugging Face folder from a live run, adapters merged; `out` appears complete or not at all.
+    """Writes a Hugging Face folder from the model in memory, adapters merged; `out` appears complete or not at all.
 
-    Ranks share the writing of a large model, and none holds more than one file's worth; config, tokenizer and chat
-    template are copied from `source`, the checkpoint that the run started from.
+    Ranks share the writing of a large model; no rank holds more than the content of one file. Config, tokenizer and
+    chat template are copied from `source`, the checkpoint that the run started from.
     """
     share = shape.num_parameters * dtype.itemsize / ranks.pp_size / WRITER_BYTES
     writers = max(1, min(ranks.tp_size * ranks.dp_size, round(share)))
@@ -122,9 +125,9 @@ def export_stage(
 
 
 def export_adapters(stage: nn.Module, out: str | Path, *, lora: LoraSettings, ranks: Ranks, source: str | Path) -> None:
-    """Writes the adapters of a live run as a PEFT folder for the model in `source`; complete or not at all.
+    """Writes the adapters as a PEFT folder for the model in `source`; `out` appears complete or not at all.
 
-    Each stage writes its own, and the first rank makes one file of them: PEFT reads no more than one.
+    Each stage writes its own file, and the first rank merges them: PEFT reads only one.
     """
 
     def write(folder: Path) -> str | None:
@@ -171,7 +174,7 @@ def _write_shards(
             pending[name] = tensor
         flush()
     except Exception:
-        for _ in tensors:  # the ranks of the stage gather together: the others would wait for this one
+        for _ in tensors:  # all ranks of the stage gather together: without this the others would wait
             pass
         raise
     return written

@@ -1,8 +1,8 @@
 """Low-rank adapters on all seven projections, under tensor and sequence parallelism.
 
-Megatron fuses q, k and v into one matrix and gate and up into another; adapters stay one pair (A, B) a projection, as
-PEFT has them, so that they mean the same there. Each fused linear layer gets a sibling module of adapters and a forward
-hook that adds their output. W x becomes W x + (alpha / rank) B A x (LoRA, arXiv 2106.09685); A starts random, B zero.
+Megatron fuses q, k and v into one matrix, and gate and up into another. Adapters remain one pair (A, B) per projection,
+as in PEFT, so that PEFT can read them. Each fused linear layer gets a sibling module of adapters and a forward hook
+that adds their output. W x becomes W x + (alpha / rank) B A x (LoRA, arXiv 2106.09685); A starts random, B zero.
 
 Axes: T tokens of this rank, I inputs, O outputs of this rank, K rank of the adapters.
 """
@@ -34,7 +34,7 @@ from megatron_paint.models.shape import ModelShape
 
 
 class Adapters(nn.Module, ABC):
-    """The adapters of one linear layer; `enabled` False leaves the layer as it was."""
+    """The adapters of one linear layer; with `enabled` False the layer computes as without adapters."""
 
     def __init__(self, projections: dict[str, tuple[Tensor, Tensor]], *, scale: float, sequence_parallel: bool):
         """`projections`: name -> (A [K, I], B [O, K]), this rank's parts."""
@@ -43,13 +43,13 @@ class Adapters(nn.Module, ABC):
         self.sequence_parallel = sequence_parallel
         self.enabled = True
         self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
-        for name, (a_KI, b_OK) in projections.items():  # one by one: a dict would be taken up in the order of its keys
+        for name, (a_KI, b_OK) in projections.items():  # one by one: from a dict, ParameterDict would sort the keys
             self.a[name], self.b[name] = nn.Parameter(a_KI), nn.Parameter(b_OK)
             self._mark(self.a[name], self.b[name])
 
     @abstractmethod
     def _mark(self, a_KI: nn.Parameter, b_OK: nn.Parameter) -> None:
-        """Tells Megatron which of the two is a shard, and whose gradient it has to sum over tensor-parallel ranks."""
+        """Marks for Megatron which of the two is a shard, and which gradient it must sum over tensor-parallel ranks."""
 
     def add_to(self, module: nn.Module, inputs: tuple, output: tuple) -> tuple | None:
         """Forward hook of the linear layer."""
@@ -93,7 +93,7 @@ class ColumnAdapters(Adapters):
         return torch.cat([out.unflatten(-1, (self.groups, -1)) for out in outputs], dim=-1).flatten(-2)
 
     def weight_change(self) -> Tensor:
-        """[O, I]: what the adapters add to this rank's fused weight."""
+        """[O, I]: the adapters' change of this rank's fused weight."""
         names = list(self.a)
         return self.scale * self._fuse([F.linear(self.a[n].float().t(), self.b[n].float()) for n in names]).t()
 
@@ -117,13 +117,13 @@ class RowAdapters(Adapters):
         return F.linear(low_T1K, b_OK)
 
     def weight_change(self) -> Tensor:
-        """[O, I]: what the adapters add to this rank's weight."""
+        """[O, I]: the adapters' change of this rank's weight."""
         ((_, a_KI),), ((_, b_OK),) = self.a.items(), self.b.items()
         return self.scale * (b_OK.float() @ a_KI.float())
 
 
 def add_adapters(stage: Stage, settings: LoraSettings, shape: ModelShape, ranks: Ranks, *, seed: int) -> None:
-    """Freezes the stage and puts adapters on its layers; the same ones whatever the layout."""
+    """Freezes the stage and adds adapters to its layers; their values do not depend on the layout."""
     for parameter in stage.parameters():
         parameter.requires_grad_(False)
     q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_groups * shape.head_dim
@@ -156,7 +156,7 @@ def add_adapters(stage: Stage, settings: LoraSettings, shape: ModelShape, ranks:
 
 
 def _start_pair(rank: int, inputs: int, outputs: int, split_inputs: bool, ranks: Ranks, stage, key: tuple):
-    """This rank's part of a fresh pair: A uniform in +-1/sqrt(I) as PEFT draws it, from a key; B zero."""
+    """This rank's part of a new pair: A uniform in +-1/sqrt(I), as in PEFT, drawn from a key; B zero."""
     generator = torch.Generator().manual_seed(derive_key("lora", *key))
     bound = 1 / math.sqrt(inputs)
     a_KI = torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
@@ -183,7 +183,7 @@ _SIBLINGS = {
 
 @torch.no_grad()
 def merged_weight(stage: Stage, name: str, parameter: Tensor) -> Tensor:
-    """A base parameter of the stage with its adapters, if it has any, added in float32 and rounded once."""
+    """A base parameter of the stage plus the change of its adapters, added in float32 and rounded once."""
     path = name.split(".")
     adapters = None
     if len(path) > 2 and path[-1] == "weight" and path[-2] in _SIBLINGS:
@@ -195,20 +195,20 @@ def merged_weight(stage: Stage, name: str, parameter: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gathered_adapters(stage: Stage, ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
-    """Whole adapters of a stage by PEFT's names, on tensor-parallel rank 0; all ranks of its group iterate together."""
+    """Complete adapters of a stage by PEFT's names, on tensor-parallel rank 0; its ranks iterate together."""
     for layer in stage.decoder.layers:
         for block, part_of in (("self_attn", layer.self_attention), ("mlp", layer.mlp)):
             for adapters in (module for module in part_of.children() if isinstance(module, Adapters)):
                 for side, pairs in (("A", adapters.a), ("B", adapters.b)):
                     for projection, parameter in pairs.items():
                         name = f"model.layers.{layer.layer_number - 1}.{block}.{projection}.weight"
-                        whole = _whole(parameter, ranks)
-                        if whole is not None:
-                            yield adapter_name(name, side), whole
+                        complete = _gathered(parameter, ranks)
+                        if complete is not None:
+                            yield adapter_name(name, side), complete
 
 
-def _whole(parameter: nn.Parameter, ranks: Ranks) -> Tensor | None:
-    """The parameter of all tensor-parallel ranks, on the first of them."""
+def _gathered(parameter: nn.Parameter, ranks: Ranks) -> Tensor | None:
+    """The complete parameter on the first tensor-parallel rank; None on the others."""
     first = ranks.tp_rank == 0
     if ranks.tp_size == 1 or not parameter.tensor_model_parallel:
         return parameter if first else None

@@ -1,4 +1,4 @@
-"""The model on Megatron-Core: one place builds it, with local layers or with Transformer Engine's.
+"""Builds the model on Megatron-Core, with plain torch layers or with Transformer Engine's.
 
 Axes: T tokens of a call, H hidden size, V vocabulary (this rank's slice).
 """
@@ -34,7 +34,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class LocalRMSNorm(torch.nn.RMSNorm):
-    """RMSNorm whose weight takes part in sequence parallelism, which Megatron's local norm refuses."""
+    """RMSNorm whose weight supports sequence parallelism; Megatron's local norm does not."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
@@ -44,19 +44,19 @@ class LocalRMSNorm(torch.nn.RMSNorm):
 class Stage(GPTModel):
     """One pipeline stage of a GPTModel that ends in hidden states: the loss computes the logits.
 
-    `forward` is our own because the vocabulary must never be met at prompt positions, and because packed rows need a
-    rotary position for each token.
+    `forward` is our own for two reasons: no logits may be computed at prompt positions, and packed rows need a rotary
+    position for each token.
     """
 
     def forward(self, input_ids_T: Tensor, rows: TokenRows) -> Tensor:
         """Hidden states [T, 1, H] of this stage, after the final norm on the last one.
 
-        Under sequence parallelism T is split over the tensor-parallel ranks. `input_ids_T` is read by the first stage
-        alone; the others take what `set_input_tensor` was given.
+        Under sequence parallelism T is split over the tensor-parallel ranks. Only the first stage reads `input_ids_T`;
+        the others read the tensor passed to `set_input_tensor`.
         """
         hidden = self.embedding(input_ids_T[None], position_ids=None) if self.pre_process else None
         if hidden is not None and self.config.recompute_granularity is not None and torch.is_grad_enabled():
-            # Recomputed layers give gradients only if their input wants one; a frozen embedding's output does not.
+            # Recomputed layers compute gradients only if their input requires one, and a frozen embedding's does not.
             hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
         return self.decoder(
             hidden_states=hidden,
@@ -71,7 +71,7 @@ class Stage(GPTModel):
         return torch.cat((angles, angles), dim=-1)
 
     def output_weight(self) -> Tensor:
-        """This rank's rows [V, H] of the output layer, the embedding's where tied; last stage only."""
+        """This rank's rows [V, H] of the output layer, or of the embedding if tied; only on the last stage."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
@@ -111,7 +111,7 @@ def transformer_config(shape: ModelShape, model: ModelSettings, megatron: Megatr
         pipeline_model_parallel_size=megatron.pipeline_model_parallel_size,
         sequence_parallel=megatron.sequence_parallel and megatron.tensor_model_parallel_size > 1,
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # the default one is refused with variable lengths, even without experts
+        moe_token_dispatcher_type="alltoall",  # Megatron refuses its default with variable lengths
         deterministic_mode=megatron.deterministic_mode,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -130,7 +130,7 @@ def transformer_config(shape: ModelShape, model: ModelSettings, megatron: Megatr
 
 
 def _expert_settings(shape: ModelShape, megatron: MegatronSettings) -> dict:
-    """The router: float32 softmax over the chosen experts (over all where not normalised), no losses."""
+    """The router: float32 softmax over the chosen experts, or over all if not normalised; no auxiliary losses."""
     return {
         "expert_model_parallel_size": megatron.expert_model_parallel_size,
         "num_moe_experts": shape.num_experts,
@@ -155,7 +155,7 @@ def layer_spec(*, with_engine: bool, lora: bool, num_experts: int = 0) -> Module
     }
     if num_experts:
         mlp = get_moe_module_spec(use_te=with_engine, num_experts=num_experts, moe_grouped_gemm=with_engine)
-        del keys_map["pre_mlp_layernorm."]  # it feeds the router too, so it is never fused
+        del keys_map["pre_mlp_layernorm."]  # the router reads its output too, so it is never fused
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -171,14 +171,14 @@ def layer_spec(*, with_engine: bool, lora: bool, num_experts: int = 0) -> Module
             pre_mlp_layernorm=norm if num_experts else layer_norm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
-            # Checkpoints always have the fused names, so that both kinds of layer can load them.
+            # Checkpoints always use the fused names, so that both kinds of layers can load them.
             sharded_state_dict_keys_map=keys_map,
         ),
     )
 
 
 def _mlp(submodules: MLPSubmodules):
-    if hasattr(MLP, "as_mlp_submodule"):  # megatron-core 0.19 takes a builder, 0.16 a spec
+    if hasattr(MLP, "as_mlp_submodule"):  # megatron-core 0.19 expects a builder, 0.16 a spec
         return partial(MLP.as_mlp_submodule, submodules=submodules)
     return ModuleSpec(module=MLP, submodules=submodules)
 
@@ -195,7 +195,7 @@ def _parts(with_engine: bool, *, fuse_norms: bool) -> tuple:
 
 
 def build_model(shape: ModelShape, model: ModelSettings, megatron: MegatronSettings, ranks: Ranks) -> Stage:
-    """This rank's stage and shard, on its device, weights not yet filled."""
+    """This rank's stage and shard on its device; its weights are not filled yet."""
     config = transformer_config(shape, model, megatron)
     with_engine = use_transformer_engine(megatron)
     spec = layer_spec(with_engine=with_engine, lora=model.lora is not None, num_experts=shape.num_experts)
@@ -217,7 +217,7 @@ def build_model(shape: ModelShape, model: ModelSettings, megatron: MegatronSetti
 
 
 def _mark_sharded_weights(stage: Stage) -> None:
-    """Tells the gradient norm which weights are shards: Megatron marks them only while it initialises them."""
+    """Marks the weights that are shards, for the gradient norm: Megatron marks only weights that it initialises."""
     split_dims = {"linear_qkv": 0, "linear_fc1": 0, "word_embeddings": 0, "output_layer": 0}
     split_dims |= {"linear_proj": 1, "linear_fc2": 1}
     for name, parameter in stage.named_parameters():

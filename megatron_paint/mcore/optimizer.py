@@ -1,4 +1,4 @@
-"""Megatron's data-parallel wrapper and optimiser, set up for one step on a globally normalised sum."""
+"""Megatron's data-parallel wrapper and optimiser, configured for a loss that is one sum, divided once."""
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -9,7 +9,7 @@ from megatron_paint.mcore.model import Stage
 
 
 def wrap_data_parallel(stage: Stage, megatron: MegatronSettings) -> DistributedDataParallel:
-    """Megatron's wrapper; gradients are summed, and divided once by the global token count."""
+    """Megatron's wrapper; gradients are summed, then divided once by the global token count."""
     config = DistributedDataParallelConfig(
         use_distributed_optimizer=megatron.use_distributed_optimizer,
         overlap_grad_reduce=megatron.overlap_grad_reduce,
@@ -47,11 +47,11 @@ def make_optimizer(
 
 
 def take_step(optimizer: MegatronOptimizer, *, lr: float, weight_decay: float) -> float:
-    """One clipped step; returns the gradient's global norm before clipping. Norms' weights are not decayed.
+    """One clipped step; returns the gradient's global norm before clipping. Weights of norms are not decayed.
 
-    A gradient that is not finite stops here, before any weight is touched: FloatingPointError.
+    FloatingPointError: the gradient is not finite; no weight has been changed.
     """
-    for group in optimizer.param_groups:  # as Megatron's own scheduler does, which this takes the place of
+    for group in optimizer.param_groups:  # as Megatron's own scheduler does, which this replaces
         group["lr"] = lr
         group["weight_decay"] = weight_decay * group["wd_mult"]
     overflow = optimizer.prepare_grads()

@@ -1,7 +1,7 @@
-"""The policy on Megatron-Core: generation, teacher pass, student pass and step over all ranks.
+"""The policy on Megatron-Core: generation, the teacher's pass, the student's pass and the step, over all ranks.
 
-Every rank is called with the whole step's records. A sample belongs to one data-parallel replica; within it, the last
-pipeline stage computes the loss from hidden states, and tensor-parallel ranks share the vocabulary.
+Every rank is called with the records of the complete step. A sample belongs to one data-parallel replica. There the
+last pipeline stage computes the loss from hidden states, and tensor-parallel ranks share the vocabulary.
 
 Axes: T tokens of a micro-batch, N response tokens of it, H hidden size.
 """
@@ -71,7 +71,10 @@ class MegatronPolicy(ModelRunner):
         )
 
     def update(self, samples: Sequence[Sample], loss: TokenLoss, *, lr: float) -> UpdateReport:
-        """One optimiser step; FloatingPointError, before the optimiser, where a loss or the gradient is not finite."""
+        """One optimiser step.
+
+        FloatingPointError: a loss or the gradient is not finite; the optimiser has not changed any weight.
+        """
         clock = _PhaseClock()
         with clock.phase("teacher"):
             states = self.teacher_states(samples, loss)
@@ -87,7 +90,7 @@ class MegatronPolicy(ModelRunner):
     ) -> tuple[SampleScore, ...]:
         """The loss of each sample without a step. With `teach_itself` the current weights are the teacher.
 
-        That teacher computes each sample in a micro-batch of its own: the same numbers, computed in another way.
+        That teacher computes each sample in a separate micro-batch: the same numbers, computed in another way.
         """
         mark_progress("student")
         if teach_itself:
@@ -156,7 +159,7 @@ class MegatronPolicy(ModelRunner):
         teacher: Teacher | None = None,
         forward: ForwardPass | None = None,
     ) -> TeacherStates:
-        """What the loss needs from the teacher; defaults: this policy's teacher, and its usual micro-batches."""
+        """What the loss needs from the teacher. Defaults: this policy's teacher and its usual micro-batches."""
         teacher, forward = teacher or self.teacher, forward or self.forward
         replicas = self._replicas(samples)
 
@@ -239,7 +242,7 @@ def _merged(parts: Iterable[dict[int, Any]]) -> dict[int, Any]:
 
 
 def _rows_of(hidden: dict[int, Tensor] | None, batch: MicroBatch, *, like: Tensor) -> Tensor | None:
-    """The teacher's rows [N, H] of a micro-batch; an empty one has none, of the student's width and type."""
+    """The teacher's rows [N, H] of a micro-batch; an empty micro-batch has none, of the student's width and type."""
     if hidden is None:
         return None
     return torch.cat([hidden[i] for i in batch.indices]) if batch.indices else like.detach()

@@ -1,4 +1,4 @@
-"""Processes, devices and the groups they form: one start for torchrun, srun and the local launcher."""
+"""Processes, devices and their groups, started the same way by torchrun, srun and the local launcher."""
 
 import logging
 import os
@@ -20,14 +20,14 @@ from megatron_paint.mcore.cpu import redirect_cuda_to_cpu
 from megatron_paint.planning.hardware import device_of_rank, engine_environment
 from megatron_paint.planning.layout import data_parallel_size
 
-# Of messages between hosts: all ranks wait in one while rank 0 reads and grades a data set or writes to a slow disk.
+# For messages between hosts: all ranks wait in one while rank 0 grades a data set or writes to a slow disk.
 HOST_TIMEOUT = timedelta(hours=12)
-TIMEOUT = timedelta(minutes=10)  # torch's, of NCCL
+TIMEOUT = timedelta(minutes=10)  # torch's default for NCCL
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This process's place among the ranks: tensor parallel within pipeline stages within data-parallel replicas."""
+    """This process's rank in each dimension: tensor parallel within pipeline stages within data-parallel replicas."""
 
     rank: int
     size: int
@@ -62,8 +62,8 @@ class Ranks:
 def start_ranks(megatron: MegatronSettings, *, hang_seconds: float | None = None, backend: str | None = None) -> Ranks:
     """Joins the process group that RANK, WORLD_SIZE and MASTER_ADDR describe and forms Megatron's groups.
 
-    Without these variables the world is this one process. The backend is NCCL with CUDA, else gloo. hang_seconds: after
-    how long, at most, something else than a collective's time-out ends a hang.
+    Without these variables this process is the only rank. The backend is NCCL with CUDA, otherwise gloo. hang_seconds:
+    the longest time until something other than a collective's time-out ends a hang.
     """
     _silence_known_warnings()
     os.environ.update(engine_environment(megatron))  # before Megatron imports Transformer Engine
@@ -115,7 +115,7 @@ def _collective_timeout(megatron: MegatronSettings, hang_seconds: float | None) 
 
 
 def stop_ranks() -> None:
-    """Takes Megatron's groups and the process group down; safe to call twice."""
+    """Destroys Megatron's groups and the process group; a second call does nothing."""
     from megatron.core import parallel_state
 
     if dist.is_initialized():
@@ -127,7 +127,7 @@ def stop_ranks() -> None:
 def joined_ranks(megatron: MegatronSettings, *, hang_seconds: float | None = None) -> Iterator[Ranks]:
     """The groups of `start_ranks`, stopped at the end.
 
-    After an error they stay up unless this rank is alone: the other ranks would wait for one that has left.
+    After an error they are stopped only if this rank is the only one: other ranks may still wait for this one.
     """
     ranks = start_ranks(megatron, hang_seconds=hang_seconds)
     try:
@@ -140,15 +140,15 @@ def joined_ranks(megatron: MegatronSettings, *, hang_seconds: float | None = Non
 
 
 def _allow_many_connections() -> None:
-    """As many open files as the system lets this process have: a group over gloo takes one a rank."""
+    """Raises the limit of open files to the system's maximum: a gloo group needs one file per rank."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
-        with suppress(ValueError, OSError):  # a system may promise more than it gives
+        with suppress(ValueError, OSError):  # a system may report a higher limit than it allows
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _silence_known_warnings() -> None:
-    """Hides what libraries say at every start and a user can do nothing about; `doctor` tells what is lacking."""
+    """Hides library warnings that a user cannot act on; `megatron-paint doctor` reports what is missing."""
     warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed\.checkpoint\..*")
@@ -163,7 +163,7 @@ def _silence_known_warnings() -> None:
 
 
 def _seed_libraries() -> None:
-    """Seeds the generators that Megatron insists on; no result of ours is drawn from them."""
+    """Seeds the generators that Megatron requires; no result of this project is drawn from them."""
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     random.seed(0)

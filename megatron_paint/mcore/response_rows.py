@@ -1,7 +1,7 @@
-"""The hidden states that predict response tokens, whole on every tensor-parallel rank.
+"""Gathers the hidden states that predict response tokens onto every tensor-parallel rank.
 
-Under sequence parallelism each rank holds a slice of the tokens. Only response rows travel, padded to the longest of
-the ranks' shares: prompts and solutions, often most of a micro-batch, stay where they are.
+Under sequence parallelism each rank holds a slice of the tokens. Only response rows are sent, padded to the longest
+rank's part. Prompts and solutions, often most of a micro-batch, are not sent.
 Axes: T tokens of a micro-batch, N response tokens of it, L tokens of a rank's slice, H hidden size.
 """
 
@@ -13,9 +13,9 @@ from torch import Tensor
 
 
 def response_rows(hidden_L1H: Tensor, predicting_N: Tensor, group: Any | None) -> Tensor:
-    """Rows [N, H] at ascending places predicting_N of T; group: who holds the slices, None where L is T.
+    """Rows [N, H] at the ascending positions predicting_N of T. group: the ranks that hold slices; None: L is T.
 
-    backward sums the ranks' gradients and gives each rank its slice's part.
+    backward sums the ranks' gradients and returns each rank's slice of the sum.
     """
     if group is None:
         return hidden_L1H[predicting_N, 0]

@@ -1,4 +1,4 @@
-"""What the loss saw, sample by sample: sums that travel between ranks as plain numbers.
+"""What the loss measured in each sample, as plain numbers that ranks can exchange.
 
 Axes: N response tokens of a micro-batch.
 """
@@ -15,7 +15,7 @@ from megatron_paint.records import Sample, SampleScore
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NonFinite:
-    """Where a loss was not a number; printed in the error that stops the step."""
+    """Where a loss was not finite; the error that stops the step prints it."""
 
     rank: int
     micro_batch: int

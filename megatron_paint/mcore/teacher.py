@@ -1,9 +1,9 @@
-"""Whose weights score as teacher: the initial ones, the current ones, or their moving average.
+"""The teacher's weights: the initial ones, the current ones, or a moving average of the student's.
 
-With LoRA the initial teacher is the model with its adapters off and an average covers the adapters alone; with full
-fine-tuning both are a second set of this rank's weights, on the device or in host memory. An average may be anchored:
-it then moves towards a mixture of the student's weights and the initial ones, a third set, and so can never follow the
-student wherever that goes.
+With LoRA the initial teacher is the model without its adapters, and an average covers only the adapters. With full
+fine-tuning both are a second set of this rank's weights, on the device or in host memory. An average can be anchored:
+it then moves towards a mixture of the student's weights and the initial ones, a third set. This keeps the teacher near
+the initial weights however far the student moves.
 """
 
 import dataclasses
@@ -38,15 +38,15 @@ class Teacher:
         self.settings = settings
         self.lora = bool(adapters_of(stage))
         self.held = self._snapshot()
-        # In the weights' own type: they never move.
+        # In the weights' own type: they never change.
         self.start = self._snapshot(average=False) if self._is_anchored else {}
 
     @property
     def held_parameters(self) -> dict[str, nn.Parameter]:
-        """The stage's parameters that the teacher has its own values of."""
+        """The stage's parameters for which the teacher has separate values."""
         if self.settings.weights == "current" or (self.lora and self.settings.weights == "initial"):
             return {}
-        # A tied weight stands under two names on a lone stage; named_parameters gives it once.
+        # On a single stage a tied weight has two names; named_parameters returns it once.
         return {name: p for name, p in self.stage.named_parameters() if p.requires_grad}
 
     @property
@@ -55,16 +55,16 @@ class Teacher:
 
     @torch.no_grad()
     def _snapshot(self, *, average: bool = True) -> dict[str, Tensor]:
-        """Values on the device they rest on: an average is kept in float32, or it would stand still in bfloat16."""
+        """Copies on the storage device. An average is float32: in bfloat16 its small changes would round to 0."""
         dtype = torch.float32 if average and self.settings.weights == "ema" else None
-        return {name: p.detach().to(self._home(p), dtype, copy=True) for name, p in self.held_parameters.items()}
+        return {name: p.detach().to(self._storage(p), dtype, copy=True) for name, p in self.held_parameters.items()}
 
-    def _home(self, parameter: Tensor) -> torch.device:
+    def _storage(self, parameter: Tensor) -> torch.device:
         return torch.device("cpu") if self.settings.offload else parameter.device
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The stage computes with the teacher's weights inside; no gradient may be taken there."""
+        """Inside, the stage computes with the teacher's weights; gradients are not allowed there."""
         adapters_off = self.lora and self.settings.weights == "initial"
         students = {name: p.data for name, p in self.held_parameters.items()}
         for adapters in adapters_of(self.stage):
@@ -80,7 +80,7 @@ class Teacher:
                 adapters.enabled = True
 
     def output_weight(self) -> Tensor | None:
-        """The teacher's output layer where it differs from the student's, in the student's type; None where not.
+        """The teacher's output layer in the student's type, if it differs from the student's; otherwise None.
 
         Only the last stage has one.
         """
@@ -92,7 +92,7 @@ class Teacher:
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Moves an average towards the student, once after each optimiser step."""
+        """Moves an average towards the student; called once after each optimiser step."""
         if self.settings.weights != "ema":
             return
         for name, parameter in self.held_parameters.items():
@@ -102,12 +102,12 @@ class Teacher:
             self.held[name].lerp_(goal, 1 - self.settings.ema_decay)
 
     def sharded_state_dict(self, student: dict) -> dict:
-        """Entries for a checkpoint, beside the student's own: the same sharding, other values."""
+        """The teacher's entries for a checkpoint: the student's sharding, the teacher's values."""
         entries = {}
         for prefix, values in self._sets.items():
             for name, value in values.items():
                 entry = student[name]
-                # An average is wider than the weight it follows; an entry that is cut later (gate, up) has no type yet.
+                # An average has a wider type than its weight. An entry that is split later (gate, up) has no type yet.
                 type_ = {"dtype": value.dtype} if hasattr(entry, "dtype") else {}
                 key = f"{prefix}.{entry.key}"
                 entries[f"{prefix}.{name}"] = dataclasses.replace(entry, key=key, data=value, **type_)
@@ -115,12 +115,12 @@ class Teacher:
 
     @torch.no_grad()
     def load(self, loaded: dict) -> None:
-        """Takes the values up that `sharded_state_dict` asked for."""
+        """Copies the loaded values of the entries of `sharded_state_dict`."""
         for prefix, values in self._sets.items():
             for name, value in values.items():
                 value.copy_(loaded[f"{prefix}.{name}"])
 
     @property
     def _sets(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint holds of the teacher, by the prefix of its names."""
+        """The sets of weights that a checkpoint holds of the teacher, by the prefix of their names."""
         return {"teacher": self.held, "teacher.start": self.start}

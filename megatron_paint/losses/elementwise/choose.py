@@ -1,4 +1,4 @@
-"""Which kernel does the loss's elementwise work: Triton's on a GPU, torch's elsewhere."""
+"""Chooses the backend of the loss's elementwise work: Triton on a GPU, torch elsewhere."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _choose(kernel: Kernel, missing: str | None, dtype: torch.dtype) -> Literal[
 def make_passes(
     kernel: Literal["torch", "triton"], config: InterpolationLossConfig, *, elements: int, dlogits_dtype: torch.dtype
 ) -> Passes:
-    """The chosen kernel's passes; elements: entries of one of torch's tiles; dlogits_dtype: of Triton's gradient."""
+    """The passes of the chosen kernel; elements: entries of a torch tile; dlogits_dtype: of Triton's gradient."""
     if kernel == "torch":
         return TorchPasses(config, elements=elements)
     # Triton may be missing, and its import takes a second.

@@ -1,18 +1,18 @@
 """The divergences over a tile of a chunk: sums and gradient from normalised distributions, term by term, in torch.
 
-p is the student, q the target, both over the whole vocabulary. Every sum of x log(x/y) is taken as the sum of
+p is the student, q the target, both over the complete vocabulary. Every sum of x log(x/y) is computed as the sum of
 x (expm1(u) - u), u = log y - log x: the same total, because both sides sum to 1, but no term is negative and nothing
-large cancels (off by 1e-6 in float32 where the plain sum is off by 1e-2 at 4e-5 nats). A clipped term counts as
-clip + p - q accordingly. Under the clip of tokens the divergence itself is taken, then bent: the gradient of a token
-is that of its divergence, made smaller.
+large cancels (an error of 1e-6 in float32 where the plain sum has 1e-2, at 4e-5 nats). A clipped term therefore counts
+as clip + p - q. The clip of tokens is applied to the divergence itself: the gradient of a token is that of its
+divergence, made smaller.
 
 Each gradient with respect to the student's logits has the form c p - B, where c needs sums over the vocabulary:
     forward KL   Q_A p - q [A]                  A: unclipped entries, Q_A: their target mass (1 without clip)
     reverse KL   -KL p - p (log q - log p)
     JSD          (1 - beta) (-KL(p||m) p - p (log m - log p)),   m = beta q + (1 - beta) p
-So p and B replace the logits while the sums are taken, and c comes in when all ranks' sums are there.
+So p and B replace the logits while the sums are computed; c is known after all ranks' sums are added.
 
-On a CPU boolean masks and torch.where take 10 to 50 times as long as arithmetic, so masks are 0.0 and 1.0 here.
+On a CPU boolean masks and torch.where take 10 to 50 times as long as arithmetic, so masks are 0.0 and 1.0.
 Axes: T tokens, V vocabulary columns of the tile, K packed sums.
 """
 
@@ -30,7 +30,7 @@ from megatron_paint.losses import reference_divergences
 
 
 class Outcome(NamedTuple):
-    """Per token: divergence and clipped loss in nats, without weights; c of the gradient, and what multiplies the whole
+    """Per token: divergence and clipped loss in nats, without weights; c of the gradient and the factor of the complete
     gradient; clipped mass and entries."""
 
     divergence_T: torch.Tensor
@@ -52,7 +52,7 @@ class Divergence:
     sums: Callable[[InterpolationLossConfig], int]
     # From p, q and u = log p - log q of a tile, which they may overwrite: its sums [T]; leaves B where q was.
     terms: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, InterpolationLossConfig], list[torch.Tensor]]
-    # c [T] of the gradient from the sums [T, K]; None: 1, whatever the sums are.
+    # c [T] of the gradient from the sums [T, K]; None: always 1.
     coefficient: Callable[[torch.Tensor, InterpolationLossConfig], torch.Tensor] | None
     # From log p and log q: the terms of the reference loss.
     reference: Callable[[torch.Tensor, torch.Tensor, InterpolationLossConfig], torch.Tensor]
@@ -70,12 +70,12 @@ def divergence_of(config: InterpolationLossConfig) -> Divergence:
 
 
 def coefficient_is_one(config: InterpolationLossConfig) -> bool:
-    """Whether the gradient is p - B, without a factor, whatever the sums turn out to be."""
+    """Whether the gradient is p - B for any sums, so that it needs none of them."""
     return divergence_of(config).coefficient is None and config.clip is None
 
 
 def take_terms(log_p_TV: torch.Tensor, log_q_TV: torch.Tensor, config: InterpolationLossConfig) -> list[torch.Tensor]:
-    """This tile's sums [T] in the order of finish(); leaves p in log_p_TV and B in log_q_TV."""
+    """This tile's sums [T] in the order of finish(); replaces log_p_TV by p and log_q_TV by B."""
     u_TV = log_p_TV - log_q_TV
     return divergence_of(config).terms(log_p_TV.exp_(), log_q_TV.exp_(), u_TV, config)
 
@@ -86,7 +86,7 @@ def finish(sums_TK: torch.Tensor, config: InterpolationLossConfig) -> Outcome:
     none_T, one_T = torch.zeros_like(divergence_T), torch.ones_like(divergence_T)
     if config.clips_entries:
         _, loss_T, kept_T, clipped_T, entries_T = sums_TK.unbind(1)
-        # Either sum is inexact near 1: take the small one, so that Q_A is exactly 1 where nothing is clipped.
+        # Each sum is inexact near 1. The smaller one is used, so that Q_A is exactly 1 if nothing is clipped.
         kept_T = torch.where(clipped_T < 0.5, 1.0 - clipped_T, kept_T)
         return Outcome(divergence_T, loss_T, kept_T, one_T, clipped_T, entries_T)
     coefficient_T = one_T if divergence.coefficient is None else divergence.coefficient(sums_TK, config)
@@ -106,7 +106,7 @@ def _forward_kl(
     if not config.clips_entries:
         return [divergence_T]
     clipped_TV = torch.lt(u_TV.mul_(q_TV), -config.clip, out=torch.empty_like(u_TV))
-    # Not the term less its excess over the clip: that would cancel where the term is large.
+    # The term minus its excess over the clip would cancel if the term is large.
     limit_TV = torch.sub(p_TV, q_TV, out=u_TV).add_(config.clip)
     loss_T = terms_TV.lerp_(limit_TV, clipped_TV).sum(1)
     clipped_mass_T = torch.mul(q_TV, clipped_TV, out=u_TV).sum(1)
@@ -137,11 +137,11 @@ def _jsd(
 
 
 def _logs_to_mixture(u_TV: torch.Tensor, above_TV: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """log m - log p = log(1 + beta expm1(-u)) and log m - log q = log(1 + (1 - beta) expm1(u)); uses up u.
+    """log m - log p = log(1 + beta expm1(-u)) and log m - log q = log(1 + (1 - beta) expm1(u)); overwrites u.
 
-    They differ by u, but a beta near 0 or 1 makes one of them far smaller than u, so each is taken by itself. With
-    v = |u|, `fall` is the one of -v, at most 0, `rise` the one of v, at least 0: expm1(v) is -expm1(-v) / exp(-v),
-    and past 80, where that could overflow, the logarithm is a line.
+    They differ by u, but a beta near 0 or 1 makes one of them far smaller than u, so each is computed separately. With
+    v = |u|, `fall` is the logarithm for -v, at most 0, and `rise` the one for v, at least 0. expm1(v) is computed as
+    -expm1(-v) / exp(-v); above 80, where that could overflow, the logarithm is a line.
     """
     v_TV = u_TV.abs_()
     near_TV = v_TV.clamp(max=80.0)
@@ -155,11 +155,12 @@ def _logs_to_mixture(u_TV: torch.Tensor, above_TV: torch.Tensor, beta: float) ->
 
 
 def _divergence_terms(x_TV: torch.Tensor, y_TV: torch.Tensor, u_TV: torch.Tensor) -> torch.Tensor:
-    """x (expm1(u) - u), u = log y - log x; leaves its inputs alone.
+    """x (expm1(u) - u), u = log y - log x; does not change its inputs.
 
-    Above u = 1, where expm1 could overflow, it is x (e - 1 - u) and y - e x, which below 1 is negative and left out.
+    Above u = 1, where expm1 could overflow, it is x (e - 1 - u) + (y - e x).
+    Below 1 the part y - e x is negative and counts as 0.
     """
-    # A look at the largest u costs a CPU a fifth of what it can save; a GPU would have to wait for the answer.
+    # Finding the largest u costs a CPU a fifth of what it can save; a GPU would have to wait for the result.
     if not u_TV.is_cuda and u_TV.numel() and float(u_TV.amax()) <= 1.0:
         return _expm1(u_TV.clone()).sub_(u_TV).mul_(x_TV)
     terms_TV = _expm1(u_TV.clamp(max=1.0)).sub_(u_TV).mul_(x_TV)
@@ -169,8 +170,8 @@ def _divergence_terms(x_TV: torch.Tensor, y_TV: torch.Tensor, u_TV: torch.Tensor
 def _expm1(values: torch.Tensor) -> torch.Tensor:
     """expm1 in place, for values up to 1.
 
-    torch's own takes a CPU 15 to 30 times as long as exp. In float32 it is 2 t / (1 - t), t = tanh(v / 2), which keeps
-    its digits near 0 and loses none below 1; that takes a third of the time. float64 is for exactness, not speed.
+    On a CPU torch's expm1 takes 15 to 30 times as long as exp. In float32 this computes 2 t / (1 - t), t = tanh(v / 2),
+    which is accurate near 0 and below 1, in a third of the time. float64 is for exactness, not for speed.
     """
     if values.is_cuda or values.dtype != torch.float32:
         return values.expm1_()
@@ -180,7 +181,7 @@ def _expm1(values: torch.Tensor) -> torch.Tensor:
 
 _HALF = torch.tensor(0.5)
 
-# The only table: a divergence that is not here is refused everywhere, and the tests run through all that are.
+# The only table of divergences: any other name is refused everywhere, and the tests run through all entries.
 DIVERGENCES = {
     "forward_kl": Divergence(
         sums=lambda config: 5 if config.clips_entries else 1,

@@ -1,4 +1,4 @@
-"""What the fused loss asks of the elementwise work on a chunk of logits, and who does it.
+"""The elementwise work of the fused loss on a chunk of logits: the interface of its backends.
 
 Axes: T tokens, V this rank's vocabulary columns, K packed statistics or sums.
 """
@@ -15,9 +15,9 @@ from megatron_paint.losses.elementwise.softmax_statistics import Softmax, TokenQ
 
 @dataclass(kw_only=True)
 class ChunkLogits:
-    """Logits of a chunk; partner_TV is None where the student is the partner.
+    """Logits of a chunk; partner_TV is None if the student is the partner.
 
-    A shift is what was subtracted from each row of the buffer since; None: nothing.
+    A shift is the amount subtracted from each row of the buffer so far; None: nothing.
     """
 
     student_TV: torch.Tensor
@@ -29,7 +29,7 @@ class ChunkLogits:
 
 
 class Target(NamedTuple):
-    """Normalisers of student and target over all ranks; weight_T: the lambda of each token's target, 0 for plain."""
+    """Normalisers of student and target over all ranks; weight_T: lambda of each token's target; 0: plain teacher."""
 
     student: Softmax
     target: Softmax
@@ -37,34 +37,34 @@ class Target(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What sums() leaves for gradient(); sums_TK is this rank's part of what terms.finish() needs."""
+    """The result of sums(), for gradient(); sums_TK: this rank's part of the sums for divergences.finish()."""
 
     sums_TK: torch.Tensor
     logits: ChunkLogits
     target: Target
-    dlogits_TV: torch.Tensor | None  # the gradient where it needed no sums
+    dlogits_TV: torch.Tensor | None  # the gradient, if it needs no sums
 
 
 class Passes(Protocol):
-    """The elementwise passes over a chunk's logits, which they may overwrite."""
+    """The elementwise passes over a chunk's logits; they may overwrite the logits."""
 
-    divides_by_temperature: bool  # whether the logits come in before the temperature
+    divides_by_temperature: bool  # whether the logits that are passed are not divided by the temperature yet
 
     def statistics(self, logits: ChunkLogits, query: TokenQuery | None) -> torch.Tensor:
         """Statistics [T, K] of this rank's columns: see split_statistics."""
 
     def sums(self, logits: ChunkLogits, target: Target, scale_T: torch.Tensor | None) -> Work:
-        """The divergences' sums; scale_T, if a gradient is wanted, is the one that gradient() will be called with."""
+        """The divergences' sums. scale_T: the scale that gradient() will get; None: no gradient is wanted."""
 
     def gradient(self, work: Work, coefficient_T: torch.Tensor, scale_T: torch.Tensor) -> torch.Tensor:
         """The loss's gradient [T, V] with respect to the student's logits before the temperature."""
 
     def copy(self, logits: ChunkLogits) -> ChunkLogits:
-        """Logits for another sums() and gradient(), which leave these as they are."""
+        """A copy of the logits for another sums() and gradient(), which do not change these."""
 
 
 class PackedStatistics(NamedTuple):
-    """Packed statistics [..., K] by owner: (maximum, sum, weighted sum), the same, (maximum, sum), the token's two."""
+    """Packed statistics [..., K]: student, teacher (maximum, sum, weighted sum); mixed (maximum, sum); token (two)."""
 
     student: torch.Tensor
     teacher: torch.Tensor
@@ -73,7 +73,7 @@ class PackedStatistics(NamedTuple):
 
 
 def split_statistics(packed: torch.Tensor, *, mixed: bool, token: bool) -> PackedStatistics:
-    """Cut what Passes.statistics packed, from one rank or from all of them."""
+    """Splits what Passes.statistics packed, from one rank or from all ranks."""
     parts = list(packed.split([3, 3, *([2] if mixed else []), *([2] if token else [])], dim=-1))
     token_part = parts.pop() if token else None
     mixed_part = parts.pop() if mixed else None

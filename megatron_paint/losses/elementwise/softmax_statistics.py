@@ -1,6 +1,6 @@
-"""Softmax statistics of a chunk: what each rank knows of its columns, and what all ranks' parts add up to.
+"""Softmax statistics of a chunk: each rank's, from its columns, and those of all ranks merged.
 
-Logits here are divided by the temperature.
+Logits in this file are divided by the temperature.
 Axes: T tokens, V this rank's vocabulary columns, R ranks, K packed statistics.
 """
 
@@ -17,16 +17,19 @@ EMPTY_MAX = -1e30
 
 
 class Softmax(NamedTuple):
-    """The normaliser of a softmax per token, as maximum and sum of exp(logit - maximum): log(sum) + maximum rounds."""
+    """The normaliser of a softmax per token: maximum and sum of exp(logit - maximum).
+
+    They stay separate because log(sum) + maximum would round.
+    """
 
     max_T: torch.Tensor
     sum_T: torch.Tensor
 
 
 class TokenQuery(NamedTuple):
-    """Tokens whose log-probability is wanted: columns on this rank (clamped), whether they are here, exponent factor.
+    """Tokens whose log-probability is wanted: their columns on this rank (clamped), and whether this rank has them.
 
-    ratio is the loss temperature over the temperature of the log-probability.
+    ratio: the loss temperature divided by the temperature of the log-probability.
     """
 
     column_T: torch.Tensor
@@ -35,16 +38,16 @@ class TokenQuery(NamedTuple):
 
 
 def query_tokens(token_ids_T: torch.Tensor, *, start: int, columns: int, ratio: float) -> TokenQuery:
-    """Find the ids [T] among columns [start, start + columns)."""
+    """Finds the ids [T] among columns [start, start + columns)."""
     column_T = token_ids_T.long() - start
     here_T = (column_T >= 0) & (column_T < columns)
     return TokenQuery(column_T.clamp(0, max(columns - 1, 0)), here_T, ratio)
 
 
 def centred_statistics(logits_TV: torch.Tensor, elements: int, scratch: Scratch) -> torch.Tensor:
-    """[T, 3] of this rank's columns: maximum m, sum of exp(z - m), sum of exp(z - m) (z - m); leaves z - m behind.
+    """[T, 3] of this rank's columns: maximum m, sum of exp(z - m), sum of exp(z - m) (z - m); replaces z by z - m.
 
-    The last one gives the entropy without subtracting two large sums.
+    The last sum is for the entropy: no two large sums are subtracted.
     """
     local_TK = logits_TV.new_zeros((len(logits_TV), 3))
     if not logits_TV.shape[1]:
@@ -62,7 +65,7 @@ def centred_statistics(logits_TV: torch.Tensor, elements: int, scratch: Scratch)
 
 
 def token_statistics(logits_TV: torch.Tensor, query: TokenQuery, elements: int) -> torch.Tensor:
-    """[T, 2]: the token's logit, 0 where it is on another rank; the sum of exp(ratio (z - m)), 0 where ratio is 1."""
+    """[T, 2]: the token's logit, 0 if another rank has it; the sum of exp(ratio (z - m)), 0 if ratio is 1."""
     local_TK = logits_TV.new_zeros((len(logits_TV), 2))
     if not logits_TV.shape[1]:
         return local_TK
@@ -76,13 +79,13 @@ def token_statistics(logits_TV: torch.Tensor, query: TokenQuery, elements: int) 
 
 
 def token_logits(logits_TV: torch.Tensor, query: TokenQuery) -> torch.Tensor:
-    """The tokens' logits [T], 0 where the token is on another rank."""
+    """The tokens' logits [T], 0 if another rank has the token."""
     logit_T = logits_TV.gather(1, query.column_T.unsqueeze(1)).squeeze(1)
     return torch.where(query.here_T, logit_T, 0.0)
 
 
 def merge_softmax(max_RT: torch.Tensor, sum_RT: torch.Tensor, ratio: float = 1.0) -> Softmax:
-    """All ranks' maxima and exponential sums of ratio * (z - m) as one normaliser; the maximum stays without ratio."""
+    """One normaliser from all ranks' maxima and sums of exp(ratio (z - m)); the maximum is not multiplied by ratio."""
     max_T = max_RT.amax(0)
     return Softmax(max_T, (sum_RT * ((max_RT - max_T) * ratio).exp()).sum(0))
 

@@ -1,6 +1,6 @@
-"""The elementwise work behind token_logprobs: what it asks for, and torch's way of it.
+"""The elementwise work of token_logprobs: its interface, and its torch backend.
 
-Logits come in after the temperature. Axes: T tokens, V this rank's vocabulary columns, K packed statistics.
+Logits are divided by the temperature. Axes: T tokens, V this rank's vocabulary columns, K packed statistics.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from megatron_paint.losses.output_layer.chunks import Scratch, tiles
 
 @dataclass(kw_only=True)
 class TokenLogits:
-    """Logits of a chunk; shift_T is what was subtracted from each row of the buffer since, None: nothing."""
+    """Logits of a chunk; shift_T: the amount subtracted from each row of the buffer so far; None: nothing."""
 
     values_TV: torch.Tensor
     shift_T: torch.Tensor | None = None
 
 
 class TokenPasses(Protocol):
-    """The elementwise passes over a chunk's logits, which they may overwrite."""
+    """The elementwise passes over a chunk's logits; they may overwrite the logits."""
 
     def statistics(self, logits: TokenLogits, query: TokenQuery) -> torch.Tensor:
-        """[T, 4] of this rank's columns: maximum, sum and weighted sum as centred_statistics has them, the token's
-        logit, 0 where it is on another rank."""
+        """[T, 4] of this rank's columns: maximum, sum and weighted sum as in centred_statistics; the token's logit, 0
+        if another rank has it."""
 
     def gradient(self, logits: TokenLogits, query: TokenQuery, total: Softmax, scale_T: torch.Tensor) -> torch.Tensor:
-        """scale ([v is the token] - p) [T, V], p the softmax over all ranks that total normalises."""
+        """scale ([v is the token] - p) [T, V], p: the softmax over all ranks, normalised by total."""
 
 
 class TorchTokenPasses:
-    """Implements TokenPasses; elements: vocabulary entries of a tile. The gradient takes the logits' place."""
+    """Implements TokenPasses; elements: vocabulary entries of a tile. The gradient overwrites the logits."""
 
     def __init__(self, *, elements: int) -> None:
         self.elements = elements

@@ -1,8 +1,8 @@
-"""The elementwise work on a chunk of logits in torch, tile by tile: the reference, and the way of a CPU.
+"""The elementwise work on a chunk of logits in torch, tile by tile: the reference for Triton, and the CPU backend.
 
-A tile is small enough that its temporaries stay in a CPU's second-level cache, where arithmetic is up to ten times as
-fast as in memory. Logits become differences to their maximum over this rank's columns, then p and B (see terms.py), all
-in place. Axes: T tokens, V this rank's vocabulary columns, K packed statistics or sums.
+The temporaries of a tile fit into a CPU's second-level cache, where arithmetic is up to ten times as fast as in memory.
+Logits become differences to their maximum over this rank's columns, then p and B (see divergences.py), all in place.
+ Axes: T tokens, V this rank's vocabulary columns, K packed statistics or sums.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from megatron_paint.losses.elementwise.softmax_statistics import (
 )
 from megatron_paint.losses.output_layer.chunks import Scratch, tiles
 
-# A sum of exponentials below this, relative to the bound of the maximum that they were taken to, has lost digits.
+# A sum of exponentials below this has lost digits: it is relative to a bound far above the true maximum.
 _SMALLEST_SUM = 1e-30
 
 
 class TorchPasses:
-    """Implements `passes.Passes`; elements: vocabulary entries of a tile."""
+    """Implements `interface.Passes`; elements: vocabulary entries of a tile."""
 
     divides_by_temperature = False
 
@@ -37,7 +37,7 @@ class TorchPasses:
         self._scratch = Scratch()
 
     def statistics(self, logits: ChunkLogits, query: TokenQuery | None) -> torch.Tensor:
-        """[T, K], as passes.split_statistics cuts it; leaves centred logits behind."""
+        """[T, K], in the order of split_statistics; replaces the logits by centred ones."""
         token_TK = None if query is None else token_statistics(logits.student_TV, query, self.elements)
         logits.partner_shift_T = self._centre(logits.partner_TV)
         height = max(1, self.elements // max(1, logits.student_TV.shape[1]))
@@ -47,14 +47,14 @@ class TorchPasses:
         packed_TK = torch.cat(blocks)
         logits.student_shift_T, logits.teacher_shift_T = packed_TK[:, 0].clone(), packed_TK[:, 3].clone()
         if self.config.interpolates:
-            self._mend_vanished(logits, packed_TK[:, 6:8])
+            self._repair_vanished(logits, packed_TK[:, 6:8])
         return packed_TK if query is None else torch.cat((packed_TK, token_TK), dim=1)
 
     def sums(self, logits: ChunkLogits, target: Target, scale_T: torch.Tensor | None) -> Work:
-        """This rank's part of the sums; leaves p and B where the logits were, or the gradient in place of B."""
+        """This rank's part of the sums; replaces the logits by p and B, or by p and the gradient."""
         self._centre_all(logits)
         target_shift_T = self._mix_in_place(logits, target)
-        # Differences to the local maximum are small where they matter, so one rounded constant takes them to log p.
+        # Differences to the local maximum are small where they matter: subtracting a rounded constant yields log p.
         student_T = (target.student.max_T - logits.student_shift_T) + target.student.sum_T.log()
         target_T = (target.target.max_T - target_shift_T) + target.target.sum_T.log()
         sums_TK = logits.student_TV.new_zeros((len(student_T), self.divergence.sums(self.config)))
@@ -78,12 +78,12 @@ class TorchPasses:
         return b_TV
 
     def copy(self, logits: ChunkLogits) -> ChunkLogits:
-        """Student and teacher are copied; the partner is only read once it is centred."""
+        """Copies student and teacher; the partner is only read after it is centred."""
         self._centre_all(logits)
         return replace(logits, student_TV=logits.student_TV.clone(), teacher_TV=logits.teacher_TV.clone())
 
     def _centre_all(self, logits: ChunkLogits) -> None:
-        """For logits whose statistics were taken from other buffers than these."""
+        """Centres logits that are new in these buffers, after their statistics are known."""
         if logits.student_shift_T is None:
             logits.student_shift_T = self._centre(logits.student_TV)
             logits.teacher_shift_T = self._centre(logits.teacher_TV)
@@ -104,7 +104,7 @@ class TorchPasses:
         return logits.partner_TV, logits.partner_shift_T
 
     def _block(self, logits: ChunkLogits, rows: slice) -> torch.Tensor:
-        """Statistics of a few rows, one distribution after the other while they are in the cache."""
+        """Statistics of a few rows, one distribution after the other, while the rows are in the cache."""
         student_TV, teacher_TV = logits.student_TV[rows], logits.teacher_TV[rows]
         parts = [centred_statistics(values_TV, self.elements, self._scratch) for values_TV in (student_TV, teacher_TV)]
         if not self.config.interpolates:
@@ -112,7 +112,7 @@ class TorchPasses:
         weight, partner_TV, partner_shift_T = self.config.target_weight, student_TV, parts[0][:, 0]
         if logits.partner_TV is not None:
             partner_TV, partner_shift_T = logits.partner_TV[rows], logits.partner_shift_T[rows]
-        # The maximum of the interpolation is at most the same interpolation of the maxima: a look for it less.
+        # The interpolation of the maxima bounds the maximum of the interpolation, which saves a search for it.
         mixed_TK = torch.stack(
             (torch.lerp(parts[1][:, 0], partner_shift_T, weight), torch.zeros_like(partner_shift_T)), 1
         )
@@ -122,8 +122,8 @@ class TorchPasses:
             mixed_TK[part, 1] += mixed_TV.exp_().sum(1)
         return torch.cat((*parts, mixed_TK), dim=1)
 
-    def _mend_vanished(self, logits: ChunkLogits, mixed_TK: torch.Tensor) -> None:
-        """Far below its bound the sum vanishes: such rows, of extreme logits alone, are taken to their true maximum."""
+    def _repair_vanished(self, logits: ChunkLogits, mixed_TK: torch.Tensor) -> None:
+        """Far below the bound the sum vanishes. Such rows, of extreme logits, use their true maximum instead."""
         partner_TV, _ = self._partner(logits)
         if not partner_TV.shape[1]:
             return
@@ -131,11 +131,11 @@ class TorchPasses:
             row_V = torch.lerp(logits.teacher_TV[row], partner_TV[row], self.config.target_weight)
             bound = mixed_TK[row, 0].clone()
             mixed_TK[row, 0] += row_V.amax()
-            # Not the maximum itself: the rounded one, which sums() subtracts in the same way.
+            # sums() subtracts the rounded maximum, so this subtracts the same.
             mixed_TK[row, 1] = row_V.sub_(mixed_TK[row, 0] - bound).exp_().sum()
 
     def _mix_in_place(self, logits: ChunkLogits, target: Target) -> torch.Tensor:
-        """Turn the teacher's logits into the target's; returns their shift [T]."""
+        """Replaces the teacher's logits by the target's; returns their shift [T]."""
         if not self.config.interpolates:
             return logits.teacher_shift_T
         partner_TV, partner_shift_T = self._partner(logits)

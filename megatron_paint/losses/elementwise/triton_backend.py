@@ -1,7 +1,7 @@
 """The elementwise work on a chunk of logits in Triton: one read for the statistics, one read and one write for dz.
 
-A plain forward KL takes its sums and its gradient in one pass; the other divergences' gradients need their sums over
-the whole vocabulary first, which costs one more read of the logits, and no more memory.
+A plain forward KL computes its sums and its gradient in one pass. The gradients of the other divergences first need
+their sums over the complete vocabulary, which costs one more read of the logits and no more memory.
 Axes: T tokens, V this rank's vocabulary columns, K packed statistics or sums.
 """
 
@@ -30,7 +30,7 @@ _WARPS = 8
 
 
 class TritonPasses:
-    """Implements `passes.Passes`; dlogits_dtype: what the products with the gradient take."""
+    """Implements `interface.Passes`; dlogits_dtype: the type in which the gradient enters its products."""
 
     divides_by_temperature = True
 
@@ -40,7 +40,7 @@ class TritonPasses:
         self.factor = inverse(config.temperature, torch.float32)
 
     def statistics(self, logits: ChunkLogits, query: TokenQuery | None) -> torch.Tensor:
-        """[T, K], as passes.split_statistics cuts it."""
+        """[T, K], in the order of split_statistics."""
         student_TV = logits.student_TV
         mixed, heated = self.config.interpolates, query is not None and query.ratio != 1.0
         packed_TK = student_TV.new_empty((len(student_TV), 9), dtype=torch.float32)
@@ -68,7 +68,7 @@ class TritonPasses:
         return torch.cat(parts, dim=1)
 
     def sums(self, logits: ChunkLogits, target: Target, scale_T: torch.Tensor | None) -> Work:
-        """This rank's part of the sums, and the gradient where it does not wait for them."""
+        """This rank's part of the sums, and the gradient if it does not need them."""
         sums_TK = logits.student_TV.new_empty((len(logits.student_TV), 5), dtype=torch.float32)
         dlogits_TV = None
         if scale_T is not None and coefficient_is_one(self.config):
@@ -77,7 +77,7 @@ class TritonPasses:
         return Work(sums_TK[:, : self.divergence.sums(self.config)].contiguous(), logits, target, dlogits_TV)
 
     def gradient(self, work: Work, coefficient_T: torch.Tensor, scale_T: torch.Tensor) -> torch.Tensor:
-        """scale (c p - B) [T, V], in the teacher's buffer where the types agree."""
+        """scale (c p - B) [T, V], in the teacher's buffer if the types are equal."""
         if work.dlogits_TV is not None:
             return work.dlogits_TV
         dlogits_TV = self._buffer(work.logits)
@@ -85,9 +85,9 @@ class TritonPasses:
         return dlogits_TV
 
     def copy(self, logits: ChunkLogits) -> ChunkLogits:
-        """Logits are only read, but for the teacher's where the gradient takes their place."""
-        takes_place = logits.teacher_TV.dtype == self.dlogits_dtype
-        return replace(logits, teacher_TV=logits.teacher_TV.clone()) if takes_place else logits
+        """Logits are only read, except the teacher's if the gradient overwrites them."""
+        overwrites = logits.teacher_TV.dtype == self.dlogits_dtype
+        return replace(logits, teacher_TV=logits.teacher_TV.clone()) if overwrites else logits
 
     def _buffer(self, logits: ChunkLogits) -> torch.Tensor:
         if logits.teacher_TV.dtype == self.dlogits_dtype:
@@ -135,7 +135,7 @@ class TritonPasses:
 
 
 class TritonTokenPasses:
-    """Implements `token_passes.TokenPasses`; dlogits_dtype: what the products with the gradient take."""
+    """Implements `token.TokenPasses`; dlogits_dtype: the type in which the gradient enters its products."""
 
     def __init__(self, *, dlogits_dtype: torch.dtype, block: int = _BLOCK) -> None:
         self.dlogits_dtype, self.block = dlogits_dtype, block
@@ -153,7 +153,7 @@ class TritonTokenPasses:
         return torch.cat((packed_TK, logit_T[:, None]), dim=1)
 
     def gradient(self, logits: TokenLogits, query: TokenQuery, total: Softmax, scale_T: torch.Tensor) -> torch.Tensor:
-        """In the logits' buffer where the types agree."""
+        """In the logits' buffer if the types are equal."""
         values_TV = dlogits_TV = logits.values_TV
         if values_TV.dtype != self.dlogits_dtype:
             dlogits_TV = torch.empty_like(values_TV, dtype=self.dlogits_dtype)
@@ -174,7 +174,7 @@ class TritonTokenPasses:
 
 
 def _pointers(logits: ChunkLogits) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The buffers, which have one row stride: the same product made them."""
+    """The buffers; they have the same row stride, because the same kind of product made them."""
     partner_TV = logits.student_TV if logits.partner_TV is None else logits.partner_TV
     assert logits.student_TV.stride() == logits.teacher_TV.stride() == partner_TV.stride()
     return logits.student_TV, logits.teacher_TV, partner_TV

@@ -1,10 +1,10 @@
-"""Triton kernels for the elementwise passes: one program a row, running over the vocabulary block by block.
+"""Triton kernels for the elementwise passes: one program per row, which processes the vocabulary block by block.
 
-Every lane keeps its own running values, which meet once at the end of the row: no reduction in the loop, and sums in as
-many parts as a block has lanes. Logits come in before the temperature, in any floating point type, and are float32 from
-there; -inf counts as -1e30, whose exponential is 0 and whose differences stay finite. NaN stays NaN: Triton's minimum
-and maximum would drop it, and a broken model would seem to learn.
-The formulas are those of terms.py. Axes: T tokens (rows), V this rank's vocabulary columns.
+Every lane keeps separate running values, which are merged once at the end of the row: the loop has no reduction, and
+each sum is added up in as many parts as a block has lanes. Logits are loaded before the temperature, in any floating
+point type, and become float32. -inf counts as -1e30: its exponential is 0, and its differences stay finite. NaN stays
+NaN: Triton's minimum and maximum would drop it, and a broken model would seem to learn.
+The formulas are those of divergences.py. Axes: T tokens (rows), V this rank's vocabulary columns.
 """
 
 import triton
@@ -17,14 +17,14 @@ _NEAR = tl.constexpr(0.5)
 
 @triton.jit
 def _load(row_ptr, columns, inside, factor):
-    """Energies: factor is one over the temperature; those outside are -1e30."""
+    """Logits divided by the temperature, of which factor is the inverse; -1e30 outside."""
     values = tl.load(row_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32) * factor
     return tl.where(values < _LOWEST, _LOWEST, values)
 
 
 @triton.jit
 def _load_all(student_ptr, teacher_ptr, partner_ptr, row_start, columns, inside, factor, FULL_TEACHER: tl.constexpr):
-    """Energies of student, teacher and partner, which is the student unless there is a full teacher."""
+    """Logits divided by the temperature; the partner is the student unless there is a full teacher."""
     student = _load(student_ptr + row_start, columns, inside, factor)
     teacher = _load(teacher_ptr + row_start, columns, inside, factor)
     partner = student
@@ -41,7 +41,7 @@ def _lerp(start, end, weight):
 
 @triton.jit
 def _expm1_less(u):
-    """expm1(u) - u, with all its digits near 0: a series there, the plain difference elsewhere."""
+    """expm1(u) - u, accurate near 0: a series there, the plain difference elsewhere."""
     v = tl.minimum(tl.maximum(u, -_NEAR), _NEAR)
     series = 1.0 + v * (1.0 / 9.0) * (1.0 + v * (1.0 / 10.0))
     series = 1.0 + v * (1.0 / 7.0) * (1.0 + v * (1.0 / 8.0) * series)
@@ -52,7 +52,7 @@ def _expm1_less(u):
 
 @triton.jit
 def _log1p(w):
-    """log(1 + w) for w above -1, with all its digits near 0."""
+    """log(1 + w) for w above -1, accurate near 0."""
     t = w / (2.0 + w)
     s = t * t
     series = 1.0 / 9.0 + s * (1.0 / 11.0 + s * (1.0 / 13.0 + s * (1.0 / 15.0)))
@@ -62,13 +62,13 @@ def _log1p(w):
 
 @triton.jit
 def _terms(x, y, u):
-    """x (expm1(u) - u), u = log y - log x; where expm1 could overflow, y - x (1 + u)."""
+    """x (expm1(u) - u), u = log y - log x; y - x (1 + u) where expm1 could overflow."""
     return tl.where(u > 1.0, y - x * (1.0 + u), x * _expm1_less(tl.where(u > 1.0, 1.0, u)))
 
 
 @triton.jit
-def _middle(p, q, u, beta, alpha):
-    """m = beta q + alpha p, log m - log p and log m - log q, each by itself: see terms.py."""
+def _mixture(p, q, u, beta, alpha):
+    """m = beta q + alpha p, log m - log p and log m - log q, each computed separately: see divergences.py."""
     v = tl.abs(u)
     near = tl.where(v > 80.0, 80.0, v)
     expm1_of_fall = _expm1_less(-near) - near
@@ -78,8 +78,8 @@ def _middle(p, q, u, beta, alpha):
 
 
 @triton.jit
-def _grown(maximum, total, weighted, values, inside):
-    """A lane's softmax with one value more: maximum m, sum of exp(z - m), sum of exp(z - m) (z - m)."""
+def _extended(maximum, total, weighted, values, inside):
+    """A lane's softmax with one more value: maximum m, sum of exp(z - m), sum of exp(z - m) (z - m)."""
     d = values - maximum
     up = (d > 0.0) & inside
     e = tl.where(inside, tl.exp(-tl.abs(d)), 0.0)
@@ -89,8 +89,8 @@ def _grown(maximum, total, weighted, values, inside):
 
 
 @triton.jit
-def _met(maximum, total, weighted):
-    """All lanes' softmax in one."""
+def _merged(maximum, total, weighted):
+    """One softmax from those of all lanes."""
     top = tl.max(maximum, axis=0)
     shift = maximum - top
     factor = tl.exp(shift)
@@ -130,15 +130,15 @@ def statistics_kernel(
             d = student - s_max
             e = tl.where(inside, tl.exp(-tl.abs(d) * ratio), 0.0)
             heated = tl.where((d > 0.0) & inside, heated * e + 1.0, heated + e)
-        s_max, s_sum, s_weighted = _grown(s_max, s_sum, s_weighted, student, inside)
-        t_max, t_sum, t_weighted = _grown(t_max, t_sum, t_weighted, teacher, inside)
+        s_max, s_sum, s_weighted = _extended(s_max, s_sum, s_weighted, student, inside)
+        t_max, t_sum, t_weighted = _extended(t_max, t_sum, t_weighted, teacher, inside)
         if MIXED:
             mixed = _lerp(teacher, partner, weight)
-            q_max, q_sum, q_weighted = _grown(q_max, q_sum, q_weighted, mixed, inside)
+            q_max, q_sum, q_weighted = _extended(q_max, q_sum, q_weighted, mixed, inside)
     heated = tl.sum(heated * tl.exp((s_max - tl.max(s_max, axis=0)) * ratio), axis=0)
-    s_max, s_sum, s_weighted = _met(s_max, s_sum, s_weighted)
-    t_max, t_sum, t_weighted = _met(t_max, t_sum, t_weighted)
-    q_max, q_sum, q_weighted = _met(q_max, q_sum, q_weighted)
+    s_max, s_sum, s_weighted = _merged(s_max, s_sum, s_weighted)
+    t_max, t_sum, t_weighted = _merged(t_max, t_sum, t_weighted)
+    q_max, q_sum, q_weighted = _merged(q_max, q_sum, q_weighted)
     out = packed_ptr + row * 9
     tl.store(out, s_max)
     tl.store(out + 1, s_sum)
@@ -162,8 +162,8 @@ def token_statistics_kernel(logits_ptr, packed_ptr, row_stride, columns, BLOCK: 
         place = start + lanes
         inside = place < columns
         values = _load(logits_ptr + row * row_stride, place, inside, 1.0)
-        maximum, total, weighted = _grown(maximum, total, weighted, values, inside)
-    maximum, total, weighted = _met(maximum, total, weighted)
+        maximum, total, weighted = _extended(maximum, total, weighted, values, inside)
+    maximum, total, weighted = _merged(maximum, total, weighted)
     out = packed_ptr + row * 3
     tl.store(out, maximum)
     tl.store(out + 1, total)
@@ -174,9 +174,9 @@ def token_statistics_kernel(logits_ptr, packed_ptr, row_stride, columns, BLOCK: 
 def token_gradient_kernel(
     logits_ptr, token_ptr, given_ptr, dlogits_ptr, row_stride, dlogits_stride, columns, BLOCK: tl.constexpr
 ):
-    """scale ([v is the token] - p) from one read of the logits and one write, which may be the same buffer.
+    """scale ([v is the token] - p) from one read of the logits and one write; both may use the same buffer.
 
-    token [T]: its column, -1 where it is on another rank; given [T, 3]: maximum and log-sum of the softmax, scale.
+    token [T]: its column, -1 if another rank has it; given [T, 3]: maximum and log-sum of the softmax, scale.
     """
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
@@ -217,7 +217,7 @@ def divergence_kernel(
     """One read of the logits for the divergence's sums [T, 5] (SUMS), its gradient (GRADIENT: one write), or both.
 
     normalisers [T, 7]: student's maximum and log-sum, the target's, lambda, the gradient's coefficient c and its scale.
-    alpha: 1 - beta, of the JSD, which float32 could not take exactly. dlogits may be the teacher's buffer.
+    alpha: 1 - beta of the JSD, computed in float64 because float32 would round it. dlogits may be the teacher's buffer.
     """
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
@@ -256,7 +256,7 @@ def divergence_kernel(
                 first += tl.where(inside, _terms(p, q, -u), 0.0)
         else:
             tl.static_assert(DIVERGENCE == "jsd", "the kernel has no arithmetic for this divergence")
-            m, u_p, u_q = _middle(p, q, u, beta, alpha)
+            m, u_p, u_q = _mixture(p, q, u, beta, alpha)
             b = p * u_p * alpha
             if SUMS:
                 student_term = _terms(p, m, u_p)

@@ -1,4 +1,4 @@
-"""How many tokens' logits exist at a time, and where rollouts are cut."""
+"""Computes how many tokens' logits exist at a time, and where rollouts are cut."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from itertools import pairwise
 
 import torch
 
-# Vocabulary entries of one tile: its temporaries fit a CPU's second-level cache; a GPU wants few launches.
+# Vocabulary entries of one tile: its temporaries fit into a CPU's second-level cache; a GPU needs few launches.
 _TILE_ELEMENTS = {"cpu": 2**17, "cuda": 2**23}
-# Buffers of a tile that live at the same time, at most.
+# The most buffers of a tile that exist at the same time.
 _TILE_BUFFERS = 6
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows [start, stop); whole lengths of the rollouts in it, or None where it is a piece of a longer one."""
+    """Rows [start, stop); lengths of the complete rollouts in it, or None if it is a piece of a longer rollout."""
 
     start: int
     stop: int
@@ -29,17 +29,17 @@ class Chunk:
 
 @dataclass(frozen=True)
 class ChunkSize:
-    """tokens: rows whose logits exist at a time; elements: vocabulary entries that elementwise work takes at a time."""
+    """tokens: rows whose logits exist at a time; elements: vocabulary entries that are processed at a time."""
 
     tokens: int
     elements: int
 
 
 def plan_chunks(lengths: Sequence[int], chunk_tokens: int, *, whole_rollouts: bool) -> list[Chunk]:
-    """Cut the rows into chunks of at most chunk_tokens.
+    """Cuts the rows into chunks of at most chunk_tokens.
 
-    whole_rollouts keeps rollouts that fit together with others in one chunk; one that does not is cut into pieces of
-    about equal size. Otherwise rollouts do not matter and every chunk claims to be whole.
+    whole_rollouts: a rollout that fits into a chunk is not cut, and may share a chunk with others; a longer one is cut
+    into pieces of about equal size. Otherwise rollouts are ignored, and every chunk counts as complete.
     """
     if not whole_rollouts:
         return [Chunk(start, stop, (stop - start,)) for start, stop in _even(0, sum(lengths), chunk_tokens)]
@@ -68,9 +68,9 @@ def chunk_size(
     dtype: torch.dtype,
     device: torch.device,
 ) -> ChunkSize:
-    """The given number of tokens, or as many as keep a chunk's buffers and an elementwise tile within chunk_bytes.
+    """chunk_tokens if passed, otherwise as many as keep a chunk's buffers and an elementwise tile within chunk_bytes.
 
-    columns is the width of a shard, the same on all ranks of the vocabulary's group: they must agree on the answer.
+    columns is the width of a shard, the same on all ranks of the vocabulary's group: they must compute the same result.
     """
     row_bytes = max(columns, 1) * dtype.itemsize
     elements = _TILE_ELEMENTS["cuda" if device.type == "cuda" else "cpu"]
@@ -91,12 +91,12 @@ def chunk_size(
 
 
 def elements_of_tile(size: ChunkSize, device: torch.device) -> int:
-    """A tile for each thread; ranks may differ in threads, but not in the tokens of a chunk."""
+    """One tile for each thread; ranks may have different numbers of threads, but chunks of equal size."""
     return size.elements * (torch.get_num_threads() if device.type == "cpu" else 1)
 
 
 def tiles(values_TV: torch.Tensor, elements: int) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of tiles of about so many elements: whole rows where they fit."""
+    """Rows and columns of tiles of about this many elements: complete rows if they fit."""
     tokens, columns = values_TV.shape
     height = max(1, elements // max(columns, 1))
     pieces = max(1, -(-columns // elements))
@@ -107,13 +107,13 @@ def tiles(values_TV: torch.Tensor, elements: int) -> Iterator[tuple[slice, slice
 
 
 class Scratch:
-    """Memory that tiles' temporaries share, one at a time: fresh memory costs a CPU twice what an exponential does."""
+    """Memory that the temporaries of tiles share: on a CPU new memory costs twice as much as an exponential."""
 
     def __init__(self) -> None:
         self._memory: torch.Tensor | None = None
 
     def like(self, tile_TV: torch.Tensor) -> torch.Tensor:
-        """A tensor of the tile's shape, over whatever was there."""
+        """A tensor of the tile's shape; it overwrites the last one."""
         count = tile_TV.numel()
         if self._memory is None or self._memory.numel() < count:
             self._memory = tile_TV.new_empty(count)

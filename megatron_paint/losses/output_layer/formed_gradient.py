@@ -1,4 +1,4 @@
-"""Hands a gradient that was formed in the forward pass to autograd. Axes: T tokens, V vocabulary columns, H hidden."""
+"""Passes a gradient that the forward pass computed to autograd. Axes: T tokens, V vocabulary columns, H hidden."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def attach_gradient(
 ) -> torch.Tensor:
     """value_T as a differentiable tensor whose sum has the given gradients.
 
-    backward scales by the one factor that all of value_T's incoming gradient has in common; the weight's gradient goes
-    to the parameter's main_grad where there is one. Raises ValueError in backward where there is no such factor (the
-    formed gradient would be wrong), RuntimeError in a second backward (the buffers are scaled in place and handed out,
-    so that no second copy of the weight's gradient exists).
+    All tokens of value_T must have the same incoming gradient; backward multiplies by it. The weight's gradient goes to
+    the parameter's main_grad if it has one. backward raises ValueError if the incoming gradients differ (the computed
+    gradient would be wrong), and RuntimeError in a second call: the buffers are scaled in place and released, so that
+    no second copy of the weight's gradient exists.
     """
     return _FormedGradient.apply(hidden_TH, weight_VH, value_T, gradient)
 
@@ -40,7 +40,7 @@ class _FormedGradient(torch.autograd.Function):
     def backward(ctx: Any, grad_T: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.gradient is None:
             raise RuntimeError(
-                "the loss's gradient was formed in the forward pass and handed out by the first backward; call the "
+                "the forward pass computed the loss's gradient, and the first backward released it; call the "
                 "loss again for another one"
             )
         factor = _common_factor(grad_T)
@@ -48,7 +48,7 @@ class _FormedGradient(torch.autograd.Function):
         dhidden_TH, weight = gradient.dhidden_TH, gradient.weight
         if dhidden_TH is not None:
             dhidden_TH = (dhidden_TH if factor == 1.0 else dhidden_TH.mul_(factor)).to(ctx.hidden_dtype)
-        return dhidden_TH, None if weight is None else weight.hand_over(factor), None, None
+        return dhidden_TH, None if weight is None else weight.release(factor), None, None
 
 
 def _common_factor(grad_T: torch.Tensor) -> float:
@@ -57,7 +57,7 @@ def _common_factor(grad_T: torch.Tensor) -> float:
     low, high = (float(value) for value in grad_T.aminmax())
     if low < high:
         raise ValueError(
-            f"loss_T: its incoming gradient goes from {low:g} to {high:g}; the gradient was formed in the forward "
-            "pass, so all tokens share one factor; sum loss_T, and pass weights of tokens as token_weight_T"
+            f"loss_T: its incoming gradient goes from {low:g} to {high:g}; the forward pass computed the gradient, "
+            "so all tokens share one factor; sum loss_T, and pass weights of tokens as token_weight_T"
         )
     return low

@@ -1,4 +1,4 @@
-"""The output layer's matrix products with logits and their gradient in float32 or float64, whatever the inputs are.
+"""The output layer's matrix products; logits and their gradient are float32 or float64 for inputs of any type.
 
 bfloat16 inputs are multiplied exactly and summed in float32: a product rounded to bfloat16 would drown the small
 differences between a model and itself. Axes: T tokens, V this rank's vocabulary columns, H hidden.
@@ -13,14 +13,14 @@ import torch
 
 from megatron_paint.losses.output_layer.main_grad import main_grad_of
 
-# Bytes of one vocabulary tile where a product has to be cast or cannot be accumulated in place.
+# Bytes of one vocabulary tile if a product must be cast or cannot be accumulated in place.
 TILE_BYTES = 64_000_000
 
 
 class Projection:
-    """scale hidden weight^T as logits [T, V] in dtype; on a CPU a call writes over the result of `buffers` calls ago.
+    """scale hidden weight^T as logits [T, V] in dtype; on a CPU a call overwrites the result of `buffers` calls ago.
 
-    Fresh memory for every chunk would cost a CPU as much in page faults as the arithmetic on it.
+    On a CPU new memory for every chunk would cost as much in page faults as the arithmetic on it.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Projection:
         logits_TV = self._rows(hidden_TH)
         cast = not hidden_TH.dtype == weight_VH.dtype == dtype
         for tile in _tiles(weight_VH, tokens=0) if cast else [slice(None)]:
-            # The scale comes with the product: a pass over the logits less. With beta 0 the old values are not read.
+            # The product applies the scale, which saves a pass over the logits. beta 0: the old values are not read.
             part_TV = logits_TV[:, tile]
             weight_HV = weight_VH[tile].to(dtype).t()
             torch.addmm(part_TV, hidden_TH.to(dtype), weight_HV, beta=0.0, alpha=self.scale, out=part_TV)
@@ -55,7 +55,7 @@ class Projection:
 
 
 def inverse(temperature: float, dtype: torch.dtype) -> float:
-    """What multiplies logits of this type so that they come out as after a division by the temperature."""
+    """The factor that scales logits of this type as a division by the temperature does."""
     return 1.0 / float(torch.tensor(temperature, dtype=dtype))
 
 
@@ -78,18 +78,18 @@ def backproject(dlogits_TV: torch.Tensor, weight_VH: torch.Tensor, dtype: torch.
 class WeightGradient:
     """The output weight's gradient, summed over a call's chunks in float32 or float64.
 
-    It waits for backward outside the parameter: only then is the factor of all tokens known (a loss scale), and a call
-    that nobody goes backward through, such as the first pass of an activation checkpoint, leaves no trace.
+    It is stored outside the parameter until backward: only then is the factor of all tokens known (a loss scale). A
+    call without a backward, such as the first pass of an activation checkpoint, changes nothing.
     """
 
     def __init__(self, weight_VH: torch.Tensor, *, columns: int, dtype: torch.dtype) -> None:
-        """Rows of the gradient beyond the first `columns` stay 0: they are padding."""
+        """Rows of the gradient after the first `columns` are padding and stay 0."""
         self._weight_VH = weight_VH
         self.total_VH = torch.zeros(weight_VH.shape, dtype=dtype, device=weight_VH.device)
         self._valid_VH = self.total_VH[:columns]
 
     def add(self, dlogits_TV: torch.Tensor, hidden_TH: torch.Tensor) -> None:
-        """Add dlogits^T hidden."""
+        """Adds dlogits^T hidden."""
         dtype = self.total_VH.dtype
         if hidden_TH.dtype == dtype or not takes_half_gradients(hidden_TH, dtype):
             self._valid_VH.addmm_(dlogits_TV.to(dtype).t(), hidden_TH.to(dtype))
@@ -102,8 +102,8 @@ class WeightGradient:
             else:
                 sum_VH += torch.mm(part_VT, hidden_TH, out_dtype=dtype)
 
-    def hand_over(self, factor: float) -> torch.Tensor:
-        """What autograd gets of factor times the sum: all of it, or zeros if Megatron's buffer took it; once only."""
+    def release(self, factor: float) -> torch.Tensor:
+        """The gradient for autograd: factor times the sum, or zeros if Megatron's buffer got it; call this once."""
         total_VH, self.total_VH = self.total_VH, self.total_VH.new_empty(0)
         main_grad_VH = main_grad_of(self._weight_VH)
         if main_grad_VH is None:
@@ -114,7 +114,7 @@ class WeightGradient:
 
 
 class OutputLayerGradient:
-    """The gradients of hidden states and output weight, filled rows by rows with the logits' gradient."""
+    """The gradients of hidden states and output weight, computed from the logits' gradient, some rows at a time."""
 
     def __init__(
         self,
@@ -133,14 +133,14 @@ class OutputLayerGradient:
 
     @property
     def dlogits_dtype(self) -> torch.dtype:
-        """The type in which the logits' gradient goes into the products."""
+        """The type in which the logits' gradient enters the products."""
         halves = [takes_half_gradients(part, self._dtype) for part in (self._hidden_TH, self._weight_VH)]
         return torch.bfloat16 if all(halves) else self._dtype
 
     def put(
         self, rows: slice | torch.Tensor, dlogits_TV: torch.Tensor, replaced_TV: torch.Tensor | None = None
     ) -> None:
-        """Set these rows' gradient, given what an earlier put() of the same rows had (None: no earlier one)."""
+        """Sets these rows' gradient. replaced_TV: the value of an earlier put() of the same rows, or None."""
         if self.dhidden_TH is not None:
             self.dhidden_TH[rows] = backproject(dlogits_TV, self._weight_VH, self._dtype)
         if self.weight is not None:
@@ -149,21 +149,21 @@ class OutputLayerGradient:
 
 
 def takes_half_gradients(values: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether products with such values take the logits' gradient rounded to bfloat16.
+    """Whether products with such values use the logits' gradient rounded to bfloat16.
 
-    float16 has too small a range for the gradient of a probability.
+    The range of float16 is too small for the gradient of a probability.
     """
     return _is_half_on_cuda(values, dtype) and values.dtype == torch.bfloat16
 
 
 def _is_half_on_cuda(values: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether a product of such values can be summed and given in float32 by one call, and dtype is that."""
+    """Whether dtype is float32 and one call can sum and return products of such values in float32."""
     return values.is_cuda and values.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32
 
 
 @cache
 def _accumulates_half_products() -> bool:
-    """Whether this torch adds a bfloat16 product to a float32 matrix in place, which saves a third of the traffic."""
+    """Whether this torch adds bfloat16 products to a float32 matrix in place, which saves a third of the traffic."""
     ones = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda")
     total = torch.ones(16, 16, device="cuda")
     try:
