@@ -127,7 +127,7 @@ class MegatronPolicy(ModelRunner):
         replicas = assign_replicas([sequence.num_tokens for sequence in sequences], self.ranks.dp_size)
         with self.teacher.in_place() if weights == "teacher" else nullcontext():
             found = self.forward.run(sequences, replicas, score)
-        merged = self._exchange(_merged(found) if self.ranks.tp_rank == 0 else {})
+        merged = gather_entries(_merged(found) if self.ranks.tp_rank == 0 else {}, self.ranks)
         for index, logprobs in merged.items():
             if not all(map(math.isfinite, logprobs)):
                 raise FloatingPointError(f"a log-probability of sequence {index} is not finite ({weights} weights)")
