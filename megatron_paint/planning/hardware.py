@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 NONDETERMINISTIC = "NVTE_ALLOW_NONDETERMINISTIC_ALGO"
 
 
-def engine_is_lacking() -> str | None:
+def missing_for_engine() -> str | None:
     """Why Transformer Engine cannot be used here; None if it can."""
     import torch
 
@@ -45,12 +45,12 @@ def _import_error(module: str) -> str | None:
 
 def use_transformer_engine(megatron: MegatronSettings) -> bool:
     """Whether layers come from Transformer Engine. UserError: a setting needs it, and it cannot be used."""
-    lacking = engine_is_lacking()
-    if lacking and megatron.transformer_impl == "transformer_engine":
-        raise UserError(f"megatron.transformer_impl=transformer_engine: {lacking}; set it to auto or local")
-    if lacking and megatron.fp8 is not None:
-        raise UserError(f"megatron.fp8={megatron.fp8} needs Transformer Engine on a GPU: {lacking}; set fp8=null")
-    return lacking is None and megatron.transformer_impl != "local"
+    missing = missing_for_engine()
+    if missing and megatron.transformer_impl == "transformer_engine":
+        raise UserError(f"megatron.transformer_impl=transformer_engine: {missing}; set it to auto or local")
+    if missing and megatron.fp8 is not None:
+        raise UserError(f"megatron.fp8={megatron.fp8} needs Transformer Engine on a GPU: {missing}; set fp8=null")
+    return missing is None and megatron.transformer_impl != "local"
 
 
 def engine_environment(megatron: MegatronSettings) -> dict[str, str]:

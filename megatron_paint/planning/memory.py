@@ -92,7 +92,7 @@ def adapter_parameters(shape: ModelShape, rank: int) -> int:
 
 
 def teacher_bytes(settings: Settings) -> int:
-    """Bytes that the teacher stores for each trained weight; 0 if it has no weights of its own."""
+    """Bytes that the teacher stores for each trained weight; 0 if it shares the weights."""
     teacher, width = settings.objective.teacher, WIDTHS[settings.model.dtype]
     if not settings.objective.needs.teacher:
         return 0

@@ -60,7 +60,7 @@ def pages(folder: Path) -> int:
 
 @pytest.mark.parametrize("waits", [True, False], ids=["waits", "goes_on"])
 def test_a_full_disk_ends_the_run_wherever_it_is_met(trained, tmp_path, disk, waits):
-    """A run that waits for its checkpoint meets it there; in one that goes on, the export may take the room first."""
+    """A run that waits for its checkpoint meets it there; in one that continues, the export may take the room first."""
     mounted = disk(4_000_000)
     run = mounted / "run"
     whole = files(trained.run / "checkpoints" / "step_000002")

@@ -68,7 +68,7 @@ def test_replayed_rollouts_give_the_same_steps(unbroken, tmp_path):
 
 @pytest.mark.parametrize("sharded", ["true", "false"])
 def test_groups_that_teach_nothing_leave_the_model_alone(sharded, tmp_path):
-    """No answer fits into one token: no update, a checkpoint all the same, from which the run goes on."""
+    """No answer fits into one token: no update, a checkpoint all the same, from which the run resumes."""
     run_dir, layout = tmp_path / "run", f"megatron.use_distributed_optimizer={sharded}"
     lines = train(tmp_path, run_dir, "run.steps=1", "rollout.max_new_tokens=1", layout, "optimizer.weight_decay=0.1")
     lines = train(tmp_path, run_dir, "run.steps=2", "rollout.max_new_tokens=1", layout, "optimizer.weight_decay=0.1")

@@ -1,4 +1,4 @@
-"""Runs that end at any moment and go on: what was due is done, nothing twice, and the weights are as if unbroken."""
+"""Runs that end at any moment and resume: what was due is done, nothing twice, with the weights of an unbroken run."""
 
 import json
 import random
@@ -17,16 +17,16 @@ KILLS = 6
 
 
 def test_killed_before_the_last_export(trained, tmp_path):
-    """Everything of the last step but its checkpoint is lacking: it is done, and the table is the unbroken run's."""
+    """Everything of the last step except its checkpoint is missing. It is made, and the table is that of the unbroken run."""
     run = tmp_path / "run"
-    lacking = ("eval", "hf")
+    missing = ("eval", "hf")
     ignored = shutil.ignore_patterns("tensorboard")
     shutil.copytree(
         trained.run,
         run,
         ignore=lambda at, names: {
             *ignored(at, names),
-            *(name for name in names if Path(at).name in lacking and name.startswith("step_000004")),
+            *(name for name in names if Path(at).name in missing and name.startswith("step_000004")),
         },
     )
     first = (run / "eval" / "step_000000.json").stat().st_mtime_ns
@@ -83,7 +83,7 @@ def test_killed_at_any_moment(trained, tmp_path):
 
 
 def test_a_checkpoint_says_what_it_is_of(trained, tmp_path):
-    """It holds the settings and the model's sizes, and is not taken up by another model under the same name."""
+    """It holds the settings and the model's sizes, and another model with the same name cannot resume it."""
     state = json.loads((trained.run / "checkpoints/step_000004/run_state.json").read_text())
     assert state["step"] == 4
     assert state["settings"]["run"]["dir"] == str(trained.run)

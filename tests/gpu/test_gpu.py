@@ -24,7 +24,7 @@ from megatron_paint.losses import (
     token_logprobs,
 )
 from megatron_paint.losses.objectives import DistillationLoss
-from megatron_paint.planning.hardware import engine_is_lacking
+from megatron_paint.planning.hardware import missing_for_engine
 from megatron_paint.records import Problem, Rollout, Sample
 from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
 from tests.losses.losses_cases import options
@@ -35,7 +35,7 @@ pytestmark = [
 ]
 
 LOSS = DistillationLoss(config=InterpolationLossConfig(), chunk_bytes=1e8, token_temperature=1.1)
-with_engine = pytest.mark.skipif(engine_is_lacking() is not None, reason=f"{engine_is_lacking()}")
+with_engine = pytest.mark.skipif(missing_for_engine() is not None, reason=f"{missing_for_engine()}")
 
 
 def make_policy(folder, ranks, *, lora=None, **megatron):

@@ -1,4 +1,4 @@
-"""Trains, saves, loads: `all` runs 2N steps, `first` N steps and a checkpoint, `rest` goes on from it, `warm` takes its
+"""Trains, saves, loads: `all` runs 2N steps, `first` N steps and a checkpoint, `rest` resumes from it, `warm` takes its
 weights alone for the start of another run."""
 
 import sys

@@ -268,7 +268,7 @@ def run_not_finite(name: str, folder: Path, ranks, megatron: dict) -> list[dict]
         for one in (policy, unharmed):
             update(one, DistillationLoss, step)
         states.append(state_of(policy))
-    found["goes on"] = same(states[-1], state_of(unharmed))
+    found["continues"] = same(states[-1], state_of(unharmed))
     found["moves"] = not same(*states)
     everyone = [None] * ranks.size
     dist.all_gather_object(everyone, found, group=ranks.host_group)

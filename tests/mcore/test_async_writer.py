@@ -30,7 +30,7 @@ def other(monkeypatch):
 
 def ended(write: Writer) -> Writer:
     """Lets this rank's thread end."""
-    until(lambda: not write._thread.is_alive(), seconds=60, otherwise=lambda: "the thread goes on")
+    until(lambda: not write._thread.is_alive(), seconds=60, otherwise=lambda: "the thread is still running")
     return write
 
 
@@ -39,10 +39,10 @@ def test_a_write_has_ended_when_it_has_on_all_ranks(other):
     assert made.finish(wait=False) is False
     made.start(lambda ranks: (groups.append(ranks.host_group), may_end.wait(60)))
     other["ended"] = True
-    assert made.finish(wait=False) is False, "this rank's goes on"
+    assert made.finish(wait=False) is False, "the thread of this rank is still running"
     may_end.set()
     other["ended"] = False
-    assert ended(made).finish(wait=False) is False, "the other rank's goes on"
+    assert ended(made).finish(wait=False) is False, "the thread of the other rank is still running"
     with pytest.raises(RuntimeError, match="finish it first"):
         made.start(print)
     other["ended"] = True

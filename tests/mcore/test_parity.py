@@ -210,7 +210,7 @@ def test_what_is_not_finite_touches_nothing(layout, name, outputs):
     assert re.fullmatch(r"the gradient's norm is (nan|inf)", gradient)
     for entry in told:
         assert entry["stays"] == [True, True]
-        assert entry["goes on"]
+        assert entry["continues"]
         assert entry["moves"]
 
 

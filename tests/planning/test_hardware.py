@@ -65,7 +65,7 @@ def test_a_module_that_cannot_be_imported_says_why(tmp_path, monkeypatch):
         (0, {"transformer_impl": "transformer_engine"}, "no CUDA device was found"),
     ],
 )
-def test_what_is_lacking_is_named(machine, gpus, settings, says):
+def test_what_is_missing_is_named(machine, gpus, settings, says):
     machine(gpus=gpus, engine=False)
     with pytest.raises(UserError, match=says):
         use_transformer_engine(MegatronSettings(**settings))
@@ -97,7 +97,7 @@ class Watch:
             print(os.environ.get('{NONDETERMINISTIC}'))
             raise Reached
 sys.meta_path.insert(0, Watch())
-hardware.engine_is_lacking = lambda: None
+hardware.missing_for_engine = lambda: None
 ranks.redirect_cuda_to_cpu = lambda: None
 try:
     ranks.start_ranks(MegatronSettings(deterministic_mode=True))

@@ -1,4 +1,4 @@
-"""A run that is killed and goes on is the unbroken run: to the bit at the same layout, in its data at any other.
+"""A run that is killed and resumed equals the unbroken run: to the bit at the same layout, in its data at any other.
 
 `tests/end_to_end/test_resume.py` and `test_soak.py` kill at any moment; here it is the numbers that count: weights, the
 optimiser's state, metrics and samples, in both types and over tensor and pipeline parallelism.

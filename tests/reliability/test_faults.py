@@ -1,4 +1,4 @@
-"""Faults without a cluster: each ends in a run that goes on as if nothing had been, or in one clear error."""
+"""Faults without a cluster: each ends in a run that resumes without a loss, or in one clear error."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def check_is_as_if_unbroken(run, trained):
 
 
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(trained, tmp_path):
-    """Rank 1 gets two signals in step 2: all stop after it, and the run goes on to the weights of an unbroken one."""
+    """Rank 1 gets two signals in step 2: all stop after it, and the run resumes to the weights of an unbroken one."""
     run = tmp_path / "run"
     ended = train(trained, tmp_path, "run.save_every=0", target="signalled")
     assert ended.statuses == [75, 75], ended
@@ -129,7 +129,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(trained, tmp
 
 
 def test_nothing_is_touched_where_no_checkpoint_is_whole(trained, tmp_path):
-    """It may be the disk that is unwell; to begin anew would take all back that the run has written."""
+    """The disk may be at fault; a new start would remove everything that the run has written."""
     run = tmp_path / "run"
     shutil.copytree(trained.run, run)
     for step in (2, 4):

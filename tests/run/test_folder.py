@@ -1,4 +1,4 @@
-"""The run folder on the disk: how it starts, goes on, and withstands a disk that refuses."""
+"""The run folder on the disk: how it starts, resumes, and withstands a disk that refuses."""
 
 import json
 import math

@@ -23,7 +23,7 @@ def test_what_goes_on_behind_counts_with_what_is_left_of_it():
     now[0] = 20.0
     assert pace.expected([]) == 0.0, "the first of its kind"
     pace.end("write")
-    assert pace.expected([]) == 0.0, "none goes on"
+    assert pace.expected([]) == 0.0, "nothing is running"
     pace.begin("write")
     now[0] = 25.0
     assert pace.expected([]) == 15.0
