@@ -17,7 +17,7 @@ KILLS = 6
 
 
 def test_killed_before_the_last_export(trained, tmp_path):
-    """Everything of the last step except its checkpoint is missing. It is made, and the table is that of the unbroken run."""
+    """Only the checkpoint of the last step exists. The rest is made, and the table is that of the unbroken run."""
     run = tmp_path / "run"
     missing = ("eval", "hf")
     ignored = shutil.ignore_patterns("tensorboard")
