@@ -31,6 +31,7 @@ def run(folder, settings, *arguments):
     """The command as a user gives it, whose launcher starts two ranks."""
     ended = forked_ranks.start_command(folder, "train", settings, *arguments, "--processes", "2").wait()
     assert ended.statuses == [0], ended
+    return ended
 
 
 def test_run_folder(trained):
@@ -67,13 +68,12 @@ def test_run_folder(trained):
     assert notes[7] == "starting 2 ranks"
 
 
-def test_a_finished_run_prints_its_results_again_without_ranks(whole):
-    _, run_dir, console = whole
-    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
-    again = run(run_dir.parent / "settings.yaml", "run.resume=auto", "--json").splitlines()
-    assert json.loads(again[-1]) == json.loads(console.splitlines()[-1])
+def test_a_finished_run_prints_its_results_again_without_ranks(trained, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in trained.run.rglob("*")}
+    again = run(tmp_path, trained.settings, "run.resume=auto", "--json").out[0].splitlines()
+    assert json.loads(again[-1]) == json.loads(trained.ended.out[0].splitlines()[-1])
     assert not any("starting" in line for line in again)
-    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in trained.run.rglob("*")} == before
 
 
 def test_weights_changed_and_load(trained):

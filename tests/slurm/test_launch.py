@@ -189,4 +189,4 @@ def test_a_run_with_other_settings_is_refused(place, capsys):
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").touch()
     assert launch(*CPU) == 2
-    assert "is not empty and no run folder" in capsys.readouterr().err
+    assert "is neither empty nor a run folder" in capsys.readouterr().err

@@ -11,7 +11,7 @@ LAYOUT = "tensor_model_parallel_size: 2, sequence_parallel: true"
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """Four steps on two ranks, with checkpoints and evaluations after steps 2 and 4."""
+    """Four steps on two ranks, which the launcher started, with checkpoints and evaluations after steps 2 and 4."""
 
     folder: Path  # holds the model, the problems and the settings
     settings: Path
@@ -25,8 +25,8 @@ def make(folder: Path) -> None:
         file.chmod(0o444)  # as in a store of models that many share
     tiny.make_problems(folder / "problems.jsonl")
     settings = tiny.make_settings(folder, folder / "model", folder / "problems.jsonl", layout=LAYOUT)
-    ended = forked_ranks.train(folder, settings)
-    assert ended.statuses == [0, 0], ended
+    ended = forked_ranks.start_command(folder, "train", settings, "--json", "--processes", "2").wait()
+    assert ended.statuses == [0], ended
     (folder / "ended.json").write_text(json.dumps(asdict(ended)))
 
 
