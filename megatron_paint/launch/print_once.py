@@ -73,6 +73,8 @@ def _torchrun_hosts_it() -> bool:
 def _join(environment: RankEnvironment) -> "TCPStore | None":
     """Joins the store; None if nobody answers. Waits without torch, whose wait would print many lines."""
     deadline = time.monotonic() + PATIENCE
+    import torch.distributed  # noqa: F401  # takes seconds, so it is done while rank 0 starts and not after
+
     while time.monotonic() < deadline:
         try:
             socket.create_connection((environment.address, environment.port), timeout=5).close()
