@@ -72,9 +72,9 @@ def _torchrun_hosts_it() -> bool:
 
 def _join(environment: RankEnvironment) -> "TCPStore | None":
     """Joins the store; None if nobody answers. Waits without torch, whose wait would print many lines."""
-    deadline = time.monotonic() + PATIENCE
-    import torch.distributed  # noqa: F401  # takes seconds, so it is done while rank 0 starts and not after
+    import torch.distributed  # noqa: F401  # takes seconds: done while rank 0 starts, not while rank 0 waits for this rank
 
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         try:
             socket.create_connection((environment.address, environment.port), timeout=5).close()
