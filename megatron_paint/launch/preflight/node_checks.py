@@ -36,7 +36,7 @@ class NodeResults:
         return all(result.ok for result in self.results if result.check in (gpus.CHECK, NODE_SUM))
 
     def plain(self) -> dict[str, Any]:
-        """The form in which it is sent."""
+        """The results as JSON types, for the store."""
         return {"results": [result.plain() for result in self.results], "versions": self.versions, "gpus": self.gpus}
 
     @classmethod

@@ -117,7 +117,7 @@ def _requested_steps(records: Sequence[Mapping[str, Any]]) -> int:
 
 
 def _newest_attempt(records: Sequence[Mapping[str, Any]]) -> tuple[str, int]:
-    """Job and restart of the attempt that began last; for a single record its own."""
+    """Job and restart of the attempt that began last. Without a record of a beginning: those of the last record."""
     begun = [record for record in records if record.get("event") == "begin"] or records
     return begun[-1]["job"], begun[-1]["restart"]
 
