@@ -189,6 +189,11 @@ def touches(layout: str, name: str) -> bool:
     return layout not in TOUCHING or name in TOUCHING[layout]
 
 
+def part_of(layout: str, name: str) -> str:
+    """The part of a layout's cases that a case belongs to: those of one kind that touch the layout, or do not."""
+    return f"{'touching' if touches(layout, name) else 'rest'}-{name.split('-')[0]}"
+
+
 def make_checkpoints(folder: Path) -> None:
     """Two sets of weights for tied and untied models: `start` (the initial teacher) and `moved` (the student)."""
     for tied in (True, False):

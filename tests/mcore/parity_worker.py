@@ -276,18 +276,18 @@ def run_not_finite(name: str, folder: Path, ranks, megatron: dict) -> list[dict]
 
 
 def main() -> None:
-    name, folder, out, touching = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4] == "touching"
+    name, folder, out, part = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
     layout = LAYOUTS[name]
     torch.set_num_threads(1)
     hf_checkpoint.WRITER_BYTES = 10_000  # the ranks share the writing even of these models
     ranks = start_ranks(MegatronSettings(**layout.megatron))
     for case in parity.CASES:
-        if parity.touches(name, case.name) == touching:
+        if parity.part_of(name, case.name) == part:
             run_case(case, folder, out, ranks, layout.megatron)
     told = {
         case: run_not_finite(case, folder, ranks, layout.megatron)
         for case in parity.NOT_FINITE
-        if parity.touches(name, case) == touching
+        if parity.part_of(name, case) == part
     }
     if ranks.rank == 0:
         torch.save(told, out / "not_finite.pt")

@@ -27,11 +27,11 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def outputs(checkpoints, tmp_path_factory):
-    """Output folder of a case at a layout: one process group runs all cases that touch it, another one the rest."""
+    """Output folder of a case at a layout: one process group runs all cases of a part (`parity_cases.part_of`)."""
     made = {}
 
     def of(layout: str, name: str) -> Path:
-        part = "touching" if parity.touches(layout, name) else "rest"
+        part = parity.part_of(layout, name)
         if (layout, part) not in made:
             out = made[layout, part] = tmp_path_factory.mktemp(f"{layout}-{part}")
             run_worker("parity_worker", layout, checkpoints, out, part)
