@@ -4,8 +4,9 @@ The names in `__all__` are the public interface. A name is imported when it is f
 does not import torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from megatron_paint.base.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from megatron_paint.config.load import load_settings
@@ -63,13 +64,7 @@ _HOME = {
     "train": "training.start",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_attributes(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

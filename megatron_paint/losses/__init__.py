@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from megatron_paint.base.lazy import lazy_attributes
 from megatron_paint.config.loss import InterpolationLossConfig
 
 if TYPE_CHECKING:
@@ -40,10 +40,4 @@ _HOME = {
     "token_logprobs": "logprobs",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_attributes(__name__, _HOME)

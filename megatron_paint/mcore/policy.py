@@ -9,8 +9,8 @@ Axes: T tokens of a micro-batch, N response tokens of it, H hidden size.
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +38,7 @@ from megatron_paint.models.shape import ModelShape
 from megatron_paint.policy import ScoredSequence
 from megatron_paint.records import Sample, SampleScore, TokenIds, UpdateReport
 from megatron_paint.runtime.heartbeat import mark_progress
+from megatron_paint.runtime.timer import Timer
 
 
 class MegatronPolicy(ModelRunner):
@@ -75,15 +76,18 @@ class MegatronPolicy(ModelRunner):
 
         FloatingPointError: a loss or the gradient is not finite; the optimiser has not changed any weight.
         """
-        clock = _PhaseClock()
-        with clock.phase("teacher"):
+        timer = Timer(_device_time)
+        mark_progress("teacher")
+        with timer("teacher"):
             states = self.teacher_states(samples, loss)
-        with clock.phase("student"):
+        mark_progress("student")
+        with timer("student"):
             scores = self.backward(samples, loss, states)
-        with clock.phase("optimizer"):
+        mark_progress("optimizer")
+        with timer("optimizer"):
             norm = take_step(self.optimizer, lr=lr, weight_decay=self.settings.optimizer.weight_decay)
             self.teacher.follow()
-        return UpdateReport(scores=scores, grad_norm=norm, seconds=clock.seconds)
+        return UpdateReport(scores=scores, grad_norm=norm, seconds=timer.seconds)
 
     def evaluate_loss(
         self, samples: Sequence[Sample], loss: TokenLoss, *, teach_itself: bool = False
@@ -255,17 +259,7 @@ def _vocab_axis(shape: ModelShape, ranks: Ranks, config: TransformerConfig) -> V
     return ShardedVocab.evenly_cut(ranks.tp_group, shape.vocab_size, reduce_hidden_grad=not config.sequence_parallel)
 
 
-class _PhaseClock:
-    """Wall time of phases on this rank, each up to the end of the work that it started on the device."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        mark_progress(name)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        yield
-        torch.cuda.synchronize()
-        self.seconds[name] = time.perf_counter() - start
+def _device_time() -> float:
+    """Seconds, after the device has done all work that was started on it."""
+    torch.cuda.synchronize()
+    return time.perf_counter()

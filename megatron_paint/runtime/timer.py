@@ -14,13 +14,7 @@ class Timer:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Adds the time inside to the phase."""
+        """Adds the time inside to the phase; not if it ends by an exception."""
         started = self._clock()
-        try:
-            yield
-        finally:
-            self.add(phase, self._clock() - started)
-
-    def add(self, phase: str, seconds: float) -> None:
-        """Adds time that was measured elsewhere to the phase."""
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + self._clock() - started

@@ -60,14 +60,14 @@ def train(
         hang = None if self_check_only else settings.run.hang_timeout_s
         ranks = stack.enter_context(joined_ranks(settings.megatron, hang_seconds=hang and 2 * LONG * hang))
         if self_check_only:
-            check_model(settings, ranks, inputs, mode=mode, prints_plan=prints_plan)
+            run_self_check(settings, ranks, inputs, mode=mode, prints_plan=prints_plan)
             return True
         run = prepare(settings, ranks, inputs, mode=mode, prints_plan=prints_plan, stack=stack, request=request)
         self_check(settings, run.policy, run.sampler, run.problems, run.recorder.prompts, run.progress)
         return run.train()
 
 
-def check_model(settings: Settings, ranks: "Ranks", inputs: Inputs | None, *, mode: Mode, prints_plan: bool) -> None:
+def run_self_check(settings: Settings, ranks: "Ranks", inputs: Inputs | None, *, mode: Mode, prints_plan: bool) -> None:
     """The self-check alone, without a run folder."""
     from megatron_paint.mcore.collectives import rank_zero_does
     from megatron_paint.mcore.policy import MegatronPolicy
