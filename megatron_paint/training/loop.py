@@ -52,7 +52,7 @@ class Run:
             raise
 
     def all_steps(self) -> bool:
-        """The loop."""
+        """The loop: each step, then what is due after it. Returns False if it stopped early, with a checkpoint."""
         try:
             self.follow_up(self.start)
             self.progress.start_clock()
