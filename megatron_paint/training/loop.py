@@ -145,7 +145,10 @@ class Run:
             self.finish_save()
 
     def finish_save(self, *, wait: bool = True) -> None:
-        """Removes the checkpoints that a new one outlives, once that one is complete."""
+        """Once a started checkpoint is complete, removes the older ones that `run.keep_last` and `run.keep_every` drop.
+
+        With `wait`, blocks until it is complete. UserError: writing it failed.
+        """
         if self.policy.finish_save(wait=wait):
             self.pace.end("write")
             self.on_rank_zero(
