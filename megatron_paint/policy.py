@@ -23,18 +23,24 @@ class ScoredSequence:
 
 
 class Policy(Protocol):
-    """A model that samples and learns, on any number of machines.
+    """A model that scores responses and learns from them, on any number of machines. A `Sampler` samples.
 
     Every rank calls with the same arguments and gets the same results.
     """
 
     def update(self, samples: Sequence[Sample], loss: TokenLoss, *, lr: float) -> UpdateReport:
-        """One optimiser step on the sum of the loss over the samples, divided once by the tokens that carry loss."""
+        """One optimiser step on the sum of the loss over the samples, divided once by the tokens that carry loss.
+
+        lr: learning rate of this step. FloatingPointError: a loss or the gradient is not finite; no weight was changed.
+        """
 
     def evaluate_loss(
         self, samples: Sequence[Sample], loss: TokenLoss, *, teach_itself: bool = False
     ) -> tuple[SampleScore, ...]:
-        """The loss of each sample without a step. With `teach_itself` the current weights are the teacher."""
+        """The loss of each sample without a step. With `teach_itself` the current weights are the teacher.
+
+        FloatingPointError: a loss is not finite.
+        """
 
     def logprobs(
         self, sequences: Sequence[ScoredSequence], *, weights: Literal["teacher", "current"]

@@ -71,7 +71,7 @@ def draw() -> Drawing:
         380,
         "gather: softmax statistics of each rank's columns. They give normalisers, entropies and so the selection.",
         "sum: the divergences. It runs behind the logits of the next chunk; the next gather runs behind the gradient.",
-        "Together both collectives send at most 64 bytes a token from each rank.",
+        "Together both collectives send at most 60 bytes a token from each rank.",
         kind="small left",
     )
     drawing.box(

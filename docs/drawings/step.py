@@ -66,7 +66,7 @@ def draw() -> Drawing:
         24,
         386,
         "F1, B1: forward and backward pass of micro-batch 1, packed rows of at most data.micro_batch_tokens tokens.",
-        "Every replica runs the same number of micro-batches. A missing one is a row of padding with an empty loss.",
+        "Every replica runs as many micro-batches as the others. Empty ones are a row of padding and have no loss.",
         "The teacher pass keeps the hidden states of the response rows on the last stage; the student pass reads them.",
         "With objective.reveal.hidden_nats, the teacher scores the solutions after the mask, in one more forward pass.",
         "GRPO grades on rank 0 instead of the mask; then up to updates_per_batch times: student pass, optimiser.",

@@ -70,7 +70,11 @@ class MegatronSource:
             ) from None
 
     def checksums(self) -> dict[str, str]:
-        """Returns the recorded SHA-256 of the Hugging Face tensors that are stored in the recorded type."""
+        """Returns the SHA-256 that the manifest has of each Hugging Face tensor, by name.
+
+        Left out: tensors whose type differs from the type in the manifest. Empty without a manifest, and with adapters,
+        because merging changes the tensors. Raises UserError if the manifest is damaged or of other tensors.
+        """
         if self.lora is not None:
             return {}
         stored = {name: Stored(self.dtype(name), entry.rule.hf_shapes()[name]) for name, entry in self.entry_of.items()}

@@ -98,7 +98,7 @@ class _Part(NamedTuple):
         return tuple(b - a for a, b in zip(self.starts, self.stops, strict=True))
 
     def within(self, corner: Sequence[int]) -> tuple[slice, ...]:
-        """Returns its position in a box that begins at `corner` of the tensor."""
+        """Returns the part's position in a box that begins at `corner` of the tensor: one slice for each axis."""
         return tuple(slice(a - c, b - c) for a, b, c in zip(self.starts, self.stops, corner, strict=True))
 
     def overlaps(self, other: "_Part") -> bool:
@@ -108,7 +108,10 @@ class _Part(NamedTuple):
 
 
 class CheckpointReader:
-    """Reads any box of the tensors of a Megatron checkpoint. Raises UserError if the checkpoint is damaged."""
+    """Reads any rows of the tensors of a Megatron checkpoint, at any layout of the run that wrote it.
+
+    Raises UserError if the checkpoint is damaged: its description here, its tensors in `read`.
+    """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -122,10 +125,11 @@ class CheckpointReader:
         self._last: tuple[Piece, Tensor] | None = None
 
     def read(self, key: str, place: tuple[int, ...], rows: slice) -> Tensor:
-        """Returns rows of tensor `key` at `place` of its first axes.
+        """Returns some rows of a tensor, [number of rows, ...], in its stored type.
 
-        The result may share memory with other results, so do not write to it. Raises UserError if pieces are missing or
-        overlap.
+        place: indices into the first axes, such as layer and expert; empty for a tensor without such axes. rows: a
+        slice of the next axis, with start and stop. The result has all of the axes after it. It may share memory with
+        other results, so do not write to it. Raises UserError if pieces are missing, overlap or cannot be read.
         """
         stored = self.tensors[key]
         shape = stored.shape[len(place) :]

@@ -45,12 +45,12 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Package:
-    """A package to look for, by its module and by its distribution."""
+    """A package that `doctor` looks for."""
 
-    name: str
-    module: str
-    distribution: str
-    cost: str
+    name: str  # for the reader
+    module: str  # that is imported
+    distribution: str  # that pip installs, and that has the version
+    cost: str  # what is not possible without it, and how to install it
     required: bool = False
     imported: bool = True  # training imports it, so a broken one is fatal; False: only its presence is reported
 

@@ -10,7 +10,10 @@ from megatron_paint.planning.layout import check_layout
 
 
 def run(options: argparse.Namespace, arguments: list[str]) -> int:
-    """Evaluates a model in as many ranks as the layout needs, or grades recorded responses; returns the exit status."""
+    """Evaluates a model, or grades recorded responses (`--responses`). Returns the exit status.
+
+    Without a rank environment, it starts the ranks: `--processes`, or one for each GPU, or those of one replica.
+    """
     if options.responses is not None:
         from megatron_paint.cli import grade_responses
 

@@ -22,7 +22,11 @@ def console_mode(options: argparse.Namespace) -> "Mode":
 
 
 def rank_environment_of(options: argparse.Namespace) -> RankEnvironment | None:
-    """The rank environment that torchrun or srun gave this process; None if it is not one of their ranks."""
+    """The rank environment that torchrun or srun gave this process; None if it is not one of their ranks.
+
+    It is also written into os.environ, where torch.distributed reads it, and rank 0 starts the store in which the ranks
+    agree who prints an error. UserError: the variables contradict each other, or `--processes` contradicts them.
+    """
     environment = find_rank_environment(os.environ)
     if environment is None:
         return None

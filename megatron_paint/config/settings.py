@@ -71,7 +71,9 @@ class DataSettings:
     split: Annotated[Text, setting("split of a `datasets` source")] = "train"
     columns: ColumnSettings = field(default_factory=ColumnSettings)
     problems_per_step: Annotated[Count, setting("problems in one step, over all data-parallel ranks", source=OPSD)] = 32
-    micro_batch_tokens: Annotated[Count, setting("most tokens in one micro-batch, padding included")] = 16384
+    micro_batch_tokens: Annotated[
+        Count, setting("most tokens in one micro-batch, padding included; a longer sequence is a micro-batch alone")
+    ] = 16384
     on_bad_row: Annotated[
         Literal["error", "skip"], setting("at a bad row: stop, or leave the row out and count it")
     ] = "error"
@@ -105,7 +107,8 @@ class RevealSettings:
         Literal["overlap", "full", "fixed", "random", "shuffled", "inverted"],
         setting(
             "how the shown share is chosen; overlap: the more of the solution a response has, the less is shown; full: "
-            "all (OPSD); fixed: share; random: drawn; shuffled: another problem's; inverted: the reverse of overlap",
+            "everything is shown (OPSD); fixed: always objective.reveal.share; random: drawn between minimum and 1; "
+            "shuffled: the share of another problem's response; inverted: the more a response has, the more is shown",
             source=f"{PAINT}; the linear map is ours",
         ),
     ] = "overlap"
@@ -116,7 +119,9 @@ class RevealSettings:
     unit: Annotated[Literal["token", "segment"], setting("unit in which the share is counted")] = "token"
     hidden_nats: Annotated[
         Positive | None,
-        setting("most that may be hidden: the teacher's surprise at the hidden tokens, in nats; null: no limit"),
+        setting(
+            "limit on the teacher's surprise at the hidden tokens, in nats; above it more is shown; null: no limit"
+        ),
     ] = None
     hide_answer: Annotated[Flag, setting("hide the last box even where the share would show it")] = False
     solution: Annotated[
@@ -141,7 +146,10 @@ class TeacherSettings:
         Number, setting("decay of the moving average after each optimiser step", source=OPSD, ge=0, lt=1)
     ] = 0.999
     ema_anchor: Annotated[
-        Number, setting("share of the initial weights, beside the student's, in the average's target", ge=0, le=1)
+        Number,
+        setting(
+            "each step moves the average towards (1 - ema_anchor) x student + ema_anchor x initial weights", ge=0, le=1
+        ),
     ] = 0.0
     offload: Annotated[Flag, setting("keep the second set of weights in host memory between passes")] = False
 
@@ -160,7 +168,10 @@ class GrpoSettings:
     ] = 0.2
     normalisation: Annotated[
         Literal["token_mean", "sequence_mean"],
-        setting("mean over all tokens that carry loss, or mean over responses of each response's mean"),
+        setting(
+            "token_mean: mean over all tokens that carry loss; sequence_mean: each response's mean, then the mean over "
+            "responses"
+        ),
     ] = "token_mean"
     kl_weight: Annotated[
         Number, setting("weight of the KL to the weights of objective.teacher (estimator k3)", source=OPSD_GRPO, ge=0)
@@ -168,8 +179,8 @@ class GrpoSettings:
     importance_limit: Annotated[
         Positive | None,
         setting(
-            "largest importance weight of a token; it corrects a difference between sampler and trainer; null: no "
-            "weights"
+            "largest importance weight of a token; the weight corrects for the difference between sampler and trainer; "
+            "null: no weights"
         ),
     ] = 2.0
 
@@ -232,7 +243,7 @@ class RolloutSettings:
         Number, setting("nucleus: sample from the smallest set of tokens with this mass", source=OPSD, gt=0, le=1)
     ] = 0.95
     top_k: Annotated[Whole, setting("sample from this many most likely tokens; 0: from all", source=OPSD, ge=0)] = 20
-    batch_size: Annotated[Count, setting("most responses that a data-parallel rank decodes together")] = 64
+    batch_size: Annotated[Count, setting("most responses that one data-parallel replica decodes together")] = 64
     cache_bytes: Annotated[Positive, setting("bytes of keys and values that a rank may hold while it samples")] = 2.0e10
 
 
@@ -316,8 +327,8 @@ class MegatronSettings:
     distributed_timeout_minutes: Annotated[
         Count | None,
         setting(
-            "time limit of a collective, in minutes; null: 10 minutes more than run.hang_timeout_s, which therefore "
-            "ends a hang first",
+            "time limit of a collective, in minutes; null: 10 minutes and 20 times run.hang_timeout_s, so that the "
+            "watchdog ends a hang first",
             source=MEGATRON_NAME,
         ),
     ] = None
@@ -327,11 +338,13 @@ class MegatronSettings:
 class EvaluationSettings:
     """The evaluation on problems that are not trained on."""
 
-    problems: Annotated[Text | None, setting("evaluation problems; null: no evaluation")] = None
+    problems: Annotated[
+        Text | None, setting("evaluation problems: a file, or a name for the library `datasets`; null: no evaluation")
+    ] = None
     format: Annotated[Format, setting("format of the problem file; auto: chosen by the file's ending")] = "auto"
     split: Annotated[Text, setting("split of a `datasets` source")] = "test"
     columns: ColumnSettings = field(default_factory=ColumnSettings)
-    limit: Annotated[Count | None, setting("use only this many first problems; null: all")] = None
+    limit: Annotated[Count | None, setting("number of problems, counted from the first one; null: all")] = None
     samples: Annotated[Count, setting("answers to each problem: the n of Avg@n", source=OPSD)] = 12
     temperature: Annotated[Number, setting("sampling temperature; 0 is greedy", source=OPSD, ge=0)] = 1.0
     top_p: Annotated[
@@ -371,25 +384,29 @@ class RunSettings:
     hang_timeout_s: Annotated[
         Positive | None,
         setting(
-            "the run ends after this many seconds without progress, ten times as many in a save or an evaluation; "
-            "null: never"
+            "limit on the time without progress, in seconds, after which a run is ended as hung; ten times as long at "
+            "the start and in a save, an export or an evaluation; null: no limit"
         ),
     ] = 600.0
     max_skipped_steps: Annotated[
-        Whole, setting("most steps of a run that are skipped because a loss or gradient is not finite", ge=0)
+        Whole, setting("number of steps that a run may skip because a loss or gradient is not finite", ge=0)
     ] = 0
     seed: Annotated[Whole, setting("random key of all sampling", ge=0)] = 1
     resume: Annotated[
         Literal["never", "auto", "required"],
-        setting("resume from the newest complete checkpoint in run.dir: never, if there is one, or fail without one"),
+        setting(
+            "never: start in an empty run.dir; auto: resume from the newest complete checkpoint in run.dir, or start "
+            "without one; required: resume, or fail without a complete checkpoint"
+        ),
     ] = "never"
     tensorboard: Annotated[Flag, setting("write TensorBoard files")] = True
     sampler_gap_limit: Annotated[
         Positive,
-        setting("largest difference between sampler's and trainer's log-probabilities at the start, in nats"),
+        setting("the run does not start if a log-probability differs by more between sampler and trainer, in nats"),
     ] = 1.0
     self_check_limit: Annotated[
-        Number, setting("largest loss of the model against itself at the start, in nats a token", ge=0)
+        Number,
+        setting("the run does not start if the loss of the model against itself is larger, in nats a token", ge=0),
     ] = 0.05
 
 
@@ -410,8 +427,11 @@ class Settings:
 
 @settings_class
 class EvaluateSettings:
-    """Settings of an evaluation without training. `load.py` fills them from the same sections, and the last two from
-    run.seed and data.micro_batch_tokens."""
+    """Settings of an evaluation without training.
+
+    Each section has the name that it has in `Settings`. `seed` is run.seed, and `micro_batch_tokens` is
+    data.micro_batch_tokens. `evaluate_settings_of` in load.py reads them.
+    """
 
     model: ModelSettings
     prompts: PromptSettings

@@ -19,13 +19,13 @@ SUMMARY = "summary.json"
 class Evaluated:
     """The reports of one model on several benchmarks."""
 
-    model: str
-    reports: tuple[EvalReport, ...]
-    sampled_with: Mapping[str, Any]
+    model: str  # its path, the title of the summary
+    reports: tuple[EvalReport, ...]  # one for each benchmark
+    sampled_with: Mapping[str, Any]  # the settings of sampling, which summary.json repeats
 
     @property
     def macro(self) -> Interval:
-        """The mean of the benchmarks' Avg@n, with its interval."""
+        """The mean of the benchmarks' Avg@n, in [0, 1], with its 95 % interval over problems."""
         return macro_average(self.reports)
 
 

@@ -39,7 +39,7 @@ class Grade:
 
     correct: bool
     extracted: str | None  # the text that was compared with the answer; None without a box
-    outcome: Outcome  # timeout: no verdict within the limits of time and memory; it is not counted as a wrong answer
+    outcome: Outcome  # timeout: no verdict within the limits of time and memory; counted separately from wrong
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -53,7 +53,7 @@ def fused_interpolation_loss(
     backward accepts one factor common to all tokens and raises ValueError otherwise: pass weights of tokens as
     token_weight_T. If Megatron gave the parameter a main_grad, backward adds the weight's gradient to it, in the
     buffer's type (main_grad.py). The hidden states' gradient is summed over the vocabulary's ranks unless
-    vocab.reduce_hidden_grad is False. Collectives: two per chunk, at most 64 bytes of float32 a token from each rank;
+    vocab.reduce_hidden_grad is False. Collectives: two per chunk, at most 60 bytes of float32 a token from each rank;
     one per redone chunk; that sum.
     Raises ValueError for arguments that do not fit together.
     """

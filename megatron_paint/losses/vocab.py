@@ -43,7 +43,7 @@ class WholeVocab:
         return self.valid_columns(columns)
 
     def widest(self, columns: int) -> int:
-        """The number of columns, the same on every rank, from which chunk sizes are computed."""
+        """The largest number of columns of any rank: from it all ranks compute the same chunk sizes."""
         return columns
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:

@@ -76,8 +76,9 @@ def measure_overlaps(
 class MaskerPool:
     """Worker processes for the masker. They start (by spawn) at the first use and run until `close`.
 
-    The results equal those of the serial loop. If worker processes cannot run, the pool warns once and then works
-    without them. Raises UserError for fewer than 1 worker.
+    The results equal those of the serial loop. If a worker dies, the pool warns once and then works without workers.
+    from_characters: `measure_overlaps` uses the pool only for at least this many characters of text. Raises UserError
+    for fewer than 1 worker.
     """
 
     def __init__(self, workers: int, *, from_characters: int = POOL_CHARACTERS):

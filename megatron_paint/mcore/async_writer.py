@@ -31,8 +31,8 @@ class Writer:
         """Whether a write has ended on all ranks since the last call; all ranks call together.
 
         With `wait`, blocks until it has ended; this needs no message between ranks except those of the threads.
-        UserError: the write failed with one; all ranks raise it. Any other error is raised on the rank where it
-        happened.
+        UserError: the write failed with a UserError; all ranks raise it. Any other error is raised only on the rank
+        where it happened.
         """
         if self._thread is None:
             return False

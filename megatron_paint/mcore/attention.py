@@ -169,7 +169,10 @@ class LocalAttention(MegatronModule):
 
 
 def transformer_engine_attention() -> type:
-    """Transformer Engine's packed attention, and ours if there is a cache; imported only if it is used."""
+    """The class of core attention for Transformer Engine's layers. Transformer Engine is imported here.
+
+    Without a key-value cache it computes Transformer Engine's packed attention, with one `attend_rows`.
+    """
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
     class RowsTransformerEngineAttention(TEDotProductAttention):

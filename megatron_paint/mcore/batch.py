@@ -73,10 +73,11 @@ def make_micro_batches(
     multiple: int,
     device: torch.device,
 ) -> list[MicroBatch]:
-    """The micro-batches of one replica; empty ones fill up, so that every replica runs equally many.
+    """The micro-batches of one replica. All replicas get the same number of them.
 
-    replicas: the indices of the sequences that each replica computes. limit, multiple: see `cut_micro_batches`.
-    An empty micro-batch is one row of padding without response: its loss is an empty sum.
+    A replica that needs fewer gets empty ones at the end. An empty micro-batch is one row of padding without a
+    response, so its loss is an empty sum. replicas: for each replica, the indices of its sequences. limit: most tokens
+    of a micro-batch; a longer sequence is a micro-batch alone. multiple: the tokens are padded to a multiple of it.
     """
     cuts = [cut_micro_batches([sequences[i].num_tokens for i in taken], limit, multiple=multiple) for taken in replicas]
     groups = [tuple(replicas[replica][place] for place in group) for group in cuts[replica]]

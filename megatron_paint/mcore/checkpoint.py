@@ -184,10 +184,10 @@ def load_weights(stage: Stage, folder: str | Path) -> None:
 
 
 def _weights(stage: Stage) -> dict:
-    """Entries of the model.
+    """The model's entries in a checkpoint, by Megatron's keys.
 
-    Transformer Engine's own entries are used only by delayed FP8 scaling. Otherwise they are left out, so that both
-    kinds of layers can load each other's checkpoints.
+    Only delayed FP8 scaling uses Transformer Engine's own entries. Otherwise they are left out, so that local layers
+    and Transformer Engine's layers can load each other's checkpoints.
     """
     state = stage.sharded_state_dict(metadata=dict(_METADATA))
     if stage.config.fp8 is not None and stage.config.fp8_recipe == "delayed":

@@ -59,7 +59,7 @@ class _NoStream:
 
 
 def redirect_cuda_to_cpu() -> None:
-    """Redirects Megatron-Core's CUDA assumptions to the CPU, once per process, only if there is no CUDA."""
+    """Makes Megatron-Core's CUDA calls use the CPU. Does nothing if there is a GPU, or at a second call."""
     global _redirected
     if torch.cuda.is_available() or _redirected is not None:
         return

@@ -94,7 +94,8 @@ class MegatronPolicy(ModelRunner):
     ) -> tuple[SampleScore, ...]:
         """The loss of each sample without a step. With `teach_itself` the current weights are the teacher.
 
-        That teacher computes each sample in a separate micro-batch: the same numbers, computed in another way.
+        The teacher then computes each sample in a separate micro-batch, so rounding differs from the student's pass.
+        FloatingPointError: a loss is not finite.
         """
         mark_progress("student")
         if teach_itself:
@@ -112,7 +113,7 @@ class MegatronPolicy(ModelRunner):
     ) -> list[tuple[float, ...]]:
         """Log-probabilities of each sequence's response tokens in nats, at temperature 1.
 
-        FloatingPointError: one is not finite.
+        FloatingPointError: a log-probability is not finite.
         """
         mark_progress("scoring")
         objective = self.settings.objective

@@ -115,7 +115,7 @@ class Teacher:
 
     @torch.no_grad()
     def load(self, loaded: dict) -> None:
-        """Copies the loaded values of the entries of `sharded_state_dict`."""
+        """Copies the teacher's values out of a loaded checkpoint. `loaded` has the keys of `sharded_state_dict`."""
         for prefix, values in self._sets.items():
             for name, value in values.items():
                 value.copy_(loaded[f"{prefix}.{name}"])

@@ -17,14 +17,14 @@ from megatron_paint.runtime.timer import Timer
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveInputs:
-    """What a run builds for its objective, by the needs that the settings declare (`ObjectiveSettings.needs`)."""
+    """What a run builds for its objective. `ObjectiveSettings.needs` decides what is built; the rest is None."""
 
     settings: ObjectiveSettings
     prompts: Prompts
     rollouts: RolloutSource
     masker: MaskerPool | None = None  # on rank 0; None: the masker works in this process
     graders: GradingPool | None = None  # on rank 0, for an objective that needs graders
-    on_rank_zero: OnRankZero = directly
+    on_rank_zero: OnRankZero = directly  # runs a function on rank 0 and returns its result on every rank
 
 
 class Objective(Protocol):

@@ -36,7 +36,9 @@ METRICS: dict[str, Metric] = {
         only="PAINT, OPSD",
     ),
     "reveal/mean": Metric(
-        meaning="share of the solution that the reveal rule asks to show, mean over responses",
+        meaning=(
+            "share of the solution that the reveal rule asks to show, before the cut moves back; mean over responses"
+        ),
         unit="0 to 1",
         healthy="PAINT: objective.reveal.minimum to 1; OPSD: 1",
         only="PAINT, OPSD",
@@ -80,14 +82,15 @@ METRICS: dict[str, Metric] = {
         ),
         unit="0 to 1",
         healthy="at most 0.2; with a clip of entries the run warns after 10 steps in a row above it",
-        only="PAINT, OPSD",
+        only="PAINT, OPSD; 0 for GRPO and SFT",
     ),
     "clip/entries": Metric(
         meaning=(
-            "clipped vocabulary entries a token that carries loss; clip_rule=token and GRPO: share of tokens that "
-            "the clip changed"
+            "clipped vocabulary entries, mean over tokens that carry loss; clip_rule=token: share of these tokens "
+            "whose gradient the clip made smaller"
         ),
         unit="entries a token",
+        only="PAINT, OPSD; 0 for GRPO, which has ratio/clipped_share, and for SFT",
     ),
     "response/length_mean": Metric(
         meaning="tokens of a response, mean; SFT: of a solution",
@@ -111,11 +114,11 @@ METRICS: dict[str, Metric] = {
         only="PAINT, OPSD, GRPO; null for replayed rollouts without log-probabilities",
     ),
     "time/rollout_s": Metric(meaning="time for sampling", unit="s"),
-    "time/mask_s": Metric(meaning="time for overlap, reveal and the teacher's prompts", unit="s"),
+    "time/mask_s": Metric(meaning="time for overlap and reveal", unit="s"),
     "time/teacher_s": Metric(meaning="time for the passes without gradient", unit="s"),
     "time/student_s": Metric(meaning="time for the student's forward and backward pass", unit="s"),
     "time/optimizer_s": Metric(meaning="time for the optimiser step and the moving average", unit="s"),
-    "tokens_per_second": Metric(meaning="response tokens by the time of the complete step", unit="tokens / s"),
+    "tokens_per_second": Metric(meaning="response tokens, divided by the time of the complete step", unit="tokens / s"),
     "reward/mean": Metric(
         meaning="share of responses with the right answer",
         unit="0 to 1",
@@ -150,9 +153,9 @@ METRICS: dict[str, Metric] = {
         unit="nats a token",
         only="GRPO",
     ),
-    "time/grade_s": Metric(meaning="time for grading and advantages", unit="s", only="GRPO"),
+    "time/grade_s": Metric(meaning="time for grading", unit="s", only="GRPO"),
     "skipped": Metric(
-        meaning="why the step was skipped: where a loss or gradient was not finite; no weight was changed",
+        meaning="which loss or gradient was not finite; the step was skipped and changed no weight",
         unit="text",
         healthy="absent",
         only="lines of skipped steps, which have only step and skipped",

@@ -57,8 +57,12 @@ class Watchdog:
         give_up: Callable[[str], None],
         write_seconds: float = WRITE_SECONDS,
     ) -> None:
-        """ranks: number of ranks of the run. limit: seconds that all ranks may be without progress; None: no limit.
-        give_up: called with the reason on the one rank that reports a hang; the process ends after it."""
+        """folder: of the heartbeats of all ranks. rank: this process's number in the run, which has `ranks` ranks.
+
+        limit: seconds without progress of any rank after which the run hangs; ten times as many in LONG_PHASES; None:
+        no limit. give_up: called with the message about a hang, only on the rank that reports it. Afterwards the
+        process ends. write_seconds: time between two writes of the heartbeat; at most a quarter of the limit is used.
+        """
         self.folder, self.rank, self.limit, self.give_up = folder, rank, limit, give_up
         self._interval = min(write_seconds, limit / 4) if limit else write_seconds
         self._state = (
@@ -171,7 +175,10 @@ class RankObserver:
         self._moved: dict[int, tuple[float, float]] = {}  # by rank: the last progress, and when it was first seen
 
     def all_quiet(self, clock: float) -> bool:
-        """Whether no rank made progress within the limit of its phase; False if the state of a rank is unknown."""
+        """Whether no rank made progress for as long as its phase allows; False if the heartbeat of a rank is missing.
+
+        clock: this rank's own time in seconds, which never goes back.
+        """
         heartbeats = read_heartbeats(self.folder)
         for heartbeat in heartbeats:
             if self._moved.get(heartbeat.rank, (None, 0.0))[0] != heartbeat.since:

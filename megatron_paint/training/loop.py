@@ -52,7 +52,7 @@ class Run:
             raise
 
     def all_steps(self) -> bool:
-        """The loop."""
+        """The loop: each step, then what is due after it. Returns False if it stopped early, with a checkpoint."""
         try:
             self.follow_up(self.start)
             self.progress.start_clock()
@@ -145,7 +145,10 @@ class Run:
             self.finish_save()
 
     def finish_save(self, *, wait: bool = True) -> None:
-        """Removes the checkpoints that a new one outlives, once that one is complete."""
+        """Once a started checkpoint is complete, removes the older ones that `run.keep_last` and `run.keep_every` drop.
+
+        With `wait`, blocks until it is complete. UserError: writing it failed.
+        """
         if self.policy.finish_save(wait=wait):
             self.pace.end("write")
             self.on_rank_zero(

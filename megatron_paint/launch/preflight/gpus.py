@@ -17,9 +17,10 @@ def visible() -> int:
 
 
 def check_gpus(count: Callable[[], int], expected: int | None) -> tuple[CheckResult, int]:
-    """Counts the GPUs and tests each one; returns the result and their number.
+    """Counts the GPUs and tests each one. Returns the result and the number of GPUs.
 
-    expected: None accepts any number. It uses the GPUs, so call it in a process that ends afterwards.
+    count: returns the number of visible GPUs. expected: the number that passes; None: any. The test runs a matrix
+    product on each GPU, so call it in a process that ends afterwards and frees them.
     """
     found = count()
     if expected is not None and found != expected:

@@ -15,17 +15,17 @@ LEAST_SECONDS = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The checked options."""
+    """The options of the command line, checked. None: the option was not given."""
 
     run: Path
     rendezvous: Rendezvous
     settings: Path
     overrides: tuple[str, ...]
     expect_gpus: int | None
-    bandwidth_floor: float | None  # GB/s
+    bandwidth_floor: float | None  # GB/s of 10^9 bytes
     exclude_bad: Path | None
     report: Path | None
-    limit_seconds: float
+    limit_seconds: float  # of all phases together
     node_rank: int | None
     nodes: int | None
     node_name: str | None
@@ -33,7 +33,7 @@ class Options:
 
 
 def parse(arguments: Sequence[str]) -> Options:
-    """The options. Errors: UserError."""
+    """The options of these words. UserError: an option is unknown, missing or outside its limits."""
     given = vars(_parser().parse_intermixed_args(list(arguments)))
     for override in given["overrides"]:
         if "=" not in override:

@@ -66,7 +66,10 @@ def launch(given: argparse.Namespace) -> int:
 
 
 def plan_elsewhere(settings: Settings, options: SlurmOptions) -> Plan:
-    """The plan of a job, without the checks that only a GPU node can do."""
+    """The plan of a job, made on a machine that may have no GPU: what only a GPU node can check is left out.
+
+    UserError: the settings do not fit so many ranks; it names --nodes and the ranks of a node.
+    """
     megatron = dataclasses.replace(settings.megatron, fp8=None, transformer_impl="auto", deterministic_mode=False)
     objective = dataclasses.replace(settings.objective, kernel="auto")
     try:

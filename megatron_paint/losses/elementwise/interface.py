@@ -57,7 +57,11 @@ class Passes(Protocol):
         """The divergences' sums. scale_T: the scale that gradient() will get; None: no gradient is wanted."""
 
     def gradient(self, work: Work, coefficient_T: torch.Tensor, scale_T: torch.Tensor) -> torch.Tensor:
-        """The loss's gradient [T, V] with respect to the student's logits before the temperature."""
+        """The loss's gradient [T, V] with respect to the student's logits before the temperature.
+
+        coefficient_T: c of the gradient c p - B (docs/numerics.md), from the sums of all ranks. scale_T: factor of each
+        token, which includes 1 / temperature.
+        """
 
     def copy(self, logits: ChunkLogits) -> ChunkLogits:
         """A copy of the logits for another sums() and gradient(), which do not change these."""

@@ -85,7 +85,11 @@ def token_logits(logits_TV: torch.Tensor, query: TokenQuery) -> torch.Tensor:
 
 
 def merge_softmax(max_RT: torch.Tensor, sum_RT: torch.Tensor, ratio: float = 1.0) -> Softmax:
-    """One normaliser from all ranks' maxima and sums of exp(ratio (z - m)); the maximum is not multiplied by ratio."""
+    """One normaliser [T] from all ranks' parts.
+
+    max_RT: maximum m of a rank's logits z. sum_RT: its sum of exp(ratio (z - m)). The result has the maximum of all z,
+    not multiplied by ratio, and the sum for that maximum.
+    """
     max_T = max_RT.amax(0)
     return Softmax(max_T, (sum_RT * ((max_RT - max_T) * ratio).exp()).sum(0))
 
