@@ -3,8 +3,8 @@
     python benchmarks/masker.py [--rollouts FILE.jsonl] [--seconds 3]
 
 A pair is a rollout of 1,024 tokens and a solution of 500 tokens. They are cut from real ones if a file with the columns
-problem, solution and rollout is given or exists in ../shared/data. Otherwise they are generated. The first figure is
-measured without the cache, because in training every pair is new.
+problem, solution and rollout is given. Otherwise they are generated. The first figure is measured without the cache,
+because in training every pair is new.
 """
 
 import argparse
@@ -18,7 +18,6 @@ from pathlib import Path
 from megatron_paint.masker import overlap
 from megatron_paint.masker.overlap import MaskerPool, Pair, measure_overlaps
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "rollouts_qwen25math_math100x8.jsonl"
 # Qwen3's tokenizer takes 2.98 characters a token in these rollouts and 2.73 in their solutions.
 ROLLOUT_CHARACTERS = 3051
 SOLUTION_CHARACTERS = 1363
@@ -26,7 +25,7 @@ SOLUTION_CHARACTERS = 1363
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rollouts", type=Path, default=SHARED if SHARED.is_file() else None)
+    parser.add_argument("--rollouts", type=Path, help="JSON lines with problem, solution and rollout")
     parser.add_argument("--seconds", type=float, default=3.0, help="seconds of each measurement")
     options = parser.parse_args()
     pairs = read_pairs(options.rollouts) if options.rollouts else generated_pairs()

@@ -18,8 +18,8 @@ from tests.support.exports import same, weights_of_step
 from tests.support.results import check_complete, metrics
 
 KILLS = os.environ.get("MEGATRON_PAINT_KILLS")
-STEPS_A_KILL = 1.0  # steps that a life adds, about
-# Where a rank dies and up to at which time of coming there in its life; what rank 0 alone does is below.
+STEPS_A_KILL = 1.0  # steps that a start adds, about
+# Where a rank dies and up to at which time of coming there after a start; what rank 0 alone does is below.
 WHERE = {"start": 8, "rollout": 40, "teacher": 4, "student": 4, "optimizer": 2, "checkpoint": 2}
 WHERE |= {"copy": 2, "write": 2, "checksum": 2}
 FIRST_RANK = {"metadata": 2, "flush": 40, "rename": 6, "finish": 2, "remove": 2, "record": 2}
