@@ -33,6 +33,8 @@ def fused_interpolation_loss(
     token_weight_T: torch.Tensor | None = None,
     teacher_output_weight_VH: torch.Tensor | None = None,
     full_teacher_hidden_TH: torch.Tensor | None = None,
+    initial_hidden_TH: torch.Tensor | None = None,
+    initial_output_weight_VH: torch.Tensor | None = None,
     rollout_keys: Sequence[int] | None = None,
     token_ids_T: torch.Tensor | None = None,
     token_temperature: float | None = None,
@@ -61,15 +63,26 @@ def fused_interpolation_loss(
     hidden_TH, weight_VH = student_hidden_TH, output_weight_VH
     checks.check_matrix("output_weight_VH", weight_VH, "columns x hidden", like=(None, None))
     teacher_weight_VH = weight_VH if teacher_output_weight_VH is None else teacher_output_weight_VH
-    checks.check_matrix("teacher_output_weight_VH", teacher_weight_VH, "columns x hidden", like=(len(weight_VH), None))
+    initial_weight_VH = weight_VH if initial_output_weight_VH is None else initial_output_weight_VH
+    for name, value in (("teacher", teacher_weight_VH), ("initial", initial_weight_VH)):
+        checks.check_matrix(f"{name}_output_weight_VH", value, "columns x hidden", like=(len(weight_VH), None))
     valid = vocab.valid_columns(len(weight_VH))
     inputs = Inputs(
         student_TH=hidden_TH.detach(),
         teacher_TH=teacher_hidden_TH.detach(),
         full_teacher_TH=None if full_teacher_hidden_TH is None else full_teacher_hidden_TH.detach(),
+        initial_TH=None if initial_hidden_TH is None else initial_hidden_TH.detach(),
         weight_VH=weight_VH.detach()[:valid],
         teacher_weight_VH=teacher_weight_VH.detach()[:valid],
-        dtype=checks.compute_dtype(hidden_TH, weight_VH, teacher_hidden_TH, teacher_weight_VH, full_teacher_hidden_TH),
+        initial_weight_VH=initial_weight_VH.detach()[:valid],
+        dtype=checks.compute_dtype(
+            hidden_TH,
+            weight_VH,
+            teacher_hidden_TH,
+            teacher_weight_VH,
+            full_teacher_hidden_TH,
+            *((initial_hidden_TH, initial_weight_VH) if config.needs_initial else ()),
+        ),
         token_weight_T=None if token_weight_T is None else token_weight_T.detach(),
         token_ids_T=token_ids_T,
         token_temperature=config.temperature if token_temperature is None else token_temperature,
@@ -107,7 +120,8 @@ def _size_and_passes(
     """How many tokens' logits exist at a time, and the backend of the elementwise work on them."""
     device, vocab = inputs.student_TH.device, inputs.vocab
     chosen = choose_kernel(kernel, device=device, dtype=inputs.dtype)
-    buffers = (2 if inputs.full_teacher_TH is None else 3) * (2 if vocab.ranks > 1 else 1) + (chosen == "triton")
+    logits = 2 + (inputs.full_teacher_TH is not None) + (inputs.initial_TH is not None)
+    buffers = logits * (2 if vocab.ranks > 1 else 1) + (chosen == "triton")
     size = chunk_size(
         chunk_tokens,
         chunk_bytes,
@@ -130,6 +144,10 @@ def _check(inputs: Inputs, *, columns: int) -> None:
     if inputs.full_teacher_TH is not None:
         like = (tokens, teacher_weight_VH.shape[1])
         checks.check_matrix("full_teacher_hidden_TH", inputs.full_teacher_TH, axes, like=like)
+    checks.check_initial("initial_hidden_TH", inputs.initial_TH, inputs.config)
+    if inputs.initial_TH is not None:
+        like = (tokens, inputs.initial_weight_VH.shape[1])
+        checks.check_matrix("initial_hidden_TH", inputs.initial_TH, axes, like=like)
     checks.check_vector("token_weight_T", inputs.token_weight_T, tokens)
     checks.check_temperature("token_temperature", inputs.token_temperature)
     checks.check_token_ids(inputs.token_ids_T, tokens, vocab=inputs.vocab, columns=columns)

@@ -12,12 +12,17 @@ import numpy as np
 import torch
 
 
-def dense_loss(student_TV, teacher_TV, *, lengths, config, full_teacher_TV=None, keys=None, weight_T=None):
+def dense_loss(
+    student_TV, teacher_TV, *, lengths, config, full_teacher_TV=None, initial_TV=None, keys=None, weight_T=None
+):
     """Everything that LossOutput holds, from whole logits [T, V]; only student_TV may have a gradient."""
     student_TV = student_TV / config.temperature
     teacher_TV = teacher_TV.detach() / config.temperature
     frozen_TV = student_TV.detach()
-    partner_TV = frozen_TV if full_teacher_TV is None else full_teacher_TV.detach() / config.temperature
+    others = {"student": frozen_TV}
+    for name, logits_TV in (("full_teacher", full_teacher_TV), ("initial", initial_TV)):
+        others[name] = None if logits_TV is None else logits_TV.detach() / config.temperature
+    partner_TV = others[config.partner]
     student_entropy_T, teacher_entropy_T = dense_entropy(frozen_TV), dense_entropy(teacher_TV)
     selected = dense_selection(student_entropy_T.numpy(), teacher_entropy_T.numpy(), lengths, config, keys)
     selected_T = torch.from_numpy(selected)
@@ -25,6 +30,13 @@ def dense_loss(student_TV, teacher_TV, *, lengths, config, full_teacher_TV=None,
     target_TV = torch.where(selected_T[:, None], mixed_TV, teacher_TV) if config.control == "none" else teacher_TV
     q_TV, p_TV = torch.softmax(target_TV, 1), torch.softmax(student_TV, 1)
     log_q_TV, log_p_TV = torch.log_softmax(target_TV, 1), torch.log_softmax(student_TV, 1)
+    outside_mass_T, support_size_T = torch.zeros(len(selected)).double(), torch.zeros(len(selected)).long()
+    if config.support != "none":
+        p0_TV = torch.softmax(others[config.support], 1)
+        inside_TV = p0_TV >= config.support_ratio * p0_TV.amax(1, keepdim=True)
+        outside_mass_T, support_size_T = (q_TV * ~inside_TV).sum(1), inside_TV.sum(1)
+        q_TV = q_TV * inside_TV / (q_TV * inside_TV).sum(1, keepdim=True)
+        log_q_TV = torch.where(inside_TV, q_TV, 1.0).log()  # times 0 outside
     if config.divergence == "forward_kl":
         terms_TV = q_TV * (log_q_TV - log_p_TV)
     elif config.divergence == "reverse_kl":
@@ -60,6 +72,8 @@ def dense_loss(student_TV, teacher_TV, *, lengths, config, full_teacher_TV=None,
         clipped_share_T=clipped_share_T,
         clipped_entries_T=clipped_entries_T,
         carries_loss_T=selected_T if config.elsewhere == "skip" else torch.ones_like(selected_T),
+        outside_mass_T=outside_mass_T,
+        support_size_T=support_size_T,
     )
 
 
