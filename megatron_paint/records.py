@@ -104,6 +104,8 @@ class SampleScore:
     share of the gradient that it took.
     clipped_entries: number of clipped vocabulary entries (under the clip of tokens: of tokens), where loss is carried.
     clipped_ratios: number of tokens whose probability ratio is clipped (GRPO).
+    outside_mass, support_size: the target's mass outside the support, and the entries of the support.
+    per_token: by name, a value for each response token.
     """
 
     loss_sum: float
@@ -111,6 +113,7 @@ class SampleScore:
     loss_tokens: int  # those that carry loss
     selected: tuple[int, ...] = ()  # positions in the response, from 0
     sums: dict[str, float] = field(default_factory=dict)
+    per_token: dict[str, tuple[float, ...]] = field(default_factory=dict)
     token_logprobs: tuple[float, ...] | None = None  # of the response, where the loss asks for them
     sampler_gap_max: float | None = None  # max |sampler log-prob - trainer log-prob|; None: no sampler log-probs
 

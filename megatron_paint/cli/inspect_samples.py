@@ -16,6 +16,7 @@ from megatron_paint.run.folder import RunFolder
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # decoding returns it for an incomplete character
 LONGEST_CHARACTER = 4  # tokens
+MOST_OUTSIDE = 8  # tokens listed
 HIDDEN, SELECTED, FOUND, MISSING = "dim strike", "bold black on yellow", "green", "red"
 
 
@@ -44,6 +45,7 @@ def inspect_sample(
     """
     sample = _find(run_dir, step, index=index, id=id)
     parts = [_head(sample), *_solution(sample), *_anchors(sample), *_response(sample, tokenizer_decode)]
+    parts += _outside(sample, tokenizer_decode)
     plain = "\n".join(_to_plain(part) for part in parts)
     console = console or Console(highlight=False)
     if console.is_terminal:
@@ -112,6 +114,20 @@ def _response(sample: dict[str, Any], decode: Decode | None) -> list[Text]:
     for piece, selected in pieces(sample["response_ids"], set(sample["selected"]), decode):
         text.append(piece, style=SELECTED if selected else None)
     return [title, text]
+
+
+def _outside(sample: dict[str, Any], decode: Decode | None) -> list[Text]:
+    """The tokens where the teacher put the most mass outside the support; nothing without a support."""
+    masses = sample.get("outside_mass")
+    if masses is None:
+        return []
+    order = sorted(range(len(masses)), key=lambda position: -masses[position])[:MOST_OUTSIDE]
+    lines = [_title(f"Teacher's mass outside the support: mean {sum(masses) / max(len(masses), 1):.3f}")]
+    for position in order:
+        token = sample["response_ids"][position]
+        text = f"token {token}" if decode is None else repr(decode([token]))
+        lines.append(Text(f"  {masses[position]:.3f} at position {position}, where the student says {text}"))
+    return lines
 
 
 def pieces(ids: Sequence[int], selected: set[int], decode: Decode) -> list[tuple[str, bool]]:

@@ -191,6 +191,7 @@ class Needs:
 
     samples_per_problem: int  # rollouts of each problem in a step; 0: the solution is trained on
     teacher: bool = False  # a pass with the weights of `objective.teacher`
+    initial: bool = False  # a pass with the initial weights and the student's prompt
     masker: bool = False  # overlap and reveal
     graders: bool = False  # verdicts on rollouts
 
@@ -221,7 +222,7 @@ class ObjectiveSettings:
         """What the objective of this name needs."""
         match self.name:
             case "paint" | "opsd":
-                return Needs(samples_per_problem=1, teacher=True, masker=True)
+                return Needs(samples_per_problem=1, teacher=True, masker=True, initial=self.loss.needs_initial)
             case "grpo":
                 group = self.grpo.samples_per_problem
                 return Needs(samples_per_problem=group, teacher=self.grpo.kl_weight > 0, graders=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -46,10 +46,12 @@ class LossOutput:
     token_logp_T [T]: nats; None where the loss does not compute it.
     sums: per-token values [T] by name. Each is added up over all tokens of a response and becomes
     `SampleScore.sums[name]`. A loss puts 0 where a token does not count, and leaves out what it does not measure.
+    per_token: values [T] by name that `SampleScore.per_token` keeps for each token.
     """
 
     loss_T: torch.Tensor
     carries_loss_T: torch.Tensor
     selected_T: torch.Tensor
     sums: dict[str, torch.Tensor]
+    per_token: dict[str, torch.Tensor] = field(default_factory=dict)
     token_logp_T: torch.Tensor | None = None

@@ -75,6 +75,19 @@ METRICS: dict[str, Metric] = {
         unit="nats a token",
         healthy="PAINT, OPSD: well above the floor that the self-check prints (docs/numerics.md)",
     ),
+    "support/outside_mass": Metric(
+        meaning=(
+            "mass of the target outside the support before it is cut, mean over response tokens: how much the teacher "
+            "reads off the solution"
+        ),
+        unit="0 to 1",
+        only="objective.loss.support",
+    ),
+    "support/size": Metric(
+        meaning="vocabulary entries in the support, mean over response tokens",
+        unit="entries",
+        only="objective.loss.support",
+    ),
     "clip/share": Metric(
         meaning=(
             "target mass on clipped vocabulary entries, mean over tokens that carry loss; clip_rule=token: share of "

@@ -66,8 +66,17 @@ def metrics_of(result: StepResult, *, step: int, lr: float, seconds: Mapping[str
         "sampler_gap/max": max((s.sampler_gap_max for s in scores if s.sampler_gap_max is not None), default=math.nan),
         **{f"time/{phase}_s": took for phase, took in phases.items()},
         "tokens_per_second": ratio(tokens, sum(phases.values()) if total is None else total),
+        **_support_metrics(scores),
         **result.extras,
     }
+
+
+def _support_metrics(scores: Sequence[SampleScore]) -> dict[str, float]:
+    """Means over response tokens; nothing without a support."""
+    if not any("outside_mass" in score.sums for score in scores):
+        return {}
+    names = {"support/outside_mass": "outside_mass", "support/size": "support_size"}
+    return {key: mean_of(name, scores, lambda s: s.num_tokens) for key, name in names.items()}
 
 
 def sample_lines(report: StepReport, *, decode: Callable[[Sequence[int]], str]) -> list[dict[str, Any]]:
@@ -75,7 +84,8 @@ def sample_lines(report: StepReport, *, decode: Callable[[Sequence[int]], str]) 
 
     decode: token ids -> text, special tokens included. `loss` is in nats per token that carries loss; it is 0 if no
     token does. A sample without a reveal has null in `overlap` and `reveal`, and no `anchors`. `finished` is null for a
-    response that was not sampled. `advantage` is null except under GRPO. A file of these lines, or a folder of such
+    response that was not sampled. `advantage` is null except under GRPO. With a support `outside_mass` has a value for
+    each response token. A file of these lines, or a folder of such
     files, can be replayed.
     """
     return [
@@ -94,6 +104,7 @@ def sample_lines(report: StepReport, *, decode: Callable[[Sequence[int]], str]) 
             "loss": score.loss_sum / max(score.loss_tokens, 1),
             "selected": list(score.selected),
             "advantage": sample.advantage,
+            **{name: [round(value, 6) for value in values] for name, values in score.per_token.items()},
         }
         for sample, score in zip(report.samples, report.scores, strict=True)
     ]
