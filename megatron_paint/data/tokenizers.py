@@ -344,7 +344,8 @@ def _notes(tokenizer: Tokenizer, eos: int | None) -> tuple[str, ...]:
         named = tokenizer.decode([eos], keep_special=True)
         return (
             f"the chat template closes an answer with {turns.end}, and eos_token is {named}: a response ends with "
-            f"{ends}, and SFT ends each solution with {turns.end}",
+            f"{ends}, and SFT ends each solution with {turns.end}. A program that serves the exported model needs "
+            f"{turns.end} as a stop token",
         )
     return ()
 

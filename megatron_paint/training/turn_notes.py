@@ -10,7 +10,7 @@ from megatron_paint.records import Problem
 AFTER = {
     "none": "every prompt ends without a thought",
     "open": f"every prompt ends in an open {thoughts.OPENING}",
-    "closed": f"every prompt ends after a closed {thoughts.OPENING} block",
+    "closed": f"every prompt ends with a closed {thoughts.OPENING} block",
 }
 
 
@@ -51,7 +51,7 @@ def sft_warnings(settings: Settings, prompts: Prompts, problems: Sequence[Proble
         case "closed" if tagged:
             switch = "set prompts.student_thinking=true, or " if prompts.thinking_has_effect else ""
             return (
-                f"every prompt ends after a closed {thoughts.OPENING} block, and {tagged:,} of {total:,} solutions "
+                f"every prompt ends with a closed {thoughts.OPENING} block, and {tagged:,} of {total:,} solutions "
                 f"bring their own: the model learns to think again after its thought has ended; {switch}remove the "
                 "thoughts from the solutions",
             )
