@@ -19,7 +19,7 @@ from megatron_paint.records import EvalReport, Problem, Rollout
 from megatron_paint.run.console import Mode, Progress
 from megatron_paint.runtime.rank_zero import OnRankZero, directly
 from megatron_paint.training.inputs import fit_answers, load_prompts, shorter_answers
-from megatron_paint.training.turn_notes import thinking_without_effect
+from megatron_paint.training.turn_notes import thinking_without_effect, turn_notes
 
 if TYPE_CHECKING:
     from megatron_paint.mcore.ranks import Ranks
@@ -105,9 +105,9 @@ def _evaluate(asked: Requested, ranks: "Ranks", shape: ModelShape, *, mode: Mode
 def notes(asked: Requested, shape: ModelShape, evaluators: Sequence[tuple[str, Evaluator]]) -> list[str]:
     """What the user should know about the prompts and the length of the answers."""
     asked_for, prompts = asked.settings.evaluation, evaluators[0][1].prompts
-    found = [*prompts.tokenizer.notes, *thinking_without_effect(prompts, {"evaluation.thinking": asked_for.thinking})]
+    found = [*turn_notes(prompts), *thinking_without_effect(prompts, {"evaluation.thinking": asked_for.thinking})]
     for name, evaluator in evaluators:
-        found += [f"{name}: {note}" for note in shorter_answers(asked_for, evaluator.settings, shape)]
+        found += shorter_answers(asked_for, evaluator.settings, shape, of=name)
     return found
 
 
@@ -191,10 +191,10 @@ def _report(
     with GradingPool(seconds=asked.settings.evaluation.grading_seconds) as graders:
         for name, evaluator in evaluators:
             reports.append(evaluator.report(found[name], step=0, benchmark=name, graders=graders))
-    finish(asked.out, asked.model, reports, _sampled_with_of_all(files), progress)
+    finish(asked.out, asked.model, reports, sampled_with_of_all(files), progress)
 
 
-def _sampled_with_of_all(files: dict[str, AnswerFile]) -> dict[str, Any]:
+def sampled_with_of_all(files: dict[str, AnswerFile]) -> dict[str, Any]:
     """What all answers depend on. Where benchmarks differ, as in max_new_tokens, a value for each benchmark."""
     each = {name: file.sampled_with for name, file in files.items()}
     first = next(iter(each.values()))

@@ -23,7 +23,7 @@ from megatron_paint.rollouts.replay import ReplaySampler
 from megatron_paint.rollouts.source import RolloutSource
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.runtime.rank_zero import OnRankZero, directly
-from megatron_paint.training.turn_notes import sft_warnings, thinking_without_effect, used_thinking_settings
+from megatron_paint.training.turn_notes import sft_warnings, thinking_without_effect, turn_notes, used_thinking_settings
 
 CHECKED = "checked_problems"  # file of the launcher's folder
 
@@ -74,7 +74,7 @@ def load_inputs(settings: Settings, shape: ModelShape, *, on_rank_zero: OnRankZe
         evaluation=evaluation,
         notes=(
             *problems.notes,
-            *prompts.tokenizer.notes,
+            *turn_notes(prompts),
             *thinking_without_effect(prompts, used_thinking_settings(settings)),
             *shorter_answers(settings.evaluation, evaluation, shape),
         ),
@@ -138,13 +138,18 @@ def fit_answers(
     return dataclasses.replace(settings, max_new_tokens=most)
 
 
-def shorter_answers(asked: EvaluationSettings, fitted: EvaluationSettings, shape: ModelShape) -> tuple[str, ...]:
-    """A note if the default length of answers had to be shortened. fitted: what `fit_answers` returned for `asked`."""
+def shorter_answers(
+    asked: EvaluationSettings, fitted: EvaluationSettings, shape: ModelShape, *, of: str = "an evaluation"
+) -> tuple[str, ...]:
+    """A note if the default length of answers had to be shortened.
+
+    fitted: what `fit_answers` returned for `asked`. of: what is evaluated.
+    """
     if asked.max_new_tokens is not None or fitted.longest_answer == LONGEST_ANSWER:
         return ()
     return (
-        f"an answer of an evaluation has at most {fitted.longest_answer:,} tokens, not {LONGEST_ANSWER:,}: the model's "
-        f"{shape.max_positions:,} positions leave no more after the longest prompt (evaluation.max_new_tokens)",
+        f"answers    at most {fitted.longest_answer:,} tokens in {of} and not {LONGEST_ANSWER:,}, because the "
+        f"model's {shape.max_positions:,} positions leave no more after the longest prompt (evaluation.max_new_tokens)",
     )
 
 

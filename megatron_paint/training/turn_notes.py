@@ -14,6 +14,11 @@ AFTER = {
 }
 
 
+def turn_notes(prompts: Prompts) -> tuple[str, ...]:
+    """Lines for the console about the end of responses, where it is unusual."""
+    return tuple(f"turns      {note}" for note in prompts.tokenizer.notes)
+
+
 def used_thinking_settings(settings: Settings) -> dict[str, bool]:
     """The thinking settings that a training run uses, by their key."""
     prompts, needs = settings.prompts, settings.objective.needs
@@ -31,10 +36,8 @@ def thinking_without_effect(prompts: Prompts, used: Mapping[str, bool]) -> tuple
         return ()
     state = thoughts.state_after(prompts.prompt_end(True))
     named = ", ".join(f"{key}={str(value).lower()}" for key, value in used.items())
-    return (
-        f"the chat template has no thinking switch, and {AFTER[state]}: {named} {'do' if len(used) > 1 else 'does'} "
-        "nothing",
-    )
+    does = "do" if len(used) > 1 else "does"
+    return (f"thinking   the chat template has no thinking switch, and {AFTER[state]}: {named} {does} nothing",)
 
 
 def sft_warnings(settings: Settings, prompts: Prompts, problems: Sequence[Problem]) -> tuple[str, ...]:
@@ -43,10 +46,12 @@ def sft_warnings(settings: Settings, prompts: Prompts, problems: Sequence[Proble
     total = len(problems)
     match thoughts.state_after(prompts.prompt_end(settings.prompts.student_thinking)):
         case "open" if tagged < total:
+            switch = ", or set prompts.student_thinking=false" if prompts.thinking_has_effect else ""
             return (
                 f"every prompt ends in an open {thoughts.OPENING}, and {total - tagged:,} of {total:,} solutions have "
                 f"no {thoughts.CLOSING}: their responses close the thought first, so the model learns to answer "
-                f"without thinking. Write the thought before the answer: {thoughts.OPENING}...{thoughts.CLOSING}",
+                f"without thinking. Write the thought before the answer: {thoughts.OPENING}...{thoughts.CLOSING}"
+                f"{switch}",
             )
         case "closed" if tagged:
             switch = "set prompts.student_thinking=true, or " if prompts.thinking_has_effect else ""

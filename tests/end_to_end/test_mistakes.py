@@ -97,7 +97,7 @@ OVERRIDES = {
     "prompt longer than the context": ("rollout.max_new_tokens=1000", "problems.jsonl:8), and the model has 1024"),
     "prompt of an evaluation longer than the context": (
         "evaluation.max_new_tokens=1000",
-        "problems.jsonl:1), and the model has 1024 positions; set evaluation.max_new_tokens to at most 8",
+        "problems.jsonl:1), and the model has 1024 positions; set evaluation.max_new_tokens to at most 913",
     ),
     "FP8 without Transformer Engine": ("megatron={fp8: hybrid}", "megatron.fp8"),
     "Triton without a GPU": ("objective.kernel=triton", "no CUDA device"),

@@ -19,6 +19,7 @@ PLAIN = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 THINKING_ONLY = PLAIN.replace("assistant\n{%", "assistant\n<think>\n{%")
+OPENS = tiny.CHAT.replace("{% endif %}{% endif %}", "{% else %}<think>\n{% endif %}{% endif %}")
 THOUGHT = "<think>\nAdding.\n</think>\n\n"
 
 
@@ -73,7 +74,7 @@ class TestAnswers:
         shape = SimpleNamespace(max_positions=32_768)
         asked, found = EvaluationSettings(), EvaluationSettings(max_new_tokens=32_600)
         (note,) = shorter_answers(asked, found, shape)
-        assert "at most 32,600 tokens, not 38,912: the model's 32,768 positions" in note
+        assert "at most 32,600 tokens in an evaluation and not 38,912, because the model's 32,768 positions" in note
         assert shorter_answers(asked, EvaluationSettings(max_new_tokens=LONGEST_ANSWER), shape) == ()
         assert shorter_answers(found, found, shape) == ()
 
@@ -115,7 +116,7 @@ class TestThinkingSwitch:
     def test_no_note_where_it_works(self, made):
         status, said = made(None)
         assert status == 0
-        assert "thinking" not in said
+        assert "thinking switch" not in said
 
     def test_paint(self, made):
         status, said = made(PLAIN, "prompts.teacher_thinking=true")
@@ -137,6 +138,13 @@ class TestSolutions:
     @pytest.mark.parametrize(
         ("template", "overrides", "count", "warning"),
         [
+            (
+                OPENS,
+                ("prompts.student_thinking=true",),
+                5,
+                "ends in an open <think>, and 3 of 8 solutions have no </think>",
+            ),
+            (OPENS, (), 0, None),
             (None, (), 8, "ends with a closed <think> block, and 8 of 8 solutions bring their own"),
             (None, (), 1, "ends with a closed <think> block, and 1 of 8 solutions bring their own"),
             (None, (), 0, None),
@@ -158,6 +166,7 @@ class TestSolutions:
             assert "warning" not in said
         else:
             assert f"warning: every prompt {warning}" in said
+            assert ("set prompts.student_thinking=" in said) == (template in (None, OPENS))
 
     def test_a_tag_that_closes_nothing(self, made):
         status, said = made(PLAIN, SFT, NO_EVALUATION, solution=lambda row: "Adding.\n</think>\n\n" + row["solution"])
