@@ -97,12 +97,11 @@ class HuggingFaceTokenizer:
             str(token): index for index, token in added.items() if token.special or _TAG.fullmatch(str(token))
         }
         self.special_tokens = frozenset(str(token) for token in added.values() if token.special)
-        names = {str(token): index for index, token in added.items()}
-        self.turns = _turn_marks(self, added=names)
+        self.turns = _turn_marks(self)
         pad = self._tokenizer.pad_token_id
         self.stop_ids = stop_ids(
             folder,
-            turn_end=names.get(self.turns.end),
+            turn_end=self.control_tokens.get(self.turns.end),
             eos=self._tokenizer.eos_token_id,
             pad=pad,
             is_token=lambda index: 0 <= index < 2**31 and self._backend.id_to_token(index) is not None,
@@ -175,7 +174,7 @@ class SentencePieceTokenizer:
         self.size = self._model.get_piece_size()
         self.control_tokens = self._find_control_tokens()
         self.special_tokens = frozenset(t for t, index in self.control_tokens.items() if self._model.is_control(index))
-        self.turns = _turn_marks(self, added=self.control_tokens)
+        self.turns = _turn_marks(self)
         eos, pad = self._model.eos_id(), self._model.pad_id()
         self.stop_ids = stop_ids(
             folder,
@@ -325,11 +324,11 @@ def _load_fast_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _turn_marks(tokenizer: "HuggingFaceTokenizer | SentencePieceTokenizer", *, added: Mapping[str, int]) -> TurnMarks:
+def _turn_marks(tokenizer: "HuggingFaceTokenizer | SentencePieceTokenizer") -> TurnMarks:
     return read_turn_marks(
         lambda messages, generates: tokenizer.render_chat(messages, True, add_generation_prompt=generates),
         special=tokenizer.special_tokens,
-        added=added,
+        tags=tokenizer.control_tokens,  # an added token of white space ends no turn
     )
 
 

@@ -27,17 +27,18 @@ class TurnMarks:
 
 
 def read_turn_marks(
-    render: Callable[[Sequence[Message], bool], str], *, special: Collection[str], added: Collection[str]
+    render: Callable[[Sequence[Message], bool], str], *, special: Collection[str], tags: Collection[str]
 ) -> TurnMarks:
     """Renders an answer with the chat template and finds the token that closes it.
 
-    render: returns the conversation as text; its second argument is `add_generation_prompt`. special, added: strings
-    that are one special token, or one other added token. A special token is preferred. A template may close only a turn
-    that another one follows, or refuse a conversation that ends with an answer: then the answer between two questions
-    counts. If the template refuses every answer, the token that closes a question counts: templates that write the
-    generation prompt separately close every turn with the same token. A token that begins a user's turn never closes.
+    render: returns the conversation as text; its second argument is `add_generation_prompt`. special: strings that are
+    one special token. tags: strings that are one other added token and look like a tag; a special token is preferred.
+    A template may close only a turn that another one follows, or refuse a conversation that ends with an answer: then
+    the answer between two questions counts. If the template refuses every answer, the token that closes a question
+    counts: templates that write the generation prompt separately close every turn with the same token. A token that
+    begins a user's turn never closes one.
     """
-    names = {*special, *added} - {OPENING, CLOSING}  # a thought's tags close no turn
+    names = {*special, *tags} - {OPENING, CLOSING}  # a thought's tags close no turn
     tokens = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
     question, answer = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}
     asked = _rendered(render, [question])

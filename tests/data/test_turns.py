@@ -109,6 +109,18 @@ def test_template_without_eos(tmp_path):
     assert tokenizer.pad_id == tokenizer.stop_ids[0]
 
 
+def test_added_tokens_of_white_space_end_no_turn(tmp_path):
+    """Some tokenizers have line breaks as added tokens. A response with one goes on."""
+    file = write_byte_tokenizer(tmp_path, config=BASE | {"chat_template": CLOSES["nothing"][0]}) / "tokenizer.json"
+    content = json.loads(file.read_text())
+    number = 1 + max(token["id"] for token in content["added_tokens"])
+    content["added_tokens"].append(content["added_tokens"][-1] | {"id": number, "content": "\n"})
+    file.write_text(json.dumps(content))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("a\nb")[1] == number
+    assert named(tokenizer, tokenizer.stop_ids) == ["<|endoftext|>"]
+
+
 def test_sentencepiece(tmp_path):
     tokenizer = load_tokenizer(write_sentencepiece(tmp_path))
     assert named(tokenizer, tokenizer.stop_ids[:2]) == ["<|im_end|>", "</s>"]
