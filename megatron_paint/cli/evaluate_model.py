@@ -18,7 +18,8 @@ from megatron_paint.planning.layout import cache_bytes_per_token, check_layout
 from megatron_paint.records import EvalReport, Problem, Rollout
 from megatron_paint.run.console import Mode, Progress
 from megatron_paint.runtime.rank_zero import OnRankZero, directly
-from megatron_paint.training.inputs import evaluation_limit, load_prompts
+from megatron_paint.training.inputs import fit_answers, load_prompts, shorter_answers
+from megatron_paint.training.turn_notes import thinking_without_effect, turn_notes
 
 if TYPE_CHECKING:
     from megatron_paint.mcore.ranks import Ranks
@@ -29,15 +30,27 @@ PROBED = 2**16  # bytes that are read at a file's beginning, middle and end
 def load_evaluators(
     asked: Requested, shape: ModelShape, *, on_rank_zero: OnRankZero = directly
 ) -> tuple[tuple[str, Evaluator], ...]:
-    """(name, evaluator) of every benchmark. on_rank_zero: reads the problems on one rank for all."""
+    """(name, evaluator) of every benchmark. on_rank_zero: reads the problems on one rank for all.
+
+    Without evaluation.max_new_tokens, the longest prompt of a benchmark decides how long its answers may be. So they do
+    not depend on the other benchmarks.
+    """
     settings = asked.settings
     prompts = load_prompts(settings, shape)
-    limit = evaluation_limit(settings, shape, prompts)
-    benchmarks: Sequence[Benchmark] = on_rank_zero(
-        lambda: load_benchmarks(asked.benchmarks, settings.evaluation, prompt_limit=limit)
-    )
+    benchmarks: Sequence[Benchmark] = on_rank_zero(lambda: load_benchmarks(asked.benchmarks, settings.evaluation))
+    if settings.evaluation.max_new_tokens is not None:  # one error with a value that fits all benchmarks
+        fit_answers(settings.evaluation, shape, prompts, [problem for one in benchmarks for problem in one.problems])
     return tuple(
-        (one.name, Evaluator(settings.evaluation, one.problems, prompts, seed=settings.seed)) for one in benchmarks
+        (
+            one.name,
+            Evaluator(
+                fit_answers(settings.evaluation, shape, prompts, one.problems),
+                one.problems,
+                prompts,
+                seed=settings.seed,
+            ),
+        )
+        for one in benchmarks
     )
 
 
@@ -62,6 +75,8 @@ def _evaluate(asked: Requested, ranks: "Ranks", shape: ModelShape, *, mode: Mode
     done = {name: on_rank_zero(file.begin) for name, file in files.items()}
     progress = Progress(mode if ranks.rank == 0 else "silent", steps=0)
     settings = asked.settings
+    for note in notes(asked, shape, evaluators):
+        progress.note(note)
     runner = ModelRunner(
         shape,
         ranks,
@@ -87,12 +102,25 @@ def _evaluate(asked: Requested, ranks: "Ranks", shape: ModelShape, *, mode: Mode
     on_rank_zero(lambda: _report(asked, evaluators, found, files, progress))
 
 
+def notes(asked: Requested, shape: ModelShape, evaluators: Sequence[tuple[str, Evaluator]]) -> list[str]:
+    """What the user should know about the prompts and the length of the answers."""
+    asked_for, prompts = asked.settings.evaluation, evaluators[0][1].prompts
+    found = [*turn_notes(prompts), *thinking_without_effect(prompts, {"evaluation.thinking": asked_for.thinking})]
+    for name, evaluator in evaluators:
+        found += shorter_answers(asked_for, evaluator.settings, shape, of=name)
+    return found
+
+
 def rows_at_once(settings: EvaluateSettings, shape: ModelShape, evaluators: Sequence[tuple[str, Evaluator]]) -> int:
     """How many answers of the greatest length a replica decodes together. They are saved when all have ended."""
-    longest = max(len(evaluator.prompt(problem)) for _, evaluator in evaluators for problem in evaluator.problems)
+    longest = max(
+        len(evaluator.prompt(problem)) + evaluator.settings.longest_answer
+        for _, evaluator in evaluators
+        for problem in evaluator.problems
+    )
     token_bytes = cache_bytes_per_token(shape, dtype=settings.model.dtype, megatron=settings.megatron)
     tokens = int(settings.rollout.cache_bytes // token_bytes)
-    return max(1, min(settings.rollout.batch_size, tokens // (longest + settings.evaluation.max_new_tokens)))
+    return max(1, min(settings.rollout.batch_size, tokens // longest))
 
 
 class _Counted:
@@ -121,7 +149,7 @@ def digest(content: bytes) -> str:
 
 def sampled_with(asked: Requested, evaluator: Evaluator) -> dict[str, Any]:
     """Everything that an answer depends on, except its problem and number. Any change makes another evaluation."""
-    settings, evaluation = asked.settings, asked.settings.evaluation
+    settings, evaluation = asked.settings, evaluator.settings
     frame = evaluator.prompt(Problem(id="", problem="", solution="", answer=""))
     return {
         "model": str(Path(asked.model).resolve()),
@@ -163,7 +191,17 @@ def _report(
     with GradingPool(seconds=asked.settings.evaluation.grading_seconds) as graders:
         for name, evaluator in evaluators:
             reports.append(evaluator.report(found[name], step=0, benchmark=name, graders=graders))
-    finish(asked.out, asked.model, reports, next(iter(files.values())).sampled_with, progress)
+    finish(asked.out, asked.model, reports, sampled_with_of_all(files), progress)
+
+
+def sampled_with_of_all(files: dict[str, AnswerFile]) -> dict[str, Any]:
+    """What all answers depend on. Where benchmarks differ, as in max_new_tokens, a value for each benchmark."""
+    each = {name: file.sampled_with for name, file in files.items()}
+    first = next(iter(each.values()))
+    return {
+        key: value if all(one[key] == value for one in each.values()) else {name: each[name][key] for name in each}
+        for key, value in first.items()
+    }
 
 
 def finish(

@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.settings import DataSettings, ModelSettings, RunSettings, Settings
+from megatron_paint.config.settings import LONGEST_ANSWER, DataSettings, ModelSettings, RunSettings, Settings
 
 # What a resumed run may change: how long, how often and where. None of these changes what a step computes, except
 # run.steps where a decay ends there; `moved_decay_end` checks this.
@@ -44,6 +44,8 @@ MAY_CHANGE = {f"run.{name}" for name in MAY_CHANGE_IN_RUN} | {
     "rollout.cache_bytes",
     "optimizer.decay_steps",  # `moved_decay_end` compares it together with run.steps
 }
+# A run accepts this number only if it fits, and null is this number wherever it fits. So they are the same.
+MEANING_OF_NULL = {"evaluation.max_new_tokens": LONGEST_ANSWER}
 ABSENT = "(absent)"
 
 
@@ -98,7 +100,11 @@ def forbidden_changes(*, old: Mapping[str, Any], new: Mapping[str, Any]) -> list
     before, after, defaults = dotted(old), dotted(new), _defaults()
     names = [name for name in {**before, **after} if name not in MAY_CHANGE]
     pairs = [(name, before.get(name, defaults.get(name, ABSENT)), after.get(name, ABSENT)) for name in names]
-    return [f"{name}: {was!r} -> {now!r}" for name, was, now in pairs if was != now]
+    return [f"{name}: {was!r} -> {now!r}" for name, was, now in pairs if _meant(name, was) != _meant(name, now)]
+
+
+def _meant(name: str, value: Any) -> Any:
+    return MEANING_OF_NULL.get(name) if value is None else value
 
 
 def _defaults() -> dict[str, Any]:

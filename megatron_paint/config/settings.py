@@ -24,6 +24,7 @@ from megatron_paint.config.dialect import (
 )
 from megatron_paint.config.loss import InterpolationLossConfig, Kernel
 
+LONGEST_ANSWER = 38912  # tokens; OPSD's limit in evaluations
 Format = Literal["auto", "jsonl", "parquet", "datasets"]
 
 
@@ -351,10 +352,22 @@ class EvaluationSettings:
         Number, setting("nucleus: sample from the smallest set of tokens with this mass", source=OPSD, gt=0, le=1)
     ] = 0.95
     top_k: Annotated[Whole, setting("sample from this many most likely tokens; 0: from all", source=OPSD, ge=0)] = 0
-    max_new_tokens: Annotated[Count, setting("most tokens in an answer", source=OPSD)] = 38912
+    max_new_tokens: Annotated[
+        Count | None,
+        setting(
+            f"most tokens in an answer; null: what the model's positions leave after the longest prompt, at most "
+            f"{LONGEST_ANSWER}",
+            source=OPSD,
+        ),
+    ] = None
     thinking: Annotated[Flag, setting("thinking mode of the prompt", source=OPSD)] = True
     greedy: Annotated[Flag, setting("also give one greedy answer to each problem")] = False
     grading_seconds: Annotated[Positive, setting("time limit for grading one answer, in seconds")] = 5.0
+
+    @property
+    def longest_answer(self) -> int:
+        """`max_new_tokens`, or the most that its default can be."""
+        return self.max_new_tokens or LONGEST_ANSWER
 
 
 @settings_class

@@ -30,11 +30,24 @@ Grader = Callable[..., Grade]  # grade(text, answer=...)
 
 @dataclass(frozen=True, kw_only=True)
 class PromptLimit:
-    """How long a problem's prompts may be."""
+    """How long a problem's prompts may be: the model's positions less the tokens of a response."""
 
     length: Callable[[Problem], int]  # returns the tokens of a problem's longest prompt
-    most: int  # tokens
-    reason: str  # the origin of `most`, for the error message
+    positions: int  # of the model
+    response: int = 0  # most tokens of a response that follows the prompt
+    setting: str = ""  # the key of the setting with `response`
+
+    @property
+    def most(self) -> int:
+        """The most tokens of a prompt."""
+        return self.positions - self.response
+
+    def message(self, length: int, *, source: str, where: str) -> str:
+        """The error if the longest prompt leaves too few positions for the response, which is the setting's fault."""
+        return (
+            f"{self.setting}={self.response} is too large: the longest prompt of {source} has {length} tokens ({where})"
+            f", and the model has {self.positions} positions; set {self.setting} to at most {self.positions - length}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,13 +99,18 @@ class ProblemSet:
 
 
 def load_problems(
-    settings: "DataSettings", *, grade: Grader | None = None, prompt_limit: PromptLimit | None = None
+    settings: "DataSettings",
+    *,
+    grade: Grader | None = None,
+    prompt_limit: PromptLimit | None = None,
+    mistake: Callable[[Problem], str | None] | None = None,
 ) -> ProblemSet:
     """Reads the training problems and checks every row.
 
     grade: decides whether `answer` equals the solution's last box if their texts differ. With None or with
-    `check_answers: false` this is not checked. Raises UserError for a source that cannot be read or has no needed
-    column. With `on_bad_row: error` it also raises UserError for a bad row and names its file and line.
+    `check_answers: false` this is not checked. mistake: returns why a problem cannot be used, or None. Raises UserError
+    for a source that cannot be read or has no needed column, and for a response that leaves no room for the prompts.
+    With `on_bad_row: error` it also raises UserError for a bad row and names its file and line.
     """
     loaded = _load(
         settings.train,
@@ -100,14 +118,14 @@ def load_problems(
         setting="data",
         needs_solution=True,
         skip=settings.on_bad_row == "skip",
-        checks=_Checks(grade if settings.check_answers else None, prompt_limit),
+        checks=_Checks(grade if settings.check_answers else None, prompt_limit, mistake),
     )
     return ProblemSet(
         loaded.problems, settings.problems_per_step, settings.seed, bad_rows=loaded.bad_rows, notes=loaded.notes
     )
 
 
-def load_held_out(settings: "EvaluationSettings", *, prompt_limit: PromptLimit | None = None) -> LoadedProblems:
+def load_held_out(settings: "EvaluationSettings") -> LoadedProblems:
     """Reads the first `limit` problems to evaluate on, in the order of the source. Solutions may be missing.
 
     Raises UserError for a bad row and for a source that cannot be read.
@@ -120,7 +138,7 @@ def load_held_out(settings: "EvaluationSettings", *, prompt_limit: PromptLimit |
         setting="evaluation",
         needs_solution=False,
         skip=False,
-        checks=_Checks(None, prompt_limit),
+        checks=_Checks(),
         limit=settings.limit,
     )
 
@@ -129,20 +147,35 @@ class _BadRow(ValueError):
     """A row cannot be used. The text is the reason."""
 
 
+class _TooLong(_BadRow):
+    """The prompt of a row would fit before a shorter response."""
+
+    def __init__(self, length: int, limit: PromptLimit):
+        super().__init__(
+            f"its longest prompt has {length} tokens; at most {limit.most} fit beside {limit.setting}={limit.response}"
+        )
+        self.length = length
+
+
 @dataclass(frozen=True)
 class _Checks:
     """Checks of a complete problem, after the checks of its columns."""
 
-    grade: Grader | None
-    prompt_limit: PromptLimit | None
+    grade: Grader | None = None
+    prompt_limit: PromptLimit | None = None
+    mistake: Callable[[Problem], str | None] | None = None
 
     def __call__(self, problem: Problem) -> str | None:
         """Returns a note or None. Raises _BadRow for a problem that cannot be used."""
+        if self.mistake is not None and (reason := self.mistake(problem)) is not None:
+            raise _BadRow(reason)
         limit = self.prompt_limit
         if limit is not None and _may_be_longer(problem, limit.most):
             length = limit.length(problem)
+            if length > limit.most and limit.setting and length < limit.positions:
+                raise _TooLong(length, limit)
             if length > limit.most:
-                raise _BadRow(f"its longest prompt has {length} tokens; at most {limit.most} fit ({limit.reason})")
+                raise _BadRow(f"its longest prompt has {length} tokens, and the model has {limit.positions} positions")
         return None if self.grade is None else _check_answer(problem, self.grade)
 
 
@@ -165,12 +198,15 @@ def _load(
         notes.append(f"{source}: no row has a column {columns.id!r}; file name and line are used as id")
     problems: dict[str, Problem] = {}
     bad_rows = []
+    too_long: dict[str, _TooLong] = {}  # by file and line
     for row in rows:
         try:
             problem = _problem(row, columns, has_ids=has_ids, needs_solution=needs_solution)
             if problem.id in problems:
                 raise _BadRow(f"id {problem.id!r} is already used at {problems[problem.id].source}")
             note = checks(problem)
+        except _TooLong as reason:
+            too_long[row.where] = reason
         except _BadRow as reason:
             bad_rows.append(f"{row.where}: {reason}")
         else:
@@ -179,6 +215,12 @@ def _load(
                 notes.append(f"{row.where}: {note}")
     if bad_rows and not skip:
         raise UserError(_bad_rows_message(bad_rows, len(rows), setting))
+    if too_long and not (skip and problems):
+        where = max(too_long, key=lambda where: too_long[where].length)
+        message = checks.prompt_limit.message(too_long[where].length, source=source, where=where)
+        others = f", or leave out the {len(too_long)} of {len(rows)} rows with such prompts by data.on_bad_row=skip"
+        raise UserError(message + (others if problems else ""))
+    bad_rows += [f"{where}: {reason}" for where, reason in too_long.items()]
     if bad_rows:
         notes.append(_skipped_note(bad_rows, len(rows), source))
     if not problems:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import ColumnSettings, EvaluationSettings
-from megatron_paint.data.problems import PromptLimit, load_held_out
+from megatron_paint.data.problems import load_held_out
 from megatron_paint.data.rows import JSONL_ENDINGS, nearest
 from megatron_paint.records import Problem
 
@@ -52,14 +52,12 @@ def names_in(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def load_benchmarks(
-    names: Sequence[str], settings: EvaluationSettings, *, prompt_limit: PromptLimit | None = None
-) -> tuple[Benchmark, ...]:
+def load_benchmarks(names: Sequence[str], settings: EvaluationSettings) -> tuple[Benchmark, ...]:
     """Loads the benchmarks of these names or files.
 
     Raises UserError that names a benchmark that is unknown, appears twice or cannot be read.
     """
-    found = [_load(name, settings, prompt_limit) for name in names]
+    found = [_load(name, settings) for name in names]
     for number, benchmark in enumerate(found):
         if benchmark.name == "summary":
             raise UserError(f"--benchmarks: {names[number]} would overwrite the summary; rename the file")
@@ -68,14 +66,14 @@ def load_benchmarks(
     return tuple(found)
 
 
-def _load(name: str, settings: EvaluationSettings, prompt_limit: PromptLimit | None) -> Benchmark:
+def _load(name: str, settings: EvaluationSettings) -> Benchmark:
     source = NAMED.get(name)
     if source is None:
         _check_file(name)
-        loaded = load_held_out(replace(settings, problems=name), prompt_limit=prompt_limit)
+        loaded = load_held_out(replace(settings, problems=name))
         return Benchmark(name=Path(name).stem, problems=loaded.problems)
     settings = replace(settings, problems=source.path, split=source.split, columns=source.columns, format="datasets")
-    problems = load_held_out(settings, prompt_limit=prompt_limit).problems
+    problems = load_held_out(settings).problems
     if source.answer_mark:
         problems = tuple(replace(problem, answer=_after(source.answer_mark, problem)) for problem in problems)
     return Benchmark(name=name, problems=problems)

@@ -22,9 +22,14 @@ class Answers:
 
 
 class Evaluator:
-    """Evaluates with the same problems and the same keys every time, so that two evaluations can be paired."""
+    """Evaluates with the same problems and the same keys every time, so that two evaluations can be paired.
+
+    The settings must have a `max_new_tokens` (`training.inputs.fit_answers`), otherwise a ValueError is raised.
+    """
 
     def __init__(self, settings: EvaluationSettings, problems: Sequence[Problem], prompts: Prompts, *, seed: int):
+        if settings.max_new_tokens is None:
+            raise ValueError("max_new_tokens is None: what fits depends on the model and the prompts; see fit_answers")
         self.settings = settings
         self.problems = tuple(problems)
         self.prompts = prompts

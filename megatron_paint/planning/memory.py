@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import Settings
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.layout import WIDTHS, Layout, cache_bytes_per_token, check_layout
@@ -54,11 +53,6 @@ def make_plan(settings: Settings, *, processes: int) -> Plan:
     """The plan of a training run. UserError names the setting that does not fit, and the nearest valid value."""
     layout = check_layout(settings.model, settings.megatron, settings.rollout, processes=processes)
     shape, tp, pp, dp = layout.shape, layout.tensor_parallel, layout.pipeline_parallel, layout.data_parallel
-    if settings.rollout.max_new_tokens >= shape.max_positions:
-        raise UserError(
-            f"rollout.max_new_tokens={settings.rollout.max_new_tokens} leaves no room for a prompt: the model has "
-            f"{shape.max_positions} positions"
-        )
     # Imports torch, which a mistake in the settings must not wait for.
     from megatron_paint.losses.elementwise.choose import loss_kernel, missing_for_triton
 
@@ -75,7 +69,7 @@ def _cache(settings: Settings, shape: ModelShape) -> float:
     """The most bytes of keys and values. A batch is cut so that they stay within rollout.cache_bytes."""
     longest = settings.rollout.max_new_tokens
     if settings.evaluation.problems is not None:
-        longest = max(longest, settings.evaluation.max_new_tokens)
+        longest = max(longest, settings.evaluation.longest_answer)
     tokens = settings.rollout.batch_size * min(shape.max_positions, 2 * longest)
     return min(float(settings.rollout.cache_bytes), _cache_bytes_per_token(settings, shape) * tokens)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from megatron_paint.base.errors import UserError, about
 from megatron_paint.checkpoints.hf_reader import HuggingFaceReader
-from megatron_paint.config.settings import EvaluateSettings, Settings
-from megatron_paint.data.problems import LoadedProblems, ProblemSet, PromptLimit, load_held_out, load_problems
+from megatron_paint.config.settings import LONGEST_ANSWER, EvaluateSettings, EvaluationSettings, Settings
+from megatron_paint.data.problems import ProblemSet, PromptLimit, load_held_out, load_problems
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.data.tokenizers import load_tokenizer
 from megatron_paint.grading.grade import grade
@@ -23,6 +23,7 @@ from megatron_paint.rollouts.replay import ReplaySampler
 from megatron_paint.rollouts.source import RolloutSource
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.runtime.rank_zero import OnRankZero, directly
+from megatron_paint.training.turn_notes import sft_warnings, thinking_without_effect, turn_notes, used_thinking_settings
 
 CHECKED = "checked_problems"  # file of the launcher's folder
 
@@ -34,11 +35,9 @@ class Inputs:
     prompts: Prompts
     problems: ProblemSet
     held_out: tuple[Problem, ...]  # empty: no evaluation
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What the user should know about the problems."""
-        return self.problems.notes
+    evaluation: EvaluationSettings  # with the number of tokens that an answer may have
+    notes: tuple[str, ...]  # what the user should know about the problems and the prompts
+    warnings: tuple[str, ...]  # what would train something else than the user may think
 
     def summary(self) -> tuple[str, ...]:
         """Lines for the console."""
@@ -67,7 +66,22 @@ def load_inputs(settings: Settings, shape: ModelShape, *, on_rank_zero: OnRankZe
     """
     prompts = load_prompts(settings, shape)
     problems, held_out = on_rank_zero(lambda: _saved_problems() or _read_problems(settings, shape, prompts))
-    return Inputs(prompts=prompts, problems=problems, held_out=held_out)
+    evaluation = fit_answers(settings.evaluation, shape, prompts, held_out)
+    return Inputs(
+        prompts=prompts,
+        problems=problems,
+        held_out=held_out,
+        evaluation=evaluation,
+        notes=(
+            *problems.notes,
+            *turn_notes(prompts),
+            *thinking_without_effect(prompts, used_thinking_settings(settings)),
+            *shorter_answers(settings.evaluation, evaluation, shape),
+        ),
+        warnings=()
+        if settings.objective.needs.samples_per_problem
+        else sft_warnings(settings, prompts, problems.problems),
+    )
 
 
 def load_prompts(settings: Settings | EvaluateSettings, shape: ModelShape) -> Prompts:
@@ -95,13 +109,47 @@ def replay_sampler(settings: Settings, prompts: Prompts) -> ReplaySampler:
     return ReplaySampler(settings.rollout.path, stop_ids=prompts.tokenizer.stop_ids)
 
 
-def evaluation_limit(settings: Settings | EvaluateSettings, shape: ModelShape, prompts: Prompts) -> PromptLimit:
-    """Room for an answer after the prompt of an evaluation."""
-    longest = settings.evaluation.max_new_tokens
-    return PromptLimit(
-        length=lambda problem: len(prompts.evaluation_prompt(problem, settings.evaluation.thinking)),
-        most=shape.max_positions - longest,
-        reason=f"the model's {shape.max_positions} positions less evaluation.max_new_tokens={longest}",
+def fit_answers(
+    settings: EvaluationSettings, shape: ModelShape, prompts: Prompts, problems: Sequence[Problem]
+) -> EvaluationSettings:
+    """The settings with the `max_new_tokens` that an evaluation on these problems uses.
+
+    A value of the user is kept. UserError: it does not fit after the longest prompt, or a prompt alone does not fit.
+    """
+    limit = PromptLimit(
+        length=lambda problem: len(prompts.evaluation_prompt(problem, settings.thinking)),
+        positions=shape.max_positions,
+        response=settings.longest_answer,
+        setting="evaluation.max_new_tokens",
+    )
+    if not problems:
+        return dataclasses.replace(settings, max_new_tokens=settings.longest_answer)
+    lengths = [limit.length(problem) for problem in problems]
+    longest = max(lengths)
+    where = problems[lengths.index(longest)].source
+    if longest >= shape.max_positions:
+        raise UserError(
+            f"{where}: its prompt has {longest} tokens, and the model has {shape.max_positions} positions; leave this "
+            "problem out"
+        )
+    if settings.max_new_tokens is not None and longest > limit.most:
+        raise UserError(limit.message(longest, source="the evaluation", where=where))
+    most = min(settings.longest_answer, shape.max_positions - longest)
+    return dataclasses.replace(settings, max_new_tokens=most)
+
+
+def shorter_answers(
+    asked: EvaluationSettings, fitted: EvaluationSettings, shape: ModelShape, *, of: str = "an evaluation"
+) -> tuple[str, ...]:
+    """A note if the default length of answers had to be shortened.
+
+    fitted: what `fit_answers` returned for `asked`. of: what is evaluated.
+    """
+    if asked.max_new_tokens is not None or fitted.longest_answer == LONGEST_ANSWER:
+        return ()
+    return (
+        f"answers    at most {fitted.longest_answer:,} tokens in {of} and not {LONGEST_ANSWER:,}, because the "
+        f"model's {shape.max_positions:,} positions leave no more after the longest prompt (evaluation.max_new_tokens)",
     )
 
 
@@ -131,18 +179,16 @@ def _records(values: Sequence[dict[str, str]]) -> tuple[Problem, ...]:
 
 def _read_problems(settings: Settings, shape: ModelShape, prompts: Prompts) -> tuple[ProblemSet, tuple[Problem, ...]]:
     limit = _prompt_limit(settings, shape, prompts)
-    problems = load_problems(settings.data, grade=grade, prompt_limit=limit)
     needs = settings.objective.needs
+    mistake = None if needs.samples_per_problem else prompts.sft_mistake
+    problems = load_problems(settings.data, grade=grade, prompt_limit=limit, mistake=mistake)
     if needs.masker and settings.objective.reveal.solution == "wrong":
         _check_wrong_solutions(problems.problems, limit)
     if needs.samples_per_problem and settings.rollout.engine == "replay":
         _check_replay(settings, shape, prompts, problems)
     if settings.evaluation.problems is None:
         return problems, ()
-    held_out: LoadedProblems = load_held_out(
-        settings.evaluation, prompt_limit=evaluation_limit(settings, shape, prompts)
-    )
-    return problems, held_out.problems
+    return problems, load_held_out(settings.evaluation).problems
 
 
 def _prompt_limit(settings: Settings, shape: ModelShape, prompts: Prompts) -> PromptLimit:
@@ -152,9 +198,9 @@ def _prompt_limit(settings: Settings, shape: ModelShape, prompts: Prompts) -> Pr
     longest_prompt = OBJECTIVES[objective.name].longest_prompt
     return PromptLimit(
         length=lambda problem: longest_prompt(problem, prompts, objective, response=response),
-        most=shape.max_positions - response,
-        reason=f"the model's {shape.max_positions} positions"
-        + (f" less rollout.max_new_tokens={response}" if response else ""),
+        positions=shape.max_positions,
+        response=response,
+        setting="rollout.max_new_tokens" if response else "",
     )
 
 
@@ -165,8 +211,12 @@ def _check_wrong_solutions(problems: Sequence[Problem], limit: PromptLimit) -> N
     length = limit.length(dataclasses.replace(longest, solution=solution))
     if length > limit.most:
         raise UserError(
-            f"objective.reveal.solution=wrong can make a prompt of {length} tokens, above {limit.most}, {limit.reason}"
-            ": leave the longest problems or solutions out"
+            f"objective.reveal.solution=wrong can make a prompt of {length} tokens, and the model has {limit.positions}"
+            f" positions for it and {limit.setting}={limit.response}: set {limit.setting} to at most "
+            f"{limit.positions - length}, or leave the longest problems or solutions out"
+            if length < limit.positions
+            else f"objective.reveal.solution=wrong can make a prompt of {length} tokens, and the model has "
+            f"{limit.positions} positions: leave the longest problems or solutions out"
         )
 
 

@@ -108,13 +108,13 @@ def prepare(
     progress = _open_console(settings, folder, mode=mode if first else "silent", start=start)
     for line in [*plan.lines(settings), *inputs.notes] if prints_plan else []:
         progress.note(line)
-    for warning in warnings:
+    for warning in [*warnings, *(inputs.warnings if prints_plan else ())]:
         progress.warn(warning)
     policy = MegatronPolicy(settings, plan.shape, ranks)
     if start:
         _load_checkpoint(policy, folder.checkpoint_folder(start), start)
         progress.note(f"resumed at step {start} from {folder.checkpoint_folder(start)}")
-    evaluation, needs = settings.evaluation, settings.objective.needs
+    evaluation, needs = inputs.evaluation, settings.objective.needs
     graders = None
     if first and (inputs.held_out or needs.graders):
         graders = stack.enter_context(GradingPool(seconds=evaluation.grading_seconds, on_verdict=mark_progress))

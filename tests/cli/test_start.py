@@ -108,7 +108,7 @@ def test_the_plan_is_printed_before_ranks_start(tmp_path, monkeypatch, capsys):
     ((processes, interface, out),) = printed
     assert (processes, interface) == (4, "lo" if sys.platform == "linux" else interface)
     lines = out.splitlines()
-    starts = ["model", "layout", "layers", "loss", "step", "memory", "data", "starting"]
+    starts = ["model", "layout", "layers", "loss", "step", "memory", "data", "thinking", "starting"]
     assert [line.split()[0] for line in lines] == starts
     assert lines[-1].startswith("starting 4 ranks: ")
     assert "GLOO_SOCKET_IFNAME" not in os.environ

@@ -257,7 +257,13 @@ class TestNothingBreaksOut:
         assert [i for i in ids if i in control] == [i for i in plain if i in control]
         expected = THINKING.format(OPSD_TEACHER.format(problem=text, solution=text))
         assert tokenizer.decode(ids, keep_special=True) == expected
-        assert [i for i in prompts.sft_response(problem) if i in control] == [tokenizer.stop_ids[0]]
+        written = tokenizer.control_tokens["</think>"] if text == "</think>" else None
+        if text.endswith("<think>"):
+            assert "opens a thought" in prompts.sft_mistake(problem)
+            return
+        response = prompts.sft_response(problem)
+        assert [i for i in response if i in control] == [*([written] if written else []), tokenizer.stop_ids[0]]
+        assert tokenizer.decode(response, keep_special=True).startswith(text)
 
     @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(

@@ -1,0 +1,46 @@
+"""Thoughts in prompts and responses: what lies between <think> and </think>.
+
+A prompt may end inside a thought that the chat template has opened (thinking-only models), after a closed one
+(non-thinking mode), or without one. A response continues from there, and it must not end inside a thought.
+"""
+
+from typing import Literal
+
+OPENING, CLOSING = "<think>", "</think>"
+EMPTY = f"{OPENING}\n\n{CLOSING}\n\n"  # Qwen3's empty thought
+
+ThoughtState = Literal["none", "open", "closed"]
+
+
+def state_after(text: str) -> ThoughtState:
+    """The state at the end of a text: inside a thought, after a closed one, or there was none."""
+    opened, closed = text.rfind(OPENING), text.rfind(CLOSING)
+    if opened == closed:  # both are -1
+        return "none"
+    return "open" if opened > closed else "closed"
+
+
+def has_tags(text: str) -> bool:
+    """Tells whether a text contains one of the two tags."""
+    return OPENING in text or CLOSING in text
+
+
+def continuation(prompt_end: str, solution: str) -> tuple[str, str] | None:
+    """Returns a solution as the continuation of a prompt: what closes the prompt's thought, and the text after it.
+
+    prompt_end: what the chat template writes after the user's message. If it opens a thought, it has the <think> with
+    which the solution begins, so that <think> is left out. A solution without any tag is an answer and no thought: the
+    open thought is closed first, and prompt and response then hold Qwen3's empty thought. Returns None if the turn
+    would end inside a thought.
+    """
+    if state_after(solution) == "open":
+        return None
+    if state_after(prompt_end) != "open":
+        return "", solution
+    after_tag = prompt_end.rpartition(OPENING)[2]
+    if solution.lstrip().startswith(OPENING):
+        return "", solution.lstrip().removeprefix(OPENING).removeprefix(after_tag)
+    if has_tags(solution):
+        return "", solution
+    opened = OPENING + after_tag
+    return (EMPTY.removeprefix(opened) if EMPTY.startswith(opened) else f"\n{CLOSING}\n\n"), solution
