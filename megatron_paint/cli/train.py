@@ -73,6 +73,8 @@ def _check_and_print_plan(settings: Settings, options: argparse.Namespace, proce
     inputs = check_inputs(settings, plan.shape, run_folder=not options.self_check)
     for line in inputs.summary():
         progress.note(line)
+    for line in inputs.warnings:
+        progress.warn(line)
     return inputs
 
 

@@ -24,7 +24,11 @@ from megatron_paint.config.dialect import (
 )
 from megatron_paint.config.loss import InterpolationLossConfig, Kernel
 
-Format = Literal["auto", "jsonl", "parquet", "datasets"]
+Format = Literal["auto", "json", "jsonl", "csv", "parquet", "datasets"]
+FORMAT = (
+    "format of the problem file; auto: chosen by its ending; json, jsonl: one object a line or one array; csv: with a "
+    "header, fields between commas, semicolons or tabs"
+)
 
 
 @settings_class
@@ -54,11 +58,14 @@ class ModelSettings:
 
 @settings_class
 class ColumnSettings:
-    """Names of the columns of a problem file."""
+    """Names of the columns of a problem file. A name with dots reaches into objects and lists, as in
+    reward_model.ground_truth and prompt.0.content, unless a column has exactly this name."""
 
-    id: Annotated[Text, setting("column of the problem's id")] = "id"
-    problem: Annotated[Text, setting("column of the problem's text")] = "problem"
-    solution: Annotated[Text, setting("column of the verified solution")] = "solution"
+    id: Annotated[Text | None, setting("column of the problem's id; null: file name and row number are the id")] = "id"
+    problem: Annotated[Text, setting("column of the problem's text, or of a list of messages with one of the user")] = (
+        "problem"
+    )
+    solution: Annotated[Text, setting("column of the verified solution; grpo and evaluations need none")] = "solution"
     answer: Annotated[Text, setting("column of the final answer")] = "answer"
 
 
@@ -66,8 +73,8 @@ class ColumnSettings:
 class DataSettings:
     """The training problems and how they are batched."""
 
-    train: Annotated[Text, setting("training problems: a file, or a name for the library `datasets`")]
-    format: Annotated[Format, setting("format of the problem file; auto: chosen by the file's ending")] = "auto"
+    train: Annotated[Text, setting("training problems: a file, a folder, or a name for the library `datasets`")]
+    format: Annotated[Format, setting(FORMAT)] = "auto"
     split: Annotated[Text, setting("split of a `datasets` source")] = "train"
     columns: ColumnSettings = field(default_factory=ColumnSettings)
     problems_per_step: Annotated[Count, setting("problems in one step, over all data-parallel ranks", source=OPSD)] = 32
@@ -182,6 +189,7 @@ class Needs:
     teacher: bool = False  # a pass with the weights of `objective.teacher`
     masker: bool = False  # overlap and reveal
     graders: bool = False  # verdicts on rollouts
+    solutions: bool = True  # a solution of each problem
 
 
 @settings_class
@@ -213,7 +221,7 @@ class ObjectiveSettings:
                 return Needs(samples_per_problem=1, teacher=True, masker=True)
             case "grpo":
                 group = self.grpo.samples_per_problem
-                return Needs(samples_per_problem=group, teacher=self.grpo.kl_weight > 0, graders=True)
+                return Needs(samples_per_problem=group, teacher=self.grpo.kl_weight > 0, graders=True, solutions=False)
             case "sft":
                 return Needs(samples_per_problem=0)
 
@@ -327,8 +335,10 @@ class MegatronSettings:
 class EvaluationSettings:
     """The evaluation on problems that are not trained on."""
 
-    problems: Annotated[Text | None, setting("evaluation problems; null: no evaluation")] = None
-    format: Annotated[Format, setting("format of the problem file; auto: chosen by the file's ending")] = "auto"
+    problems: Annotated[
+        Text | None, setting("evaluation problems: what data.train takes, or a known benchmark; null: no evaluation")
+    ] = None
+    format: Annotated[Format, setting(FORMAT)] = "auto"
     split: Annotated[Text, setting("split of a `datasets` source")] = "test"
     columns: ColumnSettings = field(default_factory=ColumnSettings)
     limit: Annotated[Count | None, setting("use only this many first problems; null: all")] = None

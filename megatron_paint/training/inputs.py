@@ -10,9 +10,11 @@ from pathlib import Path
 from megatron_paint.base.errors import UserError, about
 from megatron_paint.checkpoints.hf_reader import HuggingFaceReader
 from megatron_paint.config.settings import EvaluateSettings, Settings
-from megatron_paint.data.problems import LoadedProblems, ProblemSet, PromptLimit, load_held_out, load_problems
+from megatron_paint.data.problems import ProblemSet, PromptLimit, load_problems
 from megatron_paint.data.prompts import Prompts
+from megatron_paint.data.repeats import leaks
 from megatron_paint.data.tokenizers import load_tokenizer
+from megatron_paint.evaluation.benchmarks import load_benchmark
 from megatron_paint.grading.grade import grade
 from megatron_paint.launch.failure_notes import NOTES_FOLDER
 from megatron_paint.models.shape import ModelShape
@@ -39,6 +41,11 @@ class Inputs:
     def notes(self) -> tuple[str, ...]:
         """What the user should know about the problems."""
         return self.problems.notes
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What may spoil the run: repeated problems, held-out problems that are trained on, odd columns."""
+        return self.problems.warnings
 
     def summary(self) -> tuple[str, ...]:
         """Lines for the console."""
@@ -121,7 +128,7 @@ def _saved_problems() -> tuple[ProblemSet, tuple[Problem, ...]] | None:
     saved = json.loads(file.read_text(encoding="ascii"))
     values = saved["problems"]
     values |= {"problems": _records(values["problems"])}
-    values |= {name: tuple(values[name]) for name in ("bad_rows", "notes")}
+    values |= {name: tuple(values[name]) for name in ("bad_rows", "notes", "warnings")}
     return ProblemSet(**values), _records(saved["held_out"])
 
 
@@ -131,16 +138,23 @@ def _records(values: Sequence[dict[str, str]]) -> tuple[Problem, ...]:
 
 def _read_problems(settings: Settings, shape: ModelShape, prompts: Prompts) -> tuple[ProblemSet, tuple[Problem, ...]]:
     limit = _prompt_limit(settings, shape, prompts)
-    problems = load_problems(settings.data, grade=grade, prompt_limit=limit)
     needs = settings.objective.needs
+    needed_by = f"objective.name: {settings.objective.name}" if needs.solutions else None
+    problems = load_problems(settings.data, solution_needed_by=needed_by, grade=grade, prompt_limit=limit)
     if needs.masker and settings.objective.reveal.solution == "wrong":
         _check_wrong_solutions(problems.problems, limit)
     if needs.samples_per_problem and settings.rollout.engine == "replay":
         _check_replay(settings, shape, prompts, problems)
     if settings.evaluation.problems is None:
         return problems, ()
-    held_out: LoadedProblems = load_held_out(
-        settings.evaluation, prompt_limit=evaluation_limit(settings, shape, prompts)
+    held_out = load_benchmark(
+        settings.evaluation.problems, settings.evaluation, prompt_limit=evaluation_limit(settings, shape, prompts)
+    )
+    leaked = leaks(problems.problems, held_out.problems)
+    problems = dataclasses.replace(
+        problems,
+        notes=(*problems.notes, *held_out.notes),
+        warnings=(*problems.warnings, *held_out.warnings, *leaked),
     )
     return problems, held_out.problems
 

@@ -147,7 +147,9 @@ class TestSources:
     def test_unknown_ending(self, tmp_path):
         path = tmp_path / "train.txt"
         path.write_text("{}")
-        with pytest.raises(UserError, match=r"the format is unknown from this ending; set format"):
+        with pytest.raises(
+            UserError, match=r"the format is unknown from this ending; set data\.format: json, csv or parquet"
+        ):
             load(path)
         write(path, [row()])
         assert len(load(path, format="jsonl")) == 1
