@@ -56,13 +56,13 @@ def text_of(cell: Cell) -> str:
 
 def problem_of(cell: Cell) -> tuple[str, str]:
     """Returns the text of a problem and that of its system message, which is empty if there is none."""
-    messages = cell.value if is_messages(cell.value) else None
-    if isinstance(cell.value, str):
-        messages = messages_in(cell.value)
-    if messages is None:
-        return text_of(cell), ""
     try:
+        messages = messages_in(cell.value) if isinstance(cell.value, str) else cell.value
+        if not is_messages(messages):
+            return text_of(cell), ""
         problem, system = read_messages(messages)
+    except BadRow:
+        raise
     except ValueError as error:
         raise cell.bad(str(error)) from error
     return text_of(cell._replace(value=problem)), system

@@ -19,6 +19,7 @@ OTHER_NAMES = {
     "id": ("uid", "uuid", "unique_id", "problem_id", "problem_idx", "index", "idx"),
 }
 ROWS_LOOKED_INTO = 100
+DEEPEST = 3
 MISSING = object()
 
 
@@ -56,7 +57,7 @@ class Columns:
         self.solution_needed_by = solution_needed_by
         self.found: set[str] = set()  # roles
         self.present: set[str] = set()  # names of columns, and of fields inside objects
-        self.inside: dict[str, list[str]] = {}  # column of objects -> its fields
+        self.inside: set[str] = set()  # names of columns that hold objects
         self.readable = 0  # rows
         self.first: dict[str, Any] = {}  # the first readable row
 
@@ -67,7 +68,7 @@ class Columns:
         self.readable += 1
         if self.readable <= ROWS_LOOKED_INTO:
             self.first = self.first or row.values
-            self._look_into(row.values)
+            self._look_into(row.values, "")
         self.present.update(row.values)
         taken = {}
         for role, name in self.names.items():
@@ -81,6 +82,12 @@ class Columns:
         """Raises UserError if no row has a needed column, or one that a setting names."""
         if not self.readable:
             return  # the reasons of the rows say more
+        values = [field_of(self.first, self.names[role]) for role in ("problem", "answer")]
+        if self.readable == 1 and all(isinstance(value, dict | list) and not is_messages(value) for value in values):
+            raise UserError(
+                f"{self.setting}: {self.source} is one JSON object with all values of a column together; write one "
+                "object a row, with pandas: `table.to_json(FILE, orient='records', lines=True)`"
+            )
         needed = {role for role, name in self.names.items() if name not in (None, DEFAULT_NAMES.get(role))}
         if self.solution_needed_by:
             needed.add("solution")
@@ -97,8 +104,8 @@ class Columns:
 
     def known(self) -> str:
         """Returns a sentence with the columns, and with the fields of those that hold objects."""
-        top = [name for name in self.present if name not in self.inside]
-        return f"The columns are {listed([*top, *(field for fields in self.inside.values() for field in fields)])}."
+        leaves = self.present - self.inside
+        return f"The columns are {listed(leaves)}." if leaves else "It has no columns."
 
     def fix_of(self, role: str) -> str:
         """Returns the fix for a column whose values are objects or lists in every row."""
@@ -118,8 +125,9 @@ class Columns:
         close = nearest(name, self.present)
         if close:
             return close
-        others = [other for other in OTHER_NAMES[role] if other in self.present]
-        leaves = [field for field in sorted(self.present) if field.rpartition(".")[2] in (name, *OTHER_NAMES[role])]
+        free = self.present - set(self.names.values())
+        others = [other for other in OTHER_NAMES[role] if other in free]
+        leaves = [field for field in sorted(free) if field.rpartition(".")[2] in (name, *OTHER_NAMES[role])]
         found = [*others, *leaves]
         return f" Did you mean {found[0]!r}?" if found else ""
 
@@ -130,10 +138,11 @@ class Columns:
             return ""
         return f" The file is one JSON object; write its rows alone: `jq .{lists[0]} FILE > NEW.json`"
 
-    def _look_into(self, values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            if isinstance(value, dict):
-                fields = [f"{name}.{field}" for field in value]
-                self.present.update(fields)
-                self.inside.setdefault(name, [])
-                self.inside[name] += [field for field in fields if field not in self.inside[name]]
+    def _look_into(self, values: dict[str, Any], before: str) -> None:
+        """Remembers the names of fields inside objects, at most three levels deep."""
+        for field, value in values.items():
+            name = before + field
+            self.present.add(name)
+            if isinstance(value, dict) and value and name.count(".") < DEEPEST:
+                self.inside.add(name)
+                self._look_into(value, f"{name}.")

@@ -77,9 +77,15 @@ def check_content(path: Path, *, setting: str, parquet: bool = False) -> None:
         raise UserError(f"{setting}: {path} has no rows: it is empty")
     if parquet and head.startswith(PARQUET_MARK):
         return
+    section = setting.partition(".")[0]
     fix = _other_content(head)
     if fix:
-        raise UserError(f"{setting}: {path} {fix.format(section=setting.partition('.')[0])}")
+        raise UserError(f"{setting}: {path} {fix.format(section=section)}")
+    if parquet:
+        raise UserError(
+            f"{setting}: {path}: not a readable Parquet file: it does not begin with {PARQUET_MARK.decode()}; name the "
+            f"right file, or set {section}.format to its format"
+        )
 
 
 def _other_content(head: bytes) -> str:

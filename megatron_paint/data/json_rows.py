@@ -36,12 +36,15 @@ def json_rows(path: Path, *, stem: str, setting: str) -> Iterator[Row]:
 
 
 def _begins_array(head: bytes) -> bool:
-    """Tells whether the complete file is one array. A first line that is a list, with lines after it, is a bad row."""
+    """Tells whether the complete file is one array.
+
+    A first line that is a list of anything but objects, with lines after it, is a bad row.
+    """
     text = head.lstrip()
     if not text.startswith(b"["):
         return False
     line, newline, rest = text.partition(b"\n")
-    return not (newline and rest.strip() and _is_json(line))
+    return not (newline and rest.strip() and _is_json(line)) or line[1:].lstrip().startswith(b"{")
 
 
 def _spans_lines(head: bytes) -> bool:
@@ -102,7 +105,7 @@ def _line_row(line: bytes, path: Path, stem: str, number: int) -> Row:
     except (ValueError, RecursionError) as error:
         return Row(where, name, None, f"not readable as JSON: {error}")
     if not isinstance(values, dict):
-        return Row(where, name, None, f"contains a {type(values).__name__}; a line must be one JSON object")
+        return Row(where, name, None, f"contains {_article(values)}; a line must be one JSON object")
     return Row(where, name, values)
 
 
@@ -141,8 +144,13 @@ def _object_rows(path: Path, stem: str, setting: str) -> Iterator[Row]:
 def _entry_row(values: Any, path: Path, stem: str, number: int) -> Row:
     where, name = f"{path}: entry {number}", f"{stem}:{number}"
     if not isinstance(values, dict):
-        return Row(where, name, None, f"contains a {type(values).__name__}; an entry must be one JSON object")
+        return Row(where, name, None, f"contains {_article(values)}; an entry must be one JSON object")
     return Row(where, name, values)
+
+
+def _article(value: Any) -> str:
+    name = type(value).__name__
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 class _JsonText:
@@ -176,7 +184,8 @@ class _JsonText:
             except json.JSONDecodeError as error:
                 far = error.pos < len(self.text) - CUT_MARGIN and not error.msg.startswith("Unterminated string")
                 if far or self.ended:
-                    cut = "" if far else "; the file ends there, so it may be cut short"
+                    ends = error.pos >= len(self.text.rstrip()) or error.msg.startswith("Unterminated string")
+                    cut = "; the file ends there, so it may be cut short" if ends else ""
                     raise self.mistake(f"{error.msg.removesuffix(' at')} in entry {number}{cut}", error.pos) from error
             except (ValueError, RecursionError) as error:
                 raise self.mistake(f"entry {number} is not readable as JSON: {error}") from error

@@ -1,10 +1,12 @@
 """Reads a problem that is written as a list of chat messages."""
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 TURN_KEYS = {"role", "content"}
+PRINTED_MESSAGES = re.compile(r"\s*\[\{'(?:role|content)': ")
 
 
 def is_messages(value: Any) -> bool:
@@ -13,7 +15,12 @@ def is_messages(value: Any) -> bool:
 
 
 def messages_in(text: str) -> list[Any] | None:
-    """Returns the messages that a text holds as JSON; None for any other text."""
+    """Returns the messages that a text holds as JSON; None for any other text.
+
+    Raises ValueError for messages that are written as Python prints them, as in a CSV file that pandas wrote.
+    """
+    if PRINTED_MESSAGES.match(text):
+        raise ValueError("holds printed messages; save the rows as JSON lines or Parquet, which keep lists")
     if not text.lstrip().startswith("[{") or '"role"' not in text:
         return None
     try:
@@ -33,8 +40,8 @@ def read_messages(messages: Sequence[dict[str, Any]]) -> tuple[str, str]:
     roles = [message["role"] for message in messages]
     if roles not in (["user"], ["system", "user"]):
         raise ValueError(
-            f"holds {len(roles)} messages ({', '.join(map(str, roles))}); a problem is one user message, at most with a "
-            "system message before it"
+            f"holds {len(roles)} messages ({', '.join(map(str, roles))}); a problem is one user message, with no "
+            "other message except a system message before it"
         )
     texts = [_text_of(message["content"]) for message in messages]
     return texts[-1], texts[0] if len(texts) > 1 else ""

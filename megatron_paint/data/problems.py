@@ -262,9 +262,10 @@ def _check_shared_faults(bad: Sequence[tuple[Row, BadRow]], columns: Columns, *,
             f"{reason}"
         )
     fix = reason.fix or columns.fix_of(reason.role)
+    fault = "is null" if reason.fault == "is missing" else reason.fault
     raise UserError(
-        f"{section}.columns.{reason.role}: column {columns.names[reason.role]!r} {reason.fault} in each of the {count} "
-        f"rows of {source}.{columns.need_of(reason.role)} {fix}"
+        f"{section}.columns.{reason.role}: in each of the {count} rows of {source}, column "
+        f"{columns.names[reason.role]!r} {fault}.{columns.need_of(reason.role)} {fix}"
     )
 
 

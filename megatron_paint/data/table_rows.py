@@ -142,7 +142,10 @@ def _not_loaded(error: Exception, source: str, split: str, setting: str) -> str:
     elif path.is_dir():
         fix = f"The folder has {listed([entry.name for entry in path.iterdir()]) or 'no file'}: name one of its files"
     else:
-        name = source.partition(":")[0]
-        fix = f"If it is on the Hugging Face hub, load it once with a network: `hf download --repo-type dataset {name}`"
+        arguments = ", ".join(repr(part) for part in source.split(":", 1))
+        fix = (
+            "If it is on the Hugging Face hub, load it once on a machine with a network and the same HF_HOME: "
+            f'`python -c "import datasets; datasets.load_dataset({arguments})"`'
+        )
     what = "is a folder" if path.is_dir() else "is no file"
     return f"{setting}: {source} {what}, and `datasets` cannot load its split {split!r}: {reason}. {fix}"

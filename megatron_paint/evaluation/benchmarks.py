@@ -106,6 +106,6 @@ def _check_is_source(name: str, settings: EvaluationSettings) -> None:
     if not meant or is_data_file(name) or path.exists() or "/" in name or settings.format != "auto":
         return
     raise UserError(
-        f"--benchmarks, evaluation.problems: {name!r} is neither a known benchmark nor a file. The known benchmarks are "
-        f"{', '.join(NAMED)}.{meant} For a data set of this name, set evaluation.format: datasets"
+        f"--benchmarks, evaluation.problems: {name!r} is neither a known benchmark nor a file. The known benchmarks "
+        f"are {', '.join(NAMED)}.{meant} For a data set of this name, set evaluation.format: datasets"
     )
