@@ -215,7 +215,7 @@ def _load(
             if note:
                 notes.append(f"{row.where}: {note}")
     _check_shared_faults(bad, columns, count=len(rows), skip=skip)
-    bad_rows = tuple(f"{row.where}: {reason}{columns.need_of(reason.role)}" for row, reason in bad)
+    bad_rows = tuple(f"{row.where}: {reason}" for row, reason in bad)
     if bad and not skip:
         raise UserError(_bad_rows_message(bad_rows, len(rows), columns.section))
     if bad:
@@ -236,9 +236,19 @@ def _problem(row: Row, columns: Columns, *, has_ids: bool) -> tuple[Problem, For
     cells = {role: Cell(role, name, row.values.get(role)) for role, name in columns.names.items()}
     problem_id = id_of(cells["id"]) if has_ids else row.name
     problem, system = problem_of(cells["problem"])
-    solution = text_of(cells["solution"]) if columns.solution_needed_by else optional_text_of(cells["solution"])
+    solution = optional_text_of(cells["solution"])
+    if columns.solution_needed_by and not solution:
+        solution = _needed_solution(cells["solution"], columns)
     answer, form = answer_of(cells["answer"])
     return Problem(id=problem_id, problem=problem, solution=solution, answer=answer, source=row.where), form, system
+
+
+def _needed_solution(cell: Cell, columns: Columns) -> str:
+    """Raises BadRow, with what needs the solution."""
+    try:
+        return text_of(cell)
+    except BadRow as reason:
+        raise BadRow(f"{reason}; {columns.solution_needed_by} needs it", role=reason.role, fault=reason.fault) from None
 
 
 def _check_shared_faults(bad: Sequence[tuple[Row, BadRow]], columns: Columns, *, count: int, skip: bool) -> None:

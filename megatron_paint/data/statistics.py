@@ -29,18 +29,21 @@ def oddities(problems: Sequence[Problem], *, setting: str, solutions: bool) -> t
     )
     if not solutions:
         return tuple(found)
-    bare = [problem for problem in problems if problem.solution.strip() == problem.answer.strip()]
     found += _counted(
-        bare,
+        [problem for problem in problems if _is_bare(problem)],
         len(problems),
         f"{setting}.columns.solution: {{}} solutions are nothing but the answer, so there is no reasoning to show",
     )
     found += _counted(
-        [problem for problem in problems if last_box(problem.solution) is None],
+        [problem for problem in problems if not _is_bare(problem) and last_box(problem.solution) is None],
         len(problems),
         f"{setting}.columns.solution: {{}} solutions have no \\boxed{{{{}}}}, so their answers are not compared",
     )
     return tuple(found)
+
+
+def _is_bare(problem: Problem) -> bool:
+    return problem.solution.strip() == problem.answer.strip()
 
 
 def _counted(found: Sequence[Problem], count: int, message: str) -> list[str]:
