@@ -58,8 +58,7 @@ class ModelSettings:
 
 @settings_class
 class ColumnSettings:
-    """Names of the columns of a problem file. A name with dots reaches into objects and lists, as in
-    reward_model.ground_truth and prompt.0.content, unless a column has exactly this name."""
+    """Names of the columns of a problem file. Dots lead into objects and lists: reward_model.ground_truth, turns.0."""
 
     id: Annotated[Text | None, setting("column of the problem's id; null: file name and row number are the id")] = "id"
     problem: Annotated[Text, setting("column of the problem's text, or of a list of messages with one of the user")] = (

@@ -31,8 +31,8 @@ def repeats(problems: Sequence[Problem], *, setting: str) -> tuple[str, ...]:
             f"{one.id!r} with {one.answer!r}, and {other.id!r} has {other.answer!r}."
         )
     return (
-        f"{setting}: {len(repeated):,} of {len(problems):,} problems repeat the text of an earlier one, so "
-        f"{len(problems) - len(repeated):,} different ones are left. The first is {problems[index].id!r}, which "
+        f"{setting}: {len(repeated):,} of {len(problems):,} problems repeat the text of an earlier one; "
+        f"{len(problems) - len(repeated):,} are different. The first is {problems[index].id!r}, which "
         f"repeats {problems[first[index]].id!r}.{contradictions} {COMPARISON}",
     )
 

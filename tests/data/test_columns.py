@@ -262,8 +262,8 @@ class TestAnswers:
 
         source = write(file, [row(1, answer="7"), row(2, answer="9")])
         message = (
-            r"data\.columns\.answer: in each of the 2 rows of .*, column 'answer' differs from the solution's last box\."
-            r" The first: '7' and '2'\. Name the right columns, or set data\.check_answers: false$"
+            r"data\.columns\.answer: in each of the 2 rows of .*, column 'answer' differs from the solution's last box"
+            r"\. The first: '7' and '2'\. Name the right columns, or set data\.check_answers: false$"
         )
         with pytest.raises(UserError, match=message):
             load(source, grade=lambda text, answer: Wrong)

@@ -21,7 +21,7 @@ class TestRepeats:
     def test_white_space_does_not_count(self):
         texts = ["What is 2 + 2?", " What  is\n2 + 2?\t", "What is 2+2?", "what is 2 + 2?", "What is 2\u00a0+ 2?"]
         assert repeats([problem(i, text) for i, text in enumerate(texts)], setting="data.train") == (
-            "data.train: 2 of 5 problems repeat the text of an earlier one, so 3 different ones are left. The first is "
+            "data.train: 2 of 5 problems repeat the text of an earlier one; 3 are different. The first is "
             f"'1', which repeats '0'. {COMPARISON}",
         )
 
@@ -46,7 +46,7 @@ class TestRepeats:
         repeated = [one for one in problems if first.setdefault(one.problem, one) is not one]
         found = repeats(problems, setting="data.train")[0]
         assert f": {len(repeated):,} of 1,000 problems repeat" in found
-        assert f"so {len(first):,} different ones are left" in found
+        assert f"; {len(first):,} are different" in found
         assert f"The first is {repeated[0].id!r}, which repeats {first[repeated[0].problem].id!r}." in found
 
     def test_memory_of_many_problems(self):
