@@ -80,6 +80,8 @@ def _ending(path: Path) -> str:
 
 def _format_of(source: str, setting: str) -> str:
     path = Path(source)
+    if "://" in source:
+        raise UserError(f"{setting}: {source} is an address; download the file and name it here")
     if path.is_dir():
         return "datasets"
     ending = _ending(path)

@@ -84,19 +84,21 @@ def load_benchmark(name: str, settings: EvaluationSettings, *, prompt_limit: Pro
         )
     loaded = load_held_out(settings, prompt_limit=prompt_limit, needs_mark=source is not None and source.marked)
     return Benchmark(
-        name=_title(name) if source is None else name,
+        name=benchmark_name(name),
         problems=loaded.problems,
         notes=loaded.notes,
         warnings=loaded.warnings,
     )
 
 
-def _title(name: str) -> str:
-    """Returns the name in reports, which is a file name there: that of a file, folder or data set without its owner."""
-    path = Path(name)
-    if path.exists() or is_data_file(name):
-        return stem_of(path) if path.is_file() or not path.is_dir() else path.resolve().name
-    return name.rpartition("/")[2].replace(":", "_")
+def benchmark_name(source: str) -> str:
+    """Returns the name in reports and of their files: that of a file, folder or data set without its owner."""
+    path = Path(source)
+    if source in NAMED:
+        return source
+    if is_data_file(source) or path.is_file():
+        return stem_of(path)
+    return path.resolve().name if path.is_dir() else source.rpartition("/")[2].replace(":", "_")
 
 
 def _check_is_source(name: str, settings: EvaluationSettings) -> None:

@@ -223,6 +223,10 @@ class TestNames:
         with pytest.raises(UserError, match=rf"data\.train: there is no file or folder {name}\."):
             load(name)
 
+    def test_an_address(self):
+        with pytest.raises(UserError, match=r"data\.train: https://host/a\.jsonl is an address; download the file"):
+            load("https://host/a.jsonl")
+
     def test_a_split_that_does_not_exist(self, tmp_path, monkeypatch):
         import datasets
 

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import ColumnSettings, EvaluationSettings
-from megatron_paint.evaluation.benchmarks import NAMED, load_benchmarks
+from megatron_paint.evaluation.benchmarks import NAMED, benchmark_name, load_benchmarks
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data folder is not beside the repository")
@@ -80,6 +80,20 @@ def test_data_sets_by_name(monkeypatch):
     assert asked == [("owner/set-v1.5", None, "dev"), ("owner/other", "algebra", "dev"), ("squad", None, "dev")]
     near = load_benchmarks(["aime2"], EvaluationSettings(format="datasets"))
     assert near[0].problems[0].id == "aime2"
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("gsm8k", "gsm8k"),
+        ("runs/held_out.jsonl", "held_out"),
+        ("a/held.out.json.gz", "held.out"),
+        ("owner/set-v1.5", "set-v1.5"),
+        ("owner/set:main", "set_main"),
+    ],
+)
+def test_names_in_reports(source, name):
+    assert benchmark_name(source) == name
 
 
 def test_a_split_that_a_data_set_does_not_have(tmp_path, monkeypatch):
