@@ -17,6 +17,15 @@ from megatron_paint.base.errors import UserError
 
 HEAD_BYTES = 2**16
 PARQUET_MARK = b"PAR1"
+FORMATS = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+}
 COMPRESSION_ENDINGS = (".gz", ".zst", ".bz2", ".xz")
 DECOMPRESSION_ERRORS = (EOFError, zlib.error, lzma.LZMAError)  # besides OSError without errno
 
@@ -49,6 +58,17 @@ _OTHER_FILES = {
 }
 _WEB_PAGES = (b"<!doctype", b"<html", b"<?xml")
 _TAR_MARK = slice(257, 262)
+
+
+def format_of_ending(path: Path) -> str | None:
+    """Returns the format that the ending of a file stands for; None for an unknown ending."""
+    return FORMATS.get((path.with_suffix("") if path.suffix in COMPRESSION_ENDINGS else path).suffix.lower())
+
+
+def stem_of(path: Path) -> str:
+    """Returns the name of a data file without its ending and without that of its compression."""
+    name = path.with_suffix("").name if path.suffix in COMPRESSION_ENDINGS else path.name
+    return Path(name).stem
 
 
 def open_data(path: Path) -> BinaryIO:

@@ -14,20 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.data.data_file import COMPRESSION_ENDINGS, DECOMPRESSION_ERRORS, check_content
+from megatron_paint.data.data_file import DECOMPRESSION_ERRORS, check_content, format_of_ending, stem_of
 from megatron_paint.data.json_rows import json_rows
 from megatron_paint.data.rows import Row, listed, nearest
 from megatron_paint.data.table_rows import csv_rows, dataset_rows, parquet_rows
 
-ENDINGS = {
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-    ".pq": "parquet",
-}
 _READERS = {"json": json_rows, "jsonl": json_rows, "csv": csv_rows, "parquet": parquet_rows}
 
 
@@ -65,17 +56,7 @@ def read_rows(source: str, *, format: str, split: str, setting: str) -> Iterator
 
 def is_data_file(source: str) -> bool:
     """Tells whether a source has the ending of a data file."""
-    return _ending(Path(source)) in ENDINGS
-
-
-def stem_of(path: Path) -> str:
-    """Returns the name of a data file without its ending and without that of its compression."""
-    name = path.with_suffix("").name if path.suffix in COMPRESSION_ENDINGS else path.name
-    return Path(name).stem
-
-
-def _ending(path: Path) -> str:
-    return (path.with_suffix("") if path.suffix in COMPRESSION_ENDINGS else path).suffix.lower()
+    return format_of_ending(Path(source)) is not None
 
 
 def _format_of(source: str, setting: str) -> str:
@@ -84,9 +65,9 @@ def _format_of(source: str, setting: str) -> str:
         raise UserError(f"{setting}: {source} is an address; download the file and name it here")
     if path.is_dir():
         return "datasets"
-    ending = _ending(path)
-    if ending in ENDINGS:
-        return ENDINGS[ending]
+    format = format_of_ending(path)
+    if format is not None:
+        return format
     if path.is_file():
         section = setting.partition(".")[0]
         raise UserError(
@@ -100,7 +81,7 @@ def _format_of(source: str, setting: str) -> str:
 def _check_is_file(path: Path, format: str, setting: str) -> None:
     if not path.is_dir():
         return
-    files = [entry.name for entry in path.iterdir() if _ending(entry) in ENDINGS]
+    files = [entry.name for entry in path.iterdir() if format_of_ending(entry)]
     found = f"name one of its files: {listed(files)}" if files else "name a file"
     section = setting.partition(".")[0]
     raise UserError(

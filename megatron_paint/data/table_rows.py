@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.data.data_file import open_data
+from megatron_paint.data.data_file import check_content, format_of_ending, open_data
 from megatron_paint.data.json_rows import BYTE_ORDER_MARK, NOT_UTF8
 from megatron_paint.data.rows import Row, listed, nearest
 
@@ -82,9 +82,12 @@ def parquet_rows(path: Path, *, stem: str, setting: str) -> Iterator[Row]:
                         yield Row(where, name, None, "a text of the row is not UTF-8")
                     else:
                         yield Row(where, name, values)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the disk
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"{setting}: {path}: not a readable Parquet file ({error}). It may be cut short: copy it again"
+            f"{setting}: {path}: not a readable Parquet file ({reason}). It may be cut short: copy it again"
         ) from error
 
 
@@ -135,12 +138,17 @@ def _split_of(splits: dict[str, Any], split: str, *, source: str, setting: str) 
 
 
 def _not_loaded(error: Exception, source: str, split: str, setting: str) -> str:
+    """Returns the message. Raises UserError if a file of a folder holds no rows, which explains more."""
     section, path = setting.partition(".")[0], Path(source)
     reason = f"{type(error).__name__}: {error}"
     if "split" in str(error).lower():
         fix = f"Set {section}.split to a split that exists"
     elif path.is_dir():
-        fix = f"The folder has {listed([entry.name for entry in path.iterdir()]) or 'no file'}: name one of its files"
+        files = sorted(entry for entry in path.rglob("*") if format_of_ending(entry))
+        for file in files:
+            check_content(file, setting=setting, parquet=format_of_ending(file) == "parquet")
+        found = f"its data files are {listed([file.name for file in files])}" if files else "it has no data file"
+        fix = f"Name a file: {found}"
     else:
         arguments = ", ".join(repr(part) for part in source.split(":", 1))
         fix = (

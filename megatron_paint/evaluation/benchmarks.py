@@ -11,9 +11,10 @@ from pathlib import Path
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import ColumnSettings, EvaluationSettings
+from megatron_paint.data.data_file import stem_of
 from megatron_paint.data.problems import PromptLimit, load_held_out
 from megatron_paint.data.rows import nearest
-from megatron_paint.data.sources import is_data_file, stem_of
+from megatron_paint.data.sources import is_data_file
 from megatron_paint.records import Problem
 
 

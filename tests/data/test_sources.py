@@ -188,6 +188,22 @@ def test_a_fault_of_the_file(tmp_path, fault, on_bad_row):
     assert "correct the row" not in str(raised.value)
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl.gz", "a.jsonl.xz", "a.parquet"])
+def test_a_file_cut_anywhere(tmp_path, name):
+    """Not one row is lost without an error."""
+    contents = {
+        "a.json": lambda: PRETTY,
+        "a.jsonl.gz": lambda: gzip.compress(LINES),
+        "a.jsonl.xz": lambda: lzma.compress(LINES),
+        "a.parquet": lambda: TABLE.to_parquet(),
+    }
+    content = contents[name]()
+    for size in range(0, len(content), max(1, len(content) // 150)):
+        (tmp_path / name).write_bytes(content[:size])
+        with pytest.raises(UserError, match=rf"^data\.train: .*{name}"):
+            values(tmp_path / name)
+
+
 def test_one_line_in_another_encoding_is_a_bad_row(tmp_path):
     rows = [row(1, problem="caf\u00e9"), row(2, problem="caf\u00e9")]
     good, bad = json_lines(rows[:1]), json_lines(rows[1:]).decode().encode("latin-1")
@@ -222,6 +238,22 @@ class TestNames:
     def test_a_path_is_no_name_for_datasets(self, name):
         with pytest.raises(UserError, match=rf"data\.train: there is no file or folder {name}\."):
             load(name)
+
+    @pytest.mark.parametrize(
+        ("files", "message"),
+        [
+            ({}, "cannot load its split 'train': .* Name a file: it has no data file"),
+            ({"train.parquet": POINTER}, r"folder/train\.parquet is a Git LFS pointer"),
+            ({"a/train.jsonl": LINES.decode().encode("utf-16")}, r"folder/a/train\.jsonl is UTF-16"),
+        ],
+    )
+    def test_folders_that_datasets_cannot_load(self, tmp_path, files, message):
+        (tmp_path / "folder").mkdir()
+        for name, content in files.items():
+            (tmp_path / "folder" / name).parent.mkdir(exist_ok=True)
+            (tmp_path / "folder" / name).write_bytes(content)
+        with pytest.raises(UserError, match=rf"^data\.train: .*{message}"):
+            load(tmp_path / "folder")
 
     def test_an_address(self):
         with pytest.raises(UserError, match=r"data\.train: https://host/a\.jsonl is an address; download the file"):
