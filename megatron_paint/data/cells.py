@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 from megatron_paint.data.messages import is_messages, messages_in, read_messages
 
+USED_ID = "repeats an id"  # the fault of a row whose id an earlier row has
 LARGEST_EXACT_FLOAT = 2**53
 RESULT_MARK = "####"
 RESULT = re.compile(r"(?:^|\n)[ \t]*####[ \t]*(?P<result>[^\n]*?)\s*$")
@@ -101,7 +102,7 @@ def answer_of(cell: Cell) -> tuple[str, Form]:
         raise cell.bad("holds a list, not text", f"; its one entry is the column {cell.column + '.0'!r}")
     text = id_of(cell)
     if text.startswith('["') and text.endswith('"]'):
-        return _only_entry(cell, text), "list"
+        return _only_entry(cell, text)
     if RESULT_MARK in text and (found := RESULT.search(text)):
         result = found["result"]
         if not result:
@@ -110,14 +111,14 @@ def answer_of(cell: Cell) -> tuple[str, Form]:
     return text, "text"
 
 
-def _only_entry(cell: Cell, text: str) -> str:
+def _only_entry(cell: Cell, text: str) -> tuple[str, Form]:
     try:
         entries = json.loads(text)
     except ValueError:
-        return text
+        return text, "text"
     if len(entries) != 1:
         raise cell.bad(f"holds a list of {len(entries)} answers", "; write one answer a row")
-    return text_of(cell._replace(value=entries[0]))
+    return text_of(cell._replace(value=entries[0])), "list"
 
 
 def _kind(value: Any) -> str:

@@ -17,6 +17,7 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.base.keys import derive_key, permutation
 from megatron_paint.data.cells import (
     RESULT_MARK,
+    USED_ID,
     BadRow,
     Cell,
     Form,
@@ -203,7 +204,7 @@ def _load(
         try:
             problem, form, system = _problem(row, columns, has_ids=has_ids)
             if problem.id in problems:
-                raise BadRow(f"id {problem.id!r} is already used at {problems[problem.id].source}", role="id")
+                raise BadRow(f"id {problem.id!r} is already used at {problems[problem.id].source}", fault=USED_ID)
             note = checks(problem, form)
         except BadRow as reason:
             bad.append((row, reason))
@@ -254,7 +255,7 @@ def _needed_solution(cell: Cell, columns: Columns) -> str:
 def _check_shared_faults(bad: Sequence[tuple[Row, BadRow]], columns: Columns, *, count: int, skip: bool) -> None:
     """Raises UserError for a fault of a setting or of the file: one that makes all rows bad, or most ids repeat."""
     source, section = columns.source, columns.section
-    repeated = [(row, reason) for row, reason in bad if reason.role == "id" and not reason.fault]
+    repeated = [(row, reason) for row, reason in bad if reason.fault == USED_ID]
     if 2 * len(repeated) >= count > 3 and not skip:
         row, reason = repeated[0]
         raise UserError(

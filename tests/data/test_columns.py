@@ -227,7 +227,9 @@ class TestAnswers:
         ],
     )
     def test_forms(self, file, written, answer):
-        assert load(write(file, [row(answer=written, solution="S.")])).problems[0].answer == answer
+        problems = load(write(file, [row(answer=written, solution="S.")]))
+        assert problems.problems[0].answer == answer
+        assert len(problems.notes) == (written != answer)
 
     @pytest.mark.parametrize(
         ("answer", "reason"),
