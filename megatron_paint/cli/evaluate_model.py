@@ -28,16 +28,19 @@ PROBED = 2**16  # bytes that are read at a file's beginning, middle and end
 
 
 def load_evaluators(
-    asked: Requested, shape: ModelShape, *, on_rank_zero: OnRankZero = directly
+    asked: Requested, shape: ModelShape, *, on_rank_zero: OnRankZero = directly, progress: Progress | None = None
 ) -> tuple[tuple[str, Evaluator], ...]:
-    """(name, evaluator) of every benchmark. on_rank_zero: reads the problems on one rank for all.
+    """(name, evaluator) of every benchmark.
 
+    on_rank_zero: reads the problems on one rank for all. progress: prints what the user should know about the problems.
     Without evaluation.max_new_tokens, the longest prompt of a benchmark decides how long its answers may be. So they do
     not depend on the other benchmarks.
     """
     settings = asked.settings
     prompts = load_prompts(settings, shape)
     benchmarks: Sequence[Benchmark] = on_rank_zero(lambda: load_benchmarks(asked.benchmarks, settings.evaluation))
+    if progress is not None:
+        print_notes(benchmarks, progress)
     if settings.evaluation.max_new_tokens is not None:  # one error with a value that fits all benchmarks
         fit_answers(settings.evaluation, shape, prompts, [problem for one in benchmarks for problem in one.problems])
     return tuple(
@@ -52,6 +55,15 @@ def load_evaluators(
         )
         for one in benchmarks
     )
+
+
+def print_notes(benchmarks: Sequence[Benchmark], progress: Progress) -> None:
+    """Prints the notes and warnings about the problems of the benchmarks."""
+    for benchmark in benchmarks:
+        for note in benchmark.notes:
+            progress.note(note)
+        for warning in benchmark.warnings:
+            progress.warn(warning)
 
 
 def evaluate(asked: Requested, *, mode: Mode = "normal") -> None:
@@ -70,10 +82,10 @@ def _evaluate(asked: Requested, ranks: "Ranks", shape: ModelShape, *, mode: Mode
     from megatron_paint.mcore.runner import ModelRunner
 
     on_rank_zero = partial(rank_zero_does, ranks)
-    evaluators = load_evaluators(asked, shape, on_rank_zero=on_rank_zero)
+    progress = Progress(mode if ranks.rank == 0 else "silent", steps=0)
+    evaluators = load_evaluators(asked, shape, on_rank_zero=on_rank_zero, progress=progress)
     files = {name: answer_file(asked, name, evaluator) for name, evaluator in evaluators}
     done = {name: on_rank_zero(file.begin) for name, file in files.items()}
-    progress = Progress(mode if ranks.rank == 0 else "silent", steps=0)
     settings = asked.settings
     for note in notes(asked, shape, evaluators):
         progress.note(note)

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.cli.evaluate_model import finish
+from megatron_paint.cli.evaluate_model import finish, print_notes
 from megatron_paint.cli.evaluate_options import DEFAULT_OUT
 from megatron_paint.cli.ranks import console_mode
 from megatron_paint.config.load import evaluation_section_of, override_tree
@@ -40,7 +40,9 @@ def grade_recorded(
 ) -> list[EvalReport]:
     """Writes and prints reports of recorded responses. Every problem needs the same number of responses."""
     settings = evaluation_section_of(override_tree({}, overrides))
+    progress = Progress(mode, steps=0)
     found = load_benchmarks(names_in(benchmarks), settings)
+    print_notes(found, progress)
     recorded = _read(responses, found)
     with GradingPool(seconds=settings.grading_seconds) as graders:
         reports = []
@@ -49,7 +51,7 @@ def grade_recorded(
             graded = grade_all([answer for answer in recorded if answer.problem_id in answers], answers, graders)
             reports.append(build_report(0, benchmark.name, graded))
     out = out or Path(DEFAULT_OUT) / responses.stem
-    finish(out, str(responses), reports, {"responses": str(responses)}, Progress(mode, steps=0))
+    finish(out, str(responses), reports, {"responses": str(responses)}, progress)
     return reports
 
 

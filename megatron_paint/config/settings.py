@@ -25,7 +25,11 @@ from megatron_paint.config.dialect import (
 from megatron_paint.config.loss import InterpolationLossConfig, Kernel
 
 LONGEST_ANSWER = 38912  # tokens; OPSD's limit in evaluations
-Format = Literal["auto", "jsonl", "parquet", "datasets"]
+Format = Literal["auto", "json", "jsonl", "csv", "parquet", "datasets"]
+FORMAT = (
+    "format of the problem file; auto: chosen by its ending; json, jsonl: one object a line or one array; csv: with a "
+    "header, fields between commas, semicolons or tabs"
+)
 
 
 @settings_class
@@ -55,11 +59,13 @@ class ModelSettings:
 
 @settings_class
 class ColumnSettings:
-    """Names of the columns of a problem file."""
+    """Names of the columns of a problem file. Dots lead into objects and lists: reward_model.ground_truth, turns.0."""
 
-    id: Annotated[Text, setting("column of the problem's id")] = "id"
-    problem: Annotated[Text, setting("column of the problem's text")] = "problem"
-    solution: Annotated[Text, setting("column of the verified solution")] = "solution"
+    id: Annotated[Text | None, setting("column of the problem's id; null: file name and row number are the id")] = "id"
+    problem: Annotated[Text, setting("column of the problem's text, or of a list of messages with one of the user")] = (
+        "problem"
+    )
+    solution: Annotated[Text, setting("column of the verified solution; grpo and evaluations need none")] = "solution"
     answer: Annotated[Text, setting("column of the final answer")] = "answer"
 
 
@@ -67,8 +73,8 @@ class ColumnSettings:
 class DataSettings:
     """The training problems and how they are batched."""
 
-    train: Annotated[Text, setting("training problems: a file, or a name for the library `datasets`")]
-    format: Annotated[Format, setting("format of the problem file; auto: chosen by the file's ending")] = "auto"
+    train: Annotated[Text, setting("training problems: a file, a folder, or a name for the library `datasets`")]
+    format: Annotated[Format, setting(FORMAT)] = "auto"
     split: Annotated[Text, setting("split of a `datasets` source")] = "train"
     columns: ColumnSettings = field(default_factory=ColumnSettings)
     problems_per_step: Annotated[Count, setting("problems in one step, over all data-parallel ranks", source=OPSD)] = 32
@@ -194,6 +200,7 @@ class Needs:
     teacher: bool = False  # a pass with the weights of `objective.teacher`
     masker: bool = False  # overlap and reveal
     graders: bool = False  # verdicts on rollouts
+    solutions: bool = True  # a solution of each problem
 
 
 @settings_class
@@ -225,7 +232,7 @@ class ObjectiveSettings:
                 return Needs(samples_per_problem=1, teacher=True, masker=True)
             case "grpo":
                 group = self.grpo.samples_per_problem
-                return Needs(samples_per_problem=group, teacher=self.grpo.kl_weight > 0, graders=True)
+                return Needs(samples_per_problem=group, teacher=self.grpo.kl_weight > 0, graders=True, solutions=False)
             case "sft":
                 return Needs(samples_per_problem=0)
 
@@ -340,9 +347,9 @@ class EvaluationSettings:
     """The evaluation on problems that are not trained on."""
 
     problems: Annotated[
-        Text | None, setting("evaluation problems: a file, or a name for the library `datasets`; null: no evaluation")
+        Text | None, setting("evaluation problems: what data.train takes, or a known benchmark; null: no evaluation")
     ] = None
-    format: Annotated[Format, setting("format of the problem file; auto: chosen by the file's ending")] = "auto"
+    format: Annotated[Format, setting(FORMAT)] = "auto"
     split: Annotated[Text, setting("split of a `datasets` source")] = "test"
     columns: ColumnSettings = field(default_factory=ColumnSettings)
     limit: Annotated[Count | None, setting("number of problems, counted from the first one; null: all")] = None

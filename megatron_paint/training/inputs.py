@@ -10,9 +10,11 @@ from pathlib import Path
 from megatron_paint.base.errors import UserError, about
 from megatron_paint.checkpoints.hf_reader import HuggingFaceReader
 from megatron_paint.config.settings import LONGEST_ANSWER, EvaluateSettings, EvaluationSettings, Settings
-from megatron_paint.data.problems import ProblemSet, PromptLimit, load_held_out, load_problems
+from megatron_paint.data.problems import ProblemSet, PromptLimit, load_problems
 from megatron_paint.data.prompts import Prompts
+from megatron_paint.data.repeats import leaks
 from megatron_paint.data.tokenizers import load_tokenizer
+from megatron_paint.evaluation.benchmarks import load_benchmark
 from megatron_paint.grading.grade import grade
 from megatron_paint.launch.failure_notes import NOTES_FOLDER
 from megatron_paint.models.shape import ModelShape
@@ -37,7 +39,7 @@ class Inputs:
     held_out: tuple[Problem, ...]  # empty: no evaluation
     evaluation: EvaluationSettings  # with the number of tokens that an answer may have
     notes: tuple[str, ...]  # what the user should know about the problems and the prompts
-    warnings: tuple[str, ...]  # what would train something else than the user may think
+    warnings: tuple[str, ...]  # what may spoil the run: repeated or leaked problems, odd columns, thoughts in SFT
 
     def summary(self) -> tuple[str, ...]:
         """Lines for the console."""
@@ -78,9 +80,14 @@ def load_inputs(settings: Settings, shape: ModelShape, *, on_rank_zero: OnRankZe
             *thinking_without_effect(prompts, used_thinking_settings(settings)),
             *shorter_answers(settings.evaluation, evaluation, shape),
         ),
-        warnings=()
-        if settings.objective.needs.samples_per_problem
-        else sft_warnings(settings, prompts, problems.problems),
+        warnings=(
+            *problems.warnings,
+            *(
+                ()
+                if settings.objective.needs.samples_per_problem
+                else sft_warnings(settings, prompts, problems.problems)
+            ),
+        ),
     )
 
 
@@ -169,7 +176,7 @@ def _saved_problems() -> tuple[ProblemSet, tuple[Problem, ...]] | None:
     saved = json.loads(file.read_text(encoding="ascii"))
     values = saved["problems"]
     values |= {"problems": _records(values["problems"])}
-    values |= {name: tuple(values[name]) for name in ("bad_rows", "notes")}
+    values |= {name: tuple(values[name]) for name in ("bad_rows", "notes", "warnings")}
     return ProblemSet(**values), _records(saved["held_out"])
 
 
@@ -181,14 +188,24 @@ def _read_problems(settings: Settings, shape: ModelShape, prompts: Prompts) -> t
     limit = _prompt_limit(settings, shape, prompts)
     needs = settings.objective.needs
     mistake = None if needs.samples_per_problem else prompts.sft_mistake
-    problems = load_problems(settings.data, grade=grade, prompt_limit=limit, mistake=mistake)
+    needed_by = f"objective.name: {settings.objective.name}" if needs.solutions else None
+    problems = load_problems(
+        settings.data, solution_needed_by=needed_by, grade=grade, prompt_limit=limit, mistake=mistake
+    )
     if needs.masker and settings.objective.reveal.solution == "wrong":
         _check_wrong_solutions(problems.problems, limit)
     if needs.samples_per_problem and settings.rollout.engine == "replay":
         _check_replay(settings, shape, prompts, problems)
     if settings.evaluation.problems is None:
         return problems, ()
-    return problems, load_held_out(settings.evaluation).problems
+    held_out = load_benchmark(settings.evaluation.problems, settings.evaluation)
+    leaked = leaks(problems.problems, held_out.problems)
+    problems = dataclasses.replace(
+        problems,
+        notes=(*problems.notes, *held_out.notes),
+        warnings=(*problems.warnings, *held_out.warnings, *leaked),
+    )
+    return problems, held_out.problems
 
 
 def _prompt_limit(settings: Settings, shape: ModelShape, prompts: Prompts) -> PromptLimit:

@@ -1,11 +1,11 @@
 """What rank 0 writes into the run folder and prints while a run trains."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import Settings
 from megatron_paint.data.prompts import Prompts
+from megatron_paint.evaluation.benchmarks import benchmark_name
 from megatron_paint.evaluation.evaluator import Answers, Evaluator
 from megatron_paint.grading.grade import GradingPool
 from megatron_paint.objectives.metrics import ClipWatch, sample_lines
@@ -52,7 +52,7 @@ class Recorder:
 
     def evaluation(self, evaluator: Evaluator, answers: Answers, step: int) -> None:
         """Grades an evaluation, writes its report and prints its line."""
-        benchmark = Path(str(self.settings.evaluation.problems)).stem
+        benchmark = benchmark_name(str(self.settings.evaluation.problems))
         report = evaluator.report(answers, step=step, benchmark=benchmark, graders=self.graders)
         self.folder.write_eval(report)
         self.progress.evaluation(report)

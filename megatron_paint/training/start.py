@@ -108,7 +108,7 @@ def prepare(
     progress = _open_console(settings, folder, mode=mode if first else "silent", start=start)
     for line in [*plan.lines(settings), *inputs.notes] if prints_plan else []:
         progress.note(line)
-    for warning in [*warnings, *(inputs.warnings if prints_plan else ())]:
+    for warning in [*(inputs.warnings if prints_plan else ()), *warnings]:
         progress.warn(warning)
     policy = MegatronPolicy(settings, plan.shape, ranks)
     if start:

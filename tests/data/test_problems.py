@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.settings import ColumnSettings, DataSettings, EvaluationSettings
+from megatron_paint.config.settings import DataSettings, EvaluationSettings
 from megatron_paint.data.problems import PromptLimit, load_held_out, load_problems
 from megatron_paint.records import Problem
+from tests.data.problem_files import load, row, write
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data folder is not beside the repository")
@@ -25,30 +26,9 @@ class Verdict:
         return self.outcome == "right"
 
 
-def row(number=1, **changes):
-    good = {
-        "id": f"p{number}",
-        "problem": f"What is {number} + {number}?",
-        "solution": f"It is \\boxed{{{2 * number}}}.",
-        "answer": str(2 * number),
-    }
-    return {name: value for name, value in (good | changes).items() if value is not ...}
-
-
-def write(path, rows):
-    lines = [entry if isinstance(entry, bytes) else json.dumps(entry).encode() for entry in rows]
-    path.write_bytes(b"\n".join(lines) + b"\n")
-    return str(path)
-
-
 @pytest.fixture
 def file(tmp_path):
     return tmp_path / "train.jsonl"
-
-
-def load(source, grade=None, prompt_limit=None, **options):
-    options = {"problems_per_step": 1} | options
-    return load_problems(DataSettings(train=str(source), **options), grade=grade, prompt_limit=prompt_limit)
 
 
 class TestSources:
@@ -128,7 +108,7 @@ class TestSources:
 
     def test_other_column_names(self, file):
         source = write(file, [{"uid": 7, "question": "Q?", "rationale": "R.", "final": "A"}])
-        columns = ColumnSettings(id="uid", problem="question", solution="rationale", answer="final")
+        columns = {"id": "uid", "problem": "question", "solution": "rationale", "answer": "final"}
         problem = load(source, columns=columns).problems[0]
         assert (problem.id, problem.problem, problem.solution, problem.answer) == ("7", "Q?", "R.", "A")
 
@@ -147,7 +127,9 @@ class TestSources:
     def test_unknown_ending(self, tmp_path):
         path = tmp_path / "train.txt"
         path.write_text("{}")
-        with pytest.raises(UserError, match=r"the format is unknown from this ending; set format"):
+        with pytest.raises(
+            UserError, match=r"the format is unknown from this ending; set data\.format: json, csv or parquet"
+        ):
             load(path)
         write(path, [row()])
         assert len(load(path, format="jsonl")) == 1
@@ -234,7 +216,7 @@ class TestBadRows:
 
     def test_an_id_column_that_was_asked_for(self, file):
         with pytest.raises(UserError, match=r"data\.columns\.id: no row of .* has a column 'uid'"):
-            load(write(file, [row(1)]), columns=ColumnSettings(id="uid"))
+            load(write(file, [row(1)]), columns={"id": "uid"})
 
     def test_no_ids_at_all(self, file):
         problems = load(write(file, [row(1, id=...), b"", row(2, id=...)]))
