@@ -27,6 +27,7 @@ from torch import Tensor
 from megatron_paint.config.settings import MegatronSettings, ModelSettings
 from megatron_paint.mcore.attention import LocalAttention, TokenRows, transformer_engine_attention
 from megatron_paint.mcore.ranks import Ranks
+from megatron_paint.mcore.rotary import attention_scale, inverse_frequencies
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.hardware import use_transformer_engine
 
@@ -101,6 +102,7 @@ def transformer_config(shape: ModelShape, model: ModelSettings, megatron: Megatr
         normalization="RMSNorm",
         layernorm_epsilon=shape.norm_eps,
         qk_layernorm=shape.qk_norm,
+        softmax_scale=attention_scale(shape),
         add_qkv_bias=shape.qkv_bias,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
@@ -213,6 +215,7 @@ def build_model(shape: ModelShape, model: ModelSettings, megatron: MegatronSetti
         rotary_base=shape.rope_theta,
     )
     _mark_sharded_weights(stage)
+    stage.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(ranks.device)
     return stage.to(ranks.device)
 
 
