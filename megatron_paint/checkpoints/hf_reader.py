@@ -95,10 +95,13 @@ class HuggingFaceReader:
             return self._places(SINGLE)
         if not index.exists():
             if not single:
-                pickled = " (convert the .bin files to safetensors first)" * any(self.folder.glob("*.bin"))
-                raise UserError(f"{self.folder} has neither {SINGLE} nor {INDEX}{pickled}")
+                hint = " (convert the .bin files to safetensors first)" * any(self.folder.glob("*.bin"))
+                if any(self.folder.glob("*.safetensors")):
+                    hint = " (its other .safetensors files need the index; download it)"
+                raise UserError(f"{self.folder} has neither {SINGLE} nor {INDEX}{hint}")
             return self._places(SINGLE)
         file_of = self._read_index(index)
+        self._check_present(set(file_of.values()))
         places = {file: self._places(file) for file in sorted(set(file_of.values()))}
         for name, file in file_of.items():
             if name not in places[file]:
@@ -108,6 +111,15 @@ class HuggingFaceReader:
                 if file_of.get(name) != file:
                     raise UserError(f"{self.folder / file} has {name}, but {INDEX} does not list it there")
         return {name: places[file][name] for name, file in file_of.items()}
+
+    def _check_present(self, listed: set[str]) -> None:
+        missing = sorted(file for file in listed if not (self.folder / file).exists())
+        others = sorted(path.name for path in self.folder.glob("*.safetensors") if path.name not in listed)
+        if missing and others:
+            raise UserError(
+                f"{self.folder / INDEX} lists {missing[0]}, which is missing, and does not list {others[0]}, which is "
+                "in the folder; copy the index of these files"
+            )
 
     def _lists_single(self, index: Path) -> bool:
         """Whether the index is of a set that includes the single file. A damaged index is of no set."""

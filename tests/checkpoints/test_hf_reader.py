@@ -201,6 +201,16 @@ def test_a_single_file_that_is_not_complete_names_the_index(tmp_path):
     assert f"{INDEX} is beside {SINGLE}" in message
 
 
+def test_an_index_of_other_shards_names_both(tmp_path):
+    original = load_file(make_member(tmp_path / "m", "dense-tied") / SINGLE)
+    (tmp_path / "m" / SINGLE).rename(tmp_path / "m" / "model-00001-of-00001.safetensors")
+    assert "(its other .safetensors files need the index; download it)" in refusal(tmp_path / "m")
+    write_index(tmp_path / "m", dict.fromkeys(original, "model-00001-of-00003.safetensors"))
+    message = refusal(tmp_path / "m")
+    assert "lists model-00001-of-00003.safetensors, which is missing" in message
+    assert "does not list model-00001-of-00001.safetensors, which is in the folder" in message
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
 def test_weights_have_the_permissions_of_other_files(mask, tmp_path):
     before = os.umask(mask)
