@@ -4,6 +4,7 @@ Axes: T tokens of a call, H hidden size, V vocabulary (this rank's slice).
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -48,6 +49,8 @@ class Stage(GPTModel):
     `forward` is our own for two reasons: no logits may be computed at prompt positions, and packed rows need a rotary
     position for each token.
     """
+
+    rotary: dict[str, Any]  # base and YaRN of the rotary positions, for the records of checkpoints
 
     def forward(self, input_ids_T: Tensor, rows: TokenRows) -> Tensor:
         """Hidden states [T, 1, H] of this stage, after the final norm on the last one.
@@ -216,6 +219,7 @@ def build_model(shape: ModelShape, model: ModelSettings, megatron: MegatronSetti
     )
     _mark_sharded_weights(stage)
     stage.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(ranks.device)
+    stage.rotary = {"rope_theta": shape.rope_theta, "yarn": vars(shape.yarn) if shape.yarn is not None else None}
     return stage.to(ranks.device)
 
 
