@@ -90,6 +90,7 @@ def test_positions_at_the_end_of_131072(tmp_path):
         (YARNS["rope_scaling"] | {"max_position_embeddings": 131_072}, 131_072),
         (YARNS["rope_parameters"] | {"max_position_embeddings": 32_768}, 131_072),
         (YARNS["original length outside"], 65_536),
+        (YARNS["factor of 1"], 40_960),
         (YARNS["older name of the type"], 40_960),  # no original length: perhaps 40960 is the stretched one
         (PLAIN["transformers 4"], 40_960),
     ],

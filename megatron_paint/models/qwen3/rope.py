@@ -32,9 +32,9 @@ class Rope:
 def read_rope(raw: dict[str, Any], path: Path, *, positions: int) -> Rope:
     """Reads the rotary positions of a config. positions: its `max_position_embeddings`; path: its file, for errors.
 
-    With YaRN and a stated original length, the longest sequence is `factor` times that length, as in vLLM: Qwen3's
-    model cards add YaRN and leave `max_position_embeddings` at 40960. Raises UserError if a key is unknown or wrong,
-    or if keys contradict each other.
+    Qwen3's model cards add YaRN and leave `max_position_embeddings` at 40960. So with YaRN the longest sequence is
+    `factor` times the stated original length, or `max_position_embeddings` if that is larger. Raises UserError if a key
+    is unknown or wrong, or if keys contradict each other.
     """
     key, rope = _section(raw, path)
     where = f"{path}: {key}"
@@ -61,7 +61,7 @@ def read_rope(raw: dict[str, Any], path: Path, *, positions: int) -> Rope:
     if stated is None:  # as transformers; but the config may have the stretched length, so that length is the limit
         return Rope(theta=theta, yarn=_yarn(rope, positions, where), max_positions=positions)
     yarn = _yarn(rope, stated, where)
-    return Rope(theta=theta, yarn=yarn, max_positions=math.floor(yarn.factor * yarn.original_positions))
+    return Rope(theta=theta, yarn=yarn, max_positions=max(positions, math.floor(yarn.factor * stated)))
 
 
 def _section(raw: dict[str, Any], path: Path) -> tuple[str, dict[str, Any]]:
