@@ -34,7 +34,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
 
     if environment is None:
         for name, evaluator in load_evaluators(asked, layout.shape):  # one process finds a mistake within seconds
-            answer_file(asked, name, evaluator).begin()
+            answer_file(asked, name, evaluator, layout.shape).begin()
         if processes > 1:
             return start_ranks_here(arguments, processes, options)
         with loopback(os.environ):

@@ -84,7 +84,7 @@ def _evaluate(asked: Requested, ranks: "Ranks", shape: ModelShape, *, mode: Mode
     on_rank_zero = partial(rank_zero_does, ranks)
     progress = Progress(mode if ranks.rank == 0 else "silent", steps=0)
     evaluators = load_evaluators(asked, shape, on_rank_zero=on_rank_zero, progress=progress)
-    files = {name: answer_file(asked, name, evaluator) for name, evaluator in evaluators}
+    files = {name: answer_file(asked, name, evaluator, shape) for name, evaluator in evaluators}
     done = {name: on_rank_zero(file.begin) for name, file in files.items()}
     settings = asked.settings
     for note in notes(asked, shape, evaluators):
@@ -148,10 +148,10 @@ class _Counted:
         self.progress.note(f"{self.name}: {self.there} of {self.total} answers", benchmark=self.name, done=self.there)
 
 
-def answer_file(asked: Requested, name: str, evaluator: Evaluator) -> AnswerFile:
+def answer_file(asked: Requested, name: str, evaluator: Evaluator, shape: ModelShape) -> AnswerFile:
     """The file of the answers to a benchmark, with everything that the answers depend on."""
     prompts = {problem.id: digest(repr(evaluator.prompt(problem)).encode()) for problem in evaluator.problems}
-    return AnswerFile(asked.out / f"{name}.answers.jsonl", sampled_with(asked, evaluator), prompts)
+    return AnswerFile(asked.out / f"{name}.answers.jsonl", sampled_with(asked, evaluator, shape), prompts)
 
 
 def digest(content: bytes) -> str:
@@ -159,8 +159,11 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def sampled_with(asked: Requested, evaluator: Evaluator) -> dict[str, Any]:
-    """Everything that an answer depends on, except its problem and number. Any change makes another evaluation."""
+def sampled_with(asked: Requested, evaluator: Evaluator, shape: ModelShape) -> dict[str, Any]:
+    """Everything that an answer depends on, except its problem and number. Any change makes another evaluation.
+
+    YaRN is in the config and not in the weights, so it is recorded beside them.
+    """
     settings, evaluation = asked.settings, evaluator.settings
     frame = evaluator.prompt(Problem(id="", problem="", solution="", answer=""))
     return {
@@ -176,6 +179,7 @@ def sampled_with(asked: Requested, evaluator: Evaluator) -> dict[str, Any]:
         "template": digest(repr(frame).encode()),  # with the chat template around it
         "stop_ids": sorted(evaluator.prompts.tokenizer.stop_ids),
         "seed": settings.seed,
+        **({"yarn": vars(shape.yarn)} if shape.yarn is not None else {}),
     }
 
 

@@ -124,13 +124,14 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def _describe_hugging_face(path: Path) -> dict[str, Any]:
-    shape, reader = read_shape(path), HuggingFaceReader(path)
+    shape = read_shape(path)
+    reader = HuggingFaceReader(path, shape, check=False)
     files = sorted({place.file for place in reader.tensors.values()})
     expected = hugging_face_shapes(shape)
     found = {name: place.shape for name, place in reader.tensors.items()}
     if shape.tied and HEAD in found:
         expected = {**expected, HEAD: expected[EMBEDDING]}
-    odd = tensor_problems(found, expected)
+    odd = tensor_problems(found, expected) + reader.notes
     if shape.tied and HEAD in found:
         odd.append(f"{HEAD} is stored although the config ties it to the embedding; the two must be equal")
     dtypes = _counts(place.dtype for place in reader.tensors.values())

@@ -21,6 +21,7 @@ from megatron_paint.checkpoints.hf_writer import (
     copy_companions,
     lay_out,
     write_index,
+    write_tensors,
 )
 from megatron_paint.checkpoints.manifest import manifest_entry, write_manifest
 from megatron_paint.checkpoints.megatron_source import Lora, MegatronSource
@@ -184,9 +185,7 @@ class ToAdapter:
 
     def worker(self, folder: Path) -> Callable[[Task], dict[str, Any]]:
         def work(task: Task) -> dict[str, Any]:
-            from safetensors.torch import save_file
-
-            save_file(dict(self._tensors()), folder / ADAPTER_FILE, metadata={"format": "pt"})
+            write_tensors(folder / ADAPTER_FILE, dict(self._tensors()))
             return {"files": [ADAPTER_FILE]}
 
         return work

@@ -137,8 +137,11 @@ def load_checkpoint(folder: Path, stage: Stage, optimizer: MegatronOptimizer, te
     return state
 
 
-def _sizes(stage: Stage) -> dict[str, int | bool]:
-    """The sizes that a checkpoint's model and the model that loads it must share, named as in config.json."""
+def _sizes(stage: Stage) -> dict[str, Any]:
+    """What a checkpoint's model and the model that loads it must share: sizes, named as in config.json, and positions.
+
+    No weight shows the rotary positions.
+    """
     config = stage.config
     return {
         "vocab_size": stage.vocab_size,
@@ -149,6 +152,7 @@ def _sizes(stage: Stage) -> dict[str, int | bool]:
         "head_dim": config.kv_channels,
         "intermediate_size": config.ffn_hidden_size,
         "tie_word_embeddings": stage.share_embeddings_and_output_weights,
+        **stage.rotary,
     }
 
 
@@ -164,6 +168,7 @@ def _read_state(folder: str | Path, stage: Stage) -> dict[str, Any]:
             "resume from the checkpoint before it"
         ) from error
     here = _sizes(stage)
+    saved = {**stage.rotary, **saved}  # checkpoints of earlier versions do not have it
     if differences := [f"{key} is {saved.get(key)}, not {here[key]}" for key in here if saved.get(key) != here[key]]:
         raise UserError(
             f"checkpoint {folder} is of another model than model.hf_path: {', '.join(differences)}. Restore the model "

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from megatron_paint.base.errors import about
 from megatron_paint.checkpoints.dtypes import cast
 from megatron_paint.checkpoints.hf_reader import HuggingFaceReader
-from megatron_paint.checkpoints.hf_writer import SHARD_BYTES, copy_companions, name_shards
+from megatron_paint.checkpoints.hf_writer import SHARD_BYTES, copy_companions, name_shards, write_tensors
 from megatron_paint.checkpoints.peft import ADAPTER_FILE, write_config
 from megatron_paint.config.settings import LoraSettings
 from megatron_paint.mcore.collectives import fill_folder
@@ -137,13 +137,13 @@ def export_adapters(stage: nn.Module, out: str | Path, *, lora: LoraSettings, ra
         if ranks.tp_rank > 0:
             return None
         file = f"stage{ranks.pp_rank:03d}.safetensors"
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / file)
+        write_tensors(folder / file, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
         return file
 
     def finish(folder: Path, written: list[str | None]) -> None:
         parts = [folder / file for file in written if file is not None]
         tensors = {name: tensor for part in parts for name, tensor in load_file(part).items()}
-        save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
+        write_tensors(folder / ADAPTER_FILE, tensors)
         write_config(folder, rank=lora.rank, alpha=lora.alpha, base=os.path.abspath(source))
         for part in parts:
             part.unlink()
@@ -161,7 +161,7 @@ def _write_shards(
     def flush() -> None:
         if pending:
             file = f"{stem}-{len(written):05d}.safetensors"
-            save_file(pending, folder / file, metadata={"format": "pt"})
+            write_tensors(folder / file, pending)
             sync(folder / file)
             written[file] = {name: tensor.nbytes for name, tensor in pending.items()}
             pending.clear()

@@ -68,6 +68,8 @@ def test_a_live_run_exports_adapters(tmp_path):
     found = train(tmp_path, layout, "model.lora.export=adapter", processes=4)
     live, made = found[1] / "hf" / "step_000002", to_hf(found, tmp_path / "adapter", "--lora", "adapter")
     assert sorted(path.name for path in live.iterdir()) == sorted(path.name for path in made.iterdir())
+    for folder in (live, made):
+        assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, folder
     ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (live, made))
     assert ours.keys() == theirs.keys()
     assert len(ours) == 2 * 2 * 7

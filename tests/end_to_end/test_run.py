@@ -193,10 +193,21 @@ def test_changed_settings_do_not_resume(trained, capsys):
     assert (trained.run / "metrics.jsonl").read_bytes() == before
 
 
-def test_another_model_does_not_resume(trained, tmp_path):
-    """The same folder, but with an output layer of its own, which the checkpoint has not; told once by two ranks."""
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 256}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tied": False}, "tie_word_embeddings is True, not False"),  # a separate output layer
+        ({"rope_parameters": YARN}, "yarn is None, not {'factor': 4.0"),  # no weight shows it
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "rope_theta is 10000.0, not 1000000.0"),
+    ],
+)
+def test_another_model_does_not_resume(change, message, trained, tmp_path):
+    """The run's folder with a model that its checkpoint does not fit. Two ranks print one error."""
     shutil.copytree(trained.run, tmp_path / "run")
-    tiny.make_model(tmp_path / "model", tied=False)
+    tiny.make_model(tmp_path / "model", **change)
     recorded = (tmp_path / "run" / "config.yaml").read_text()
     (tmp_path / "run" / "config.yaml").write_text(
         recorded.replace(str(trained.folder / "model"), str(tmp_path / "model"))
@@ -210,5 +221,6 @@ def test_another_model_does_not_resume(trained, tmp_path):
     (line,) = (line for line in ended.err[0].splitlines() if "No CUDA runtime is found" not in line)
     assert line.startswith("megatron-paint: error: checkpoint ")
     assert "is of another model" in line
+    assert message in line
     assert before
     assert {path: path.read_bytes() for path in before} == before
