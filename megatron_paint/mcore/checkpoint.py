@@ -141,7 +141,7 @@ def _sizes(stage: Stage) -> dict[str, int | bool]:
     """The sizes that a checkpoint's model and the model that loads it must share, named as in config.json."""
     config = stage.config
     return {
-        "vocab_size": stage.vocab_size,
+        "vocab_size": stage.valid_vocab_size,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_attention_heads,

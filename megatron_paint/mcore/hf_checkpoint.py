@@ -22,6 +22,7 @@ from megatron_paint.config.settings import LoraSettings
 from megatron_paint.mcore.collectives import fill_folder
 from megatron_paint.mcore.lora import gathered_adapters, merged_weight
 from megatron_paint.mcore.ranks import Ranks
+from megatron_paint.mcore.vocabulary import PADDED, load_vocab_rows
 from megatron_paint.models.qwen3.mapping import hugging_face_shapes, rule_of
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.runtime.files import sync
@@ -47,7 +48,10 @@ def load_stage(stage: nn.Module, folder: str | Path, shape: ModelShape, ranks: R
     first_expert = ranks.ep_rank * shape.num_experts // ranks.ep_size
     for name, parameter in base_parameters(stage):
         rule = rule_of(name, shape, first_layer=first_layer_of(stage), first_expert=first_expert)
-        value = rule.load(reader, rank=ranks.tp_rank, ranks=ranks.tp_size)
+        if name in PADDED:
+            value = load_vocab_rows(rule, reader, ranks)
+        else:
+            value = rule.load(reader, rank=ranks.tp_rank, ranks=ranks.tp_size)
         if value.shape != parameter.shape:
             raise AssertionError(f"{name}: rule returns {tuple(value.shape)}, parameter is {tuple(parameter.shape)}")
         parameter.copy_(value)

@@ -48,6 +48,8 @@ class Stage(GPTModel):
     position for each token.
     """
 
+    valid_vocab_size: int  # without the rows that pad the vocabulary for tensor parallelism
+
     def forward(self, input_ids_T: Tensor, rows: TokenRows) -> Tensor:
         """Hidden states [T, 1, H] of this stage, after the final norm on the last one.
 
@@ -203,7 +205,7 @@ def build_model(shape: ModelShape, model: ModelSettings, megatron: MegatronSetti
     stage = Stage(
         config,
         TransformerBlockSubmodules(layer_specs=[spec] * (shape.num_layers // ranks.pp_size), layer_norm=layer_norm),
-        vocab_size=shape.vocab_size,
+        vocab_size=ranks.tp_size * shape.vocab_rows(ranks.tp_size),
         max_sequence_length=shape.max_positions,
         pre_process=ranks.is_first_stage,
         post_process=ranks.is_last_stage,
@@ -212,6 +214,7 @@ def build_model(shape: ModelShape, model: ModelSettings, megatron: MegatronSetti
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
     )
+    stage.valid_vocab_size = shape.vocab_size
     _mark_sharded_weights(stage)
     return stage.to(ranks.device)
 

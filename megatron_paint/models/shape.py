@@ -27,6 +27,10 @@ class ModelShape:
     expert_ffn_size: int = 0
     normalise_experts: bool = True  # True: the probabilities of the chosen experts are scaled to sum to 1
 
+    def vocab_rows(self, ranks: int) -> int:
+        """The vocabulary rows of each of `ranks` tensor-parallel ranks. The last ranks are padded if it does not divide."""
+        return -(-self.vocab_size // ranks)
+
     @property
     def num_parameters(self) -> int:
         """The number of weights. A tied embedding counts once."""
