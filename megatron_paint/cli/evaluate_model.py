@@ -71,6 +71,8 @@ def _evaluate(asked: Requested, ranks: "Ranks", shape: ModelShape, *, mode: Mode
         micro_batch_tokens=settings.micro_batch_tokens,
         seed=settings.seed,
     )
+    for note in runner.notes:
+        progress.note(note)
     rows = rows_at_once(settings, shape, evaluators)
     progress.note(f"a replica decodes {rows} answers together (rollout.batch_size, rollout.cache_bytes)", rows=rows)
     found: dict[str, Answers] = {}

@@ -39,6 +39,7 @@ class Comparison:
     differences: tuple[Difference, ...]
     bad_checksums: tuple[tuple[str, str], ...]  # (tensor, folder) that differ from the manifest in that folder
     checksums: int  # how many tensors were compared with a checksum in a manifest
+    notes: tuple[str, ...]  # what the user should know about the Megatron checkpoint
     rounded: int  # tensors with different types on the two sides; they were compared in the narrower type
 
     @property
@@ -82,6 +83,7 @@ def compare(hf: Path, megatron: Path, *, progress: Callable[[int], None] = lambd
         differences=tuple(found for found in worst.values() if found is not None),
         bad_checksums=tuple(bad),
         checksums=sum(map(len, recorded)),
+        notes=source.notes,
         rounded=sum(source.dtype(name) != reader.tensors[name].dtype for name in source.entry_of),
     )
 

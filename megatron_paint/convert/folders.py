@@ -5,6 +5,7 @@ from typing import Literal
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.checkpoints.hf_writer import SHARD_BYTES
+from megatron_paint.checkpoints.megatron_folder import megatron_folder
 from megatron_paint.convert.to_hf import ToAdapter, ToHuggingFace
 from megatron_paint.convert.to_megatron import ToMegatron
 from megatron_paint.convert.work import Job, convert, processes_for
@@ -56,6 +57,7 @@ def convert_to_hf(
     source, base = Path(source), Path(base)
     for folder in (source, base):
         check_folder(folder)
+    source = megatron_folder(source)
     job: Job
     if lora == "adapter":
         job = ToAdapter(source=source, base=base, dtype=dtype)

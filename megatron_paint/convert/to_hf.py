@@ -91,6 +91,9 @@ class ToHuggingFace:
         places = self.layout.places
         return cut_tasks([sum(places[name].nbytes for name in entry.rule.hf_shapes()) for entry in self.entries])
 
+    def notes(self) -> Sequence[str]:
+        return MegatronSource(self.source, self.shape).notes
+
     def worker(self, folder: Path) -> Callable[[Task], dict[str, Any]]:
         entries, source, layout = self.entries, MegatronSource(self.source, self.shape), self.layout
         recorded = source.checksums() if self.checksums else {}
@@ -181,6 +184,9 @@ class ToAdapter:
                 for side, values in zip("AB", pair, strict=True):
                     dtype = getattr(torch, self.dtype) if self.dtype else values.dtype
                     yield adapter_name(name, side), cast(values, dtype, adapter_name(name, side))
+
+    def notes(self) -> Sequence[str]:
+        return ()
 
     def worker(self, folder: Path) -> Callable[[Task], dict[str, Any]]:
         def work(task: Task) -> dict[str, Any]:

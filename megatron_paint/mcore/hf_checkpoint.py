@@ -17,12 +17,13 @@ from megatron_paint.base.errors import about
 from megatron_paint.checkpoints.dtypes import cast
 from megatron_paint.checkpoints.hf_reader import HuggingFaceReader
 from megatron_paint.checkpoints.hf_writer import SHARD_BYTES, copy_companions, name_shards
+from megatron_paint.checkpoints.megatron_source import VOCABULARY
 from megatron_paint.checkpoints.peft import ADAPTER_FILE, write_config
 from megatron_paint.config.settings import LoraSettings
 from megatron_paint.mcore.collectives import fill_folder
 from megatron_paint.mcore.lora import gathered_adapters, merged_weight
 from megatron_paint.mcore.ranks import Ranks
-from megatron_paint.mcore.vocabulary import PADDED, load_vocab_rows
+from megatron_paint.mcore.vocabulary import load_vocab_rows
 from megatron_paint.models.qwen3.mapping import hugging_face_shapes, rule_of
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.runtime.files import sync
@@ -48,7 +49,7 @@ def load_stage(stage: nn.Module, folder: str | Path, shape: ModelShape, ranks: R
     first_expert = ranks.ep_rank * shape.num_experts // ranks.ep_size
     for name, parameter in base_parameters(stage):
         rule = rule_of(name, shape, first_layer=first_layer_of(stage), first_expert=first_expert)
-        if name in PADDED:
+        if name in VOCABULARY:
             value = load_vocab_rows(rule, reader, ranks)
         else:
             value = rule.load(reader, rank=ranks.tp_rank, ranks=ranks.tp_size)

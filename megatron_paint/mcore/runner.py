@@ -1,5 +1,6 @@
 """A model with its weights on all ranks, and its sampler: the part of the policy that an evaluation needs."""
 
+from megatron_paint.checkpoints.megatron_folder import megatron_folder
 from megatron_paint.config.settings import MegatronSettings, ModelSettings, RolloutSettings
 from megatron_paint.mcore.batch import token_multiple
 from megatron_paint.mcore.checkpoint import has_adapters, load_weights
@@ -36,14 +37,15 @@ class ModelRunner:
         self.ranks = ranks
         self.stage = build_model(shape, model, megatron, ranks)
         load_stage(self.stage, model.hf_path, shape, ranks)
-        start = model.megatron_path
+        start = None if model.megatron_path is None else megatron_folder(model.megatron_path)
+        self.notes: tuple[str, ...] = ()  # what the user should know about the weights
         adapted = start is not None and loads_adapters and model.lora is not None and has_adapters(start)
         if start is not None and not adapted:
-            load_weights(self.stage, start)
+            self.notes += load_weights(self.stage, start, shape)
         if model.lora is not None:
             add_adapters(self.stage, model.lora, shape, ranks, seed=seed)
         if adapted:
-            load_weights(self.stage, start)
+            self.notes += load_weights(self.stage, start, shape)
         self.multiple = token_multiple(megatron)
         token_bytes = cache_bytes_per_token(shape, dtype=model.dtype, megatron=megatron)
         self.sampler = MegatronSampler(

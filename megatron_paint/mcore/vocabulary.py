@@ -16,8 +16,6 @@ from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.models.qwen3.mapping import Read, Rule
 from megatron_paint.models.shape import ModelShape
 
-PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")  # the parameters that can have padding rows
-
 
 def vocab_axis(shape: ModelShape, ranks: Ranks, config: TransformerConfig) -> VocabAxis:
     """The vocabulary axis of the losses."""
@@ -40,4 +38,6 @@ def load_vocab_rows(rule: Rule, read: Read, ranks: Ranks) -> Tensor:
     if start == stop:  # more ranks than the vocabulary fills
         return torch.zeros(rows, *rule.shape[1:])
     values = rule.read_rows(read, slice(start, stop))
-    return values if stop - start == rows else torch.cat([values, values.new_zeros(rows - len(values), *rule.shape[1:])])
+    return (
+        values if stop - start == rows else torch.cat([values, values.new_zeros(rows - len(values), *rule.shape[1:])])
+    )

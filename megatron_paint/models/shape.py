@@ -28,7 +28,7 @@ class ModelShape:
     normalise_experts: bool = True  # True: the probabilities of the chosen experts are scaled to sum to 1
 
     def vocab_rows(self, ranks: int) -> int:
-        """The vocabulary rows of each of `ranks` tensor-parallel ranks. The last ranks are padded if it does not divide."""
+        """The vocabulary rows of each of `ranks` tensor-parallel ranks; padded at the end if it does not divide."""
         return -(-self.vocab_size // ranks)
 
     @property

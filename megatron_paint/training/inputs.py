@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_paint.base.errors import UserError, about
 from megatron_paint.checkpoints.hf_reader import HuggingFaceReader
+from megatron_paint.checkpoints.megatron_source import MegatronSource
 from megatron_paint.config.settings import EvaluateSettings, Settings
 from megatron_paint.data.problems import LoadedProblems, ProblemSet, PromptLimit, load_held_out, load_problems
 from megatron_paint.data.prompts import Prompts
@@ -53,6 +54,9 @@ def check_inputs(settings: Settings, shape: ModelShape, *, run_folder: bool = Tr
     """
     with about("model.hf_path"):
         HuggingFaceReader(settings.model.hf_path, shape).check_tied(shape)
+    if settings.model.megatron_path is not None:
+        with about("model.megatron_path"):
+            MegatronSource(settings.model.megatron_path, shape)
     inputs = load_inputs(settings, shape)
     if run_folder:
         RunFolder(settings.run.dir).check(settings)

@@ -111,6 +111,8 @@ def prepare(
     for warning in warnings:
         progress.warn(warning)
     policy = MegatronPolicy(settings, plan.shape, ranks)
+    for note in policy.notes:
+        progress.note(note)
     if start:
         _load_checkpoint(policy, folder.checkpoint_folder(start), start)
         progress.note(f"resumed at step {start} from {folder.checkpoint_folder(start)}")

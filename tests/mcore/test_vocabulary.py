@@ -115,8 +115,20 @@ def test_checkpoints_load_at_the_other_layout(trained, tmp_path):
     }
     for case in CASES:
         wanted, saved = result(alone)[case.name], tmp_path / case.name
-        assert main(["convert", "to-hf", str(out / case.name), str(saved), "--quiet", "--base", str(folder / (
-            "start-tied" if case.tied else "start-untied"))]) == 0
+        assert (
+            main(
+                [
+                    "convert",
+                    "to-hf",
+                    str(out / case.name),
+                    str(saved),
+                    "--quiet",
+                    "--base",
+                    str(folder / ("start-tied" if case.tied else "start-untied")),
+                ]
+            )
+            == 0
+        )
         for name, folder_of in resumed.items():
             found = result(folder_of)[case.name]
             torch.testing.assert_close(
