@@ -3,6 +3,7 @@
 Axes: K rank of the adapter, I inputs, O outputs of a weight.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_paint.base.errors import UserError
+from megatron_paint.base.errors import UserError, about
 from megatron_paint.checkpoints.hf_reader import EMBEDDING, HEAD
 from megatron_paint.checkpoints.peft import ADAPTER_CONFIG, ADAPTER_FILE, PROJECTIONS, adapter_name, read_adapter_config
+from megatron_paint.config.settings import ModelSettings
 from megatron_paint.models.qwen3.mapping import hugging_face_shapes
 from megatron_paint.models.shape import ModelShape
 
@@ -124,15 +126,45 @@ class Adapter:
         """The shapes of the tensors that belong to the adapted weights, to the targets and to modules_to_save."""
         expected: dict[str, tuple[int, ...]] = {}
         for weight, shape in self.weights.items():
-            if weight in self.saved or _is_saved(weight, self.config.saved_modules):
+            if weight in self.saved or _ends_with(weight, self.config.saved_modules):
                 expected[PREFIX + _module(weight)] = shape
-            elif len(shape) == 2 and (weight in self.adapted or self._key(weight, "B") in self._stored):
+            elif len(shape) == 2 and (self._is_targeted(weight) or _ends_with(weight, self.config.targets)):
                 rank = self.config.rank_of(_module(weight))
                 expected[self._key(weight, "A")] = (rank, shape[1])
                 expected[self._key(weight, "B")] = (shape[0], rank)
                 if self.config.dora:
                     expected[self._magnitude(weight)] = shape[:1]
         return expected
+
+    def note(self, *, merges: bool) -> str:
+        """The line that says what becomes of the adapter."""
+        if merges:
+            return f"the adapter {self.folder} is merged into the weights of {Path(self.shape.source).parent}"
+        new = len(self.missing_projections)
+        rest = f"; {new} projections that it leaves out start new" if new else ""
+        return f"the adapters continue from {self.folder}{rest}"
+
+    def _is_targeted(self, weight: str) -> bool:
+        return weight in self.adapted or self._key(weight, "B") in self._stored
+
+    def check_continues(self, *, rank: int, alpha: float) -> None:
+        """UserError unless adapters of this rank and alpha can continue from these."""
+        merge = "leave model.lora out to merge the adapter into the weights"
+        for present, key in ((self.config.dora, "use_dora"), (self.saved, "modules_to_save")):
+            if present:
+                raise UserError(f"{self.folder} has {key}, with which no run of adapters can continue; {merge}")
+        sizes = {weight: (self.config.rank_of(_module(weight)), self.scale(weight)) for weight in sorted(self.adapted)}
+        if other := [weight for weight in sizes if weight.split(".")[-2] not in PROJECTIONS]:
+            raise UserError(f"{self.folder} adapts {other[0]}, which a run of adapters cannot; {merge}")
+        if len(set(sizes.values())) > 1:
+            raise UserError(f"{self.folder} has modules of different rank or scale, and a run has one of each; {merge}")
+        ((own_rank, scale),) = set(sizes.values())
+        if own_rank != rank or not math.isclose(scale, alpha / rank, rel_tol=1e-6):
+            raise UserError(
+                f"{self.folder} has rank {own_rank} and scale {scale:g}, but model.lora has rank {rank} and scale "
+                f"alpha / rank = {alpha / rank:g}: set model.lora.rank={own_rank} "
+                f"model.lora.alpha={scale * own_rank:.10g}, or {merge}"
+            )
 
     @property
     def missing_projections(self) -> tuple[str, ...]:
@@ -141,9 +173,21 @@ class Adapter:
         return tuple(_module(weight) for weight in names if weight not in self.adapted)
 
 
+def checked_adapter(model: ModelSettings, shape: ModelShape) -> Adapter | None:
+    """The adapter at model.adapter_path, if there is one. UserError: it does not fit the model or model.lora."""
+    if model.adapter_path is None:
+        return None
+    with about("model.adapter_path"):
+        adapter = Adapter(model.adapter_path, shape)
+        if model.lora is not None:
+            adapter.check_continues(rank=model.lora.rank, alpha=model.lora.alpha)
+    return adapter
+
+
 def _module(weight: str) -> str:
     return weight.removesuffix(".weight")
 
 
-def _is_saved(weight: str, modules: tuple[str, ...]) -> bool:
+def _ends_with(weight: str, modules: tuple[str, ...]) -> bool:
+    """Whether a weight is of one of the modules, which PEFT names by the end of their path."""
     return any(_module(weight) == name or _module(weight).endswith(f".{name}") for name in modules)

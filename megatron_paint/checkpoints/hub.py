@@ -21,17 +21,18 @@ class HubModel(NamedTuple):
     revision: str
 
 
-def local_folder(name: str | Path) -> Path:
+def local_folder(name: str | Path, *, revision: str | None = None) -> Path:
     """Returns the folder of a model that is given as a folder or by its name on the hub.
 
     A complete copy in the cache of huggingface_hub is used without asking the hub. Otherwise the missing files are
     downloaded, unless HF_HUB_OFFLINE is set. A path that is neither is returned: its reader names what is missing.
+    revision: branch, tag or commit on the hub; None: main.
     Raises UserError, with the command that downloads the model, if it cannot be downloaded here.
     """
     path = Path(name)
     if path.exists() or not _ID.fullmatch(str(name)) or Path(path.parts[0]).is_dir():
         return path
-    return _cached(str(name)) or _download(str(name))
+    return _cached(str(name), revision) or _download(str(name), revision)
 
 
 def hub_model(folder: str | Path) -> HubModel | None:
@@ -40,13 +41,13 @@ def hub_model(folder: str | Path) -> HubModel | None:
     return found and HubModel(found["id"].replace("--", "/"), found["revision"])
 
 
-def _cached(name: str) -> Path | None:
+def _cached(name: str, revision: str | None) -> Path | None:
     """The complete copy of the model in the cache, if there is one."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(name, local_files_only=True))
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
     return folder if not any(_missing(folder)) else None
@@ -72,11 +73,11 @@ def _missing(folder: Path) -> Iterator[str]:
     yield from (shard for shard in sorted(shards) if not (folder / shard).exists())
 
 
-def _download(name: str) -> Path:
+def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-    line = f"hf download {name}"
+    line = f"hf download {name}" + (f" --revision {revision}" if revision else "")
     where = f"in the cache {constants.HF_HUB_CACHE}"
     if constants.HF_HUB_OFFLINE:
         raise UserError(
@@ -84,7 +85,7 @@ def _download(name: str) -> Path:
             f"machine with access to the hub and the same cache run: {line}"
         )
     try:
-        return Path(snapshot_download(name, allow_patterns=list(WANTED)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(WANTED)))
     except GatedRepoError:
         raise UserError(
             f"{name}: the hub gives it only to users who accepted its terms: accept them on https://huggingface.co/"

@@ -1,11 +1,10 @@
-"""Finds the folder of one Megatron checkpoint, and the file that keeps a damaged one from loading."""
+"""Finds the folder of one Megatron checkpoint. It needs no torch."""
 
-from collections.abc import Collection
 from pathlib import Path
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.checkpoints.torch_dist import METADATA, CheckpointReader
 
+METADATA = ".metadata"  # torch's description of a checkpoint
 LATEST = "latest_checkpointed_iteration.txt"  # Megatron programs write it beside their iter_... folders
 NAMED = 5  # folders that an error names
 
@@ -52,19 +51,3 @@ def _checkpoints_in(path: Path) -> list[Path]:
     return sorted(
         file.parent for pattern in (f"*/{METADATA}", f"checkpoints/*/{METADATA}") for file in path.glob(pattern)
     )
-
-
-def unreadable_file(folder: Path, keys: Collection[str] | None = None) -> str | None:
-    """Reads every piece of the tensors `keys`; returns what is wrong with the first that cannot be read, or None.
-
-    keys: None reads all tensors and the common part.
-    """
-    try:
-        reader = CheckpointReader(folder)
-        for key in reader.tensors if keys is None else keys:
-            reader.check_pieces(key)
-        if keys is None:
-            reader.check_common()
-    except UserError as error:
-        return str(error)
-    return None

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -172,3 +172,19 @@ class MegatronSource:
             filled = sum(math.prod(piece.sizes) for piece in self.reader.tensors[key].pieces)
             if filled != math.prod(shape):
                 raise UserError(f"{self.folder}: the pieces of {key} have {filled} of {math.prod(shape)} elements")
+
+
+def unreadable_file(folder: Path, keys: Collection[str] | None = None) -> str | None:
+    """Reads every piece of the tensors `keys`; returns what is wrong with the first that cannot be read, or None.
+
+    keys: None reads all tensors and the common part.
+    """
+    try:
+        reader = CheckpointReader(folder)
+        for key in reader.tensors if keys is None else keys:
+            reader.check_pieces(key)
+        if keys is None:
+            reader.check_common()
+    except UserError as error:
+        return str(error)
+    return None

@@ -17,7 +17,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TOKENIZER_FILES += ("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json")
 TEMPLATES = "additional_chat_templates"  # a folder of transformers
-# Keys of adapter_config.json that change nothing about the stored weights, or that `_Config` reads.
+# Keys of adapter_config.json that change nothing about the stored weights, or that `AdapterConfig` has.
 READ = {"peft_type", "base_model_name_or_path", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
 READ |= {"use_dora", "modules_to_save", "init_lora_weights", "bias"}
 HARMLESS = {"task_type", "revision", "lora_dropout", "inference_mode", "auto_mapping", "peft_version"}
@@ -30,7 +30,9 @@ START_VALUES = (True, False, None, "gaussian", "orthogonal", "eva")  # of A and 
 class AdapterConfig:
     """What adapter_config.json says about the adapter's weights."""
 
-    base: str  # folder or name on the hub
+    base: str  # folder or name on the hub; empty: not named
+    revision: str | None  # of the base on the hub
+    targets: tuple[str, ...]  # modules that must have adapters; empty: the config names them in another way
     rank: int
     alpha: float
     rank_pattern: Mapping[str, int]  # regular expression of a module -> its rank
@@ -70,6 +72,8 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
         _refuse_unsupported(raw, path)
         config = AdapterConfig(
             base=str(raw.get("base_model_name_or_path") or ""),
+            revision=raw.get("revision") or None,
+            targets=_targets(raw),
             rank=int(raw["r"]),
             alpha=float(raw["lora_alpha"]),
             rank_pattern={key: int(value) for key, value in (raw.get("rank_pattern") or {}).items()},
@@ -90,6 +94,13 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
     if min(ranks) < 1 or not all(map(math.isfinite, (config.alpha, *config.alpha_pattern.values()))):
         raise UserError(f"{path} has a rank below 1 or an alpha that is not finite; copy the adapter again")
     return config
+
+
+def _targets(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """The listed names of the adapted modules, unless some layers or modules are left out."""
+    targets = raw.get("target_modules")
+    some = any(raw.get(key) not in (None, [], "") for key in ("exclude_modules", "layers_to_transform"))
+    return () if some or not isinstance(targets, list) else tuple(map(str, targets))
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], path: Path) -> None:

@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 
 from megatron_paint.base.errors import UserError
+from megatron_paint.checkpoints.megatron_folder import METADATA
 
-METADATA, BACKEND, COMMON, EMPTY = ".metadata", "metadata.json", "common.pt", "__empty_0.distcp"
+BACKEND, COMMON, EMPTY = "metadata.json", "common.pt", "__empty_0.distcp"
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 COMMON_FORMAT = {"common_backend": "torch", "common_backend_version": 1}
 

@@ -126,8 +126,8 @@ def sampled_with(asked: Requested, evaluator: Evaluator) -> dict[str, Any]:
     settings, evaluation = asked.settings, asked.settings.evaluation
     frame = evaluator.prompt(Problem(id="", problem="", solution="", answer=""))
     return {
-        "model": str(Path(asked.model).resolve()),
-        "weights": fingerprint(Path(asked.model)),
+        "model": str(asked.folders[0].resolve()),
+        "weights": "+".join(map(fingerprint, asked.folders)),
         "dtype": settings.model.dtype,
         "fp8": settings.megatron.fp8 and settings.megatron.fp8_recipe,
         "temperature": evaluation.temperature,

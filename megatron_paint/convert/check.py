@@ -14,8 +14,9 @@ from megatron_paint.checkpoints.dtypes import raw_bytes
 from megatron_paint.checkpoints.expected_tensors import tensor_problems
 from megatron_paint.checkpoints.hf_reader import EMBEDDING, HEAD, HuggingFaceReader
 from megatron_paint.checkpoints.manifest import MANIFEST, Stored, checksums, read_manifest
+from megatron_paint.checkpoints.megatron_folder import METADATA
 from megatron_paint.checkpoints.megatron_source import NOT_MODEL, MegatronSource
-from megatron_paint.checkpoints.torch_dist import METADATA, CheckpointReader, StoredTensor
+from megatron_paint.checkpoints.torch_dist import CheckpointReader, StoredTensor
 from megatron_paint.models.qwen3.mapping import checkpoint_entries, hugging_face_shapes
 from megatron_paint.models.qwen3.shape import read_shape, shape_of
 

@@ -21,8 +21,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_paint.base.errors import UserError, about
-from megatron_paint.checkpoints.megatron_folder import megatron_folder, unreadable_file
-from megatron_paint.checkpoints.megatron_source import MegatronSource
+from megatron_paint.checkpoints.megatron_folder import megatron_folder
+from megatron_paint.checkpoints.megatron_source import MegatronSource, unreadable_file
 from megatron_paint.checkpoints.run_state import RUN_STATE
 from megatron_paint.checkpoints.torch_dist import CheckpointReader
 from megatron_paint.mcore.collectives import (

@@ -60,7 +60,11 @@ class MegatronPolicy(ModelRunner):
         self.wrapped = wrap_data_parallel(self.stage, megatron) if trained else self.stage
         self.optimizer = make_optimizer(self.wrapped, settings.optimizer, megatron) if trained else None
         taught = trained and settings.objective.needs.teacher
-        self.teacher = Teacher(self.stage, settings.objective.teacher if taught else TeacherSettings(weights="current"))
+        self.teacher = Teacher(
+            self.stage,
+            settings.objective.teacher if taught else TeacherSettings(weights="current"),
+            starts_adapted=settings.model.adapter_path is not None,
+        )
         self.writer = Writer(ranks)
         self.vocab = vocab_axis(shape, ranks, self.stage.config)
         self.forward = ForwardPass(
@@ -150,10 +154,20 @@ class MegatronPolicy(ModelRunner):
     def export(self, folder: Path) -> None:
         model, ranks = self.settings.model, self.ranks
         if model.lora is not None and model.lora.export == "adapter":
-            export_adapters(self.stage, folder, lora=model.lora, ranks=ranks, source=model.hf_path)
+            export_adapters(
+                self.stage, folder, lora=model.lora, ranks=ranks, source=model.hf_path, tokenizer=model.adapter_path
+            )
             return
         dtype = DTYPES[model.dtype]
-        export_stage(self.stage, folder, shape=self.shape, ranks=ranks, dtype=dtype, source=model.hf_path)
+        export_stage(
+            self.stage,
+            folder,
+            shape=self.shape,
+            ranks=ranks,
+            dtype=dtype,
+            source=model.hf_path,
+            tokenizer=model.adapter_path,
+        )
 
     def teacher_states(
         self,

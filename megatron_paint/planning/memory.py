@@ -98,7 +98,8 @@ def teacher_bytes(settings: Settings) -> int:
         return 0
     if teacher.weights == "ema":
         return FLOAT32 + (width if teacher.ema_anchor > 0 else 0)  # and the initial weights, its anchor
-    return width if teacher.weights == "initial" and settings.model.lora is None else 0
+    has_copy = settings.model.lora is None or settings.model.adapter_path is not None
+    return width if teacher.weights == "initial" and has_copy else 0
 
 
 def checkpoint_bytes(settings: Settings, shape: ModelShape) -> int:
