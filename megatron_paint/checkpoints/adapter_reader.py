@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -64,6 +65,8 @@ class Adapter:
             return values if columns is None else values[:, columns].contiguous()
         if name not in self.adapted:
             return read(name, rows=rows, columns=columns)
+        if self._base_layer(name) in self._stored:
+            read = self._stored_base
         a_KI, b_OK = (values.float() for values in self.pair(name))
         if self.config.dora:  # the length of a row needs all its columns
             values = read(name, rows=rows).float() + self.scale(name) * (b_OK[rows] @ a_KI)
@@ -73,6 +76,10 @@ class Adapter:
         if columns is not None:
             a_KI = a_KI[:, columns]
         return read(name, rows=rows, columns=columns).float() + self.scale(name) * (b_OK[rows] @ a_KI)
+
+    def _stored_base(self, name: str, *, rows: slice, columns: slice | None = None) -> Tensor:
+        values = self._tensor(self._base_layer(name))[rows]
+        return values if columns is None else values[:, columns]
 
     def _opened(self) -> Any:
         path = self.folder / ADAPTER_FILE
@@ -95,10 +102,17 @@ class Adapter:
         return adapter_name(weight, side).removesuffix(".weight")
 
     @staticmethod
+    def _base_layer(weight: str) -> str:
+        """PEFT also saves the frozen weight of an adapted output layer, and reads it back."""
+        return f"{PREFIX}{_module(weight)}.base_layer"
+
+    @staticmethod
     def _magnitude(weight: str) -> str:
         return f"{PREFIX}{_module(weight)}.lora_magnitude_vector"
 
     def _check(self) -> None:
+        if self.shape.tied:
+            self._check_tied()
         expected = self._expected()
         missing = [f"{key} is missing" for key in sorted(expected.keys() - self._shapes.keys())]
         surplus = [
@@ -114,13 +128,24 @@ class Adapter:
             raise UserError(
                 f"{self.folder} is not an adapter of {self.shape.source}: {'; '.join(problems[:SHOWN])}{more}"
             )
-        if self.shape.tied and (tied := sorted({EMBEDDING, HEAD} & (self.saved | self.adapted))):
-            raise UserError(
-                f"{self.folder} changes {' and '.join(tied)}, but {self.shape.source} ties embedding and output layer: "
-                "merge the adapter with PEFT, set tie_word_embeddings to false, and give the merged model"
-            )
         if not self.adapted | self.saved:
             raise UserError(f"{self.folder / ADAPTER_FILE} holds no adapter of {self.shape.source}")
+
+    def _check_tied(self) -> None:
+        """UserError unless embedding and output layer remain one weight. PEFT may save a copy of it for each."""
+        embedding, head = PREFIX + _module(EMBEDDING), PREFIX + _module(HEAD)
+        copies = {embedding, head} & self._stored.keys()
+        separate = [weight for weight in (EMBEDDING, HEAD) if _ends_with(weight, self.config.saved_modules)]
+        separate += [key for key in self._stored if key.startswith((f"{embedding}.", f"{head}."))]
+        if len(copies) == 2 and not torch.equal(self._tensor(embedding), self._tensor(head)):
+            separate.append(HEAD)
+        if separate:
+            raise UserError(
+                f"{self.folder} changes {separate[0]}, but {self.shape.source} ties embedding and output layer: merge "
+                "the adapter with PEFT, set tie_word_embeddings to false, and give the merged model"
+            )
+        if len(copies) == 2:
+            del self._stored[head], self._shapes[head]
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the tensors that belong to the adapted weights, to the targets and to modules_to_save."""
@@ -132,6 +157,8 @@ class Adapter:
                 rank = self.config.rank_of(_module(weight))
                 expected[self._key(weight, "A")] = (rank, shape[1])
                 expected[self._key(weight, "B")] = (shape[0], rank)
+                if self._base_layer(weight) in self._stored:
+                    expected[self._base_layer(weight)] = shape
                 if self.config.dora:
                     expected[self._magnitude(weight)] = shape[:1]
         return expected

@@ -1,6 +1,7 @@
 """A model with its weights on all ranks, and its sampler: the part of the policy that an evaluation needs."""
 
 from megatron_paint.checkpoints.adapter_reader import checked_adapter
+from megatron_paint.checkpoints.hub import hub_model
 from megatron_paint.checkpoints.megatron_folder import megatron_folder
 from megatron_paint.config.settings import MegatronSettings, ModelSettings, RolloutSettings
 from megatron_paint.mcore.batch import token_multiple
@@ -42,6 +43,8 @@ class ModelRunner:
         start = None if model.megatron_path is None else megatron_folder(model.megatron_path)
         # What the user should know about the weights.
         self.notes = () if adapter is None else (adapter.note(merges=model.lora is None),)
+        if (on_hub := hub_model(model.hf_path)) is not None:
+            self.notes += (f"the model is {on_hub.id} on the hub, revision {on_hub.revision}",)
         adapted = start is not None and loads_adapters and model.lora is not None and has_adapters(start)
         if start is not None and not adapted:
             self.notes += load_weights(self.stage, start, shape)
