@@ -177,9 +177,13 @@ class Adapter:
     def check_continues(self, *, rank: int, alpha: float) -> None:
         """UserError unless adapters of this rank and alpha can continue from these."""
         merge = "leave model.lora out to merge the adapter into the weights"
-        for present, key in ((self.config.dora, "use_dora"), (self.saved, "modules_to_save")):
-            if present:
-                raise UserError(f"{self.folder} has {key}, with which no run of adapters can continue; {merge}")
+        if self.config.dora:
+            raise UserError(f"{self.folder} has use_dora, with which no run of adapters can continue; {merge}")
+        if self.saved:
+            raise UserError(
+                f"{self.folder} holds the complete weights of {min(self.saved)} (modules_to_save), which a run of "
+                f"adapters does not train; {merge}"
+            )
         sizes = {weight: (self.config.rank_of(_module(weight)), self.scale(weight)) for weight in sorted(self.adapted)}
         if other := [weight for weight in sizes if weight.split(".")[-2] not in PROJECTIONS]:
             raise UserError(f"{self.folder} adapts {other[0]}, which a run of adapters cannot; {merge}")

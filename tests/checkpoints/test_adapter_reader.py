@@ -199,7 +199,11 @@ CONTINUED = {
     "another scale": ({}, {"rank": 4, "alpha": 8}, "set model.lora.rank=4 model.lora.alpha=6"),
     "rank-stabilised": ({"use_rslora": True}, {"rank": 4, "alpha": 6}, "set model.lora.rank=4 model.lora.alpha=12"),
     "DoRA": ({"use_dora": True}, {"rank": 4, "alpha": 6}, "has use_dora"),
-    "saved modules": ({"modules_to_save": ["norm"]}, {"rank": 4, "alpha": 6}, "has modules_to_save"),
+    "saved modules": (
+        {"modules_to_save": ["norm"]},
+        {"rank": 4, "alpha": 6},
+        "the complete weights of model.norm.weight (modules_to_save)",
+    ),
     "ranks": ({"rank_pattern": {"q_proj": 2}}, {"rank": 4, "alpha": 6}, "modules of different rank or scale"),
     "output layer": ({"target_modules": ["q_proj", "lm_head"]}, {"rank": 4, "alpha": 6}, "adapts lm_head.weight"),
 }
