@@ -48,8 +48,11 @@ def _cached(name: str, revision: str | None) -> Path | None:
 
     try:
         folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
+    except LocalEntryNotFoundError as error:
+        # huggingface_hub 2 refuses a snapshot without files that no model needs, such as README.md, and names it.
+        if (partial := getattr(error, "snapshot_path", None)) is None:
+            return None
+        folder = Path(partial)
     return folder if not any(_missing(folder)) else None
 
 
