@@ -24,9 +24,10 @@ def with_local_model(settings: AnySettings) -> AnySettings:
     model, prompts = _local(settings.model), settings.prompts
     if model.adapter_path is not None:
         with about("model.adapter_path"):
-            template = _other_template(Path(model.adapter_path), Path(model.hf_path))
-        if template is not None and prompts.chat_template is None:
-            prompts = dataclasses.replace(prompts, chat_template=template)
+            _check_tokens(Path(model.adapter_path), Path(model.hf_path))
+            if prompts.chat_template is None:
+                template = _other_template(Path(model.adapter_path), Path(model.hf_path))
+                prompts = dataclasses.replace(prompts, chat_template=template)
     return dataclasses.replace(settings, model=model, prompts=prompts)
 
 
@@ -67,17 +68,18 @@ def _folder(name: str) -> str:
     return name if folder == Path(name) else str(folder)
 
 
-def _other_template(adapter: Path, base: Path) -> str | None:
-    """The file of an adapter's chat template, if it differs from that of the base.
-
-    UserError: the template is not in a file of its own, or the tokenizers have different tokens.
-    """
+def _check_tokens(adapter: Path, base: Path) -> None:
+    """UserError if an adapter brings a tokenizer with tokens that the base's would cut into pieces."""
     ours, theirs = _read(adapter / "tokenizer.json"), _read(base / "tokenizer.json")
     if ours and theirs and (more := sorted(_added(ours).items() - _added(theirs).items())):
         raise UserError(
             f"the tokenizer in {adapter} has the token {more[0][0]!r} with the id {more[0][1]}, which that of its base "
             f"{base} does not have: merge the adapter with PEFT and save it with its tokenizer"
         )
+
+
+def _other_template(adapter: Path, base: Path) -> str | None:
+    """The file of an adapter's chat template, if it differs from that of the base. UserError: it is in no file."""
     template = _template(adapter)
     if template is None or template.strip() == (_template(base) or "").strip():
         return None

@@ -202,7 +202,7 @@ CONTINUED = {
     "saved modules": (
         {"modules_to_save": ["norm"]},
         {"rank": 4, "alpha": 6},
-        "the complete weights of model.norm.weight (modules_to_save)",
+        "the complete weights of model.layers.0.input_layernorm.weight (modules_to_save)",
     ),
     "ranks": ({"rank_pattern": {"q_proj": 2}}, {"rank": 4, "alpha": 6}, "modules of different rank or scale"),
     "output layer": ({"target_modules": ["q_proj", "lm_head"]}, {"rank": 4, "alpha": 6}, "adapts lm_head.weight"),
