@@ -14,7 +14,11 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.dict_utils import merge
+from megatron.core.dist_checkpointing.mapping import apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -194,17 +198,21 @@ def load_weights(stage: Stage, folder: str | Path, shape: ModelShape) -> tuple[s
         source = MegatronSource(folder, shape)
         wanted = {"model": _weights(stage)}
         with _as_user_error(folder, source.model_keys):
-            # Other programs keep objects of their own in the common part. The weights do not need it.
-            state = dist_checkpointing.load(
-                wanted, str(folder), common_strategy=_NoCommonPart(), strict=StrictHandling.RAISE_UNEXPECTED
-            )
+            state = _load_tensors(wanted, folder)
     _fill(stage, state["model"])
     return source.notes
 
 
-class _NoCommonPart(TorchCommonLoadStrategy):
-    def load_common(self, checkpoint_dir: str | Path) -> dict:
-        return {}
+def _load_tensors(wanted: dict, folder: Path) -> dict:
+    """Loads the tensors of a checkpoint as Megatron's `load` does, without the common part.
+
+    Other programs keep objects of their own there, and each version of Megatron in another place.
+    """
+    force_all_tensors_to_non_fp8(wanted)
+    sharded, state, factories = load_preprocess(wanted)
+    sharded, _ = extract_sharded_base(sharded)
+    merge(state, TorchDistLoadShardedStrategy().load(sharded, folder))
+    return apply_factory_merges(state, factories)
 
 
 def _weights(stage: Stage) -> dict:
