@@ -58,9 +58,7 @@ def _cached(name: str, revision: str | None) -> Path | None:
 
 def _missing(folder: Path) -> Iterator[str]:
     """The files of a model or an adapter that a snapshot does not have. An interrupted download leaves some out."""
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        if not (folder / "adapter_model.safetensors").exists():
-            yield "adapter_model.safetensors"
+    if (folder / "adapter_model.safetensors").exists() and (folder / "adapter_config.json").exists():
         return
     if not (folder / "config.json").exists():
         yield "config.json"

@@ -13,6 +13,7 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.checkpoints.hub import hub_model
 
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TOKENIZER_FILES += ("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json")
@@ -57,8 +58,17 @@ def _by_pattern(pattern: Mapping[str, float], module: str, default: float) -> fl
 
 
 def is_adapter(folder: str | Path) -> bool:
-    """Whether a folder holds a PEFT adapter and no complete model."""
-    return (Path(folder) / ADAPTER_CONFIG).is_file() and not (Path(folder) / "config.json").is_file()
+    """Whether a folder holds a PEFT adapter. UserError: it holds a complete model too, and either could be meant."""
+    folder = Path(folder)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return False
+    weights = next((name for name in MODEL_FILES if (folder / name).is_file()), None)
+    if weights is not None:
+        raise UserError(
+            f"{folder} holds a complete model ({weights}) and a PEFT adapter ({ADAPTER_CONFIG}); move one of them to a "
+            "folder of its own"
+        )
+    return True
 
 
 def read_adapter_config(folder: str | Path) -> AdapterConfig:

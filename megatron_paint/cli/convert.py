@@ -14,6 +14,7 @@ from rich.table import Table
 from megatron_paint.base.errors import UserError
 from megatron_paint.checkpoints.hf_reader import HuggingFaceReader
 from megatron_paint.checkpoints.hf_writer import SHARD_BYTES
+from megatron_paint.checkpoints.hub import local_folder
 from megatron_paint.checkpoints.megatron_folder import megatron_folder
 from megatron_paint.convert.check import Comparison, compare, describe
 from megatron_paint.convert.folders import check_folder
@@ -26,12 +27,14 @@ DIFFERENCES_SHOWN = 10
 
 def run_to_megatron(options: argparse.Namespace) -> int:
     """Converts to Megatron and returns the exit status 0. Raises UserError if the conversion is not possible."""
+    options.source = local_folder(options.source)
     check_folder(options.source)
     return _convert(ToMegatron(source=options.source, dtype=options.dtype, checksums=options.checksums), options)
 
 
 def run_to_hf(options: argparse.Namespace) -> int:
     """Converts to Hugging Face and returns the exit status 0. Raises UserError if the conversion is not possible."""
+    options.base = local_folder(options.base)
     for folder in (options.source, options.base):
         check_folder(folder)
     options.source = megatron_folder(options.source)
@@ -74,6 +77,7 @@ def _convert(job: Job, options: argparse.Namespace) -> int:
 
 def run_check(options: argparse.Namespace) -> int:
     """Compares two checkpoints. Returns the exit status: 0 if they are equal, 1 if they differ."""
+    options.hf = local_folder(options.hf)
     for folder in (options.hf, options.megatron):
         check_folder(folder)
     options.megatron = megatron_folder(options.megatron)

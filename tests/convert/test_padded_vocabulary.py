@@ -5,11 +5,13 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_paint.cli.main import main
 from tests.convert.family import COMMON
+from tests.support import hub_cache
 from tests.support.exports import same, weights
 
 SIZE, PADDED = 60, 128
@@ -93,3 +95,13 @@ def test_inspect_follows_the_folder(folders, capsys):
     shutil.rmtree(run / "iter_0000005")
     assert main(["convert", "inspect", str(run), "--json"]) == 2
     assert "names iter_0000005" in capsys.readouterr().err
+
+
+def test_the_base_may_be_a_name_on_the_hub(folders, tmp_path, monkeypatch):
+    base, run = folders
+    (base / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    hub_cache.put(tmp_path / "hub", "acme/tiny", base)
+    assert main(["convert", "to-hf", str(run), str(tmp_path / "out"), "--base", "acme/tiny", "--quiet"]) == 0
+    assert same(weights(tmp_path / "out"), weights(base))

@@ -111,6 +111,18 @@ def test_what_is_refused(tmp_path):
             with_local_model(settings_of(**model))
 
 
+def test_a_folder_with_a_model_and_an_adapter_is_refused(tmp_path):
+    """transformers would load the base of the adapter, and not the model in the folder."""
+    both = make_base(tmp_path / "both")
+    (both / "adapter_config.json").write_text(json.dumps(CONFIG | {"base_model_name_or_path": "elsewhere"}))
+    with pytest.raises(UserError, match=r"holds a complete model \(model.safetensors\) and a PEFT adapter"):
+        with_local_model(settings_of(hf_path=str(both)))
+    (both / "model.safetensors").unlink()  # some trainers copy config.json beside an adapter
+    base = make_base(tmp_path / "base")
+    (both / "adapter_config.json").write_text(json.dumps(CONFIG | {"base_model_name_or_path": str(base)}))
+    assert with_local_model(settings_of(hf_path=str(both))).model.adapter_path == str(both)
+
+
 def test_the_adapters_own_chat_template_is_used(tmp_path):
     base = make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", base)
