@@ -154,8 +154,10 @@ class CheckpointReader:
             self._load(key, self.tensors[key], piece)
 
     def check_common(self) -> None:
-        """Reads the common part. Raises UserError if it cannot be read."""
+        """Reads the common part, if it is a file of its own. Raises UserError if it cannot be read."""
         path = self.folder / COMMON
+        if not path.exists():  # megatron-core 0.19 keeps it among the pieces
+            return
         try:
             torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged archive can raise anything

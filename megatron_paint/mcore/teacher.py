@@ -1,10 +1,9 @@
 """The teacher's weights: the initial ones, the current ones, or a moving average of the student's.
 
 With LoRA the initial teacher is the model without its adapters, or with those that the run continues from, and an
-average covers only the adapters. With full
-fine-tuning both are a second set of this rank's weights, on the device or in host memory. An average can be anchored:
-it then moves towards a mixture of the student's weights and the initial ones, a third set. This keeps the teacher near
-the initial weights however far the student moves.
+average covers only the adapters. With full fine-tuning both are a second set of this rank's weights, on the device or
+in host memory. An average can be anchored: it then moves towards a mixture of the student's weights and the initial
+ones, a third set. This keeps the teacher near the initial weights however far the student moves.
 """
 
 import dataclasses

@@ -38,6 +38,5 @@ def load_vocab_rows(rule: Rule, read: Read, ranks: Ranks) -> Tensor:
     if start == stop:  # more ranks than the vocabulary fills
         return torch.zeros(rows, *rule.shape[1:])
     values = rule.read_rows(read, slice(start, stop))
-    return (
-        values if stop - start == rows else torch.cat([values, values.new_zeros(rows - len(values), *rule.shape[1:])])
-    )
+    padding = values.new_zeros(rows - len(values), *rule.shape[1:])
+    return torch.cat([values, padding]) if len(padding) else values
