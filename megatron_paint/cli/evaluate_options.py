@@ -54,7 +54,13 @@ def requested(
         raise UserError("--base is the model that an adapter or a Megatron checkpoint belongs to: give --model too")
     if samples is not None:
         overrides = [*overrides, f"evaluation.samples={samples}"]
-    settings = with_local_model(evaluate_settings_of(override_tree(tree, overrides)))
+    override_tree(tree, overrides)
+    if model is not None and not tree["model"].get("hf_path"):
+        raise UserError(
+            f"model.hf_path is not set: {model} is a Megatron checkpoint that names no Hugging Face folder; give one "
+            "with --base"
+        )
+    settings = with_local_model(evaluate_settings_of(tree))
     held_out = settings.evaluation.problems
     names = names_in(benchmarks or "")
     if not names and held_out is None:

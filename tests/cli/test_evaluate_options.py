@@ -92,7 +92,7 @@ def test_other_weights_in_the_same_place_are_noticed(tmp_path):
         ({"model": Path("nowhere")}, "nowhere is neither a Hugging Face folder"),
         ({"model": "hf"}, "give --benchmarks"),
         ({"model": "hf", "benchmarks": "a.jsonl", "samples": 0}, "evaluation.samples"),
-        ({"model": "bare", "benchmarks": "a.jsonl"}, "model.hf_path is not set"),
+        ({"model": "bare", "benchmarks": "a.jsonl"}, "model.hf_path is not set: .* give one with --base"),
         ({"model": "broken", "benchmarks": "a.jsonl"}, "run_state.json is not readable"),
     ],
 )
