@@ -22,6 +22,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     asked = requested(
         config=options.config,
         model=options.model,
+        base=options.base,
         benchmarks=options.benchmarks,
         samples=options.samples,
         out=options.out,
@@ -31,8 +32,10 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     processes = number_of_ranks(settings.megatron, options, environment)
     layout = check_layout(settings.model, settings.megatron, settings.rollout, processes=processes)
     from megatron_paint.cli.evaluate_model import answer_file, evaluate, load_evaluators  # they import torch
+    from megatron_paint.training.inputs import check_start
 
     if environment is None:
+        check_start(settings.model, layout.shape)
         for name, evaluator in load_evaluators(asked, layout.shape):  # one process finds a mistake within seconds
             answer_file(asked, name, evaluator, layout.shape).begin()
         if processes > 1:

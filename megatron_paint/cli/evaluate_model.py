@@ -98,6 +98,8 @@ def _evaluate(asked: Requested, ranks: "Ranks", shape: ModelShape, *, mode: Mode
         micro_batch_tokens=settings.micro_batch_tokens,
         seed=settings.seed,
     )
+    for note in runner.notes:
+        progress.note(note)
     rows = rows_at_once(settings, shape, evaluators)
     progress.note(f"a replica decodes {rows} answers together (rollout.batch_size, rollout.cache_bytes)", rows=rows)
     found: dict[str, Answers] = {}
@@ -167,8 +169,8 @@ def sampled_with(asked: Requested, evaluator: Evaluator, shape: ModelShape) -> d
     settings, evaluation = asked.settings, evaluator.settings
     frame = evaluator.prompt(Problem(id="", problem="", solution="", answer=""))
     return {
-        "model": str(Path(asked.model).resolve()),
-        "weights": fingerprint(Path(asked.model)),
+        "model": str(asked.folders[0].resolve()),
+        "weights": "+".join(map(fingerprint, asked.folders)),
         "dtype": settings.model.dtype,
         "fp8": settings.megatron.fp8 and settings.megatron.fp8_recipe,
         "temperature": evaluation.temperature,

@@ -63,7 +63,12 @@ def _add_train(train: argparse.ArgumentParser) -> None:
 
 def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
     _add_settings(evaluate, needed=False)
-    evaluate.add_argument("--model", type=Path, help="Hugging Face folder, or a checkpoint of a run")
+    evaluate.add_argument(
+        "--model", type=Path, help="Hugging Face folder or a name on the hub, PEFT adapter, or a checkpoint of a run"
+    )
+    evaluate.add_argument(
+        "--base", type=Path, help="Hugging Face folder that an adapter or a Megatron checkpoint belongs to"
+    )
     evaluate.add_argument(
         "--benchmarks", help="names or files, with commas: aime24,aime25,hmmt25,math500,gsm8k,held_out.jsonl"
     )

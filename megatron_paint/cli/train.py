@@ -12,6 +12,7 @@ from megatron_paint.cli.ranks import console_mode, number_of_ranks, rank_environ
 from megatron_paint.config.load import load_settings
 from megatron_paint.config.settings import Settings
 from megatron_paint.planning.layout import check_model
+from megatron_paint.planning.local_model import with_local_model
 from megatron_paint.runtime.processes import has_launcher
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 def run(options: argparse.Namespace, arguments: list[str]) -> int:
     """Trains, or only checks; returns the exit status. Without a rank environment, it starts the ranks."""
     environment = rank_environment_of(options)
-    settings = load_settings(options.config, options.overrides)
+    settings = with_local_model(load_settings(options.config, options.overrides))
     check_model(settings.model, settings.megatron, settings.rollout)
     trains = not options.dry_run and not options.self_check
     if environment is None and trains and _printed_results(settings, options):

@@ -47,9 +47,16 @@ class LoraSettings:
 class ModelSettings:
     """The model that is trained."""
 
-    hf_path: Annotated[Text, setting("folder of a Hugging Face Qwen3 checkpoint")]
+    hf_path: Annotated[Text, setting("Qwen3 checkpoint: a Hugging Face folder, a PEFT adapter, or a name on the hub")]
     megatron_path: Annotated[
         Text | None, setting("Megatron checkpoint of the same model that replaces the weights of hf_path at the start")
+    ] = None
+    adapter_path: Annotated[
+        Text | None,
+        setting(
+            "PEFT adapter of hf_path to continue from: the start of the run's adapters, or merged into the weights if "
+            "lora is null"
+        ),
     ] = None
     dtype: Annotated[Literal["bfloat16", "float32"], setting("number type of weights and activations", source=OPSD)] = (
         "bfloat16"

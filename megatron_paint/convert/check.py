@@ -14,8 +14,9 @@ from megatron_paint.checkpoints.dtypes import raw_bytes
 from megatron_paint.checkpoints.expected_tensors import tensor_problems
 from megatron_paint.checkpoints.hf_reader import EMBEDDING, HEAD, HuggingFaceReader
 from megatron_paint.checkpoints.manifest import MANIFEST, Stored, checksums, read_manifest
+from megatron_paint.checkpoints.megatron_folder import METADATA
 from megatron_paint.checkpoints.megatron_source import NOT_MODEL, MegatronSource
-from megatron_paint.checkpoints.torch_dist import METADATA, CheckpointReader, StoredTensor
+from megatron_paint.checkpoints.torch_dist import CheckpointReader, StoredTensor
 from megatron_paint.models.qwen3.mapping import checkpoint_entries, hugging_face_shapes
 from megatron_paint.models.qwen3.shape import read_shape, shape_of
 
@@ -39,6 +40,7 @@ class Comparison:
     differences: tuple[Difference, ...]
     bad_checksums: tuple[tuple[str, str], ...]  # (tensor, folder) that differ from the manifest in that folder
     checksums: int  # how many tensors were compared with a checksum in a manifest
+    notes: tuple[str, ...]  # what the user should know about the Megatron checkpoint
     rounded: int  # tensors with different types on the two sides; they were compared in the narrower type
 
     @property
@@ -82,6 +84,7 @@ def compare(hf: Path, megatron: Path, *, progress: Callable[[int], None] = lambd
         differences=tuple(found for found in worst.values() if found is not None),
         bad_checksums=tuple(bad),
         checksums=sum(map(len, recorded)),
+        notes=source.notes,
         rounded=sum(source.dtype(name) != reader.tensors[name].dtype for name in source.entry_of),
     )
 

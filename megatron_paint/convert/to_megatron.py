@@ -77,6 +77,9 @@ class ToMegatron:
     def tasks(self) -> Sequence[Task]:
         return cut_tasks([sum(self.stored[name].nbytes for name in entry.rule.hf_shapes()) for entry in self.entries])
 
+    def notes(self) -> Sequence[str]:
+        return ()
+
     def worker(self, folder: Path) -> Callable[[Task], dict[str, Any]]:
         entries, reader = self.entries, HuggingFaceReader(self.source, self.shape)
 

@@ -51,6 +51,7 @@ class Stage(GPTModel):
     """
 
     rotary: dict[str, Any]  # base and YaRN of the rotary positions, for the records of checkpoints
+    valid_vocab_size: int  # without the rows that pad the vocabulary for tensor parallelism
 
     def forward(self, input_ids_T: Tensor, rows: TokenRows) -> Tensor:
         """Hidden states [T, 1, H] of this stage, after the final norm on the last one.
@@ -208,7 +209,7 @@ def build_model(shape: ModelShape, model: ModelSettings, megatron: MegatronSetti
     stage = Stage(
         config,
         TransformerBlockSubmodules(layer_specs=[spec] * (shape.num_layers // ranks.pp_size), layer_norm=layer_norm),
-        vocab_size=shape.vocab_size,
+        vocab_size=ranks.tp_size * shape.vocab_rows(ranks.tp_size),
         max_sequence_length=shape.max_positions,
         pre_process=ranks.is_first_stage,
         post_process=ranks.is_last_stage,
@@ -217,6 +218,7 @@ def build_model(shape: ModelShape, model: ModelSettings, megatron: MegatronSetti
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
     )
+    stage.valid_vocab_size = shape.vocab_size
     _mark_sharded_weights(stage)
     stage.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(ranks.device)
     stage.rotary = {"rope_theta": shape.rope_theta, "yarn": vars(shape.yarn) if shape.yarn is not None else None}

@@ -1,9 +1,9 @@
 """The teacher's weights: the initial ones, the current ones, or a moving average of the student's.
 
-With LoRA the initial teacher is the model without its adapters, and an average covers only the adapters. With full
-fine-tuning both are a second set of this rank's weights, on the device or in host memory. An average can be anchored:
-it then moves towards a mixture of the student's weights and the initial ones, a third set. This keeps the teacher near
-the initial weights however far the student moves.
+With LoRA the initial teacher is the model without its adapters, or with those that the run continues from, and an
+average covers only the adapters. With full fine-tuning both are a second set of this rank's weights, on the device or
+in host memory. An average can be anchored: it then moves towards a mixture of the student's weights and the initial
+ones, a third set. This keeps the teacher near the initial weights however far the student moves.
 """
 
 import dataclasses
@@ -33,10 +33,12 @@ class TeacherStates:
 class Teacher:
     """The second set of weights of this rank, if the settings need one."""
 
-    def __init__(self, stage: Stage, settings: TeacherSettings):
+    def __init__(self, stage: Stage, settings: TeacherSettings, *, starts_adapted: bool = False):
+        """starts_adapted: the adapters of the start are not zero, so the initial weights include them."""
         self.stage = stage
         self.settings = settings
         self.lora = bool(adapters_of(stage))
+        self.starts_without = self.lora and settings.weights == "initial" and not starts_adapted
         self.held = self._snapshot()
         # In the weights' own type: they never change.
         self.start = self._snapshot(average=False) if self._is_anchored else {}
@@ -44,7 +46,7 @@ class Teacher:
     @property
     def held_parameters(self) -> dict[str, nn.Parameter]:
         """The stage's parameters for which the teacher has separate values."""
-        if self.settings.weights == "current" or (self.lora and self.settings.weights == "initial"):
+        if self.settings.weights == "current" or self.starts_without:
             return {}
         # On a single stage a tied weight has two names; named_parameters returns it once.
         return {name: p for name, p in self.stage.named_parameters() if p.requires_grad}
@@ -65,10 +67,9 @@ class Teacher:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Inside, the stage computes with the teacher's weights; gradients are not allowed there."""
-        adapters_off = self.lora and self.settings.weights == "initial"
         students = {name: p.data for name, p in self.held_parameters.items()}
         for adapters in adapters_of(self.stage):
-            adapters.enabled = not adapters_off
+            adapters.enabled = not self.starts_without
         for name, parameter in self.held_parameters.items():
             parameter.data = self.held[name].to(parameter.device, parameter.dtype)
         try:

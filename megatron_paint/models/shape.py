@@ -44,6 +44,10 @@ class ModelShape:
     normalise_experts: bool = True  # True: the probabilities of the chosen experts are scaled to sum to 1
     yarn: Yarn | None = None  # None: plain rotary positions
 
+    def vocab_rows(self, ranks: int) -> int:
+        """The vocabulary rows of each of `ranks` tensor-parallel ranks; padded at the end if it does not divide."""
+        return -(-self.vocab_size // ranks)
+
     @property
     def num_parameters(self) -> int:
         """The number of weights. A tied embedding counts once."""

@@ -56,7 +56,6 @@ def check_model(model: ModelSettings, megatron: MegatronSettings, rollout: Rollo
         (shape.num_heads, "attention heads"),
         (shape.num_groups, "key-value groups"),
         (shape.ffn_size, "feed-forward size"),
-        (shape.vocab_size, "vocabulary size"),
     ):
         _must_divide("megatron.tensor_model_parallel_size", tp, size, what, shape)
     _must_divide("megatron.pipeline_model_parallel_size", pp, shape.num_layers, "number of layers", shape)

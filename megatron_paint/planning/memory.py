@@ -34,7 +34,7 @@ class Plan(Layout):
             f"{', tied' if shape.tied else ''}",
             f"layout     {self.processes} processes = tensor {self.tensor_parallel} x pipeline "
             f"{self.pipeline_parallel} x data {self.data_parallel}; {layers} layers "
-            f"a stage, {shape.vocab_size // self.tensor_parallel:,} vocabulary rows a rank",
+            f"a stage, {shape.vocab_rows(self.tensor_parallel):,} vocabulary rows a rank",
             f"layers     {'Transformer Engine' if self.uses_engine else 'plain torch'}, {settings.model.dtype}"
             f"{f', FP8 {settings.megatron.fp8} {settings.megatron.fp8_recipe}' if settings.megatron.fp8 else ''}",
             f"loss       elementwise work by {self.kernel}"
@@ -92,7 +92,8 @@ def teacher_bytes(settings: Settings) -> int:
         return 0
     if teacher.weights == "ema":
         return FLOAT32 + (width if teacher.ema_anchor > 0 else 0)  # and the initial weights, its anchor
-    return width if teacher.weights == "initial" and settings.model.lora is None else 0
+    has_copy = settings.model.lora is None or settings.model.adapter_path is not None
+    return width if teacher.weights == "initial" and has_copy else 0
 
 
 def checkpoint_bytes(settings: Settings, shape: ModelShape) -> int:

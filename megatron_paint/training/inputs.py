@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_paint.base.errors import UserError, about
+from megatron_paint.checkpoints.adapter_reader import checked_adapter
 from megatron_paint.checkpoints.hf_reader import HuggingFaceReader
-from megatron_paint.config.settings import LONGEST_ANSWER, EvaluateSettings, EvaluationSettings, Settings
+from megatron_paint.checkpoints.megatron_source import MegatronSource
+from megatron_paint.config.settings import LONGEST_ANSWER, EvaluateSettings, EvaluationSettings, ModelSettings, Settings
 from megatron_paint.data.problems import ProblemSet, PromptLimit, load_problems
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.data.repeats import leaks
@@ -54,10 +56,19 @@ def check_inputs(settings: Settings, shape: ModelShape, *, run_folder: bool = Tr
     """
     with about("model.hf_path"):
         HuggingFaceReader(settings.model.hf_path, shape).check_tied(shape)
+    check_start(settings.model, shape)
     inputs = load_inputs(settings, shape)
     if run_folder:
         RunFolder(settings.run.dir).check(settings)
     return inputs
+
+
+def check_start(model: ModelSettings, shape: ModelShape) -> None:
+    """UserError unless the Megatron checkpoint or the adapter that the run starts from fits the model."""
+    checked_adapter(model, shape)
+    if model.megatron_path is not None:
+        with about("model.megatron_path"):
+            MegatronSource(model.megatron_path, shape)
 
 
 def load_inputs(settings: Settings, shape: ModelShape, *, on_rank_zero: OnRankZero = directly) -> Inputs:

@@ -18,6 +18,7 @@ from megatron_paint.grading.grade import GradingPool
 from megatron_paint.launch.failure_notes import leave_failure_note
 from megatron_paint.masker.overlap import MaskerPool
 from megatron_paint.objectives import OBJECTIVES, ObjectiveInputs
+from megatron_paint.planning.local_model import with_local_model
 from megatron_paint.planning.memory import make_plan
 from megatron_paint.policy import Policy
 from megatron_paint.rollouts.engine import Sampler
@@ -55,6 +56,7 @@ def train(
     """
     from megatron_paint.mcore.ranks import joined_ranks
 
+    settings = with_local_model(settings)
     with ExitStack() as stack:
         request = stack.enter_context(StopRequest(margin=settings.run.exit_before_limit_s))
         hang = None if self_check_only else settings.run.hang_timeout_s
@@ -111,6 +113,8 @@ def prepare(
     for warning in [*(inputs.warnings if prints_plan else ()), *warnings]:
         progress.warn(warning)
     policy = MegatronPolicy(settings, plan.shape, ranks)
+    for note in policy.notes:
+        progress.note(note)
     if start:
         _load_checkpoint(policy, folder.checkpoint_folder(start), start)
         progress.note(f"resumed at step {start} from {folder.checkpoint_folder(start)}")

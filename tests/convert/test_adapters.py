@@ -93,3 +93,10 @@ def test_a_checkpoint_without_adapters_has_none_to_give(trained, tmp_path, capsy
     assert main([*command, "--lora", "adapter"]) == 2
     assert "has no adapters" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_not_converted(trained, tmp_path, capsys):
+    adapter = to_hf(trained, tmp_path / "adapter", "--lora", "adapter")
+    for command in (["to-megatron", str(adapter), str(tmp_path / "out")], ["check", str(adapter), str(trained[1])]):
+        assert main(["convert", *command]) == 2
+        assert f"{adapter} is a PEFT adapter, which is not converted" in capsys.readouterr().err

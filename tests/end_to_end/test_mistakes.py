@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Qwen3ForCausalLM
 
 from megatron_paint.cli.main import main
 from megatron_paint.config.load import load_settings
@@ -134,7 +137,6 @@ def test_layout(capsys, setup, mistake):
 SIZES = {
     "TP does not divide the heads": ({"num_attention_heads": 6}, 4, "attention heads, 6"),
     "TP does not divide the feed-forward size": ({"intermediate_size": 63}, 2, "feed-forward size, 63"),
-    "TP does not divide the vocabulary": ({"vocab_size": 265}, 2, "vocabulary size, 265"),
 }
 
 
@@ -145,6 +147,44 @@ def test_layout_of_other_sizes(capsys, setup, mistake):
     _change_config(model, **values)
     line = refused(capsys, settings, f"megatron.tensor_model_parallel_size={tp}", processes=tp)
     assert f"tensor_model_parallel_size={tp} does not divide the {says}" in line
+
+
+def test_a_vocabulary_that_tp_does_not_divide_is_padded(capsys, setup):
+    settings, model, _ = setup
+    tiny.make_model(model, rows=265)
+    arguments = ["megatron.tensor_model_parallel_size=2", "--processes", "2", "--dry-run"]
+    assert main(["train", str(settings), *arguments]) == 0
+    assert "133 vocabulary rows a rank" in capsys.readouterr().out
+
+
+def test_the_start_of_a_run_does_not_fit(capsys, setup, tmp_path):
+    """A Megatron checkpoint or an adapter is compared with the model before any rank starts."""
+    settings, model, _ = setup
+    checkpoint = tmp_path / "checkpoint"
+    assert main(["convert", "to-megatron", str(model), str(checkpoint), "--quiet"]) == 0
+    pieces = next(checkpoint.glob("__0_*.distcp"))
+    pieces.write_bytes(pieces.read_bytes()[:-2000])
+    line = refused(capsys, settings, f"model.megatron_path={checkpoint}")
+    assert f"model.megatron_path: {pieces} is truncated" in line
+    adapter = tmp_path / "adapter"
+    write_adapter(adapter, base=model, rank=2)
+    capsys.readouterr()
+    line = refused(capsys, settings, f"model.adapter_path={adapter}", "model.lora={rank: 4, alpha: 8}")
+    assert f"model.adapter_path: {adapter} has rank 2 and scale 2" in line
+    assert "set model.lora.rank=2 model.lora.alpha=4, or leave model.lora out" in line
+    (adapter / "adapter_model.safetensors").unlink()
+    assert "copy the adapter again" in refused(capsys, settings, f"model.hf_path={adapter}")
+    shutil.rmtree(model)
+    line = refused(capsys, settings, f"model.hf_path={adapter}")
+    assert f"model.hf_path: {adapter} is a PEFT adapter of {model}, which does not exist here" in line
+
+
+def write_adapter(folder, *, base, rank):
+    """An adapter of the query projections as PEFT saves it."""
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM.from_pretrained(base)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj"])
+    get_peft_model(model, config).save_pretrained(folder)
 
 
 def test_settings_file_absent(capsys, tmp_path):

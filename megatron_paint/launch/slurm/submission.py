@@ -14,6 +14,7 @@ from megatron_paint.config.settings import Settings
 from megatron_paint.launch.slurm.attempts import record_launch
 from megatron_paint.launch.slurm.options import SlurmOptions, check_run_dir, make_options
 from megatron_paint.launch.slurm.rendering import RESUME, log_file, render
+from megatron_paint.planning.local_model import with_local_model
 from megatron_paint.planning.memory import Plan, make_plan
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.runtime.files import write_atomically
@@ -24,7 +25,7 @@ def launch(given: argparse.Namespace) -> int:
 
     Errors: UserError if the settings cannot run on so many ranks, if an option is wrong, or if sbatch refuses.
     """
-    settings = load_settings(given.config, [*given.overrides, RESUME])
+    settings = with_local_model(load_settings(given.config, [*given.overrides, RESUME]))
     check_run_dir(settings.run.dir)
     for text in (str(given.config), *given.overrides):
         if not text.isprintable():
