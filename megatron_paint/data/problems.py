@@ -14,7 +14,8 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.base.keys import derive_key, permutation
 from megatron_paint.data.rows import Row, nearest, read_rows
 from megatron_paint.grading.boxes import last_box
-from megatron_paint.grading.grade import Grade, same_text
+from megatron_paint.grading.grade import Grade
+from megatron_paint.grading.normal_form import same_text
 from megatron_paint.records import Problem
 
 if TYPE_CHECKING:
@@ -269,6 +270,8 @@ def _check_answer(problem: Problem, grade: Grader) -> str | None:
     verdict = grade(problem.solution, answer=problem.answer)
     if verdict.outcome == "timeout":
         return f"the grader ran out of time comparing answer {problem.answer!r} with box {box!r}; the row is kept"
+    if verdict.outcome == "no_answer":  # the box is in a thought that never ends
+        return None
     if not verdict.correct:
         raise _BadRow(f"answer {problem.answer!r} differs from the solution's last box {box!r}")
     return None

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megatron_paint.base.errors import UserError, about
@@ -13,7 +14,7 @@ from megatron_paint.config.settings import EvaluateSettings, Settings
 from megatron_paint.data.problems import LoadedProblems, ProblemSet, PromptLimit, load_held_out, load_problems
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.data.tokenizers import load_tokenizer
-from megatron_paint.grading.grade import grade
+from megatron_paint.grading.grade import Rules, grade
 from megatron_paint.launch.failure_notes import NOTES_FOLDER
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.objectives import OBJECTIVES
@@ -131,7 +132,8 @@ def _records(values: Sequence[dict[str, str]]) -> tuple[Problem, ...]:
 
 def _read_problems(settings: Settings, shape: ModelShape, prompts: Prompts) -> tuple[ProblemSet, tuple[Problem, ...]]:
     limit = _prompt_limit(settings, shape, prompts)
-    problems = load_problems(settings.data, grade=grade, prompt_limit=limit)
+    by_rules = partial(grade, rules=Rules(box_in_thought=settings.grading.box_in_thought))
+    problems = load_problems(settings.data, grade=by_rules, prompt_limit=limit)
     needs = settings.objective.needs
     if needs.masker and settings.objective.reveal.solution == "wrong":
         _check_wrong_solutions(problems.problems, limit)
