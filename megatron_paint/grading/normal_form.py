@@ -28,8 +28,8 @@ FRACTION = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 SHORT_FRACTION = re.compile(r"\\frac\s*(\{[^{}]*\}|[0-9])\s*(\{[^{}]*\}|[0-9])")
 LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])")  # of single spaces
 IN_PARENTHESES = re.compile(r"\(([0-9]+|[A-Za-z])\)")
-DEGREES = re.compile(r"\s*(?:\^\s*\{?\s*\\circ(?![A-Za-z])\s*\}?|\\degree(?![A-Za-z]))")
-PERCENT = re.compile(r"\s*(?:\\?%|\\text\{\s*(?:percent|per cent|pct|\\?%)\.?\s*\}|\b(?:percent|per cent)\b)")
+DEGREES = re.compile(r" ?(?:\^\s*\{?\s*\\circ(?![A-Za-z])\s*\}?|\\degree(?![A-Za-z]))")
+PERCENT = re.compile(r" ?(?:\\?%|\\text\{\s*(?:percent|per cent|pct|\\?%)\.?\s*\}|\b(?:percent|per cent)\b)")
 SYNONYMS = (
     (re.compile(r"\\(?:varnothing(?![A-Za-z])|\{\s*\\\})"), r"\\emptyset "),
     (re.compile(r"\\(?:leqslant|leq|le)(?![A-Za-z])"), r"\\le "),
@@ -70,7 +70,7 @@ def normal_form(text: str) -> str:
     text = join_thousands(to_latex(text.strip()))
     text = WIDE_SPACE.sub(" ", NEGATIVE_SPACE.sub("", text))
     text = TEXT_COMMAND.sub(r" \1 ", DOLLARS.sub("", DECORATION.sub("", text)))
-    text = DEGREES.sub(r"^\\circ ", FRACTION.sub(r"\\frac", text))
+    text = DEGREES.sub(r"^\\circ ", FRACTION.sub(r"\\frac", " ".join(text.split())))
     text = LOOSE_SPACE.sub("", " ".join(text.split())).rstrip(".")
     alone = IN_PARENTHESES.fullmatch(text)
     return alone[1] if alone else text
@@ -94,7 +94,7 @@ def plain_latex(text: str) -> str:
         text = text.strip("*")
     text = DELIMITER.sub("", DOLLAR.sub(" ", DECORATION.sub("", text)))
     text = _unify_text_commands(text)
-    text = WIDE_SPACE.sub(" ", NEGATIVE_SPACE.sub("", text))
+    text = " ".join(WIDE_SPACE.sub(" ", NEGATIVE_SPACE.sub("", text)).split())
     text = SHORT_FRACTION.sub(_braced_fraction, FRACTION.sub(r"\\frac", text))
     text = PERCENT.sub(r"\\%", DEGREES.sub(r"^\\circ ", text))
     for pattern, replacement in SYNONYMS:

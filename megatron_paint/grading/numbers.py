@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 MOST_CHARACTERS = 400
-LARGEST_EXPONENT = 2000
+MOST_DIGITS, MOST_BITS = 8, 16_000  # of an exponent, and of the power that it makes
 
 INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
 DECIMAL = rf"(?:{INTEGER}(?:\.[0-9]*)?|\.[0-9]+)"
@@ -114,8 +114,9 @@ def _decimal(text: str) -> Fraction:
 
 
 def _power(base: Fraction, exponent: str, *, factor: Fraction = Fraction(1)) -> Fraction | None:
-    power = int("".join(exponent.split())) if len(exponent) < 8 else LARGEST_EXPONENT + 1
-    digits = base.numerator.bit_length() + base.denominator.bit_length()
-    if abs(power) * digits > 8 * LARGEST_EXPONENT or (base == 0 and power <= 0):
+    digits = "".join(exponent.split())
+    power = int(digits) if len(digits) < MOST_DIGITS else None
+    bits = base.numerator.bit_length() + base.denominator.bit_length()
+    if power is None or abs(power) * bits > MOST_BITS or (base == 0 and power <= 0):
         return None
     return factor * base**power

@@ -6,6 +6,8 @@ math-verify reads LaTeX and ASCII only. The time is linear in the text's length.
 import re
 import unicodedata
 
+LONGEST = 20_000  # characters
+
 SIGNS = {
     "×": r"\times ",
     "✕": r"\times ",
@@ -113,14 +115,15 @@ def to_latex(text: str) -> str:
     """Returns the text with mathematical signs as LaTeX and with ASCII digits, letters and punctuation.
 
     Compatibility forms (full width, bold, italic) become plain characters. Other letters, as of Chinese, are kept.
+    A longer text than any answer is returned as it is, because a character may become 18.
     """
-    if text.isascii():
+    if text.isascii() or len(text) > LONGEST:
         return text
     text = RAISED.sub(lambda match: "^{" + "".join(map(SUPERSCRIPTS.__getitem__, match[0])) + "}", text)
     text = LOWERED.sub(lambda match: "_{" + "".join(map(SUBSCRIPTS.__getitem__, match[0])) + "}", text)
     text = VULGAR.sub(_vulgar_fraction, text).translate(TABLE)
     text = unicodedata.normalize("NFKC", text).translate(TABLE)  # bold Greek becomes Greek, which is in the table
-    text = "".join(map(_ascii_digit, text))
+    text = text.translate({ord(sign): _ascii_digit(sign) for sign in set(text) if not sign.isascii()})
     text = BARRED.sub(lambda match: r"\overline{" + match[0].translate({0x304: "", 0x305: ""}) + "}", text)
     text = DOTTED.sub(r"\\dot{\1}", text)
     return ROOT.sub(_root, text)
@@ -132,7 +135,7 @@ def _vulgar_fraction(match: re.Match[str]) -> str:
 
 
 def _ascii_digit(character: str) -> str:
-    value = -1 if character.isascii() else unicodedata.decimal(character, -1)
+    value = unicodedata.decimal(character, -1)
     return character if value < 0 else str(value)
 
 

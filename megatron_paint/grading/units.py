@@ -57,6 +57,7 @@ NO_UNIT = re.compile(
 )
 ONE_LETTER = frozenset("mgshlLNJWV")
 
+LONGEST = 100  # characters at the end of an answer that are searched for a unit
 CURRENCY = re.compile(r"([-+]?)\s*(\\\$|[€£¥₹]|\\text\{\s*(?:Rs\.?|USD|EUR)\s*\}|Rs\.?(?= ?[0-9]))\s*")
 CURRENCY_AFTER = re.compile(r"\s*(\\\$|[€£¥₹¢])$")
 POWER = r"(?:\s*\^\s*(?:\{\s*-?[0-9]\s*\}|[0-9]))?"
@@ -103,17 +104,18 @@ def split_unit(text: str, *, letters: bool = False) -> Quantity:
         rest = split_unit(value) if HAS_VALUE.search(value) else Quantity(value, None)
         scale = rest.unit.scale if rest.unit else 1
         return Quantity(rest.value, _scaled(read_unit(found[2]), scale))
+    before, tail = text[:-LONGEST], text[-LONGEST:]
     for pattern in (CURRENCY_AFTER, RATIO_UNIT, TEXT_UNIT, DEGREE_UNIT, WORD_UNIT):
-        found = pattern.search(text)
+        found = pattern.search(tail)
         if found is None:
             continue
-        value, name = text[: found.start()].rstrip(), _name(pattern, found)
+        value, name = (before + tail[: found.start()]).rstrip(), _name(pattern, found)
         if pattern is TEXT_UNIT or pattern is RATIO_UNIT:
             value = value.removesuffix(r"\cdot").rstrip()
         unit = read_unit(name)
         if not _is_value(value) or not (unit.kinds or HAS_VALUE.search(value)):
             continue
-        if pattern is WORD_UNIT and not _is_plain_unit(text, found, unit, letters=letters):
+        if pattern is WORD_UNIT and not _is_plain_unit(tail, found, unit, letters=letters):
             continue
         if NO_UNIT.search(name) is None:
             return Quantity(value, unit)
