@@ -157,6 +157,7 @@ class Graded:
     finished: bool
     outcome: Literal["right", "wrong", "no_answer", "timeout"]
     extracted: str | None
+    box_in_thought: bool = False  # a thought that never ends holds a box
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

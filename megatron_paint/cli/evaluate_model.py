@@ -12,7 +12,7 @@ from megatron_paint.evaluation.answer_file import AnswerFile
 from megatron_paint.evaluation.benchmarks import Benchmark, load_benchmarks
 from megatron_paint.evaluation.evaluator import Answers, Evaluator
 from megatron_paint.evaluation.summary import Evaluated, write_summary
-from megatron_paint.grading.grade import GradingPool
+from megatron_paint.grading.grade import GradingPool, Rules
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.layout import cache_bytes_per_token, check_layout
 from megatron_paint.records import EvalReport, Problem, Rollout
@@ -206,7 +206,8 @@ def _report(
     progress: Progress,
 ) -> None:
     reports: list[EvalReport] = []
-    with GradingPool(seconds=asked.settings.evaluation.grading_seconds) as graders:
+    rules = Rules(box_in_thought=asked.settings.grading.box_in_thought)
+    with GradingPool(seconds=asked.settings.evaluation.grading_seconds, rules=rules) as graders:
         for name, evaluator in evaluators:
             reports.append(evaluator.report(found[name], step=0, benchmark=name, graders=graders))
     finish(asked.out, asked.model, reports, sampled_with_of_all(files), progress)

@@ -20,6 +20,7 @@ from megatron_paint.config.settings import (
     DataSettings,
     EvaluateSettings,
     EvaluationSettings,
+    GradingSettings,
     MegatronSettings,
     ModelSettings,
     ObjectiveSettings,
@@ -65,7 +66,9 @@ def evaluate_settings_of(tree: Mapping[str, Any]) -> EvaluateSettings:
     Only run.seed and data.micro_batch_tokens of them are used.
     """
     _check(tree, may_be_incomplete=("data", "run"))
-    used = {name: _section_of(tree, name) for name in ("model", "prompts", "rollout", "megatron", "evaluation")}
+    used = {
+        name: _section_of(tree, name) for name in ("model", "prompts", "rollout", "megatron", "evaluation", "grading")
+    }
     objective = _resolved_objective(_section_of(tree, "objective"), tree)
     optimizer = _section_of(tree, "optimizer")
     _refuse_contradictions(used["model"], objective, used["rollout"], optimizer, used["megatron"])
@@ -80,6 +83,11 @@ def evaluation_section_of(tree: Mapping[str, Any]) -> EvaluationSettings:
     """The section `evaluation`. Other sections may be missing or incomplete; their contents are checked."""
     _check(tree, may_be_incomplete=("model", "data", "run"))
     return _section_of(tree, "evaluation")
+
+
+def grading_section_of(tree: Mapping[str, Any]) -> GradingSettings:
+    """The section `grading` of a tree that `evaluation_section_of` has checked."""
+    return _section_of(tree, "grading")
 
 
 def _check(tree: Mapping[str, Any], *, may_be_incomplete: Collection[str]) -> None:

@@ -385,6 +385,16 @@ class EvaluationSettings:
 
 
 @settings_class
+class GradingSettings:
+    """How responses are graded: for GRPO's reward, in evaluations, and when solutions are checked."""
+
+    box_in_thought: Annotated[
+        Literal["ignore", "count"],
+        setting("a box inside a thought that never ends: ignore, it is no answer; count, it is the answer"),
+    ] = "ignore"
+
+
+@settings_class
 class RunSettings:
     """The run: its folder, length, checkpoints and safety limits."""
 
@@ -450,6 +460,7 @@ class Settings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     megatron: MegatronSettings = field(default_factory=MegatronSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    grading: GradingSettings = field(default_factory=GradingSettings)
 
 
 @settings_class
@@ -465,5 +476,6 @@ class EvaluateSettings:
     rollout: RolloutSettings
     megatron: MegatronSettings
     evaluation: EvaluationSettings
+    grading: GradingSettings
     seed: int
     micro_batch_tokens: int

@@ -33,7 +33,8 @@ from megatron_paint.data.rows import Row
 from megatron_paint.data.sources import read_rows
 from megatron_paint.data.statistics import oddities
 from megatron_paint.grading.boxes import last_box
-from megatron_paint.grading.grade import Grade, same_text
+from megatron_paint.grading.grade import Grade
+from megatron_paint.grading.normal_form import same_text
 from megatron_paint.records import Problem
 
 if TYPE_CHECKING:
@@ -350,6 +351,8 @@ def _check_answer(problem: Problem, grade: Grader) -> str | None:
     verdict = grade(problem.solution, answer=problem.answer)
     if verdict.outcome == "timeout":
         return f"the grader ran out of time comparing answer {problem.answer!r} with box {box!r}; the row is kept"
+    if verdict.outcome == "no_answer":  # the box is in a thought that never ends
+        return None
     if not verdict.correct:
         fault = "differs from the solution's last box"
         raise BadRow(

@@ -58,10 +58,12 @@ def markdown(evaluated: Evaluated) -> str:
     lines = [
         f"# {evaluated.model}",
         "",
-        "Shares in %, with 95 % intervals over the draw of problems.",
+        "Shares in %, with 95 % intervals over the draw of problems. Box in thought: how many responses end inside a",
+        "thought that holds a box; by default it is no answer (grading.box_in_thought).",
         "",
-        "| benchmark | problems | Avg@n | interval | pass@n | maj@n | truncated | no box | time-outs | mean tokens |",
-        "|---|---:|---:|---|---:|---:|---:|---:|---:|---:|",
+        "| benchmark | problems | Avg@n | interval | pass@n | maj@n | truncated | no box "
+        "| box in thought | time-outs | mean tokens |",
+        "|---|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for report in evaluated.reports:
         metrics, n = report.metrics, report.samples_per_problem
@@ -70,7 +72,8 @@ def markdown(evaluated: Evaluated) -> str:
         lines.append(
             f"| {report.benchmark} | {report.num_problems} | {avg} (n = {n}) "
             f"| {100 * metrics['avg/low']:.1f} to {100 * metrics['avg/high']:.1f} | {best} | {majority} | {truncated} "
-            f"| {100 * metrics['no_answer_share']:.1f} | {metrics['timeouts']:.0f} | {length_text(metrics)} |"
+            f"| {100 * metrics['no_answer_share']:.1f} | {metrics['box_in_thought']:.0f} | {metrics['timeouts']:.0f} "
+            f"| {length_text(metrics)} |"
         )
     if len(evaluated.reports) > 1:
         macro = evaluated.macro

@@ -131,6 +131,12 @@ METRICS: dict[str, Metric] = {
         healthy="0",
         only="GRPO",
     ),
+    "reward/box_in_thought": Metric(
+        meaning="responses that are cut inside a thought which holds a box; grading.box_in_thought decides about them",
+        unit="responses",
+        healthy="0; more responses need a larger rollout.max_new_tokens",
+        only="GRPO",
+    ),
     "reward/equal_groups_share": Metric(
         meaning="share of responses in groups that are left out because their rewards are all equal",
         unit="0 to 1",

@@ -14,7 +14,7 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import Settings
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.evaluation.evaluator import Evaluator
-from megatron_paint.grading.grade import GradingPool
+from megatron_paint.grading.grade import GradingPool, Rules
 from megatron_paint.launch.failure_notes import leave_failure_note
 from megatron_paint.masker.overlap import MaskerPool
 from megatron_paint.objectives import OBJECTIVES, ObjectiveInputs
@@ -119,9 +119,11 @@ def prepare(
         _load_checkpoint(policy, folder.checkpoint_folder(start), start)
         progress.note(f"resumed at step {start} from {folder.checkpoint_folder(start)}")
     evaluation, needs = inputs.evaluation, settings.objective.needs
-    graders = None
+    graders, rules = None, Rules(box_in_thought=settings.grading.box_in_thought)
     if first and (inputs.held_out or needs.graders):
-        graders = stack.enter_context(GradingPool(seconds=evaluation.grading_seconds, on_verdict=mark_progress))
+        graders = stack.enter_context(
+            GradingPool(seconds=evaluation.grading_seconds, rules=rules, on_verdict=mark_progress)
+        )
     objective_inputs = ObjectiveInputs(
         settings=settings.objective,
         prompts=inputs.prompts,

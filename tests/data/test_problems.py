@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import EvaluationSettings
 from megatron_paint.data.problems import load_held_out
+from megatron_paint.grading.grade import Rules
+from megatron_paint.grading.grade import grade as real_grade
 from megatron_paint.records import Problem
 from tests.data.problem_files import load, row, write
 
@@ -270,6 +273,12 @@ class TestAnswers:
         problems = load(write(file, [row(answer="3")]), grade=lambda text, answer: Verdict("timeout"))
         assert len(problems) == 1
         assert "ran out of time" in problems.notes[0]
+
+    def test_a_box_in_a_thought_that_never_ends_is_not_compared(self, file):
+        source = write(file, [row(solution="<think>It is \\boxed{3}, or", answer="4")])
+        assert len(load(source, grade=real_grade)) == 1
+        with pytest.raises(UserError, match="answer '4' differs from the solution's last box '3'"):
+            load(source, grade=partial(real_grade, rules=Rules(box_in_thought="count")))
 
     def test_can_be_turned_off(self, file):
         assert len(load(write(file, [row(answer="3")]), grade=self.never, check_answers=False)) == 1
