@@ -383,6 +383,10 @@ class RunSettings:
         Literal["never", "auto", "required"],
         setting("resume from the newest complete checkpoint in run.dir: never, if there is one, or fail without one"),
     ] = "never"
+    allow_changes: Annotated[
+        tuple[Text, ...],
+        setting("settings that this start may change in a run that it resumes, such as [optimizer.lr]"),
+    ] = ()
     tensorboard: Annotated[Flag, setting("write TensorBoard files")] = True
     sampler_gap_limit: Annotated[
         Positive,
