@@ -64,7 +64,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     takes_overrides = hasattr(options, "overrides")
     for argument in left:
         if argument.startswith("-") or not takes_overrides:
-            raise UserError(f"unknown argument {argument!r} (see megatron-paint --help)")
+            near = options.parser.nearest_option(argument) if argument.startswith("-") else ""
+            raise UserError(
+                f"unknown argument {argument!r}{f': {near}' if near else ''} (see {options.parser.prog} --help)"
+            )
     if takes_overrides:
         options.overrides += left
     return options

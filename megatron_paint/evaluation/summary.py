@@ -135,6 +135,11 @@ def read_sampled_with(path: Path) -> dict[str, Any]:
     return dict(_summary(path).get("sampled_with") or {}) if path.is_dir() else {}
 
 
+def read_model(folder: Path) -> str:
+    """Returns the name of the model in an evaluation's folder."""
+    return str(_summary(folder).get("model", "not recorded"))
+
+
 def _summary(folder: Path) -> dict[str, Any]:
     try:
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))

@@ -167,3 +167,15 @@ def test_a_missing_tensorboard_is_one_line(tmp_path, monkeypatch):
     assert log is None
     assert "pip install tensorboard" in reason
     assert "\n" not in reason
+
+
+def test_the_table_names_n_and_what_was_cut_off():
+    cut = build_report(0, "tiny", [replace(graded("a", "wrong", i), finished=i > 0) for i in range(4)])
+    console = Console(file=io.StringIO(), width=120)
+    progress = Progress("normal", steps=1, console=console)
+    progress.evaluation(cut)
+    assert "warning: tiny: 25 % of the answers are cut off at the length limit" in console.file.getvalue()
+    progress.end(after=[cut], folder="out", model="models/[mine]")
+    rows = [line.split("│") for line in console.file.getvalue().splitlines() if "Avg@4" in line and "│" in line]
+    assert [cell.strip() for cell in rows[0][-3:-1]] == ["4", "25.0 %"]
+    assert "model: models/[mine]" in console.file.getvalue()
