@@ -111,7 +111,8 @@ def _own_and_train(
 
     folder = RunFolder(settings.run.dir)
     on_lost = end_process if processes == 1 else None  # a launcher hears of it from rank 0
-    with locked(folder.path, say=progress.warn, on_lost=on_lost) as lock, progress.logging(folder.logs, arguments):
+    own = locked(folder.path, say=progress.warn, on_lost=on_lost, on_wait=progress.note)
+    with own as lock, progress.logging(folder.logs, arguments):
         try:
             return _start(settings, options, arguments, processes, progress, inputs, lock=lock)
         except KeyboardInterrupt:

@@ -44,15 +44,18 @@ class RunLock:
 
     # The life of a lock
 
-    def take(self, *, on_lost: Callable[[str], None] | None = None) -> str:
+    def take(
+        self, *, on_lost: Callable[[str], None] | None = None, on_wait: Callable[[str], None] = lambda line: None
+    ) -> str:
         """Takes the lock and renews it from then on. Returns a line about the owner it was taken from, "" for none.
 
         It waits until it is known whether another owner lives: at most `timing.limit` seconds. on_lost: called by a
-        thread with a message if another process takes the lock over. UserError: the owner lives; the disk refuses.
+        thread with a message if another process takes the lock over. on_wait: gets a line before it waits. UserError:
+        the owner lives; the disk refuses.
         """
         try:
             with about("run.dir"), disk_errors(self.folder):
-                held, reason = self._take()
+                held, reason = self._take(on_wait)
                 self._remove_rest()
             self._start(on_lost)
             if reason == "superseded":
@@ -137,7 +140,7 @@ class RunLock:
 
     # Taking
 
-    def _take(self) -> tuple[Owner | None, str]:
+    def _take(self, on_wait: Callable[[str], None]) -> tuple[Owner | None, str]:
         while True:
             if not self.folder.is_dir():  # another start that fails may remove it again
                 self._made = [*make_folders(self.folder), *self._made]
@@ -148,16 +151,18 @@ class RunLock:
                 continue
             if (held := read_lock(self.path)) is None:
                 continue
-            reason = self._why_dead(held)
+            reason = self._why_dead(held, on_wait)
             if reason and self._replace(self.path, held):
                 return held, reason
 
-    def _why_dead(self, held: Owner) -> str:
+    def _why_dead(self, held: Owner, on_wait: Callable[[str], None]) -> str:
         """Why the lock may be taken from its owner; "" if it changed meanwhile. UserError: the owner lives."""
         state = process_state(held)
         if state == "gone":
             return "gone"
         has_ended = job_has_ended(held)
+        if state == "unknown":
+            on_wait(f"{self.folder} is locked by {held}: watching its heartbeat, for {self.timing.limit:g} s at most")
         found = "lives" if state == "lives" else watch(self.path, held, timing=self.timing, has_ended=has_ended)
         if found == "lives" and not has_ended:
             raise UserError(in_use(self.folder, held))
@@ -251,10 +256,16 @@ REASONS = {
 
 
 @contextmanager
-def locked(folder: Path, *, say: Callable[[str], None], on_lost: Callable[[str], None] | None) -> Iterator[RunLock]:
-    """Holds the lock of a run folder. say: gets the line about a dead owner. on_lost: see `RunLock.take`."""
+def locked(
+    folder: Path,
+    *,
+    say: Callable[[str], None],
+    on_lost: Callable[[str], None] | None,
+    on_wait: Callable[[str], None] = lambda line: None,
+) -> Iterator[RunLock]:
+    """Holds the lock of a run folder. say: gets the line about a dead owner. on_lost, on_wait: see `RunLock.take`."""
     lock = RunLock(folder)
-    taken_over = lock.take(on_lost=on_lost)
+    taken_over = lock.take(on_lost=on_lost, on_wait=on_wait)
     try:
         if taken_over:
             say(taken_over)

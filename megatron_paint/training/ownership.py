@@ -77,7 +77,8 @@ def _own(folder: Path, stack: ExitStack, *, say: Callable[[str], None]) -> RunLo
     say: gets a line about the dead owner that it was taken from.
     """
     if not _shared_file().is_file():
-        return stack.enter_context(locked(folder, say=say, on_lost=end_process))
+        on_wait = partial(print, file=sys.stderr, flush=True)  # there is no console yet
+        return stack.enter_context(locked(folder, say=say, on_lost=end_process, on_wait=on_wait))
     held = read_lock(folder / LOCK)
     if held is None or held.token != _shared_file().read_text(encoding="ascii"):
         raise UserError(f"run.dir={folder}: the launcher of this rank has lost the run to {held or 'nobody'}")

@@ -64,8 +64,9 @@ def train(
     from megatron_paint.mcore.ranks import joined_ranks
 
     with ExitStack() as stack:
-        margin = settings.run.exit_before_limit_s
-        request = stack.enter_context(StopRequest(margin=margin, on_interrupt=on_interrupt))
+        request = StopRequest(margin=settings.run.exit_before_limit_s, on_interrupt=on_interrupt)
+        if not self_check_only:  # a self-check has nothing to save: signals end it
+            stack.enter_context(request)
         hang = None if self_check_only else settings.run.hang_timeout_s
         ranks = stack.enter_context(joined_ranks(settings.megatron, hang_seconds=hang and 2 * LONG * hang))
         if self_check_only:

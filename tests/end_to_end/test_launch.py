@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_paint.cli.main import main
 from megatron_paint.objectives import Paint
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.run.lock_watch import LOCK
@@ -183,6 +184,21 @@ def test_ranks_end_with_a_killed_launcher(running):
     os.kill(launcher.pid, signal.SIGKILL)
     launcher.end()
     assert not left_of_session(launcher.pid)
+
+
+@linux
+@pytest.mark.parametrize("running", ["forked"], indirect=True)
+def test_a_second_start_in_the_same_folder_is_refused(running, settings, capsys):
+    """It takes nothing back of the run that lives, whose steps go on."""
+    launcher, run = running
+    before = (run / "metrics.jsonl").read_text()
+    for mode in ([], ["--dry-run"]):
+        arguments = ["train", str(settings), f"run.dir={run}", *LONG, "run.resume=auto", "--processes", "2", *mode]
+        assert main(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{run} is in use: process {launcher.pid} on " in line
+    assert (run / "metrics.jsonl").read_text().startswith(before)
+    assert launcher.is_alive
 
 
 def with_a_bug_on_rank_1():

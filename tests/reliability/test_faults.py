@@ -162,7 +162,7 @@ def test_steps_without_a_finite_loss_are_left_out_up_to_a_limit(trained, tmp_pat
     ended = train(trained, tmp_path, "run.max_skipped_steps=2", target="not_finite")
     assert ended.statuses == [0, 0], ended
     warnings = [event["message"] for event in events(ended, "warning")]
-    assert warnings == [
+    assert warnings[:2] == [
         "step 2 is skipped (1 of at most 2): loss is not finite in step 2",
         "step 3 is skipped (2 of at most 2): loss is not finite in step 3",
     ]

@@ -205,8 +205,9 @@ def test_an_owner_elsewhere_lives_while_its_heart_beats(tmp_path, monkeypatch):
     finally:
         stop()
     refuse_if_in_use(tmp_path, timing=TIMING)
-    started = time.monotonic()
-    assert "on node7: its heartbeat has stopped" in RunLock(tmp_path, timing=TIMING).take()
+    started, waits = time.monotonic(), []
+    assert "on node7: its heartbeat has stopped" in RunLock(tmp_path, timing=TIMING).take(on_wait=waits.append)
+    assert waits == [f"{tmp_path} is locked by process 4321 on node7: watching its heartbeat, for 1.5 s at most"]
     assert time.monotonic() - started < TIMING.limit + 1
 
 
