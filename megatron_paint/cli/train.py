@@ -116,6 +116,7 @@ def _own_and_train(
         try:
             return _start(settings, options, arguments, processes, progress, inputs, lock=lock)
         except KeyboardInterrupt:
+            progress.log.add("megatron-paint: ended by SIGINT")
             raise KeyboardInterrupt(folder.kept_text()) from None
 
 

@@ -56,6 +56,8 @@ class Progress:
         if not self.console.is_terminal:
             self.console.width = LOG_WIDTH
         self.tensorboard, self.log = tensorboard, log
+        if log is not None:
+            log.on_failure = self.warn
         self._clock = clock
         self._times: deque[float] = deque([clock()], maxlen=RECENT + 1)
 

@@ -3,9 +3,8 @@
 import io
 import shlex
 import socket
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -18,10 +17,11 @@ CONSOLE_LOG = "console.log"
 class ConsoleLog:
     """Lines of the console, each with the time. Until `open` it keeps them: the run folder need not exist before.
 
-    A disk that refuses ends the log, with one line on stderr, and not the run.
+    A disk that refuses ends the log, with one warning, and not the run.
     """
 
     def __init__(self) -> None:
+        self.on_failure: Callable[[str], None] = print  # gets the warning
         self._kept: list[str] = []
         self._stream: TextIO | None = None
         self._is_broken = False
@@ -39,8 +39,6 @@ class ConsoleLog:
 
     def add(self, printed: RenderableType) -> None:
         """Adds what is printed: a text with rich's markup, or a table."""
-        if self._is_broken:
-            return
         text = io.StringIO()
         console = Console(file=text, width=WIDTH, color_system=None, force_terminal=False, highlight=False)
         console.print(printed, soft_wrap=isinstance(printed, str))
@@ -53,6 +51,8 @@ class ConsoleLog:
         self._stream, self._is_broken = None, True
 
     def _write(self, lines: list[str]) -> None:
+        if self._is_broken:
+            return
         if self._stream is None:
             self._kept += lines
             return
@@ -64,7 +64,7 @@ class ConsoleLog:
 
     def _give_up(self, error: OSError) -> None:
         self._is_broken, self._stream = True, None
-        print(f"megatron-paint: warning: {CONSOLE_LOG} cannot be written ({error}); the run continues", file=sys.stderr)
+        self.on_failure(f"{CONSOLE_LOG} cannot be written ({error.strerror}); the run continues without it")
 
 
 def _head(command: Sequence[str]) -> str:

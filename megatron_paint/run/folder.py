@@ -7,6 +7,7 @@ logs/; on Slurm attempts.jsonl. Only one process, rank 0, writes; any process ma
 import dataclasses
 import itertools
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -104,7 +105,12 @@ class RunFolder:
                 f"run.steps={new['run']['steps']} is before step {step}, the newest checkpoint of "
                 f"run.dir={self.path}: set run.steps to {step} or more"
             )
-        with about("run.dir"):
+        existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        if not os.access(existing, os.W_OK):
+            raise UserError(
+                f"run.dir={self.path} cannot be written: {existing} is read-only or not yours to write; give another"
+            )
+        with about("run.dir"):  # only an attempt shows what else may be wrong
             check_writable(self.path)
         return step
 

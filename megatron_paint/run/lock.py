@@ -229,10 +229,15 @@ class RunLock:
     def _written(self) -> Path:
         """A new file with this owner, complete on the server."""
         new = self.path.with_name(f".{LOCK}.{self.owner.token}.{threading.get_ident()}.new")
-        with open(new, "w", encoding="utf-8") as stream:
-            stream.write(to_text(self.owner))
-            stream.flush()
-            os.fsync(stream.fileno())
+        try:
+            with open(new, "w", encoding="utf-8") as stream:
+                stream.write(to_text(self.owner))
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError:  # a full disk
+            with suppress(OSError):
+                new.unlink()
+            raise
         return new
 
     def _successor(self, held: Owner) -> Path:
