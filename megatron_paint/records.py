@@ -144,6 +144,7 @@ class StepReport:
     samples: tuple[Sample, ...]
     scores: tuple[SampleScore, ...]
     warnings: tuple[str, ...] = ()  # for the console
+    seconds: float | None = None  # wall time of the complete step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

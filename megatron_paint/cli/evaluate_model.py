@@ -11,7 +11,7 @@ from megatron_paint.config.settings import EvaluateSettings
 from megatron_paint.evaluation.answer_file import AnswerFile
 from megatron_paint.evaluation.benchmarks import Benchmark, load_benchmarks
 from megatron_paint.evaluation.evaluator import Answers, Evaluator
-from megatron_paint.evaluation.summary import Evaluated, write_summary
+from megatron_paint.evaluation.summary import Evaluated, truncation_warning, write_summary
 from megatron_paint.grading.grade import GradingPool, Rules
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.layout import cache_bytes_per_token, check_layout
@@ -229,7 +229,10 @@ def finish(
     """Writes and prints the results."""
     evaluated = Evaluated(model=model, reports=tuple(reports), sampled_with=sampled_with)
     write_summary(out, evaluated)
-    progress.end(after=reports, folder=str(out))
+    progress.end(after=reports, folder=str(out), model=model)
+    for report in reports:
+        if warning := truncation_warning(report):
+            progress.warn(warning)
     if len(reports) > 1:
         macro = evaluated.macro
         progress.result(

@@ -15,6 +15,7 @@ from ruamel.yaml.error import YAMLError
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config import contradictions
+from megatron_paint.config.allow_changes import check_allow_changes
 from megatron_paint.config.mistakes import mistakes, user_error
 from megatron_paint.config.settings import (
     DataSettings,
@@ -55,6 +56,7 @@ def settings_of(tree: Mapping[str, Any]) -> Settings:
     except ValidationError as error:
         raise user_error(error, Settings) from None
     settings = dataclasses.replace(settings, objective=_resolved_objective(settings.objective, tree))
+    check_allow_changes(settings.run.allow_changes)
     _refuse_contradictions(settings.model, settings.objective, settings.rollout, settings.optimizer, settings.megatron)
     return settings
 

@@ -436,6 +436,10 @@ class RunSettings:
             "without one; required: resume, or fail without a complete checkpoint"
         ),
     ] = "never"
+    allow_changes: Annotated[
+        tuple[Text, ...],
+        setting("settings that this start may change in a run that it resumes, such as [optimizer.lr]"),
+    ] = ()
     tensorboard: Annotated[Flag, setting("write TensorBoard files")] = True
     sampler_gap_limit: Annotated[
         Positive,

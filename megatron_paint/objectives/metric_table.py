@@ -103,6 +103,12 @@ METRICS: dict[str, Metric] = {
         healthy="steady; see response/length_mean",
         only="PAINT, OPSD, GRPO",
     ),
+    "response/no_answer_share": Metric(
+        meaning="share of sampled responses without a final answer in a closed box",
+        unit="0 to 1",
+        healthy="below 1; the run warns after 5 steps in a row at 1",
+        only="PAINT, OPSD, GRPO",
+    ),
     "grad_norm": Metric(
         meaning="norm of the gradient before clipping; GRPO: mean over the updates, null without any", unit="-"
     ),

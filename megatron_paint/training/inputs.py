@@ -27,6 +27,7 @@ from megatron_paint.rollouts.engine import Sampler
 from megatron_paint.rollouts.replay import ReplaySampler
 from megatron_paint.rollouts.source import RolloutSource
 from megatron_paint.run.folder import RunFolder
+from megatron_paint.run.lock_watch import refuse_if_in_use
 from megatron_paint.runtime.rank_zero import OnRankZero, directly
 from megatron_paint.training.turn_notes import sft_warnings, thinking_without_effect, turn_notes, used_thinking_settings
 
@@ -55,12 +56,15 @@ def check_inputs(settings: Settings, shape: ModelShape, *, run_folder: bool = Tr
 
     Needs no model, so one process can report a mistake before any rank starts. Raises UserError.
     """
+    folder = RunFolder(settings.run.dir)
+    if run_folder:
+        refuse_if_in_use(folder.path)
     with about("model.hf_path"):
         HuggingFaceReader(settings.model.hf_path, shape).check_tied(shape)
     check_start(settings.model, shape)
     inputs = load_inputs(settings, shape)
     if run_folder:
-        RunFolder(settings.run.dir).check(settings)
+        folder.check(settings)
     return inputs
 
 

@@ -97,7 +97,7 @@ def test_a_finished_run_is_answered_without_torch(finished):
 def test_the_plan_is_printed_before_ranks_start(tmp_path, monkeypatch, capsys):
     printed = []
 
-    def run_here(arguments, processes, *, prepare):
+    def run_here(arguments, processes, **_):
         printed.append((processes, os.environ.get("GLOO_SOCKET_IFNAME"), capsys.readouterr().out))
         return 0
 

@@ -16,6 +16,7 @@ from megatron_paint.cli.main import main
 from megatron_paint.config.load import load_settings
 from megatron_paint.data.problems import load_problems
 from megatron_paint.run.folder import RunFolder
+from megatron_paint.run.lock import locked
 from megatron_paint.runtime.files import NewFolder
 from tests.support import tiny
 
@@ -109,6 +110,11 @@ OVERRIDES = {
     "sgd with a sharded state": ("optimizer.name=sgd", "use_distributed_optimizer"),
     "nothing to resume": ("run.resume=required", "run.resume"),
     "Megatron checkpoint absent": ("model.megatron_path=nowhere", "model.megatron_path"),
+    "a change of what is no setting": ("run.allow_changes=[optimizer.lrr]", "did you mean optimizer.lr?"),
+    "a change of a section": ("run.allow_changes=[optimizer]", "name its settings, such as optimizer.lr"),
+    "a change of what a checkpoint holds": ("run.allow_changes=[optimizer.beta2]", "its checkpoints hold it"),
+    "a change that is no list": ("run.allow_changes=optimizer.lr", "run.allow_changes"),
+    "a run folder that cannot be made": ("run.dir=/proc/none/run", "run.dir: Cannot write /proc/none/run"),
     "template absent": ("prompts.teacher_template=nowhere.jinja", "prompts.teacher_template"),
 }
 
@@ -327,6 +333,30 @@ def test_run_folder_not_empty(capsys, setup):
     (run / "notes.txt").write_text("mine")
     assert "not empty" in refused(capsys, settings)
     assert (run / "notes.txt").read_text() == "mine"
+
+
+def test_run_folder_below_a_file(capsys, setup):
+    settings, model, _ = setup
+    assert "run.dir: Cannot write" in refused(capsys, settings, f"run.dir={model / 'config.json' / 'run'}")
+
+
+def test_run_folder_of_another_run_that_lives(capsys, setup):
+    """It is refused before anything is read or taken back, and by a dry run as well."""
+    settings, model, _ = setup
+    _begin(settings)
+    with locked(model.parent / "run", say=print, on_lost=None):
+        line = refused(capsys, settings, "run.resume=auto")
+    assert f"{model.parent / 'run'} is in use: process {os.getpid()} on " in line
+    assert "give another run.dir" in line
+    assert main(["train", str(settings), "run.resume=auto", "--processes", "1", "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize("key", ["data.train", "evaluation.problems"])
+def test_missing_data_is_the_only_line(capsys, setup, key):
+    assert main(["train", str(setup[0]), f"{key}=nowhere.jsonl", "--processes", "1", "--dry-run"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "nowhere.jsonl" in printed.err
 
 
 def test_run_folder_is_a_file(capsys, setup):

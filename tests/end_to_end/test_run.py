@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from megatron_paint.cli.main import main
 from megatron_paint.objectives.metric_table import METRICS as DESCRIBED
+from megatron_paint.run.lock_watch import LOCK, read_lock
 from tests.support import forked_ranks, tiny
 from tests.support.exports import same, weights_of_step
 from tests.support.processes import left_of_session
@@ -22,7 +23,14 @@ METRICS = {
     *("step", "loss", "num_tokens", "loss_tokens", "grad_norm", "lr", "tokens_per_second", "sampler_gap/max"),
     *("overlap/mean", "reveal/mean", "anchors/none_share", "entropy/student_mean", "entropy/teacher_mean"),
     *("selected/share", "divergence/selected_mean", "divergence/other_mean", "clip/share", "clip/entries"),
-    *("response/length_mean", "response/truncated_share", "time/rollout_s", "time/mask_s", "time/teacher_s"),
+    *(
+        "response/length_mean",
+        "response/truncated_share",
+        "response/no_answer_share",
+        "time/rollout_s",
+        "time/mask_s",
+        "time/teacher_s",
+    ),
     *("time/student_s", "time/optimizer_s"),
 }
 
@@ -97,9 +105,16 @@ def test_killed_run_goes_on_bit_for_bit(trained, tmp_path):
     os.killpg(launcher.pid, signal.SIGKILL)
     launcher.wait()
     assert not left_of_session(launcher.pid)
+    assert read_lock(tmp_path / "run" / LOCK).pid == launcher.pid
     # The kill may come after the next save on a busy machine.
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000004", ignore_errors=True)
-    run(tmp_path, trained.settings, *arguments)
+    again = run(tmp_path, trained.settings, *arguments)
+    taken = f"took over the lock of {tmp_path / 'run'} from process {launcher.pid} on "
+    assert taken in again.out[0]
+    assert not (tmp_path / "run" / LOCK).exists()
+    log = (tmp_path / "run" / "logs" / "console.log").read_text()
+    assert log.count("\n==== ") == 2
+    assert log.index("step 1/4") < log.index(taken) < log.index("resumed at step 2") < log.index("Look next:")
     assert metrics(tmp_path / "run") == metrics(trained.run)
     for step in (1, 2, 3, 4):
         name = f"samples/step_{step:06d}.jsonl"
