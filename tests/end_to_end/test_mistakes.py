@@ -293,6 +293,12 @@ def test_config(capsys, setup, mistake):
     assert says in refused(capsys, settings)
 
 
+def replace_by_index(model, file):
+    """The single file goes, because it would be read before an index."""
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": file}}))
+
+
 FILES = {
     "no config": (lambda m: (m / "config.json").unlink(), "config.json"),
     "config is not JSON": (lambda m: (m / "config.json").write_text("{"), "not valid JSON"),
@@ -303,18 +309,8 @@ FILES = {
         lambda m: (m / "model.safetensors").write_bytes((m / "model.safetensors").read_bytes()[:-100]),
         "truncated",
     ),
-    "missing shard": (
-        lambda m: (m / "model.safetensors.index.json").write_text(
-            json.dumps({"weight_map": {"a": "gone.safetensors"}})
-        ),
-        "gone.safetensors",
-    ),
-    "index that leaves its folder": (
-        lambda m: (m / "model.safetensors.index.json").write_text(
-            json.dumps({"weight_map": {"a": "../x.safetensors"}})
-        ),
-        "outside its folder",
-    ),
+    "missing shard": (lambda m: replace_by_index(m, "gone.safetensors"), "gone.safetensors"),
+    "index that leaves its folder": (lambda m: replace_by_index(m, "../x.safetensors"), "outside its folder"),
 }
 
 
