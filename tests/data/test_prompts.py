@@ -257,13 +257,15 @@ class TestNothingBreaksOut:
         assert [i for i in ids if i in control] == [i for i in plain if i in control]
         expected = THINKING.format(OPSD_TEACHER.format(problem=text, solution=text))
         assert tokenizer.decode(ids, keep_special=True) == expected
-        written = tokenizer.control_tokens["</think>"] if text == "</think>" else None
         if text.endswith("<think>"):
-            assert "opens a thought" in prompts.sft_mistake(problem)
-            return
+            with pytest.raises(UserError, match=r"p: the solution opens a thought \(<think>\) and does not close it"):
+                prompts.sft_response(problem)
+            problem = problem_of(problem=text, solution=text + "</think>")
+        # In a response the tags of thoughts are tokens. Nothing else ends a turn or begins one.
+        tags = [tokenizer.control_tokens[tag] for tag in ("<think>", "</think>") if tag in problem.solution]
         response = prompts.sft_response(problem)
-        assert [i for i in response if i in control] == [*([written] if written else []), tokenizer.stop_ids[0]]
-        assert tokenizer.decode(response, keep_special=True).startswith(text)
+        assert [i for i in response if i in control] == [*tags, tokenizer.stop_ids[0]]
+        assert tokenizer.decode(response[:-1], keep_special=True) == problem.solution
 
     @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
