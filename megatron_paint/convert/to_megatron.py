@@ -78,7 +78,7 @@ class ToMegatron:
         return cut_tasks([sum(self.stored[name].nbytes for name in entry.rule.hf_shapes()) for entry in self.entries])
 
     def notes(self) -> Sequence[str]:
-        return ()
+        return HuggingFaceReader(self.source, self.shape).notes
 
     def worker(self, folder: Path) -> Callable[[Task], dict[str, Any]]:
         entries, reader = self.entries, HuggingFaceReader(self.source, self.shape)

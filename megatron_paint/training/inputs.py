@@ -91,6 +91,7 @@ def load_inputs(settings: Settings, shape: ModelShape, *, on_rank_zero: OnRankZe
         held_out=held_out,
         evaluation=evaluation,
         notes=(
+            *on_rank_zero(lambda: HuggingFaceReader(settings.model.hf_path, shape).notes),
             *problems.notes,
             *turn_notes(prompts),
             *thinking_without_effect(prompts, used_thinking_settings(settings)),
