@@ -17,8 +17,8 @@ def repeating_as_fractions(text: str) -> str:
     r"""Returns the text with `\frac{n}{d}` in place of each repeating decimal.
 
     `0.(3)` counts only as the complete answer, because `0.5(3)` in a formula is a product. `0.333\ldots` repeats its
-    last digit if it is there three times, or its last group of digits if it is there twice. A longer decimal that does not
-    repeat, as `3.14159265\ldots`, loses its dots.
+    last digit if it is there three times, or its last group of digits if it is there twice. A longer decimal that does
+    not repeat, as `3.14159265\ldots`, loses its dots.
     """
     if "." not in text:
         return text
