@@ -166,8 +166,12 @@ def numeric_equal(a: Any, b: Any, float_rounding: int, numeric_precision: int) -
     numbers = _as_number(a), _as_number(b)
     if None not in numbers:
         return numbers_agree(*numbers, precision=float_rounding)
+    a, b = _done(a), _done(b)
+    numbers = _as_number(a), _as_number(b)
+    if None not in numbers:
+        return numbers_agree(*numbers, precision=float_rounding)
     try:
-        return _expressions_equal(_done(a), _done(b), float_rounding)
+        return _expressions_equal(a, b, float_rounding)
     except (AttributeError, TypeError, ValueError, ArithmeticError):
         return False
 

@@ -194,7 +194,8 @@ def of_ratios(pair: Pair) -> Verdict:
 
 def _ratio(text: str) -> list[Fraction] | None:
     """The numbers between colons, none of them 0; a number without a colon is a list of one."""
-    parts = RATIO_NAME.sub("", text, count=1).split(":")
+    named = RATIO_NAME.match(text)
+    parts = text[named.end() if named else 0 :].split(":")
     numbers = [read_number(part) for part in parts] if len(parts) < 10 else [None]
     if any(number is None or number.percent for number in numbers):
         return None

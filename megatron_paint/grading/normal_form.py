@@ -39,6 +39,7 @@ SYNONYMS = (
     (re.compile(r"\\(?:ldots|cdots|dots[cbmi]?)(?![A-Za-z])|(?<!\.)\.\.\.(?!\.)"), r"\\ldots "),
     (re.compile(r"\\colon(?![A-Za-z])|\{:\}"), ":"),
     (re.compile(r"\{,\}"), ","),
+    (re.compile(r"\\text\{\s*([ei])\s*\}"), r"\1"),  # upright constants
     (re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])"), r"\\pi "),
 )
 ANGLE = r"([0-9]+(?:\.[0-9]+)?)\s*\^\\circ"

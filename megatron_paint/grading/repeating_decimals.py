@@ -9,6 +9,7 @@ DOTS_OVER = re.compile(rf"(?<![0-9.,])([0-9]*)\.([0-9]*){DIGIT}(?:([0-9]*){DIGIT
 PARENTHESES = re.compile(r"([-+]?)([0-9]+)\.([0-9]*)\(([0-9]+)\)")
 CONTINUED = re.compile(r"(?<![0-9.,])([0-9]*)\.([0-9]+?)\s*\\ldots(?![A-Za-z])")
 MOST_DIGITS = 40  # of a decimal that goes on; the search for its period is cubic
+LONG = 7  # decimals; fewer do not say which number is meant
 REPEATED = re.compile(r"([0-9]*?)([0-9])\2{2,}|([0-9]*?)([0-9]{2,}?)(?:\4)+")
 
 
@@ -16,7 +17,8 @@ def repeating_as_fractions(text: str) -> str:
     r"""Returns the text with `\frac{n}{d}` in place of each repeating decimal.
 
     `0.(3)` counts only as the complete answer, because `0.5(3)` in a formula is a product. `0.333\ldots` repeats its
-    last digit if it is there three times, or its last group of digits if it is there twice.
+    last digit if it is there three times, or its last group of digits if it is there twice. A longer decimal that does
+    not repeat, as `3.14159265\ldots`, loses its dots.
     """
     if "." not in text:
         return text
@@ -36,7 +38,7 @@ def _under_dots(match: re.Match[str]) -> str:
 def _continued(match: re.Match[str]) -> str:
     pattern = REPEATED.fullmatch(match[2]) if len(match[2]) <= MOST_DIGITS else None
     if pattern is None:
-        return match[0]
+        return match[0] if len(match[2]) < LONG else f"{match[1]}.{match[2]}"
     return _latex(match[1], pattern[1] or pattern[3] or "", pattern[2] or pattern[4])
 
 

@@ -7,6 +7,7 @@ import re
 import unicodedata
 
 LONGEST = 20_000  # characters
+MOST_GROWTH = 3  # from compatibility forms to plain characters; a ligature of 18 letters is no mathematics
 
 SIGNS = {
     "×": r"\times ",
@@ -115,14 +116,16 @@ def to_latex(text: str) -> str:
     """Returns the text with mathematical signs as LaTeX and with ASCII digits, letters and punctuation.
 
     Compatibility forms (full width, bold, italic) become plain characters. Other letters, as of Chinese, are kept.
-    A longer text than any answer is returned as it is, because a character may become 18.
+    A longer text than any answer is returned as it is.
     """
     if text.isascii() or len(text) > LONGEST:
         return text
     text = RAISED.sub(lambda match: "^{" + "".join(map(SUPERSCRIPTS.__getitem__, match[0])) + "}", text)
     text = LOWERED.sub(lambda match: "_{" + "".join(map(SUBSCRIPTS.__getitem__, match[0])) + "}", text)
     text = VULGAR.sub(_vulgar_fraction, text).translate(TABLE)
-    text = unicodedata.normalize("NFKC", text).translate(TABLE)  # bold Greek becomes Greek, which is in the table
+    plain = unicodedata.normalize("NFKC", text)
+    if len(plain) <= MOST_GROWTH * len(text):
+        text = plain.translate(TABLE)  # bold Greek has become Greek, which is in the table
     text = text.translate({ord(sign): _ascii_digit(sign) for sign in set(text) if not sign.isascii()})
     text = BARRED.sub(lambda match: r"\overline{" + match[0].translate({0x304: "", 0x305: ""}) + "}", text)
     text = DOTTED.sub(r"\\dot{\1}", text)

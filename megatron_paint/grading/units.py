@@ -58,7 +58,7 @@ NO_UNIT = re.compile(
 ONE_LETTER = frozenset("mgshlLNJWV")
 
 LONGEST = 100  # characters at the end of an answer that are searched for a unit
-CURRENCY = re.compile(r"([-+]?)\s*(\\\$|[€£¥₹]|\\text\{\s*(?:Rs\.?|USD|EUR)\s*\}|Rs\.?(?= ?[0-9]))\s*")
+CURRENCY = re.compile(r"([-+]?)\s*(\\\$|[€£¥₹]|\\text\{\s*(?:Rs\.?|USD|EUR)\s*\}|(?:Rs\.?|USD|EUR)(?= ?[0-9]))\s*")
 CURRENCY_AFTER = re.compile(r"\s*(\\\$|[€£¥₹¢])$")
 POWER = r"(?:\s*\^\s*(?:\{\s*-?[0-9]\s*\}|[0-9]))?"
 TEXT_UNIT = re.compile(

@@ -116,6 +116,7 @@ def test_values_of_expressions(a, b, equal):
         (r"0.333\ldots", r"\frac{1}{3}"),
         (r"0.1212\ldots", r"\frac{4}{33}"),
         (r"3.14159\ldots", r"3.14159\ldots"),
+        (r"3.14159265\ldots", "3.14159265"),
         (r"\overline{AB}", r"\overline{AB}"),
     ],
 )
