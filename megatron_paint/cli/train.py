@@ -60,14 +60,25 @@ def _printed_results(settings: Settings, options: argparse.Namespace) -> bool:
 
 
 def _check_and_print_plan(settings: Settings, options: argparse.Namespace, processes: int) -> "Inputs":
-    """Prints the plan, then checks the data and prints its size. One process finds a mistake within seconds."""
+    """Prints the plan, then checks the data and prints its size. One process finds a mistake within seconds.
+
+    The plan needs only the settings and config.json, so it is printed before data and weights are read.
+    """
+    from megatron_paint.planning.hardware import parse_gpu_memory, ranks_of_this_node
     from megatron_paint.planning.memory import make_plan
     from megatron_paint.run.console import Progress
 
     progress = Progress("normal" if options.dry_run else console_mode(options), steps=settings.run.steps)
-    plan = make_plan(settings, processes=processes)
+    plan = make_plan(
+        settings,
+        processes=processes,
+        gpu_memory=parse_gpu_memory(options.gpu_memory),
+        ranks_per_node=ranks_of_this_node(os.environ),
+    )
     for line in plan.lines(settings):
         progress.note(line)
+    for warning in plan.warnings():
+        progress.warn(warning)
     from megatron_paint.training.inputs import check_inputs  # imports more: after the plan is printed
 
     inputs = check_inputs(settings, plan.shape, run_folder=not options.self_check)

@@ -18,6 +18,7 @@ from megatron_paint.grading.grade import GradingPool
 from megatron_paint.launch.failure_notes import leave_failure_note
 from megatron_paint.masker.overlap import MaskerPool
 from megatron_paint.objectives import OBJECTIVES, ObjectiveInputs
+from megatron_paint.planning.hardware import ranks_of_this_node
 from megatron_paint.planning.memory import make_plan
 from megatron_paint.policy import Policy
 from megatron_paint.rollouts.engine import Sampler
@@ -97,7 +98,7 @@ def prepare(
     from megatron_paint.mcore.policy import MegatronPolicy
 
     on_rank_zero, first = partial(rank_zero_does, ranks), ranks.rank == 0
-    plan = make_plan(settings, processes=ranks.size)
+    plan = make_plan(settings, processes=ranks.size, ranks_per_node=ranks_of_this_node(os.environ))
     inputs = inputs or load_inputs(settings, plan.shape, on_rank_zero=on_rank_zero)
     folder = RunFolder(settings.run.dir)
     request.end_at = job_end() if first else None
@@ -108,7 +109,7 @@ def prepare(
     progress = _open_console(settings, folder, mode=mode if first else "silent", start=start)
     for line in [*plan.lines(settings), *inputs.notes] if prints_plan else []:
         progress.note(line)
-    for warning in warnings:
+    for warning in [*(plan.warnings() if prints_plan else []), *warnings]:
         progress.warn(warning)
     policy = MegatronPolicy(settings, plan.shape, ranks)
     if start:
