@@ -119,12 +119,12 @@ def make_plan(
     processes: int,
     gpu_memory: float | None = None,
     ranks_per_node: int | None = None,
-    on_gpu_nodes: bool = False,
+    on_gpu_nodes: bool | None = None,
 ) -> Plan:
     """The plan of a training run. UserError names the setting that does not fit, and the nearest valid value.
 
-    gpu_memory: bytes of one GPU; None: of this machine's GPU, if it has one. on_gpu_nodes: the run is for nodes with
-    GPUs, although this machine may have none. ranks_per_node: None: all ranks are on one node.
+    gpu_memory: bytes of one GPU; None: of this machine's GPU, if the run is for this machine. on_gpu_nodes: whether the
+    run is for other nodes with GPUs or without; None: for this machine. ranks_per_node: None: all are on one node.
     """
     layout = check_layout(settings.model, settings.megatron, settings.rollout, processes=processes)
     if settings.rollout.max_new_tokens >= layout.shape.max_positions:
@@ -135,12 +135,12 @@ def make_plan(
     # Imports torch, which a mistake in the settings must not wait for.
     from megatron_paint.losses.elementwise.choose import loss_kernel, missing_for_triton
 
-    kernel, found = loss_kernel(settings.objective.kernel), gpu_bytes()
+    kernel, found = loss_kernel(settings.objective.kernel), gpu_bytes() if on_gpu_nodes is None else None
     # Of GPUs elsewhere nothing is known except the settings: what they ask for will be there.
-    elsewhere = found is None and (on_gpu_nodes or gpu_memory is not None)
+    elsewhere = found is None and (on_gpu_nodes or (on_gpu_nodes is None and gpu_memory is not None))
     target = Target(
         gpus=elsewhere or found is not None,
-        gpu_memory=gpu_memory if gpu_memory is not None else found,
+        gpu_memory=gpu_memory or found,
         engine=settings.megatron.transformer_impl != "local" if elsewhere else layout.uses_engine,
         triton=settings.objective.kernel != "torch" if elsewhere else kernel == "triton",
         ranks_per_node=ranks_per_node or processes,
