@@ -45,7 +45,7 @@ class Plan(Layout):
             f"{', tied' if shape.tied else ''}",
             f"layout     {self.processes} processes = tensor {self.tensor_parallel} x pipeline "
             f"{self.pipeline_parallel} x data {self.data_parallel}; {layers} layers "
-            f"a stage, {shape.vocab_size // self.tensor_parallel:,} vocabulary rows a rank",
+            f"a stage, {-(-shape.vocab_size // self.tensor_parallel):,} vocabulary rows a rank",
             f"layers     {'Transformer Engine' if self.uses_engine else 'plain torch'}, {settings.model.dtype}"
             f"{f', FP8 {settings.megatron.fp8} {settings.megatron.fp8_recipe}' if settings.megatron.fp8 else ''}",
             f"loss       elementwise work by {self.kernel}"
