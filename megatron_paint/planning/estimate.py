@@ -121,7 +121,7 @@ class StageMemory:
         backward = {
             "inputs of recomputed layers": inputs,
             "activations": kept + activations.recomputed,
-            "working memory": activations.working + self.weights.largest * self.width * (self.weights.trained > 0),
+            "working memory": activations.working + self._weight_gradient(),
             "teacher's results": passed,
         }
         peaks = [Peak(moment="backward pass", parts={**held, **backward})]
@@ -279,6 +279,10 @@ class StageMemory:
         states = self._sequences() * self._new_tokens() * self.shape.hidden_size * self.width * self._teachers()
         trains_output = self.settings.model.lora is None
         return states + (self.weights.output * self._passing_bytes() if trains_output else 0)
+
+    def _weight_gradient(self) -> float:
+        """The gradient of a layer's largest matrix, before Megatron adds it to its buffer. LoRA trains no matrix."""
+        return 0.0 if self.settings.model.lora else float(self.weights.largest * self.width)
 
     def _output_gradient(self) -> float:
         """The loss's float32 sum of the output layer's gradient; later zeros for Megatron's hook take less."""
