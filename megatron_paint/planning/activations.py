@@ -71,9 +71,18 @@ class LayerKind:
         return units * self.width + scales * FLOAT32
 
     def working_bytes(self) -> float:
-        """Bytes for each token that exist besides while a layer runs or its gradient is computed: about its widest."""
-        attention = 3 * self.queries + 4 * self.keys
-        return (3 * self.hidden + max(attention, 4 * self.ffn)) * self.width
+        """Bytes for each token that exist besides while a layer's gradient is computed: about its widest part."""
+        return self._widest(4 * self.ffn)
+
+    def forward_bytes(self) -> float:
+        """The same of a forward pass without gradients.
+
+        Beside the output of a layer with adapters exists theirs, joined from two parts and scaled.
+        """
+        return self._widest((4 if self.lora_rank is None else 6) * self.ffn)
+
+    def _widest(self, feed_forward: float) -> float:
+        return (3 * self.hidden + max(3 * self.queries + 4 * self.keys, feed_forward)) * self.width
 
     def saved_weights(self) -> float:
         """Bytes of the joined A of adapters that a layer saves, however many tokens there are."""

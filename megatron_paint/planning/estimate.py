@@ -29,6 +29,9 @@ CUDA_BYTES = 0.9e9
 NCCL_BYTES = 0.3e9
 # Ours: memory of a Python process that has imported torch and Megatron-Core, with and without CUDA's libraries.
 PROCESS_BYTES = {True: 3.0e9, False: 0.8e9}
+# Entries of a tile on a GPU and on a CPU with one thread, and its buffers: losses/output_layer/chunks.py.
+TILE_ELEMENTS = {True: 2**23, False: 2**17}
+TILE_BUFFERS = 6
 MOMENTS = {"adam": 2, "sgd": 1}  # float32 values that the optimiser stores of each weight; sgd: only with momentum
 
 
@@ -131,6 +134,7 @@ class StageMemory:
                 "activations": kept + final,
                 "output layer's gradient": self._output_gradient(),
                 "logits": self.logits_bytes(),
+                "tiles of the loss": self._tile_bytes(),
                 "hidden states of responses": self._response_rows(),
                 "teacher's results": passed,
             }
@@ -138,7 +142,7 @@ class StageMemory:
         if self.settings.objective.needs.teacher:
             teacher = {
                 "teacher's copy": self.weights.trained * self._passing_bytes(),
-                "working memory": activations.working,
+                "working memory": self._tokens() * self.kind.forward_bytes(),
                 "teacher's results": passed,
             }
             peaks.append(Peak(moment="teacher's pass", parts={**held, **teacher}))
@@ -154,7 +158,7 @@ class StageMemory:
                 "key-value cache": cache,
                 # Beside a step of the layers: one layer of the cache is copied when finished rows are dropped.
                 "working memory": max(
-                    prefill * self.kind.working_bytes(), cache / (self.shape.num_layers // self.pp), 0.0
+                    prefill * self.kind.forward_bytes(), cache / (self.shape.num_layers // self.pp), 0.0
                 ),
                 "logits": self._sampling_logits(rows, nucleus) if self.last else 0.0,
             }
@@ -196,6 +200,15 @@ class StageMemory:
         if tokens * buffers * row > objective.chunk_bytes:
             return float(objective.chunk_bytes)
         return float(tokens * (sets + self.triton) * row)  # one chunk
+
+    def _tile_bytes(self) -> float:
+        """Temporaries of the loss without Triton, which works on tiles; they count within objective.chunk_bytes."""
+        if self.triton:
+            return 0.0
+        chunk, logits = self.settings.objective.chunk_bytes, self.logits_bytes()
+        entries = self._response_tokens() * -(-self.shape.vocab_size // self.tp)
+        tile = min(TILE_ELEMENTS[self.on_gpus], entries) * TILE_BUFFERS * FLOAT32
+        return min(tile, chunk / 2, chunk - logits)
 
     def saved(self) -> float:
         """Bytes of this rank's part of a checkpoint in host memory, if it belongs to the first replica.

@@ -4,16 +4,20 @@ Every micro-batch has exactly as many tokens as the settings allow, and every to
 the estimate, which counts the most that is possible, must be met.
 """
 
+import gc
 import json
 import os
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_paint.config.load import load_settings
 from megatron_paint.config.settings import Settings
@@ -147,6 +151,16 @@ def optimizer_storages(policy: MegatronPolicy) -> dict[int, int]:
     return own_storages(tensors)
 
 
+def sample(policy: MegatronPolicy, settings: Settings) -> None:
+    """Samples a batch with the longest prompts and responses that fit."""
+    prompt = tuple(range(5, 5 + settings.data.micro_batch_tokens // settings.rollout.batch_size))
+    requests = [GenerationRequest(problem_id=str(i), sample_index=0, prompt_ids=prompt, key=i) for i in range(2)]
+    sampling = SamplingParameters(
+        max_new_tokens=settings.rollout.max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, stop_ids=()
+    )
+    policy.sampler.generate_on_replica(requests, sampling)
+
+
 def measure(settings: Settings, ranks: Ranks) -> dict[str, float]:
     policy = MegatronPolicy(settings, read_shape(settings.model.hf_path), ranks)
     weights = own_storages(policy.stage.parameters())
@@ -163,13 +177,8 @@ def measure(settings: Settings, ranks: Ranks) -> dict[str, float]:
     results = [*(states.hidden_NH or {}).values()]
     if states.output_weight_VH is not None and states.output_weight_VH.data_ptr() not in weights | taught:
         results.append(states.output_weight_VH)  # a copy in the student's type
-    prompt = tuple(range(5, 5 + settings.data.micro_batch_tokens // settings.rollout.batch_size))
-    requests = [GenerationRequest(problem_id=str(i), sample_index=0, prompt_ids=prompt, key=i) for i in range(2)]
-    sampling = SamplingParameters(
-        max_new_tokens=settings.rollout.max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, stop_ids=()
-    )
     with caches() as cache:
-        policy.sampler.generate_on_replica(requests, sampling)
+        sample(policy, settings)
     return {
         "weights": sum(weights.values()),
         "gradients": sum(gradients.values()),
@@ -182,10 +191,55 @@ def measure(settings: Settings, ranks: Ranks) -> dict[str, float]:
     }
 
 
+class Allocations(TorchDispatchMode):
+    """Follows every storage that an operation makes: the bytes that are alive, and the most that were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.peak = 0, 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for value in tree_leaves(made):
+            if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() not in self._sizes:
+                storage = value.untyped_storage()
+                self._sizes[storage.data_ptr()] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._drop, storage.data_ptr())
+        self.peak = max(self.peak, self.now)
+        return made
+
+    def _drop(self, key: int) -> None:
+        self.now -= self._sizes.pop(key, 0)
+
+    def peak_of(self, work: Callable[[], object]) -> int:
+        """The most bytes that are alive while `work` runs, with everything that exists before."""
+        gc.collect()
+        self.peak = self.now
+        self.kept = work()
+        return self.peak
+
+
+def measure_peaks(settings: Settings, ranks: Ranks) -> dict[str, int]:
+    """All bytes of the process's tensors in each moment of a run."""
+    torch.set_num_threads(1)  # the loss has a tile for each thread
+    objective, step = settings.objective, samples(ranks)
+    loss = DistillationLoss(config=objective.loss, chunk_bytes=objective.chunk_bytes, token_temperature=1.0)
+    with Allocations() as live:
+        policy = MegatronPolicy(settings, read_shape(settings.model.hf_path), ranks)
+        policy.update(step, loss, lr=1e-4)  # makes the optimiser's state
+        taught = live.peak_of(lambda: policy.teacher_states(step, loss))
+        trained = live.peak_of(partial(policy.backward, step, loss, live.kept))
+        sampled = live.peak_of(lambda: sample(policy, settings))
+    return {"teacher's pass": taught, "student's pass": trained, "sampling": sampled}
+
+
 def main() -> None:
-    """SETTINGS FOLDER CASE...: measures the cases, one after another, in this process group."""
-    file, folder, *cases = sys.argv[1:]
+    """parts|peaks SETTINGS FOLDER CASE...: measures the cases, one after another, in this process group."""
+    what, file, folder, *cases = sys.argv[1:]
+    work = {"parts": measure, "peaks": measure_peaks}[what]
     with joined_ranks(load_settings(file).megatron) as ranks:
-        found = {case: measure(load_settings(file, CHANGES[case]), ranks) for case in cases}
+        found = {case: work(load_settings(file, CHANGES[case]), ranks) for case in cases}
     stage = {"stage": ranks.pp_rank, "cases": found}
     Path(folder, f"rank{os.environ['RANK']}.json").write_text(json.dumps(stage))

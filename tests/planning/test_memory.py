@@ -166,7 +166,7 @@ def test_the_lines_compare_with_the_gpu(tmp_path):
     training, sampling, compared, host = plan_of(tmp_path, gpu_memory=80e9).memory_lines()
     assert training.startswith("memory     training 15.5 GB a rank (backward pass): weights 8.19 GB, adapters 241 MB, ")
     assert "CUDA and NCCL 1.5 GB, inputs of recomputed layers 2.42 GB, " in training
-    assert sampling.startswith("           sampling 13.6 GB a rank (rollouts): weights 8.19 GB, ")
+    assert sampling.startswith("           sampling 14 GB a rank (rollouts): weights 8.19 GB, ")
     assert "key-value cache 1.81 GB" in sampling
     assert compared == "           the larger peak, 15.5 GB, is 19% of a GPU's 80 GB (estimate, docs/memory.md)"
     assert host.startswith("host       about 14.3 GB a rank and 46.6 GB on a node of 8 ranks")
