@@ -57,6 +57,9 @@ def _run(module: str) -> Callable[[argparse.Namespace, list[str]], int]:
 def _add_train(train: argparse.ArgumentParser) -> None:
     _add_settings(train)
     train.add_argument("--dry-run", action="store_true", help="check everything, print sizes and memory, and end")
+    train.add_argument(
+        "--gpu-memory", metavar="SIZE", help="plan for GPUs of this memory, such as 80GB; default: this machine's"
+    )
     train.add_argument("--self-check", action="store_true", help="compare the model with itself, and end")
     train.set_defaults(run=_run("train"))
 

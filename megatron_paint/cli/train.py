@@ -71,14 +71,26 @@ def _printed_results(settings: Settings, options: argparse.Namespace) -> bool:
 def _check_and_print_plan(
     settings: Settings, options: argparse.Namespace, processes: int, progress: "Progress"
 ) -> "Inputs":
-    """Prints the plan, checks the data and prints its size. One process finds a mistake within seconds."""
+    """Prints the plan, then checks the data and prints its size. One process finds a mistake within seconds.
+
+    The plan needs only the settings and config.json, so it is printed before data and weights are read.
+    """
+    from megatron_paint.planning.hardware import parse_gpu_memory, ranks_of_this_node
     from megatron_paint.planning.memory import make_plan
 
-    plan, inputs = make_plan(settings, processes=processes), None
+    plan = make_plan(
+        settings,
+        processes=processes,
+        gpu_memory=parse_gpu_memory(options.gpu_memory),
+        ranks_per_node=ranks_of_this_node(os.environ),
+    )
+    inputs = None
     if not _data_exists(settings):
         inputs = _check_inputs(settings, options, plan.shape)
     for line in plan.lines(settings):
         progress.note(line)
+    for warning in plan.warnings():
+        progress.warn(warning)
     inputs = inputs or _check_inputs(settings, options, plan.shape)
     for line in inputs.summary():
         progress.note(line)

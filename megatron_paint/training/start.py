@@ -19,6 +19,7 @@ from megatron_paint.grading.grade import GradingPool, Rules
 from megatron_paint.launch.failure_notes import leave_failure_note
 from megatron_paint.masker.overlap import MaskerPool
 from megatron_paint.objectives import OBJECTIVES, ObjectiveInputs
+from megatron_paint.planning.hardware import ranks_of_this_node
 from megatron_paint.planning.local_model import with_local_model
 from megatron_paint.planning.memory import make_plan
 from megatron_paint.policy import Policy
@@ -114,7 +115,7 @@ def prepare(
     from megatron_paint.mcore.policy import MegatronPolicy
 
     on_rank_zero, first = partial(rank_zero_does, ranks), ranks.rank == 0
-    plan = make_plan(settings, processes=ranks.size)
+    plan = make_plan(settings, processes=ranks.size, ranks_per_node=ranks_of_this_node(os.environ))
     owned = stack.enter_context(own())
     folder = RunFolder(settings.run.dir)
     inputs = inputs or load_inputs(settings, plan.shape, on_rank_zero=on_rank_zero)
@@ -127,7 +128,7 @@ def prepare(
     progress = _open_console(settings, folder, mode=mode if first else "silent", start=start, log=owned.log)
     for line in [*plan.lines(settings), *inputs.notes] if prints_plan else []:
         progress.note(line)
-    for warning in [*(inputs.warnings if prints_plan else ()), *warnings]:
+    for warning in [*([*plan.warnings(), *inputs.warnings] if prints_plan else []), *warnings]:
         progress.warn(warning)
     policy = MegatronPolicy(settings, plan.shape, ranks)
     for note in policy.notes:
