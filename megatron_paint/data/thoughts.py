@@ -6,15 +6,16 @@ A prompt may end inside a thought that the chat template has opened (thinking-on
 
 from typing import Literal
 
-OPENING, CLOSING = "<think>", "</think>"
-EMPTY = f"{OPENING}\n\n{CLOSING}\n\n"  # Qwen3's empty thought
+from megatron_paint.grading.thoughts import THINK_END, THINK_START
+
+EMPTY = f"{THINK_START}\n\n{THINK_END}\n\n"  # Qwen3's empty thought
 
 ThoughtState = Literal["none", "open", "closed"]
 
 
 def state_after(text: str) -> ThoughtState:
     """The state at the end of a text: inside a thought, after a closed one, or there was none."""
-    opened, closed = text.rfind(OPENING), text.rfind(CLOSING)
+    opened, closed = text.rfind(THINK_START), text.rfind(THINK_END)
     if opened == closed:  # both are -1
         return "none"
     return "open" if opened > closed else "closed"
@@ -22,7 +23,7 @@ def state_after(text: str) -> ThoughtState:
 
 def has_tags(text: str) -> bool:
     """Tells whether a text contains one of the two tags."""
-    return OPENING in text or CLOSING in text
+    return THINK_START in text or THINK_END in text
 
 
 def continuation(prompt_end: str, solution: str) -> tuple[str, str] | None:
@@ -37,10 +38,10 @@ def continuation(prompt_end: str, solution: str) -> tuple[str, str] | None:
         return None
     if state_after(prompt_end) != "open":
         return "", solution
-    after_tag = prompt_end.rpartition(OPENING)[2]
-    if solution.lstrip().startswith(OPENING):
-        return "", solution.lstrip().removeprefix(OPENING).removeprefix(after_tag)
+    after_tag = prompt_end.rpartition(THINK_START)[2]
+    if solution.lstrip().startswith(THINK_START):
+        return "", solution.lstrip().removeprefix(THINK_START).removeprefix(after_tag)
     if has_tags(solution):
         return "", solution
-    opened = OPENING + after_tag
-    return (EMPTY.removeprefix(opened) if EMPTY.startswith(opened) else f"\n{CLOSING}\n\n"), solution
+    opened = THINK_START + after_tag
+    return (EMPTY.removeprefix(opened) if EMPTY.startswith(opened) else f"\n{THINK_END}\n\n"), solution

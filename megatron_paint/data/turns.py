@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.data.thoughts import CLOSING, OPENING
+from megatron_paint.grading.thoughts import THINK_END, THINK_START
 from megatron_paint.records import TokenIds
 
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
@@ -38,7 +38,7 @@ def read_turn_marks(
     counts: templates that write the generation prompt separately close every turn with the same token. A token that
     begins a user's turn never closes one.
     """
-    names = {*special, *tags} - {OPENING, CLOSING}  # a thought's tags close no turn
+    names = {*special, *tags} - {THINK_START, THINK_END}  # a thought's tags close no turn
     tokens = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
     question, answer = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}
     asked = _rendered(render, [question])
