@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from megatron_paint.config.settings import Settings
 from megatron_paint.data import thoughts
 from megatron_paint.data.prompts import Prompts
+from megatron_paint.grading.thoughts import THINK_END, THINK_START
 from megatron_paint.records import Problem
 
 AFTER = {
     "none": "every prompt ends without a thought",
-    "open": f"every prompt ends in an open {thoughts.THINK_START}",
-    "closed": f"every prompt ends with a closed {thoughts.THINK_START} block",
+    "open": f"every prompt ends in an open {THINK_START}",
+    "closed": f"every prompt ends with a closed {THINK_START} block",
 }
 
 
@@ -48,27 +49,27 @@ def sft_warnings(settings: Settings, prompts: Prompts, problems: Sequence[Proble
         case "open" if tagged < total:
             switch = ", or set prompts.student_thinking=false" if prompts.thinking_has_effect else ""
             return (
-                f"every prompt ends in an open {thoughts.THINK_START}, and {total - tagged:,} of {total:,} solutions have "
-                f"no {thoughts.THINK_END}: their responses close the thought first, so the model learns to answer "
-                f"without thinking. Write the thought before the answer: {thoughts.THINK_START}...{thoughts.THINK_END}"
+                f"every prompt ends in an open {THINK_START}, and {total - tagged:,} of {total:,} solutions have "
+                f"no {THINK_END}: their responses close the thought first, so the model learns to answer "
+                f"without thinking. Write the thought before the answer: {THINK_START}...{THINK_END}"
                 f"{switch}",
             )
         case "closed" if tagged:
             switch = "set prompts.student_thinking=true, or " if prompts.thinking_has_effect else ""
             return (
-                f"every prompt ends with a closed {thoughts.THINK_START} block, and {tagged:,} of {total:,} solutions "
+                f"every prompt ends with a closed {THINK_START} block, and {tagged:,} of {total:,} solutions "
                 f"bring their own: the model learns to think again after its thought has ended; {switch}remove the "
                 "thoughts from the solutions",
             )
         case "none":
             stray = sum(
-                problem.solution.partition(thoughts.THINK_END)[0].find(thoughts.THINK_START) < 0
+                problem.solution.partition(THINK_END)[0].find(THINK_START) < 0
                 for problem in problems
-                if thoughts.THINK_END in problem.solution
+                if THINK_END in problem.solution
             )
             if stray:
                 return (
-                    f"{stray:,} of {total:,} solutions contain {thoughts.THINK_END} without {thoughts.THINK_START} before it,"
-                    f" and the prompts open no thought: write {thoughts.THINK_START} where the thought begins",
+                    f"{stray:,} of {total:,} solutions contain {THINK_END} without {THINK_START} before it,"
+                    f" and the prompts open no thought: write {THINK_START} where the thought begins",
                 )
     return ()
