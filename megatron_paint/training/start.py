@@ -5,7 +5,7 @@ Every rank runs it. Rank 0 writes and prints.
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
@@ -122,22 +122,20 @@ def prepare(
     request.end_at = job_end() if first else None
     on_rank_zero(lambda: folder.check(settings))
     warnings = [*owned.warnings, *(set_damaged_aside(folder, ranks) if settings.run.resume != "never" else [])]
-    changed = on_rank_zero(lambda: folder.allowed_changes(settings))
+    changed = on_rank_zero(lambda: _changes(folder, settings))
     start = on_rank_zero(lambda: folder.prepare(settings))
     watch_over(settings, folder, ranks, stack)
     progress = _open_console(settings, folder, mode=mode if first else "silent", start=start, log=owned.log)
-    for line in [*plan.lines(settings), *inputs.notes] if prints_plan else []:
-        progress.note(line)
-    for warning in [*([*plan.warnings(), *inputs.warnings] if prints_plan else []), *warnings]:
-        progress.warn(warning)
+    notes = [*plan.lines(settings), *inputs.notes] if prints_plan else []
+    _print_start(progress, notes, [*([*plan.warnings(), *inputs.warnings] if prints_plan else []), *warnings])
     policy = MegatronPolicy(settings, plan.shape, ranks)
     for note in policy.notes:
         progress.note(note)
     if start:
         _load_checkpoint(policy, folder.checkpoint_folder(start), start)
         progress.note(f"resumed at step {start} from {folder.checkpoint_folder(start)}")
-    for name, (old, new) in changed.items():
-        progress.result(f"changed after step {start}, as run.allow_changes lets it: {name}: {old!r} -> {new!r}")
+    for change in changed:
+        progress.result(change)
     evaluation, needs = inputs.evaluation, settings.objective.needs
     graders, rules = None, Rules(box_in_thought=settings.grading.box_in_thought)
     if first and (inputs.held_out or needs.graders):
@@ -169,6 +167,22 @@ def prepare(
         stop_reason=lambda seconds: any_rank_says(ranks, request.reason(next_seconds=seconds)),
         confirm_owner=owned.confirm,
     )
+
+
+def _changes(folder: RunFolder, settings: Settings) -> list[str]:
+    """A line for each setting that this start changes in the run, before the folder has it."""
+    after = folder.latest_checkpoint() or 0
+    return [
+        f"changed after step {after}, as run.allow_changes lets it: {name}: {old!r} -> {new!r}"
+        for name, (old, new) in folder.allowed_changes(settings).items()
+    ]
+
+
+def _print_start(progress: Progress, lines: Sequence[str], warnings: Sequence[str]) -> None:
+    for line in lines:
+        progress.note(line)
+    for warning in warnings:
+        progress.warn(warning)
 
 
 def _open_console(settings: Settings, folder: RunFolder, *, mode: Mode, start: int, log: ConsoleLog | None) -> Progress:

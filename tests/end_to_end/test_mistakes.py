@@ -114,7 +114,7 @@ OVERRIDES = {
     "a change of a section": ("run.allow_changes=[optimizer]", "name its settings, such as optimizer.lr"),
     "a change of what a checkpoint holds": ("run.allow_changes=[optimizer.beta2]", "its checkpoints hold it"),
     "a change that is no list": ("run.allow_changes=optimizer.lr", "run.allow_changes"),
-    "a run folder that cannot be made": ("run.dir=/proc/none/run", "run.dir: Cannot write /proc/none/run"),
+    "a run folder that cannot be made": ("run.dir=/proc/none/run", "/proc/none/run"),
     "template absent": ("prompts.teacher_template=nowhere.jinja", "prompts.teacher_template"),
 }
 

@@ -239,3 +239,20 @@ def test_another_model_does_not_resume(change, message, trained, tmp_path):
     assert message in line
     assert before
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_learning_rate_changes_on_purpose(trained, tmp_path):
+    """The steps after the checkpoint have the new one, and the record of the run says since when."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained.run, run_dir, ignore=shutil.ignore_patterns("step_000004*", "tensorboard"))
+    changed = (f"run.dir={run_dir}", "run.resume=auto", "optimizer.lr=2e-3", "run.allow_changes=[optimizer.lr]")
+    ended = forked_ranks.train(tmp_path, trained.settings, *changed, "evaluation.problems=null")
+    assert ended.statuses == [2, 2], ended  # the evaluation is another one, and is not named
+    ended = forked_ranks.train(tmp_path, trained.settings, *changed)
+    assert ended.statuses == [0, 0], ended
+    assert [line["lr"] for line in metrics(run_dir)] == [1e-3, 1e-3, 2e-3, 2e-3]
+    assert "changed after step 2, as run.allow_changes lets it: optimizer.lr: 0.001 -> 0.002" in ended.out[0]
+    record = json.loads((run_dir / "changes.jsonl").read_text())
+    assert (record["after_step"], record["setting"], record["new"]) == (2, "optimizer.lr", 2e-3)
+    assert metrics(run_dir)[:2] == metrics(trained.run)[:2]
+    assert not same(weights_of_step(run_dir, 4), weights_of_step(trained.run, 4))
