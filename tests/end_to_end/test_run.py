@@ -66,7 +66,7 @@ def test_run_folder(trained):
     plan = ["model", "layout", "layers", "loss", "step", "memory", "sampling", "for", "host"]
     assert starts[:11] == [*plan, "data", "starting"]
     assert not {"model", "layout", "memory", "data"} & set(starts[11:]), "ranks print the plan again"
-    assert notes[7] == "starting 2 ranks"
+    assert notes[10] == "starting 2 ranks"
 
 
 def test_a_finished_run_prints_its_results_again_without_ranks(trained, tmp_path):
