@@ -71,9 +71,10 @@ def test_run_folder(trained):
     assert events[-1]["event"] == "end"
     notes = [event["message"].split(":")[0] for event in events if event["event"] == "note"]
     starts = [note.split()[0] for note in notes]
-    assert starts[:8] == ["model", "layout", "layers", "loss", "step", "memory", "data", "starting"]
-    assert not {"model", "layout", "memory", "data"} & set(starts[8:]), "ranks print the plan again"
-    assert notes[7] == "starting 2 ranks"
+    plan = ["model", "layout", "layers", "loss", "step", "memory", "sampling", "for", "host"]
+    assert starts[:11] == [*plan, "data", "starting"]
+    assert not {"model", "layout", "memory", "data"} & set(starts[11:]), "ranks print the plan again"
+    assert notes[10] == "starting 2 ranks"
 
 
 def test_a_finished_run_prints_its_results_again_without_ranks(trained, tmp_path):
