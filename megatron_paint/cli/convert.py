@@ -37,10 +37,10 @@ def run_to_hf(options: argparse.Namespace) -> int:
     options.base = local_folder(options.base)
     for folder in (options.source, options.base):
         check_folder(folder)
+    if options.lora == "adapter" and options.shard_size is not None:
+        raise UserError("--shard-size: PEFT reads adapters from one file; leave this option out")
     options.source = megatron_folder(options.source)
     if options.lora == "adapter":
-        if options.shard_size is not None:
-            raise UserError("--shard-size: PEFT reads adapters from one file; leave this option out")
         return _convert(ToAdapter(source=options.source, base=options.base, dtype=options.dtype), options)
     job = ToHuggingFace(
         source=options.source,
