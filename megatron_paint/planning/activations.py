@@ -1,7 +1,7 @@
 """What autograd saves for the backward pass, in bytes, and what a layer holds besides while it computes.
 
-The numbers of tensors were counted with torch's hooks for saved tensors (plain layers, CPU; tests/planning), or follow from
-what the layers of Transformer Engine 2 compute (not measured). FP8 is counted like its unquantised type.
+The numbers of tensors were counted with torch's hooks for saved tensors (plain layers, CPU; tests/planning), or follow
+from what the layers of Transformer Engine 2 compute (not measured). FP8 is counted like its unquantised type.
 
 Per token and layer, with H hidden size, Q query and output heads x head size, K key-value groups x head size, F
 feed-forward size, split over the tensor-parallel ranks except H:
