@@ -147,6 +147,7 @@ class StepReport:
     samples: tuple[Sample, ...]
     scores: tuple[SampleScore, ...]
     warnings: tuple[str, ...] = ()  # for the console
+    seconds: float | None = None  # wall time of the complete step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,6 +161,7 @@ class Graded:
     finished: bool
     outcome: Literal["right", "wrong", "no_answer", "timeout"]
     extracted: str | None
+    box_in_thought: bool = False  # a thought that never ends holds a box
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,10 +5,8 @@ library's memory map would count as memory of this process, up to the size of th
 """
 
 import json
-import math
 import os
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from torch import Tensor
 from megatron_paint.base.errors import UserError
 from megatron_paint.checkpoints.dtypes import row_blocks
 from megatron_paint.checkpoints.expected_tensors import check_tensors
+from megatron_paint.checkpoints.tensor_places import TensorPlace, named_as_qwen3
 from megatron_paint.models.qwen3.mapping import hugging_face_shapes
 from megatron_paint.models.shape import ModelShape
 
@@ -27,32 +26,24 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-@dataclass(frozen=True, kw_only=True)
-class TensorPlace:
-    """The position of a tensor's bytes: `nbytes` bytes from `start` of `file`."""
-
-    file: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
 class HuggingFaceReader:
-    """The tensors of a safetensors checkpoint in one or more files.
+    """The tensors of a safetensors checkpoint in one or more files, by the names of `transformers`.
 
-    With `shape`, the checkpoint must have exactly the tensors of that model. Raises UserError if it does not, or if a
-    file is missing or damaged.
+    With `shape`, the checkpoint must have exactly the tensors of that model, unless `check` is False. Raises UserError
+    if it does not, or if a file is missing or damaged.
+    notes: one line for each way in which the folder differs from what `transformers` writes.
     """
 
-    def __init__(self, folder: str | Path, shape: ModelShape | None = None):
+    def __init__(self, folder: str | Path, shape: ModelShape | None = None, *, check: bool = True):
         self.folder = Path(folder)
-        self.tensors = self._locate()
+        self.notes: list[str] = []
+        self.tensors, renamed = named_as_qwen3(self._locate(), str(folder))
+        self.notes += renamed
+        if shape is not None and shape.tied and HEAD in self.tensors and EMBEDDING not in self.tensors:
+            self.tensors[EMBEDDING] = self.tensors.pop(HEAD)
+            self.notes.append(f"{HEAD} is read as the embedding, which the config ties to it")
         self._open: dict[str, int] = {}
-        if shape is not None:
+        if shape is not None and check:
             self._check(shape)
 
     def __call__(self, name: str, *, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
@@ -97,13 +88,20 @@ class HuggingFaceReader:
             raise UserError(f"{path} cannot be read ({error.strerror})") from None
 
     def _locate(self) -> dict[str, TensorPlace]:
-        index = self.folder / INDEX
+        """Returns the stored tensors. Of two sets of weights it takes the single file, as `transformers` does."""
+        index, single = self.folder / INDEX, (self.folder / SINGLE).exists()
+        if single and index.exists() and not self._lists_single(index):
+            self.notes.append(f"{INDEX} is beside {SINGLE}; it is of other weights and is not read")
+            return self._places(SINGLE)
         if not index.exists():
-            if not (self.folder / SINGLE).exists():
-                pickled = " (convert the .bin files to safetensors first)" * any(self.folder.glob("*.bin"))
-                raise UserError(f"{self.folder} has neither {SINGLE} nor {INDEX}{pickled}")
+            if not single:
+                hint = " (convert the .bin files to safetensors first)" * any(self.folder.glob("*.bin"))
+                if any(self.folder.glob("*.safetensors")):
+                    hint = " (its other .safetensors files need the index; download it)"
+                raise UserError(f"{self.folder} has neither {SINGLE} nor {INDEX}{hint}")
             return self._places(SINGLE)
         file_of = self._read_index(index)
+        self._check_present(set(file_of.values()))
         places = {file: self._places(file) for file in sorted(set(file_of.values()))}
         for name, file in file_of.items():
             if name not in places[file]:
@@ -113,6 +111,22 @@ class HuggingFaceReader:
                 if file_of.get(name) != file:
                     raise UserError(f"{self.folder / file} has {name}, but {INDEX} does not list it there")
         return {name: places[file][name] for name, file in file_of.items()}
+
+    def _check_present(self, listed: set[str]) -> None:
+        missing = sorted(file for file in listed if not (self.folder / file).exists())
+        others = sorted(path.name for path in self.folder.glob("*.safetensors") if path.name not in listed)
+        if missing and others:
+            raise UserError(
+                f"{self.folder / INDEX} lists {missing[0]}, which is missing, and does not list {others[0]}, which is "
+                "in the folder; copy the index of these files"
+            )
+
+    def _lists_single(self, index: Path) -> bool:
+        """Whether the index is of a set that includes the single file. A damaged index is of no set."""
+        try:
+            return SINGLE in self._read_index(index).values()
+        except UserError:
+            return False
 
     def _read_index(self, index: Path) -> dict[str, str]:
         try:
@@ -129,7 +143,8 @@ class HuggingFaceReader:
     def _places(self, file: str) -> dict[str, TensorPlace]:
         path = self.folder / file
         try:
-            with safe_open(path, framework="pt"):  # checks the header against the file
+            # Checks the header against the file. "pt" would map the file privately, which Linux refuses above its RAM.
+            with safe_open(path, framework="np"):
                 pass
             with open(path, "rb") as stream:
                 (length,) = struct.unpack("<Q", stream.read(8))
@@ -156,4 +171,4 @@ class HuggingFaceReader:
 
     def _check(self, shape: ModelShape) -> None:
         found = {name: place.shape for name, place in self.tensors.items() if not (shape.tied and name == HEAD)}
-        check_tensors(self.folder, found, hugging_face_shapes(shape), config=shape.source)
+        check_tensors(self.folder, found, hugging_face_shapes(shape), config=shape.source, notes=self.notes)

@@ -4,18 +4,21 @@ import json
 import math
 import os
 import shutil
+import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.checkpoints.dtypes import cast, raw_bytes
-from megatron_paint.checkpoints.hf_reader import DTYPES, INDEX, SINGLE, TensorPlace
+from megatron_paint.checkpoints.hf_reader import DTYPES, INDEX, SINGLE
 from megatron_paint.checkpoints.manifest import MANIFEST
+from megatron_paint.checkpoints.tensor_places import TensorPlace
 
 SHARD_BYTES = 5 * 10**9  # the default of Hugging Face's tools
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -81,6 +84,17 @@ def begin_files(folder: Path, layout: Layout) -> None:
             stream.truncate(layout.sizes[file])
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a file of tensors in memory, with the permissions of any new file.
+
+    safetensors writes a temporary file that only its owner can read, and renames it.
+    """
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
 class RowWriter:
     """Writes rows of tensors to their positions in the files of a layout."""
 
@@ -129,7 +143,7 @@ def _write_index(folder: Path, file_of: Mapping[str, str], nbytes: int) -> None:
 def copy_companions(source: Path, folder: Path, *, dtype: torch.dtype) -> None:
     """Copies all files of a checkpoint except weights: config, tokenizer, chat template, generation settings.
 
-    The copied config.json has `dtype` under the key of the source (`torch_dtype` in transformers 4, `dtype` in 5).
+    The copied config.json has `dtype` under each key of the source (`torch_dtype` in transformers 4, `dtype` in 5).
     Raises UserError if the source cannot be read.
     """
     try:
@@ -140,5 +154,6 @@ def copy_companions(source: Path, folder: Path, *, dtype: torch.dtype) -> None:
     for path in paths:
         if path.suffix not in WEIGHTS and not path.name.endswith(".index.json") and path.name != MANIFEST:
             shutil.copyfile(path, folder / path.name)  # copies the content without the permissions
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+    for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]:
+        config[key] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +14,14 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.checkpoints.dtypes import row_blocks
 from megatron_paint.checkpoints.expected_tensors import check_tensors
 from megatron_paint.checkpoints.manifest import Stored, checksums
+from megatron_paint.checkpoints.megatron_folder import megatron_folder
 from megatron_paint.checkpoints.run_state import RUN_STATE
 from megatron_paint.checkpoints.torch_dist import CheckpointReader
 from megatron_paint.models.qwen3.mapping import Entry, checkpoint_entries
 from megatron_paint.models.shape import ModelShape
 
+# The parameters with a row for each entry of the vocabulary. Megatron pads them for tensor parallelism.
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 NOT_MODEL = ("optimizer.", "teacher.", "rng", "rerun", "chained_")  # prefixes of a run's other state
 ADAPTERS = {  # projection -> the module of its adapters in a layer of the checkpoint
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "self_attention.qkv_adapters"),
@@ -41,20 +44,34 @@ class Lora:
 
 
 class MegatronSource:
-    """A Megatron checkpoint of a model. Raises UserError if it does not have exactly the parameters of `shape`."""
+    """A Megatron checkpoint of a model. Raises UserError if it does not have exactly the parameters of `shape`.
+
+    Vocabulary rows beyond those of `shape` pad the vocabulary. They are left out; `notes` has a line about them.
+    """
 
     def __init__(self, folder: str | Path, shape: ModelShape):
-        self.folder, self.shape = Path(folder), shape
-        self.reader = CheckpointReader(folder)
+        self.folder, self.shape = megatron_folder(folder), shape
+        self.reader = CheckpointReader(self.folder)
         self.entry_of: dict[str, Entry] = {}  # Hugging Face tensor -> the parameter that contains it
         for entry in checkpoint_entries(shape):
             self.entry_of |= dict.fromkeys(entry.rule.hf_shapes(), entry)
+        self.padded = self._padded()
         self._check()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know about the weights."""
+        rows, size = {key: self._shape(key)[0] for key in self.padded}, self.shape.vocab_size
+        return tuple(
+            f"{self.folder}: {key} has {rows[key]:,} rows and the vocabulary of {self.shape.source} has {size:,}: the "
+            f"{rows[key] - size:,} rows beyond it are padding and are left out"
+            for key in self.padded
+        )
 
     @cached_property
     def lora(self) -> Lora | None:
         """The settings of the adapters, as the training run recorded them; None without adapters."""
-        if not any("_adapters." in key for key in self._model_keys()):
+        if not any("_adapters." in key for key in self.model_keys):
             return None
         path = self.folder / RUN_STATE
         try:
@@ -77,8 +94,10 @@ class MegatronSource:
         """
         if self.lora is not None:
             return {}
-        stored = {name: Stored(self.dtype(name), entry.rule.hf_shapes()[name]) for name, entry in self.entry_of.items()}
-        return checksums(self.folder, stored)
+        shapes = {name: entry.rule.hf_shapes()[name] for name, entry in self.entry_of.items()}
+        padded = {name: self._shape(entry.key) for name, entry in self.entry_of.items() if entry.key in self.padded}
+        stored = {name: Stored(self.dtype(name), shape) for name, shape in (shapes | padded).items()}
+        return {name: sha256 for name, sha256 in checksums(self.folder, stored).items() if name not in padded}
 
     def dtype(self, name: str) -> torch.dtype:
         """Returns the type in which a Hugging Face tensor is stored here."""
@@ -118,10 +137,12 @@ class MegatronSource:
 
     def adapter_bytes(self) -> int:
         """Returns the size of all adapters in bytes."""
-        return sum(self.reader.tensors[key].nbytes for key in self._model_keys() if "_adapters." in key)
+        return sum(self.reader.tensors[key].nbytes for key in self.model_keys if "_adapters." in key)
 
-    def _model_keys(self) -> Iterator[str]:
-        return (key for key in self.reader.tensors if not key.startswith(NOT_MODEL))
+    @property
+    def model_keys(self) -> list[str]:
+        """The tensors of the model and its adapters, without a run's other state."""
+        return [key for key in self.reader.tensors if not key.startswith(NOT_MODEL)]
 
     def _adapter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of all adapter tensors: seven projections, layers stacked."""
@@ -137,11 +158,37 @@ class MegatronSource:
                 shapes[f"{stem}.b.{projection}"] = (layers, outputs, self.lora.rank)
         return shapes
 
+    def _shape(self, key: str) -> tuple[int, ...]:
+        return self.reader.tensors[key].shape
+
+    def _padded(self) -> tuple[str, ...]:
+        """The parameters that have more rows than the vocabulary."""
+        expected = (self.shape.vocab_size, self.shape.hidden_size)
+        stored = {key: self._shape(key) for key in VOCABULARY if key in self.reader.tensors}
+        return tuple(key for key, shape in stored.items() if shape[1:] == expected[1:] and shape[0] > expected[0])
+
     def _check(self) -> None:
         expected = {entry.key: entry.shape for entry in self.entry_of.values()} | self._adapter_shapes()
-        found = {key: self.reader.tensors[key].shape for key in self._model_keys()}
+        expected |= {key: self._shape(key) for key in self.padded if key in expected}
+        found = {key: self._shape(key) for key in self.model_keys}
         check_tensors(self.folder, found, expected, config=self.shape.source)
         for key, shape in expected.items():
             filled = sum(math.prod(piece.sizes) for piece in self.reader.tensors[key].pieces)
             if filled != math.prod(shape):
                 raise UserError(f"{self.folder}: the pieces of {key} have {filled} of {math.prod(shape)} elements")
+
+
+def unreadable_file(folder: Path, keys: Collection[str] | None = None) -> str | None:
+    """Reads every piece of the tensors `keys`; returns what is wrong with the first that cannot be read, or None.
+
+    keys: None reads all tensors and the common part.
+    """
+    try:
+        reader = CheckpointReader(folder)
+        for key in reader.tensors if keys is None else keys:
+            reader.check_pieces(key)
+        if keys is None:
+            reader.check_common()
+    except UserError as error:
+        return str(error)
+    return None

@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 
 from megatron_paint.base.errors import UserError
+from megatron_paint.checkpoints.megatron_folder import METADATA
 
-METADATA, BACKEND, COMMON, EMPTY = ".metadata", "metadata.json", "common.pt", "__empty_0.distcp"
+BACKEND, COMMON, EMPTY = "metadata.json", "common.pt", "__empty_0.distcp"
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 COMMON_FORMAT = {"common_backend": "torch", "common_backend_version": 1}
 
@@ -151,6 +152,21 @@ class CheckpointReader:
                 box[part.within(low)] = self._load(key, stored, part.piece)[part.within(part.piece.offsets)]
         return box.reshape(rows.stop - rows.start, *shape[1:])
 
+    def check_pieces(self, key: str) -> None:
+        """Reads all pieces of tensor `key`. Raises UserError if one cannot be read."""
+        for piece in self.tensors[key].pieces:
+            self._load(key, self.tensors[key], piece)
+
+    def check_common(self) -> None:
+        """Reads the common part, if it is a file of its own. Raises UserError if it cannot be read."""
+        path = self.folder / COMMON
+        if not path.exists():  # megatron-core 0.19 keeps it among the pieces
+            return
+        try:
+            torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged archive can raise anything
+            raise UserError(f"{path} cannot be read ({_line(error)})") from None
+
     def _parts(self, key: str, place: tuple[int, ...], low: Sequence[int], high: Sequence[int]) -> list[_Part]:
         """Returns the parts of a box of a tensor. Raises UserError if pieces overlap."""
         by_place = bool(place) and key in self._stacked
@@ -213,16 +229,17 @@ class _Window(io.RawIOBase):
 
 
 def _read_metadata(folder: Path) -> dict[str, StoredTensor]:
-    path = folder / METADATA
+    path = reading = folder / METADATA
     try:
-        backend = json.loads((folder / BACKEND).read_text(encoding="utf-8"))
-        found = _unpickled(path.read_bytes())
+        content = path.read_bytes()
+        reading = folder / BACKEND
+        backend = json.loads(reading.read_text(encoding="utf-8"))
+        reading = path
+        found = _unpickled(content)
     except FileNotFoundError as error:
         raise UserError(f"{folder} has no {Path(error.filename).name}: it is not a Megatron checkpoint") from None
     except Exception as error:  # a damaged pickle can raise anything
-        raise UserError(
-            f"{folder}: its description cannot be read ({_line(error)}); copy the checkpoint again"
-        ) from None
+        raise UserError(f"{reading} cannot be read ({_line(error)}); copy the checkpoint again") from None
     if not isinstance(backend, dict) or backend.get("sharded_backend") != FORMAT["sharded_backend"]:
         raise UserError(f"{folder / BACKEND}: not a torch_dist checkpoint; no other format is supported")
     try:
@@ -360,5 +377,8 @@ def write_metadata(
 
 
 def _line(error: BaseException) -> str:
+    """The first sentence of an error. torch adds a paragraph of advice to some."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "torch.save did not write this"
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[0].split(". ")[0] if lines else type(error).__name__

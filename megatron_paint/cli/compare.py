@@ -21,10 +21,13 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
     if options.out is not None:
         write_atomically(options.out, compare.markdown(rows, a=options.a, b=options.b))
     if options.json:
-        print(to_json([asdict(row) for row in rows], indent=1))
+        names = {"A": str(options.a), "B": str(options.b)}
+        print(to_json([names | asdict(row) for row in rows], indent=1))
         return 0
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = LOG_WIDTH
+    for line in compare.who(options.a, options.b):
+        console.print(line, soft_wrap=True, markup=False)
     console.print(compare.console_table(rows))
     return 0

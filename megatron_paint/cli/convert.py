@@ -14,6 +14,8 @@ from rich.table import Table
 from megatron_paint.base.errors import UserError
 from megatron_paint.checkpoints.hf_reader import HuggingFaceReader
 from megatron_paint.checkpoints.hf_writer import SHARD_BYTES
+from megatron_paint.checkpoints.hub import local_folder
+from megatron_paint.checkpoints.megatron_folder import megatron_folder
 from megatron_paint.convert.check import Comparison, compare, describe
 from megatron_paint.convert.folders import check_folder
 from megatron_paint.convert.to_hf import ToAdapter, ToHuggingFace
@@ -25,17 +27,20 @@ DIFFERENCES_SHOWN = 10
 
 def run_to_megatron(options: argparse.Namespace) -> int:
     """Converts to Megatron and returns the exit status 0. Raises UserError if the conversion is not possible."""
+    options.source = local_folder(options.source)
     check_folder(options.source)
     return _convert(ToMegatron(source=options.source, dtype=options.dtype, checksums=options.checksums), options)
 
 
 def run_to_hf(options: argparse.Namespace) -> int:
     """Converts to Hugging Face and returns the exit status 0. Raises UserError if the conversion is not possible."""
+    options.base = local_folder(options.base)
     for folder in (options.source, options.base):
         check_folder(folder)
+    if options.lora == "adapter" and options.shard_size is not None:
+        raise UserError("--shard-size: PEFT reads adapters from one file; leave this option out")
+    options.source = megatron_folder(options.source)
     if options.lora == "adapter":
-        if options.shard_size is not None:
-            raise UserError("--shard-size: PEFT reads adapters from one file; leave this option out")
         return _convert(ToAdapter(source=options.source, base=options.base, dtype=options.dtype), options)
     job = ToHuggingFace(
         source=options.source,
@@ -50,7 +55,7 @@ def run_to_hf(options: argparse.Namespace) -> int:
 def _convert(job: Job, options: argparse.Namespace) -> int:
     started = time.monotonic()
     total = sum(task.nbytes for task in job.tasks())
-    processes = processes_for(total, options.processes)
+    processes, notes = processes_for(total, options.processes), list(job.notes())
     steps: list[int] = []  # bytes; the first entry is what an interrupted conversion has done
     with _progress(f"{options.source.name} -> {options.out.name}", total, options) as advance:
 
@@ -62,18 +67,20 @@ def _convert(job: Job, options: argparse.Namespace) -> int:
     seconds = time.monotonic() - started
     tensors = sum(len(record.get("tensors", {})) for record in records)
     summary = {"out": str(options.out), "tensors": tensors, "bytes": total, "seconds": round(seconds, 3)}
-    summary["resumed_bytes"] = steps[0]
+    summary |= {"resumed_bytes": steps[0], "notes": notes}
     if options.json:
         print(json.dumps(summary | {"bytes_per_second": round(total / seconds) if seconds else None}))
     elif not options.quiet:
-        print(f"{options.out}: {tensors} tensors, {total / 1e9:.3g} GB in {seconds:.1f} s")
+        print("\n".join([*notes, f"{options.out}: {tensors} tensors, {total / 1e9:.3g} GB in {seconds:.1f} s"]))
     return 0
 
 
 def run_check(options: argparse.Namespace) -> int:
     """Compares two checkpoints. Returns the exit status: 0 if they are equal, 1 if they differ."""
+    options.hf = local_folder(options.hf)
     for folder in (options.hf, options.megatron):
         check_folder(folder)
+    options.megatron = megatron_folder(options.megatron)
     total = sum(place.nbytes for place in HuggingFaceReader(options.hf).tensors.values())
     with _progress("comparing", total, options) as advance:
         found = compare(options.hf, options.megatron, progress=advance)
@@ -94,10 +101,12 @@ def _as_json(found: Comparison) -> dict[str, Any]:
         "bad_checksums": [{"name": name, "folder": folder} for name, folder in found.bad_checksums],
         "checksums": found.checksums,
         "rounded": found.rounded,
+        "notes": list(found.notes),
     }
 
 
 def _lines(found: Comparison) -> Iterator[str]:
+    yield from found.notes
     if found.equal:
         how = (
             f"after rounding {found.rounded} of them to the narrower of their two types"
@@ -126,7 +135,7 @@ def _lines(found: Comparison) -> Iterator[str]:
 def run_inspect(options: argparse.Namespace) -> int:
     """Prints the description of a checkpoint and returns the exit status 0."""
     check_folder(options.path)
-    found = describe(options.path)
+    found = describe(megatron_folder(options.path))
     if options.json:
         print(json.dumps(found))
         return 0

@@ -22,6 +22,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     asked = requested(
         config=options.config,
         model=options.model,
+        base=options.base,
         benchmarks=options.benchmarks,
         samples=options.samples,
         out=options.out,
@@ -31,14 +32,23 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     processes = number_of_ranks(settings.megatron, options, environment)
     layout = check_layout(settings.model, settings.megatron, settings.rollout, processes=processes)
     from megatron_paint.cli.evaluate_model import answer_file, evaluate, load_evaluators  # they import torch
+    from megatron_paint.training.inputs import check_start
 
     if environment is None:
+        check_start(settings.model, layout.shape)
         for name, evaluator in load_evaluators(asked, layout.shape):  # one process finds a mistake within seconds
-            answer_file(asked, name, evaluator).begin()
+            answer_file(asked, name, evaluator, layout.shape).begin()
+        kept = f"the answers so far are kept in {asked.out}, and the same command continues"
         if processes > 1:
-            return start_ranks_here(arguments, processes, options)
-        with loopback(os.environ):
-            evaluate(asked, mode=console_mode(options))
+            from megatron_paint.run.console import Progress
+
+            progress = Progress(console_mode(options), steps=0)
+            return start_ranks_here(arguments, processes, progress, kept=lambda: kept)
+        try:
+            with loopback(os.environ):
+                evaluate(asked, mode=console_mode(options))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(kept) from None
     else:
         evaluate(asked, mode=console_mode(options))
     return 0

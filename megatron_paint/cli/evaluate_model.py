@@ -11,14 +11,15 @@ from megatron_paint.config.settings import EvaluateSettings
 from megatron_paint.evaluation.answer_file import AnswerFile
 from megatron_paint.evaluation.benchmarks import Benchmark, load_benchmarks
 from megatron_paint.evaluation.evaluator import Answers, Evaluator
-from megatron_paint.evaluation.summary import Evaluated, write_summary
-from megatron_paint.grading.grade import GradingPool
+from megatron_paint.evaluation.summary import Evaluated, truncation_warning, write_summary
+from megatron_paint.grading.grade import GradingPool, Rules
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.layout import cache_bytes_per_token, check_layout
 from megatron_paint.records import EvalReport, Problem, Rollout
 from megatron_paint.run.console import Mode, Progress
 from megatron_paint.runtime.rank_zero import OnRankZero, directly
-from megatron_paint.training.inputs import evaluation_limit, load_prompts
+from megatron_paint.training.inputs import fit_answers, load_prompts, shorter_answers
+from megatron_paint.training.turn_notes import thinking_without_effect, turn_notes
 
 if TYPE_CHECKING:
     from megatron_paint.mcore.ranks import Ranks
@@ -27,18 +28,42 @@ PROBED = 2**16  # bytes that are read at a file's beginning, middle and end
 
 
 def load_evaluators(
-    asked: Requested, shape: ModelShape, *, on_rank_zero: OnRankZero = directly
+    asked: Requested, shape: ModelShape, *, on_rank_zero: OnRankZero = directly, progress: Progress | None = None
 ) -> tuple[tuple[str, Evaluator], ...]:
-    """(name, evaluator) of every benchmark. on_rank_zero: reads the problems on one rank for all."""
+    """(name, evaluator) of every benchmark.
+
+    on_rank_zero: reads the problems on one rank for all. progress: prints what the user should know about the problems.
+    Without evaluation.max_new_tokens, the longest prompt of a benchmark decides how long its answers may be. So they do
+    not depend on the other benchmarks.
+    """
     settings = asked.settings
     prompts = load_prompts(settings, shape)
-    limit = evaluation_limit(settings, shape, prompts)
-    benchmarks: Sequence[Benchmark] = on_rank_zero(
-        lambda: load_benchmarks(asked.benchmarks, settings.evaluation, prompt_limit=limit)
-    )
+    benchmarks: Sequence[Benchmark] = on_rank_zero(lambda: load_benchmarks(asked.benchmarks, settings.evaluation))
+    if progress is not None:
+        print_notes(benchmarks, progress)
+    if settings.evaluation.max_new_tokens is not None:  # one error with a value that fits all benchmarks
+        fit_answers(settings.evaluation, shape, prompts, [problem for one in benchmarks for problem in one.problems])
     return tuple(
-        (one.name, Evaluator(settings.evaluation, one.problems, prompts, seed=settings.seed)) for one in benchmarks
+        (
+            one.name,
+            Evaluator(
+                fit_answers(settings.evaluation, shape, prompts, one.problems),
+                one.problems,
+                prompts,
+                seed=settings.seed,
+            ),
+        )
+        for one in benchmarks
     )
+
+
+def print_notes(benchmarks: Sequence[Benchmark], progress: Progress) -> None:
+    """Prints the notes and warnings about the problems of the benchmarks."""
+    for benchmark in benchmarks:
+        for note in benchmark.notes:
+            progress.note(note)
+        for warning in benchmark.warnings:
+            progress.warn(warning)
 
 
 def evaluate(asked: Requested, *, mode: Mode = "normal") -> None:
@@ -57,11 +82,13 @@ def _evaluate(asked: Requested, ranks: "Ranks", shape: ModelShape, *, mode: Mode
     from megatron_paint.mcore.runner import ModelRunner
 
     on_rank_zero = partial(rank_zero_does, ranks)
-    evaluators = load_evaluators(asked, shape, on_rank_zero=on_rank_zero)
-    files = {name: answer_file(asked, name, evaluator) for name, evaluator in evaluators}
-    done = {name: on_rank_zero(file.begin) for name, file in files.items()}
     progress = Progress(mode if ranks.rank == 0 else "silent", steps=0)
+    evaluators = load_evaluators(asked, shape, on_rank_zero=on_rank_zero, progress=progress)
+    files = {name: answer_file(asked, name, evaluator, shape) for name, evaluator in evaluators}
+    done = {name: on_rank_zero(file.begin) for name, file in files.items()}
     settings = asked.settings
+    for note in notes(asked, shape, evaluators):
+        progress.note(note)
     runner = ModelRunner(
         shape,
         ranks,
@@ -71,6 +98,8 @@ def _evaluate(asked: Requested, ranks: "Ranks", shape: ModelShape, *, mode: Mode
         micro_batch_tokens=settings.micro_batch_tokens,
         seed=settings.seed,
     )
+    for note in runner.notes:
+        progress.note(note)
     rows = rows_at_once(settings, shape, evaluators)
     progress.note(f"a replica decodes {rows} answers together (rollout.batch_size, rollout.cache_bytes)", rows=rows)
     found: dict[str, Answers] = {}
@@ -87,12 +116,25 @@ def _evaluate(asked: Requested, ranks: "Ranks", shape: ModelShape, *, mode: Mode
     on_rank_zero(lambda: _report(asked, evaluators, found, files, progress))
 
 
+def notes(asked: Requested, shape: ModelShape, evaluators: Sequence[tuple[str, Evaluator]]) -> list[str]:
+    """What the user should know about the prompts and the length of the answers."""
+    asked_for, prompts = asked.settings.evaluation, evaluators[0][1].prompts
+    found = [*turn_notes(prompts), *thinking_without_effect(prompts, {"evaluation.thinking": asked_for.thinking})]
+    for name, evaluator in evaluators:
+        found += shorter_answers(asked_for, evaluator.settings, shape, of=name)
+    return found
+
+
 def rows_at_once(settings: EvaluateSettings, shape: ModelShape, evaluators: Sequence[tuple[str, Evaluator]]) -> int:
     """How many answers of the greatest length a replica decodes together. They are saved when all have ended."""
-    longest = max(len(evaluator.prompt(problem)) for _, evaluator in evaluators for problem in evaluator.problems)
+    longest = max(
+        len(evaluator.prompt(problem)) + evaluator.settings.longest_answer
+        for _, evaluator in evaluators
+        for problem in evaluator.problems
+    )
     token_bytes = cache_bytes_per_token(shape, dtype=settings.model.dtype, megatron=settings.megatron)
     tokens = int(settings.rollout.cache_bytes // token_bytes)
-    return max(1, min(settings.rollout.batch_size, tokens // (longest + settings.evaluation.max_new_tokens)))
+    return max(1, min(settings.rollout.batch_size, tokens // longest))
 
 
 class _Counted:
@@ -108,10 +150,10 @@ class _Counted:
         self.progress.note(f"{self.name}: {self.there} of {self.total} answers", benchmark=self.name, done=self.there)
 
 
-def answer_file(asked: Requested, name: str, evaluator: Evaluator) -> AnswerFile:
+def answer_file(asked: Requested, name: str, evaluator: Evaluator, shape: ModelShape) -> AnswerFile:
     """The file of the answers to a benchmark, with everything that the answers depend on."""
     prompts = {problem.id: digest(repr(evaluator.prompt(problem)).encode()) for problem in evaluator.problems}
-    return AnswerFile(asked.out / f"{name}.answers.jsonl", sampled_with(asked, evaluator), prompts)
+    return AnswerFile(asked.out / f"{name}.answers.jsonl", sampled_with(asked, evaluator, shape), prompts)
 
 
 def digest(content: bytes) -> str:
@@ -119,13 +161,16 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def sampled_with(asked: Requested, evaluator: Evaluator) -> dict[str, Any]:
-    """Everything that an answer depends on, except its problem and number. Any change makes another evaluation."""
-    settings, evaluation = asked.settings, asked.settings.evaluation
+def sampled_with(asked: Requested, evaluator: Evaluator, shape: ModelShape) -> dict[str, Any]:
+    """Everything that an answer depends on, except its problem and number. Any change makes another evaluation.
+
+    YaRN is in the config and not in the weights, so it is recorded beside them.
+    """
+    settings, evaluation = asked.settings, evaluator.settings
     frame = evaluator.prompt(Problem(id="", problem="", solution="", answer=""))
     return {
-        "model": str(Path(asked.model).resolve()),
-        "weights": fingerprint(Path(asked.model)),
+        "model": str(asked.folders[0].resolve()),
+        "weights": "+".join(map(fingerprint, asked.folders)),
         "dtype": settings.model.dtype,
         "fp8": settings.megatron.fp8 and settings.megatron.fp8_recipe,
         "temperature": evaluation.temperature,
@@ -136,6 +181,7 @@ def sampled_with(asked: Requested, evaluator: Evaluator) -> dict[str, Any]:
         "template": digest(repr(frame).encode()),  # with the chat template around it
         "stop_ids": sorted(evaluator.prompts.tokenizer.stop_ids),
         "seed": settings.seed,
+        **({"yarn": vars(shape.yarn)} if shape.yarn is not None else {}),
     }
 
 
@@ -160,10 +206,21 @@ def _report(
     progress: Progress,
 ) -> None:
     reports: list[EvalReport] = []
-    with GradingPool(seconds=asked.settings.evaluation.grading_seconds) as graders:
+    rules = Rules(box_in_thought=asked.settings.grading.box_in_thought)
+    with GradingPool(seconds=asked.settings.evaluation.grading_seconds, rules=rules) as graders:
         for name, evaluator in evaluators:
             reports.append(evaluator.report(found[name], step=0, benchmark=name, graders=graders))
-    finish(asked.out, asked.model, reports, next(iter(files.values())).sampled_with, progress)
+    finish(asked.out, asked.model, reports, sampled_with_of_all(files), progress)
+
+
+def sampled_with_of_all(files: dict[str, AnswerFile]) -> dict[str, Any]:
+    """What all answers depend on. Where benchmarks differ, as in max_new_tokens, a value for each benchmark."""
+    each = {name: file.sampled_with for name, file in files.items()}
+    first = next(iter(each.values()))
+    return {
+        key: value if all(one[key] == value for one in each.values()) else {name: each[name][key] for name in each}
+        for key, value in first.items()
+    }
 
 
 def finish(
@@ -172,7 +229,10 @@ def finish(
     """Writes and prints the results."""
     evaluated = Evaluated(model=model, reports=tuple(reports), sampled_with=sampled_with)
     write_summary(out, evaluated)
-    progress.end(after=reports, folder=str(out))
+    progress.end(after=reports, folder=str(out), model=model)
+    for report in reports:
+        if warning := truncation_warning(report):
+            progress.warn(warning)
     if len(reports) > 1:
         macro = evaluated.macro
         progress.result(

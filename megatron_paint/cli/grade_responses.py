@@ -1,7 +1,8 @@
 """Grades recorded responses: of another program, or of an evaluation without grades.
 
 Each line of the file is a JSON object with `id` (of the problem) and `response` (text). Optional are `sample` (default:
-the order of the lines of a problem), `finished` (default: true) and `num_tokens`.
+the order of the lines of a problem), `finished` (default: true) and `num_tokens`. If a response ends a thought that it
+never began, the prompts opened the thought, and a response without </think> is an unfinished thought.
 """
 
 import argparse
@@ -11,14 +12,15 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.cli.evaluate_model import finish
+from megatron_paint.cli.evaluate_model import finish, print_notes
 from megatron_paint.cli.evaluate_options import DEFAULT_OUT
 from megatron_paint.cli.ranks import console_mode
-from megatron_paint.config.load import evaluation_section_of, override_tree
+from megatron_paint.config.load import evaluation_section_of, grading_section_of, override_tree
 from megatron_paint.evaluation.benchmarks import Benchmark, load_benchmarks, names_in
 from megatron_paint.evaluation.evaluator import grade_all
 from megatron_paint.evaluation.statistics import build_report
-from megatron_paint.grading.grade import GradingPool
+from megatron_paint.grading.grade import GradingPool, Rules
+from megatron_paint.grading.thoughts import THINK_START, opened_by_prompt
 from megatron_paint.records import EvalReport, Graded
 from megatron_paint.run.console import Mode, Progress
 
@@ -39,17 +41,24 @@ def grade_recorded(
     responses: Path, benchmarks: str, out: Path | None, *, overrides: Sequence[str], mode: Mode
 ) -> list[EvalReport]:
     """Writes and prints reports of recorded responses. Every problem needs the same number of responses."""
-    settings = evaluation_section_of(override_tree({}, overrides))
+    tree = override_tree({}, overrides)
+    settings = evaluation_section_of(tree)
+    rules = Rules(box_in_thought=grading_section_of(tree).box_in_thought)
+    progress = Progress(mode, steps=0)
     found = load_benchmarks(names_in(benchmarks), settings)
+    print_notes(found, progress)
     recorded = _read(responses, found)
-    with GradingPool(seconds=settings.grading_seconds) as graders:
+    # Recorded responses come without their prompts.
+    prompt_end = THINK_START if opened_by_prompt([answer.response_text for answer in recorded]) else ""
+    with GradingPool(seconds=settings.grading_seconds, rules=rules) as graders:
         reports = []
         for benchmark in found:
             answers = {problem.id: problem.answer for problem in benchmark.problems}
-            graded = grade_all([answer for answer in recorded if answer.problem_id in answers], answers, graders)
+            ungraded = [answer for answer in recorded if answer.problem_id in answers]
+            graded = grade_all(ungraded, answers, graders, prompt_ends=[prompt_end] * len(ungraded))
             reports.append(build_report(0, benchmark.name, graded))
     out = out or Path(DEFAULT_OUT) / responses.stem
-    finish(out, str(responses), reports, {"responses": str(responses)}, Progress(mode, steps=0))
+    finish(out, str(responses), reports, {"responses": str(responses)}, progress)
     return reports
 
 

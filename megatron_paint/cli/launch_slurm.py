@@ -3,9 +3,13 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_paint.launch.slurm.options import PLACING
+
+if TYPE_CHECKING:
+    from megatron_paint.config.settings import Settings
+    from megatron_paint.models.shape import ModelShape
 
 
 def add_commands(commands: Any) -> None:
@@ -17,14 +21,21 @@ def add_commands(commands: Any) -> None:
     slurm.add_argument(
         "--attempts", type=int, default=1, metavar="K", help="submit K jobs that continue the run one after another"
     )
+    slurm.add_argument(
+        "--no-check",
+        dest="check",
+        action="store_false",
+        help="do not read data, tokenizer and weights; for login nodes that do not see them",
+    )
     slurm.add_argument("--no-preflight", dest="preflight", action="store_false", help="skip the check of the nodes")
     _add_size(slurm)
     for name, (value, meaning) in PLACING.items():
         slurm.add_argument(f"--{name}", metavar=value, help=meaning)
-    slurm.add_argument("--job-name", metavar="NAME", help="default: the name of run.dir")
+    slurm.add_argument("--job-name", metavar="NAME", help="default: the last two parts of run.dir")
     slurm.add_argument(
         "--sbatch", action="append", default=[], metavar="--extra=line", help="an additional #SBATCH line; repeatable"
     )
+    slurm.add_argument("--template", metavar="FILE", help="Jinja template of the script; default: slurm.jinja")
     _add_environment(slurm)
     slurm.set_defaults(run=_run)
 
@@ -52,6 +63,16 @@ def _add_size(slurm: argparse.ArgumentParser) -> None:
         help="CPUs per Slurm task: per node with torchrun, per rank with srun; default: complete nodes",
     )
     slurm.add_argument("--mem", default="0", metavar="SIZE", help="memory per node; default: 0, all of it")
+    slurm.add_argument(
+        "--gpu-memory",
+        metavar="SIZE",
+        help="memory of a GPU of the nodes, such as 80GB; the estimate is compared with it",
+    )
+    slurm.add_argument(
+        "--tensor-parallel-across-nodes",
+        action="store_true",
+        help="allow tensor-parallel groups with ranks on several nodes",
+    )
     slurm.add_argument("--exclusive", action="store_true", help="use nodes exclusively, without other jobs")
     slurm.add_argument(
         "--signal-seconds",
@@ -70,6 +91,16 @@ def _add_environment(slurm: argparse.ArgumentParser) -> None:
         help="Python of the job, instead of --venv; default: the Python that runs this command",
     )
     slurm.add_argument("--module", action="append", default=[], metavar="NAME", help="`module load NAME`; repeatable")
+    slurm.add_argument("--prologue", metavar="FILE", help="shell commands that the job runs before training")
+    slurm.add_argument(
+        "--no-copy",
+        dest="copy",
+        action="store_false",
+        help="jobs read the settings file itself, not a copy in the run folder",
+    )
+    slurm.add_argument(
+        "--copy-code", action="store_true", help="jobs use a copy of this package's code, made now in the run folder"
+    )
     slurm.add_argument("--container", metavar="IMAGE", help="container image of the ranks")
     slurm.add_argument("--container-runtime", choices=("pyxis", "apptainer"), help="default: pyxis")
     slurm.add_argument("--container-python", metavar="PATH", help="Python in the image; default: python3")
@@ -100,4 +131,11 @@ def join_sbatch_lines(arguments: Sequence[str]) -> list[str]:
 def _run(options: argparse.Namespace, _: list[str]) -> int:
     from megatron_paint.launch.slurm.submission import launch
 
-    return launch(options)
+    return launch(options, check_inputs=_check_inputs)
+
+
+def _check_inputs(settings: "Settings", shape: "ModelShape") -> tuple[str, ...]:
+    """Reads what the job will read, except the weights themselves. Returns lines about the data."""
+    from megatron_paint.training.inputs import check_inputs
+
+    return check_inputs(settings, shape, run_folder=False).summary()

@@ -22,9 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         _print_error(f"megatron-paint: error: {error}")
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:  # its text is what remains of the work
         if os.environ.get("RANK", "0") == "0":
-            print("megatron-paint: ended by SIGINT", file=sys.stderr)
+            print("; ".join(["megatron-paint: ended by SIGINT", *map(str, error.args)]), file=sys.stderr)
         return 130
     except Exception:
         if not leave_failure_note(traceback.format_exc(), mistake=False):
@@ -64,7 +64,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     takes_overrides = hasattr(options, "overrides")
     for argument in left:
         if argument.startswith("-") or not takes_overrides:
-            raise UserError(f"unknown argument {argument!r} (see megatron-paint --help)")
+            near = options.parser.nearest_option(argument) if argument.startswith("-") else ""
+            raise UserError(
+                f"unknown argument {argument!r}{f': {near}' if near else ''} (see {options.parser.prog} --help)"
+            )
     if takes_overrides:
         options.overrides += left
     return options

@@ -57,13 +57,21 @@ def _run(module: str) -> Callable[[argparse.Namespace, list[str]], int]:
 def _add_train(train: argparse.ArgumentParser) -> None:
     _add_settings(train)
     train.add_argument("--dry-run", action="store_true", help="check everything, print sizes and memory, and end")
+    train.add_argument(
+        "--gpu-memory", metavar="SIZE", help="plan for GPUs of this memory, such as 80GB; default: this machine's"
+    )
     train.add_argument("--self-check", action="store_true", help="compare the model with itself, and end")
     train.set_defaults(run=_run("train"))
 
 
 def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
     _add_settings(evaluate, needed=False)
-    evaluate.add_argument("--model", type=Path, help="Hugging Face folder, or a checkpoint of a run")
+    evaluate.add_argument(
+        "--model", type=Path, help="Hugging Face folder or a name on the hub, PEFT adapter, or a checkpoint of a run"
+    )
+    evaluate.add_argument(
+        "--base", type=Path, help="Hugging Face folder that an adapter or a Megatron checkpoint belongs to"
+    )
     evaluate.add_argument(
         "--benchmarks", help="names or files, with commas: aime24,aime25,hmmt25,math500,gsm8k,held_out.jsonl"
     )

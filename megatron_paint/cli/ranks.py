@@ -13,7 +13,7 @@ from megatron_paint.launch.print_once import host_store
 from megatron_paint.launch.rank_environment import RankEnvironment, export_rank_environment, find_rank_environment
 
 if TYPE_CHECKING:
-    from megatron_paint.run.console import Mode
+    from megatron_paint.run.console import Mode, Progress
 
 
 def console_mode(options: argparse.Namespace) -> "Mode":
@@ -50,19 +50,21 @@ def number_of_ranks(
 def start_ranks_here(
     arguments: Sequence[str],
     processes: int,
-    options: argparse.Namespace,
+    progress: "Progress",
     *,
     prepare: Callable[[str], None] = lambda folder: None,
+    interrupted: Callable[[], str] = str,
+    kept: Callable[[], str] = str,
 ) -> int:
     """Starts the ranks of a command on this machine and waits for them; returns the exit status.
 
-    prepare: writes into the folder that the ranks share with this process what they need of it.
+    prepare, interrupted, kept: see `run_here`.
     """
-    from megatron_paint.run.console import Progress
-
-    Progress(console_mode(options), steps=0).note(
+    progress.note(
         f"starting {processes} ranks: each imports PyTorch and Megatron-Core and loads its part of the model",
         processes=processes,
     )
     with loopback(os.environ):
-        return run_here(arguments, processes, prepare=prepare)
+        return run_here(
+            arguments, processes, prepare=prepare, say=progress.on_stderr, interrupted=interrupted, kept=kept
+        )

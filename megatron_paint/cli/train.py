@@ -5,43 +5,52 @@ Imports are in the functions that need them: a mistake in the settings waits for
 
 import argparse
 import os
-from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megatron_paint.cli.ranks import console_mode, number_of_ranks, rank_environment_of, start_ranks_here
 from megatron_paint.config.load import load_settings
 from megatron_paint.config.settings import Settings
 from megatron_paint.planning.layout import check_model
+from megatron_paint.planning.local_model import with_local_model
 from megatron_paint.runtime.processes import has_launcher
 
 if TYPE_CHECKING:
+    from megatron_paint.models.shape import ModelShape
+    from megatron_paint.run.console import Progress
+    from megatron_paint.run.lock import RunLock
     from megatron_paint.training.inputs import Inputs
 
 
 def run(options: argparse.Namespace, arguments: list[str]) -> int:
     """Trains, or only checks; returns the exit status. Without a rank environment, it starts the ranks."""
     environment = rank_environment_of(options)
-    settings = load_settings(options.config, options.overrides)
+    settings = with_local_model(load_settings(options.config, options.overrides))
     check_model(settings.model, settings.megatron, settings.rollout)
+    if environment is not None:
+        if options.dry_run and environment.rank == 0:
+            _check_and_print_plan(settings, options, environment.size, _progress(settings, options))
+        return 0 if options.dry_run else _train(settings, options, prints_plan=not has_launcher())
     trains = not options.dry_run and not options.self_check
-    if environment is None and trains and _printed_results(settings, options):
+    if trains and _printed_results(settings, options):
         return 0
     processes = number_of_ranks(settings.megatron, options, environment)
-    inputs = None
-    if environment is None or (options.dry_run and environment.rank == 0):
-        inputs = _check_and_print_plan(settings, options, processes)
+    progress = _progress(settings, options)
+    inputs = _check_and_print_plan(settings, options, processes, progress)
     if options.dry_run:
         return 0
-    if environment is not None:
-        return _train(settings, options, prints_plan=not has_launcher())
-    if processes > 1:
-        from megatron_paint.training.inputs import save_checked_problems
+    if trains:
+        return _own_and_train(settings, options, arguments, processes, progress, inputs)
+    return _start(settings, options, arguments, processes, progress, inputs)
 
-        return start_ranks_here(arguments, processes, options, prepare=partial(save_checked_problems, inputs))
-    from megatron_paint.launch.loopback import loopback
 
-    with loopback(os.environ):
-        return _train(settings, options, prints_plan=False, inputs=inputs)
+def _progress(settings: Settings, options: argparse.Namespace) -> "Progress":
+    """The console of this process. What it prints goes into the run's log as soon as the run has a folder."""
+    from megatron_paint.run.console import Progress
+    from megatron_paint.run.console_log import ConsoleLog
+
+    mode = "normal" if options.dry_run else console_mode(options)
+    return Progress(mode, steps=settings.run.steps, log=ConsoleLog())
 
 
 def _printed_results(settings: Settings, options: argparse.Namespace) -> bool:
@@ -59,29 +68,117 @@ def _printed_results(settings: Settings, options: argparse.Namespace) -> bool:
     return True
 
 
-def _check_and_print_plan(settings: Settings, options: argparse.Namespace, processes: int) -> "Inputs":
-    """Prints the plan, then checks the data and prints its size. One process finds a mistake within seconds."""
-    from megatron_paint.planning.memory import make_plan
-    from megatron_paint.run.console import Progress
+def _check_and_print_plan(
+    settings: Settings, options: argparse.Namespace, processes: int, progress: "Progress"
+) -> "Inputs":
+    """Prints the plan, then checks the data and prints its size. One process finds a mistake within seconds.
 
-    progress = Progress("normal" if options.dry_run else console_mode(options), steps=settings.run.steps)
-    plan = make_plan(settings, processes=processes)
+    The plan needs only the settings and config.json, so it is printed before data and weights are read.
+    """
+    from megatron_paint.planning.hardware import parse_gpu_memory, ranks_of_this_node
+    from megatron_paint.planning.memory import make_plan
+
+    plan = make_plan(
+        settings,
+        processes=processes,
+        gpu_memory=parse_gpu_memory(options.gpu_memory),
+        ranks_per_node=ranks_of_this_node(os.environ),
+    )
+    inputs = None
+    if not _data_exists(settings):
+        inputs = _check_inputs(settings, options, plan.shape)
     for line in plan.lines(settings):
         progress.note(line)
-    from megatron_paint.training.inputs import check_inputs  # imports more: after the plan is printed
-
-    inputs = check_inputs(settings, plan.shape, run_folder=not options.self_check)
+    for warning in plan.warnings():
+        progress.warn(warning)
+    inputs = inputs or _check_inputs(settings, options, plan.shape)
     for line in inputs.summary():
         progress.note(line)
+    for warning in inputs.warnings:
+        progress.warn(warning)
     return inputs
 
 
-def _train(
-    settings: Settings, options: argparse.Namespace, *, prints_plan: bool, inputs: "Inputs | None" = None
+def _data_exists(settings: Settings) -> bool:
+    """Whether all problem files exist. Otherwise the data is checked first: what is missing is the only line then."""
+    sources = (settings.data.train, settings.evaluation.problems)
+    return all(source is None or Path(source).exists() for source in sources)
+
+
+def _check_inputs(settings: Settings, options: argparse.Namespace, shape: "ModelShape") -> "Inputs":
+    from megatron_paint.training.inputs import check_inputs  # imports transformers: usually after the plan is printed
+
+    return check_inputs(settings, shape, run_folder=not options.self_check)
+
+
+def _own_and_train(
+    settings: Settings,
+    options: argparse.Namespace,
+    arguments: list[str],
+    processes: int,
+    progress: "Progress",
+    inputs: "Inputs",
 ) -> int:
+    """Trains as the owner of the run folder, whose log gets everything that is printed."""
+    from megatron_paint.run.folder import RunFolder
+    from megatron_paint.run.lock import locked
+    from megatron_paint.training.ownership import end_process
+
+    folder = RunFolder(settings.run.dir)
+    on_lost = end_process if processes == 1 else None  # a launcher hears of it from rank 0
+    own = locked(folder.path, say=progress.warn, on_lost=on_lost, on_wait=progress.note)
+    with own as lock, progress.logging(folder.logs, arguments):
+        try:
+            return _start(settings, options, arguments, processes, progress, inputs, lock=lock)
+        except KeyboardInterrupt:
+            progress.log.add("megatron-paint: ended by SIGINT")
+            raise KeyboardInterrupt(folder.kept_text()) from None
+
+
+def _start(
+    settings: Settings,
+    options: argparse.Namespace,
+    arguments: list[str],
+    processes: int,
+    progress: "Progress",
+    inputs: "Inputs",
+    *,
+    lock: "RunLock | None" = None,
+) -> int:
+    """Trains in this process, or in ranks that it starts here."""
+    from megatron_paint.run.folder import RunFolder
+
+    folder = RunFolder(settings.run.dir)
+
+    def interrupted() -> str:
+        return (
+            "megatron-paint: SIGINT: the run stops after this step, with a checkpoint. Press Ctrl-C again to end it at "
+            f"once; {folder.kept_text()}"
+        )
+
+    if processes > 1:
+        from megatron_paint.training.inputs import save_checked_problems
+        from megatron_paint.training.ownership import share_lock
+
+        def prepare(notes: str) -> None:
+            save_checked_problems(inputs, notes)
+            if lock is not None:
+                share_lock(lock, notes)
+
+        what = {"interrupted": interrupted, "kept": folder.kept_text} if lock is not None else {}
+        return start_ranks_here(arguments, processes, progress, prepare=prepare, **what)
+    from megatron_paint.launch.loopback import loopback
+
+    on_interrupt = (lambda: progress.on_stderr(interrupted())) if lock is not None else (lambda: None)
+    with loopback(os.environ):
+        return _train(
+            settings, options, prints_plan=False, inputs=inputs, lock=lock, log=progress.log, on_interrupt=on_interrupt
+        )
+
+
+def _train(settings: Settings, options: argparse.Namespace, **more: Any) -> int:
     from megatron_paint.runtime.stop import exit_status
     from megatron_paint.training.start import train
 
-    mode = console_mode(options)
-    finished = train(settings, mode=mode, self_check_only=options.self_check, prints_plan=prints_plan, inputs=inputs)
+    finished = train(settings, mode=console_mode(options), self_check_only=options.self_check, **more)
     return 0 if finished else exit_status()

@@ -60,7 +60,12 @@ def find(key: str) -> tuple[SectionDescription, ...]:
     for section in sections():
         if own := tuple(setting for setting in section.settings if setting.key == key):
             return (dataclasses.replace(section, settings=own),)
-    raise UserError(f"unknown setting {key}: {_suggestion(key)}")
+    raise UserError(unknown(key))
+
+
+def unknown(key: str) -> str:
+    """The message about a key that does not exist, with the nearest one."""
+    return f"unknown setting {key}: {_suggestion(key)}"
 
 
 def yaml_text(value: Any) -> str:
@@ -69,6 +74,8 @@ def yaml_text(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, list):
+        return f"[{', '.join(map(yaml_text, value))}]"
     if isinstance(value, float):
         short = f"{value:g}"
         return short if float(short) == value else repr(value)
@@ -123,7 +130,7 @@ def _setting(key: str, hint: Any, field: dataclasses.Field, *, section: type | N
         key=key,
         type=kind,
         allowed=allowed,
-        default=None if needed else field.default,
+        default=None if needed else list(field.default) if isinstance(field.default, tuple) else field.default,
         needed=needed,
         meaning=info.description,
         source="" if needed else info.json_schema_extra["source"],
@@ -137,5 +144,7 @@ def _type_and_limits(schema: Mapping[str, Any]) -> tuple[str, str]:
     null = " or null" if len(options) > 1 else ""
     if "enum" in some:
         return f"choice{null}", ", ".join(some["enum"])
+    if some["type"] == "array":
+        return f"list of {TYPES[some['items']['type']]}{null}", ""
     limits = [f"{word} {yaml_text(float(some[name]))}" for name, word in LIMITS.items() if name in some]
     return f"{TYPES[some['type']]}{null}", ", ".join(limits)

@@ -15,11 +15,13 @@ from ruamel.yaml.error import YAMLError
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config import contradictions
+from megatron_paint.config.allow_changes import check_allow_changes
 from megatron_paint.config.mistakes import mistakes, user_error
 from megatron_paint.config.settings import (
     DataSettings,
     EvaluateSettings,
     EvaluationSettings,
+    GradingSettings,
     MegatronSettings,
     ModelSettings,
     ObjectiveSettings,
@@ -54,6 +56,7 @@ def settings_of(tree: Mapping[str, Any]) -> Settings:
     except ValidationError as error:
         raise user_error(error, Settings) from None
     settings = dataclasses.replace(settings, objective=_resolved_objective(settings.objective, tree))
+    check_allow_changes(settings.run.allow_changes)
     _refuse_contradictions(settings.model, settings.objective, settings.rollout, settings.optimizer, settings.megatron)
     return settings
 
@@ -65,7 +68,9 @@ def evaluate_settings_of(tree: Mapping[str, Any]) -> EvaluateSettings:
     Only run.seed and data.micro_batch_tokens of them are used.
     """
     _check(tree, may_be_incomplete=("data", "run"))
-    used = {name: _section_of(tree, name) for name in ("model", "prompts", "rollout", "megatron", "evaluation")}
+    used = {
+        name: _section_of(tree, name) for name in ("model", "prompts", "rollout", "megatron", "evaluation", "grading")
+    }
     objective = _resolved_objective(_section_of(tree, "objective"), tree)
     optimizer = _section_of(tree, "optimizer")
     _refuse_contradictions(used["model"], objective, used["rollout"], optimizer, used["megatron"])
@@ -80,6 +85,11 @@ def evaluation_section_of(tree: Mapping[str, Any]) -> EvaluationSettings:
     """The section `evaluation`. Other sections may be missing or incomplete; their contents are checked."""
     _check(tree, may_be_incomplete=("model", "data", "run"))
     return _section_of(tree, "evaluation")
+
+
+def grading_section_of(tree: Mapping[str, Any]) -> GradingSettings:
+    """The section `grading` of a tree that `evaluation_section_of` has checked."""
+    return _section_of(tree, "grading")
 
 
 def _check(tree: Mapping[str, Any], *, may_be_incomplete: Collection[str]) -> None:

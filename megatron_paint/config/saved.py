@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.settings import DataSettings, ModelSettings, RunSettings, Settings
+from megatron_paint.config.settings import LONGEST_ANSWER, DataSettings, ModelSettings, RunSettings, Settings
 
 # What a resumed run may change: how long, how often and where. None of these changes what a step computes, except
 # run.steps where a decay ends there; `moved_decay_end` checks this.
@@ -21,6 +21,7 @@ MAY_CHANGE_IN_RUN = {
     "evaluate_every",
     "export_every",
     "resume",
+    "allow_changes",
     "tensorboard",
     "async_save",
 }
@@ -44,13 +45,25 @@ MAY_CHANGE = {f"run.{name}" for name in MAY_CHANGE_IN_RUN} | {
     "rollout.cache_bytes",
     "optimizer.decay_steps",  # `moved_decay_end` compares it together with run.steps
 }
+# A run accepts this number only if it fits, and null is this number wherever it fits. So they are the same.
+MEANING_OF_NULL = {"evaluation.max_new_tokens": LONGEST_ANSWER}
+# What a checkpoint itself holds: another value would be ignored, or the checkpoint would not fit.
+IN_CHECKPOINT = {f"optimizer.{name}" for name in ("name", "beta1", "beta2", "eps", "momentum")}
+IN_CHECKPOINT |= {"model.lora", "model.lora.rank", "megatron.use_distributed_optimizer"}
+DECAY_END = {"optimizer.decay_steps", "run.steps"}
 ABSENT = "(absent)"
 
 
 def settings_tree(settings: Any) -> dict[str, Any]:
     """Settings as nested dictionaries of YAML's own types. Accepts a settings class or such a dictionary."""
     value = dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else settings
-    return {key: settings_tree(item) if isinstance(item, Mapping) else item for key, item in value.items()}
+    return {key: _plain(item) for key, item in value.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return settings_tree(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def to_yaml(settings: Any) -> str:
@@ -90,15 +103,44 @@ def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return keys
 
 
-def forbidden_changes(*, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Changed settings that a resumed run may not change, each as "key: old -> new".
+def changes(*, old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Changed settings that a resumed run may change only if `run.allow_changes` names them: key -> (old, new).
 
     A setting that the version of the old run did not have counts as its default.
     """
     before, after, defaults = dotted(old), dotted(new), _defaults()
     names = [name for name in {**before, **after} if name not in MAY_CHANGE]
-    pairs = [(name, before.get(name, defaults.get(name, ABSENT)), after.get(name, ABSENT)) for name in names]
-    return [f"{name}: {was!r} -> {now!r}" for name, was, now in pairs if was != now]
+    pairs = {name: (before.get(name, defaults.get(name, ABSENT)), after.get(name, ABSENT)) for name in names}
+    return {name: (was, now) for name, (was, now) in pairs.items() if _meant(name, was) != _meant(name, now)}
+
+
+def _meant(name: str, value: Any) -> Any:
+    return MEANING_OF_NULL.get(name) if value is None else value
+
+
+def forbidden_changes(*, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Changed settings that this start may not change, each as "key: old -> new"."""
+    allowed = _allowed(new)
+    found = changes(old=old, new=new).items()
+    return [f"{name}: {was!r} -> {now!r}" for name, (was, now) in found if not _is_allowed(name, allowed)]
+
+
+def allowed_changes(*, old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Changed settings that `run.allow_changes` names: key -> (old, new). Also a moved end of the decay."""
+    allowed = _allowed(new)
+    found = {name: pair for name, pair in changes(old=old, new=new).items() if _is_allowed(name, allowed)}
+    if _decay_ends(old) != _decay_ends(new) and allowed & DECAY_END:
+        found["optimizer.decay_steps"] = (_decay_ends(old), _decay_ends(new))
+    return found
+
+
+def _allowed(settings: Mapping[str, Any]) -> set[str]:
+    return set(settings.get("run", {}).get("allow_changes", ()))
+
+
+def _is_allowed(name: str, allowed: set[str]) -> bool:
+    """Whether a setting is named, or the section that it belongs to, which a setting can be as well (model.lora)."""
+    return any(name == key or name.startswith(f"{key}.") for key in allowed)
 
 
 def _defaults() -> dict[str, Any]:
@@ -109,12 +151,18 @@ def _defaults() -> dict[str, Any]:
 
 def moved_decay_end(*, old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     """The error message if a resumed run would end its decay at another step, else None."""
-    before, after = dotted(old), dotted(new)
-    was, now = (keys.get("optimizer.decay_steps") or keys["run.steps"] for keys in (before, after))
-    if after["optimizer.decay"] == "constant" or was == now:
+    was, now = _decay_ends(old), _decay_ends(new)
+    decay = new["optimizer"]["decay"]
+    if decay == "constant" or was == now or _allowed(new) & DECAY_END:
         return None
     return (
-        f"optimizer.decay={after['optimizer.decay']} would end at step {now} (optimizer.decay_steps, else run.steps) "
+        f"optimizer.decay={decay} would end at step {now} (optimizer.decay_steps, else run.steps) "
         f"and not at step {was}, as in the run before: the learning rate of every step would change. "
-        f"Set optimizer.decay_steps={was} to keep that schedule and train with min_lr after it"
+        f"Set optimizer.decay_steps={was} to keep that schedule and train with min_lr after it, or change it with "
+        "run.allow_changes=[optimizer.decay_steps]"
     )
+
+
+def _decay_ends(settings: Mapping[str, Any]) -> int:
+    keys = dotted(settings)
+    return keys.get("optimizer.decay_steps") or keys["run.steps"]

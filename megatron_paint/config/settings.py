@@ -24,7 +24,12 @@ from megatron_paint.config.dialect import (
 )
 from megatron_paint.config.loss import InterpolationLossConfig, Kernel
 
-Format = Literal["auto", "jsonl", "parquet", "datasets"]
+LONGEST_ANSWER = 38912  # tokens; OPSD's limit in evaluations
+Format = Literal["auto", "json", "jsonl", "csv", "parquet", "datasets"]
+FORMAT = (
+    "format of the problem file; auto: chosen by its ending; json, jsonl: one object a line or one array; csv: with a "
+    "header, fields between commas, semicolons or tabs"
+)
 
 
 @settings_class
@@ -42,9 +47,16 @@ class LoraSettings:
 class ModelSettings:
     """The model that is trained."""
 
-    hf_path: Annotated[Text, setting("folder of a Hugging Face Qwen3 checkpoint")]
+    hf_path: Annotated[Text, setting("Qwen3 checkpoint: a Hugging Face folder, a PEFT adapter, or a name on the hub")]
     megatron_path: Annotated[
         Text | None, setting("Megatron checkpoint of the same model that replaces the weights of hf_path at the start")
+    ] = None
+    adapter_path: Annotated[
+        Text | None,
+        setting(
+            "PEFT adapter of hf_path to continue from: the start of the run's adapters, or merged into the weights if "
+            "lora is null"
+        ),
     ] = None
     dtype: Annotated[Literal["bfloat16", "float32"], setting("number type of weights and activations", source=OPSD)] = (
         "bfloat16"
@@ -54,11 +66,13 @@ class ModelSettings:
 
 @settings_class
 class ColumnSettings:
-    """Names of the columns of a problem file."""
+    """Names of the columns of a problem file. Dots lead into objects and lists: reward_model.ground_truth, turns.0."""
 
-    id: Annotated[Text, setting("column of the problem's id")] = "id"
-    problem: Annotated[Text, setting("column of the problem's text")] = "problem"
-    solution: Annotated[Text, setting("column of the verified solution")] = "solution"
+    id: Annotated[Text | None, setting("column of the problem's id; null: file name and row number are the id")] = "id"
+    problem: Annotated[Text, setting("column of the problem's text, or of a list of messages with one of the user")] = (
+        "problem"
+    )
+    solution: Annotated[Text, setting("column of the verified solution; grpo and evaluations need none")] = "solution"
     answer: Annotated[Text, setting("column of the final answer")] = "answer"
 
 
@@ -66,8 +80,8 @@ class ColumnSettings:
 class DataSettings:
     """The training problems and how they are batched."""
 
-    train: Annotated[Text, setting("training problems: a file, or a name for the library `datasets`")]
-    format: Annotated[Format, setting("format of the problem file; auto: chosen by the file's ending")] = "auto"
+    train: Annotated[Text, setting("training problems: a file, a folder, or a name for the library `datasets`")]
+    format: Annotated[Format, setting(FORMAT)] = "auto"
     split: Annotated[Text, setting("split of a `datasets` source")] = "train"
     columns: ColumnSettings = field(default_factory=ColumnSettings)
     problems_per_step: Annotated[Count, setting("problems in one step, over all data-parallel ranks", source=OPSD)] = 32
@@ -194,6 +208,7 @@ class Needs:
     initial: bool = False  # a pass with the initial weights and the student's prompt
     masker: bool = False  # overlap and reveal
     graders: bool = False  # verdicts on rollouts
+    solutions: bool = True  # a solution of each problem
 
 
 @settings_class
@@ -225,7 +240,7 @@ class ObjectiveSettings:
                 return Needs(samples_per_problem=1, teacher=True, masker=True, initial=self.loss.needs_initial)
             case "grpo":
                 group = self.grpo.samples_per_problem
-                return Needs(samples_per_problem=group, teacher=self.grpo.kl_weight > 0, graders=True)
+                return Needs(samples_per_problem=group, teacher=self.grpo.kl_weight > 0, graders=True, solutions=False)
             case "sft":
                 return Needs(samples_per_problem=0)
 
@@ -340,9 +355,9 @@ class EvaluationSettings:
     """The evaluation on problems that are not trained on."""
 
     problems: Annotated[
-        Text | None, setting("evaluation problems: a file, or a name for the library `datasets`; null: no evaluation")
+        Text | None, setting("evaluation problems: what data.train takes, or a known benchmark; null: no evaluation")
     ] = None
-    format: Annotated[Format, setting("format of the problem file; auto: chosen by the file's ending")] = "auto"
+    format: Annotated[Format, setting(FORMAT)] = "auto"
     split: Annotated[Text, setting("split of a `datasets` source")] = "test"
     columns: ColumnSettings = field(default_factory=ColumnSettings)
     limit: Annotated[Count | None, setting("number of problems, counted from the first one; null: all")] = None
@@ -352,10 +367,32 @@ class EvaluationSettings:
         Number, setting("nucleus: sample from the smallest set of tokens with this mass", source=OPSD, gt=0, le=1)
     ] = 0.95
     top_k: Annotated[Whole, setting("sample from this many most likely tokens; 0: from all", source=OPSD, ge=0)] = 0
-    max_new_tokens: Annotated[Count, setting("most tokens in an answer", source=OPSD)] = 38912
+    max_new_tokens: Annotated[
+        Count | None,
+        setting(
+            f"most tokens in an answer; null: what the model's positions leave after the longest prompt, at most "
+            f"{LONGEST_ANSWER}",
+            source=OPSD,
+        ),
+    ] = None
     thinking: Annotated[Flag, setting("thinking mode of the prompt", source=OPSD)] = True
     greedy: Annotated[Flag, setting("also give one greedy answer to each problem")] = False
     grading_seconds: Annotated[Positive, setting("time limit for grading one answer, in seconds")] = 5.0
+
+    @property
+    def longest_answer(self) -> int:
+        """`max_new_tokens`, or the most that its default can be."""
+        return self.max_new_tokens or LONGEST_ANSWER
+
+
+@settings_class
+class GradingSettings:
+    """How responses are graded: for GRPO's reward, in evaluations, and when solutions are checked."""
+
+    box_in_thought: Annotated[
+        Literal["ignore", "count"],
+        setting("a box inside a thought that never ends: ignore, it is no answer; count, it is the answer"),
+    ] = "ignore"
 
 
 @settings_class
@@ -400,6 +437,10 @@ class RunSettings:
             "without one; required: resume, or fail without a complete checkpoint"
         ),
     ] = "never"
+    allow_changes: Annotated[
+        tuple[Text, ...],
+        setting("settings that this start may change in a run that it resumes, such as [optimizer.lr]"),
+    ] = ()
     tensorboard: Annotated[Flag, setting("write TensorBoard files")] = True
     sampler_gap_limit: Annotated[
         Positive,
@@ -424,6 +465,7 @@ class Settings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     megatron: MegatronSettings = field(default_factory=MegatronSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    grading: GradingSettings = field(default_factory=GradingSettings)
 
 
 @settings_class
@@ -439,5 +481,6 @@ class EvaluateSettings:
     rollout: RolloutSettings
     megatron: MegatronSettings
     evaluation: EvaluationSettings
+    grading: GradingSettings
     seed: int
     micro_batch_tokens: int

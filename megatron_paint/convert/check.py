@@ -14,8 +14,9 @@ from megatron_paint.checkpoints.dtypes import raw_bytes
 from megatron_paint.checkpoints.expected_tensors import tensor_problems
 from megatron_paint.checkpoints.hf_reader import EMBEDDING, HEAD, HuggingFaceReader
 from megatron_paint.checkpoints.manifest import MANIFEST, Stored, checksums, read_manifest
+from megatron_paint.checkpoints.megatron_folder import METADATA
 from megatron_paint.checkpoints.megatron_source import NOT_MODEL, MegatronSource
-from megatron_paint.checkpoints.torch_dist import METADATA, CheckpointReader, StoredTensor
+from megatron_paint.checkpoints.torch_dist import CheckpointReader, StoredTensor
 from megatron_paint.models.qwen3.mapping import checkpoint_entries, hugging_face_shapes
 from megatron_paint.models.qwen3.shape import read_shape, shape_of
 
@@ -39,6 +40,7 @@ class Comparison:
     differences: tuple[Difference, ...]
     bad_checksums: tuple[tuple[str, str], ...]  # (tensor, folder) that differ from the manifest in that folder
     checksums: int  # how many tensors were compared with a checksum in a manifest
+    notes: tuple[str, ...]  # what the user should know about the Megatron checkpoint
     rounded: int  # tensors with different types on the two sides; they were compared in the narrower type
 
     @property
@@ -82,6 +84,7 @@ def compare(hf: Path, megatron: Path, *, progress: Callable[[int], None] = lambd
         differences=tuple(found for found in worst.values() if found is not None),
         bad_checksums=tuple(bad),
         checksums=sum(map(len, recorded)),
+        notes=source.notes,
         rounded=sum(source.dtype(name) != reader.tensors[name].dtype for name in source.entry_of),
     )
 
@@ -124,13 +127,14 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def _describe_hugging_face(path: Path) -> dict[str, Any]:
-    shape, reader = read_shape(path), HuggingFaceReader(path)
+    shape = read_shape(path)
+    reader = HuggingFaceReader(path, shape, check=False)
     files = sorted({place.file for place in reader.tensors.values()})
     expected = hugging_face_shapes(shape)
     found = {name: place.shape for name, place in reader.tensors.items()}
     if shape.tied and HEAD in found:
         expected = {**expected, HEAD: expected[EMBEDDING]}
-    odd = tensor_problems(found, expected)
+    odd = tensor_problems(found, expected) + reader.notes
     if shape.tied and HEAD in found:
         odd.append(f"{HEAD} is stored although the config ties it to the embedding; the two must be equal")
     dtypes = _counts(place.dtype for place in reader.tensors.values())

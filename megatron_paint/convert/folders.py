@@ -5,6 +5,8 @@ from typing import Literal
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.checkpoints.hf_writer import SHARD_BYTES
+from megatron_paint.checkpoints.megatron_folder import megatron_folder
+from megatron_paint.checkpoints.peft import is_adapter
 from megatron_paint.convert.to_hf import ToAdapter, ToHuggingFace
 from megatron_paint.convert.to_megatron import ToMegatron
 from megatron_paint.convert.work import Job, convert, processes_for
@@ -56,6 +58,7 @@ def convert_to_hf(
     source, base = Path(source), Path(base)
     for folder in (source, base):
         check_folder(folder)
+    source = megatron_folder(source)
     job: Job
     if lora == "adapter":
         job = ToAdapter(source=source, base=base, dtype=dtype)
@@ -65,9 +68,14 @@ def convert_to_hf(
 
 
 def check_folder(path: Path) -> None:
-    """UserError unless the path is a folder."""
+    """UserError unless the path is a folder with something other than a PEFT adapter."""
     if not path.is_dir():
         raise UserError(f"{path} is not a folder; give the folder of a checkpoint")
+    if is_adapter(path):
+        raise UserError(
+            f"{path} is a PEFT adapter, which is not converted: train and evaluate read it as it is; to merge it, give "
+            "the checkpoint of its run to convert to-hf, or use PEFT (merge_and_unload)"
+        )
 
 
 def _convert(job: Job, out: Path, *, processes: int | None, overwrite: bool) -> None:

@@ -1,6 +1,7 @@
 """Megatron -> Hugging Face: makes a folder that `transformers` and vLLM can load, a few tensors at a time."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,10 +22,11 @@ from megatron_paint.checkpoints.hf_writer import (
     copy_companions,
     lay_out,
     write_index,
+    write_tensors,
 )
 from megatron_paint.checkpoints.manifest import manifest_entry, write_manifest
 from megatron_paint.checkpoints.megatron_source import Lora, MegatronSource
-from megatron_paint.checkpoints.peft import ADAPTER_FILE, adapter_name, write_config
+from megatron_paint.checkpoints.peft import ADAPTER_FILE, adapter_name, copy_tokenizer, write_config
 from megatron_paint.convert.work import Task, check_names, cut_tasks, fingerprint, merged
 from megatron_paint.models.qwen3.mapping import Entry, checkpoint_entries, hugging_face_shapes
 from megatron_paint.models.qwen3.shape import read_shape
@@ -90,6 +92,9 @@ class ToHuggingFace:
     def tasks(self) -> Sequence[Task]:
         places = self.layout.places
         return cut_tasks([sum(places[name].nbytes for name in entry.rule.hf_shapes()) for entry in self.entries])
+
+    def notes(self) -> Sequence[str]:
+        return MegatronSource(self.source, self.shape).notes
 
     def worker(self, folder: Path) -> Callable[[Task], dict[str, Any]]:
         entries, source, layout = self.entries, MegatronSource(self.source, self.shape), self.layout
@@ -182,14 +187,16 @@ class ToAdapter:
                     dtype = getattr(torch, self.dtype) if self.dtype else values.dtype
                     yield adapter_name(name, side), cast(values, dtype, adapter_name(name, side))
 
+    def notes(self) -> Sequence[str]:
+        return ()
+
     def worker(self, folder: Path) -> Callable[[Task], dict[str, Any]]:
         def work(task: Task) -> dict[str, Any]:
-            from safetensors.torch import save_file
-
-            save_file(dict(self._tensors()), folder / ADAPTER_FILE, metadata={"format": "pt"})
+            write_tensors(folder / ADAPTER_FILE, dict(self._tensors()))
             return {"files": [ADAPTER_FILE]}
 
         return work
 
     def finish(self, folder: Path, records: Sequence[dict[str, Any]]) -> None:
-        write_config(folder, rank=self.lora.rank, alpha=self.lora.alpha, base=str(self.base.resolve()))
+        write_config(folder, rank=self.lora.rank, alpha=self.lora.alpha, base=os.path.abspath(self.base))
+        copy_tokenizer(self.base, folder)

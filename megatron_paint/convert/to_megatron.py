@@ -12,8 +12,9 @@ from torch import Tensor
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.checkpoints.dtypes import PIECE_BYTES, cast, raw_bytes, row_blocks
-from megatron_paint.checkpoints.hf_reader import HuggingFaceReader, TensorPlace
+from megatron_paint.checkpoints.hf_reader import HuggingFaceReader
 from megatron_paint.checkpoints.manifest import manifest_entry, write_manifest
+from megatron_paint.checkpoints.tensor_places import TensorPlace
 from megatron_paint.checkpoints.torch_dist import PieceWriter, write_metadata
 from megatron_paint.convert.work import Task, check_names, cut_tasks, fingerprint, merged
 from megatron_paint.models.qwen3.mapping import Entry, checkpoint_entries, empty_entries, hugging_face_shapes
@@ -76,8 +77,11 @@ class ToMegatron:
     def tasks(self) -> Sequence[Task]:
         return cut_tasks([sum(self.stored[name].nbytes for name in entry.rule.hf_shapes()) for entry in self.entries])
 
+    def notes(self) -> Sequence[str]:
+        return HuggingFaceReader(self.source, self.shape).notes
+
     def worker(self, folder: Path) -> Callable[[Task], dict[str, Any]]:
-        entries, reader = self.entries, HuggingFaceReader(self.source)
+        entries, reader = self.entries, HuggingFaceReader(self.source, self.shape)
 
         def work(task: Task) -> dict[str, Any]:
             writer, hashes = PieceWriter(folder / f"__{task.number}_0.distcp"), {}

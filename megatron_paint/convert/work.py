@@ -57,6 +57,9 @@ class Job(Protocol):
     def worker(self, folder: Path) -> Callable[[Task], dict[str, Any]]:
         """Returns a function that does a task and returns its record. It is called once in each process."""
 
+    def notes(self) -> Sequence[str]:
+        """Returns what the user should know about the sources."""
+
     def finish(self, folder: Path, records: Sequence[dict[str, Any]]) -> None:
         """Writes the description of the complete output after all tasks. Checks that no tensor is missing."""
 

@@ -1,40 +1,71 @@
 """Problems with verified solutions. The batch of a step is a function of (seed, step).
 
-Every row is checked when it is read. An error names a bad row by file and line.
+Every row is checked when it is read. An error names a bad row by file and line. A fault that all rows share is a fault
+of a setting or of the file, and the error says so.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.base.keys import derive_key, permutation
-from megatron_paint.data.rows import Row, nearest, read_rows
+from megatron_paint.data.cells import (
+    RESULT_MARK,
+    USED_ID,
+    BadRow,
+    Cell,
+    Form,
+    answer_of,
+    id_of,
+    optional_text_of,
+    problem_of,
+    text_of,
+)
+from megatron_paint.data.columns import Columns
+from megatron_paint.data.repeats import repeats
+from megatron_paint.data.rows import Row
+from megatron_paint.data.sources import read_rows
+from megatron_paint.data.statistics import oddities
 from megatron_paint.grading.boxes import last_box
-from megatron_paint.grading.grade import Grade, same_text
+from megatron_paint.grading.grade import Grade
+from megatron_paint.grading.normal_form import same_text
 from megatron_paint.records import Problem
 
 if TYPE_CHECKING:
-    from megatron_paint.config.settings import ColumnSettings, DataSettings, EvaluationSettings
+    from megatron_paint.config.settings import DataSettings, EvaluationSettings
 
 REASONS_SHOWN = 3
-DEFAULT_ID_COLUMN = "id"
-LARGEST_EXACT_FLOAT = 2**53
-
+SYSTEM_SHOWN = 60  # characters
 
 Grader = Callable[..., Grade]  # grade(text, answer=...)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptLimit:
-    """How long a problem's prompts may be."""
+    """How long a problem's prompts may be: the model's positions less the tokens of a response."""
 
     length: Callable[[Problem], int]  # returns the tokens of a problem's longest prompt
-    most: int  # tokens
-    reason: str  # the origin of `most`, for the error message
+    positions: int  # of the model
+    response: int = 0  # most tokens of a response that follows the prompt
+    setting: str = ""  # the key of the setting with `response`
+
+    @property
+    def most(self) -> int:
+        """The most tokens of a prompt."""
+        return self.positions - self.response
+
+    def message(self, length: int, *, source: str, where: str) -> str:
+        """The error if the longest prompt leaves too few positions for the response, which is the setting's fault."""
+        return (
+            f"{self.setting}={self.response} is too large: the longest prompt of {source} has {length} tokens ({where})"
+            f", and the model has {self.positions} positions; set {self.setting} to at most {self.positions - length}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +75,7 @@ class LoadedProblems:
     problems: tuple[Problem, ...]
     bad_rows: tuple[str, ...] = ()  # one reason for each row that was left out
     notes: tuple[str, ...] = ()  # messages to the user
+    warnings: tuple[str, ...] = ()  # messages that are printed in quiet mode too
 
 
 @dataclass(frozen=True)
@@ -59,6 +91,7 @@ class ProblemSet:
     seed: int
     bad_rows: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     steps_per_epoch: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -86,63 +119,91 @@ class ProblemSet:
 
 
 def load_problems(
-    settings: "DataSettings", *, grade: Grader | None = None, prompt_limit: PromptLimit | None = None
+    settings: "DataSettings",
+    *,
+    solution_needed_by: str | None = "training",
+    grade: Grader | None = None,
+    prompt_limit: PromptLimit | None = None,
+    mistake: Callable[[Problem], str | None] | None = None,
 ) -> ProblemSet:
     """Reads the training problems and checks every row.
 
+    solution_needed_by: what needs a solution in each row, for errors; None: a row may be without a solution.
     grade: decides whether `answer` equals the solution's last box if their texts differ. With None or with
-    `check_answers: false` this is not checked. Raises UserError for a source that cannot be read or has no needed
-    column. With `on_bad_row: error` it also raises UserError for a bad row and names its file and line.
+    `check_answers: false` this is not checked. mistake: returns why a problem cannot be used, or None. Raises UserError
+    for a source that cannot be read or has no needed column, and for a response that leaves no room for the prompts.
+    With `on_bad_row: error` it also raises UserError for a bad row and names its file and line.
     """
     loaded = _load(
         settings.train,
         settings,
-        setting="data",
-        needs_solution=True,
+        setting="data.train",
+        solution_needed_by=solution_needed_by,
         skip=settings.on_bad_row == "skip",
-        checks=_Checks(grade if settings.check_answers else None, prompt_limit),
+        checks=_Checks(grade if settings.check_answers else None, prompt_limit, mistake),
     )
+    odd = oddities(loaded.problems, setting="data", solutions=solution_needed_by is not None)
     return ProblemSet(
-        loaded.problems, settings.problems_per_step, settings.seed, bad_rows=loaded.bad_rows, notes=loaded.notes
+        loaded.problems,
+        settings.problems_per_step,
+        settings.seed,
+        bad_rows=loaded.bad_rows,
+        notes=loaded.notes,
+        warnings=(*loaded.warnings, *odd),
     )
 
 
-def load_held_out(settings: "EvaluationSettings", *, prompt_limit: PromptLimit | None = None) -> LoadedProblems:
+def load_held_out(settings: "EvaluationSettings", *, needs_mark: bool = False) -> LoadedProblems:
     """Reads the first `limit` problems to evaluate on, in the order of the source. Solutions may be missing.
 
-    Raises UserError for a bad row and for a source that cannot be read.
+    needs_mark: each answer must be a worked solution that ends in "#### RESULT". Raises UserError for a bad row and for
+    a source that cannot be read.
     """
     if settings.problems is None:
         raise UserError("evaluation.problems is null; name a file of held-out problems")
     return _load(
         settings.problems,
         settings,
-        setting="evaluation",
-        needs_solution=False,
+        setting="evaluation.problems",
+        solution_needed_by=None,
         skip=False,
-        checks=_Checks(None, prompt_limit),
+        checks=_Checks(needs_mark=needs_mark),
         limit=settings.limit,
     )
 
 
-class _BadRow(ValueError):
-    """A row cannot be used. The text is the reason."""
+class _TooLong(BadRow):
+    """The prompt of a row would fit before a shorter response."""
+
+    def __init__(self, length: int, limit: PromptLimit):
+        super().__init__(
+            f"its longest prompt has {length} tokens; at most {limit.most} fit beside {limit.setting}={limit.response}"
+        )
+        self.length = length
 
 
 @dataclass(frozen=True)
 class _Checks:
     """Checks of a complete problem, after the checks of its columns."""
 
-    grade: Grader | None
-    prompt_limit: PromptLimit | None
+    grade: Grader | None = None
+    prompt_limit: PromptLimit | None = None
+    mistake: Callable[[Problem], str | None] | None = None
+    needs_mark: bool = False
 
-    def __call__(self, problem: Problem) -> str | None:
-        """Returns a note or None. Raises _BadRow for a problem that cannot be used."""
+    def __call__(self, problem: Problem, form: Form) -> str | None:
+        """Returns a note or None. Raises BadRow for a problem that cannot be used."""
+        if self.needs_mark and form != "marked":
+            raise BadRow(f"the answer has no {RESULT_MARK!r}; this benchmark has the answer after this mark")
+        if self.mistake is not None and (reason := self.mistake(problem)) is not None:
+            raise BadRow(reason)
         limit = self.prompt_limit
         if limit is not None and _may_be_longer(problem, limit.most):
             length = limit.length(problem)
+            if length > limit.most and limit.setting and length < limit.positions:
+                raise _TooLong(length, limit)
             if length > limit.most:
-                raise _BadRow(f"its longest prompt has {length} tokens; at most {limit.most} fit ({limit.reason})")
+                raise BadRow(f"its longest prompt has {length} tokens, and the model has {limit.positions} positions")
         return None if self.grade is None else _check_answer(problem, self.grade)
 
 
@@ -151,126 +212,155 @@ def _load(
     settings: "DataSettings | EvaluationSettings",
     *,
     setting: str,
-    needs_solution: bool,
+    solution_needed_by: str | None,
     skip: bool,
     checks: _Checks,
     limit: int | None = None,
 ) -> LoadedProblems:
-    file_setting = "data.train" if setting == "data" else "evaluation.problems"
-    rows = read_rows(source, format=settings.format, split=settings.split, setting=file_setting)[:limit]
-    columns = settings.columns
+    columns = Columns(settings.columns, setting=setting, source=source, solution_needed_by=solution_needed_by)
+    read = read_rows(source, format=settings.format, split=settings.split, setting=setting)
+    rows = [columns.take(row) for row in islice(read, limit)]
+    columns.check()
     notes = []
-    has_ids = _check_columns(rows, columns, setting=setting, source=source, needs_solution=needs_solution)
-    if not has_ids:
-        notes.append(f"{source}: no row has a column {columns.id!r}; file name and line are used as id")
+    has_ids = "id" in columns.found
+    if not has_ids and columns.names["id"] is not None:
+        notes.append(f"{source}: no row has a column {columns.names['id']!r}; file name and line are used as id")
     problems: dict[str, Problem] = {}
-    bad_rows = []
+    bad: list[tuple[Row, BadRow]] = []
+    too_long: dict[str, _TooLong] = {}  # by file and line
+    forms: Counter[str] = Counter()
+    systems: dict[str, str] = {}  # text of a system message -> place of the first
     for row in rows:
         try:
-            problem = _problem(row, columns, has_ids=has_ids, needs_solution=needs_solution)
+            problem, form, system = _problem(row, columns, has_ids=has_ids)
             if problem.id in problems:
-                raise _BadRow(f"id {problem.id!r} is already used at {problems[problem.id].source}")
-            note = checks(problem)
-        except _BadRow as reason:
-            bad_rows.append(f"{row.where}: {reason}")
+                raise BadRow(f"id {problem.id!r} is already used at {problems[problem.id].source}", fault=USED_ID)
+            note = checks(problem, form)
+        except _TooLong as reason:
+            too_long[row.where] = reason
+        except BadRow as reason:
+            bad.append((row, reason))
         else:
             problems[problem.id] = problem
+            forms[form] += 1
+            if system:
+                systems.setdefault(system, row.where)
             if note:
                 notes.append(f"{row.where}: {note}")
-    if bad_rows and not skip:
-        raise UserError(_bad_rows_message(bad_rows, len(rows), setting))
+    _check_shared_faults(bad, columns, count=len(rows), skip=skip)
+    bad_rows = tuple(f"{row.where}: {reason}" for row, reason in bad)
+    if bad and not skip:
+        raise UserError(_bad_rows_message(bad_rows, len(rows), columns.section))
+    if too_long and not (skip and problems):
+        where = max(too_long, key=lambda where: too_long[where].length)
+        message = checks.prompt_limit.message(too_long[where].length, source=source, where=where)
+        others = f", or leave out the {len(too_long)} of {len(rows)} rows with such prompts by data.on_bad_row=skip"
+        raise UserError(message + (others if problems else ""))
+    bad_rows += tuple(f"{where}: {reason}" for where, reason in too_long.items())
     if bad_rows:
         notes.append(_skipped_note(bad_rows, len(rows), source))
     if not problems:
-        raise UserError(f"{file_setting}: {source} has no usable problem")
-    return LoadedProblems(problems=tuple(problems.values()), bad_rows=tuple(bad_rows), notes=tuple(notes))
-
-
-def _check_columns(
-    rows: Sequence[Row], columns: "ColumnSettings", *, setting: str, source: str, needs_solution: bool
-) -> bool:
-    """Tells whether the rows have ids. Raises UserError if no row has a needed column."""
-    present = {name for row in rows if row.values is not None for name in row.values}
-    if not present:
-        return True  # no row could be read; the reasons of the rows say more
-    needed = {"problem": columns.problem, "answer": columns.answer}
-    if needs_solution:
-        needed["solution"] = columns.solution
-    if columns.id != DEFAULT_ID_COLUMN:
-        needed["id"] = columns.id
-    for role, name in needed.items():
-        if name not in present:
-            raise UserError(
-                f"{setting}.columns.{role}: no row of {source} has a column {name!r}. The columns are"
-                f" {', '.join(sorted(present))}.{nearest(name, present)}"
-            )
-    return columns.id in present
-
-
-def _problem(row: Row, columns: "ColumnSettings", *, has_ids: bool, needs_solution: bool) -> Problem:
-    if row.values is None:
-        raise _BadRow(row.broken)
-    values = row.values
-    solution = values.get(columns.solution)
-    return Problem(
-        id=_label(values, columns.id) if has_ids else row.name,
-        problem=_text(values, columns.problem),
-        solution=_text(values, columns.solution) if needs_solution or solution not in (None, "") else "",
-        answer=_answer(values, columns.answer),
-        source=row.where,
+        raise UserError(f"{setting}: {source} has no usable problem: {'; '.join(bad_rows[:REASONS_SHOWN])}")
+    notes += _form_notes(forms, systems, columns, count=len(problems))
+    found = tuple(problems.values())
+    return LoadedProblems(
+        problems=found, bad_rows=bad_rows, notes=tuple(notes), warnings=repeats(found, setting=setting)
     )
 
 
-def _text(values: dict[str, Any], column: str) -> str:
-    value = values.get(column)
-    if value is None:
-        raise _BadRow(f"column {column!r} is missing")
-    if not isinstance(value, str):
-        raise _BadRow(f"column {column!r} holds {_kind(value)}, not text")
-    if not value.strip():
-        raise _BadRow(f"column {column!r} is empty")
+def _problem(row: Row, columns: Columns, *, has_ids: bool) -> tuple[Problem, Form, str]:
+    """Returns the problem of a row, the form of its answer and the text of its system message."""
+    if row.values is None:
+        raise BadRow(row.broken)
+    cells = {role: Cell(role, name, row.values.get(role)) for role, name in columns.names.items()}
+    problem_id = id_of(cells["id"]) if has_ids else row.name
+    problem, system = problem_of(cells["problem"])
+    solution = optional_text_of(cells["solution"])
+    if columns.solution_needed_by and not solution:
+        solution = _needed_solution(cells["solution"], columns)
+    answer, form = answer_of(cells["answer"])
+    return Problem(id=problem_id, problem=problem, solution=solution, answer=answer, source=row.where), form, system
+
+
+def _needed_solution(cell: Cell, columns: Columns) -> str:
+    """Raises BadRow, with what needs the solution."""
     try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise _BadRow(f"column {column!r} is broken Unicode: a lone surrogate at character {error.start}") from error
-    return value
+        return text_of(cell)
+    except BadRow as reason:
+        raise BadRow(f"{reason}; {columns.solution_needed_by} needs it", role=reason.role, fault=reason.fault) from None
 
 
-def _label(values: dict[str, Any], column: str) -> str:
-    value = values.get(column)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    return _text(values, column)
+def _check_shared_faults(bad: Sequence[tuple[Row, BadRow]], columns: Columns, *, count: int, skip: bool) -> None:
+    """Raises UserError for a fault of a setting or of the file: one that makes all rows bad, or most ids repeat."""
+    source, section = columns.source, columns.section
+    repeated = [(row, reason) for row, reason in bad if reason.fault == USED_ID]
+    if 2 * len(repeated) >= count > 3 and not skip:
+        row, reason = repeated[0]
+        raise UserError(
+            f"{section}.columns.id: {len(repeated)} of {count} rows of {source} have the id of an earlier row; the "
+            f"first is {row.where}: {reason}. Set {section}.columns.id: null to use file name and row number as id, or "
+            "name a column with another value in each row"
+        )
+    if len(bad) < count or count == 1:
+        return
+    row, reason = bad[0]
+    faults = {(reason.role, reason.fault) for _, reason in bad}
+    if len(faults) > 1 or not reason.fault:
+        raise UserError(
+            f"{columns.setting}: {source} has no usable problem: all {count} rows are bad. The first is {row.where}: "
+            f"{reason}"
+        )
+    fix = reason.fix or columns.fix_of(reason.role)
+    fault = "is null" if reason.fault == "is missing" else reason.fault
+    raise UserError(
+        f"{section}.columns.{reason.role}: in each of the {count} rows of {source}, column "
+        f"{columns.names[reason.role]!r} {fault}.{columns.need_of(reason.role)} {fix}"
+    )
 
 
-def _answer(values: dict[str, Any], column: str) -> str:
-    """Returns the answer as text. A number is accepted if there is only one way to write it."""
-    value = values.get(column)
-    if isinstance(value, float):
-        if value.is_integer() and abs(value) < LARGEST_EXACT_FLOAT:
-            return str(int(value))
-        text = repr(value)
-        if not text.lstrip("-").replace(".", "").isdigit():
-            raise _BadRow(f"column {column!r} holds the number {text}; write the answer as text")
-        return text
-    return _label(values, column)
+def _form_notes(forms: Counter[str], systems: dict[str, str], columns: Columns, *, count: int) -> list[str]:
+    """Returns what was read in another form than one text. UserError if system messages differ."""
+    source, notes = columns.source, []
+    if forms["marked"]:
+        notes.append(f"{source}: {forms['marked']} of {count} answers end in '#### RESULT'; the result is the answer")
+    if forms["list"]:
+        notes.append(f"{source}: {forms['list']} of {count} answers are a list of one text; this text is the answer")
+    if len(systems) > 1:
+        first, second = list(systems.values())[:2]
+        raise UserError(
+            f"{columns.section}.columns.problem: the system messages of {source} differ (first at {first} and {second})"
+            ", so they belong to the problems, and a problem is one text: write them into the user messages"
+        )
+    for text in systems:
+        notes.append(
+            f"{source}: the system message {_shortened(text)!r} is left out; the instructions are those of the "
+            "templates in the section prompts"
+        )
+    return notes
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number"}
-    return names.get(type(value), type(value).__name__)
+def _shortened(text: str) -> str:
+    return text if len(text) <= SYSTEM_SHOWN else text[:SYSTEM_SHOWN] + "..."
 
 
 def _check_answer(problem: Problem, grade: Grader) -> str | None:
-    """Raises _BadRow if the answer differs from the solution's last box. Returns a note if the grader timed out."""
+    """Raises BadRow if the answer differs from the solution's last box. Returns a note if the grader timed out."""
     box = last_box(problem.solution)
     if box is None or same_text(box, problem.answer):
         return None
     verdict = grade(problem.solution, answer=problem.answer)
     if verdict.outcome == "timeout":
         return f"the grader ran out of time comparing answer {problem.answer!r} with box {box!r}; the row is kept"
+    if verdict.outcome == "no_answer":  # the box is in a thought that never ends
+        return None
     if not verdict.correct:
-        raise _BadRow(f"answer {problem.answer!r} differs from the solution's last box {box!r}")
+        fault = "differs from the solution's last box"
+        raise BadRow(
+            f"answer {problem.answer!r} {fault} {box!r}",
+            role="answer",
+            fault=fault,
+            fix=f"The first: {problem.answer!r} and {box!r}. Name the right columns, or set data.check_answers: false",
+        )
     return None
 
 
@@ -281,10 +371,10 @@ def _may_be_longer(problem: Problem, most: int) -> bool:
     return longest > most
 
 
-def _bad_rows_message(bad_rows: Sequence[str], count: int, setting: str) -> str:
+def _bad_rows_message(bad_rows: Sequence[str], count: int, section: str) -> str:
     more = len(bad_rows) - 1
     others = f" ({more} more bad {'row' if more == 1 else 'rows'} of {count})" if more else ""
-    advice = "correct the row, or set data.on_bad_row: skip" if setting == "data" else "correct the row"
+    advice = "correct the row, or set data.on_bad_row: skip" if section == "data" else "correct the row"
     return f"{bad_rows[0]}{others}; {advice}"
 
 

@@ -2,11 +2,13 @@
 
 The wording is that of OPSD's third version (arXiv 2601.18734 and its code). The line that marks a hidden rest is ours.
 Text becomes ids once. A control token that is written in a problem or a solution stays text: its two parts are encoded
-separately, so it can neither end a turn nor begin one. Text without control tokens is encoded as usual.
+separately, so it can neither end a turn nor begin one. Text without control tokens is encoded as usual. A solution that
+is a response (SFT) is encoded as the model writes it: <think>, <tool_call> and other added tokens become their ids.
+Only special tokens, and tokens that mark turns, stay text there.
 """
 
-from collections.abc import Collection
-from functools import lru_cache
+from collections.abc import Collection, Iterable
+from functools import cache, lru_cache
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,9 @@ import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megatron_paint.base.errors import UserError
+from megatron_paint.data import thoughts
 from megatron_paint.data.tokenizers import OffsetList, Tokenizer, read_template
+from megatron_paint.data.turns import QUESTION
 from megatron_paint.records import Problem, Reveal, TokenIds
 
 if TYPE_CHECKING:
@@ -39,6 +43,7 @@ class Prompts:
         self._teacher = _template("teacher", settings.teacher_template, {"problem", "solution"}, {"hidden"})
         self._evaluation = _template("evaluation", settings.evaluation_template, {"problem"}, set())
         self.solution_offsets = lru_cache(CACHED_SOLUTIONS)(self._solution_offsets)
+        self.prompt_end = cache(self._prompt_end)
 
     def student_prompt(self, problem: Problem) -> TokenIds:
         """Returns the prompt with the problem alone."""
@@ -69,17 +74,52 @@ class Prompts:
         return self._chat(self._evaluation, thinking, problem=problem.problem)
 
     def sft_response(self, problem: Problem) -> TokenIds:
-        """Returns the solution as a response to the student's prompt. It ends with the end-of-turn token."""
-        seam = _seam([problem.solution])
-        return (*self._encode(self._protect(problem.solution, seam), seam), self.tokenizer.stop_ids[0])
+        """Returns the solution as a response to the student's prompt. It ends as the chat template ends an answer.
+
+        If the prompt ends inside a thought, the response continues it or closes it (`thoughts.continuation`). Raises
+        UserError if the response would end inside a thought.
+        """
+        if (mistake := self.sft_mistake(problem)) is not None:
+            raise UserError(f"{problem.source or problem.id}: {mistake}")
+        end = self.prompt_end(self._settings.student_thinking)
+        closing, text = thoughts.continuation(end, problem.solution)
+        seam = _seam([text])
+        tokenizer = self.tokenizer
+        tags = {thoughts.OPENING, thoughts.CLOSING}
+        written = [t for t in tokenizer.control_tokens if t in tokenizer.special_tokens | tokenizer.turns.markers]
+        text = self._protect(text, seam, [token for token in written if token not in tags])
+        return (*self._encode(closing + text + tokenizer.turns.before_end, seam), tokenizer.stop_ids[0])
+
+    def sft_mistake(self, problem: Problem) -> str | None:
+        """Returns why the solution cannot be a response, or None."""
+        end = self.prompt_end(self._settings.student_thinking)
+        if thoughts.continuation(end, problem.solution) is None:
+            return (
+                f"the solution opens a thought ({thoughts.OPENING}) and does not close it, so SFT would teach to end a "
+                f"turn inside a thought; write {thoughts.CLOSING} where the thought ends"
+            )
+        return None
 
     def solution_ids(self, solution: str) -> TokenIds:
         """Returns the tokens of a solution. `solution_offsets` returns their positions in the text."""
         return self.tokenizer.encode_with_offsets(solution)[0]
 
     def response_text(self, ids: TokenIds) -> str:
-        """Returns the text of a response without special tokens."""
+        """Returns the text of a response without special tokens, and without the token that ends it."""
+        ids = ids[:-1] if ids and ids[-1] in self.tokenizer.stop_ids else ids
         return self.tokenizer.decode(ids, keep_special=False)
+
+    @property
+    def thinking_has_effect(self) -> bool:
+        """Tells whether the chat template renders thinking and non-thinking prompts differently."""
+        return self._rendered_question(True) != self._rendered_question(False)
+
+    def _prompt_end(self, thinking: bool) -> str:
+        """Returns what the chat template writes after the user's message."""
+        return self._rendered_question(thinking).rpartition(QUESTION)[2]
+
+    def _rendered_question(self, thinking: bool) -> str:
+        return self.tokenizer.render_chat([{"role": "user", "content": QUESTION}], thinking)
 
     def _solution_offsets(self, solution: str) -> OffsetList:
         """Returns start and end of each token of a solution, in characters. The masker cuts there."""
@@ -91,7 +131,8 @@ class Prompts:
 
     def _chat(self, template: jinja2.Template, thinking: bool, *, hidden: bool = False, **texts: str) -> TokenIds:
         seam = _seam(texts.values())
-        protected = {name: self._protect(text, seam) for name, text in texts.items()}
+        tokens = self.tokenizer.control_tokens
+        protected = {name: self._protect(text, seam, tokens) for name, text in texts.items()}
         try:
             content = template.render(protected, hidden=hidden)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
@@ -99,9 +140,10 @@ class Prompts:
         rendered = self.tokenizer.render_chat([{"role": "user", "content": content}], thinking)
         return self._encode(rendered, seam)
 
-    def _protect(self, text: str, seam: str) -> str:
-        """Returns the text with a seam inside every control token that is written in it."""
-        for token in self.tokenizer.control_tokens:
+    @staticmethod
+    def _protect(text: str, seam: str, tokens: Iterable[str]) -> str:
+        """Returns the text with a seam inside every one of the tokens that is written in it."""
+        for token in tokens:
             while token in text:
                 if len(token) < 2:
                     raise UserError(f"a problem or solution contains {token!r}, a control token of the tokenizer")

@@ -3,7 +3,6 @@
 Ids are plain tuples of int. In training, only prompts.py uses this module.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -11,9 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_paint.base.errors import UserError
+from megatron_paint.data.turns import Message, TurnMarks, read_turn_marks, stop_ids
 from megatron_paint.records import TokenIds
 
-Message = Mapping[str, str]  # {"role": ..., "content": ...}
 OffsetList = tuple[tuple[int, int], ...]  # start and end of each token, in characters
 
 UNKNOWN_ID_TEXT = "\ufffd"  # text of an id without a token; a model may have more rows than its tokenizer has tokens
@@ -23,10 +22,15 @@ _TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 class Tokenizer(Protocol):
     """The interface of a tokenizer that the trainer needs."""
 
-    stop_ids: TokenIds  # ids that end a response; the end-of-turn token is the first
+    # Ids that end a response. They are one and the same action: compare and count them together. The first one is the
+    # token with which the chat template closes an answer, or eos where it closes with none.
+    stop_ids: TokenIds
+    turns: TurnMarks  # how the chat template marks turns
+    notes: tuple[str, ...]  # what a user should know about the end of responses
     pad_id: int
     size: int  # number of tokens, including added ones; a model may have more rows
     control_tokens: Mapping[str, int]  # strings that `encode` turns into one control id each
+    special_tokens: frozenset[str]  # those of them that are special; <think> of Qwen3 is not
 
     def encode(self, *parts: str) -> TokenIds:
         """Returns the ids of the text and adds none. A control token that is written in the text becomes its id.
@@ -92,9 +96,18 @@ class HuggingFaceTokenizer:
         self.control_tokens = {
             str(token): index for index, token in added.items() if token.special or _TAG.fullmatch(str(token))
         }
-        eos, pad = self._tokenizer.eos_token_id, self._tokenizer.pad_token_id
-        self.stop_ids = _stop_ids(folder, eos, pad)
+        self.special_tokens = frozenset(str(token) for token in added.values() if token.special)
+        self.turns = _turn_marks(self)
+        pad = self._tokenizer.pad_token_id
+        self.stop_ids = stop_ids(
+            folder,
+            turn_end=self.control_tokens.get(self.turns.end),
+            eos=self._tokenizer.eos_token_id,
+            pad=pad,
+            is_token=lambda index: 0 <= index < 2**31 and self._backend.id_to_token(index) is not None,
+        )
         self.pad_id = self.stop_ids[0] if pad is None else pad
+        self.notes = _notes(self, self._tokenizer.eos_token_id)
 
     def encode(self, *parts: str) -> TokenIds:
         ids: list[int] = []
@@ -116,8 +129,6 @@ class HuggingFaceTokenizer:
         return "".join(pieces)
 
     def render_chat(self, messages: Sequence[Message], thinking: bool, add_generation_prompt: bool = True) -> str:
-        from jinja2 import TemplateError
-
         try:
             return self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
@@ -126,7 +137,7 @@ class HuggingFaceTokenizer:
                 add_generation_prompt=add_generation_prompt,
                 enable_thinking=thinking,
             )
-        except (TemplateError, ValueError, TypeError) as error:
+        except Exception as error:  # a template is a program and may raise anything
             raise UserError(f"the chat template cannot be rendered ({error}); set prompts.chat_template") from error
 
     def _encode(self, text: str) -> Any:
@@ -162,9 +173,18 @@ class SentencePieceTokenizer:
         self._template_source = chat_template
         self.size = self._model.get_piece_size()
         self.control_tokens = self._find_control_tokens()
+        self.special_tokens = frozenset(t for t, index in self.control_tokens.items() if self._model.is_control(index))
+        self.turns = _turn_marks(self)
         eos, pad = self._model.eos_id(), self._model.pad_id()
-        self.stop_ids = _stop_ids(folder, eos if eos >= 0 else None, pad if pad >= 0 else None)
+        self.stop_ids = stop_ids(
+            folder,
+            turn_end=self.control_tokens.get(self.turns.end),
+            eos=eos if eos >= 0 else None,
+            pad=pad if pad >= 0 else None,
+            is_token=lambda index: 0 <= index < self.size,
+        )
         self.pad_id = pad if pad >= 0 else self.stop_ids[0]
+        self.notes = _notes(self, eos)
 
     def encode(self, *parts: str) -> TokenIds:
         ids: list[int] = []
@@ -197,8 +217,6 @@ class SentencePieceTokenizer:
         return "".join(pieces)
 
     def render_chat(self, messages: Sequence[Message], thinking: bool, add_generation_prompt: bool = True) -> str:
-        from jinja2 import TemplateError
-
         def piece(index: int) -> str:
             return self._model.id_to_piece(index) if index >= 0 else ""
 
@@ -210,7 +228,7 @@ class SentencePieceTokenizer:
                 bos_token=piece(self._model.bos_id()),
                 eos_token=piece(self._model.eos_id()),
             )
-        except (TemplateError, ValueError, TypeError) as error:
+        except Exception as error:  # a template is a program and may raise anything
             raise UserError(f"the chat template cannot be rendered ({error}); set prompts.chat_template") from error
 
     @cached_property
@@ -306,21 +324,29 @@ def _load_fast_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _stop_ids(folder: Path, eos: int | None, pad: int | None) -> TokenIds:
-    """Returns the end-of-turn token, the end tokens of generation_config.json, and padding, which no response has."""
-    stop = [] if eos is None else [eos]
-    path = folder / "generation_config.json"
-    if path.is_file():
-        try:
-            named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") or []
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{path} is not a JSON object ({error})") from error
-        stop += [named] if isinstance(named, int) else named
-    if not stop:
-        raise UserError(f"model.hf_path: the tokenizer in {folder} names no eos_token, so no response could ever end")
-    if pad is not None:
-        stop.append(pad)
-    return tuple(dict.fromkeys(stop))
+def _turn_marks(tokenizer: "HuggingFaceTokenizer | SentencePieceTokenizer") -> TurnMarks:
+    return read_turn_marks(
+        lambda messages, generates: tokenizer.render_chat(messages, True, add_generation_prompt=generates),
+        special=tokenizer.special_tokens,
+        tags=tokenizer.control_tokens,  # an added token of white space ends no turn
+    )
+
+
+def _notes(tokenizer: Tokenizer, eos: int | None) -> tuple[str, ...]:
+    """What is unusual about the end of a response."""
+    ends = " or ".join(tokenizer.decode([index], keep_special=True) for index in tokenizer.stop_ids)
+    turns = tokenizer.turns
+    if turns.end is None:
+        first = tokenizer.decode(tokenizer.stop_ids[:1], keep_special=True)
+        return (f"{turns.why_no_end}: a response ends with {ends}, and SFT ends each solution with {first}",)
+    if eos is not None and tokenizer.stop_ids[0] != eos:
+        named = tokenizer.decode([eos], keep_special=True)
+        return (
+            f"the chat template closes an answer with {turns.end}, and eos_token is {named}: a response ends with "
+            f"{ends}, and SFT ends each solution with {turns.end}. A program that serves the exported model needs "
+            f"{turns.end} as a stop token",
+        )
+    return ()
 
 
 def _runs(ids: Sequence[int], size: int) -> list[tuple[bool, list[int]]]:

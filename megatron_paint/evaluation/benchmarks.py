@@ -1,7 +1,8 @@
 """Loads benchmarks by name or from problem files.
 
-A name is a data set on the Hugging Face hub. `datasets` loads it, without a network from its cache. A file is a
-benchmark too: it has the columns `id`, `problem` and `answer`. The benchmark then has the name of the file.
+A known name is a data set on the Hugging Face hub. `datasets` loads it, without a network from its cache. Everything
+that `data.train` takes is a benchmark too, with the columns of `evaluation.columns`: a file, a folder, or a data set
+that `datasets` knows. The benchmark then has the name of the file, folder or data set.
 """
 
 from collections.abc import Sequence
@@ -10,19 +11,21 @@ from pathlib import Path
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import ColumnSettings, EvaluationSettings
-from megatron_paint.data.problems import PromptLimit, load_held_out
-from megatron_paint.data.rows import JSONL_ENDINGS, nearest
+from megatron_paint.data.data_file import stem_of
+from megatron_paint.data.problems import load_held_out
+from megatron_paint.data.rows import nearest
+from megatron_paint.data.sources import is_data_file
 from megatron_paint.records import Problem
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The data set of a benchmark. answer_mark: the answer is the text after the last occurrence of this mark."""
+    """The data set of a benchmark. marked: each answer is a worked solution that ends in "#### RESULT"."""
 
     path: str
     split: str
     columns: ColumnSettings
-    answer_mark: str = ""
+    marked: bool = False
 
 
 NAMED = {
@@ -34,7 +37,7 @@ NAMED = {
         path="openai/gsm8k:main",
         split="test",
         columns=ColumnSettings(problem="question"),
-        answer_mark="####",
+        marked=True,
     ),
 }
 
@@ -45,6 +48,8 @@ class Benchmark:
 
     name: str
     problems: tuple[Problem, ...]
+    notes: tuple[str, ...] = ()  # messages to the user
+    warnings: tuple[str, ...] = ()
 
 
 def names_in(text: str) -> tuple[str, ...]:
@@ -52,14 +57,12 @@ def names_in(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def load_benchmarks(
-    names: Sequence[str], settings: EvaluationSettings, *, prompt_limit: PromptLimit | None = None
-) -> tuple[Benchmark, ...]:
+def load_benchmarks(names: Sequence[str], settings: EvaluationSettings) -> tuple[Benchmark, ...]:
     """Loads the benchmarks of these names or files.
 
     Raises UserError that names a benchmark that is unknown, appears twice or cannot be read.
     """
-    found = [_load(name, settings, prompt_limit) for name in names]
+    found = [load_benchmark(name, settings) for name in names]
     for number, benchmark in enumerate(found):
         if benchmark.name == "summary":
             raise UserError(f"--benchmarks: {names[number]} would overwrite the summary; rename the file")
@@ -68,32 +71,42 @@ def load_benchmarks(
     return tuple(found)
 
 
-def _load(name: str, settings: EvaluationSettings, prompt_limit: PromptLimit | None) -> Benchmark:
+def load_benchmark(name: str, settings: EvaluationSettings) -> Benchmark:
+    """Loads one benchmark: a known name, or what `data.train` takes. Raises UserError if it cannot be read."""
     source = NAMED.get(name)
     if source is None:
-        _check_file(name)
-        loaded = load_held_out(replace(settings, problems=name), prompt_limit=prompt_limit)
-        return Benchmark(name=Path(name).stem, problems=loaded.problems)
-    settings = replace(settings, problems=source.path, split=source.split, columns=source.columns, format="datasets")
-    problems = load_held_out(settings, prompt_limit=prompt_limit).problems
-    if source.answer_mark:
-        problems = tuple(replace(problem, answer=_after(source.answer_mark, problem)) for problem in problems)
-    return Benchmark(name=name, problems=problems)
-
-
-def _check_file(name: str) -> None:
-    """Raises UserError unless the name is a file or looks like a name for `datasets`."""
-    path = Path(name)
-    if path.suffix in (*JSONL_ENDINGS, ".parquet") or path.exists() or "/" in name:
-        return
-    raise UserError(
-        f"--benchmarks: {name!r} is neither a known benchmark nor a file. The known benchmarks are {', '.join(NAMED)}."
-        f"{nearest(name, NAMED)}"
+        _check_is_source(name, settings)
+        settings = replace(settings, problems=name)
+    else:
+        settings = replace(
+            settings, problems=source.path, split=source.split, columns=source.columns, format="datasets"
+        )
+    loaded = load_held_out(settings, needs_mark=source is not None and source.marked)
+    return Benchmark(
+        name=benchmark_name(name),
+        problems=loaded.problems,
+        notes=loaded.notes,
+        warnings=loaded.warnings,
     )
 
 
-def _after(mark: str, problem: Problem) -> str:
-    _, found, answer = problem.answer.rpartition(mark)
-    if not found:
-        raise UserError(f"{problem.source}: the answer has no {mark!r}; this benchmark has the answer after this mark")
-    return answer.strip().replace(",", "")
+def benchmark_name(source: str) -> str:
+    """Returns the name in reports and of their files: that of a file, folder or data set without its owner."""
+    path = Path(source)
+    if source in NAMED:
+        return source
+    if is_data_file(source) or path.is_file():
+        return stem_of(path)
+    return path.resolve().name if path.is_dir() else source.rpartition("/")[2].replace(":", "_")
+
+
+def _check_is_source(name: str, settings: EvaluationSettings) -> None:
+    """Raises UserError for a name that is most likely a misspelt benchmark: a word near one that is no file."""
+    path = Path(name)
+    meant = nearest(name, NAMED)
+    if not meant or is_data_file(name) or path.exists() or "/" in name or settings.format != "auto":
+        return
+    raise UserError(
+        f"--benchmarks, evaluation.problems: {name!r} is neither a known benchmark nor a file. The known benchmarks "
+        f"are {', '.join(NAMED)}.{meant} For a data set of this name, set evaluation.format: datasets"
+    )

@@ -14,7 +14,7 @@ from megatron_paint.evaluation.statistics import (
     paired_differences,
     sign_flip_p_value,
 )
-from megatron_paint.evaluation.summary import read_reports, read_sampled_with
+from megatron_paint.evaluation.summary import read_model, read_reports, read_sampled_with
 from megatron_paint.records import EvalReport
 
 MACRO = "macro average"
@@ -26,6 +26,7 @@ class Compared:
 
     benchmark: str
     problems: int
+    samples: tuple[int, int]  # answers to each problem of A and of B; of the macro average: the most
     a: float  # mean score of A, in [0, 1]
     b: float
     difference: Interval  # B minus A
@@ -61,6 +62,7 @@ def _compare(name: str, a: Sequence[EvalReport], b: Sequence[EvalReport]) -> Com
     return Compared(
         benchmark=name,
         problems=sum(map(len, groups)),
+        samples=(max(r.samples_per_problem for r in a), max(r.samples_per_problem for r in b)),
         a=macro_average(a).mean,
         b=macro_average(b).mean,
         difference=macro_difference(before=a, after=b),
@@ -78,12 +80,25 @@ def lines(rows: Sequence[Compared]) -> list[list[str]]:
             f"{100 * row.b:.1f}",
             f"{100 * row.difference.mean:+.1f} [{100 * row.difference.low:+.1f}, {100 * row.difference.high:+.1f}]",
             f"{row.p_value:.4f}" if row.p_value >= 1e-4 else "< 0.0001",
+            str(row.samples[0]) if row.samples[0] == row.samples[1] else f"{row.samples[0]} and {row.samples[1]}",
         ]
         for row in rows
     ]
 
 
-COLUMNS = ("benchmark", "problems", "A", "B", "B - A (paired)", "p")
+COLUMNS = ("benchmark", "problems", "A", "B", "B - A (paired)", "p", "n")
+
+
+def who(a: Path, b: Path) -> list[str]:
+    """Returns a line for A and one for B: its folder or file, and the model that was evaluated."""
+    return [f"{name} = {path}{_model_text(path)}" for name, path in (("A", a), ("B", b))]
+
+
+def _model_text(path: Path) -> str:
+    if path.is_dir():
+        return f", model {read_model(path)}"
+    (report,) = read_reports(path)
+    return f", step {report.step}" if report.step else ""
 
 
 def console_table(rows: Sequence[Compared]) -> Table:
@@ -98,6 +113,7 @@ def console_table(rows: Sequence[Compared]) -> Table:
 
 def markdown(rows: Sequence[Compared], *, a: Path, b: Path) -> str:
     """Returns the comparison as a Markdown table."""
-    head = [f"A = `{a}`, B = `{b}`; shares in %, 95 % intervals over problems, p by sign flips of problems.", ""]
+    head = [*(f"* {line}" for line in who(a, b)), ""]
+    head += ["Shares in %, 95 % intervals over problems, p by sign flips of problems. n: answers to each problem.", ""]
     body = ["| " + " | ".join(row) + " |" for row in lines(rows)]
-    return "\n".join([*head, "| " + " | ".join(COLUMNS) + " |", "|---|---:|---:|---:|---|---:|", *body]) + "\n"
+    return "\n".join([*head, "| " + " | ".join(COLUMNS) + " |", "|---|---:|---:|---:|---|---:|---:|", *body]) + "\n"

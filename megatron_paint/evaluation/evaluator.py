@@ -9,6 +9,7 @@ from megatron_paint.data.prompts import Prompts
 from megatron_paint.evaluation.answer_file import Key
 from megatron_paint.evaluation.statistics import GREEDY, build_report
 from megatron_paint.grading.grade import GradingPool
+from megatron_paint.grading.thoughts import PROMPT_TAIL, continued
 from megatron_paint.records import EvalReport, Graded, Problem, Rollout, TokenIds
 from megatron_paint.rollouts.engine import GenerationRequest, Sampler, SamplingParameters
 
@@ -22,9 +23,14 @@ class Answers:
 
 
 class Evaluator:
-    """Evaluates with the same problems and the same keys every time, so that two evaluations can be paired."""
+    """Evaluates with the same problems and the same keys every time, so that two evaluations can be paired.
+
+    The settings must have a `max_new_tokens` (`training.inputs.fit_answers`), otherwise a ValueError is raised.
+    """
 
     def __init__(self, settings: EvaluationSettings, problems: Sequence[Problem], prompts: Prompts, *, seed: int):
+        if settings.max_new_tokens is None:
+            raise ValueError("max_new_tokens is None: what fits depends on the model and the prompts; see fit_answers")
         self.settings = settings
         self.problems = tuple(problems)
         self.prompts = prompts
@@ -102,13 +108,21 @@ class Evaluator:
             )
             for rollout in rollouts
         ]
-        return grade_all(ungraded, answers, graders)
+        ends = [self.prompts.response_text(rollout.prompt_ids[-PROMPT_TAIL:]) for rollout in rollouts]
+        return grade_all(ungraded, answers, graders, prompt_ends=ends)
 
 
-def grade_all(ungraded: Sequence[Graded], answers: Mapping[str, str], graders: GradingPool) -> list[Graded]:
-    """Returns the responses with their grades. answers: the right answer of each problem id."""
-    grades = graders.grade([(one.response_text, answers[one.problem_id]) for one in ungraded])
+def grade_all(
+    ungraded: Sequence[Graded], answers: Mapping[str, str], graders: GradingPool, *, prompt_ends: Sequence[str]
+) -> list[Graded]:
+    """Returns the responses with their grades.
+
+    answers: the right answer of each problem id. prompt_ends: the last characters of each response's prompt, which may
+    open a thought.
+    """
+    texts = [continued(end, one.response_text) for end, one in zip(prompt_ends, ungraded, strict=True)]
+    grades = graders.grade([(text, answers[one.problem_id]) for text, one in zip(texts, ungraded, strict=True)])
     return [
-        replace(one, outcome=grade.outcome, extracted=grade.extracted)
+        replace(one, outcome=grade.outcome, extracted=grade.extracted, box_in_thought=grade.box_in_thought)
         for one, grade in zip(ungraded, grades, strict=True)
     ]

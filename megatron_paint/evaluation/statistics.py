@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.grading.grade import normal_form
+from megatron_paint.grading.normal_form import normal_form
 from megatron_paint.records import EvalReport, Graded
 
 GREEDY = -1  # sample_index of greedy answers in an EvalReport
@@ -139,8 +139,9 @@ def build_report(step: int, benchmark: str, graded: Sequence[Graded], *, greedy:
     The metrics are shares in [0, 1] unless noted: avg, avg/low and avg/high (95 % over problems), avg/sampling_se
     (standard error from the draw of n samples; only for n > 1), avg/problem_se (standard error from the draw of
     problems; only for more than one), pass@1 .. pass@n, maj@n, truncated_share, no_answer_share, length_mean (tokens;
-    NaN if no length is known), timeouts (a count), and with greedy answers greedy and greedy/length_mean. The report
-    has greedy answers with sample_index -1. Raises ValueError unless all problems have equally many samples.
+    NaN if no length is known), timeouts and box_in_thought (counts; see `Graded`), and with greedy answers greedy and
+    greedy/length_mean. The report has greedy answers with sample_index -1. Raises ValueError unless all problems have
+    equally many samples.
     """
     groups = _by_problem(graded)
     samples = len(next(iter(groups.values())))
@@ -159,6 +160,7 @@ def build_report(step: int, benchmark: str, graded: Sequence[Graded], *, greedy:
     metrics["no_answer_share"] = sum(answer.outcome == "no_answer" for answer in graded) / len(graded)
     metrics["length_mean"] = _mean_length(graded)
     metrics["timeouts"] = float(sum(answer.outcome == "timeout" for answer in graded))
+    metrics["box_in_thought"] = float(sum(answer.box_in_thought for answer in graded))
     if greedy:
         metrics["greedy"] = _right(greedy) / len(greedy)
         metrics["greedy/length_mean"] = _mean_length(greedy)

@@ -13,6 +13,7 @@ from megatron_paint.records import EvalReport, Graded
 from megatron_paint.runtime.files import disk_errors, write_atomically
 
 SUMMARY = "summary.json"
+TRUNCATED_LIMIT = 0.1  # share of answers that are cut off, above which an accuracy says little; ours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,18 @@ def write_summary(out: Path, evaluated: Evaluated) -> None:
         plot(out / "summary.png", evaluated)
 
 
+def truncation_warning(report: EvalReport) -> str | None:
+    """A warning if more than a tenth of the answers ended at the length limit; None otherwise."""
+    share = report.metrics["truncated_share"]
+    if not share > TRUNCATED_LIMIT:
+        return None
+    return (
+        f"{report.benchmark}: {100 * share:.0f} % of the answers are cut off at the length limit, and such an answer "
+        "usually counts as wrong. Raise evaluation.max_new_tokens; if the answers only repeat themselves, look at the "
+        "samples"
+    )
+
+
 def _of(report: EvalReport) -> dict[str, Any]:
     return {"problems": report.num_problems, "samples": report.samples_per_problem, **report.metrics}
 
@@ -58,10 +71,12 @@ def markdown(evaluated: Evaluated) -> str:
     lines = [
         f"# {evaluated.model}",
         "",
-        "Shares in %, with 95 % intervals over the draw of problems.",
+        "Shares in %, with 95 % intervals over the draw of problems. Box in thought: how many responses end inside a",
+        "thought that holds a box; by default it is no answer (grading.box_in_thought).",
         "",
-        "| benchmark | problems | Avg@n | interval | pass@n | maj@n | truncated | no box | time-outs | mean tokens |",
-        "|---|---:|---:|---|---:|---:|---:|---:|---:|---:|",
+        "| benchmark | problems | Avg@n | interval | pass@n | maj@n | truncated | no box "
+        "| box in thought | time-outs | mean tokens |",
+        "|---|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for report in evaluated.reports:
         metrics, n = report.metrics, report.samples_per_problem
@@ -70,8 +85,12 @@ def markdown(evaluated: Evaluated) -> str:
         lines.append(
             f"| {report.benchmark} | {report.num_problems} | {avg} (n = {n}) "
             f"| {100 * metrics['avg/low']:.1f} to {100 * metrics['avg/high']:.1f} | {best} | {majority} | {truncated} "
-            f"| {100 * metrics['no_answer_share']:.1f} | {metrics['timeouts']:.0f} | {length_text(metrics)} |"
+            f"| {100 * metrics['no_answer_share']:.1f} | {metrics['box_in_thought']:.0f} | {metrics['timeouts']:.0f} "
+            f"| {length_text(metrics)} |"
         )
+    lines += [
+        f"\nWarning: {warning}." for report in evaluated.reports if (warning := truncation_warning(report)) is not None
+    ]
     if len(evaluated.reports) > 1:
         macro = evaluated.macro
         lines += [
@@ -117,6 +136,11 @@ def read_reports(path: Path) -> tuple[EvalReport, ...]:
 def read_sampled_with(path: Path) -> dict[str, Any]:
     """Returns the recorded sampling settings of an evaluation's folder. A single report file has none."""
     return dict(_summary(path).get("sampled_with") or {}) if path.is_dir() else {}
+
+
+def read_model(folder: Path) -> str:
+    """Returns the name of the model in an evaluation's folder."""
+    return str(_summary(folder).get("model", "not recorded"))
 
 
 def _summary(folder: Path) -> dict[str, Any]:

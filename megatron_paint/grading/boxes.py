@@ -6,7 +6,8 @@ r"""Finds \boxed{} in a text, and with it the final answer of a response.
 import re
 from typing import NamedTuple
 
-THINK_END = "</think>"
+from megatron_paint.grading.thoughts import THINK_END
+
 BOXED = re.compile(r"\\boxed\s*\{")
 ANY_BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
 BARE_BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*(?P<content>[^\s{}$\\]+)")  # \boxed 5

@@ -7,30 +7,21 @@ math-verify.
 
 import atexit
 import os
-import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from megatron_paint.grading.boxes import last_boxes
+from megatron_paint.grading.boxes import find_boxes, last_boxes
+from megatron_paint.grading.kinds import decide, reference
+from megatron_paint.grading.normal_form import DOLLAR, normal_form, same_text
 from megatron_paint.grading.pool import Verdict, WorkerPool
+from megatron_paint.grading.thoughts import BoxInThought, answer_text, unfinished_thought
 
 Outcome = Literal["right", "wrong", "no_answer", "timeout"]
 SECONDS = 5.0  # OPSD's limit
 MAX_ANSWER_LENGTH = 2000  # characters; math-verify does not get longer answers, which are compared as text
 TAIL_LENGTH = 8000  # characters that math-verify gets of a response without a box; more would not fit into a pipe
-
-THIN_SPACE = re.compile(r"\\[,!]|\{,\}(?=\d)")
-WIDE_SPACE = re.compile(r"\\(?:[;: ~]|q?quad(?![A-Za-z]))|~")
-DECORATION = re.compile(r"\\(?:left|right|displaystyle|limits)(?![A-Za-z])|\\\$|\$")
-TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
-FRACTION = re.compile(r"\\[dtc]frac(?![A-Za-z])")
-MINUS = str.maketrans({"\N{MINUS SIGN}": "-"})
-LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])")  # of single spaces
-IN_PARENTHESES = re.compile(r"\(([0-9]+|[A-Za-z])\)")
-DOLLAR = re.compile(r"(?<!\\)\$")
-INTEGER = re.compile(r"-?[0-9]{1,100}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,12 +31,19 @@ class Grade:
     correct: bool
     extracted: str | None  # the text that was compared with the answer; None without a box
     outcome: Outcome  # timeout: no verdict within the limits of time and memory; counted separately from wrong
+    box_in_thought: bool = False  # a thought that never ends holds a box; `Rules.box_in_thought` says whether it counts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rules:
-    """How generously answers are compared. The defaults are math-verify's. Every part of the package uses them."""
+    """How generously answers are found and compared. Every part of the package uses the defaults.
 
+    The defaults of kinds, precision, strict and set_relation are math-verify's.
+    """
+
+    box_in_thought: BoxInThought = (
+        "ignore"  # `grading.box_in_thought`: whether a box counts in a thought without an end
+    )
     require_box: bool = True  # False: math-verify gets the text of a response without a box
     kinds: tuple[Literal["latex", "expr"], ...] = ("latex", "expr")  # what math-verify looks for
     precision: int = 6  # decimals that must agree
@@ -56,59 +54,50 @@ class Rules:
 DEFAULT_RULES = Rules()
 
 
-def normal_form(text: str) -> str:
-    """Returns the text without spacing, sizes, dollar signs, text commands and final full stop.
-
-    Answers with equal forms are equal. A space between letters or digits is kept, because "1 2" is not 12. Parentheses
-    around a single number or letter are removed.
-    """
-    text = THIN_SPACE.sub("", text.strip().translate(MINUS))
-    text = WIDE_SPACE.sub(" ", text)
-    text = TEXT_COMMAND.sub(r" \1 ", DECORATION.sub("", text))
-    text = FRACTION.sub(r"\\frac", text)
-    text = LOOSE_SPACE.sub("", " ".join(text.split())).rstrip(".")
-    alone = IN_PARENTHESES.fullmatch(text)
-    return alone[1] if alone else text
-
-
-def same_text(a: str, b: str) -> bool:
-    """Tells whether two answers have the same normal form. The case of letters matters in formulas, not in words."""
-    a, b = normal_form(a), normal_form(b)
-    return bool(a) and (a == b or (len(a) > 1 and a.isalpha() and a.casefold() == b.casefold()))
-
-
 @dataclass(frozen=True, slots=True)
 class _Case:
     """One comparison that is either decided or still a question to math-verify."""
 
     extracted: str | None
     agrees: bool | None  # None: math-verify decides
+    gold: str = ""
     candidates: tuple[str, ...] = ()
+    prose: bool = False  # the candidate is a response without a box
 
 
-def _prepare(candidates: Sequence[str], answer: str, *, max_length: int = MAX_ANSWER_LENGTH) -> _Case:
-    """Decides the comparison where equal texts or integers are enough. The first candidate is the extracted one."""
+def _prepare(candidates: Sequence[str], answer: str, rules: Rules) -> _Case:
+    """Decides the comparison where math-verify is not needed. The first candidate is the extracted one."""
+    gold = reference(answer)
+    open_candidates = []
     for candidate in candidates:
-        if same_text(candidate, answer):
+        if same_text(candidate, gold):
             return _Case(candidate, True)
-    gold, given = normal_form(answer), normal_form(candidates[0])
-    if len(candidates) == 1 and INTEGER.fullmatch(gold) and INTEGER.fullmatch(given):
-        return _Case(candidates[0], int(gold) == int(given))
-    short = tuple(candidate.translate(MINUS) for candidate in candidates if len(candidate) <= max_length)
-    if not short or not gold or len(answer) > MAX_ANSWER_LENGTH:
-        return _Case(candidates[0], False)
-    return _Case(candidates[0], None, short)
+        if max(len(candidate), len(gold)) <= MAX_ANSWER_LENGTH and normal_form(gold):
+            verdict = decide(gold, candidate, precision=rules.precision)
+            if verdict is True:
+                return _Case(candidate, True)
+            if verdict is not False:
+                open_candidates.append(candidate)
+    return _Case(candidates[0], None if open_candidates else False, gold, tuple(open_candidates))
+
+
+def _prepare_prose(text: str, answer: str) -> _Case:
+    """The question whether math-verify finds the answer in a response without a box."""
+    gold, text = reference(answer), text[-TAIL_LENGTH:]
+    if same_text(text, gold):
+        return _Case(text, True)
+    if not text.strip() or not normal_form(gold) or len(gold) > MAX_ANSWER_LENGTH:
+        return _Case(text, False)
+    return _Case(text, None, gold, (text,), prose=True)
 
 
 def _prepare_response(text: str, answer: str, rules: Rules) -> _Case:
-    boxes = last_boxes(text)
+    boxes = last_boxes(answer_text(text, rules.box_in_thought))
     if not boxes:
-        if rules.require_box:
-            return _Case(None, False)
-        return _prepare([text[-TAIL_LENGTH:]], answer, max_length=TAIL_LENGTH)
+        return _Case(None, False) if rules.require_box else _prepare_prose(text, answer)
     candidates = [boxes[-1]] if len(boxes) == 1 else [boxes[-1], ", ".join(dict.fromkeys(boxes))]
     # A box is in math mode. Dollar signs in it are often unpaired, as in "12 $ and $ 13", and mislead the parser.
-    return _prepare(candidates + [DOLLAR.sub(" ", text) for text in candidates if DOLLAR.search(text)], answer)
+    return _prepare(candidates + [DOLLAR.sub(" ", text) for text in candidates if DOLLAR.search(text)], answer, rules)
 
 
 def _grade_of(case: _Case, verdict: Verdict | None) -> Grade:
@@ -123,18 +112,29 @@ def _grade_of(case: _Case, verdict: Verdict | None) -> Grade:
     return Grade(correct=False, extracted=case.extracted, outcome="wrong")
 
 
+def _box_in_thought(text: str) -> bool:
+    """Tells whether a thought that never ends holds a box."""
+    start = unfinished_thought(text)
+    return start is not None and bool(find_boxes(text[start:]))
+
+
 class GradingPool:
     """Grades many responses in `workers` processes. Each verdict has a hard limit of `seconds` of wall time.
 
     A worker that hangs or crashes is killed and replaced. The outcome of its response is `timeout`. Workers start when
     they are needed. They import neither torch nor megatron. Threads may share a pool; then they wait for each other.
-    Processes must not share one. on_verdict: called after each verdict of a worker.
+    Processes must not share one. rules: for calls that name none. on_verdict: called after each verdict of a worker.
     """
 
     def __init__(
-        self, workers: int | None = None, seconds: float = SECONDS, *, on_verdict: Callable[[], None] = lambda: None
+        self,
+        workers: int | None = None,
+        seconds: float = SECONDS,
+        *,
+        rules: Rules = DEFAULT_RULES,
+        on_verdict: Callable[[], None] = lambda: None,
     ) -> None:
-        self.seconds = seconds
+        self.seconds, self.rules = seconds, rules
         self._pool = WorkerPool(workers or min(8, os.cpu_count() or 1), on_verdict=on_verdict)
         self._lock = threading.Lock()
 
@@ -149,27 +149,32 @@ class GradingPool:
         with self._lock:
             self._pool.close()
 
-    def grade(self, pairs: Iterable[tuple[str, str]], *, rules: Rules = DEFAULT_RULES) -> list[Grade]:
+    def grade(self, pairs: Iterable[tuple[str, str]], *, rules: Rules | None = None) -> list[Grade]:
         """Returns the grade of each (response text, answer) pair, in the order of the pairs."""
-        cases = [(_prepare_response(text, answer, rules), answer) for text, answer in pairs]
-        return [_grade_of(case, verdict) for (case, _), verdict in zip(cases, self._ask(cases, rules), strict=True)]
-
-    def agree(self, pairs: Iterable[tuple[str, str]], *, rules: Rules = DEFAULT_RULES) -> list[bool]:
-        """Tells for each pair (given answer, gold answer) whether they are equal. Without a verdict it is False."""
-        cases = [(_prepare([given], gold), gold) for given, gold in pairs]
+        rules, pairs = rules or self.rules, list(pairs)
+        cases = [_prepare_response(text, answer, rules) for text, answer in pairs]
         return [
-            _grade_of(case, verdict).correct for (case, _), verdict in zip(cases, self._ask(cases, rules), strict=True)
+            replace(_grade_of(case, verdict), box_in_thought=_box_in_thought(text))
+            for (text, _), case, verdict in zip(pairs, cases, self._ask(cases, rules), strict=True)
         ]
 
-    def _ask(self, cases: Sequence[tuple[_Case, str]], rules: Rules) -> list[Verdict | None]:
+    def agree(self, pairs: Iterable[tuple[str, str]], *, rules: Rules | None = None) -> list[bool]:
+        """Tells for each pair (given answer, gold answer) whether they are equal. Without a verdict it is False."""
+        rules = rules or self.rules
+        cases = [_prepare([given], gold, rules) for given, gold in pairs]
+        return [_grade_of(case, verdict).correct for case, verdict in zip(cases, self._ask(cases, rules), strict=True)]
+
+    def _ask(self, cases: Sequence[_Case], rules: Rules) -> list[Verdict | None]:
         """Returns math-verify's verdict for the cases that are not decided, and None for the others."""
-        options = {key: value for key, value in asdict(rules).items() if key != "require_box"}
+        options = {key: value for key, value in asdict(rules).items() if key not in ("require_box", "box_in_thought")}
         questions: list[dict[str, Any]] = [
-            {"gold": answer, "candidates": case.candidates, **options} for case, answer in cases if case.agrees is None
+            {"gold": case.gold, "candidates": case.candidates, "prose": case.prose, **options}
+            for case in cases
+            if case.agrees is None
         ]
         with self._lock:
             verdicts = iter(self._pool.judge(questions, seconds=self.seconds))
-        return [next(verdicts) if case.agrees is None else None for case, _ in cases]
+        return [next(verdicts) if case.agrees is None else None for case in cases]
 
 
 _shared: dict[tuple[int, float], GradingPool] = {}

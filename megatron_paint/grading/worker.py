@@ -7,50 +7,27 @@ so the parent kills the process. Importing this file loads neither torch nor meg
 import json
 import logging
 import os
-import re
 import resource
 import signal
 import sys
 from typing import Any
 
+from megatron_paint.grading.compare import Options, answers_equal, parse_values, prose_equal
+
 MEMORY_BYTES = 4 << 30  # a power tower allocates all memory before it takes much time
-DELIMITER = re.compile(r"(?<!\\)\$|\\\(|\\\[|\\boxed")
-PLAIN_NUMBER = re.compile(r"-?[\d., ]+%?")
-
-
-def parse_values(text: str, kinds: list[str]) -> list[Any]:
-    """Returns the values that math-verify finds in an answer; an empty list if it finds none.
-
-    A text without math delimiters is parsed as one expression. It is put into a box, because the parser finds no LaTeX
-    outside delimiters. A number is parsed as plain text too, because LaTeX reads the European `1000,99` as a list.
-    """
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
-
-    configs = {"latex": LatexExtractionConfig(boxed_match_priority=0), "expr": ExprExtractionConfig()}
-    chosen = [configs[kind] for kind in kinds]
-    # math-verify's time limit is off: its alarm does not interrupt C code. The parent's limit does.
-    if DELIMITER.search(text) or "latex" not in kinds:
-        return parse(text, chosen, parsing_timeout=None)
-    values = parse("\\boxed{" + text + "}", chosen, parsing_timeout=None)
-    if "expr" in kinds and PLAIN_NUMBER.fullmatch(text):
-        values = values + parse(text, [configs["expr"]], parsing_timeout=None)
-    return values
 
 
 def first_equal(question: dict[str, Any]) -> int | None:
     """Returns the index of the first candidate that equals the gold answer; None if no candidate does."""
-    from math_verify import verify
-
-    gold = parse_values(question["gold"], question["kinds"])
+    options = Options(
+        kinds=tuple(question["kinds"]),
+        precision=question["precision"],
+        strict=question["strict"],
+        set_relation=question["set_relation"],
+    )
+    equal = prose_equal if question["prose"] else answers_equal
     for index, candidate in enumerate(question["candidates"]):
-        if verify(
-            gold,
-            parse_values(candidate, question["kinds"]),
-            float_rounding=question["precision"],
-            strict=question["strict"],
-            allow_set_relation_comp=question["set_relation"],
-            timeout_seconds=None,
-        ):
+        if equal(question["gold"], candidate, options):
             return index
     return None
 
@@ -71,7 +48,7 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "w", encoding="ascii", buffering=1)
     try:
         # The first parse builds the grammar. This must not count against the time of the first question.
-        parse_values("\\frac{1}{2}", ["latex", "expr"])
+        parse_values("\\frac{1}{2}", ("latex", "expr"))
     except ImportError as error:
         replies.write(json.dumps({"missing": str(error)}) + "\n")
         return

@@ -18,9 +18,9 @@ LIKELY_CAUSES = {
 }
 
 
-def ended_by(number: signal.Signals) -> tuple[str, int]:
-    """Message and exit status after a signal to the launcher."""
-    return f"megatron-paint: ended by {number.name}", 128 + number
+def ended_by(number: signal.Signals, kept: str = "") -> tuple[str, int]:
+    """Message and exit status after a signal to the launcher. kept: what remains of its work."""
+    return f"megatron-paint: ended by {number.name}" + (f"; {kept}" if kept else ""), 128 + number
 
 
 def reason(exits: Sequence[int | None], notes: Sequence[FailureNote]) -> tuple[str, int]:

@@ -17,7 +17,7 @@ from megatron_paint.runtime.processes import LAUNCHER
 from megatron_paint.runtime.signals import RecordedSignals
 from megatron_paint.runtime.stop import STOPPED, STOPPING
 
-ENDING = (signal.SIGINT, signal.SIGHUP, *STOPPING)
+ENDING = (signal.SIGHUP, *STOPPING)
 POLL_SECONDS = 0.05
 SETTLE_SECONDS = 0.5  # a killed rank may be noticed after a rank that only lost its connection to it
 GRACE_SECONDS = 5.0  # after a failure of another rank: time to remove unfinished files
@@ -40,13 +40,22 @@ def number_of_processes(megatron: MegatronSettings, asked: int | None) -> int:
     return asked
 
 
-def run_here(arguments: Sequence[str], processes: int, *, prepare: Callable[[str], None] = lambda folder: None) -> int:
+def run_here(
+    arguments: Sequence[str],
+    processes: int,
+    *,
+    prepare: Callable[[str], None] = lambda folder: None,
+    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+    interrupted: Callable[[], str] = str,
+    kept: Callable[[], str] = str,
+) -> int:
     """Runs `megatron-paint ARGUMENTS` in so many processes and returns the exit status of the run.
 
     0: all ranks succeeded; 2: a mistake of the user; 1: a rank failed or was killed; 75: stopped early with a
-    checkpoint; 128 + signal: a signal to the launcher ended the run. The first SIGTERM or SIGUSR1 is passed to the
-    ranks, which stop after their step; a second signal ends them. An error of the ranks is printed once. No rank
+    checkpoint; 128 + signal: a signal to the launcher ended the run. The first Ctrl-C, SIGTERM or SIGUSR1 is passed to
+    the ranks, which stop after their step; a second signal ends them. An error of the ranks is printed once. No rank
     outlives this call. prepare: writes into the folder that the ranks share with this process what they need of it.
+    say: prints a line. interrupted: the line for the first Ctrl-C, "" for none. kept: what remains if the run ends now.
     """
     from torch.distributed import TCPStore
 
@@ -58,15 +67,15 @@ def run_here(arguments: Sequence[str], processes: int, *, prepare: Callable[[str
         try:
             for rank in range(processes):
                 ranks.append(_start(arguments, _environment(rank, processes, store.port, notes)))
-            _watch(ranks, signals)
+            _watch(ranks, signals, on_interrupt=lambda: say(interrupted()))
             exits = [rank.poll() for rank in ranks]
         finally:
             _end(ranks, grace=0.0 if signals.asks_to_end else GRACE_SECONDS)
         message, status = reason(exits, read_failure_notes(notes))
         if signals.asks_to_end or (signals.signal and status not in (0, STOPPED)):
-            message, status = ended_by(signals.signal)
+            message, status = ended_by(signals.signal, kept())
     if message:
-        print(message, file=sys.stderr)
+        say(message)
     return status
 
 
@@ -113,12 +122,17 @@ def _start(arguments: Sequence[str], environment: dict[str, str]) -> subprocess.
     return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, process_group=0)
 
 
-def _watch(ranks: Sequence[subprocess.Popen], signals: _LauncherSignals) -> None:
-    """Returns when all ranks have ended, soon after a rank failed, or when a signal asks for the end."""
+def _watch(ranks: Sequence[subprocess.Popen], signals: _LauncherSignals, *, on_interrupt: Callable[[], None]) -> None:
+    """Returns when all ranks have ended, soon after a rank failed, or when a signal asks for the end.
+
+    on_interrupt: called at the first Ctrl-C.
+    """
     failed_at, passed_on = None, False
     while not signals.asks_to_end and None in [rank.poll() for rank in ranks]:  # asks every rank, not only the first
         if signals.asks_to_stop and not passed_on:
             passed_on = True
+            if signals.signal == signal.SIGINT:
+                on_interrupt()
             for rank in ranks:
                 with suppress(ProcessLookupError):
                     rank.send_signal(signals.signal)

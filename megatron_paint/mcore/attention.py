@@ -110,10 +110,13 @@ def token_rows(
     )
 
 
-def attend_rows(query_TND: Tensor, key_TGD: Tensor, value_TGD: Tensor, *, rows: TokenRows, layer: int) -> Tensor:
+def attend_rows(
+    query_TND: Tensor, key_TGD: Tensor, value_TGD: Tensor, *, rows: TokenRows, layer: int, scale: float | None
+) -> Tensor:
     """Causal grouped-query attention of each row's new tokens over the complete row: [T, N, D].
 
-    Rows are copied into a rectangle for torch's kernels; its padding is never read back.
+    scale: the factor of the scores before the softmax; None: 1 / sqrt(D). Rows are copied into a rectangle for torch's
+    kernels; its padding is never read back.
     """
     lengths, count = (rows.packed_lengths, len(query_TND)) if rows.cache is None else (rows.lengths, rows.tokens)
     parts = (query_TND[:count], key_TGD[:count], value_TGD[:count])
@@ -122,12 +125,14 @@ def attend_rows(query_TND: Tensor, key_TGD: Tensor, value_TGD: Tensor, *, rows: 
         held = rows.cache.write(layer, *parts[1:], rows)
         if rows.visible_RSK is not None:
             keys_RKGD, values_RKGD = (kept[: len(lengths), : rows.end] for kept in held)
-    out_RSND = _attend_grouped(query_RSND, keys_RKGD, values_RKGD, rows.visible_RSK)
+    out_RSND = _attend_grouped(query_RSND, keys_RKGD, values_RKGD, rows.visible_RSK, scale)
     out_TND = out_RSND[rows.row_T[:count], rows.slot_T[:count]]
     return out_TND if count == len(query_TND) else torch.cat((out_TND, torch.zeros_like(query_TND[count:])))
 
 
-def _attend_grouped(query_RSND: Tensor, keys_RKGD: Tensor, values_RKGD: Tensor, visible_RSK: Tensor | None) -> Tensor:
+def _attend_grouped(
+    query_RSND: Tensor, keys_RKGD: Tensor, values_RKGD: Tensor, visible_RSK: Tensor | None, scale: float | None
+) -> Tensor:
     """Attention [R, S, N, D], causal if `visible_RSK` is None.
 
     With a mask the query heads of a group become more queries of one head. Torch's fast kernels accept a mask or
@@ -135,14 +140,17 @@ def _attend_grouped(query_RSND: Tensor, keys_RKGD: Tensor, values_RKGD: Tensor, 
     """
     if visible_RSK is None:
         out_RNSD = F.scaled_dot_product_attention(
-            *(part.transpose(1, 2) for part in (query_RSND, keys_RKGD, values_RKGD)), is_causal=True, enable_gqa=True
+            *(part.transpose(1, 2) for part in (query_RSND, keys_RKGD, values_RKGD)),
+            is_causal=True,
+            scale=scale,
+            enable_gqa=True,
         )
         return out_RNSD.transpose(1, 2)
     groups, length = keys_RKGD.size(2), query_RSND.size(1)
     grouped_RGQD = query_RSND.unflatten(2, (groups, -1)).transpose(1, 2).flatten(2, 3)
     mask_R1QK = visible_RSK.repeat_interleave(grouped_RGQD.size(2) // length, dim=1)[:, None]
     out_RGQD = F.scaled_dot_product_attention(
-        grouped_RGQD, keys_RKGD.transpose(1, 2), values_RKGD.transpose(1, 2), attn_mask=mask_R1QK
+        grouped_RGQD, keys_RKGD.transpose(1, 2), values_RKGD.transpose(1, 2), attn_mask=mask_R1QK, scale=scale
     )
     return out_RGQD.unflatten(2, (length, -1)).transpose(1, 2).flatten(2, 3)
 
@@ -164,7 +172,8 @@ class LocalAttention(MegatronModule):
 
     def forward(self, query, key, value, attention_mask=None, *, packed_seq_params: TokenRows, **unused) -> Tensor:
         """query [T, 1, N, D], key and value [T, 1, G, D] -> [T, 1, N * D]."""
-        out_TND = attend_rows(query[:, 0], key[:, 0], value[:, 0], rows=packed_seq_params, layer=self.layer_number)
+        parts, rows = (query[:, 0], key[:, 0], value[:, 0]), packed_seq_params
+        out_TND = attend_rows(*parts, rows=rows, layer=self.layer_number, scale=self.config.softmax_scale)
         return out_TND.flatten(1)[:, None]
 
 
@@ -182,7 +191,9 @@ def transformer_engine_attention() -> type:
             rows = packed_seq_params
             query, key, value = query[:, 0], key[:, 0], value[:, 0]
             if rows.cache is not None:
-                return attend_rows(query, key, value, rows=rows, layer=self.layer_number).flatten(1)[:, None]
+                scale = self.config.softmax_scale
+                out_TND = attend_rows(query, key, value, rows=rows, layer=self.layer_number, scale=scale)
+                return out_TND.flatten(1)[:, None]
             longest = max(rows.packed_lengths)
             packed = PackedSeqParams(
                 qkv_format="thd",

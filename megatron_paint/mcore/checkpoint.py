@@ -4,7 +4,8 @@ A checkpoint can be loaded at any layout: weights and optimiser state are stored
 """
 
 import json
-from collections.abc import Callable, Iterator
+import pickle
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,12 +14,21 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import merge
+from megatron.core.dist_checkpointing.mapping import apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed.checkpoint import CheckpointException
 
-from megatron_paint.base.errors import UserError
+from megatron_paint.base.errors import UserError, about
+from megatron_paint.checkpoints.megatron_folder import megatron_folder
+from megatron_paint.checkpoints.megatron_source import MegatronSource, unreadable_file
 from megatron_paint.checkpoints.run_state import RUN_STATE
+from megatron_paint.checkpoints.torch_dist import CheckpointReader
 from megatron_paint.mcore.collectives import (
     all_ranks_do,
     begin_folder,
@@ -31,6 +41,7 @@ from megatron_paint.mcore.lora import adapters_of
 from megatron_paint.mcore.model import Stage
 from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.mcore.teacher import Teacher
+from megatron_paint.models.shape import ModelShape
 from megatron_paint.runtime.checksums import (
     CHECKSUMS,
     Checksum,
@@ -137,11 +148,14 @@ def load_checkpoint(folder: Path, stage: Stage, optimizer: MegatronOptimizer, te
     return state
 
 
-def _sizes(stage: Stage) -> dict[str, int | bool]:
-    """The sizes that a checkpoint's model and the model that loads it must share, named as in config.json."""
+def _sizes(stage: Stage) -> dict[str, Any]:
+    """What a checkpoint's model and the model that loads it must share: sizes, named as in config.json, and positions.
+
+    No weight shows the rotary positions.
+    """
     config = stage.config
     return {
-        "vocab_size": stage.vocab_size,
+        "vocab_size": stage.valid_vocab_size,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_attention_heads,
@@ -149,6 +163,7 @@ def _sizes(stage: Stage) -> dict[str, int | bool]:
         "head_dim": config.kv_channels,
         "intermediate_size": config.ffn_hidden_size,
         "tie_word_embeddings": stage.share_embeddings_and_output_weights,
+        **stage.rotary,
     }
 
 
@@ -164,6 +179,7 @@ def _read_state(folder: str | Path, stage: Stage) -> dict[str, Any]:
             "resume from the checkpoint before it"
         ) from error
     here = _sizes(stage)
+    saved = {**stage.rotary, **saved}  # checkpoints of earlier versions do not have it
     if differences := [f"{key} is {saved.get(key)}, not {here[key]}" for key in here if saved.get(key) != here[key]]:
         raise UserError(
             f"checkpoint {folder} is of another model than model.hf_path: {', '.join(differences)}. Restore the model "
@@ -172,15 +188,36 @@ def _read_state(folder: str | Path, stage: Stage) -> dict[str, Any]:
     return state
 
 
-def load_weights(stage: Stage, folder: str | Path) -> None:
-    """Fills only the model, from a Megatron checkpoint of the same architecture, of any run and layout."""
-    wanted = {"model": _weights(stage)}
-    if has_adapters(folder) and not adapters_of(stage):
-        raise UserError(
-            f"model.megatron_path: {folder} is the checkpoint of a LoRA run, whose adapters would be left out; start "
-            "from its Hugging Face export, in which they are merged (model.hf_path)"
-        )
-    _fill(stage, _load(wanted, folder, strict=StrictHandling.RAISE_UNEXPECTED)["model"])
+def load_weights(stage: Stage, folder: str | Path, shape: ModelShape) -> tuple[str, ...]:
+    """Fills only the model, from a Megatron checkpoint of the same architecture, of any program, run and layout.
+
+    Returns what the user should know about the weights. UserError names what does not fit or cannot be read.
+    """
+    with about("model.megatron_path"):
+        folder = megatron_folder(folder)
+        if has_adapters(folder) and not adapters_of(stage):
+            raise UserError(
+                f"{folder} is the checkpoint of a LoRA run, whose adapters would be left out; start from its Hugging "
+                "Face export, in which they are merged (model.hf_path)"
+            )
+        source = MegatronSource(folder, shape)
+        wanted = {"model": _weights(stage)}
+        with _as_user_error(folder, source.model_keys):
+            state = _load_tensors(wanted, folder)
+    _fill(stage, state["model"])
+    return source.notes
+
+
+def _load_tensors(wanted: dict, folder: Path) -> dict:
+    """Loads the tensors of a checkpoint as Megatron's `load` does, without the common part.
+
+    Other programs keep objects of their own there, and each version of Megatron in another place.
+    """
+    force_all_tensors_to_non_fp8(wanted)
+    sharded, state, factories = load_preprocess(wanted)
+    sharded, _ = extract_sharded_base(sharded)
+    merge(state, TorchDistLoadShardedStrategy().load(sharded, folder))
+    return apply_factory_merges(state, factories)
 
 
 def _weights(stage: Stage) -> dict:
@@ -239,7 +276,8 @@ def _restore_step_0(state: dict) -> None:
 
 def has_adapters(folder: str | Path) -> bool:
     """Whether a checkpoint holds LoRA adapters."""
-    return any("_adapters." in key and not key.startswith(("teacher.", "optimizer.")) for key in _keys(folder))
+    keys = CheckpointReader(folder).tensors
+    return any("_adapters." in key and not key.startswith(("teacher.", "optimizer.")) for key in keys)
 
 
 def _prepare_torch_adam(optimizer: MegatronOptimizer) -> None:
@@ -276,22 +314,36 @@ def _sharded_state(stage: Stage, optimizer: MegatronOptimizer, teacher: Teacher,
     return state | teacher.sharded_state_dict(model)
 
 
-def _keys(folder: str | Path) -> list[str]:
+def _load(wanted: dict, folder: Path) -> dict:
     with _as_user_error(folder):
-        return list(dist_checkpointing.load_tensors_metadata(str(folder)))
+        return dist_checkpointing.load(wanted, str(folder), strict=StrictHandling.RAISE_ALL)
 
 
-def _load(wanted: dict, folder: str | Path, *, strict: StrictHandling = StrictHandling.RAISE_ALL) -> dict:
-    with _as_user_error(folder):
-        return dist_checkpointing.load(wanted, str(folder), strict=strict)
+_UNREADABLE = (dist_checkpointing.core.CheckpointingException, pickle.UnpicklingError, ImportError)
+_UNREADABLE += (KeyError, RuntimeError, OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError)
 
 
 @contextmanager
-def _as_user_error(folder: str | Path) -> Iterator[None]:
+def _as_user_error(folder: Path, keys: Collection[str] | None = None) -> Iterator[None]:
+    """Names the damaged file and the reason; keys: tensors that are read (None: all)."""
     try:
         yield
     except (torch.OutOfMemoryError, torch.distributed.DistError):
         raise  # these are RuntimeErrors too, but the checkpoint is not their cause
-    except (dist_checkpointing.core.CheckpointingException, KeyError, RuntimeError, OSError, EOFError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise UserError(f"checkpoint {folder} cannot be loaded into this model: {first_line}") from error
+    except CheckpointException as error:  # torch's, of all ranks; it derives from BaseException
+        rank, (reason, _) = min(error.failures.items())
+        raise UserError(
+            unreadable_file(folder, keys) or _not_loaded(folder, f"{_line(reason)} (rank {rank})")
+        ) from error
+    except _UNREADABLE as error:
+        raise UserError(unreadable_file(folder, keys) or _not_loaded(folder, _line(error))) from error
+
+
+def _not_loaded(folder: Path, reason: str) -> str:
+    return f"checkpoint {folder} cannot be loaded into this model: {reason}"
+
+
+def _line(error: BaseException) -> str:
+    """The first sentence of an error. torch adds a paragraph of advice to some."""
+    lines = str(error).strip().splitlines()
+    return lines[0].split(". ")[0] if lines else repr(error)

@@ -182,7 +182,7 @@ class MegatronSampler:
             return local_RV
         parts = [torch.empty_like(local_RV) for _ in range(self.ranks.tp_size)] if self.ranks.tp_rank == 0 else None
         dist.gather(local_RV, parts, group_dst=0, group=self.ranks.tp_group)
-        return torch.cat(parts, dim=1) if parts else None
+        return torch.cat(parts, dim=1)[:, : self.stage.valid_vocab_size] if parts else None
 
     def _choose(self, logits_RV: Tensor | None, uniform: list[float], sampling: SamplingParameters):
         """Tokens and log-probabilities of the rows, the same on every rank of the replica.

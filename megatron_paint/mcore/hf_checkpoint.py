@@ -10,18 +10,21 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from megatron_paint.base.errors import about
+from megatron_paint.checkpoints.adapter_reader import Adapter
 from megatron_paint.checkpoints.dtypes import cast
 from megatron_paint.checkpoints.hf_reader import HuggingFaceReader
-from megatron_paint.checkpoints.hf_writer import SHARD_BYTES, copy_companions, name_shards
-from megatron_paint.checkpoints.peft import ADAPTER_FILE, write_config
+from megatron_paint.checkpoints.hf_writer import SHARD_BYTES, copy_companions, name_shards, write_tensors
+from megatron_paint.checkpoints.megatron_source import VOCABULARY
+from megatron_paint.checkpoints.peft import ADAPTER_FILE, copy_tokenizer, write_config
 from megatron_paint.config.settings import LoraSettings
 from megatron_paint.mcore.collectives import fill_folder
 from megatron_paint.mcore.lora import gathered_adapters, merged_weight
 from megatron_paint.mcore.ranks import Ranks
+from megatron_paint.mcore.vocabulary import load_vocab_rows
 from megatron_paint.models.qwen3.mapping import hugging_face_shapes, rule_of
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.runtime.files import sync
@@ -40,14 +43,23 @@ def first_layer_of(stage: nn.Module) -> int:
 
 
 @torch.no_grad()
-def load_stage(stage: nn.Module, folder: str | Path, shape: ModelShape, ranks: Ranks) -> None:
-    """Fills every base parameter of this rank's stage from the checkpoint, without communication between ranks."""
+def load_stage(
+    stage: nn.Module, folder: str | Path, shape: ModelShape, ranks: Ranks, *, merged: Adapter | None = None
+) -> None:
+    """Fills every base parameter of this rank's stage from the checkpoint, without communication between ranks.
+
+    merged: an adapter that is added to the weights.
+    """
     with about("model.hf_path"):
         reader = HuggingFaceReader(folder, shape)
+    read = reader if merged is None else merged.merged(reader)
     first_expert = ranks.ep_rank * shape.num_experts // ranks.ep_size
     for name, parameter in base_parameters(stage):
         rule = rule_of(name, shape, first_layer=first_layer_of(stage), first_expert=first_expert)
-        value = rule.load(reader, rank=ranks.tp_rank, ranks=ranks.tp_size)
+        if name in VOCABULARY:
+            value = load_vocab_rows(rule, read, ranks)
+        else:
+            value = rule.load(read, rank=ranks.tp_rank, ranks=ranks.tp_size)
         if value.shape != parameter.shape:
             raise AssertionError(f"{name}: rule returns {tuple(value.shape)}, parameter is {tuple(parameter.shape)}")
         parameter.copy_(value)
@@ -90,12 +102,14 @@ def export_stage(
     ranks: Ranks,
     dtype: torch.dtype,
     source: str | Path,
+    tokenizer: str | Path | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a Hugging Face folder from the model in memory, adapters merged; `out` appears complete or not at all.
 
     Ranks share the writing of a large model; no rank holds more than the content of one file. Config, tokenizer and
-    chat template are copied from `source`, the checkpoint that the run started from.
+    chat template are copied from `source`, the checkpoint that the run started from. tokenizer: a folder whose
+    tokenizer files replace those of `source`.
     """
     share = shape.num_parameters * dtype.itemsize / ranks.pp_size / WRITER_BYTES
     writers = max(1, min(ranks.tp_size * ranks.dp_size, round(share)))
@@ -120,12 +134,24 @@ def export_stage(
         name_shards(folder, files)
         with about("model.hf_path"):
             copy_companions(Path(source), folder, dtype=dtype)
+        if tokenizer is not None:
+            copy_tokenizer(Path(tokenizer), folder)
 
     fill_folder(out, ranks, write=write, finish=finish)
 
 
-def export_adapters(stage: nn.Module, out: str | Path, *, lora: LoraSettings, ranks: Ranks, source: str | Path) -> None:
+def export_adapters(
+    stage: nn.Module,
+    out: str | Path,
+    *,
+    lora: LoraSettings,
+    ranks: Ranks,
+    source: str | Path,
+    tokenizer: str | Path | None = None,
+) -> None:
     """Writes the adapters as a PEFT folder for the model in `source`; `out` appears complete or not at all.
+
+    Tokenizer and chat template are copied from `source`, and from the folder `tokenizer` over them.
 
     Each stage writes its own file, and the first rank merges them: PEFT reads only one.
     """
@@ -137,14 +163,17 @@ def export_adapters(stage: nn.Module, out: str | Path, *, lora: LoraSettings, ra
         if ranks.tp_rank > 0:
             return None
         file = f"stage{ranks.pp_rank:03d}.safetensors"
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / file)
+        write_tensors(folder / file, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
         return file
 
     def finish(folder: Path, written: list[str | None]) -> None:
         parts = [folder / file for file in written if file is not None]
         tensors = {name: tensor for part in parts for name, tensor in load_file(part).items()}
-        save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
+        write_tensors(folder / ADAPTER_FILE, tensors)
         write_config(folder, rank=lora.rank, alpha=lora.alpha, base=os.path.abspath(source))
+        for folder_of in (source, tokenizer):
+            if folder_of is not None:
+                copy_tokenizer(Path(folder_of), folder)
         for part in parts:
             part.unlink()
 
@@ -161,7 +190,7 @@ def _write_shards(
     def flush() -> None:
         if pending:
             file = f"{stem}-{len(written):05d}.safetensors"
-            save_file(pending, folder / file, metadata={"format": "pt"})
+            write_tensors(folder / file, pending)
             sync(folder / file)
             written[file] = {name: tensor.nbytes for name, tensor in pending.items()}
             pending.clear()

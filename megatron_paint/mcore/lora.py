@@ -25,6 +25,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from megatron_paint.base.keys import derive_key
+from megatron_paint.checkpoints.adapter_reader import Adapter
 from megatron_paint.checkpoints.peft import adapter_name
 from megatron_paint.config.settings import LoraSettings
 from megatron_paint.mcore.model import Stage
@@ -196,15 +197,34 @@ def merged_weight(stage: Stage, name: str, parameter: Tensor) -> Tensor:
 @torch.no_grad()
 def gathered_adapters(stage: Stage, ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
     """Complete adapters of a stage by PEFT's names, on tensor-parallel rank 0; its ranks iterate together."""
+    for weight, side, parameter in _named_adapters(stage):
+        complete = _gathered(parameter, ranks)
+        if complete is not None:
+            yield adapter_name(weight, side), complete
+
+
+def _named_adapters(stage: Stage) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """(Hugging Face weight, side, this rank's part) of every adapter of a stage."""
     for layer in stage.decoder.layers:
         for block, part_of in (("self_attn", layer.self_attention), ("mlp", layer.mlp)):
             for adapters in (module for module in part_of.children() if isinstance(module, Adapters)):
                 for side, pairs in (("A", adapters.a), ("B", adapters.b)):
                     for projection, parameter in pairs.items():
-                        name = f"model.layers.{layer.layer_number - 1}.{block}.{projection}.weight"
-                        complete = _gathered(parameter, ranks)
-                        if complete is not None:
-                            yield adapter_name(name, side), complete
+                        yield f"model.layers.{layer.layer_number - 1}.{block}.{projection}.weight", side, parameter
+
+
+@torch.no_grad()
+def load_adapters(stage: Stage, adapter: Adapter, ranks: Ranks) -> None:
+    """Fills this rank's part of the stage's adapters. Those of projections that `adapter` leaves out stay new."""
+    for weight, side, parameter in _named_adapters(stage):
+        if (pair := adapter.pair(weight)) is None:
+            continue
+        complete = pair[0] if side == "A" else pair[1]
+        if parameter.tensor_model_parallel:
+            axis = parameter.partition_dim
+            mine = part(complete.shape[axis], rank=ranks.tp_rank, ranks=ranks.tp_size)
+            complete = complete.narrow(axis, mine.start, mine.stop - mine.start)
+        parameter.copy_(complete)
 
 
 def _gathered(parameter: nn.Parameter, ranks: Ranks) -> Tensor | None:

@@ -4,6 +4,7 @@ Axes: T tokens of a call, H hidden size, V vocabulary (this rank's slice).
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -27,6 +28,7 @@ from torch import Tensor
 from megatron_paint.config.settings import MegatronSettings, ModelSettings
 from megatron_paint.mcore.attention import LocalAttention, TokenRows, transformer_engine_attention
 from megatron_paint.mcore.ranks import Ranks
+from megatron_paint.mcore.rotary import attention_scale, inverse_frequencies
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.hardware import use_transformer_engine
 
@@ -47,6 +49,9 @@ class Stage(GPTModel):
     `forward` is our own for two reasons: no logits may be computed at prompt positions, and packed rows need a rotary
     position for each token.
     """
+
+    rotary: dict[str, Any]  # base and YaRN of the rotary positions, for the records of checkpoints
+    valid_vocab_size: int  # without the rows that pad the vocabulary for tensor parallelism
 
     def forward(self, input_ids_T: Tensor, rows: TokenRows) -> Tensor:
         """Hidden states [T, 1, H] of this stage, after the final norm on the last one.
@@ -101,6 +106,7 @@ def transformer_config(shape: ModelShape, model: ModelSettings, megatron: Megatr
         normalization="RMSNorm",
         layernorm_epsilon=shape.norm_eps,
         qk_layernorm=shape.qk_norm,
+        softmax_scale=attention_scale(shape),
         add_qkv_bias=shape.qkv_bias,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
@@ -203,7 +209,7 @@ def build_model(shape: ModelShape, model: ModelSettings, megatron: MegatronSetti
     stage = Stage(
         config,
         TransformerBlockSubmodules(layer_specs=[spec] * (shape.num_layers // ranks.pp_size), layer_norm=layer_norm),
-        vocab_size=shape.vocab_size,
+        vocab_size=ranks.tp_size * shape.vocab_rows(ranks.tp_size),
         max_sequence_length=shape.max_positions,
         pre_process=ranks.is_first_stage,
         post_process=ranks.is_last_stage,
@@ -212,7 +218,10 @@ def build_model(shape: ModelShape, model: ModelSettings, megatron: MegatronSetti
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
     )
+    stage.valid_vocab_size = shape.vocab_size
     _mark_sharded_weights(stage)
+    stage.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(ranks.device)
+    stage.rotary = {"rope_theta": shape.rope_theta, "yarn": vars(shape.yarn) if shape.yarn is not None else None}
     return stage.to(ranks.device)
 
 

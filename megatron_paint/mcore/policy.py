@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_paint.config.settings import Settings, TeacherSettings
-from megatron_paint.losses import ShardedVocab, VocabAxis, WholeVocab, token_logprobs
+from megatron_paint.losses import token_logprobs
 from megatron_paint.losses.elementwise.choose import loss_kernel
 from megatron_paint.losses.interface import ResponseRows, TokenLoss
 from megatron_paint.mcore.async_writer import Writer
@@ -34,6 +33,7 @@ from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.mcore.runner import ModelRunner
 from megatron_paint.mcore.scores import NonFinite, score_samples
 from megatron_paint.mcore.teacher import Teacher, TeacherStates, Weights
+from megatron_paint.mcore.vocabulary import vocab_axis
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.policy import ScoredSequence
 from megatron_paint.records import Sample, SampleScore, TokenIds, UpdateReport
@@ -64,9 +64,10 @@ class MegatronPolicy(ModelRunner):
             self.stage,
             settings.objective.teacher if taught else TeacherSettings(weights="current"),
             keeps_initial=trained and settings.objective.needs.initial,
+            starts_adapted=settings.model.adapter_path is not None,
         )
         self.writer = Writer(ranks)
-        self.vocab = _vocab_axis(shape, ranks, self.stage.config)
+        self.vocab = vocab_axis(shape, ranks, self.stage.config)
         self.forward = ForwardPass(
             ranks=ranks,
             stage=self.stage,
@@ -155,10 +156,20 @@ class MegatronPolicy(ModelRunner):
     def export(self, folder: Path) -> None:
         model, ranks = self.settings.model, self.ranks
         if model.lora is not None and model.lora.export == "adapter":
-            export_adapters(self.stage, folder, lora=model.lora, ranks=ranks, source=model.hf_path)
+            export_adapters(
+                self.stage, folder, lora=model.lora, ranks=ranks, source=model.hf_path, tokenizer=model.adapter_path
+            )
             return
         dtype = DTYPES[model.dtype]
-        export_stage(self.stage, folder, shape=self.shape, ranks=ranks, dtype=dtype, source=model.hf_path)
+        export_stage(
+            self.stage,
+            folder,
+            shape=self.shape,
+            ranks=ranks,
+            dtype=dtype,
+            source=model.hf_path,
+            tokenizer=model.adapter_path,
+        )
 
     def teacher_states(
         self,
@@ -262,13 +273,6 @@ def _rows_of(hidden: dict[int, Tensor] | None, batch: MicroBatch, *, like: Tenso
     if hidden is None:
         return None
     return torch.cat([hidden[i] for i in batch.indices]) if batch.indices else like.detach()
-
-
-def _vocab_axis(shape: ModelShape, ranks: Ranks, config: TransformerConfig) -> VocabAxis:
-    if ranks.tp_size == 1:
-        return WholeVocab()
-    # Under sequence parallelism the backward of the response rows sums the hidden states' gradient.
-    return ShardedVocab.evenly_cut(ranks.tp_group, shape.vocab_size, reduce_hidden_grad=not config.sequence_parallel)
 
 
 def _device_time() -> float:

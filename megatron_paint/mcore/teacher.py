@@ -1,9 +1,9 @@
 """The teacher's weights: the initial ones, the current ones, or a moving average of the student's.
 
-With LoRA the initial teacher is the model without its adapters, and an average covers only the adapters. With full
-fine-tuning both are a second set of this rank's weights, on the device or in host memory. An average can be anchored:
-it then moves towards a mixture of the student's weights and the initial ones, a third set. This keeps the teacher near
-the initial weights however far the student moves.
+With LoRA the initial teacher is the model without its adapters, or with those that the run continues from, and an
+average covers only the adapters. With full fine-tuning both are a second set of this rank's weights, on the device or
+in host memory. An average can be anchored: it then moves towards a mixture of the student's weights and the initial
+ones, a third set. This keeps the teacher near the initial weights however far the student moves.
 """
 
 import dataclasses
@@ -38,17 +38,21 @@ class TeacherStates:
 class Teacher:
     """The further sets of weights of this rank that the settings need.
 
-    keeps_initial: the loss also needs the initial weights, whatever the teacher's are.
+    keeps_initial: the loss also needs the initial weights, whatever the teacher's are. starts_adapted: the adapters of
+    the start are not zero, so the initial weights include them.
     """
 
-    def __init__(self, stage: Stage, settings: TeacherSettings, *, keeps_initial: bool = False):
+    def __init__(
+        self, stage: Stage, settings: TeacherSettings, *, keeps_initial: bool = False, starts_adapted: bool = False
+    ):
         self.stage = stage
         self.settings = settings
         self.lora = bool(adapters_of(stage))
-        shares = settings.weights == "current" or (self.lora and settings.weights == "initial")
+        self.starts_bare = self.lora and not starts_adapted  # the initial weights are the model without its adapters
+        shares = settings.weights == "current" or (self.starts_bare and settings.weights == "initial")
         self.held = {} if shares else self._snapshot(average=settings.weights == "ema")
         # In the weights' own type: they never change.
-        keeps_start = self._is_anchored or (keeps_initial and not self.lora and settings.weights != "initial")
+        keeps_start = self._is_anchored or (keeps_initial and not self.starts_bare and settings.weights != "initial")
         self.start = self._snapshot() if keeps_start else {}
 
     def _parameters(self, values: dict[str, Tensor]) -> dict[str, nn.Parameter]:
@@ -74,20 +78,20 @@ class Teacher:
         return torch.device("cpu") if self.settings.offload else parameter.device
 
     def _values(self, weights: Weights) -> dict[str, Tensor]:
-        """The set of weights that replaces the student's; with LoRA the initial weights are its base."""
+        """The set of weights that replaces the student's."""
         if weights == "teacher" or self.settings.weights == "initial":
             return self.held
-        return {} if self.lora else self.start
+        return {} if self.starts_bare else self.start
 
     @contextmanager
     def in_place(self, weights: Weights = "teacher") -> Iterator[None]:
         """Inside, the stage computes with these weights; gradients are not allowed there."""
-        adapters_off = self.lora and (weights == "initial" or self.settings.weights == "initial")
+        are_initial = weights == "initial" or self.settings.weights == "initial"
         values = self._values(weights)
         parameters = self._parameters(values)
         students = {name: p.data for name, p in parameters.items()}
         for adapters in adapters_of(self.stage):
-            adapters.enabled = not adapters_off
+            adapters.enabled = not (self.starts_bare and are_initial)
         for name, parameter in parameters.items():
             parameter.data = values[name].to(parameter.device, parameter.dtype)
         try:

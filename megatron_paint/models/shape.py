@@ -4,6 +4,22 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
+class Yarn:
+    """Rotary positions that YaRN stretches beyond the length of the pretraining (arXiv 2309.00071).
+
+    Frequencies with more than `beta_fast` turns over the original length are kept. Those with fewer than `beta_slow`
+    turns are divided by `factor`. Between the two a linear ramp mixes them.
+    """
+
+    factor: float  # from 1: the new length over the original one
+    original_positions: int  # length of the pretraining
+    attention_factor: float  # cosine and sine are multiplied by it, so attention scores by its square
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True  # the ramp begins and ends at whole indices of frequencies
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """Sizes and switches of a decoder-only transformer with RMSNorm, SwiGLU and rotary positions."""
 
@@ -20,12 +36,17 @@ class ModelShape:
     qkv_bias: bool
     rope_theta: float
     norm_eps: float
-    max_positions: int
+    max_positions: int  # the longest sequence, prompt and response together; with YaRN the stretched length
     dtype: str  # of the stored weights: "bfloat16", "float32", ...
     num_experts: int = 0  # in each layer; 0: a dense model
     experts_per_token: int = 0
     expert_ffn_size: int = 0
     normalise_experts: bool = True  # True: the probabilities of the chosen experts are scaled to sum to 1
+    yarn: Yarn | None = None  # None: plain rotary positions
+
+    def vocab_rows(self, ranks: int) -> int:
+        """The vocabulary rows of each of `ranks` tensor-parallel ranks; padded at the end if it does not divide."""
+        return -(-self.vocab_size // ranks)
 
     @property
     def num_parameters(self) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from megatron_paint.config.settings import ObjectiveSettings
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.grading.grade import Grade
+from megatron_paint.grading.thoughts import PROMPT_TAIL, continued
 from megatron_paint.losses.elementwise.choose import loss_kernel
 from megatron_paint.losses.objectives import PolicyGradientLoss
 from megatron_paint.objectives.interface import ObjectiveInputs
@@ -73,6 +74,7 @@ class Grpo:
         return {
             "reward/mean": statistics.fmean(float(grade.correct) for grade in grades),
             "reward/timeouts": float(sum(grade.outcome == "timeout" for grade in grades)),
+            "reward/box_in_thought": float(sum(grade.box_in_thought for grade in grades)),
             "reward/equal_groups_share": 1.0 - len(taught) / len(grades),
             "updates": float(len(updates)),
             "ratio/clipped_share": mean_of("clipped_ratios", every, lambda score: score.loss_tokens),
@@ -82,7 +84,11 @@ class Grpo:
     def grades(self, problems: Sequence[Problem], rollouts: Sequence[Rollout]) -> list[Grade]:
         """Verdicts in the order of the rollouts."""
         answers = {problem.id: problem.answer for problem in problems}
-        pairs = [(self.prompts.response_text(r.response_ids), answers[r.problem_id]) for r in rollouts]
+        text = self.prompts.response_text
+        pairs = [
+            (continued(text(r.prompt_ids[-PROMPT_TAIL:]), text(r.response_ids)), answers[r.problem_id])
+            for r in rollouts
+        ]
         return self.on_rank_zero(lambda: self.graders.grade(pairs))
 
     def samples(

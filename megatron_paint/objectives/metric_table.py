@@ -116,6 +116,12 @@ METRICS: dict[str, Metric] = {
         healthy="steady; see response/length_mean",
         only="PAINT, OPSD, GRPO",
     ),
+    "response/no_answer_share": Metric(
+        meaning="share of sampled responses without a final answer in a closed box",
+        unit="0 to 1",
+        healthy="below 1; the run warns after 5 steps in a row at 1",
+        only="PAINT, OPSD, GRPO",
+    ),
     "grad_norm": Metric(
         meaning="norm of the gradient before clipping; GRPO: mean over the updates, null without any", unit="-"
     ),
@@ -142,6 +148,12 @@ METRICS: dict[str, Metric] = {
         meaning="responses whose grading ran out of time; they count as wrong",
         unit="responses",
         healthy="0",
+        only="GRPO",
+    ),
+    "reward/box_in_thought": Metric(
+        meaning="responses that are cut inside a thought which holds a box; grading.box_in_thought decides about them",
+        unit="responses",
+        healthy="0; more responses need a larger rollout.max_new_tokens",
         only="GRPO",
     ),
     "reward/equal_groups_share": Metric(

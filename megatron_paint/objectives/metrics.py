@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from megatron_paint.grading.boxes import ANY_BOX, box_spans
 from megatron_paint.records import Reveal, SampleScore, StepReport, StepResult, TokenIds
 
 PHASES = ("rollout", "mask", "teacher", "student", "optimizer")
@@ -108,6 +109,15 @@ def sample_lines(report: StepReport, *, decode: Callable[[Sequence[int]], str]) 
         }
         for sample, score in zip(report.samples, report.scores, strict=True)
     ]
+
+
+def no_answer_share(lines: Sequence[Mapping[str, Any]]) -> float:
+    """The share of sampled responses without a final answer in a closed box. lines: those of `sample_lines`.
+
+    NaN if no response was sampled.
+    """
+    sampled = [line["response_text"] for line in lines if line["finished"] is not None]
+    return ratio(sum(not box_spans(text, opener=ANY_BOX) for text in sampled), len(sampled))
 
 
 def _list(ids: TokenIds | None) -> list[int] | None:

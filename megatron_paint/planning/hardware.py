@@ -5,6 +5,8 @@ torch is imported when a function needs it, because mistakes in the settings are
 
 import importlib
 import os
+import re
+from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -64,6 +66,35 @@ def engine_environment(megatron: MegatronSettings) -> dict[str, str]:
             "Transformer Engine choose other kernels: unset it, or set deterministic_mode=false"
         )
     return {NONDETERMINISTIC: "0"}
+
+
+def gpu_bytes() -> int | None:
+    """Memory of the smallest GPU of this machine in bytes; None if there is no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    sizes = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
+    return min(sizes, default=None)
+
+
+def parse_gpu_memory(text: str | None) -> float | None:
+    """Bytes of `--gpu-memory`, such as 80, 80GB or 79.6GiB; UserError for another text. None: not given."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GB|GiB|G)?", text.strip(), re.IGNORECASE)
+    size = float(match[1]) * (2**30 if (match[2] or "").lower() == "gib" else 1e9) if match else 0.0
+    if not 1e9 <= size <= 1e13:
+        raise UserError(f"--gpu-memory={text!r} must be the memory of one GPU in GB (10^9 bytes) or GiB, such as 80GB")
+    return size
+
+
+def ranks_of_this_node(environ: Mapping[str, str]) -> int | None:
+    """The number of ranks that torchrun or srun started on this node; None where neither says it."""
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE"):
+        if match := re.match(r"[1-9]\d*", environ.get(name, "")):  # srun: 8(x2)
+            return int(match[0])
+    return None
 
 
 def device_of_rank() -> "torch.device":

@@ -1,5 +1,6 @@
 """The layout of the processes: checks model, settings and machine against each other before anything is loaded."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,10 +57,11 @@ def check_model(model: ModelSettings, megatron: MegatronSettings, rollout: Rollo
         (shape.num_heads, "attention heads"),
         (shape.num_groups, "key-value groups"),
         (shape.ffn_size, "feed-forward size"),
-        (shape.vocab_size, "vocabulary size"),
     ):
-        _must_divide("megatron.tensor_model_parallel_size", tp, size, what, shape)
-    _must_divide("megatron.pipeline_model_parallel_size", pp, shape.num_layers, "number of layers", shape)
+        together = math.gcd(size, common_tensor_parallel_size(shape))
+        _must_divide("megatron.tensor_model_parallel_size", tp, size, what, shape, together=together)
+    layers = shape.num_layers
+    _must_divide("megatron.pipeline_model_parallel_size", pp, layers, "number of layers", shape, together=layers)
     if megatron.sequence_parallel and tp == 1:
         raise UserError(
             "megatron.sequence_parallel=true splits activations over tensor-parallel ranks, but "
@@ -104,12 +106,19 @@ def _refuse_experts(megatron: MegatronSettings, shape: ModelShape) -> None:
         )
 
 
-def _must_divide(key: str, ranks: int, size: int, what: str, shape: ModelShape) -> None:
+def common_tensor_parallel_size(shape: ModelShape) -> int:
+    """The largest tensor-parallel size that divides everything that is split over ranks. Its divisors are valid too."""
+    return math.gcd(shape.num_heads, shape.num_groups, shape.ffn_size)
+
+
+def _must_divide(key: str, ranks: int, size: int, what: str, shape: ModelShape, *, together: int) -> None:
+    """UserError unless `ranks` divides `size`. It suggests the nearest divisor of `together`, which holds for all."""
     if size % ranks:
-        valid = [n for n in range(1, size + 1) if size % n == 0]
+        valid = [n for n in range(1, together + 1) if together % n == 0]
         nearest = min(valid, key=lambda n: (abs(n - ranks), n))
         raise UserError(
-            f"{key}={ranks} does not divide the {what}, {size}, of {shape.source}; the nearest that does is {nearest}"
+            f"{key}={ranks} does not divide the {what}, {size}, of {shape.source}; the nearest that fits the model is "
+            f"{nearest}"
         )
 
 

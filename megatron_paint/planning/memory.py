@@ -1,18 +1,26 @@
 """The plan of a training run: its layout, the derived numbers, and an estimate of the memory per rank."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
-from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import Settings
-from megatron_paint.models.shape import ModelShape
-from megatron_paint.planning.layout import WIDTHS, Layout, cache_bytes_per_token, check_layout
+from megatron_paint.planning.estimate import MemoryEstimate, Peak, checkpoint_bytes, estimate
+from megatron_paint.planning.hardware import gpu_bytes
+from megatron_paint.planning.layout import Layout, check_layout, common_tensor_parallel_size
 
-# Bytes of activations that backward needs, per token, layer and hidden unit, in 2-byte types without recomputation:
-# the sum over norms, projections and SwiGLU of a layer with flash attention. Our estimate.
-ACTIVATION_BYTES = 40
-FLOAT32 = 4
-OPTIMIZER_BYTES = 12  # per weight: float32 main weight and Adam's two moments
-IN_FLIGHT = 2  # with several stages, a stage has the activations of at least so many micro-batches
+__all__ = ["Plan", "checkpoint_bytes", "make_plan"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """The machines that a run is planned for, which may be others than this one."""
+
+    gpus: bool
+    gpu_memory: float | None  # bytes of one GPU; None: not known here
+    engine: bool  # layers of Transformer Engine
+    triton: bool  # its kernels compute the loss
+    ranks_per_node: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,136 +29,175 @@ class Plan(Layout):
 
     kernel: str  # implementation of the loss's elementwise work
     why_torch: str  # why Triton cannot be used; empty if it can
-    memory: dict[str, float]
-    saved: float  # host memory while a rank copies its part of a checkpoint
+    target: Target
+    memory: MemoryEstimate
+    settings: Settings
 
     def lines(self, settings: Settings) -> list[str]:
         """The plan as lines for the console."""
         shape = self.shape
         problems = settings.data.problems_per_step
         layers = shape.num_layers // self.pipeline_parallel
-        rows = [
+        return [
             f"model      {shape.num_parameters:,} weights, {shape.num_layers} layers, hidden {shape.hidden_size}, "
             f"{shape.num_heads} heads / {shape.num_groups} groups, vocabulary {shape.vocab_size:,}"
             f"{', tied' if shape.tied else ''}",
             f"layout     {self.processes} processes = tensor {self.tensor_parallel} x pipeline "
             f"{self.pipeline_parallel} x data {self.data_parallel}; {layers} layers "
-            f"a stage, {shape.vocab_size // self.tensor_parallel:,} vocabulary rows a rank",
+            f"a stage, {shape.vocab_rows(self.tensor_parallel):,} vocabulary rows a rank",
             f"layers     {'Transformer Engine' if self.uses_engine else 'plain torch'}, {settings.model.dtype}"
             f"{f', FP8 {settings.megatron.fp8} {settings.megatron.fp8_recipe}' if settings.megatron.fp8 else ''}",
             f"loss       elementwise work by {self.kernel}"
             f"{f' ({self.why_torch})' if self.kernel == 'torch' and self.why_torch else ''}, chunks of "
-            f"{_size(settings.objective.chunk_bytes)}",
+            f"{size_text(settings.objective.chunk_bytes)}",
             f"step       {problems} problems, about {problems / self.data_parallel:g} a replica, micro-batches of at "
             f"most {settings.data.micro_batch_tokens:,} tokens; {settings.run.steps} steps",
+            *self.memory_lines(),
         ]
-        total = sum(self.memory.values())
-        parts = ", ".join(f"{name} {_size(size)}" for name, size in self.memory.items() if size)
-        saving = f"a save takes about {_size(self.saved)} of host memory"
-        return [*rows, f"memory     about {_size(total)} a rank (estimate): {parts}; {saving}"]
 
-
-def make_plan(settings: Settings, *, processes: int) -> Plan:
-    """The plan of a training run. UserError names the setting that does not fit, and the nearest valid value."""
-    layout = check_layout(settings.model, settings.megatron, settings.rollout, processes=processes)
-    shape, tp, pp, dp = layout.shape, layout.tensor_parallel, layout.pipeline_parallel, layout.data_parallel
-    if settings.rollout.max_new_tokens >= shape.max_positions:
-        raise UserError(
-            f"rollout.max_new_tokens={settings.rollout.max_new_tokens} leaves no room for a prompt: the model has "
-            f"{shape.max_positions} positions"
+    def memory_lines(self) -> list[str]:
+        """The estimate alone: the two peaks of a rank, the GPU's memory, and host memory."""
+        memory, target = self.memory, self.target
+        lines = [f"memory     {_peak_text('training', memory.training)}"]
+        if memory.sampling is not None:
+            lines.append(f"           {_peak_text('sampling', memory.sampling)}")
+        if target.gpu_memory is not None:
+            share = memory.peak / target.gpu_memory
+            lines.append(
+                f"           the larger peak, {size_text(memory.peak)}, is {share:.0%} of a GPU's "
+                f"{size_text(target.gpu_memory)} (estimate, docs/memory.md)"
+            )
+        elif target.gpus:
+            lines.append(
+                f"           the larger peak is {size_text(memory.peak)} (estimate, docs/memory.md); the GPUs' memory "
+                "is not known here: --gpu-memory 80GB compares with it"
+            )
+        else:
+            lines.append(
+                "           for ranks on CPUs (estimate, docs/memory.md): --gpu-memory 80GB plans for GPUs instead"
+            )
+        host = memory.host
+        lines.append(
+            f"host       about {size_text(host.rank)} a rank and {size_text(host.node)} on a node of {host.ranks} "
+            "ranks, while a checkpoint is copied (estimate)"
         )
+        return lines
+
+    def warnings(self) -> list[str]:
+        """One warning if the estimate is above a GPU's memory, with what would help; else none."""
+        limit, peak = self.target.gpu_memory, self.memory.peak
+        if limit is None or peak <= limit:
+            return []
+        helps = [f"{change} (to {size_text(after)})" for change, after in self._remedies()]
+        advice = f". Changes that lower the peak, each one alone: {'; '.join(helps)}" if helps else ""
+        return [
+            f"the estimated peak of {size_text(peak)} a rank is above a GPU's {size_text(limit)}: a rank will probably "
+            f"run out of memory{advice}"
+        ]
+
+    def _remedies(self) -> Iterator[tuple[str, float]]:
+        """Changes that lower the peak by at least a hundredth, in the order in which they should be tried."""
+        for text, changed, processes in _changes(self.settings, self):
+            tp, pp = changed.megatron.tensor_model_parallel_size, self.pipeline_parallel
+            layout = Layout(
+                shape=self.shape,
+                processes=processes,
+                tensor_parallel=tp,
+                pipeline_parallel=pp,
+                data_parallel=processes // (tp * pp),
+                uses_engine=self.uses_engine,
+            )
+            after = _estimate(changed, layout, self.target).peak
+            if after < 0.99 * self.memory.peak:
+                yield text, after
+
+
+def make_plan(
+    settings: Settings,
+    *,
+    processes: int,
+    gpu_memory: float | None = None,
+    ranks_per_node: int | None = None,
+    on_gpu_nodes: bool | None = None,
+) -> Plan:
+    """The plan of a training run. UserError names the setting that does not fit, and the nearest valid value.
+
+    gpu_memory: bytes of one GPU; None: of this machine's GPU, if the run is for this machine. on_gpu_nodes: whether the
+    run is for other nodes with GPUs or without; None: for this machine. ranks_per_node: None: all are on one node.
+    """
+    layout = check_layout(settings.model, settings.megatron, settings.rollout, processes=processes)
     # Imports torch, which a mistake in the settings must not wait for.
     from megatron_paint.losses.elementwise.choose import loss_kernel, missing_for_triton
 
+    kernel, found = loss_kernel(settings.objective.kernel), gpu_bytes() if on_gpu_nodes is None else None
+    # Of GPUs elsewhere nothing is known except the settings: what they ask for will be there.
+    elsewhere = found is None and (on_gpu_nodes or (on_gpu_nodes is None and gpu_memory is not None))
+    target = Target(
+        gpus=elsewhere or found is not None,
+        gpu_memory=gpu_memory or found,
+        engine=settings.megatron.transformer_impl != "local" if elsewhere else layout.uses_engine,
+        triton=settings.objective.kernel != "torch" if elsewhere else kernel == "triton",
+        ranks_per_node=ranks_per_node or processes,
+    )
     return Plan(
         **vars(layout),
-        kernel=loss_kernel(settings.objective.kernel),
+        kernel=kernel,
         why_torch=missing_for_triton() or "",
-        memory=_memory(settings, shape, tp=tp, pp=pp, dp=dp),
-        saved=_saved(settings, shape) / (tp * pp),  # the first replica writes for all
+        target=target,
+        memory=_estimate(settings, layout, target),
+        settings=settings,
     )
 
 
-def _cache(settings: Settings, shape: ModelShape) -> float:
-    """The most bytes of keys and values. A batch is cut so that they stay within rollout.cache_bytes."""
-    longest = settings.rollout.max_new_tokens
-    if settings.evaluation.problems is not None:
-        longest = max(longest, settings.evaluation.max_new_tokens)
-    tokens = settings.rollout.batch_size * min(shape.max_positions, 2 * longest)
-    return min(float(settings.rollout.cache_bytes), _cache_bytes_per_token(settings, shape) * tokens)
-
-
-def _cache_bytes_per_token(settings: Settings, shape: ModelShape) -> int:
-    return cache_bytes_per_token(shape, dtype=settings.model.dtype, megatron=settings.megatron)
-
-
-def adapter_parameters(shape: ModelShape, rank: int) -> int:
-    """Number of weights of LoRA adapters on all seven projections of every layer."""
-    q, kv = shape.num_heads * shape.head_dim, shape.num_groups * shape.head_dim
-    ends = 2 * (shape.hidden_size + q) + 2 * (shape.hidden_size + kv) + 3 * (shape.hidden_size + shape.ffn_size)
-    return rank * ends * shape.num_layers
-
-
-def teacher_bytes(settings: Settings) -> int:
-    """Bytes that the teacher stores for each trained weight; 0 if it shares the weights."""
-    teacher, width = settings.objective.teacher, WIDTHS[settings.model.dtype]
-    if not settings.objective.needs.teacher:
-        return 0
-    if teacher.weights == "ema":
-        return FLOAT32 + (width if teacher.ema_anchor > 0 else 0)  # and the initial weights, its anchor
-    return width if teacher.weights == "initial" and settings.model.lora is None else 0
-
-
-def checkpoint_bytes(settings: Settings, shape: ModelShape) -> int:
-    """Estimated bytes of one checkpoint: weights, the optimiser's float32 state, and the teacher's own weights."""
-    trained = _trained(settings, shape)
-    weights = shape.num_parameters + (trained if settings.model.lora is not None else 0)
-    return weights * WIDTHS[settings.model.dtype] + trained * (OPTIMIZER_BYTES + teacher_bytes(settings))
-
-
-def _saved(settings: Settings, shape: ModelShape) -> float:
-    """Bytes of a checkpoint, with a sharded optimiser state counted twice: Megatron gathers it in host memory."""
-    gathered = OPTIMIZER_BYTES * _trained(settings, shape) if settings.megatron.use_distributed_optimizer else 0
-    return checkpoint_bytes(settings, shape) + gathered
-
-
-def _trained(settings: Settings, shape: ModelShape) -> int:
-    lora = settings.model.lora
-    return shape.num_parameters if lora is None else adapter_parameters(shape, lora.rank)
-
-
-def _memory(settings: Settings, shape: ModelShape, *, tp: int, pp: int, dp: int) -> dict[str, float]:
-    """Bytes per rank that are in memory at the same time, for the last stage, which has a share of the embeddings."""
-    width = WIDTHS[settings.model.dtype]
-    embedding = shape.vocab_size * shape.hidden_size
-    layers = shape.num_parameters - embedding * (1 if shape.tied else 2)
-    weights = (layers / pp + embedding) / tp
-    trained = weights
-    if (lora := settings.model.lora) is not None:
-        trained = adapter_parameters(shape, lora.rank) / pp / tp
-    teacher, held = settings.objective.teacher, teacher_bytes(settings)
-    resting = 0 if teacher.offload else held
-    # For a pass, an average is copied in the student's type, and weights in host memory are copied to the device.
-    passing = width if held and (teacher.offload or teacher.weights == "ema") else 0
-    optimizer = OPTIMIZER_BYTES * trained / (dp if settings.megatron.use_distributed_optimizer else 1)
-    tokens = settings.data.micro_batch_tokens / (tp if settings.megatron.sequence_parallel else 1)
-    kept = 1 if settings.megatron.recompute_granularity == "full" else shape.num_layers / pp
-    return {
-        "weights": weights * width,
-        "gradients": trained * FLOAT32,
-        "optimiser": optimizer,
-        "teacher": float(trained * (resting + passing)),
-        # The loss's float32 sum, and the zeros that Megatron's hook gets.
-        "output layer's gradient": 0.0 if lora else embedding / tp * (FLOAT32 + width),
-        "activations": tokens * shape.hidden_size * ACTIVATION_BYTES * kept * width / 2 * min(pp, IN_FLIGHT),
-        "logits": float(settings.objective.chunk_bytes),
-        "key-value cache": _cache(settings, shape),
-    }
-
-
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
+    """Bytes with three digits, in units of 1000."""
     for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
+        if count < 999.5:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
+
+
+def _estimate(settings: Settings, layout: Layout, target: Target) -> MemoryEstimate:
+    return estimate(
+        settings,
+        layout,
+        engine=target.engine,
+        triton=target.triton,
+        on_gpus=target.gpus,
+        ranks_per_node=target.ranks_per_node,
+    )
+
+
+def _peak_text(name: str, peak: Peak) -> str:
+    parts = ", ".join(f"{part} {size_text(size)}" for part, size in peak.parts.items() if size)
+    return f"{name} {size_text(peak.total)} a rank ({peak.moment}): {parts}"
+
+
+def _changes(settings: Settings, layout: Layout) -> Iterator[tuple[str, Settings, int]]:
+    """What may help against too little memory, each change alone: a text, the settings, and the number of ranks."""
+    megatron, data, rollout, ranks = settings.megatron, settings.data, settings.rollout, layout.processes
+    tp, most = layout.tensor_parallel, common_tensor_parallel_size(layout.shape)
+    places = ranks // layout.pipeline_parallel
+    larger = [size for size in range(tp + 1, places + 1) if most % size == 0 and places % size == 0]
+    for size in larger[:1]:
+        changed = replace(megatron, tensor_model_parallel_size=size, sequence_parallel=True)
+        text = f"megatron.tensor_model_parallel_size={size} megatron.sequence_parallel=true"
+        yield text, replace(settings, megatron=changed), ranks
+    if not megatron.use_distributed_optimizer and layout.data_parallel > 1:
+        changed = replace(megatron, use_distributed_optimizer=True)
+        yield "megatron.use_distributed_optimizer=true", replace(settings, megatron=changed), ranks
+    if megatron.recompute_granularity != "full":
+        full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        text = " ".join(f"megatron.{name}={value}" for name, value in full.items())
+        yield text, replace(settings, megatron=replace(megatron, **full)), ranks
+    tokens = math.ceil(data.micro_batch_tokens / 2)
+    changed = replace(settings, data=replace(data, micro_batch_tokens=tokens))
+    yield f"data.micro_batch_tokens={tokens}", changed, ranks
+    rows = math.ceil(rollout.batch_size / 2)
+    yield f"rollout.batch_size={rows}", replace(settings, rollout=replace(rollout, batch_size=rows)), ranks
+    teacher = settings.objective.teacher
+    if not teacher.offload:
+        objective = replace(settings.objective, teacher=replace(teacher, offload=True))
+        yield "objective.teacher.offload=true", replace(settings, objective=objective), ranks
+    yield f"{2 * ranks} ranks", settings, 2 * ranks

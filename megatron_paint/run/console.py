@@ -1,9 +1,12 @@
 """What a run prints while it runs. Only rank 0 has a Progress that is not silent."""
 
 import math
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
@@ -12,12 +15,22 @@ from rich.table import Table
 
 from megatron_paint.base.json_text import to_json
 from megatron_paint.evaluation.statistics import length_text, paired_difference
+from megatron_paint.evaluation.summary import truncation_warning
 from megatron_paint.records import EvalReport, StepReport
+from megatron_paint.run.console_log import ConsoleLog
 from megatron_paint.run.tensorboard import TensorBoardLog
 
 Mode = Literal["normal", "quiet", "json", "silent"]
 RECENT = 20  # the time left is estimated from so many steps
 LOG_WIDTH = 120  # of the table if the console is a file
+STEP_LINE = {  # parts of a step's line, in this order, by what they show
+    "overlap {:.2f}": "overlap/mean",
+    "reveal {:.2f}": "reveal/mean",
+    "reward {:.2f}": "reward/mean",
+    "length {:,.0f}": "response/length_mean",
+    "truncated {:.0%}": "response/truncated_share",
+    "grad {:.3g}": "grad_norm",
+}
 
 
 class Progress:
@@ -34,6 +47,7 @@ class Progress:
         steps: int,
         console: Console | None = None,
         tensorboard: TensorBoardLog | None = None,
+        log: ConsoleLog | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.mode = mode
@@ -41,14 +55,15 @@ class Progress:
         self.console = console or Console(highlight=False)
         if not self.console.is_terminal:
             self.console.width = LOG_WIDTH
-        self.tensorboard = tensorboard
+        self.tensorboard, self.log = tensorboard, log
+        if log is not None:
+            log.on_failure = self.warn
         self._clock = clock
         self._times: deque[float] = deque([clock()], maxlen=RECENT + 1)
-        self._accuracy: float | None = None
 
     def note(self, message: str, **values: Any) -> None:
         """Prints a line that is neither a step nor a warning. `values` go into the JSON event."""
-        self._emit("note", {"message": message, **values}, "" if self.mode == "quiet" else escape(message))
+        self._emit("note", {"message": message, **values}, escape(message), quiet=False)
 
     def result(self, message: str, **values: Any) -> None:
         """Prints a result of the run, also in quiet mode."""
@@ -57,6 +72,21 @@ class Progress:
     def warn(self, message: str) -> None:
         """Prints a warning."""
         self._emit("warning", {"message": message}, f"[bold yellow]warning:[/] {escape(message)}")
+
+    def on_stderr(self, line: str) -> None:
+        """Prints a line on stderr: an error, or an answer to a signal."""
+        print(line, file=sys.stderr, flush=True)
+        if self.log is not None:
+            self.log.add(escape(line))
+
+    @contextmanager
+    def logging(self, logs: Path, arguments: Sequence[str]) -> Iterator[None]:
+        """Writes everything printed so far and from now on into the log of a run, and the error that ends the block."""
+        self.log.open(logs, command=["megatron-paint", *arguments])
+        try:
+            yield
+        finally:
+            self.log.close()
 
     def start_clock(self) -> None:
         """Starts to measure steps now: after the start, or after a pause that does not belong to a step."""
@@ -67,34 +97,45 @@ class Progress:
         """Prints one step and its warnings."""
         self._times.append(self._clock())
         left = self.seconds_left(report.step)
-        line = "" if self.mode == "quiet" else self._step_line(report, left)
-        self._emit("step", {**report.metrics, "steps": self.steps, "seconds_left": left}, line)
+        values = {**report.metrics, "steps": self.steps, "seconds": report.seconds, "seconds_left": left}
+        self._emit("step", values, self._step_line(report, left), quiet=False)
         for warning in report.warnings:
             self.warn(warning)
         if self.tensorboard is not None and self.mode != "silent":
             self.tensorboard.add(report.step, report.metrics)
 
     def evaluation(self, report: EvalReport) -> None:
-        """Prints one evaluation. The lines of later steps repeat its accuracy."""
-        self._accuracy = report.metrics["avg"]
+        """Prints one evaluation, and a warning if too many answers are cut off."""
         values = {"step": report.step, "benchmark": report.benchmark, **report.metrics}
         line = f"[bold]evaluation[/] at step {report.step} on {escape(report.benchmark)}: {accuracy_text(report)}"
-        self._emit("evaluation", values, "" if self.mode == "quiet" else line)
+        self._emit("evaluation", values, line, quiet=False)
+        if warning := truncation_warning(report):
+            self.warn(warning)
         if self.tensorboard is not None and self.mode != "silent":
             scores = {f"eval/{report.benchmark}/{name}": value for name, value in report.metrics.items()}
             self.tensorboard.add(report.step, scores)
 
-    def end(self, *, before: Sequence[EvalReport] = (), after: Sequence[EvalReport] = (), folder: str = "") -> None:
-        """Prints the end of the run: each benchmark before and after, and the folder of the results."""
+    def end(
+        self,
+        *,
+        before: Sequence[EvalReport] = (),
+        after: Sequence[EvalReport] = (),
+        folder: str = "",
+        model: str | None = None,
+    ) -> None:
+        """Prints the end: each benchmark before and after, and the folder of the results.
+
+        model: the name of the evaluated model; None for a run, whose models are named by their steps.
+        """
         differences = {}
         for old, new in zip(before, after, strict=True) if before else ():
             difference = paired_difference(before=old, after=new)
             differences[new.benchmark] = [difference.mean, difference.low, difference.high]
         values = {"folder": folder, "differences": differences}
         values["after"] = {report.benchmark: report.metrics for report in after}
-        self._emit("end", values, end_table(before, after) if after else "")
-        if folder and self.mode in ("normal", "quiet"):
-            self.console.print(f"Results: {escape(folder)}", soft_wrap=True)
+        self._emit("end", values, end_table(before, after, model=model) if after else "")
+        if folder:
+            self._show(f"Results: {escape(folder)}", quiet=True)
         if self.tensorboard is not None:
             self.tensorboard.close()
 
@@ -109,22 +150,28 @@ class Progress:
         metrics = report.metrics
         width = len(str(self.steps))
         parts = [f"step {report.step:>{width}}/{self.steps}", f"loss {metrics['loss']:.4f}"]
-        for name, key in (("overlap", "overlap/mean"), ("reveal", "reveal/mean"), ("reward", "reward/mean")):
-            if not math.isnan(metrics.get(key, math.nan)):  # only some objectives have it
-                parts.append(f"{name} {metrics[key]:.2f}")
-        if self._accuracy is not None:
-            parts.append(f"accuracy {100 * self._accuracy:.1f} %")
+        for text, key in STEP_LINE.items():
+            if not math.isnan(value := metrics.get(key, math.nan)):  # only some objectives have it
+                parts.append(text.format(value))
+        if report.seconds is not None:
+            parts.append(f"{report.seconds:.3g} s/step")
         parts += [f"{metrics['tokens_per_second']:,.0f} tokens/s", f"{duration(left)} left"]
         return "  ".join(parts)
 
-    def _emit(self, event: str, values: Mapping[str, Any], rendered: "str | Table") -> None:
-        if self.mode == "silent" or (self.mode != "json" and rendered == ""):
-            return
+    def _emit(self, event: str, values: Mapping[str, Any], rendered: "str | Table", *, quiet: bool = True) -> None:
+        """quiet: whether --quiet prints it too."""
         if self.mode == "json":
             # rich would wrap and colour the line.
             print(to_json({"event": event, **values}), file=self.console.file, flush=True)
-        else:
+        if rendered != "":
+            self._show(rendered, quiet=quiet)
+
+    def _show(self, rendered: "str | Table", *, quiet: bool) -> None:
+        """Prints a text or table. The log has everything, in the form of the normal mode."""
+        if self.mode == "normal" or (self.mode == "quiet" and quiet):
             self.console.print(rendered, soft_wrap=isinstance(rendered, str))
+        if self.log is not None and self.mode != "silent":
+            self.log.add(rendered)
 
 
 def accuracy_text(report: EvalReport) -> str:
@@ -134,25 +181,34 @@ def accuracy_text(report: EvalReport) -> str:
     return f"Avg@{report.samples_per_problem} {100 * metrics['avg']:.1f} % [{low:.1f}, {high:.1f}]".replace("[", r"\[")
 
 
-def end_table(before: Sequence[EvalReport], after: Sequence[EvalReport]) -> Table:
-    """Before and after the run: accuracy with its interval, the paired difference, greedy accuracy and mean length."""
+def end_table(before: Sequence[EvalReport], after: Sequence[EvalReport], *, model: str | None = None) -> Table:
+    """Before and after the run: accuracy with its interval, the paired difference, greedy accuracy, mean length, the
+    number of answers to a problem, and the share of answers that are cut off.
+
+    model: its name; None: the model of each row is named by its step.
+    """
     table = Table(title="Accuracy in %, with 95 % intervals over problems")
-    for name in ("benchmark", "model", "accuracy", "difference (paired)", "greedy", "mean length"):
+    names = ("benchmark", "model", "accuracy", "difference (paired)", "greedy", "mean length", "n", "truncated")
+    if model is not None:
+        table.caption = f"model: {escape(model)}"
+        names = tuple(name for name in names if name not in ("model", "difference (paired)"))
+    for name in names:
         table.add_column(name, justify="left" if name in ("benchmark", "model") else "right")
     pairs = zip(before, after, strict=True) if before else ((None, new) for new in after)
     for old, new in pairs:
-        if old is not None:
-            table.add_row(escape(old.benchmark), f"step {old.step}", accuracy_text(old), "", *_greedy_and_length(old))
-        difference = "" if old is None else _difference_text(old, new)
-        table.add_row(
-            escape(new.benchmark), f"step {new.step}", accuracy_text(new), difference, *_greedy_and_length(new)
-        )
+        for report in (old, new) if old is not None else (new,):
+            difference = _difference_text(old, new) if old is not None and report is new else ""
+            own = () if model is not None else (f"step {report.step}",)
+            compared = () if model is not None else (difference,)
+            table.add_row(escape(report.benchmark), *own, accuracy_text(report), *compared, *_further(report))
     return table
 
 
-def _greedy_and_length(report: EvalReport) -> tuple[str, str]:
-    greedy = f"{100 * report.metrics['greedy']:.1f}" if "greedy" in report.metrics else "-"
-    return greedy, length_text(report.metrics)
+def _further(report: EvalReport) -> tuple[str, ...]:
+    metrics = report.metrics
+    greedy = f"{100 * metrics['greedy']:.1f}" if "greedy" in metrics else "-"
+    truncated = f"{100 * metrics['truncated_share']:.1f} %"
+    return greedy, length_text(metrics), str(report.samples_per_problem), truncated
 
 
 def _difference_text(old: EvalReport, new: EvalReport) -> str:

@@ -11,14 +11,24 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from megatron_paint.base.errors import UserError, about
 from megatron_paint.base.json_text import to_json
-from megatron_paint.config.saved import forbidden_changes, moved_decay_end, read_config, settings_tree, to_yaml
+from megatron_paint.config.saved import (
+    IN_CHECKPOINT,
+    allowed_changes,
+    forbidden_changes,
+    moved_decay_end,
+    read_config,
+    settings_tree,
+    to_yaml,
+)
 from megatron_paint.config.schedule import Task
 from megatron_paint.records import EvalReport
+from megatron_paint.run.lock_watch import LOCK
 from megatron_paint.runtime.files import (
     COMPLETE,
     NewFolder,
@@ -28,11 +38,14 @@ from megatron_paint.runtime.files import (
     write_atomically,
 )
 from megatron_paint.runtime.heartbeat import clear_heartbeats
+from megatron_paint.runtime.new_folders import check_writable
 
 STEP_NAME = re.compile(r"step_(\d{6,})")
 ATTEMPTS = "attempts.jsonl"  # a line for each begin and end of a Slurm job of the run
+CHANGES = "changes.jsonl"  # a line for each setting that run.allow_changes let a resumed run change
 STOPPED = "STOPPED"  # why no further job of the run is to start
-ALLOWED_BEFORE = {"logs", ATTEMPTS, STOPPED}  # the batch system and its jobs write there before the run starts
+# The batch system and its jobs write there before the run starts, and a run takes its lock before anything else.
+ALLOWED_BEFORE = {"logs", ATTEMPTS, STOPPED, LOCK}
 
 
 class RunFolder:
@@ -56,8 +69,13 @@ class RunFolder:
         there is no checkpoint and run.resume=required; a setting changed that must not change; the disk refuses.
         """
         step = self.check(settings)
+        changed = self.allowed_changes(settings)
         with about("run.dir"), disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            for name, (old, new) in changed.items():
+                now = datetime.now(UTC).isoformat(timespec="seconds")
+                change = {"after_step": step, "setting": name, "old": old, "new": new, "time": now}
+                append_line(self.path / CHANGES, to_json(change))
             write_atomically(self.config_file, to_yaml(settings_tree(settings)))
             for folder in (self.path / "samples", self.path / "eval", self.path / "checkpoints", self.logs):
                 folder.mkdir(exist_ok=True)
@@ -65,7 +83,7 @@ class RunFolder:
         return step
 
     def check(self, settings: Any) -> int:
-        """What `prepare` would return or raise. It changes nothing."""
+        """What `prepare` would return or raise. It leaves nothing behind."""
         new = settings_tree(settings)
         resume = new["run"]["resume"]
         held = self._held()
@@ -92,13 +110,22 @@ class RunFolder:
             raise UserError(
                 f"run.dir={self.path} cannot be written: {existing} is read-only or not yours to write; give another"
             )
+        with about("run.dir"):  # only an attempt shows what else may be wrong
+            check_writable(self.path)
         return step
+
+    def allowed_changes(self, settings: Any) -> dict[str, tuple[Any, Any]]:
+        """What a start with these settings changes because run.allow_changes names it: key -> (old, new)."""
+        if not self.config_file.exists():
+            return {}
+        return allowed_changes(old=read_config(self.config_file), new=settings_tree(settings))
 
     def _held(self) -> list[str]:
         with about("run.dir"), disk_errors(self.path):
             if not self.path.exists():
                 return []
-            return sorted(entry.name for entry in self.path.iterdir() if entry.name not in ALLOWED_BEFORE)
+            names = [entry.name for entry in self.path.iterdir()]
+            return sorted(name for name in names if name not in ALLOWED_BEFORE and not name.startswith(f".{LOCK}."))
 
     def _check_unchanged(self, new: Mapping[str, Any]) -> None:
         if not self.config_file.exists():
@@ -107,9 +134,11 @@ class RunFolder:
             )
         old = read_config(self.config_file)
         if changed := forbidden_changes(old=old, new=new):
+            names = [change.partition(":")[0] for change in changed]
+            purpose = f", or change them on purpose with run.allow_changes=[{', '.join(names)}]"
             raise UserError(
                 f"run.dir={self.path} was started with other settings: {'; '.join(changed)}. Restore them to resume, "
-                "or start again in another run.dir"
+                f"or start again in another run.dir{'' if IN_CHECKPOINT & set(names) else purpose}"
             )
         if moved := moved_decay_end(old=old, new=new):
             raise UserError(f"{moved}; or start again in another run.dir than {self.path}")
@@ -197,6 +226,13 @@ class RunFolder:
     def latest_checkpoint(self) -> int | None:
         """The newest step that has a complete checkpoint."""
         return max(self.checkpoints(), default=None)
+
+    def kept_text(self) -> str:
+        """What remains of the run if it ends now, and how it resumes."""
+        newest = self.latest_checkpoint()
+        if newest is None:
+            return f"{self.path} has no checkpoint yet, so the same command with run.resume=auto begins it again"
+        return f"{self.checkpoint_folder(newest)} is kept, and the same command with run.resume=auto resumes from it"
 
     def set_aside(self, step: int) -> Path:
         """Renames a damaged checkpoint, so that it no longer counts as one; returns the new path."""

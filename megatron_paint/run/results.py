@@ -1,5 +1,6 @@
 """The results of a run, read from its folder: at the end of the run, and whenever a finished run is started again."""
 
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,20 +11,37 @@ from megatron_paint.config.settings import Settings
 from megatron_paint.records import EvalReport
 from megatron_paint.run.console import Progress
 from megatron_paint.run.folder import RunFolder
+from megatron_paint.run.learning_watch import LearningWatch
 from megatron_paint.runtime.checksums import Damaged, damage, read_checksums
 
-MAY_DIFFER = ("run.dir", "run.resume")  # settings that change nothing in a finished run
+MAY_DIFFER = ("run.dir", "run.resume", "run.allow_changes")  # settings that change nothing in a finished run
 READERS = 4  # threads that compute checksums; ours
 
 
 def print_results(folder: RunFolder, progress: Progress, *, last: int) -> None:
-    """Prints where to look next, and the evaluations before the run and after its step `last`."""
-    progress.note(
-        f"Look next: megatron-paint inspect samples {folder.path} {last}, "
-        f"{folder.metrics_file}, {folder.hf_folder(last)} (a Hugging Face checkpoint)"
-    )
+    """Prints what taught nothing, where to look next, and the evaluations before the run and after its step `last`."""
+    watch = LearningWatch()
+    for line in folder.read_metrics():
+        watch.update(line)
+    for warning in watch.summary():
+        progress.warn(warning)
+    for line in look_next(folder, last=last):
+        progress.note(line)
     before, after = _evaluation(folder, 0), _evaluation(folder, last)
     progress.end(before=before if after else [], after=after, folder=str(folder.path))
+
+
+def look_next(folder: RunFolder, *, last: int) -> list[str]:
+    """Commands that can be pasted into a shell, each with what it shows."""
+    commands = {
+        ("megatron-paint", "inspect", "samples", str(folder.path), str(last)): "a sample of the last step",
+        ("megatron-paint", "status", str(folder.path)): "speed, checkpoints and attempts",
+        ("tail", "-n", "1", str(folder.metrics_file)): "the metrics of the last step",
+        ("ls", str(folder.hf_folder(last))): "the exported Hugging Face checkpoint",
+    }
+    lines = [(shlex.join(command), meaning) for command, meaning in commands.items()]
+    width = max(len(command) for command, _ in lines)
+    return ["Look next:", *(f"  {command:<{width}}  # {meaning}" for command, meaning in lines)]
 
 
 def _evaluation(folder: RunFolder, step: int) -> list[EvalReport]:
@@ -56,7 +74,7 @@ def _has_same_settings(folder: RunFolder, settings: Settings) -> bool:
         return False  # the usual start finds out what is wrong
     now = dotted(settings_tree(settings))
     for key in MAY_DIFFER:
-        before[key] = now[key]
+        before[key] = now[key]  # an earlier version may not have had it
     return before == now
 
 

@@ -11,9 +11,15 @@ SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
 
 def end_with_launcher() -> None:
-    """In a rank of our launcher: the kernel kills this rank as soon as the launcher is gone."""
+    """In a rank of our launcher: the kernel kills this rank as soon as the launcher is gone.
+
+    Ctrl-C is the launcher's, which passes it on. Before this rank can stop with a checkpoint, it ends this rank without
+    a traceback.
+    """
     launcher = os.environ.get(LAUNCHER)
     if launcher is not None:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         end_with_parent(int(launcher))
 
 

@@ -6,10 +6,11 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from types import FrameType
 
 from megatron_paint.runtime.signals import RecordedSignals
 
-STOPPING = (signal.SIGTERM, signal.SIGUSR1)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 STOPPED = 75  # EX_TEMPFAIL: stopped early with a checkpoint; the same command resumes
 
 
@@ -24,15 +25,32 @@ class StopRequested(Exception):
 class StopRequest(RecordedSignals):
     """Records between `__enter__` and `__exit__` that this process was asked to stop. It interrupts nothing.
 
-    Further signals change nothing, so that a checkpoint in progress is completed. end_at: when the job ends, in seconds
-    since 1970; None: never. margin: seconds before that at which to stop.
+    Further signals change nothing, so that a checkpoint in progress is completed. Only the second Ctrl-C in a process
+    that is no rank of a launcher raises KeyboardInterrupt. end_at: when the job ends, in seconds since 1970; None:
+    never. margin: seconds before that at which to stop. on_interrupt: called at the first such Ctrl-C.
     """
 
-    def __init__(self, *, margin: float = 0.0, clock: Callable[[], float] = time.time) -> None:
-        # Even if they are ignored: a job script makes its launchers ignore them, and ranks inherit that.
-        super().__init__(STOPPING, also_ignored=True)
+    def __init__(
+        self,
+        *,
+        margin: float = 0.0,
+        clock: Callable[[], float] = time.time,
+        on_interrupt: Callable[[], None] = lambda: None,
+    ) -> None:
+        # Even if they are ignored: a job script makes its launchers ignore them, and ranks inherit that. A shell makes
+        # its background jobs ignore SIGINT, which is not for them.
+        super().__init__(STOPPING, also_ignored={signal.SIGTERM, signal.SIGUSR1})
         self.end_at: float | None = None
-        self._margin, self._clock = margin, clock
+        self._margin, self._clock, self._on_interrupt = margin, clock, on_interrupt
+        self._interrupts = 0
+
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        super()._record(number, frame)
+        if number == signal.SIGINT and "RANK" not in os.environ:
+            self._interrupts += 1
+            if self._interrupts > 1:
+                raise KeyboardInterrupt
+            self._on_interrupt()
 
     def reason(self, *, next_seconds: float = 0.0) -> str | None:
         """Why to stop; None while there is no reason. next_seconds: time until the next call."""

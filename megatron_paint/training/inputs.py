@@ -5,15 +5,20 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megatron_paint.base.errors import UserError, about
+from megatron_paint.checkpoints.adapter_reader import checked_adapter
 from megatron_paint.checkpoints.hf_reader import HuggingFaceReader
-from megatron_paint.config.settings import EvaluateSettings, Settings
-from megatron_paint.data.problems import LoadedProblems, ProblemSet, PromptLimit, load_held_out, load_problems
+from megatron_paint.checkpoints.megatron_source import MegatronSource
+from megatron_paint.config.settings import LONGEST_ANSWER, EvaluateSettings, EvaluationSettings, ModelSettings, Settings
+from megatron_paint.data.problems import ProblemSet, PromptLimit, load_problems
 from megatron_paint.data.prompts import Prompts
+from megatron_paint.data.repeats import leaks
 from megatron_paint.data.tokenizers import load_tokenizer
-from megatron_paint.grading.grade import grade
+from megatron_paint.evaluation.benchmarks import load_benchmark
+from megatron_paint.grading.grade import Rules, grade
 from megatron_paint.launch.failure_notes import NOTES_FOLDER
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.objectives import OBJECTIVES
@@ -22,7 +27,9 @@ from megatron_paint.rollouts.engine import Sampler
 from megatron_paint.rollouts.replay import ReplaySampler
 from megatron_paint.rollouts.source import RolloutSource
 from megatron_paint.run.folder import RunFolder
+from megatron_paint.run.lock_watch import refuse_if_in_use
 from megatron_paint.runtime.rank_zero import OnRankZero, directly
+from megatron_paint.training.turn_notes import sft_warnings, thinking_without_effect, turn_notes, used_thinking_settings
 
 CHECKED = "checked_problems"  # file of the launcher's folder
 
@@ -34,11 +41,9 @@ class Inputs:
     prompts: Prompts
     problems: ProblemSet
     held_out: tuple[Problem, ...]  # empty: no evaluation
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What the user should know about the problems."""
-        return self.problems.notes
+    evaluation: EvaluationSettings  # with the number of tokens that an answer may have
+    notes: tuple[str, ...]  # what the user should know about the problems and the prompts
+    warnings: tuple[str, ...]  # what may spoil the run: repeated or leaked problems, odd columns, thoughts in SFT
 
     def summary(self) -> tuple[str, ...]:
         """Lines for the console."""
@@ -51,12 +56,24 @@ def check_inputs(settings: Settings, shape: ModelShape, *, run_folder: bool = Tr
 
     Needs no model, so one process can report a mistake before any rank starts. Raises UserError.
     """
+    folder = RunFolder(settings.run.dir)
+    if run_folder:
+        refuse_if_in_use(folder.path)
     with about("model.hf_path"):
         HuggingFaceReader(settings.model.hf_path, shape).check_tied(shape)
+    check_start(settings.model, shape)
     inputs = load_inputs(settings, shape)
     if run_folder:
-        RunFolder(settings.run.dir).check(settings)
+        folder.check(settings)
     return inputs
+
+
+def check_start(model: ModelSettings, shape: ModelShape) -> None:
+    """UserError unless the Megatron checkpoint or the adapter that the run starts from fits the model."""
+    checked_adapter(model, shape)
+    if model.megatron_path is not None:
+        with about("model.megatron_path"):
+            MegatronSource(model.megatron_path, shape)
 
 
 def load_inputs(settings: Settings, shape: ModelShape, *, on_rank_zero: OnRankZero = directly) -> Inputs:
@@ -67,7 +84,28 @@ def load_inputs(settings: Settings, shape: ModelShape, *, on_rank_zero: OnRankZe
     """
     prompts = load_prompts(settings, shape)
     problems, held_out = on_rank_zero(lambda: _saved_problems() or _read_problems(settings, shape, prompts))
-    return Inputs(prompts=prompts, problems=problems, held_out=held_out)
+    evaluation = fit_answers(settings.evaluation, shape, prompts, held_out)
+    return Inputs(
+        prompts=prompts,
+        problems=problems,
+        held_out=held_out,
+        evaluation=evaluation,
+        notes=(
+            *on_rank_zero(lambda: HuggingFaceReader(settings.model.hf_path, shape).notes),
+            *problems.notes,
+            *turn_notes(prompts),
+            *thinking_without_effect(prompts, used_thinking_settings(settings)),
+            *shorter_answers(settings.evaluation, evaluation, shape),
+        ),
+        warnings=(
+            *problems.warnings,
+            *(
+                ()
+                if settings.objective.needs.samples_per_problem
+                else sft_warnings(settings, prompts, problems.problems)
+            ),
+        ),
+    )
 
 
 def load_prompts(settings: Settings | EvaluateSettings, shape: ModelShape) -> Prompts:
@@ -95,13 +133,47 @@ def replay_sampler(settings: Settings, prompts: Prompts) -> ReplaySampler:
     return ReplaySampler(settings.rollout.path, stop_ids=prompts.tokenizer.stop_ids)
 
 
-def evaluation_limit(settings: Settings | EvaluateSettings, shape: ModelShape, prompts: Prompts) -> PromptLimit:
-    """Room for an answer after the prompt of an evaluation."""
-    longest = settings.evaluation.max_new_tokens
-    return PromptLimit(
-        length=lambda problem: len(prompts.evaluation_prompt(problem, settings.evaluation.thinking)),
-        most=shape.max_positions - longest,
-        reason=f"the model's {shape.max_positions} positions less evaluation.max_new_tokens={longest}",
+def fit_answers(
+    settings: EvaluationSettings, shape: ModelShape, prompts: Prompts, problems: Sequence[Problem]
+) -> EvaluationSettings:
+    """The settings with the `max_new_tokens` that an evaluation on these problems uses.
+
+    A value of the user is kept. UserError: it does not fit after the longest prompt, or a prompt alone does not fit.
+    """
+    limit = PromptLimit(
+        length=lambda problem: len(prompts.evaluation_prompt(problem, settings.thinking)),
+        positions=shape.max_positions,
+        response=settings.longest_answer,
+        setting="evaluation.max_new_tokens",
+    )
+    if not problems:
+        return dataclasses.replace(settings, max_new_tokens=settings.longest_answer)
+    lengths = [limit.length(problem) for problem in problems]
+    longest = max(lengths)
+    where = problems[lengths.index(longest)].source
+    if longest >= shape.max_positions:
+        raise UserError(
+            f"{where}: its prompt has {longest} tokens, and the model has {shape.max_positions} positions; leave this "
+            "problem out"
+        )
+    if settings.max_new_tokens is not None and longest > limit.most:
+        raise UserError(limit.message(longest, source="the evaluation", where=where))
+    most = min(settings.longest_answer, shape.max_positions - longest)
+    return dataclasses.replace(settings, max_new_tokens=most)
+
+
+def shorter_answers(
+    asked: EvaluationSettings, fitted: EvaluationSettings, shape: ModelShape, *, of: str = "an evaluation"
+) -> tuple[str, ...]:
+    """A note if the default length of answers had to be shortened.
+
+    fitted: what `fit_answers` returned for `asked`. of: what is evaluated.
+    """
+    if asked.max_new_tokens is not None or fitted.longest_answer == LONGEST_ANSWER:
+        return ()
+    return (
+        f"answers    at most {fitted.longest_answer:,} tokens in {of} and not {LONGEST_ANSWER:,}, because the "
+        f"model's {shape.max_positions:,} positions leave no more after the longest prompt (evaluation.max_new_tokens)",
     )
 
 
@@ -121,7 +193,7 @@ def _saved_problems() -> tuple[ProblemSet, tuple[Problem, ...]] | None:
     saved = json.loads(file.read_text(encoding="ascii"))
     values = saved["problems"]
     values |= {"problems": _records(values["problems"])}
-    values |= {name: tuple(values[name]) for name in ("bad_rows", "notes")}
+    values |= {name: tuple(values[name]) for name in ("bad_rows", "notes", "warnings")}
     return ProblemSet(**values), _records(saved["held_out"])
 
 
@@ -131,16 +203,25 @@ def _records(values: Sequence[dict[str, str]]) -> tuple[Problem, ...]:
 
 def _read_problems(settings: Settings, shape: ModelShape, prompts: Prompts) -> tuple[ProblemSet, tuple[Problem, ...]]:
     limit = _prompt_limit(settings, shape, prompts)
-    problems = load_problems(settings.data, grade=grade, prompt_limit=limit)
+    by_rules = partial(grade, rules=Rules(box_in_thought=settings.grading.box_in_thought))
     needs = settings.objective.needs
+    mistake = None if needs.samples_per_problem else prompts.sft_mistake
+    needed_by = f"objective.name: {settings.objective.name}" if needs.solutions else None
+    problems = load_problems(
+        settings.data, solution_needed_by=needed_by, grade=by_rules, prompt_limit=limit, mistake=mistake
+    )
     if needs.masker and settings.objective.reveal.solution == "wrong":
         _check_wrong_solutions(problems.problems, limit)
     if needs.samples_per_problem and settings.rollout.engine == "replay":
         _check_replay(settings, shape, prompts, problems)
     if settings.evaluation.problems is None:
         return problems, ()
-    held_out: LoadedProblems = load_held_out(
-        settings.evaluation, prompt_limit=evaluation_limit(settings, shape, prompts)
+    held_out = load_benchmark(settings.evaluation.problems, settings.evaluation)
+    leaked = leaks(problems.problems, held_out.problems)
+    problems = dataclasses.replace(
+        problems,
+        notes=(*problems.notes, *held_out.notes),
+        warnings=(*problems.warnings, *held_out.warnings, *leaked),
     )
     return problems, held_out.problems
 
@@ -152,9 +233,9 @@ def _prompt_limit(settings: Settings, shape: ModelShape, prompts: Prompts) -> Pr
     longest_prompt = OBJECTIVES[objective.name].longest_prompt
     return PromptLimit(
         length=lambda problem: longest_prompt(problem, prompts, objective, response=response),
-        most=shape.max_positions - response,
-        reason=f"the model's {shape.max_positions} positions"
-        + (f" less rollout.max_new_tokens={response}" if response else ""),
+        positions=shape.max_positions,
+        response=response,
+        setting="rollout.max_new_tokens" if response else "",
     )
 
 
@@ -165,8 +246,12 @@ def _check_wrong_solutions(problems: Sequence[Problem], limit: PromptLimit) -> N
     length = limit.length(dataclasses.replace(longest, solution=solution))
     if length > limit.most:
         raise UserError(
-            f"objective.reveal.solution=wrong can make a prompt of {length} tokens, above {limit.most}, {limit.reason}"
-            ": leave the longest problems or solutions out"
+            f"objective.reveal.solution=wrong can make a prompt of {length} tokens, and the model has {limit.positions}"
+            f" positions for it and {limit.setting}={limit.response}: set {limit.setting} to at most "
+            f"{limit.positions - length}, or leave the longest problems or solutions out"
+            if length < limit.positions
+            else f"objective.reveal.solution=wrong can make a prompt of {length} tokens, and the model has "
+            f"{limit.positions} positions: leave the longest problems or solutions out"
         )
 
 

@@ -41,6 +41,7 @@ class Run:
     on_rank_zero: OnRankZero
     # Why to stop, on all ranks together; given the seconds until the next question.
     stop_reason: Callable[[float], str | None] = lambda seconds: None
+    confirm_owner: Callable[[], None] = lambda: None  # raises UserError if another process owns the folder now
     pace: Pace = field(default_factory=Pace)
 
     def train(self) -> bool:
@@ -83,7 +84,9 @@ class Run:
                     samples=result.samples,
                     scores=result.scores,
                     warnings=result.warnings,
+                    seconds=timer.seconds["step"],
                 )
+                self.confirm_owner()
                 self.on_rank_zero(lambda: self.recorder.step(report))
         except FloatingPointError as error:
             self.on_rank_zero(lambda error=error: self.recorder.skipped_step(step, error))
@@ -102,6 +105,7 @@ class Run:
             is_done = step == self.start and self.on_rank_zero(lambda task=task: self.folder.holds(task, step))
             if not is_done:
                 mark_progress(task, step)
+                self.confirm_owner()
                 with self.pace.timed(task):
                     tasks[task](step)
         self.check_stop(step, ["step"])
@@ -127,6 +131,7 @@ class Run:
         mark_progress("checkpoint", step)
         self.finish_save()
         if not self.on_rank_zero(lambda: self.folder.holds("checkpoint", step)):
+            self.confirm_owner()
             self.save(step)
             self.finish_save()
         self.progress.result(

@@ -1,17 +1,18 @@
 """What rank 0 writes into the run folder and prints while a run trains."""
 
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import Settings
 from megatron_paint.data.prompts import Prompts
+from megatron_paint.evaluation.benchmarks import benchmark_name
 from megatron_paint.evaluation.evaluator import Answers, Evaluator
 from megatron_paint.grading.grade import GradingPool
-from megatron_paint.objectives.metrics import ClipWatch, sample_lines
+from megatron_paint.objectives.metrics import ClipWatch, no_answer_share, sample_lines
 from megatron_paint.records import StepReport
 from megatron_paint.run.console import Progress
 from megatron_paint.run.folder import RunFolder
+from megatron_paint.run.learning_watch import LearningWatch
 from megatron_paint.run.results import print_results
 
 
@@ -25,13 +26,23 @@ class Recorder:
     prompts: Prompts
     graders: GradingPool | None  # None where nothing is evaluated on this rank
     clip_watch: ClipWatch = field(default_factory=ClipWatch)
+    learning_watch: LearningWatch = field(default_factory=LearningWatch)
+
+    def __post_init__(self) -> None:
+        for line in self.folder.read_metrics():  # of the steps before this start, whose warnings were given
+            self.learning_watch.update(line)
 
     def step(self, report: StepReport) -> None:
-        """Writes the metrics and samples of a step and prints its line."""
-        self.folder.append_metrics(report.metrics)
-        self.folder.write_samples(report.step, sample_lines(report, decode=self.prompts.response_text))
+        """Writes the metrics and samples of a step and prints its line and its warnings."""
+        lines = sample_lines(report, decode=self.prompts.response_text)
+        metrics = report.metrics | {"response/no_answer_share": no_answer_share(lines)}
+        report = replace(report, metrics=metrics)
+        self.folder.append_metrics(metrics)
+        self.folder.write_samples(report.step, lines)
         self.progress.step(report)
-        if self.settings.objective.loss.clips_entries and (warning := self.clip_watch.update(report.metrics)):
+        if self.settings.objective.loss.clips_entries and (warning := self.clip_watch.update(metrics)):
+            self.progress.warn(warning)
+        for warning in self.learning_watch.update(metrics):
             self.progress.warn(warning)
 
     def skipped_step(self, step: int, error: FloatingPointError) -> None:
@@ -52,7 +63,7 @@ class Recorder:
 
     def evaluation(self, evaluator: Evaluator, answers: Answers, step: int) -> None:
         """Grades an evaluation, writes its report and prints its line."""
-        benchmark = Path(str(self.settings.evaluation.problems)).stem
+        benchmark = benchmark_name(str(self.settings.evaluation.problems))
         report = evaluator.report(answers, step=step, benchmark=benchmark, graders=self.graders)
         self.folder.write_eval(report)
         self.progress.evaluation(report)

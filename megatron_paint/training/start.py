@@ -5,7 +5,8 @@ Every rank runs it. Rank 0 writes and prints.
 
 import os
 import sys
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,20 +15,25 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import Settings
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.evaluation.evaluator import Evaluator
-from megatron_paint.grading.grade import GradingPool
+from megatron_paint.grading.grade import GradingPool, Rules
 from megatron_paint.launch.failure_notes import leave_failure_note
 from megatron_paint.masker.overlap import MaskerPool
 from megatron_paint.objectives import OBJECTIVES, ObjectiveInputs
+from megatron_paint.planning.hardware import ranks_of_this_node
+from megatron_paint.planning.local_model import with_local_model
 from megatron_paint.planning.memory import make_plan
 from megatron_paint.policy import Policy
 from megatron_paint.rollouts.engine import Sampler
 from megatron_paint.run.console import Mode, Progress
+from megatron_paint.run.console_log import ConsoleLog
 from megatron_paint.run.folder import RunFolder
+from megatron_paint.run.lock import RunLock
 from megatron_paint.run.tensorboard import open_tensorboard
 from megatron_paint.runtime.heartbeat import LONG, Watchdog, mark_progress, start_watchdog, stop_watchdog
 from megatron_paint.runtime.stop import StopRequest, job_end
 from megatron_paint.training.inputs import Inputs, load_inputs, replay_sampler, rollout_source
 from megatron_paint.training.loop import Run
+from megatron_paint.training.ownership import OwnedRun, owned_run
 from megatron_paint.training.recorder import Recorder
 from megatron_paint.training.self_check import self_check
 
@@ -46,23 +52,31 @@ def train(
     self_check_only: bool = False,
     prints_plan: bool = True,
     inputs: Inputs | None = None,
+    lock: RunLock | None = None,
+    log: ConsoleLog | None = None,
+    on_interrupt: Callable[[], None] = lambda: None,
 ) -> bool:
     """Runs a training run in the ranks that the environment describes.
 
     prints_plan: False if another process has printed the plan and the size of the data. inputs: what `check_inputs` has
-    read in this process, if it was called. Returns False if the run was asked to stop; it has left a checkpoint then.
+    read in this process, if it was called. lock, log: those of the run folder, if this process has opened them.
+    on_interrupt: called at the first Ctrl-C. Returns False if the run was asked to stop; it has left a checkpoint then.
     Raises UserError for bad input.
     """
     from megatron_paint.mcore.ranks import joined_ranks
 
+    settings = with_local_model(settings)
     with ExitStack() as stack:
-        request = stack.enter_context(StopRequest(margin=settings.run.exit_before_limit_s))
+        request = StopRequest(margin=settings.run.exit_before_limit_s, on_interrupt=on_interrupt)
+        if not self_check_only:  # a self-check has nothing to save: signals end it
+            stack.enter_context(request)
         hang = None if self_check_only else settings.run.hang_timeout_s
         ranks = stack.enter_context(joined_ranks(settings.megatron, hang_seconds=hang and 2 * LONG * hang))
         if self_check_only:
             run_self_check(settings, ranks, inputs, mode=mode, prints_plan=prints_plan)
             return True
-        run = prepare(settings, ranks, inputs, mode=mode, prints_plan=prints_plan, stack=stack, request=request)
+        own = partial(owned_run, settings, ranks, lock=lock, log=log)
+        run = prepare(settings, ranks, inputs, own, mode=mode, prints_plan=prints_plan, stack=stack, request=request)
         self_check(settings, run.policy, run.sampler, run.problems, run.recorder.prompts, run.progress)
         return run.train()
 
@@ -86,38 +100,48 @@ def prepare(
     settings: Settings,
     ranks: "Ranks",
     inputs: Inputs | None,
+    own: Callable[[], AbstractContextManager[OwnedRun]],
     *,
     mode: Mode,
     prints_plan: bool,
     stack: ExitStack,
     request: StopRequest,
 ) -> Run:
-    """Builds everything that the loop needs: inputs, run folder, model, checkpoint, objective."""
+    """Builds everything that the loop needs: inputs, run folder, model, checkpoint, objective.
+
+    own: takes the run folder for these ranks, before anything in it is read.
+    """
     from megatron_paint.mcore.collectives import any_rank_says, rank_zero_does
     from megatron_paint.mcore.policy import MegatronPolicy
 
     on_rank_zero, first = partial(rank_zero_does, ranks), ranks.rank == 0
-    plan = make_plan(settings, processes=ranks.size)
-    inputs = inputs or load_inputs(settings, plan.shape, on_rank_zero=on_rank_zero)
+    plan = make_plan(settings, processes=ranks.size, ranks_per_node=ranks_of_this_node(os.environ))
+    owned = stack.enter_context(own())
     folder = RunFolder(settings.run.dir)
+    inputs = inputs or load_inputs(settings, plan.shape, on_rank_zero=on_rank_zero)
     request.end_at = job_end() if first else None
     on_rank_zero(lambda: folder.check(settings))
-    warnings = set_damaged_aside(folder, ranks) if settings.run.resume != "never" else []
+    warnings = [*owned.warnings, *(set_damaged_aside(folder, ranks) if settings.run.resume != "never" else [])]
+    changed = on_rank_zero(lambda: _changes(folder, settings))
     start = on_rank_zero(lambda: folder.prepare(settings))
     watch_over(settings, folder, ranks, stack)
-    progress = _open_console(settings, folder, mode=mode if first else "silent", start=start)
-    for line in [*plan.lines(settings), *inputs.notes] if prints_plan else []:
-        progress.note(line)
-    for warning in warnings:
-        progress.warn(warning)
+    progress = _open_console(settings, folder, mode=mode if first else "silent", start=start, log=owned.log)
+    notes = [*plan.lines(settings), *inputs.notes] if prints_plan else []
+    _print_start(progress, notes, [*([*plan.warnings(), *inputs.warnings] if prints_plan else []), *warnings])
     policy = MegatronPolicy(settings, plan.shape, ranks)
+    for note in policy.notes:
+        progress.note(note)
     if start:
         _load_checkpoint(policy, folder.checkpoint_folder(start), start)
         progress.note(f"resumed at step {start} from {folder.checkpoint_folder(start)}")
-    evaluation, needs = settings.evaluation, settings.objective.needs
-    graders = None
+    for change in changed:
+        progress.result(change)
+    evaluation, needs = inputs.evaluation, settings.objective.needs
+    graders, rules = None, Rules(box_in_thought=settings.grading.box_in_thought)
     if first and (inputs.held_out or needs.graders):
-        graders = stack.enter_context(GradingPool(seconds=evaluation.grading_seconds, on_verdict=mark_progress))
+        graders = stack.enter_context(
+            GradingPool(seconds=evaluation.grading_seconds, rules=rules, on_verdict=mark_progress)
+        )
     objective_inputs = ObjectiveInputs(
         settings=settings.objective,
         prompts=inputs.prompts,
@@ -141,15 +165,32 @@ def prepare(
         start=start,
         on_rank_zero=on_rank_zero,
         stop_reason=lambda seconds: any_rank_says(ranks, request.reason(next_seconds=seconds)),
+        confirm_owner=owned.confirm,
     )
 
 
-def _open_console(settings: Settings, folder: RunFolder, *, mode: Mode, start: int) -> Progress:
+def _changes(folder: RunFolder, settings: Settings) -> list[str]:
+    """A line for each setting that this start changes in the run, before the folder has it."""
+    after = folder.latest_checkpoint() or 0
+    return [
+        f"changed after step {after}, as run.allow_changes lets it: {name}: {old!r} -> {new!r}"
+        for name, (old, new) in folder.allowed_changes(settings).items()
+    ]
+
+
+def _print_start(progress: Progress, lines: Sequence[str], warnings: Sequence[str]) -> None:
+    for line in lines:
+        progress.note(line)
+    for warning in warnings:
+        progress.warn(warning)
+
+
+def _open_console(settings: Settings, folder: RunFolder, *, mode: Mode, start: int, log: ConsoleLog | None) -> Progress:
     """The console of this rank, with TensorBoard files on rank 0."""
     board, note = None, ""
     if mode != "silent" and settings.run.tensorboard:
         board, note = open_tensorboard(folder.path / "tensorboard", resume_step=start)
-    progress = Progress(mode, steps=settings.run.steps, tensorboard=board)
+    progress = Progress(mode, steps=settings.run.steps, tensorboard=board, log=log)
     if note:
         progress.note(note)
     return progress

@@ -23,9 +23,11 @@ def test_every_kind_of_problem():
     ]
 
 
-def test_the_error_has_the_first_problems():
+def test_the_error_has_the_first_problems_of_each_kind():
+    """A surplus name shows under which name a missing tensor is stored."""
     with pytest.raises(UserError) as caught:
-        check_tensors(Path("model"), {"x": (1,)}, EXPECTED, config="config.json")
+        check_tensors(Path("model"), {"x": (1,)}, EXPECTED | {"d": (6,)}, config="config.json", notes=["it is old"])
     assert str(caught.value) == (
-        "model is not a model of config.json: a is missing; b is missing; c is missing; and 1 more"
+        "model is not a model of config.json: a is missing; b is missing; c is missing; x does not belong to the model "
+        "of the config; and 1 more; it is old"
     )

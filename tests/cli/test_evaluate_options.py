@@ -1,14 +1,18 @@
 """What `evaluate` takes from settings: its own sections, or a training run's, which is checked as a complete file."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.cli.evaluate_model import fingerprint
 from megatron_paint.cli.evaluate_options import requested
 from megatron_paint.config.load import evaluate_settings_of, evaluation_section_of
-from megatron_paint.config.settings import DataSettings, RunSettings
+from megatron_paint.config.settings import DataSettings, ModelSettings, RunSettings
+from tests.support import hub_cache
 
 ALONE = {"model": {"hf_path": "m"}, "evaluation": {"problems": "held_out.jsonl", "samples": 3}}
 TRAINING = ALONE | {"data": {"train": "p.jsonl", "micro_batch_tokens": 512}, "run": {"dir": "r", "seed": 7}}
@@ -88,7 +92,7 @@ def test_other_weights_in_the_same_place_are_noticed(tmp_path):
         ({"model": Path("nowhere")}, "nowhere is neither a Hugging Face folder"),
         ({"model": "hf"}, "give --benchmarks"),
         ({"model": "hf", "benchmarks": "a.jsonl", "samples": 0}, "evaluation.samples"),
-        ({"model": "bare", "benchmarks": "a.jsonl"}, "model.hf_path is not set"),
+        ({"model": "bare", "benchmarks": "a.jsonl"}, "model.hf_path is not set: .* give one with --base"),
         ({"model": "broken", "benchmarks": "a.jsonl"}, "run_state.json is not readable"),
     ],
 )
@@ -104,3 +108,71 @@ def test_what_cannot_be_evaluated(options, message, tmp_path):
     nothing = {"config": None, "model": None, "benchmarks": None, "samples": None, "out": None, "overrides": []}
     with pytest.raises(UserError, match=message):
         requested(**nothing | options)
+
+
+NOTHING = {"config": None, "model": None, "benchmarks": "a.jsonl", "samples": None, "out": None, "overrides": []}
+
+
+def make_folders(folder):
+    """A complete model, an adapter of it, and a Megatron checkpoint below a folder of iterations."""
+    for name in ("base", "adapter", "iterations/iter_0000005"):
+        (folder / name).mkdir(parents=True)
+    (folder / "base" / "config.json").write_text("{}")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": str(folder / "base")}
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "iterations" / "iter_0000005" / ".metadata").touch()
+    (folder / "iterations" / "latest_checkpointed_iteration.txt").write_text("5")
+    return tuple(folder / name for name in ("base", "adapter", "iterations"))
+
+
+def test_an_adapter_is_merged_into_its_base(tmp_path):
+    """The adapters of a training run's settings are not trained here."""
+    base, adapter, _ = make_folders(tmp_path)
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {hf_path: m, lora: {rank: 2}, megatron_path: other, dtype: float32}\n")
+    asked = requested(**NOTHING | {"config": file, "model": adapter})
+    model = ModelSettings(hf_path=str(base), adapter_path=str(adapter), dtype="float32")
+    assert asked.settings.model == model
+    assert asked.folders == (adapter, base)
+    assert (asked.model, asked.out.name) == (str(adapter), "adapter")
+    other = tmp_path / "moved"
+    shutil.move(base, other)
+    with pytest.raises(UserError, match=r"^--model: .*adapter is a PEFT adapter of .*base, which does not exist here"):
+        requested(**NOTHING | {"model": adapter})
+    assert requested(**NOTHING | {"model": adapter, "base": other}).folders == (adapter, other)
+
+
+def test_a_megatron_checkpoint_with_its_base(tmp_path):
+    base, _, iterations = make_folders(tmp_path)
+    asked = requested(**NOTHING | {"model": iterations, "base": base})
+    checkpoint = iterations / "iter_0000005"
+    assert asked.settings.model == ModelSettings(hf_path=str(base), megatron_path=str(checkpoint))
+    assert asked.folders == (checkpoint,)
+
+
+def test_a_name_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    base, *_ = make_folders(tmp_path)
+    for name in ("tokenizer.json", "model.safetensors"):
+        (base / name).write_text("{}")
+    snapshot = hub_cache.put(tmp_path / "hub", "acme/tiny", base)
+    asked = requested(**NOTHING | {"model": Path("acme/tiny")})
+    assert (asked.settings.model.hf_path, asked.folders) == (str(snapshot), (snapshot,))
+    assert (asked.model, asked.out.name) == ("acme/tiny", "tiny")
+    with pytest.raises(UserError, match=r"^--model: acme/other is no folder.*hf download acme/other$"):
+        requested(**NOTHING | {"model": Path("acme/other")})
+
+
+def test_a_base_that_nothing_needs_is_refused(tmp_path):
+    base, *_ = make_folders(tmp_path)
+    with pytest.raises(UserError, match="is a complete model: leave --base out"):
+        requested(**NOTHING | {"model": base, "base": base})
+    with pytest.raises(UserError, match="give --model too"):
+        requested(**NOTHING | {"config": _settings(tmp_path), "base": base})
+
+
+def _settings(folder):
+    file = folder / "evaluate.yaml"
+    file.write_text("model: {hf_path: m}\n")
+    return file

@@ -145,3 +145,26 @@ def test_responses_to_benchmarks_that_share_ids(tmp_path, capsys):
     both = f"{tmp_path / 'one.jsonl'},{tmp_path / 'two.jsonl'}"
     assert main(["evaluate", "--responses", str(responses), "--benchmarks", both, "--out", str(tmp_path / "o")]) == 2
     assert "one and two both have a problem 'a'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("cut", "other", "arguments", "outcome", "counted"),
+    [
+        ("<think>Perhaps \\boxed{1}, but", "\\boxed{2}", (), "no_answer", 1),
+        ("<think>Perhaps \\boxed{1}, but", "\\boxed{2}", ("grading.box_in_thought=count",), "right", 1),
+        ("Perhaps \\boxed{1}, but", "a thought</think> \\boxed{2}", (), "no_answer", 1),  # the prompts opened it
+        ("Perhaps \\boxed{1}, but", "<think>a thought</think> \\boxed{2}", (), "right", 0),
+    ],
+)
+def test_boxes_in_unfinished_thoughts(cut, other, arguments, outcome, counted, tmp_path):
+    problems = write(tmp_path / "p.jsonl", PROBLEMS)
+    rows = [{"id": "a", "response": cut, "finished": False}, {"id": "b", "response": other}]
+    responses, out = write(tmp_path / "r.jsonl", rows), tmp_path / "o"
+    line = ["evaluate", "--responses", str(responses), "--benchmarks", str(problems), "--out", str(out), *arguments]
+    assert main(line) == 0
+    (report,) = read_reports(out)
+    assert {answer.problem_id: answer.outcome for answer in report.answers} == {"a": outcome, "b": "right"}
+    assert report.answers[0].response_text == cut
+    assert report.metrics["box_in_thought"] == counted
+    header, _, row = (out / "summary.md").read_text().splitlines()[-3:]
+    assert dict(zip(header.split(" | "), row.split(" | "), strict=True))["box in thought"] == str(counted)

@@ -29,12 +29,19 @@ def test_overrides_stand_anywhere(arguments):
     ("arguments", "says"),
     [
         (["train", "s.yaml", "--procesess", "4"], "unknown argument '--procesess'"),
+        (["train", "s.yaml", "--procesess", "4"], "did you mean --processes? (see megatron-paint train --help)"),
+        (["train", "s.yaml", "--dryrun"], "unknown argument '--dryrun': did you mean --dry-run?"),
+        (["train", "s.yaml", "--optimizer.lr=1e-4"], "did you mean optimizer.lr=1e-4?"),
+        (["launch", "slurm", "s.yaml", "--nodes=2", "--accont=x"], "did you mean --account"),
+        (["tran", "s.yaml"], "unknown command 'tran': did you mean train? (see megatron-paint --help)"),
+        (["inspect", "sample", "runs/x"], "unknown command 'sample': did you mean samples?"),
+        (["launch", "slurm", "s.yaml", "--launcher", "torchrn"], "'torchrn': did you mean torchrun?"),
         (["train", "s.yaml", "run.steps=3", "--foo=3"], "unknown argument '--foo=3'"),
         (["train", "s.yaml", "--processes", "four"], "argument --processes: invalid int value: 'four'"),
         (["train"], "SETTINGS.yaml"),
         (["evaluate", "s.yaml", "--out"], "--out"),
         (["doctor", "a=1"], "unknown argument 'a=1'"),
-        (["paint"], "'paint'"),
+        (["paint"], "unknown command 'paint': choose from train, evaluate, compare"),
         ([], "COMMAND"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -54,10 +61,17 @@ def test_what_is_not_an_override_is_named(capsys, tmp_path):
         assert "'optimizer.lr' is not key=value" in line
 
 
-@pytest.mark.parametrize(("rank", "lines"), [("0", ["megatron-paint: ended by SIGINT"]), ("1", [])])
-def test_control_c_is_one_line_of_rank_0(capsys, monkeypatch, rank, lines):
+@pytest.mark.parametrize(
+    ("kept", "rank", "lines"),
+    [
+        ((), "0", ["megatron-paint: ended by SIGINT"]),
+        ((), "1", []),
+        (("step_000002 is kept",), "0", ["megatron-paint: ended by SIGINT; step_000002 is kept"]),
+    ],
+)
+def test_control_c_is_one_line_of_rank_0(capsys, monkeypatch, kept, rank, lines):
     def interrupted(_):
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(*kept)
 
     monkeypatch.setattr("megatron_paint.cli.main.parse", interrupted)
     monkeypatch.setenv("RANK", rank)

@@ -97,7 +97,7 @@ def test_a_finished_run_is_answered_without_torch(finished):
 def test_the_plan_is_printed_before_ranks_start(tmp_path, monkeypatch, capsys):
     printed = []
 
-    def run_here(arguments, processes, *, prepare):
+    def run_here(arguments, processes, **_):
         printed.append((processes, os.environ.get("GLOO_SOCKET_IFNAME"), capsys.readouterr().out))
         return 0
 
@@ -108,7 +108,25 @@ def test_the_plan_is_printed_before_ranks_start(tmp_path, monkeypatch, capsys):
     ((processes, interface, out),) = printed
     assert (processes, interface) == (4, "lo" if sys.platform == "linux" else interface)
     lines = out.splitlines()
-    starts = ["model", "layout", "layers", "loss", "step", "memory", "data", "starting"]
+    starts = ["model", "layout", "layers", "loss", "step", "memory", "sampling", "for", "host", "data", "thinking"]
+    starts.append("starting")
     assert [line.split()[0] for line in lines] == starts
     assert lines[-1].startswith("starting 4 ranks: ")
     assert "GLOO_SOCKET_IFNAME" not in os.environ
+
+
+@pytest.mark.parametrize("processes", ["8", "512"])
+def test_the_plan_needs_no_weights(processes, tmp_path, monkeypatch, capsys):
+    """It comes from config.json alone, for any number of ranks. Only then the missing weights are an error."""
+    monkeypatch.chdir(ROOT)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_bytes((ROOT / "examples/quickstart/model/config.json").read_bytes())
+    arguments = [SETTINGS, f"model.hf_path={model}", "--processes", processes, "--gpu-memory", "24GB", "--dry-run"]
+    assert main(["train", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert f"layout     {processes} processes = tensor 2 x pipeline 2 x data {int(processes) // 4};" in printed.out
+    assert "of a GPU's 24 GB" in printed.out
+    assert "model.safetensors" in printed.err
+    assert main(["train", *arguments, "--gpu-memory", "much"]) == 2
+    assert "--gpu-memory='much' must be the memory of one GPU" in capsys.readouterr().err

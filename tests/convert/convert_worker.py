@@ -93,7 +93,7 @@ def main() -> None:
             torch.save(found, out / f"{member}.pt")
         for parameter in stage.parameters():
             parameter.data.zero_()
-        load_weights(stage, folder / f"{member}-megatron")
+        load_weights(stage, folder / f"{member}-megatron", shape)
         for name, parameter in stage.named_parameters():
             assert torch.equal(parameter, read[name]), (member, name)
         if ranks.pp_size > 1:

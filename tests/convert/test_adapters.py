@@ -68,6 +68,8 @@ def test_a_live_run_exports_adapters(tmp_path):
     found = train(tmp_path, layout, "model.lora.export=adapter", processes=4)
     live, made = found[1] / "hf" / "step_000002", to_hf(found, tmp_path / "adapter", "--lora", "adapter")
     assert sorted(path.name for path in live.iterdir()) == sorted(path.name for path in made.iterdir())
+    for folder in (live, made):
+        assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, folder
     ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (live, made))
     assert ours.keys() == theirs.keys()
     assert len(ours) == 2 * 2 * 7
@@ -91,3 +93,10 @@ def test_a_checkpoint_without_adapters_has_none_to_give(trained, tmp_path, capsy
     assert main([*command, "--lora", "adapter"]) == 2
     assert "has no adapters" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_not_converted(trained, tmp_path, capsys):
+    adapter = to_hf(trained, tmp_path / "adapter", "--lora", "adapter")
+    for command in (["to-megatron", str(adapter), str(tmp_path / "out")], ["check", str(adapter), str(trained[1])]):
+        assert main(["convert", *command]) == 2
+        assert f"{adapter} is a PEFT adapter, which is not converted" in capsys.readouterr().err

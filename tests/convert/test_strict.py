@@ -218,10 +218,10 @@ def test_records_without_their_files_are_ignored(model, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE scaling"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling beside rope_parameters"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "RoPE scaling"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "rotary embedding of only a part"),
-        ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_theta=nan"),
+        ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_parameters has rope_theta nan"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', not true or false"),
         ({"hidden_size": 48.5}, "hidden_size is 48.5, not a whole number"),
         ({"num_attention_heads": True}, "num_attention_heads is True, not a whole number"),

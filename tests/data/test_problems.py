@@ -3,14 +3,18 @@
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.settings import ColumnSettings, DataSettings, EvaluationSettings
-from megatron_paint.data.problems import PromptLimit, load_held_out, load_problems
+from megatron_paint.config.settings import EvaluationSettings
+from megatron_paint.data.problems import load_held_out
+from megatron_paint.grading.grade import Rules
+from megatron_paint.grading.grade import grade as real_grade
 from megatron_paint.records import Problem
+from tests.data.problem_files import load, row, write
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data folder is not beside the repository")
@@ -25,30 +29,9 @@ class Verdict:
         return self.outcome == "right"
 
 
-def row(number=1, **changes):
-    good = {
-        "id": f"p{number}",
-        "problem": f"What is {number} + {number}?",
-        "solution": f"It is \\boxed{{{2 * number}}}.",
-        "answer": str(2 * number),
-    }
-    return {name: value for name, value in (good | changes).items() if value is not ...}
-
-
-def write(path, rows):
-    lines = [entry if isinstance(entry, bytes) else json.dumps(entry).encode() for entry in rows]
-    path.write_bytes(b"\n".join(lines) + b"\n")
-    return str(path)
-
-
 @pytest.fixture
 def file(tmp_path):
     return tmp_path / "train.jsonl"
-
-
-def load(source, grade=None, prompt_limit=None, **options):
-    options = {"problems_per_step": 1} | options
-    return load_problems(DataSettings(train=str(source), **options), grade=grade, prompt_limit=prompt_limit)
 
 
 class TestSources:
@@ -128,7 +111,7 @@ class TestSources:
 
     def test_other_column_names(self, file):
         source = write(file, [{"uid": 7, "question": "Q?", "rationale": "R.", "final": "A"}])
-        columns = ColumnSettings(id="uid", problem="question", solution="rationale", answer="final")
+        columns = {"id": "uid", "problem": "question", "solution": "rationale", "answer": "final"}
         problem = load(source, columns=columns).problems[0]
         assert (problem.id, problem.problem, problem.solution, problem.answer) == ("7", "Q?", "R.", "A")
 
@@ -147,7 +130,9 @@ class TestSources:
     def test_unknown_ending(self, tmp_path):
         path = tmp_path / "train.txt"
         path.write_text("{}")
-        with pytest.raises(UserError, match=r"the format is unknown from this ending; set format"):
+        with pytest.raises(
+            UserError, match=r"the format is unknown from this ending; set data\.format: json, csv or parquet"
+        ):
             load(path)
         write(path, [row()])
         assert len(load(path, format="jsonl")) == 1
@@ -234,7 +219,7 @@ class TestBadRows:
 
     def test_an_id_column_that_was_asked_for(self, file):
         with pytest.raises(UserError, match=r"data\.columns\.id: no row of .* has a column 'uid'"):
-            load(write(file, [row(1)]), columns=ColumnSettings(id="uid"))
+            load(write(file, [row(1)]), columns={"id": "uid"})
 
     def test_no_ids_at_all(self, file):
         problems = load(write(file, [row(1, id=...), b"", row(2, id=...)]))
@@ -289,27 +274,17 @@ class TestAnswers:
         assert len(problems) == 1
         assert "ran out of time" in problems.notes[0]
 
+    def test_a_box_in_a_thought_that_never_ends_is_not_compared(self, file):
+        source = write(file, [row(solution="<think>It is \\boxed{3}, or", answer="4")])
+        assert len(load(source, grade=real_grade)) == 1
+        with pytest.raises(UserError, match="answer '4' differs from the solution's last box '3'"):
+            load(source, grade=partial(real_grade, rules=Rules(box_in_thought="count")))
+
     def test_can_be_turned_off(self, file):
         assert len(load(write(file, [row(answer="3")]), grade=self.never, check_answers=False)) == 1
 
     def test_without_a_grader_there_is_no_note(self, file):
         assert load(write(file, [row(answer="3")])).notes == ()
-
-
-class TestPromptLimit:
-    def test_too_long(self, file):
-        limit = PromptLimit(length=lambda problem: len(problem.solution), most=3000, reason="a context of 4000")
-        source = write(file, [row(1), row(2, solution="x" * 3000), row(3, solution="x" * 3001)])
-        message = r"train\.jsonl:3: its longest prompt has 3001 tokens; at most 3000 fit \(a context of 4000\)"
-        with pytest.raises(UserError, match=message):
-            load(source, prompt_limit=limit)
-
-    def test_short_texts_are_not_counted(self, file):
-        def length(problem):
-            raise AssertionError("4 bytes cannot make 3000 tokens")
-
-        limit = PromptLimit(length=length, most=3000, reason="")
-        assert len(load(write(file, [row()]), prompt_limit=limit)) == 1
 
 
 class TestHeldOut:

@@ -257,7 +257,15 @@ class TestNothingBreaksOut:
         assert [i for i in ids if i in control] == [i for i in plain if i in control]
         expected = THINKING.format(OPSD_TEACHER.format(problem=text, solution=text))
         assert tokenizer.decode(ids, keep_special=True) == expected
-        assert [i for i in prompts.sft_response(problem) if i in control] == [tokenizer.stop_ids[0]]
+        if text.endswith("<think>"):
+            with pytest.raises(UserError, match=r"p: the solution opens a thought \(<think>\) and does not close it"):
+                prompts.sft_response(problem)
+            problem = problem_of(problem=text, solution=text + "</think>")
+        # In a response the tags of thoughts are tokens. Nothing else ends a turn or begins one.
+        tags = [tokenizer.control_tokens[tag] for tag in ("<think>", "</think>") if tag in problem.solution]
+        response = prompts.sft_response(problem)
+        assert [i for i in response if i in control] == [*tags, tokenizer.stop_ids[0]]
+        assert tokenizer.decode(response[:-1], keep_special=True) == problem.solution
 
     @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(

@@ -77,6 +77,10 @@ def test_groups_that_teach_nothing_leave_the_model_alone(sharded, tmp_path):
         assert (line["updates"], line["reward/equal_groups_share"], line["loss"]) == (0, 1, 0)
         assert line["grad_norm"] is None
     assert same(weights_of_step(run_dir, 2), weights(ROOT / "examples" / "quickstart" / "model"))
+    first, second = (run_dir / "logs" / "console.log").read_text().split("\n==== ")[1:]
+    for what in ("every group had equal rewards", "every response was cut off", "no response had a final answer"):
+        assert f"warning: in the only step {what}" in first
+        assert f"warning: in all 2 steps {what}" in second
 
 
 def test_a_save_before_the_first_update_changes_nothing():

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_paint.cli.main import main
 from megatron_paint.objectives import Paint
 from megatron_paint.run.folder import RunFolder
+from megatron_paint.run.lock_watch import LOCK
 from tests.support import forked_launcher, forked_ranks, tiny
 from tests.support.ports import free_port
 from tests.support.processes import children, left_of_session, of_session
@@ -105,12 +107,21 @@ linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="look
 
 @linux
 @pytest.mark.parametrize("running", WAYS, indirect=True)
-def test_control_c_ends_quietly(running):
-    launcher, _ = running
+def test_control_c_stops_with_a_checkpoint(running):
+    launcher, run = running
     os.killpg(launcher.pid, signal.SIGINT)
-    status, _, err = launcher.end()
-    assert (status, err) == (130, ["megatron-paint: ended by SIGINT"])
+    status, out, (line,) = launcher.end()
+    assert status == 75
+    assert line.startswith("megatron-paint: SIGINT: the run stops after this step, with a checkpoint. Press Ctrl-C ag")
+    (checkpoint,) = RunFolder(run).checkpoints()
+    assert f"Stopped after step {checkpoint} by SIGINT; the same command with run.resume=auto" in out
     assert not left_of_session(launcher.pid)
+    assert not (run / LOCK).exists()
+    log = (run / "logs" / "console.log").read_text()
+    assert log.count("==== ") == 1
+    stopped = f"Stopped after step {checkpoint}"
+    for text in ("layout ", "starting 2 ranks", "self-check: ", "step      1/100000 ", line, stopped):
+        assert text in log
 
 
 @linux
@@ -135,16 +146,19 @@ def test_a_signal_to_the_launcher_stops_all_with_a_checkpoint(running, number):
 
 
 @linux
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("running", WAYS, indirect=True)
-def test_a_second_signal_to_the_launcher_ends_all(running):
+def test_a_second_signal_to_the_launcher_ends_all(running, number):
     launcher, run = running
     os.kill(rank_pid(launcher, 1), signal.SIGSTOP)  # so that the first has no end
-    os.kill(launcher.pid, signal.SIGTERM)
+    os.kill(launcher.pid, number)
     time.sleep(1.0)
     assert launcher.is_alive
-    os.kill(launcher.pid, signal.SIGTERM)
+    os.kill(launcher.pid, number)
     status, _, err = launcher.end()
-    assert (status, err) == (143, ["megatron-paint: ended by SIGTERM"])
+    kept = f"{run} has no checkpoint yet, so the same command with run.resume=auto begins it again"
+    assert (status, err[-1]) == (128 + number, f"megatron-paint: ended by {number.name}; {kept}")
+    assert len(err) == (2 if number == signal.SIGINT else 1)
     assert RunFolder(run).checkpoints() == []
     assert not left_of_session(launcher.pid)
 
@@ -170,6 +184,21 @@ def test_ranks_end_with_a_killed_launcher(running):
     os.kill(launcher.pid, signal.SIGKILL)
     launcher.end()
     assert not left_of_session(launcher.pid)
+
+
+@linux
+@pytest.mark.parametrize("running", ["forked"], indirect=True)
+def test_a_second_start_in_the_same_folder_is_refused(running, settings, capsys):
+    """It takes nothing back of the run that lives, whose steps go on."""
+    launcher, run = running
+    before = (run / "metrics.jsonl").read_text()
+    for mode in ([], ["--dry-run"]):
+        arguments = ["train", str(settings), f"run.dir={run}", *LONG, "run.resume=auto", "--processes", "2", *mode]
+        assert main(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{run} is in use: process {launcher.pid} on " in line
+    assert (run / "metrics.jsonl").read_text().startswith(before)
+    assert launcher.is_alive
 
 
 def with_a_bug_on_rank_1():

@@ -8,11 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Qwen3ForCausalLM
 
 from megatron_paint.cli.main import main
 from megatron_paint.config.load import load_settings
 from megatron_paint.data.problems import load_problems
 from megatron_paint.run.folder import RunFolder
+from megatron_paint.run.lock import locked
 from megatron_paint.runtime.files import NewFolder
 from tests.support import tiny
 
@@ -93,9 +97,12 @@ OVERRIDES = {
     "missing file": ("data.train=nowhere.jsonl", "nowhere.jsonl"),
     "missing column": ("data.columns.solution=worked", "worked"),
     "no model folder": ("model.hf_path=nowhere", "nowhere"),
-    "no room for a prompt": ("rollout.max_new_tokens=2000", "rollout.max_new_tokens"),
-    "prompt longer than the context": ("rollout.max_new_tokens=1000", "problems.jsonl:1"),
-    "prompt of an evaluation longer than the context": ("evaluation.max_new_tokens=1000", "evaluation.max_new_tokens"),
+    "no room for a prompt": ("rollout.max_new_tokens=2000", "rollout.max_new_tokens to at most"),
+    "prompt longer than the context": ("rollout.max_new_tokens=1000", "problems.jsonl:8), and the model has 1024"),
+    "prompt of an evaluation longer than the context": (
+        "evaluation.max_new_tokens=1000",
+        "problems.jsonl:1), and the model has 1024 positions; set evaluation.max_new_tokens to at most 913",
+    ),
     "FP8 without Transformer Engine": ("megatron={fp8: hybrid}", "megatron.fp8"),
     "Triton without a GPU": ("objective.kernel=triton", "no CUDA device"),
     "GPU setting without a GPU": ("megatron.transformer_impl=transformer_engine", "no CUDA device"),
@@ -103,6 +110,11 @@ OVERRIDES = {
     "sgd with a sharded state": ("optimizer.name=sgd", "use_distributed_optimizer"),
     "nothing to resume": ("run.resume=required", "run.resume"),
     "Megatron checkpoint absent": ("model.megatron_path=nowhere", "model.megatron_path"),
+    "a change of what is no setting": ("run.allow_changes=[optimizer.lrr]", "did you mean optimizer.lr?"),
+    "a change of a section": ("run.allow_changes=[optimizer]", "name its settings, such as optimizer.lr"),
+    "a change of what a checkpoint holds": ("run.allow_changes=[optimizer.beta2]", "its checkpoints hold it"),
+    "a change that is no list": ("run.allow_changes=optimizer.lr", "run.allow_changes"),
+    "a run folder that cannot be made": ("run.dir=/proc/none/run", "/proc/none/run"),
     "template absent": ("prompts.teacher_template=nowhere.jinja", "prompts.teacher_template"),
 }
 
@@ -131,7 +143,6 @@ def test_layout(capsys, setup, mistake):
 SIZES = {
     "TP does not divide the heads": ({"num_attention_heads": 6}, 4, "attention heads, 6"),
     "TP does not divide the feed-forward size": ({"intermediate_size": 63}, 2, "feed-forward size, 63"),
-    "TP does not divide the vocabulary": ({"vocab_size": 265}, 2, "vocabulary size, 265"),
 }
 
 
@@ -142,6 +153,44 @@ def test_layout_of_other_sizes(capsys, setup, mistake):
     _change_config(model, **values)
     line = refused(capsys, settings, f"megatron.tensor_model_parallel_size={tp}", processes=tp)
     assert f"tensor_model_parallel_size={tp} does not divide the {says}" in line
+
+
+def test_a_vocabulary_that_tp_does_not_divide_is_padded(capsys, setup):
+    settings, model, _ = setup
+    tiny.make_model(model, rows=265)
+    arguments = ["megatron.tensor_model_parallel_size=2", "--processes", "2", "--dry-run"]
+    assert main(["train", str(settings), *arguments]) == 0
+    assert "133 vocabulary rows a rank" in capsys.readouterr().out
+
+
+def test_the_start_of_a_run_does_not_fit(capsys, setup, tmp_path):
+    """A Megatron checkpoint or an adapter is compared with the model before any rank starts."""
+    settings, model, _ = setup
+    checkpoint = tmp_path / "checkpoint"
+    assert main(["convert", "to-megatron", str(model), str(checkpoint), "--quiet"]) == 0
+    pieces = next(checkpoint.glob("__0_*.distcp"))
+    pieces.write_bytes(pieces.read_bytes()[:-2000])
+    line = refused(capsys, settings, f"model.megatron_path={checkpoint}")
+    assert f"model.megatron_path: {pieces} is truncated" in line
+    adapter = tmp_path / "adapter"
+    write_adapter(adapter, base=model, rank=2)
+    capsys.readouterr()
+    line = refused(capsys, settings, f"model.adapter_path={adapter}", "model.lora={rank: 4, alpha: 8}")
+    assert f"model.adapter_path: {adapter} has rank 2 and scale 2" in line
+    assert "set model.lora.rank=2 model.lora.alpha=4, or leave model.lora out" in line
+    (adapter / "adapter_model.safetensors").unlink()
+    assert "copy the adapter again" in refused(capsys, settings, f"model.hf_path={adapter}")
+    shutil.rmtree(model)
+    line = refused(capsys, settings, f"model.hf_path={adapter}")
+    assert f"model.hf_path: {adapter} is a PEFT adapter of {model}, which does not exist here" in line
+
+
+def write_adapter(folder, *, base, rank):
+    """An adapter of the query projections as PEFT saves it."""
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM.from_pretrained(base)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj"])
+    get_peft_model(model, config).save_pretrained(folder)
 
 
 def test_settings_file_absent(capsys, tmp_path):
@@ -244,6 +293,12 @@ def test_config(capsys, setup, mistake):
     assert says in refused(capsys, settings)
 
 
+def replace_by_index(model, file):
+    """The single file goes, because it would be read before an index."""
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": file}}))
+
+
 FILES = {
     "no config": (lambda m: (m / "config.json").unlink(), "config.json"),
     "config is not JSON": (lambda m: (m / "config.json").write_text("{"), "not valid JSON"),
@@ -254,18 +309,8 @@ FILES = {
         lambda m: (m / "model.safetensors").write_bytes((m / "model.safetensors").read_bytes()[:-100]),
         "truncated",
     ),
-    "missing shard": (
-        lambda m: (m / "model.safetensors.index.json").write_text(
-            json.dumps({"weight_map": {"a": "gone.safetensors"}})
-        ),
-        "gone.safetensors",
-    ),
-    "index that leaves its folder": (
-        lambda m: (m / "model.safetensors.index.json").write_text(
-            json.dumps({"weight_map": {"a": "../x.safetensors"}})
-        ),
-        "outside its folder",
-    ),
+    "missing shard": (lambda m: replace_by_index(m, "gone.safetensors"), "gone.safetensors"),
+    "index that leaves its folder": (lambda m: replace_by_index(m, "../x.safetensors"), "outside its folder"),
 }
 
 
@@ -284,6 +329,30 @@ def test_run_folder_not_empty(capsys, setup):
     (run / "notes.txt").write_text("mine")
     assert "not empty" in refused(capsys, settings)
     assert (run / "notes.txt").read_text() == "mine"
+
+
+def test_run_folder_below_a_file(capsys, setup):
+    settings, model, _ = setup
+    assert "run.dir: Cannot write" in refused(capsys, settings, f"run.dir={model / 'config.json' / 'run'}")
+
+
+def test_run_folder_of_another_run_that_lives(capsys, setup):
+    """It is refused before anything is read or taken back, and by a dry run as well."""
+    settings, model, _ = setup
+    _begin(settings)
+    with locked(model.parent / "run", say=print, on_lost=None):
+        line = refused(capsys, settings, "run.resume=auto")
+    assert f"{model.parent / 'run'} is in use: process {os.getpid()} on " in line
+    assert "give another run.dir" in line
+    assert main(["train", str(settings), "run.resume=auto", "--processes", "1", "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize("key", ["data.train", "evaluation.problems"])
+def test_missing_data_is_the_only_line(capsys, setup, key):
+    assert main(["train", str(setup[0]), f"{key}=nowhere.jsonl", "--processes", "1", "--dry-run"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "nowhere.jsonl" in printed.err
 
 
 def test_run_folder_is_a_file(capsys, setup):

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from megatron_paint.cli.main import main
 from megatron_paint.objectives.metric_table import METRICS as DESCRIBED
+from megatron_paint.run.lock_watch import LOCK, read_lock
 from tests.support import forked_ranks, tiny
 from tests.support.exports import same, weights_of_step
 from tests.support.processes import left_of_session
@@ -22,7 +23,14 @@ METRICS = {
     *("step", "loss", "num_tokens", "loss_tokens", "grad_norm", "lr", "tokens_per_second", "sampler_gap/max"),
     *("overlap/mean", "reveal/mean", "anchors/none_share", "entropy/student_mean", "entropy/teacher_mean"),
     *("selected/share", "divergence/selected_mean", "divergence/other_mean", "clip/share", "clip/entries"),
-    *("response/length_mean", "response/truncated_share", "time/rollout_s", "time/mask_s", "time/teacher_s"),
+    *(
+        "response/length_mean",
+        "response/truncated_share",
+        "response/no_answer_share",
+        "time/rollout_s",
+        "time/mask_s",
+        "time/teacher_s",
+    ),
     *("time/student_s", "time/optimizer_s"),
 }
 
@@ -63,9 +71,10 @@ def test_run_folder(trained):
     assert events[-1]["event"] == "end"
     notes = [event["message"].split(":")[0] for event in events if event["event"] == "note"]
     starts = [note.split()[0] for note in notes]
-    assert starts[:8] == ["model", "layout", "layers", "loss", "step", "memory", "data", "starting"]
-    assert not {"model", "layout", "memory", "data"} & set(starts[8:]), "ranks print the plan again"
-    assert notes[7] == "starting 2 ranks"
+    plan = ["model", "layout", "layers", "loss", "step", "memory", "sampling", "for", "host"]
+    assert starts[:11] == [*plan, "data", "starting"]
+    assert not {"model", "layout", "memory", "data"} & set(starts[11:]), "ranks print the plan again"
+    assert notes[10] == "starting 2 ranks"
 
 
 def test_a_finished_run_prints_its_results_again_without_ranks(trained, tmp_path):
@@ -97,9 +106,16 @@ def test_killed_run_goes_on_bit_for_bit(trained, tmp_path):
     os.killpg(launcher.pid, signal.SIGKILL)
     launcher.wait()
     assert not left_of_session(launcher.pid)
+    assert read_lock(tmp_path / "run" / LOCK).pid == launcher.pid
     # The kill may come after the next save on a busy machine.
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000004", ignore_errors=True)
-    run(tmp_path, trained.settings, *arguments)
+    again = run(tmp_path, trained.settings, *arguments)
+    taken = f"took over the lock of {tmp_path / 'run'} from process {launcher.pid} on "
+    assert taken in again.out[0]
+    assert not (tmp_path / "run" / LOCK).exists()
+    log = (tmp_path / "run" / "logs" / "console.log").read_text()
+    assert log.count("\n==== ") == 2
+    assert log.index("step 1/4") < log.index(taken) < log.index("resumed at step 2") < log.index("Look next:")
     assert metrics(tmp_path / "run") == metrics(trained.run)
     for step in (1, 2, 3, 4):
         name = f"samples/step_{step:06d}.jsonl"
@@ -193,10 +209,21 @@ def test_changed_settings_do_not_resume(trained, capsys):
     assert (trained.run / "metrics.jsonl").read_bytes() == before
 
 
-def test_another_model_does_not_resume(trained, tmp_path):
-    """The same folder, but with an output layer of its own, which the checkpoint has not; told once by two ranks."""
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 256}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tied": False}, "tie_word_embeddings is True, not False"),  # a separate output layer
+        ({"rope_parameters": YARN}, "yarn is None, not {'factor': 4.0"),  # no weight shows it
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "rope_theta is 10000.0, not 1000000.0"),
+    ],
+)
+def test_another_model_does_not_resume(change, message, trained, tmp_path):
+    """The run's folder with a model that its checkpoint does not fit. Two ranks print one error."""
     shutil.copytree(trained.run, tmp_path / "run")
-    tiny.make_model(tmp_path / "model", tied=False)
+    tiny.make_model(tmp_path / "model", **change)
     recorded = (tmp_path / "run" / "config.yaml").read_text()
     (tmp_path / "run" / "config.yaml").write_text(
         recorded.replace(str(trained.folder / "model"), str(tmp_path / "model"))
@@ -210,5 +237,23 @@ def test_another_model_does_not_resume(trained, tmp_path):
     (line,) = (line for line in ended.err[0].splitlines() if "No CUDA runtime is found" not in line)
     assert line.startswith("megatron-paint: error: checkpoint ")
     assert "is of another model" in line
+    assert message in line
     assert before
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_learning_rate_changes_on_purpose(trained, tmp_path):
+    """The steps after the checkpoint have the new one, and the record of the run says since when."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained.run, run_dir, ignore=shutil.ignore_patterns("step_000004*", "tensorboard"))
+    changed = (f"run.dir={run_dir}", "run.resume=auto", "optimizer.lr=2e-3", "run.allow_changes=[optimizer.lr]")
+    ended = forked_ranks.train(tmp_path, trained.settings, *changed, "evaluation.problems=null")
+    assert ended.statuses == [2, 2], ended  # the evaluation is another one, and is not named
+    ended = forked_ranks.train(tmp_path, trained.settings, *changed)
+    assert ended.statuses == [0, 0], ended
+    assert [line["lr"] for line in metrics(run_dir)] == [1e-3, 1e-3, 2e-3, 2e-3]
+    assert "changed after step 2, as run.allow_changes lets it: optimizer.lr: 0.001 -> 0.002" in ended.out[0]
+    record = json.loads((run_dir / "changes.jsonl").read_text())
+    assert (record["after_step"], record["setting"], record["new"]) == (2, "optimizer.lr", 2e-3)
+    assert metrics(run_dir)[:2] == metrics(trained.run)[:2]
+    assert not same(weights_of_step(run_dir, 4), weights_of_step(trained.run, 4))

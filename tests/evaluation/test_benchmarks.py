@@ -1,5 +1,6 @@
 """Benchmarks by name and by file, and the mistakes in their names."""
 
+import gzip
 import json
 import sys
 from pathlib import Path
@@ -8,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.settings import EvaluationSettings
-from megatron_paint.evaluation.benchmarks import NAMED, load_benchmarks
+from megatron_paint.config.settings import ColumnSettings, EvaluationSettings
+from megatron_paint.evaluation.benchmarks import NAMED, benchmark_name, load_benchmarks
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data folder is not beside the repository")
@@ -60,10 +61,73 @@ def test_benchmark_files():
     assert {one.name: len(one.problems) for one in found} == dict(zip(files, (30, 30, 30, 500, 1319), strict=True))
 
 
+def test_data_sets_by_name(monkeypatch):
+    """What `data.train` takes: OWNER/NAME, with a configuration and a version in the name, and a name alone."""
+    asked = []
+
+    def load_dataset(name, configuration, *, split):
+        asked.append((name, configuration, split))
+        return [{"id": name, "problem": f"p of {name}", "answer": "1"}]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    names = ["owner/set-v1.5", "owner/other:algebra", "squad"]
+    found = load_benchmarks(names, EvaluationSettings(split="dev"))
+    assert [(one.name, one.problems[0].id) for one in found] == [
+        ("set-v1.5", "owner/set-v1.5"),
+        ("other_algebra", "owner/other"),
+        ("squad", "squad"),
+    ]
+    assert asked == [("owner/set-v1.5", None, "dev"), ("owner/other", "algebra", "dev"), ("squad", None, "dev")]
+    near = load_benchmarks(["aime2"], EvaluationSettings(format="datasets"))
+    assert near[0].problems[0].id == "aime2"
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("gsm8k", "gsm8k"),
+        ("runs/held_out.jsonl", "held_out"),
+        ("a/held.out.json.gz", "held.out"),
+        ("owner/set-v1.5", "set-v1.5"),
+        ("owner/set:main", "set_main"),
+    ],
+)
+def test_names_in_reports(source, name):
+    assert benchmark_name(source) == name
+
+
+def test_a_split_that_a_data_set_does_not_have(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "set").mkdir()
+    write(tmp_path / "set" / "train.jsonl", PROBLEMS)
+    with pytest.raises(UserError, match=r"evaluation\.problems: .*its split 'test'.*Set evaluation\.split"):
+        load_benchmarks([str(tmp_path / "set")], EvaluationSettings())
+    found = load_benchmarks([str(tmp_path / "set")], EvaluationSettings(split="train"))
+    assert (found[0].name, [problem.id for problem in found[0].problems]) == ("set", ["a", "b"])
+
+
+def test_files_of_other_formats(tmp_path):
+    """The rows of GSM8K in a compressed CSV file: the answer is what follows the mark."""
+    text = 'question,answer\n"How many?","2*1250=<<2*1250=2500>>2500.\n#### 2,500"\n'
+    (tmp_path / "raw.csv.gz").write_bytes(gzip.compress(text.encode()))
+    settings = EvaluationSettings(columns=ColumnSettings(problem="question"))
+    found = load_benchmarks([str(tmp_path / "raw.csv.gz")], settings)[0]
+    assert (found.name, found.problems[0].id, found.problems[0].answer) == ("raw", "raw:2", "2500")
+    assert found.notes[-1].endswith("1 of 1 answers end in '#### RESULT'; the result is the answer")
+
+
+def test_repeated_problems_are_counted(tmp_path):
+    found = load_benchmarks([str(write(tmp_path / "p.jsonl", PROBLEMS))], EvaluationSettings())[0]
+    assert found.warnings[0].startswith("evaluation.problems: 1 of 2 problems repeat the text of an earlier one")
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["aime2"], "'aime2' is neither a known benchmark nor a file.*Did you mean 'aime2[45]'"),
+        (
+            ["aime2"],
+            r"^--benchmarks.*: 'aime2' is neither a known benchmark nor a file.*Did you mean 'aime2[45]'",
+        ),
         (["nothing.jsonl"], "there is no file nothing.jsonl"),
         (["{p}", "{p}"], "has 'p' twice"),
         (["{s}"], "would overwrite the summary"),

@@ -44,8 +44,15 @@ def test_compare(evaluated, tmp_path, capsys):
     assert (same.difference.mean, same.p_value) == (0.0, 1.0)
     out = tmp_path / "table.md"
     assert main(["evaluate", "compare", str(evaluated / "none"), str(evaluated / "high"), "--out", str(out)]) == 0
-    assert "< 0.0001" in capsys.readouterr().out
-    assert "| set | 20 | 0.0 | 75.0 | +75.0 [" in out.read_text()
+    printed, written = capsys.readouterr().out, out.read_text()
+    assert "< 0.0001" in printed
+    assert "| set | 20 | 0.0 | 75.0 | +75.0 [" in written
+    for name, folder in (("A", "none"), ("B", "high")):  # what was compared, and how many answers to a problem
+        line = f"{name} = {evaluated / folder}, model {evaluated / folder}-responses.jsonl"
+        assert f"{line}\n" in printed
+        assert f"* {line}\n" in written
+    assert row.samples == (2, 2)
+    assert written.rstrip().endswith("| 2 |")
     assert main(["compare", str(evaluated / "low"), str(evaluated / "high"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["p_value"] == row.p_value
 
@@ -75,3 +82,21 @@ def test_different_sampling_settings_are_reported(evaluated, tmp_path, capsys):
         (tmp_path / name / "summary.json").write_text(json.dumps(summary))
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     assert "the two were sampled otherwise: temperature 1.0 and 0.6" in capsys.readouterr().err
+
+
+def test_answers_that_are_cut_off_are_reported(evaluated, tmp_path, capsys):
+    """5 of 40 answers are cut off, which is 12.5 %; 4 are exactly a tenth. 0.832 is 0.025^(1/20)."""
+    for cut in (5, 4):
+        rows = [
+            {"id": f"p{i // 2}", "response": f"\\boxed{{{i // 2}}}", "finished": i >= cut, "num_tokens": 7}
+            for i in range(40)
+        ]
+        path = write(tmp_path / f"cut{cut}.jsonl", rows)
+        options = ("--benchmarks", str(evaluated / "set.jsonl"), "--out", str(tmp_path / f"out{cut}"))
+        assert main(["evaluate", "--responses", str(path), *options]) == 0
+        printed, written = capsys.readouterr().out, (tmp_path / f"out{cut}" / "summary.md").read_text()
+        cells = [cell.strip() for line in printed.splitlines() if "Avg@2" in line for cell in line.split("│")]
+        assert cells[1:-1] == ["set", "Avg@2 100.0 % [83.2, 100.0]", "-", "7", "2", f"{100 * cut / 40:.1f} %"]
+        assert f"model: {path}" in printed.replace("\n", "")
+        for text in (printed, written):
+            assert ("set: 12 % of the answers are cut off at the length limit" in text) == (cut == 5)

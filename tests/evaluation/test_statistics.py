@@ -1,6 +1,7 @@
 """Figures of an evaluation against numbers worked by hand and against scipy."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -103,6 +104,11 @@ def test_report_by_hand():
     assert metrics["avg/problem_se"] == pytest.approx(np.std([1, 0.25, 0], ddof=1) / math.sqrt(3))
     assert 0 <= metrics["avg/low"] < metrics["avg"] < metrics["avg/high"] <= 1
     assert [answer.sample_index for answer in report.answers[-2:]] == [-1, -1]
+
+
+def test_boxes_in_unfinished_thoughts_are_counted():
+    answers = [replace(answer, box_in_thought=True) for answer in graded("a", "nnr")] + graded("b", "rww")
+    assert build_report(0, "tiny", answers).metrics["box_in_thought"] == 3
 
 
 def test_report_with_one_sample_has_no_sampling_error():

@@ -13,7 +13,8 @@ import pytest
 from megatron_paint.base.errors import UserError
 from megatron_paint.grading import pool as pool_module
 from megatron_paint.grading.boxes import last_box
-from megatron_paint.grading.grade import GradingPool, Rules, answers_agree, grade, normal_form, same_text
+from megatron_paint.grading.grade import GradingPool, Rules, answers_agree, grade
+from megatron_paint.grading.normal_form import normal_form, same_text
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"

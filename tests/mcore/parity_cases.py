@@ -18,6 +18,8 @@ SIZES = {
     # Large enough that every layer matters, small enough that three steps do not amplify float32's rounding to 1e-5.
     "initializer_range": 0.1,
 }
+# A ramp over the four frequencies of a head: 0, 1/2, 1, 1.
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 32}
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 STEPS = 3
 EMA_DECAY = 0.6
@@ -42,6 +44,7 @@ class Case:
     overlap_grad_reduce: bool = False
     grpo: dict | None = None  # settings of GRPO, which then takes the divergence's place
     num_samples: int = 5  # 1 leaves a data-parallel replica without any
+    yarn: bool = False
 
     @property
     def loss_settings(self) -> dict:
@@ -109,6 +112,7 @@ CASES = (
         lr=5e-2,
         loss={"positions": "random", "control": "reweight", "divergence": "jsd", "jsd_beta": 0.3},
     ),
+    Case(name="yarn-ema-adam", tied=True, teacher="ema", optimizer="adam", yarn=True),
     Case(name="sft-tied-adam", tied=True, teacher="none", optimizer="adam"),
     Case(name="sft-lora-sgd", tied=False, teacher="none", optimizer="sgd", lora=True, lr=5e-2),
     Case(
@@ -168,6 +172,7 @@ TOUCHING = {
         "lora-ema-sgd",
         "sft-tied-adam",
         "grpo-kl-sgd",
+        "yarn-ema-adam",
     ),
     "tp2-dp2": (  # replicas: sums over them, state that they share, one that has no sample
         "full-tied-ema-adam",
@@ -195,21 +200,22 @@ def part_of(layout: str, name: str) -> str:
 
 
 def make_checkpoints(folder: Path) -> None:
-    """Two sets of weights for tied and untied models: `start` (the initial teacher) and `moved` (the student)."""
-    for tied in (True, False):
+    """Two sets of weights for each kind of model: `start` (the initial teacher) and `moved` (the student)."""
+    for tied, yarn in ((True, False), (False, False), (True, True)):
+        rope = {"rope_parameters": YARN} if yarn else {}
         for seed, name in ((0, "start"), (1, "moved")):
             torch.manual_seed(seed)
-            model = Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=tied))
+            model = Qwen3ForCausalLM(Qwen3Config(**SIZES, **rope, tie_word_embeddings=tied))
             if name == "moved":
-                start = Qwen3ForCausalLM.from_pretrained(checkpoint(folder, "start", tied))
+                start = Qwen3ForCausalLM.from_pretrained(checkpoint(folder, "start", tied, yarn))
                 with torch.no_grad():
                     for p, q in zip(model.parameters(), start.parameters(), strict=True):
                         p.copy_(q + 0.1 * p)
-            model.save_pretrained(checkpoint(folder, name, tied))
+            model.save_pretrained(checkpoint(folder, name, tied, yarn))
 
 
-def checkpoint(folder: Path, name: str, tied: bool) -> Path:
-    return folder / f"{name}-{'tied' if tied else 'untied'}"
+def checkpoint(folder: Path, name: str, tied: bool, yarn: bool = False) -> Path:
+    return folder / f"{name}-{'tied' if tied else 'untied'}{'-yarn' * yarn}"
 
 
 def adapter_value(name: str, shape: torch.Size) -> torch.Tensor:

@@ -42,7 +42,7 @@ RANK, ALPHA = 4, 8
 def settings_of(case: parity.Case, folder: Path, megatron: dict) -> Settings:
     return Settings(
         model=ModelSettings(
-            hf_path=str(parity.checkpoint(folder, "start", case.tied)),
+            hf_path=str(parity.checkpoint(folder, "start", case.tied, case.yarn)),
             dtype="float32",
             lora=LoraSettings(rank=RANK, alpha=ALPHA) if case.lora else None,
         ),
@@ -174,7 +174,7 @@ def run_case(case: parity.Case, folder: Path, out: Path, ranks, megatron: dict) 
     settings = settings_of(case, folder, megatron)
     shape = read_shape(settings.model.hf_path)
     policy = MegatronPolicy(settings, shape, ranks)
-    load_stage(policy.stage, parity.checkpoint(folder, "moved", case.tied), shape, ranks)
+    load_stage(policy.stage, parity.checkpoint(folder, "moved", case.tied, case.yarn), shape, ranks)
     set_adapters(policy)
     policy.optimizer.reload_model_params()
     if not case.lora:

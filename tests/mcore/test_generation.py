@@ -10,26 +10,47 @@ from tests.mcore.layouts import LAYOUTS, run_worker
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
+def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     parity.make_checkpoints(folder)
-    return parity.checkpoint(folder, "start", tied=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_folder(checkpoints):
+    return parity.checkpoint(checkpoints, "start", tied=True)
+
+
+@pytest.fixture(scope="module")
+def yarn_folder(checkpoints):
+    return parity.checkpoint(checkpoints, "start", tied=True, yarn=True)
 
 
 @pytest.fixture(scope="module")
 def rollouts(model_folder, tmp_path_factory):
     """Rollouts of all cases by layout."""
-    found = {}
-    for layout in LAYOUTS:
-        out = tmp_path_factory.mktemp(layout) / "rollouts.pt"
-        run_worker("generation_worker", layout, model_folder, out)
-        found[layout] = torch.load(out, weights_only=False)
-    return found
+    return {layout: sampled(layout, model_folder, tmp_path_factory) for layout in LAYOUTS}
+
+
+@pytest.fixture(scope="module", params=["tp1", "tp2-pp2-sp"])
+def yarn_rollouts(request, yarn_folder, tmp_path_factory):
+    """Rollouts of a model with YaRN."""
+    return sampled(request.param, yarn_folder, tmp_path_factory)
+
+
+def sampled(layout, folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp(layout) / "rollouts.pt"
+    run_worker("generation_worker", layout, folder, out)
+    return torch.load(out, weights_only=False)
 
 
 @pytest.fixture(scope="module")
 def wanted_greedy(model_folder):
-    """Greedy responses of `transformers`, one per request."""
+    return greedy_of_transformers(model_folder)
+
+
+def greedy_of_transformers(model_folder):
+    """Greedy responses, one per request."""
     torch.set_num_threads(1)
     model = Qwen3ForCausalLM.from_pretrained(model_folder)
     answers = []
@@ -69,16 +90,27 @@ def test_independent_of_the_batch(layout, rollouts):
 
 @pytest.mark.parametrize("case", ["plain", "nucleus", "top-k"])
 def test_logprobs_are_the_models(case, rollouts, model_folder):
-    """At the sampling temperature, over the whole vocabulary, before top-k and top-p."""
+    check_logprobs(rollouts["tp1"][f"{case}-64"], SAMPLING[case], model_folder, atol=2e-5)
+
+
+def test_with_yarn(yarn_rollouts, yarn_folder):
+    wanted = greedy_of_transformers(yarn_folder)
+    for batch_size in (64, 2):
+        assert [rollout.response_ids for rollout in yarn_rollouts[f"greedy-{batch_size}"]] == wanted
+        for case in ("plain", "nucleus", "top-k"):
+            check_logprobs(yarn_rollouts[f"{case}-{batch_size}"], SAMPLING[case], yarn_folder, atol=1e-5)
+
+
+def check_logprobs(rollouts, sampling, model_folder, *, atol):
+    """Of `transformers`, at the sampling temperature, over the complete vocabulary, before top-k and top-p."""
     model = Qwen3ForCausalLM.from_pretrained(model_folder)
-    sampling = SAMPLING[case]
-    for rollout in rollouts["tp1"][f"{case}-64"]:
+    for rollout in rollouts:
         ids = torch.tensor([[*rollout.prompt_ids, *rollout.response_ids]])
         with torch.no_grad():
             logits = model(input_ids=ids).logits[0, len(rollout.prompt_ids) - 1 : -1]
         logp = (logits / sampling.temperature).log_softmax(-1)
         wanted = logp.gather(1, torch.tensor(rollout.response_ids)[:, None])[:, 0]
-        assert rollout.logprobs == pytest.approx(wanted.tolist(), abs=2e-5)
+        assert rollout.logprobs == pytest.approx(wanted.tolist(), abs=atol)
 
 
 def test_responses_differ_and_stop(rollouts):

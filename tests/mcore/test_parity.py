@@ -48,7 +48,7 @@ def at_all_layouts(names: Iterable[str]) -> list:
 
 
 def plain_model(case: parity.Case, checkpoints: Path, name: str):
-    model = Qwen3ForCausalLM.from_pretrained(parity.checkpoint(checkpoints, name, case.tied))
+    model = Qwen3ForCausalLM.from_pretrained(parity.checkpoint(checkpoints, name, case.tied, case.yarn))
     if not case.lora:
         return model
     from peft import LoraConfig, get_peft_model
@@ -124,7 +124,7 @@ def plain(checkpoints):
 def start_teacher(policy: PlainPolicy, case: parity.Case, checkpoints: Path) -> None:
     """Initial, current and average weights differ from the first step on."""
     policy.start = Qwen3ForCausalLM.from_pretrained(
-        parity.checkpoint(checkpoints, "moved" if case.lora else "start", case.tied)
+        parity.checkpoint(checkpoints, "moved" if case.lora else "start", case.tied, case.yarn)
     )
     if case.lora:
         # The adapters were zero when the average began: half the adapters now is what one step of it gives.
@@ -187,6 +187,7 @@ def test_equals_plain_torch(layout, name, outputs, plain):
         assert gradients.keys() == expected.keys()
         for weight, gradient in gradients.items():
             assert relative(gradient, expected[weight]) < 1e-5, (step, weight)
+    assert len({path.stat().st_mode for path in (out / name).iterdir()}) == 1
     after = exported(Qwen3ForCausalLM.from_pretrained(out / name), parity.CASES[0])
     if case.tied:
         after.pop("lm_head.weight", None)

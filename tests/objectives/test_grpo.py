@@ -9,7 +9,7 @@ import torch
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import settings_of
 from megatron_paint.config.settings import GrpoSettings
-from megatron_paint.grading.grade import Grade
+from megatron_paint.grading.grade import Grade, GradingPool, Rules
 from megatron_paint.losses import WholeVocab
 from megatron_paint.losses.interface import ResponseRows
 from megatron_paint.losses.objectives import PolicyGradientLoss
@@ -18,6 +18,7 @@ from megatron_paint.objectives.grpo import advantages
 from megatron_paint.objectives.metrics import metrics_of
 from megatron_paint.records import Problem, Rollout, Sample, SampleScore, UpdateReport
 from megatron_paint.rollouts.source import RolloutSource
+from megatron_paint.runtime.rank_zero import directly
 from megatron_paint.runtime.timer import Timer
 
 PROBLEM = Problem(id="a", problem="", solution="", answer="7")
@@ -161,6 +162,20 @@ def step(rewards, *, lengths, not_finite_in=None, **grpo):
     timer = Timer()
     result = objective.step(policy, problems, step=3, lr=1e-3, timer=timer)
     return result, metrics_of(result, step=3, lr=1e-3, seconds=timer.seconds), policy
+
+
+@pytest.mark.parametrize(("policy", "outcomes"), [("ignore", ["no_answer", "right"]), ("count", ["right", "right"])])
+def test_a_box_in_an_unfinished_thought_follows_the_policy(policy, outcomes):
+    """The prompt opens the thought. The first response is cut inside it."""
+    texts = {(1,): "assistant\n<think>\n", (2,): "Perhaps \\boxed{4}, but", (3,): "a</think> \\boxed{4}"}
+    with GradingPool(workers=1, rules=Rules(box_in_thought=policy)) as graders:
+        grpo = SimpleNamespace(
+            prompts=SimpleNamespace(response_text=texts.__getitem__), graders=graders, on_rank_zero=directly
+        )
+        rollouts = [Rollout(problem_id="0", prompt_ids=(1,), response_ids=ids) for ids in ((2,), (3,))]
+        grades = Grpo.grades(grpo, [Problem(id="0", problem="", solution="", answer="4")], rollouts)
+    assert [grade.outcome for grade in grades] == outcomes
+    assert Grpo.extras(grpo, grades, [0], [])["reward/box_in_thought"] == 1
 
 
 def test_only_groups_that_differ_are_trained_on():

@@ -33,7 +33,8 @@ AFTER = build_report(4, "tiny", [graded("a", "right"), graded("b", "right")], gr
 
 def step(number, **changes):
     values = {"step": number, "loss": 0.125, "overlap/mean": 0.4, "reveal/mean": 0.58, "tokens_per_second": 1234.5}
-    return StepReport(step=number, metrics={**values, **changes}, samples=(), scores=())
+    values |= {"response/length_mean": 1023.4, "response/truncated_share": 0.25, "grad_norm": 0.03123}
+    return StepReport(step=number, metrics={**values, **changes}, samples=(), scores=(), seconds=2.345)
 
 
 class Clock:
@@ -66,11 +67,14 @@ def test_normal_has_a_line_for_each_step():
     assert lines[0] == "32 problems a step [bold]"
     assert lines[1].startswith("evaluation at step 0 on tiny: Avg@1 50.0 % [0.0, 100.0]")
     assert lines[2] == (
-        "step 1/4  loss 0.1250  overlap 0.40  reveal 0.58  accuracy 50.0 %  1,234 tokens/s  0:00:30 left"
+        "step 1/4  loss 0.1250  overlap 0.40  reveal 0.58  length 1,023  truncated 25%  grad 0.0312  2.35 s/step  "
+        "1,234 tokens/s  0:00:30 left"
     )
     assert lines[3] == "warning: clip/share [above]"
-    assert lines[4] == "step 2/4  loss 0.1250  accuracy 50.0 %  1,234 tokens/s  0:00:20 left"
-    assert "accuracy 100.0 %" in lines[6]
+    assert lines[4] == (
+        "step 2/4  loss 0.1250  length 1,023  truncated 25%  grad 0.0312  2.35 s/step  1,234 tokens/s  0:00:20 left"
+    )
+    assert "accuracy" not in lines[6], "that of an earlier step"
     assert lines[-1] == "Results: runs/x"
 
 
@@ -163,3 +167,15 @@ def test_a_missing_tensorboard_is_one_line(tmp_path, monkeypatch):
     assert log is None
     assert "pip install tensorboard" in reason
     assert "\n" not in reason
+
+
+def test_the_table_names_n_and_what_was_cut_off():
+    cut = build_report(0, "tiny", [replace(graded("a", "wrong", i), finished=i > 0) for i in range(4)])
+    console = Console(file=io.StringIO(), width=120)
+    progress = Progress("normal", steps=1, console=console)
+    progress.evaluation(cut)
+    assert "warning: tiny: 25 % of the answers are cut off at the length limit" in console.file.getvalue()
+    progress.end(after=[cut], folder="out", model="models/[mine]")
+    rows = [line.split("│") for line in console.file.getvalue().splitlines() if "Avg@4" in line and "│" in line]
+    assert [cell.strip() for cell in rows[0][-3:-1]] == ["4", "25.0 %"]
+    assert "model: models/[mine]" in console.file.getvalue()

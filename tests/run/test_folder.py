@@ -242,3 +242,61 @@ def test_a_setting_that_an_earlier_version_did_not_have_stood_at_its_default():
     other = {"objective": {"loss": {"clip": 0.05, "clip_rule": "token"}}}
     assert forbidden_changes(old=old, new=same) == []
     assert forbidden_changes(old=old, new=other) == ["objective.loss.clip_rule: 'entry' -> 'token'"]
+
+
+# Changes on purpose
+
+
+def allowed(path, *names, **changes):
+    return settings(path, run__resume="auto", run__allow_changes=list(names), **changes)
+
+
+def test_a_setting_that_the_user_allows_changes_and_is_recorded(tmp_path):
+    started(tmp_path, 3, checkpoints=(2,))
+    folder = RunFolder(tmp_path)
+    with pytest.raises(UserError, match=r"run\.allow_changes=\[optimizer\.lr\]$"):
+        folder.prepare(settings(tmp_path, run__resume="auto", optimizer__lr=1.0e-5))
+    with pytest.raises(UserError, match=r"run\.seed: 1 -> 2") as caught:
+        folder.prepare(allowed(tmp_path, "optimizer.lr", optimizer__lr=1.0e-5, run__seed=2))
+    assert "optimizer.lr: " not in str(caught.value)
+    assert not (tmp_path / "changes.jsonl").exists()
+    new = allowed(tmp_path, "optimizer.lr", optimizer__lr=1.0e-5)
+    assert folder.allowed_changes(new) == {"optimizer.lr": (5.0e-6, 1.0e-5)}
+    assert folder.prepare(new) == 2
+    (line,) = map(json.loads, (tmp_path / "changes.jsonl").read_text().splitlines())
+    assert (line["after_step"], line["setting"], line["old"], line["new"]) == (2, "optimizer.lr", 5.0e-6, 1.0e-5)
+    folder.prepare(settings(tmp_path, run__resume="auto", optimizer__lr=1.0e-5))  # from now on it is the run's
+    assert len((tmp_path / "changes.jsonl").read_text().splitlines()) == 1
+
+
+def test_an_end_of_the_decay_that_the_user_allows_to_move(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.prepare(settings(tmp_path, optimizer__decay="cosine"))
+    longer = {"optimizer__decay": "cosine", "run__steps": 200}
+    with pytest.raises(UserError, match=r"run\.allow_changes=\[optimizer\.decay_steps\]"):
+        folder.prepare(allowed(tmp_path, "optimizer.lr", **longer))
+    folder.prepare(allowed(tmp_path, "optimizer.decay_steps", **longer))
+    line = json.loads((tmp_path / "changes.jsonl").read_text())
+    assert (line["setting"], line["old"], line["new"]) == ("optimizer.decay_steps", 100, 200)
+
+
+def test_what_a_checkpoint_holds_is_not_offered(tmp_path):
+    started(tmp_path, 3, checkpoints=(2,))
+    with pytest.raises(UserError, match=r"optimizer\.eps: 1e-08 -> 1e-07.*another run\.dir$"):
+        RunFolder(tmp_path).prepare(settings(tmp_path, run__resume="auto", optimizer__eps=1.0e-7))
+
+
+# A folder that cannot be written
+
+
+@pytest.mark.parametrize("name", ["file/below", "/proc/none", "x" * 300], ids=["below a file", "proc", "long name"])
+def test_a_folder_that_cannot_be_made_is_refused_before_the_run(tmp_path, name):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"^run\.dir(: Cannot write |=.* cannot be written: /proc is)"):
+        RunFolder(tmp_path / name).check(settings(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_check_leaves_nothing_behind(tmp_path):
+    assert RunFolder(tmp_path / "a" / "b").check(settings(tmp_path)) == 0
+    assert list(tmp_path.iterdir()) == []

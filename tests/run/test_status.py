@@ -118,6 +118,34 @@ def test_signals_are_noted_and_handlers_given_back():
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
+def test_a_second_control_c_ends_a_run_at_once(monkeypatch):
+    """The first one lets it stop after its step. A rank leaves both to its launcher."""
+    called = []
+    monkeypatch.delenv("RANK", raising=False)
+    with StopRequest(on_interrupt=lambda: called.append("first")) as request:
+        signal.raise_signal(signal.SIGINT)
+        assert (request.reason(), called) == ("SIGINT", ["first"])
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert called == ["first"]
+    monkeypatch.setenv("RANK", "0")
+    with StopRequest(on_interrupt=lambda: called.append("rank")) as request:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert request.reason() == "SIGINT"
+    assert called == ["first"]
+
+
+def test_a_background_job_still_ignores_control_c():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopRequest() as request:
+            signal.raise_signal(signal.SIGINT)
+            assert request.reason() is None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_the_end_of_a_job(tmp_path, monkeypatch):
     assert job_end({}) is None
     assert job_end({"SLURM_JOB_ID": "5", "SLURM_JOB_END_TIME": "1700000000"}) == 1_700_000_000.0

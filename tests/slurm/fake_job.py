@@ -24,7 +24,16 @@ case $1-${2-} in
 esac
 """,
     "sleep": "exec /bin/sleep 0.1\n",
-    "squeue": 'printf "%s" "${WAITING-}"\n',
+    # WAITING: "1235\n", a job of this run; OTHERS: jobs of other runs.
+    "squeue": """
+case "$*" in
+    *--jobs=*) echo /work/launch.sbatch ;;
+    *)
+        printf "%s" "${WAITING-}" | sed 's|$| /work/launch.sbatch|'
+        printf "%s" "${OTHERS-}" | sed 's|$| /elsewhere/launch.sbatch|'
+        ;;
+esac
+""",
     "srun": f"""
 while [ "${{1#--}}" != "$1" ]; do shift; done
 export SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0
@@ -110,6 +119,7 @@ class FakeJob:
         (self.fakes / "srun.py").write_text(SRUN)
         self.executable(folder / python, PYTHON.format(python=sys.executable))
         self.run.mkdir(parents=True)
+        (folder / "node").mkdir()
 
     @staticmethod
     def executable(path: Path, text: str) -> None:
@@ -131,6 +141,7 @@ class FakeJob:
         variables = {
             "PATH": f"{self.fakes}:{os.environ['PATH']}",
             "HOME": str(self.folder),
+            "TMPDIR": str(self.folder / "node"),
             "PYTHONPATH": os.environ.get("PYTHONPATH", str(Path(__file__).parents[2])),
             "FAKES": str(self.fakes),
             "RUN": str(self.run),

@@ -15,7 +15,11 @@ from megatron_paint.launch.slurm.rendering import render
 REPOSITORY = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden"
 EXAMPLES = REPOSITORY / "examples" / "slurm"
-ENVIRON = {"HF_TOKEN": "hf_do_not_tell", "WANDB_API_KEY": "wandb_do_not_tell"}
+ENVIRON = {
+    "CUDA_DEVICE_MAX_CONNECTIONS": "connections_do_not_tell",
+    "HF_TOKEN": "hf_do_not_tell",
+    "WANDB_API_KEY": "wandb_do_not_tell",
+}
 
 GOLDEN_CASES: dict[str, list[str]] = {
     "plain": ["--nodes=2"],
@@ -29,6 +33,11 @@ GOLDEN_CASES: dict[str, list[str]] = {
     "placing": [
         *["--nodes=2", "--time=1-12:00:00", "--account=team", "--partition=gpu,long", "--qos=high"],
         *["--constraint=h100&ib", "--reservation=weekly", "--exclude=n[01-03],n7", "--job-name=my-run.2"],
+    ],
+    "choosing": [
+        *["--nodes=4", "--gpus-per-node=4", "--nodelist=n[1-4]", "--switches=1@2:00:00", "--segment=2"],
+        *["--gres=gpu:h100:4,nvme:1", "--begin=now+2hours", "--mail-type=END,FAIL", "--mail-user=me@example.org"],
+        "--comment=first try, 8B",
     ],
     "sharing": ["--nodes=1", "--gpus-per-node=2", "--cpus-per-task=16", "--mem=200G"],
     "exclusive": ["--nodes=1", "--cpus-per-task=16", "--exclusive"],
@@ -46,6 +55,8 @@ GOLDEN_CASES: dict[str, list[str]] = {
     ],
     "env": ["--nodes=2", "--env=HF_TOKEN", "--env=WANDB_API_KEY"],
     "env_file": ["--nodes=2", "--env-file=secrets.env"],
+    "prologue": ["--nodes=2", "--env=CUDA_DEVICE_MAX_CONNECTIONS", "--prologue=prologue.sh"],
+    "copies": ["--nodes=2", "--copy-code", "--container=/images/paint.sqsh"],
     "python": ["--nodes=2", "--python=/opt/python/bin/python3"],
     "chain": ["--nodes=2", "--attempts=4"],
     "signal": ["--nodes=2", "--signal-seconds=900"],
@@ -66,7 +77,8 @@ def script(*arguments: str, run_dir: str = "runs/paint", settings: str = "paint.
     python = [] if any(argument.startswith(("--python", "--venv")) for argument in arguments) else ["--venv=.venv"]
     given = parse(["launch", "slurm", settings, *arguments, *python])
     options = make_options(given, run=RunSettings(dir=run_dir), environ=ENVIRON)
-    return render(options, settings_file=settings, overrides=given.overrides, run_dir=run_dir)
+    code = "/work/runs/paint/logs/launch/code-01234567" if options.copy_code else None
+    return render(options, settings_file=settings, overrides=given.overrides, run_dir=run_dir, code=code)
 
 
 def golden_script(name: str) -> str:
@@ -74,6 +86,7 @@ def golden_script(name: str) -> str:
     with in_new_folder():
         Path("secrets.env").write_text("HF_TOKEN=hf_do_not_tell\n")
         Path("secrets.env").chmod(0o600)
+        Path("prologue.sh").write_text("export NCCL_DEBUG=WARN\nulimit -l unlimited")
         return script(*GOLDEN_CASES[name])
 
 
@@ -91,8 +104,9 @@ def example_script(model: str) -> str:
 def example_command(model: str) -> list[str]:
     """The arguments of an example."""
     place = ["--account", "ACCOUNT", "--partition", "PARTITION", "--time", "24:00:00", "--venv", ".venv"]
-    name = ["--job-name", f"paint-{model}"]  # the run folders of all three are named `paint`
-    return ["launch", "slurm", f"examples/{model}/paint.yaml", "--nodes", str(EXAMPLE_NODES[model]), *place, *name]
+    # For submission by hand: no copy of the settings exists then. The model and the problems are the user's.
+    alone = ["--gpu-memory", "80GB", "--no-copy", "--no-check"]
+    return ["launch", "slurm", f"examples/{model}/paint.yaml", "--nodes", str(EXAMPLE_NODES[model]), *place, *alone]
 
 
 def write_config(folder: Path, hidden: int, ffn: int, layers: int, heads: int) -> None:

@@ -1,14 +1,22 @@
 """`megatron-paint launch slurm`: what it refuses, what it submits, and that a dry run touches nothing."""
 
 import os
+import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+import megatron_paint
 from megatron_paint.cli.main import main
+from megatron_paint.config.load import load_settings
+from megatron_paint.launch.slurm.options import default_job_name
 from megatron_paint.run.folder import RunFolder
 from tests.slurm.scripts import SHAPES, write_config
 
+TEMPLATES = ("student", "teacher", "evaluation")
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 CPU = ["--nodes=2", "--gpus-per-node=0", "--processes-per-node=2"]
 STUBS = {
     "sbatch": 'printf "%s\\n" "$*" >> calls\necho "$((100 + $(wc -l < calls)));cluster"\n',
@@ -34,21 +42,29 @@ def place(tmp_path, monkeypatch):
     monkeypatch.delenv("MISSING", raising=False)
     (tmp_path / "open.env").write_text("A=1\n")
     (tmp_path / "open.env").chmod(0o644)
+    (tmp_path / "wrong.sh").write_text("module load cuda\nif then\n")
     return tmp_path
 
 
 def launch(*arguments):
-    return main(["launch", "slurm", "s.yaml", *arguments])
+    """Without the check of the inputs: there are no problems, tokenizer and weights."""
+    return main(["launch", "slurm", "s.yaml", "--no-check", *arguments])
 
 
 def test_submission(place, capsys):
     assert launch(*CPU, "--attempts=3", "--env=GIVEN", "optimizer.lr=1e-5") == 0
     script = place / "runs" / "a run" / "logs" / "launch.sbatch"
     assert (place / "calls").read_text() == f"--parsable {script}\n" * 3
-    assert "submitted  101, 102, 103; console runs/a run/logs/101.out\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "submitted  101, 102, 103; console runs/a run/logs/101.out\n" in printed
     text = script.read_text()
-    assert "#SBATCH --job-name=a_run\n" in text
-    assert "-m megatron_paint train s.yaml optimizer.lr=1e-5 run.resume=auto\n" in text
+    assert text.startswith("#!/bin/bash -l\n# s.yaml on 2 x 2 processes, ")
+    assert "#SBATCH --job-name=runs-a_run\n" in text
+    (copy,) = script.parent.glob("launch/settings-*.yaml")
+    assert f"-m megatron_paint train 'runs/a run/logs/launch/{copy.name}' run.resume=auto\n" in text
+    estimate = "memory     training "
+    assert f"\n{estimate}" in printed
+    assert f"\n# {estimate}" in text
     assert "the value" not in text
     subprocess.run(["bash", "-n", str(script)], check=True)
     assert [(line["event"], line["steps"]) for line in RunFolder(script.parents[1]).read_attempts()] == [("launch", 40)]
@@ -95,6 +111,21 @@ REFUSALS = [
     (["--nodes=1", "--reservation=r\n#SBATCH --nice"], "--reservation='r\\n#SBATCH --nice' must be"),
     (["--nodes=1", "--exclude=n1 n2"], "--exclude='n1 n2' must be"),
     (["--nodes=1", "--job-name=a;b"], "--job-name='a;b' must be"),
+    (["--nodes=1", "--nodelist=n1 n2"], "--nodelist='n1 n2' must be"),
+    (["--nodes=1", "--switches=few"], "--switches='few' must be a number"),
+    (["--nodes=1", "--segment=0"], "--segment='0' must be a number of nodes"),
+    (["--nodes=1", "--gres=nvme 1"], "--gres='nvme 1' must be resources"),
+    (["--nodes=1", "--gres=gpu:h100:4"], "--gres=gpu:h100:4 asks for 4 GPUs on each node, but --gpus-per-node=8"),
+    (["--nodes=1", "--gres=nvme:1,gpu"], "asks for 1 GPUs on each node, but --gpus-per-node=8"),
+    (["--nodes=1", "--begin=in a while"], "--begin='in a while' must be a time"),
+    (["--nodes=1", "--mail-type=END FAIL"], "--mail-type='END FAIL' must be events"),
+    (["--nodes=1", "--mail-user=me@x; id"], "--mail-user='me@x; id' must be an address"),
+    (["--nodes=1", '--comment=a"b'], "--comment='a\"b' must be letters"),
+    (["--nodes=1", "--comment=a\n#SBATCH --nice"], "--comment='a\\n#SBATCH --nice' must be letters"),
+    (["--nodes=1", "--prologue=none.sh"], "--prologue=none.sh cannot be read"),
+    (["--nodes=1", "--prologue=wrong.sh"], "--prologue=wrong.sh is not valid for bash: line 2: "),
+    (["--nodes=1", "--template=none.jinja"], "--template=none.jinja does not exist"),
+    (["--nodes=1", "--gpu-memory=much"], "--gpu-memory='much' must be the memory of one GPU"),
     (["--nodes=1", "--mem=much"], "--mem='much' must be"),
     (["--nodes=1", "--module=cuda; id"], "--module='cuda; id' must be"),
     (["--nodes=1", "--module=--x"], "--module='--x' must be"),
@@ -138,16 +169,175 @@ def test_times(place, time):
 
 
 def test_a_name_of_another_run_is_refused(place, capsys):
-    (place / "queued").write_text("7|a_run|/elsewhere/logs/launch.sbatch\n")
+    (place / "queued").write_text("7|runs-a_run|/elsewhere/logs/launch.sbatch\n")
     assert launch(*CPU) == 2
-    assert "--job-name=a_run: job 7 of yours has this name" in capsys.readouterr().err
+    assert "--job-name=runs-a_run: job 7 of yours has this name" in capsys.readouterr().err
     ours = f"{place}/runs/a run/logs/launch.sbatch"
     (place / "queued").write_text(f"7|other|{ours}\n")
     assert launch(*CPU) == 2
     assert "job 7 of this run has the name other" in capsys.readouterr().err
-    (place / "queued").write_text(f"6|other|/elsewhere/launch.sbatch\n7|a_run|{ours}\n8|odd\n")
+    (place / "queued").write_text(f"6|other|/elsewhere/launch.sbatch\n7|runs-a_run|{ours}\n8|odd\n")
     assert launch(*CPU) == 0
     assert "they wait for earlier jobs of this run, because one job runs at a time: 7\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("run_dir", "name"),
+    [
+        ("runs/qwen3_8b/paint", "qwen3_8b-paint"),
+        ("runs/qwen3_14b/paint", "qwen3_14b-paint"),
+        ("/paint", "paint"),
+        ("/scratch/me/a run", "me-a_run"),
+        ("runs/it's/x#1", "it_s-x_1"),
+    ],
+)
+def test_the_name_of_the_jobs_is_the_end_of_the_run_folder(run_dir, name):
+    assert default_job_name(run_dir) == name
+
+
+def test_a_run_folder_of_one_part_takes_the_folder_of_the_submission(place):
+    assert default_job_name("paint") == f"{place.name}-paint".replace("[", "_").replace("]", "_")
+
+
+def test_later_attempts_do_not_see_changed_settings(place):
+    """The copy has the values of the base file and of the overrides. A second launch makes a second copy."""
+    (place / "base.yaml").write_text((place / "s.yaml").read_text())
+    (place / "s.yaml").write_text("base: base.yaml\noptimizer: {clip_grad: 0.7}\n")
+    assert launch(*CPU, "optimizer.lr=3e-5") == 0
+    asked = load_settings(place / "s.yaml", ["optimizer.lr=3e-5", "run.resume=auto"])
+    (place / "base.yaml").write_text("model: {hf_path: other}\n")
+    (place / "s.yaml").write_text("base: base.yaml\n")
+    (copy,) = (place / "runs/a run/logs/launch").iterdir()
+    assert load_settings(copy, ["run.resume=auto"]) == asked
+    text = copy.read_text()
+    (place / "s.yaml").write_text("model: {hf_path: model}\ndata: {train: t}\nrun: {dir: runs/a run, steps: 50}\n")
+    assert launch(*CPU) == 0
+    assert copy.read_text() == text
+    assert len(list(copy.parent.iterdir())) == 2
+
+
+def test_without_a_copy_the_jobs_read_the_file(place):
+    assert launch(*CPU, "--no-copy", "optimizer.lr=1e-5") == 0
+    script = (place / "runs/a run/logs/launch.sbatch").read_text()
+    assert "-m megatron_paint train s.yaml optimizer.lr=1e-5 run.resume=auto\n" in script
+    assert not (place / "runs/a run/logs/launch").exists()
+
+
+def test_a_copy_of_the_code_runs_in_place_of_the_package(place):
+    """Also where the package is in the current folder, which `python -m` searches first."""
+    assert launch(*CPU, "--copy-code") == 0
+    (code,) = (place / "runs/a run/logs/launch").glob("code-*")
+    copied = {file.relative_to(code) for file in code.rglob("*") if file.is_file()}
+    package = Path(megatron_paint.__file__).parent
+    assert copied == {f.relative_to(package.parent) for f in package.rglob("*") if f.is_file() and f.suffix != ".pyc"}
+    script = (place / "runs/a run/logs/launch.sbatch").read_text()
+    (line,) = [line for line in script.splitlines() if "PYTHONPATH" in line]
+    (place / "megatron_paint").mkdir()
+    (place / "megatron_paint" / "__init__.py").write_text("raise SystemExit('the wrong one')\n")
+    command = f"{line}\n{sys.executable} -c 'import megatron_paint; print(megatron_paint.__file__)'"
+    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
+    assert found.strip() == str(code / "megatron_paint" / "__init__.py")
+    before = code.stat().st_mtime_ns
+    assert launch(*CPU, "--copy-code") == 0
+    assert code.stat().st_mtime_ns == before
+
+
+def test_a_tensor_parallel_group_on_two_nodes_is_refused(place, capsys):
+    wide = ["--nodes=4", "--gpus-per-node=6", "megatron.tensor_model_parallel_size=4", "--dry-run"]
+    assert launch(*wide) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "megatron.tensor_model_parallel_size=4 does not divide the 6 processes of a node" in line
+    assert "--tensor-parallel-across-nodes" in line
+    assert launch(*wide, "--tensor-parallel-across-nodes") == 0
+    assert launch("--nodes=1", "--gpus-per-node=8", "megatron.tensor_model_parallel_size=8", "--dry-run") == 0
+    two = ["--nodes=2", "--gpus-per-node=4", "megatron.tensor_model_parallel_size=8", "--dry-run"]
+    assert launch(*two) == 2
+
+
+def test_the_script_has_the_estimate_and_the_warning(place, capsys):
+    """8B with all weights at TP 2 on four GPUs of 40 GB each."""
+    change = ["megatron.recompute_granularity=full", "megatron.recompute_method=uniform"]
+    change += ["megatron.recompute_num_layers=1", "--gpu-memory=40GB"]
+    assert launch("--nodes=2", "--gpus-per-node=4", "--dry-run", *change) == 0
+    head = capsys.readouterr().out.partition("\nset -euo pipefail\n")[0]
+    comments = [line.removeprefix("# ") for line in head.splitlines() if line.startswith("# ")]
+    assert [line.split()[0] for line in comments[1:]] == [
+        *("model", "layout", "step", "memory", "sampling", "the", "host", "warning:")
+    ]
+    assert "of a GPU's 40 GB" in head
+    assert "on a node of 4 ranks" in head
+    assert comments[-1].startswith("warning: the estimated peak of ")
+
+
+def test_a_login_node_without_the_model_needs_no_check(place, capsys):
+    assert launch(*CPU, "model.hf_path=/only/on/nodes", "--dry-run") == 0
+    assert "# no plan and no estimate of memory: this machine does not see " in capsys.readouterr().out
+    assert launch("--nodes=1", "--gpus-per-node=3", "model.hf_path=/only/on/nodes", "--dry-run") == 2
+    assert "must be a multiple of 2" in capsys.readouterr().err
+    assert main(["launch", "slurm", "s.yaml", *CPU, "model.hf_path=/only/on/nodes", "--dry-run"]) == 2
+    assert "/only/on/nodes is not a folder" in capsys.readouterr().err
+
+
+@pytest.fixture
+def inputs(place):
+    """The quickstart's model and problems, complete, and settings for them."""
+    shutil.copytree(QUICKSTART / "model", place / "complete")
+    shutil.copy(QUICKSTART / "train.jsonl", place / "train.jsonl")
+    (place / "s.yaml").write_text(
+        f"base: {QUICKSTART / 'paint.yaml'}\nmodel: {{hf_path: complete}}\nrun: {{dir: runs/a run}}\n"
+        "data: {train: train.jsonl}\nevaluation: {problems: null}\nprompts: "
+        + "".join(f"\n  {name}_template: {QUICKSTART / 'templates' / name}.jinja" for name in TEMPLATES)
+    )
+    return place
+
+
+def test_data_tokenizer_and_weights_are_checked(inputs, capsys):
+    arguments = ["launch", "slurm", "s.yaml", "--nodes=1", "--gpus-per-node=0", "--processes-per-node=4"]
+    assert main(arguments) == 0
+    assert "\ndata       " in capsys.readouterr().out
+    for file, says in (
+        ("train.jsonl", "train.jsonl"),
+        ("complete/model.safetensors", "model.safetensors"),
+        ("complete/tokenizer.json", "tokenizer"),
+    ):
+        kept = (inputs / file).rename(inputs / "kept")
+        before = sorted(inputs.rglob("*"))
+        assert main([*arguments, "--dry-run"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert says in line
+        assert line.endswith(" (--no-check skips this check, if only the nodes see the files)")
+        assert main(arguments) == 2
+        assert sorted(inputs.rglob("*")) == before
+        capsys.readouterr()
+        assert main([*arguments, "--dry-run", "--no-check"]) == 0
+        capsys.readouterr()
+        kept.rename(inputs / file)
+
+
+def test_a_template_of_the_users(place, capsys):
+    own = place / "own.jinja"
+    own.write_text("#!/bin/bash\n{% for line in directives %}\n#SBATCH {{ line }}\n{% endfor %}\necho {{ run|path }}\n")
+    assert launch(*CPU, "--dry-run", "--template=own.jinja") == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("#!/bin/bash\n#SBATCH --job-name=runs-a_run\n")
+    assert "\necho 'runs/a run'\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("#!/bin/bash\n{% if %}\n", "own.jinja, line 2: Expected an expression"),
+        ("#!/bin/bash\n{{ nodse }}\n", "own.jinja: 'nodse' is undefined"),
+        ("#!/bin/bash\nif true\n", "own.jinja: the script is not valid for bash: line"),
+        ("echo\n", "own.jinja: its first line is not #!/bin/bash"),
+        ("#!/bin/bash\n{% include 'none' %}\n", "own.jinja: 'none' not found"),
+    ],
+)
+def test_a_wrong_template_is_one_line(place, capsys, text, says):
+    (place / "own.jinja").write_text(text)
+    assert launch(*CPU, "--template=own.jinja") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--template={says}" in line
 
 
 def test_what_sbatch_says_is_told(place, capsys):

@@ -167,13 +167,13 @@ def test_a_second_attempt_without_a_checkpoint_stops_the_run(tmp_path):
     text = script(*TRAIN, "--no-preflight", "--job-name=my.run")
     assert fake.job(text, "exit=1")[0] == 0
     assert fake.called("scontrol")[-1] == ["requeue", "1234"]
-    status, output = fake.job(text, "exit=1")
+    jobs = {"WAITING": "1235\n1236\n", "OTHERS": "77\n78\n"}  # 77 and 78 may have the same name
+    status, output = fake.job(text, "exit=1", **jobs)
     reason = "2 attempts in a row ended without a checkpoint newer than step 0, the last one with exit status 1"
     assert (status, f"attempt: stop {reason}\n" in output) == (1, True)
     assert (fake.run / "STOPPED").read_text() == f"{reason}\n"
     assert [call[0] for call in fake.called("scontrol")] == ["show", "show", "requeue", "show"]
-    user = subprocess.run(["id", "-un"], capture_output=True, text=True).stdout.strip()
-    assert fake.called("scancel") == [["--state=PENDING", "--name=my.run", f"--user={user}"]]
+    assert fake.called("scancel") == [["--state=PENDING", "1235", "1236"]]
     trained = len(fake.called("python"))
     status, output = fake.job(text, "exit=0")  # a job that was queued already
     assert (status, f"attempt: stop {reason}\n" in output, len(fake.called("python"))) == (1, True, trained)
@@ -182,9 +182,11 @@ def test_a_second_attempt_without_a_checkpoint_stops_the_run(tmp_path):
 def test_a_finished_run_cancels_what_is_queued(tmp_path):
     fake = FakeJob(tmp_path)
     fake.configure()
-    status, output = fake.job(script(*TRAIN, "--attempts=3"), "checkpoint=100 export=100 exit=0")
+    status, output = fake.job(
+        script(*TRAIN, "--attempts=3"), "checkpoint=100 export=100 exit=0", WAITING="1235\n", OTHERS="77\n"
+    )
     assert (status, "attempt: done all 100 steps, and everything that was due after them\n" in output) == (0, True)
-    assert len(fake.called("scancel")) == 1
+    assert fake.called("scancel") == [["--state=PENDING", "1235"]]
     assert "requeue" not in [call[0] for call in fake.called("scontrol")]
     status, output = fake.job(script(*TRAIN, "--attempts=3"), "exit=1")
     assert (status, "attempt: done" in output) == (0, True)
@@ -229,7 +231,7 @@ def test_a_later_launch_of_the_run_resumes_it(tmp_path):
     """Its job waits for this one, which would run first again if it were requeued."""
     fake = FakeJob(tmp_path)
     status, output = fake.job(script(*TRAIN), "exit=0", PREFLIGHT="3", BAD_NODES="n2\n", WAITING="1235\n")
-    assert (status, "the next job named paint resumes" in output) == (0, True), output
+    assert (status, "the next job of this run resumes" in output) == (0, True), output
     assert [call for call in fake.called("scontrol") if call[0] in ("requeue", "update")] == [
         ["update", "JobId=1235", "ExcNodeList=n2"]
     ]
@@ -381,6 +383,66 @@ def test_file_of_variables(tmp_path):
     file.chmod(0o640)
     status, output = fake.job(text, "exit=0")
     assert (status, output) == (2, "./secrets.env can be read or written by other users: run chmod 600 ./secrets.env\n")
+
+
+PRINTS = ("CUDA_DEVICE_MAX_CONNECTIONS", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "HF_HOME", "HF_HUB_CACHE")
+
+
+def variables_of(fake: FakeJob, text: str, **environ: str) -> dict[str, str]:
+    """What a rank finds in its environment."""
+    python = fake.folder / ".venv/bin/python"
+    prints = "".join(f"print('{name}=' + os.environ.get('{name}', ''), flush=True)\n" for name in PRINTS)
+    python.write_text(python.read_text().replace('print("hello', f'{prints}print("hello'))
+    status, output = fake.job(text, "exit=1", **environ)
+    assert status == 0, output
+    pairs = [line.partition("=") for line in output.splitlines()]
+    return {name: value for name, _, value in pairs if name in PRINTS}
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_caches_are_on_the_node_and_downloads_where_they_were(tmp_path, launcher):
+    fake = FakeJob(tmp_path)
+    found = variables_of(fake, script(*TRAIN, "--no-preflight", f"--launcher={launcher}"))
+    node = fake.folder / "node" / f"megatron_paint-{os.getuid()}"
+    assert found == {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "TRITON_CACHE_DIR": f"{node}/triton",
+        "TORCHINDUCTOR_CACHE_DIR": f"{node}/inductor",
+        "HF_HOME": f"{node}/huggingface",
+        "HF_HUB_CACHE": f"{fake.folder}/.cache/huggingface/hub",
+    }
+    assert node.stat().st_mode & 0o777 == 0o700  # others on the node must not place kernels there
+
+
+def test_a_node_without_a_place_for_caches_is_no_error(tmp_path):
+    fake = FakeJob(tmp_path)
+    (fake.folder / "node").rmdir()
+    (fake.folder / "node").touch()
+    found = variables_of(fake, script(*TRAIN, "--no-preflight"))
+    assert {found[name] for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "HF_HOME")} == {""}
+
+
+def test_variables_of_the_users_win(tmp_path):
+    fake = FakeJob(tmp_path)
+    text = script(*TRAIN, "--no-preflight", "--env=CUDA_DEVICE_MAX_CONNECTIONS")
+    given = {"CUDA_DEVICE_MAX_CONNECTIONS": "8", "TRITON_CACHE_DIR": "/t", "HF_HOME": "/h"}
+    found = variables_of(fake, text, **given)
+    assert {name: found[name] for name in given} == given
+    assert found["HF_HUB_CACHE"] == ""
+
+
+def test_the_prologue_runs_before_everything_else(tmp_path):
+    """With unset variables allowed, as the shell functions of clusters need it; it cannot switch the checks off."""
+    fake = FakeJob(tmp_path)
+    file = fake.folder / "prologue.sh"
+    file.write_text("set +e\necho prologue of $NOT_SET $SLURM_JOB_ID\nexport HF_TOKEN=from_prologue")
+    text = script(*TRAIN, f"--prologue={file}", "--no-preflight")
+    status, output = fake.job(text, "exit=1")
+    assert (status, output.splitlines()[0]) == (0, "prologue of 1234")
+    assert "hello from training from_prologue\n" in output
+    assert "\nset -euo pipefail\n\nexport OMP_NUM_THREADS" in text
+    file.write_text("false\n")
+    assert fake.job(script(*TRAIN, f"--prologue={file}"), "exit=1")[0] == 1
 
 
 def test_modules_are_loaded_first(tmp_path):

@@ -16,11 +16,13 @@ CHAT = (
 )
 
 
-def make_model(folder: Path, *, seed: int = 0, tied: bool = True, positions: int = 1024, **sizes: int) -> Path:
+def make_model(
+    folder: Path, *, seed: int = 0, tied: bool = True, positions: int = 1024, rows: int = ROWS, **sizes: int
+) -> Path:
     """Writes a Hugging Face folder of a random model that fits TP 2 and PP 2."""
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=ROWS,
+        vocab_size=rows,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,

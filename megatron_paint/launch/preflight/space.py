@@ -24,10 +24,11 @@ def check_space(
     """
     from megatron_paint.config.load import load_settings
     from megatron_paint.models.qwen3.shape import read_shape
+    from megatron_paint.planning.local_model import with_local_model
     from megatron_paint.planning.memory import checkpoint_bytes
 
     try:
-        read = load_settings(settings, overrides)
+        read = with_local_model(load_settings(settings, overrides))
         shape = read_shape(read.model.hf_path)
     except UserError as error:
         advice = "if other nodes can read it, mount its file system here"

@@ -3,6 +3,7 @@
 import argparse
 import re
 import stat
+import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from megatron_paint.base.errors import UserError
 if TYPE_CHECKING:
     from megatron_paint.config.settings import RunSettings
 
+TEMPLATE = Path(__file__).with_name("slurm.jinja")
 # Slurm's own options, whose values are copied into the script: the form of the value, and its meaning.
 PLACING = {
     "time": ("D-HH:MM:SS", "time limit of one job; default: the partition's"),
@@ -22,7 +24,15 @@ PLACING = {
     "qos": ("NAME", "quality of service"),
     "constraint": ("FEATURES", "features that a node must have"),
     "reservation": ("NAME", "reservation"),
+    "nodelist": ("NODES", "nodes that the job must have"),
     "exclude": ("NODES", "nodes to avoid"),
+    "switches": ("N[@TIME]", "most switches between the nodes, and how long to wait for such nodes"),
+    "segment": ("N", "nodes of a block that must be close to each other, on clusters with topology/block"),
+    "gres": ("LIST", "generic resources of each node; one that names gpu takes the place of --gpus-per-node"),
+    "begin": ("TIME", "earliest start, such as 20:00 or now+2hours"),
+    "mail-type": ("EVENTS", "events that send an e-mail, such as END,FAIL"),
+    "mail-user": ("ADDRESS", "receiver of the e-mails"),
+    "comment": ("TEXT", "comment of the job"),
 }
 MOST_SIGNAL_SECONDS = 65535  # Slurm's own limit
 RESTARTS = 3  # several agents notice a dead rank, and each starts a restart: with two nodes a death may use up two
@@ -39,7 +49,15 @@ PATTERNS: dict[str, tuple[re.Pattern, str]] = {
     "qos": (NAME, "a name of letters, digits and . _ + -"),
     "constraint": (re.compile(r"[\w.+,&|*()\[\]!=@-]+"), "feature names, joined by & | , * ( ) [ ]"),
     "reservation": (re.compile(r"[\w.+,-]+"), "names of letters, digits and . _ + -, separated by commas"),
+    "nodelist": (re.compile(r"[\w.,\[\]-]+"), "node names such as node[01-03],node07"),
     "exclude": (re.compile(r"[\w.,\[\]-]+"), "node names such as node[01-03],node07"),
+    "switches": (re.compile(r"[1-9]\d*(@[\d:-]+)?"), "a number, and optionally a longest wait: 1@2:00:00"),
+    "segment": (re.compile(r"[1-9]\d*"), "a number of nodes"),
+    "gres": (re.compile(r"[\w.,:/+()-]+"), "resources such as gpu:h100:8,nvme:1"),
+    "begin": (re.compile(r"[\w.:/+-]+"), "a time such as 20:00, 2026-12-01T08:00 or now+2hours"),
+    "mail-type": (re.compile(r"\w+(,\w+)*"), "events such as END,FAIL"),
+    "mail-user": (re.compile(r"[\w.+@-]+"), "an address or a user's name"),
+    "comment": (re.compile(r"[\w .,:;+@/=()\[\]-]+"), "letters, digits, blanks and . , : ; + @ / = ( ) [ ] _ -"),
     "job-name": (NAME, "a name of letters, digits and . _ + -"),
     "mem": (re.compile(r"\d+[KMGT]?"), "a number with K, M, G or T, or 0 for all memory of a node"),
     "module": (re.compile(r"[\w.+][\w.+/:=-]*"), "a module's name such as cuda/12.8"),
@@ -72,6 +90,12 @@ class SlurmOptions:
     env_file: str | None
     attempts: int
     preflight: bool
+    prologue: str | None  # shell commands of the job before training
+    template: str | None  # file of another template
+    copy_settings: bool
+    copy_code: bool
+    across_nodes: bool  # a tensor-parallel group may be on several nodes
+    gpu_memory: float | None  # bytes of a GPU of the nodes
 
     @property
     def processes(self) -> int:
@@ -86,13 +110,17 @@ class SlurmOptions:
 
 def make_options(given: argparse.Namespace, *, run: "RunSettings", environ: Mapping[str, str]) -> SlurmOptions:
     """Checks the options. Errors: UserError with the option, its value, the rule and a remedy."""
+    from megatron_paint.planning.hardware import parse_gpu_memory  # the parser needs this module, but not that one
+
     _check_numbers(given)
     _check_combinations(given)
-    placing = {name: value for name in PLACING if (value := getattr(given, name)) is not None}
+    placing = {name: value for name in PLACING if (value := getattr(given, name.replace("-", "_"))) is not None}
     for name in placing.keys() - {"time"}:
         _check_text(name, placing[name])
     if given.time is not None:
         _check_time(given.time, given.signal_seconds, run.exit_before_limit_s)
+    if given.gres is not None:
+        _check_gres(given.gres, given.gpus_per_node)
     _check_text("mem", given.mem)
     for module in given.module:
         _check_text("module", module)
@@ -102,7 +130,7 @@ def make_options(given: argparse.Namespace, *, run: "RunSettings", environ: Mapp
         _check_line(f"--{option.replace('_', '-')}", getattr(given, option))
     for mount in given.mount:
         _check_mount(mount)
-    job_name = given.job_name or re.sub(r"[^\w.+-]", "_", Path(run.dir).absolute().name)
+    job_name = given.job_name or default_job_name(run.dir)
     _check_text("job-name", job_name)
     return SlurmOptions(
         nodes=given.nodes,
@@ -128,7 +156,30 @@ def make_options(given: argparse.Namespace, *, run: "RunSettings", environ: Mapp
         env_file=_env_file(given.env_file),
         attempts=given.attempts,
         preflight=given.preflight,
+        prologue=_prologue(given.prologue),
+        template=_template(given.template),
+        copy_settings=given.copy,
+        copy_code=given.copy_code,
+        across_nodes=given.tensor_parallel_across_nodes,
+        gpu_memory=parse_gpu_memory(given.gpu_memory),
     )
+
+
+def default_job_name(run_dir: str) -> str:
+    """The last two parts of the run folder. One part alone, such as `paint`, is often the same for several runs."""
+    parts = Path(run_dir).parts if len(Path(run_dir).parts) > 1 else Path(run_dir).absolute().parts
+    return re.sub(r"[^\w.+-]", "_", "-".join(part for part in parts[-2:] if part != "/"))
+
+
+def check_tensor_parallel_groups(options: SlurmOptions, tensor_parallel: int) -> None:
+    """UserError if a tensor-parallel group would have ranks on several nodes, and the user did not ask for that."""
+    on_a_node = options.processes_per_node
+    if options.nodes > 1 and on_a_node % tensor_parallel and not options.across_nodes:
+        raise UserError(
+            f"megatron.tensor_model_parallel_size={tensor_parallel} does not divide the {on_a_node} processes of a "
+            "node, so a tensor-parallel group would be on several nodes and each layer would wait for the network: "
+            "give a size that divides them, another --processes-per-node, or --tensor-parallel-across-nodes"
+        )
 
 
 def _check_numbers(given: argparse.Namespace) -> None:
@@ -251,6 +302,47 @@ def _sbatch_line(line: str) -> str:
             "is added to the dependency of the job, which prevents two jobs of a run from training at the same time"
         )
     return line
+
+
+def _check_gres(gres: str, gpus_per_node: int) -> None:
+    """Resources that name GPUs must ask for as many as --gpus-per-node, on which the ranks and the preflight rely."""
+    asked = [part for part in gres.split(",") if re.fullmatch(r"gpu(:.*)?", part)]
+    count = sum(int(match[1]) if (match := re.search(r":(\d+)(?:\(.*\))?$", part)) else 1 for part in asked)
+    if asked and count != gpus_per_node:
+        raise UserError(
+            f"--gres={gres} asks for {count} GPUs on each node, but --gpus-per-node={gpus_per_node}: give the same "
+            "number in both"
+        )
+
+
+def _prologue(path: str | None) -> str | None:
+    """The commands in a prologue, which become a part of the script. UserError: bash cannot read them."""
+    if path is None:
+        return None
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prologue={path} cannot be read ({error}): give a file of shell commands") from None
+    check_shell(text, f"--prologue={path}")
+    return text if text.endswith("\n") else f"{text}\n"
+
+
+def check_shell(text: str, what: str) -> None:
+    """UserError where bash reports a syntax error."""
+    if "\0" in text:
+        raise UserError(f"{what} contains a NUL character: give shell commands as text")
+    checked = subprocess.run(["bash", "-n", "-s"], input=text, capture_output=True, text=True)
+    if checked.returncode:
+        first = checked.stderr.strip().splitlines()[0].removeprefix("bash: ") if checked.stderr.strip() else "unknown"
+        raise UserError(f"{what} is not valid for bash: {first}")
+
+
+def _template(path: str | None) -> str | None:
+    if path is not None and not Path(path).is_file():
+        raise UserError(
+            f"--template={path} does not exist: give a Jinja template, such as a changed copy of {TEMPLATE}"
+        )
+    return path
 
 
 def _env_file(path: str | None) -> str | None:

@@ -4,18 +4,32 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.launch.rank_environment import PORTS, STEPS_PER_JOB
-from megatron_paint.launch.slurm.options import DEPENDENCY, SlurmOptions, as_dict
+from megatron_paint.launch.slurm.options import DEPENDENCY, TEMPLATE, SlurmOptions, as_dict, check_shell
 
-TEMPLATE = Path(__file__).with_name("slurm.jinja")
 RESUME = "run.resume=auto"  # every job except the first one resumes from a checkpoint
 
 
-def render(options: SlurmOptions, *, settings_file: str, overrides: Sequence[str], run_dir: str) -> str:
-    """The script. Paths stay as given; relative paths are relative to the folder in which the job is submitted."""
+def render(
+    options: SlurmOptions,
+    *,
+    settings_file: str,
+    overrides: Sequence[str],
+    run_dir: str,
+    title: str | None = None,
+    plan: Sequence[str] = (),
+    code: str | None = None,
+) -> str:
+    """The script. Paths stay as given; relative paths are relative to the folder in which the job is submitted.
+
+    title: what the first comment names; None: the settings file. plan: lines that are written as comments. code: a
+    folder with a copy of the package, which the job uses. UserError: the template of the user has a mistake.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE.parent),
         undefined=jinja2.StrictUndefined,
@@ -25,18 +39,39 @@ def render(options: SlurmOptions, *, settings_file: str, overrides: Sequence[str
         autoescape=False,
     )
     environment.filters.update(quote=shlex.quote, path=_path, line=lambda text: " ".join(text.split()))
-    return environment.get_template(TEMPLATE.name).render(
+    values = dict(
         as_dict(options),
         settings_file=settings_file,
+        title=title or settings_file,
+        plan=plan,
+        code=code,
         run=run_dir,
         ports=PORTS,
         ports_per_job=STEPS_PER_JOB,
         directives=_directives(options, run_dir),
-        step_flags=_step_flags(options),
+        step_flags=_step_flags(options, code=code),
         in_container=_in_container(options),
         rank_python=options.container_python if options.container else options.python,
         train_arguments=["train", _plain_path(settings_file), *overrides, RESUME],
     )
+    if options.template is None:
+        return environment.get_template(TEMPLATE.name).render(values)
+    return _render_own(environment, options.template, values)
+
+
+def _render_own(environment: jinja2.Environment, path: str, values: dict[str, Any]) -> str:
+    """The script from a template of the user, checked as far as that is possible."""
+    try:
+        script = environment.from_string(Path(path).read_text(encoding="utf-8")).render(values)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"--template={path}, line {error.lineno}: {error.message}") from None
+    except (jinja2.TemplateError, OSError, UnicodeDecodeError, TypeError) as error:
+        raise UserError(f"--template={path}: {error}; compare it with {TEMPLATE}") from None
+    if not script.startswith("#!"):
+        raise UserError(f"--template={path}: its first line is not #!/bin/bash, which sbatch needs")
+    if "bash" in script.splitlines()[0]:
+        check_shell(script, f"--template={path}: the script")
+    return script
 
 
 def log_file(run_dir: str | Path, job: str) -> Path:
@@ -47,9 +82,9 @@ def log_file(run_dir: str | Path, job: str) -> Path:
 def _directives(options: SlurmOptions, run_dir: str) -> list[str]:
     """The options of all #SBATCH lines."""
     lines = [f"--job-name={options.job_name}"]
-    lines += [f"--{name}={value}" for name, value in options.placing.items()]
+    lines += [f'--{name}="{value}"' if " " in value else f"--{name}={value}" for name, value in options.placing.items()]
     lines += [f"--nodes={options.nodes}", f"--ntasks-per-node={options.tasks_per_node}"]
-    if options.gpus_per_node:
+    if options.gpus_per_node and not re.search(r"(^|,)gpu(:|,|$)", options.placing.get("gres", "")):
         lines.append(f"--gpus-per-node={options.gpus_per_node}")
     if options.cpus_per_task is not None:
         lines.append(f"--cpus-per-task={options.cpus_per_task}")
@@ -67,7 +102,7 @@ def _directives(options: SlurmOptions, run_dir: str) -> list[str]:
     return [*lines, *(line for line in options.sbatch if not DEPENDENCY.fullmatch(line))]
 
 
-def _step_flags(options: SlurmOptions) -> list[str]:
+def _step_flags(options: SlurmOptions, *, code: str | None) -> list[str]:
     """Flags of every srun. srun does not inherit --cpus-per-task and --export=ALL from the job."""
     cpus = "--cpu-bind=none" if options.cpus_per_task is None else f"--cpus-per-task={options.cpus_per_task}"
     flags = [f"--nodes={options.nodes}", "--export=ALL", "--kill-on-bad-exit=1", cpus]
@@ -77,8 +112,10 @@ def _step_flags(options: SlurmOptions) -> list[str]:
             f'--container-mounts="{",".join(["$PWD:$PWD", *map(_escape, options.mounts)])}"',
             '--container-workdir="$PWD"',
         ]
-        if options.env:
-            flags.append(f"--container-env={','.join(options.env)}")
+        # Variables of the image win over those of the job, except these.
+        names = [*options.env, *(("PYTHONPATH", "PYTHONSAFEPATH") if code else ())]
+        if names:
+            flags.append(f'--container-env="{",".join(names)}"')
     return flags
 
 

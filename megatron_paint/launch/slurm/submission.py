@@ -1,4 +1,4 @@
-"""`megatron-paint launch slurm`: checks the settings, writes the script into the run folder, and submits it."""
+"""`megatron-paint launch slurm`: checks settings and inputs, writes the script into the run folder, and submits it."""
 
 import argparse
 import dataclasses
@@ -6,33 +6,60 @@ import getpass
 import os
 import shlex
 import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_paint.base.errors import UserError, about
 from megatron_paint.config.load import load_settings
 from megatron_paint.config.settings import Settings
 from megatron_paint.launch.slurm.attempts import record_launch
-from megatron_paint.launch.slurm.options import SlurmOptions, check_run_dir, make_options
+from megatron_paint.launch.slurm.copies import code_folder, settings_copy, write_code, write_settings
+from megatron_paint.launch.slurm.options import (
+    SlurmOptions,
+    check_run_dir,
+    check_tensor_parallel_groups,
+    make_options,
+)
 from megatron_paint.launch.slurm.rendering import RESUME, log_file, render
+from megatron_paint.models.shape import ModelShape
+from megatron_paint.planning.layout import data_parallel_size
+from megatron_paint.planning.local_model import with_local_model
 from megatron_paint.planning.memory import Plan, make_plan
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.runtime.files import write_atomically
 
+Check = Callable[[Settings, ModelShape], Sequence[str]]
 
-def launch(given: argparse.Namespace) -> int:
+
+def launch(given: argparse.Namespace, *, check_inputs: Check) -> int:
     """Submits the run's jobs, or prints what would be submitted. Returns the exit status.
 
-    Errors: UserError if the settings cannot run on so many ranks, if an option is wrong, or if sbatch refuses.
+    check_inputs: reads data, tokenizer and the weights' headers, and returns lines about them; not called with
+    --no-check. Errors: UserError if the settings cannot run on so many ranks, if an input or an option is wrong, or if
+    sbatch refuses.
     """
-    settings = load_settings(given.config, [*given.overrides, RESUME])
+    asked = load_settings(given.config, [*given.overrides, RESUME])
+    settings = with_local_model(asked) if given.check else asked
     check_run_dir(settings.run.dir)
     for text in (str(given.config), *given.overrides):
         if not text.isprintable():
             raise UserError(f"{text!r} must be one line of text without control characters")
     options = make_options(given, run=settings.run, environ=os.environ)
-    plan = plan_elsewhere(settings, options)
+    plan = _visible_plan(settings, options, is_checked=given.check)
     RunFolder(settings.run.dir).check(settings)
-    script = render(options, settings_file=str(given.config), overrides=given.overrides, run_dir=settings.run.dir)
+    notes = _check(settings, plan, check_inputs) if given.check else ()
+    source, overrides = str(given.config), given.overrides
+    copy, text = settings_copy(asked, source=source, overrides=overrides)
+    code = code_folder(settings.run.dir) if options.copy_code else None
+    script = render(
+        options,
+        settings_file=copy if options.copy_settings else source,
+        overrides=() if options.copy_settings else overrides,
+        run_dir=settings.run.dir,
+        title=source,
+        plan=_plan_lines(plan, settings),
+        code=None if code is None else str(code),
+    )
     file = RunFolder(settings.run.dir).logs.absolute() / "launch.sbatch"
     command = ["sbatch", "--parsable", str(file)]
     if given.dry_run:
@@ -41,9 +68,71 @@ def launch(given: argparse.Namespace) -> int:
         for _ in range(options.attempts):
             print(f"# {shlex.join(command)}")
         return 0
-    print("\n".join(plan.lines(settings)[1:2]))
+    print("\n".join([*_plan_lines(plan, settings), *notes]))
     earlier = _earlier_jobs(options.job_name, file)
+    if options.copy_settings:
+        write_settings(copy, text)
+    if code is not None:
+        write_code(code)
     write_atomically(file, script)
+    jobs = _submit_all(command, options, settings)
+    print(f"submitted  {', '.join(jobs)}; console {log_file(settings.run.dir, jobs[0])}")
+    if earlier:
+        print(
+            f"           they wait for earlier jobs of this run, because one job runs at a time: {', '.join(earlier)}"
+        )
+    return 0
+
+
+def plan_elsewhere(settings: Settings, options: SlurmOptions) -> Plan:
+    """The plan of a job, without the checks that only a GPU node can do."""
+    given = settings.megatron
+    layers = "local" if given.transformer_impl == "local" else "auto"
+    megatron = dataclasses.replace(given, fp8=None, transformer_impl=layers, deterministic_mode=False)
+    kernel = "torch" if settings.objective.kernel == "torch" else "auto"
+    objective = dataclasses.replace(settings.objective, kernel=kernel)
+    try:
+        plan = make_plan(
+            dataclasses.replace(settings, megatron=megatron, objective=objective),
+            processes=options.processes,
+            gpu_memory=options.gpu_memory,
+            ranks_per_node=options.processes_per_node,
+            on_gpu_nodes=options.gpus_per_node > 0,
+        )
+    except UserError as error:
+        with about(f"--nodes={options.nodes} with {options.processes_per_node} processes a node"):
+            raise UserError(str(error).replace(" (nearest: --processes ", " (nearest: ")) from None
+    check_tensor_parallel_groups(options, plan.tensor_parallel)
+    return plan
+
+
+def _visible_plan(settings: Settings, options: SlurmOptions, *, is_checked: bool) -> Plan | None:
+    """The plan; None if this machine does not see the model's folder, which --no-check allows."""
+    if is_checked or Path(settings.model.hf_path).is_dir():
+        return plan_elsewhere(settings, options)
+    check_tensor_parallel_groups(options, settings.megatron.tensor_model_parallel_size)
+    data_parallel_size(options.processes, settings.megatron)
+    return None
+
+
+def _check(settings: Settings, plan: Plan, check_inputs: Check) -> Sequence[str]:
+    try:
+        return check_inputs(settings, plan.shape)
+    except UserError as error:
+        raise UserError(f"{error} (--no-check skips this check, if only the nodes see the files)") from None
+
+
+def _plan_lines(plan: Plan | None, settings: Settings) -> list[str]:
+    """The lines of the plan that hold on the nodes too, and its warnings."""
+    if plan is None:
+        return [f"no plan and no estimate of memory: this machine does not see model.hf_path={settings.model.hf_path}"]
+    of_this_machine = ("layers ", "loss ")
+    lines = [line for line in plan.lines(settings) if not line.startswith(of_this_machine)]
+    return [*lines, *(f"warning: {warning}" for warning in plan.warnings())]
+
+
+def _submit_all(command: list[str], options: SlurmOptions, settings: Settings) -> list[str]:
+    """Submits every job of the chain and returns their ids. UserError: sbatch refuses one."""
     undo = record_launch(Path(settings.run.dir), steps=settings.run.steps)
     jobs: list[str] = []
     try:
@@ -57,28 +146,7 @@ def launch(given: argparse.Namespace) -> int:
             f"{error}. {len(jobs)} of {options.attempts} jobs were submitted before that and still exist: "
             f"`scancel {' '.join(jobs)}` cancels them"
         ) from error
-    print(f"submitted  {', '.join(jobs)}; console {log_file(settings.run.dir, jobs[0])}")
-    if earlier:
-        print(
-            f"           they wait for earlier jobs of this run, because one job runs at a time: {', '.join(earlier)}"
-        )
-    return 0
-
-
-def plan_elsewhere(settings: Settings, options: SlurmOptions) -> Plan:
-    """The plan of a job, made on a machine that may have no GPU: what only a GPU node can check is left out.
-
-    UserError: the settings do not fit so many ranks; it names --nodes and the ranks of a node.
-    """
-    megatron = dataclasses.replace(settings.megatron, fp8=None, transformer_impl="auto", deterministic_mode=False)
-    objective = dataclasses.replace(settings.objective, kernel="auto")
-    try:
-        return make_plan(
-            dataclasses.replace(settings, megatron=megatron, objective=objective), processes=options.processes
-        )
-    except UserError as error:
-        with about(f"--nodes={options.nodes} with {options.processes_per_node} processes a node"):
-            raise UserError(str(error).replace(" (nearest: --processes ", " (nearest: ")) from None
+    return jobs
 
 
 def _earlier_jobs(job_name: str, file: Path) -> list[str]:

@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_paint.base.errors import UserError
+from megatron_paint.models.qwen3.rope import read_rope
 from megatron_paint.models.shape import ModelShape
 
 
 def read_shape(folder: str | Path) -> ModelShape:
     """Reads and checks `folder`/config.json.
 
-    It knows the keys of `transformers` 4 (rope_theta, torch_dtype, num_experts) and 5 (rope_parameters, dtype,
-    num_local_experts). Raises UserError if the file is missing, is not a Qwen3 config or needs a feature that the
-    package does not compute.
+    It knows the keys of `transformers` 4 (rope_theta, rope_scaling, torch_dtype, num_experts) and 5 (rope_parameters,
+    dtype, num_local_experts). Raises UserError if the file is missing, is not a Qwen3 config or needs a feature that
+    the package does not compute.
     """
     path = Path(folder) / "config.json"
     if not Path(folder).is_dir():
@@ -36,6 +37,8 @@ def shape_of(raw: Any, path: Path) -> ModelShape:
     _refuse_unknown(raw, path)
     try:
         shape = _shape(raw, path)
+    except UserError:
+        raise
     except KeyError as error:
         raise UserError(f"{path} has no key {error}; it is not a complete Qwen3 config") from None
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
@@ -45,7 +48,7 @@ def shape_of(raw: Any, path: Path) -> ModelShape:
 
 
 def _shape(raw: dict[str, Any], path: Path) -> ModelShape:
-    rope = raw.get("rope_parameters") or {}
+    rope = read_rope(raw, path, positions=_integer(raw, "max_position_embeddings"))
     experts = {}
     if raw["model_type"] == "qwen3_moe":
         experts = {
@@ -66,10 +69,11 @@ def _shape(raw: dict[str, Any], path: Path) -> ModelShape:
         tied=_boolean(raw, "tie_word_embeddings"),
         qk_norm=True,
         qkv_bias=False,
-        rope_theta=float(rope.get("rope_theta") or raw["rope_theta"]),
+        rope_theta=rope.theta,
         norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        max_positions=_integer(raw, "max_position_embeddings"),
-        dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
+        max_positions=rope.max_positions,
+        yarn=rope.yarn,
+        dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
         **experts,
     )
 
@@ -109,9 +113,8 @@ def _check_sizes(shape: ModelShape, path: Path) -> None:
     for key, size in sizes.items():
         if not 0 < size < 2**31:
             raise UserError(f"{path} has {key}={size}; it must be a whole number from 1")
-    for key, number in (("rope_theta", shape.rope_theta), ("rms_norm_eps", shape.norm_eps)):
-        if not 0 < number < math.inf:
-            raise UserError(f"{path} has {key}={number}; it must be a positive number")
+    if not 0 < shape.norm_eps < math.inf:
+        raise UserError(f"{path} has rms_norm_eps={shape.norm_eps}; it must be a positive number")
     if shape.num_heads % shape.num_groups:
         raise UserError(
             f"{path} has {shape.num_heads} attention heads; this must be a multiple of its {shape.num_groups} key-value"
@@ -127,18 +130,12 @@ def _check_sizes(shape: ModelShape, path: Path) -> None:
 
 
 def _refuse_unknown(raw: dict[str, Any], path: Path) -> None:
-    # transformers 5 writes rope_parameters. A rope_scaling beside it counts too.
-    ropes = [raw.get(key) or {} for key in ("rope_parameters", "rope_scaling")]
-    scaled = any(not isinstance(r, dict) or r.get("rope_type", r.get("type", "default")) != "default" for r in ropes)
-    partial = [part.get("partial_rotary_factor", 1) for part in (raw, *ropes) if isinstance(part, dict)]
     refused = {
         "use_sliding_window": (bool(raw.get("use_sliding_window")), "sliding-window attention"),
         "attention_bias": (bool(raw.get("attention_bias")), "biases in the attention projections"),
         "attention_dropout": (bool(raw.get("attention_dropout")), "attention dropout"),
         "quantization_config": (raw.get("quantization_config") is not None, "quantised weights"),
         "hidden_act": (raw.get("hidden_act", "silu") != "silu", "an activation other than silu"),
-        "rope type": (scaled, "RoPE scaling"),
-        "partial_rotary_factor": (any(share != 1 for share in partial), "rotary embedding of only a part of each head"),
         "mlp_only_layers": (bool(raw.get("mlp_only_layers")), "dense layers among sparse ones"),
         "decoder_sparse_step": (raw.get("decoder_sparse_step", 1) != 1, "dense layers among sparse ones"),
     }

@@ -1,0 +1,126 @@
+"""Turns the values of a row into the texts of a problem. A value that cannot be one raises BadRow."""
+
+import json
+import re
+from typing import Any, Literal, NamedTuple
+
+from megatron_paint.data.messages import is_messages, messages_in, read_messages
+
+USED_ID = "repeats an id"  # the fault of a row whose id an earlier row has
+LARGEST_EXACT_FLOAT = 2**53
+RESULT_MARK = "####"
+RESULT = re.compile(r"(?:^|\n)[ \t]*####[ \t]*(?P<result>[^\n]*?)\s*$")
+GROUPED = re.compile(r"-?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")  # 1,250
+
+Form = Literal["text", "marked", "list"]
+
+
+class BadRow(ValueError):
+    """A row cannot be used. The text is the reason.
+
+    role: the column at fault, as ColumnSettings names it. fault: what its value is. If all rows have the same two, the
+    fault is that of a setting or of the file, and `fix` mends it; if it is empty, the columns decide.
+    """
+
+    def __init__(self, reason: str, *, role: str = "", fault: str = "", fix: str = ""):
+        super().__init__(reason)
+        self.role, self.fault, self.fix = role, fault, fix
+
+
+class Cell(NamedTuple):
+    """One value of a row, with its place for messages."""
+
+    role: str
+    column: str
+    value: Any  # None: missing
+
+    def bad(self, fault: str, more: str = "") -> BadRow:
+        """Returns the error for this value."""
+        return BadRow(f"column {self.column!r} {fault}{more}", role=self.role, fault=fault)
+
+
+def text_of(cell: Cell) -> str:
+    """Returns a text that is not blank, byte for byte."""
+    value = cell.value
+    if value is None:
+        raise cell.bad("is missing")
+    if not isinstance(value, str):
+        raise cell.bad(f"holds {_kind(value)}, not text")
+    if not value.strip():
+        raise cell.bad("is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise cell.bad("is broken Unicode", f": a lone surrogate at character {error.start}") from error
+    return value
+
+
+def problem_of(cell: Cell) -> tuple[str, str]:
+    """Returns the text of a problem and that of its system message, which is empty if there is none."""
+    try:
+        messages = messages_in(cell.value) if isinstance(cell.value, str) else cell.value
+        if not is_messages(messages):
+            return text_of(cell), ""
+        problem, system = read_messages(messages)
+    except BadRow:
+        raise
+    except ValueError as error:
+        raise cell.bad(str(error)) from error
+    return text_of(cell._replace(value=problem)), system
+
+
+def id_of(cell: Cell) -> str:
+    """Returns an id. A whole number may be one."""
+    if isinstance(cell.value, int) and not isinstance(cell.value, bool):
+        return str(cell.value)
+    return text_of(cell)
+
+
+def optional_text_of(cell: Cell) -> str:
+    """Returns a text that nothing needs; an empty text in place of any other value."""
+    try:
+        return text_of(cell)
+    except BadRow:
+        return ""
+
+
+def answer_of(cell: Cell) -> tuple[str, Form]:
+    """Returns the answer as text, and the form in which it was written.
+
+    A number is accepted if there is only one way to write it. marked: the value is a worked solution that ends in a
+    line "#### RESULT" (GSM8K), and the answer is the result. list: the value is a JSON list of one text.
+    """
+    value = cell.value
+    if isinstance(value, float):
+        if value.is_integer() and abs(value) < LARGEST_EXACT_FLOAT:
+            return str(int(value)), "text"
+        text = repr(value)
+        if not text.lstrip("-").replace(".", "").isdigit():
+            raise cell.bad(f"holds the number {text}", "; write the answer as text")
+        return text, "text"
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | int | float):
+        raise cell.bad("holds a list, not text", f"; its one entry is the column {cell.column + '.0'!r}")
+    text = id_of(cell)
+    if text.startswith('["') and text.endswith('"]'):
+        return _only_entry(cell, text)
+    if RESULT_MARK in text and (found := RESULT.search(text)):
+        result = found["result"]
+        if not result:
+            raise cell.bad(f"has nothing after {RESULT_MARK!r}")
+        return result.replace(",", "") if GROUPED.fullmatch(result) else result, "marked"
+    return text, "text"
+
+
+def _only_entry(cell: Cell, text: str) -> tuple[str, Form]:
+    try:
+        entries = json.loads(text)
+    except ValueError:
+        return text, "text"
+    if len(entries) != 1:
+        raise cell.bad(f"holds a list of {len(entries)} answers", "; write one answer a row")
+    return text_of(cell._replace(value=entries[0])), "list"
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number"}
+    return names.get(type(value), type(value).__name__)

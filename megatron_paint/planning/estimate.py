@@ -1,0 +1,365 @@
+"""An estimate of the memory of a training run, for each rank's GPU and for the host. It needs only the settings and the
+model's config.json.
+
+A run has two moments that need most: a training step, and sampling. They are not at the same time, so neither the
+key-value cache nor the activations are added to the other's peak. docs/memory.md explains every part and compares the
+numbers with hand arithmetic and with measurements.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_paint.config.settings import Settings
+from megatron_paint.models.shape import ModelShape
+from megatron_paint.planning.activations import (
+    FLOAT32,
+    LayerKind,
+    Recompute,
+    StageActivations,
+    final_norm_bytes,
+    stage_activations,
+)
+from megatron_paint.planning.layout import WIDTHS, Layout, cache_bytes_per_token
+from megatron_paint.planning.weights import RankWeights, adapter_parameters, rank_weights
+
+# Ours and not measured: a CUDA context with the kernels of torch, Transformer Engine and cuBLAS's workspaces, and the
+# buffers of one NCCL communicator.
+CUDA_BYTES = 0.9e9
+NCCL_BYTES = 0.3e9
+# Ours: memory of a Python process that has imported torch and Megatron-Core, with and without CUDA's libraries.
+PROCESS_BYTES = {True: 3.0e9, False: 0.8e9}
+# Entries of a tile on a GPU and on a CPU with one thread, and its buffers: losses/output_layer/chunks.py.
+TILE_ELEMENTS = {True: 2**23, False: 2**17}
+TILE_BUFFERS = 6
+MOMENTS = {"adam": 2, "sgd": 1}  # float32 values that the optimiser stores of each weight; sgd: only with momentum
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peak:
+    """A moment of the run: bytes of what is in the memory of a rank's GPU, on the rank that needs most."""
+
+    moment: str
+    parts: Mapping[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostMemory:
+    """Bytes of host memory while a checkpoint is copied and written."""
+
+    rank: float  # a rank that writes: one of the first replica
+    node: float  # the node with most
+    ranks: int  # of that node
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """The two peaks of a rank's GPU, and host memory."""
+
+    training: Peak
+    sampling: Peak | None  # None: nothing is sampled
+    host: HostMemory
+
+    @property
+    def peak(self) -> float:
+        """Bytes of the larger peak."""
+        return max(self.training.total, self.sampling.total if self.sampling else 0.0)
+
+
+def estimate(
+    settings: Settings, layout: Layout, *, engine: bool, triton: bool, on_gpus: bool, ranks_per_node: int
+) -> MemoryEstimate:
+    """engine: layers of Transformer Engine; triton: its kernels compute the loss; on_gpus: count CUDA's own memory."""
+    stages = [
+        StageMemory(settings, layout, stage=stage, engine=engine, triton=triton, on_gpus=on_gpus)
+        for stage in range(layout.pipeline_parallel)
+    ]
+    training = max((peak for stage in stages for peak in stage.training()), key=lambda peak: peak.total)
+    sampling = max((peak for stage in stages for peak in stage.sampling()), key=lambda peak: peak.total, default=None)
+    host = _host(settings, layout, [stage.saved() for stage in stages], on_gpus=on_gpus, ranks_per_node=ranks_per_node)
+    return MemoryEstimate(training=training, sampling=sampling, host=host)
+
+
+class StageMemory:
+    """The memory of one rank of a pipeline stage."""
+
+    def __init__(
+        self, settings: Settings, layout: Layout, *, stage: int, engine: bool, triton: bool, on_gpus: bool
+    ) -> None:
+        self.settings, self.layout, self.shape = settings, layout, layout.shape
+        self.stage, self.triton, self.on_gpus = stage, triton, on_gpus
+        self.tp, self.pp, self.dp = layout.tensor_parallel, layout.pipeline_parallel, layout.data_parallel
+        self.last = stage == self.pp - 1
+        self.width = WIDTHS[settings.model.dtype]
+        lora, megatron = settings.model.lora, settings.megatron
+        self.weights: RankWeights = rank_weights(
+            self.shape, tp=self.tp, pp=self.pp, stage=stage, lora_rank=None if lora is None else lora.rank
+        )
+        self.kind = LayerKind(
+            shape=self.shape,
+            width=self.width,
+            tp=self.tp,
+            sequence_parallel=megatron.sequence_parallel,
+            engine=engine,
+            lora_rank=None if lora is None else lora.rank,
+            selective=megatron.recompute_granularity == "selective",
+        )
+        self.recompute = Recompute(
+            granularity=megatron.recompute_granularity,
+            method=megatron.recompute_method,
+            num_layers=megatron.recompute_num_layers,
+        )
+
+    def training(self) -> list[Peak]:
+        """The moments of a training step that may need most."""
+        held, activations = self._held(), self._activations()
+        in_flight = min(self.pp - self.stage, self._sequences())  # a micro-batch has at least one sequence
+        inputs, kept = in_flight * activations.inputs, in_flight * activations.kept
+        final = final_norm_bytes(self.kind, tokens=self._tokens()) if self.last else 0.0
+        passed = self._teacher_results()
+        backward = {
+            "inputs of recomputed layers": inputs,
+            "activations": kept + activations.recomputed,
+            "working memory": activations.working + self._weight_gradient(),
+            "teacher's results": passed,
+        }
+        peaks = [Peak(moment="backward pass", parts={**held, **backward})]
+        if self.last:
+            loss = {
+                "inputs of recomputed layers": inputs,
+                "activations": kept + final,
+                "output layer's gradient": self._output_gradient(),
+                "logits": self.logits_bytes(),
+                "tiles of the loss": self._tile_bytes(),
+                "hidden states of responses": self._response_rows(),
+                "teacher's results": passed,
+            }
+            peaks.append(Peak(moment="loss", parts={**held, **loss}))
+        if self.settings.objective.needs.teacher:
+            teacher = {
+                "teacher's copy": self.weights.trained * self._passing_bytes(),
+                "working memory": self._tokens() * self.kind.forward_bytes(),
+                "teacher's results": passed,
+            }
+            peaks.append(Peak(moment="teacher's pass", parts={**held, **teacher}))
+        return peaks
+
+    def sampling(self) -> list[Peak]:
+        """The moments in which responses are sampled; none if the run samples nothing."""
+        peaks = []
+        for moment, rows, new_tokens, nucleus in self._sampled():
+            cache = self.cache_bytes(rows=rows, new_tokens=new_tokens)
+            prefill = min(self.settings.data.micro_batch_tokens, rows * self.shape.max_positions)
+            parts = {
+                "key-value cache": cache,
+                # Beside a step of the layers: one layer of the cache is copied when finished rows are dropped.
+                "working memory": max(
+                    prefill * self.kind.forward_bytes(), cache / (self.shape.num_layers // self.pp), 0.0
+                ),
+                "logits": self._sampling_logits(rows, nucleus) if self.last else 0.0,
+            }
+            peaks.append(Peak(moment=moment, parts={**self._held(), **parts}))
+        return peaks
+
+    def optimizer_bytes(self) -> float:
+        """The optimiser's state: float32 main weights, unless the weights are float32, and its moments."""
+        main = 0 if self.width == FLOAT32 else 1
+        shards = self.dp if self.settings.megatron.use_distributed_optimizer else 1
+        return self.weights.trained * FLOAT32 * (main + self._moments()) / shards
+
+    def cache_bytes(self, *, rows: int, new_tokens: int) -> float:
+        """The most bytes of keys and values of a batch of so many rows.
+
+        A batch's prompts, padded to the longest, have at most data.micro_batch_tokens tokens, and all its rows at most
+        rollout.cache_bytes. A single prompt above data.micro_batch_tokens is not counted.
+        """
+        settings = self.settings
+        token = cache_bytes_per_token(self.shape, dtype=settings.model.dtype, megatron=settings.megatron)
+        most = settings.rollout.cache_bytes // token
+        prompts = settings.data.micro_batch_tokens
+        tokens = min(rows * new_tokens + prompts, rows * self.shape.max_positions, most)
+        return float(tokens * token)
+
+    def logits_bytes(self) -> float:
+        """Buffers of the loss: those of all response tokens of a micro-batch, or objective.chunk_bytes if that is less.
+
+        Float32: the student's logits, and for distillation the teacher's; with several vocabulary shards those of two
+        chunks; one buffer more for Triton's gradient.
+        """
+        objective = self.settings.objective
+        sets = 1
+        if objective.needs.masker:
+            sets = 3 if objective.loss.partner == "full_teacher" else 2
+        buffers = sets * (2 if self.tp > 1 else 1) + self.triton
+        row = self.shape.vocab_rows(self.tp) * FLOAT32
+        tokens = self._response_tokens()
+        if tokens * buffers * row > objective.chunk_bytes:
+            return float(objective.chunk_bytes)
+        return float(tokens * (sets + self.triton) * row)  # one chunk
+
+    def _tile_bytes(self) -> float:
+        """Temporaries of the loss without Triton, which works on tiles; they count within objective.chunk_bytes."""
+        if self.triton:
+            return 0.0
+        chunk, logits = self.settings.objective.chunk_bytes, self.logits_bytes()
+        entries = self._response_tokens() * self.shape.vocab_rows(self.tp)
+        tile = min(TILE_ELEMENTS[self.on_gpus], entries) * TILE_BUFFERS * FLOAT32
+        return min(tile, chunk / 2, chunk - logits)
+
+    def saved(self) -> float:
+        """Bytes of this rank's part of a checkpoint in host memory, if it belongs to the first replica.
+
+        Weights, optimiser and the teacher's own weights. Megatron gathers the optimiser's shards of the other replicas
+        in host memory first, so they exist twice.
+        """
+        weights = self.weights
+        copies = 2 if self.settings.megatron.use_distributed_optimizer else 1
+        optimizer = weights.trained * FLOAT32 * (1 + self._moments()) * copies
+        return (
+            (weights.base + weights.adapters) * self.width + optimizer + weights.trained * teacher_bytes(self.settings)
+        )
+
+    def _held(self) -> dict[str, float]:
+        """What the GPU holds all the time."""
+        weights, teacher = self.weights, self.settings.objective.teacher
+        resting = 0 if teacher.offload else teacher_bytes(self.settings)
+        return {
+            "weights": float(weights.base * self.width),
+            "adapters": float(weights.adapters * self.width),
+            "gradients": float(weights.trained * FLOAT32),
+            "optimiser": self.optimizer_bytes(),
+            "teacher": float(weights.trained * resting),
+            "CUDA and NCCL": self._own_of_cuda(),
+        }
+
+    def _moments(self) -> int:
+        optimizer = self.settings.optimizer
+        return 0 if optimizer.name == "sgd" and not optimizer.momentum else MOMENTS[optimizer.name]
+
+    def _own_of_cuda(self) -> float:
+        groups = (self.tp, self.pp, self.dp, self.tp * self.pp if min(self.tp, self.pp) > 1 else 1)
+        return CUDA_BYTES + NCCL_BYTES * sum(size > 1 for size in groups) if self.on_gpus else 0.0
+
+    def _passing_bytes(self) -> int:
+        """Bytes of each trained weight in the teacher's pass: a copy of a float32 average or of weights on the host."""
+        teacher, held = self.settings.objective.teacher, teacher_bytes(self.settings)
+        rounded = teacher.weights == "ema" and self.width != FLOAT32
+        return self.width if held and (teacher.offload or rounded) else 0
+
+    def _activations(self) -> StageActivations:
+        layers = self.shape.num_layers // self.pp
+        return stage_activations(self.kind, self.recompute, layers=layers, tokens=self._tokens())
+
+    def _sequences(self) -> int:
+        """Responses of a step on one replica."""
+        samples = self.settings.objective.needs.samples_per_problem or 1
+        return math.ceil(self.settings.data.problems_per_step * samples / self.dp)
+
+    def _tokens(self) -> int:
+        """The most tokens of a micro-batch: a sequence above data.micro_batch_tokens has its own."""
+        longest = min(self._new_tokens(), self.shape.max_positions)
+        return min(max(self.settings.data.micro_batch_tokens, longest), self._sequences() * self.shape.max_positions)
+
+    def _new_tokens(self) -> int:
+        """Tokens of a response; without rollouts a solution's, which may fill all positions."""
+        if not self.settings.objective.needs.samples_per_problem:
+            return self.shape.max_positions
+        return self.settings.rollout.max_new_tokens
+
+    def _response_tokens(self) -> int:
+        return min(self._tokens(), self._sequences() * self._new_tokens())
+
+    def _response_rows(self) -> float:
+        """Hidden states of the responses of a micro-batch: the student's, the teacher's, and the float32 gradient."""
+        row = self.shape.hidden_size
+        teachers = self._teachers()
+        return self._response_tokens() * row * ((1 + teachers) * self.width + FLOAT32)
+
+    def _teachers(self) -> int:
+        objective = self.settings.objective
+        if not objective.needs.teacher:
+            return 0
+        return 2 if objective.needs.masker and objective.loss.partner == "full_teacher" else 1
+
+    def _teacher_results(self) -> float:
+        """The teacher's hidden states of all responses of the replica, on the last stage, and its output layer."""
+        if not self.last or not self._teachers():
+            return 0.0
+        states = self._sequences() * self._new_tokens() * self.shape.hidden_size * self.width * self._teachers()
+        trains_output = self.settings.model.lora is None
+        return states + (self.weights.output * self._passing_bytes() if trains_output else 0)
+
+    def _weight_gradient(self) -> float:
+        """The gradient of a layer's largest matrix, before Megatron adds it to its buffer. LoRA trains no matrix."""
+        return 0.0 if self.settings.model.lora else float(self.weights.largest * self.width)
+
+    def _output_gradient(self) -> float:
+        """The loss's float32 sum of the output layer's gradient; later zeros for Megatron's hook take less."""
+        return 0.0 if self.settings.model.lora else float(self.weights.output * FLOAT32)
+
+    def _sampled(self) -> list[tuple[str, int, int, bool]]:
+        """What is sampled: moment, rows of a batch, new tokens, whether top-p sorts the complete vocabulary."""
+        rollout, evaluation = self.settings.rollout, self.settings.evaluation
+        found = []
+        if self.settings.objective.needs.samples_per_problem and rollout.engine == "megatron":
+            rows = min(rollout.batch_size, self._sequences())
+            found.append(("rollouts", rows, rollout.max_new_tokens, rollout.top_k == 0 and rollout.top_p < 1))
+        if evaluation.problems is not None:
+            new_tokens = min(evaluation.longest_answer, self.shape.max_positions - 1)
+            nucleus = evaluation.top_k == 0 and evaluation.top_p < 1
+            found.append(("evaluation", rollout.batch_size, new_tokens, nucleus))
+        return found
+
+    def _sampling_logits(self, rows: int, nucleus: bool) -> float:
+        """On the rank that draws: float32 logits, scaled ones and log-probabilities; top-p sorts them in float64."""
+        gathered = 2 + 1 / self.tp if self.tp > 1 else 1
+        drawing = 15 if nucleus else 3
+        return rows * self.shape.vocab_size * FLOAT32 * max(gathered, drawing)
+
+
+def teacher_bytes(settings: Settings) -> int:
+    """Bytes that the teacher stores for each trained weight; 0 if it shares the weights."""
+    teacher, width = settings.objective.teacher, WIDTHS[settings.model.dtype]
+    if not settings.objective.needs.teacher:
+        return 0
+    if teacher.weights == "ema":
+        return FLOAT32 + (width if teacher.ema_anchor > 0 else 0)  # and the initial weights, its anchor
+    has_copy = settings.model.lora is None or settings.model.adapter_path is not None
+    return width if teacher.weights == "initial" and has_copy else 0
+
+
+def _host(
+    settings: Settings, layout: Layout, saved_by_stage: list[float], *, on_gpus: bool, ranks_per_node: int
+) -> HostMemory:
+    """Each rank has its process and an offloaded teacher; the first replica's ranks hold their part of a checkpoint."""
+    tp, dp, pp = layout.tensor_parallel, layout.data_parallel, layout.pipeline_parallel
+    teacher = settings.objective.teacher
+    lora = settings.model.lora
+    resting = []
+    for stage in range(pp):
+        weights = rank_weights(layout.shape, tp=tp, pp=pp, stage=stage, lora_rank=None if lora is None else lora.rank)
+        offloaded = weights.trained * teacher_bytes(settings) if teacher.offload else 0
+        resting.append(PROCESS_BYTES[on_gpus] + offloaded)
+    ranks = [
+        resting[stage] + (saved_by_stage[stage] if replica == 0 else 0.0)
+        for stage in range(pp)  # the order of Megatron's ranks: stages, then replicas, then tensor-parallel ranks
+        for replica in range(dp)
+        for _ in range(tp)
+    ]
+    nodes = [ranks[first : first + ranks_per_node] for first in range(0, len(ranks), ranks_per_node)]
+    most = max(nodes, key=sum)
+    return HostMemory(rank=max(ranks), node=sum(most), ranks=len(most))
+
+
+def checkpoint_bytes(settings: Settings, shape: ModelShape) -> int:
+    """Estimated bytes of one checkpoint: weights, the optimiser's float32 state, and the teacher's own weights."""
+    lora = settings.model.lora
+    adapters = 0 if lora is None else adapter_parameters(shape, lora.rank)
+    trained = shape.num_parameters if lora is None else adapters
+    optimizer = FLOAT32 * (1 + MOMENTS["adam"])
+    weights = (shape.num_parameters + adapters) * WIDTHS[settings.model.dtype]
+    return weights + trained * (optimizer + teacher_bytes(settings))
