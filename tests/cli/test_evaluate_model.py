@@ -49,7 +49,10 @@ def test_the_default_fills_the_positions(folder):
     request, shape, evaluators = loaded(folder)
     for name, evaluator in evaluators:
         assert longest_prompt(evaluator) + evaluator.settings.max_new_tokens == POSITIONS
-        assert answer_file(request, name, evaluator, shape).sampled_with["max_new_tokens"] == evaluator.settings.max_new_tokens
+        assert (
+            answer_file(request, name, evaluator, shape).sampled_with["max_new_tokens"]
+            == evaluator.settings.max_new_tokens
+        )
     (_, short), (_, long) = evaluators
     assert short.settings.max_new_tokens - long.settings.max_new_tokens == 5 * 49  # letters of a word, words
     said = notes(request, shape, evaluators)

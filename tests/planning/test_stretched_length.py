@@ -37,7 +37,7 @@ def plan(folder, *, rollout, **config):
 
 
 def test_responses_beyond_max_position_embeddings(tmp_path):
-    """The data check compares rollout.max_new_tokens and the prompts with this number (tests/training/test_inputs.py)."""
+    """The data check compares rollout.max_new_tokens and the prompts with this number."""
     rollout = RolloutSettings(max_new_tokens=100_000)
     assert plan(tmp_path, rollout=rollout, rope_scaling=YARN).shape.max_positions == 131_072
     assert plan(tmp_path, rollout=rollout).shape.max_positions == 40_960
