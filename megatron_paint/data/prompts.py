@@ -95,8 +95,8 @@ class Prompts:
         end = self.prompt_end(self._settings.student_thinking)
         if thoughts.continuation(end, problem.solution) is None:
             return (
-                f"the solution opens a thought ({thoughts.THINK_START}) and does not close it, so SFT would teach to end "
-                f"a turn inside a thought; write {thoughts.THINK_END} where the thought ends"
+                f"the solution opens a thought ({thoughts.THINK_START}) and does not close it, so SFT would teach to "
+                f"end a turn inside a thought; write {thoughts.THINK_END} where the thought ends"
             )
         return None
 
