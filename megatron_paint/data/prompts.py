@@ -85,7 +85,7 @@ class Prompts:
         closing, text = thoughts.continuation(end, problem.solution)
         seam = _seam([text])
         tokenizer = self.tokenizer
-        tags = {thoughts.OPENING, thoughts.CLOSING}
+        tags = {thoughts.THINK_START, thoughts.THINK_END}
         written = [t for t in tokenizer.control_tokens if t in tokenizer.special_tokens | tokenizer.turns.markers]
         text = self._protect(text, seam, [token for token in written if token not in tags])
         return (*self._encode(closing + text + tokenizer.turns.before_end, seam), tokenizer.stop_ids[0])
@@ -95,8 +95,8 @@ class Prompts:
         end = self.prompt_end(self._settings.student_thinking)
         if thoughts.continuation(end, problem.solution) is None:
             return (
-                f"the solution opens a thought ({thoughts.OPENING}) and does not close it, so SFT would teach to end a "
-                f"turn inside a thought; write {thoughts.CLOSING} where the thought ends"
+                f"the solution opens a thought ({thoughts.THINK_START}) and does not close it, so SFT would teach to "
+                f"end a turn inside a thought; write {thoughts.THINK_END} where the thought ends"
             )
         return None
 

@@ -5,9 +5,10 @@ A checkpoint can be loaded at any layout: weights and optimiser state are stored
 
 import json
 import pickle
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -310,8 +311,38 @@ def _set_with_step(part: DistributedOptimizer, model_param: torch.Tensor, tensor
 def _sharded_state(stage: Stage, optimizer: MegatronOptimizer, teacher: Teacher, *, is_loading: bool) -> dict:
     model = _weights(stage)
     state = {"model": model}
-    state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(_METADATA))
+    with _offsets_without_padding(optimizer):
+        state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(_METADATA))
     return state | teacher.sharded_state_dict(model)
+
+
+@contextmanager
+def _offsets_without_padding(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Lets Megatron's distributed optimiser find each parameter's state, while it makes the state of a checkpoint.
+
+    It joins its buckets without the padding between them and then cuts out each parameter at its offset with padding.
+    So everything behind a padded bucket would be stored shifted, without an error (0.16.1 and 0.19.2). A tied embedding
+    has a bucket of its own in front of the layers, which is padded if its size is odd.
+    """
+    parts = [part for part in optimizer.chained_optimizers if isinstance(part, DistributedOptimizer)]
+    kept = [(buffer, buffer.param_index_map) for part in parts for buffer in part.buffers]
+    for buffer, index_map in kept:
+        buffer.param_index_map = _without_padding(buffer.buckets, index_map)
+    try:
+        yield
+    finally:
+        for buffer, index_map in kept:
+            buffer.param_index_map = index_map
+
+
+def _without_padding(buckets: Sequence[Any], index_map: dict[Any, tuple[int, int, int]]) -> dict:
+    """The offsets of each parameter in a buffer whose buckets are joined without the padding between them."""
+    starts = [0, *accumulate(bucket.numel_unpadded for bucket in buckets)]
+    padding = [bucket.offset - start for bucket, start in zip(buckets, starts[:-1], strict=True)]
+    return {
+        parameter: (start - padding[number], end - padding[number], number)
+        for parameter, (start, end, number) in index_map.items()
+    }
 
 
 def _load(wanted: dict, folder: Path) -> dict:

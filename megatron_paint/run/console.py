@@ -133,6 +133,8 @@ class Progress:
             differences[new.benchmark] = [difference.mean, difference.low, difference.high]
         values = {"folder": folder, "differences": differences}
         values["after"] = {report.benchmark: report.metrics for report in after}
+        if model is not None:
+            self._show(f"model: {escape(model)}", quiet=True)
         self._emit("end", values, end_table(before, after, model=model) if after else "")
         if folder:
             self._show(f"Results: {escape(folder)}", quiet=True)
@@ -185,12 +187,11 @@ def end_table(before: Sequence[EvalReport], after: Sequence[EvalReport], *, mode
     """Before and after the run: accuracy with its interval, the paired difference, greedy accuracy, mean length, the
     number of answers to a problem, and the share of answers that are cut off.
 
-    model: its name; None: the model of each row is named by its step.
+    model: None: the model of each row is named by its step; else all rows are of this one.
     """
     table = Table(title="Accuracy in %, with 95 % intervals over problems")
     names = ("benchmark", "model", "accuracy", "difference (paired)", "greedy", "mean length", "n", "truncated")
     if model is not None:
-        table.caption = f"model: {escape(model)}"
         names = tuple(name for name in names if name not in ("model", "difference (paired)"))
     for name in names:
         table.add_column(name, justify="left" if name in ("benchmark", "model") else "right")

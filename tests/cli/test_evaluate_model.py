@@ -49,7 +49,10 @@ def test_the_default_fills_the_positions(folder):
     request, shape, evaluators = loaded(folder)
     for name, evaluator in evaluators:
         assert longest_prompt(evaluator) + evaluator.settings.max_new_tokens == POSITIONS
-        assert answer_file(request, name, evaluator).sampled_with["max_new_tokens"] == evaluator.settings.max_new_tokens
+        assert (
+            answer_file(request, name, evaluator, shape).sampled_with["max_new_tokens"]
+            == evaluator.settings.max_new_tokens
+        )
     (_, short), (_, long) = evaluators
     assert short.settings.max_new_tokens - long.settings.max_new_tokens == 5 * 49  # letters of a word, words
     said = notes(request, shape, evaluators)
@@ -80,10 +83,10 @@ def test_a_value_too_large_is_one_error_for_all_benchmarks(folder):
 
 
 def test_the_summary_has_the_value_of_each_benchmark(folder):
-    request, _, evaluators = loaded(folder)
-    found = sampled_with_of_all({name: answer_file(request, name, evaluator) for name, evaluator in evaluators})
+    request, shape, evaluators = loaded(folder)
+    found = sampled_with_of_all({name: answer_file(request, name, evaluator, shape) for name, evaluator in evaluators})
     assert found["max_new_tokens"] == {name: evaluator.settings.max_new_tokens for name, evaluator in evaluators}
     assert found["temperature"] == 1.0
-    request, _, evaluators = loaded(folder, "evaluation.max_new_tokens=100")
-    found = sampled_with_of_all({name: answer_file(request, name, evaluator) for name, evaluator in evaluators})
+    request, shape, evaluators = loaded(folder, "evaluation.max_new_tokens=100")
+    found = sampled_with_of_all({name: answer_file(request, name, evaluator, shape) for name, evaluator in evaluators})
     assert found["max_new_tokens"] == 100

@@ -24,7 +24,7 @@ from tests.mcore.parity_worker import records, settings_of
 
 CASES = (
     parity.Case(name="untied", tied=False, teacher="initial", optimizer="adam", weight_decay=0.3, clip_grad=0.5),
-    parity.Case(name="tied", tied=True, teacher="ema", optimizer="adam", distributed_optimizer=True, weight_decay=0.3),
+    parity.Case(name="tied", tied=True, teacher="ema", optimizer="adam", weight_decay=0.3, distributed_optimizer=True),
 )
 
 

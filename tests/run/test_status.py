@@ -121,6 +121,8 @@ def test_signals_are_noted_and_handlers_given_back():
 def test_a_second_control_c_ends_a_run_at_once(monkeypatch):
     """The first one lets it stop after its step. A rank leaves both to its launcher."""
     called = []
+    # A shell starts background jobs so that they ignore SIGINT, and the tests may be one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.delenv("RANK", raising=False)
     with StopRequest(on_interrupt=lambda: called.append("first")) as request:
         signal.raise_signal(signal.SIGINT)
@@ -134,6 +136,7 @@ def test_a_second_control_c_ends_a_run_at_once(monkeypatch):
         signal.raise_signal(signal.SIGINT)
         assert request.reason() == "SIGINT"
     assert called == ["first"]
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_background_job_still_ignores_control_c():

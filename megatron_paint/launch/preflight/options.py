@@ -35,6 +35,7 @@ class Options:
 def parse(arguments: Sequence[str]) -> Options:
     """The options of these words. UserError: an option is unknown, missing or outside its limits."""
     given = vars(_parser().parse_intermixed_args(list(arguments)))
+    del given["parser"]
     for override in given["overrides"]:
         if "=" not in override:
             raise UserError(f"unknown argument {override!r}: change settings with key=value")
