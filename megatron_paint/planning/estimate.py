@@ -193,7 +193,7 @@ class StageMemory:
         objective = self.settings.objective
         sets = 1
         if objective.needs.masker:
-            sets = 3 if objective.loss.partner == "full_teacher" else 2
+            sets = 1 + self._teachers()
         buffers = sets * (2 if self.tp > 1 else 1) + self.triton
         row = self.shape.vocab_rows(self.tp) * FLOAT32
         tokens = self._response_tokens()
@@ -280,10 +280,12 @@ class StageMemory:
         return self._response_tokens() * row * ((1 + teachers) * self.width + FLOAT32)
 
     def _teachers(self) -> int:
+        """Passes without gradient over the responses: the teacher's, the full teacher's, the initial weights'."""
         objective = self.settings.objective
         if not objective.needs.teacher:
             return 0
-        return 2 if objective.needs.masker and objective.loss.partner == "full_teacher" else 1
+        full = objective.needs.masker and objective.loss.partner == "full_teacher"
+        return 1 + full + objective.needs.initial
 
     def _teacher_results(self) -> float:
         """The teacher's hidden states of all responses of the replica, on the last stage, and its output layer."""
@@ -322,14 +324,16 @@ class StageMemory:
 
 
 def teacher_bytes(settings: Settings) -> int:
-    """Bytes that the teacher stores for each trained weight; 0 if it shares the weights."""
+    """Bytes that the teacher and the initial weights take for each trained weight; 0 if they share the weights."""
     teacher, width = settings.objective.teacher, WIDTHS[settings.model.dtype]
     if not settings.objective.needs.teacher:
         return 0
-    if teacher.weights == "ema":
-        return FLOAT32 + (width if teacher.ema_anchor > 0 else 0)  # and the initial weights, its anchor
     has_copy = settings.model.lora is None or settings.model.adapter_path is not None
-    return width if teacher.weights == "initial" and has_copy else 0
+    if teacher.weights == "initial":
+        return width if has_copy else 0
+    anchors = teacher.weights == "ema" and teacher.ema_anchor > 0
+    initial = width if anchors or (settings.objective.needs.initial and has_copy) else 0
+    return (FLOAT32 if teacher.weights == "ema" else 0) + initial
 
 
 def _host(
