@@ -81,6 +81,8 @@ class Teacher:
         """The set of weights that replaces the student's."""
         if weights == "teacher" or self.settings.weights == "initial":
             return self.held
+        if not self.starts_bare and not self.start:
+            raise RuntimeError("the initial weights were not kept: objective.loss asked for none when the run started")
         return {} if self.starts_bare else self.start
 
     @contextmanager

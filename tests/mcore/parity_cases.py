@@ -117,7 +117,7 @@ CASES = (
         tied=False,
         teacher="current",
         optimizer="sgd",
-        lr=5e-2,
+        lr=0.3,
         loss={"support": "initial", "support_ratio": 0.3, "partner": "initial"},
         offload=True,
     ),
