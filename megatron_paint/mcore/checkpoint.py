@@ -321,8 +321,9 @@ def _offsets_without_padding(optimizer: MegatronOptimizer) -> Iterator[None]:
     """Lets Megatron's distributed optimiser find each parameter's state, while it makes the state of a checkpoint.
 
     It joins its buckets without the padding between them and then cuts out each parameter at its offset with padding.
-    So everything behind a padded bucket would be stored shifted, without an error (0.16.1 and 0.19.2). A tied embedding
-    has a bucket of its own in front of the layers, which is padded if its size is odd.
+    So everything behind a padded bucket would be stored shifted, without an error (0.16.1 and 0.19.2). There are more
+    buckets than one with overlap_grad_reduce, and with a tied embedding on several stages. A bucket is padded if its
+    size is no multiple of lcm(128, replicas).
     """
     parts = [part for part in optimizer.chained_optimizers if isinstance(part, DistributedOptimizer)]
     kept = [(buffer, buffer.param_index_map) for part in parts for buffer in part.buffers]
