@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.settings import EvaluationSettings, ObjectiveSettings
+from megatron_paint.config.objective import ObjectiveSettings
+from megatron_paint.config.settings import EvaluationSettings
 from megatron_paint.data.columns import MISSING, field_of
 from megatron_paint.data.problems import load_held_out
 from tests.data.problem_files import load, row, write
