@@ -111,7 +111,7 @@ def prepare(
 
     own: takes the run folder for these ranks, before anything in it is read.
     """
-    from megatron_paint.mcore.collectives import any_rank_says, rank_zero_does
+    from megatron_paint.mcore.collectives import first_reason, rank_zero_does
     from megatron_paint.mcore.policy import MegatronPolicy
 
     on_rank_zero, first = partial(rank_zero_does, ranks), ranks.rank == 0
@@ -164,7 +164,7 @@ def prepare(
         progress=progress,
         start=start,
         on_rank_zero=on_rank_zero,
-        stop_reason=lambda seconds: any_rank_says(ranks, request.reason(next_seconds=seconds)),
+        stop_reason=lambda seconds: first_reason(ranks, request.reason(next_seconds=seconds)),
         confirm_owner=owned.confirm,
     )
 
