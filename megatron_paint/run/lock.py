@@ -8,9 +8,10 @@ Why it is atomic, over NFS too:
 * A lock is created by link(2) of a complete file. The server does that completely or not at all, and exactly one of
   several processes succeeds. If the server's answer is lost, the client's second try reports that the file exists. The
   token in the file then tells whose it is.
-* The lock of a dead owner is replaced by rename(2). Only the process that has created `.lock.json.TOKEN.next` may do
-  that, where TOKEN is the dead owner's. So a slow process never replaces a newer lock than the one that it judged.
-* That file is a lock too. It is taken over in the same way from a process that died with it.
+* The lock of a dead owner is replaced by rename(2) of the file `.lock.json.TOKEN.next`, where TOKEN is the dead owner's.
+  That file is a lock too: it names the process that has created it, and only that process renames it.
+* It is taken over in the same way from a process that died with it. If that process was only suspended, it finds no
+  file to rename, or renames the other process's. The token in the lock then tells whose the lock is.
 """
 
 import errno
@@ -174,10 +175,12 @@ class RunLock:
         if not self._hold(successor):
             return False
         try:
-            if (now := read_lock(path)) is None or now.token != held.token:
-                return False
-            os.replace(self._written(), path)
-            return True
+            now = read_lock(path)
+            if now is not None and now.token == held.token:
+                with suppress(FileNotFoundError):  # while this process was suspended, another one has renamed it
+                    os.replace(successor, path)
+                now = read_lock(path)
+            return now is not None and now.token == self.owner.token
         finally:
             with suppress(FileNotFoundError):
                 successor.unlink()

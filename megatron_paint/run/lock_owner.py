@@ -78,16 +78,16 @@ def from_text(text: str, *, unreadable: str) -> Owner:
 
 
 def this_machine() -> str:
-    """What distinguishes process ids: hosts may share a name, and containers a kernel."""
+    """What distinguishes process ids; "" if that is not known. Hosts may share a name, and containers a kernel."""
     try:
         return f"{BOOT.read_text().strip()} {os.readlink(PROCESSES)}"
     except OSError:  # not Linux
-        return socket.gethostname()
+        return ""
 
 
 def process_state(owner: Owner) -> Literal["gone", "lives", "unknown"]:
     """Whether the owner's process exists. Only processes of this machine are known."""
-    if owner.machine != this_machine():
+    if not owner.machine or owner.machine != this_machine():
         return "unknown"
     try:
         os.kill(owner.pid, 0)

@@ -113,6 +113,15 @@ def test_a_process_id_that_another_process_has_now(tmp_path):
     assert "its process is gone" in RunLock(tmp_path).take()
 
 
+def test_equal_host_names_say_nothing_where_the_kernel_names_no_boot(tmp_path, monkeypatch):
+    """The owner may be a process of another host with the same name, so its process id says nothing here."""
+    monkeypatch.setattr("megatron_paint.run.lock_owner.BOOT", tmp_path / "missing")
+    owner = dead_process()
+    assert this_process().machine == owner.machine == ""
+    assert process_state(owner) == "unknown"
+    assert process_state(dataclasses.replace(owner, machine=socket.gethostname())) == "unknown"
+
+
 def test_a_zombie_is_gone():
     child = subprocess.Popen([sys.executable, "-c", ""])
     owner = dataclasses.replace(this_process(), pid=child.pid, started=None)
@@ -381,6 +390,37 @@ def test_takers_that_are_killed_at_any_moment(tmp_path):
         lock.release()
         assert not (folder / LOCK).exists()
     assert owners
+
+
+@pytest.mark.parametrize("moment", ["after the other has the lock", "before the other has the lock"])
+def test_a_taker_that_is_suspended_does_not_replace_a_newer_lock(tmp_path, monkeypatch, moment):
+    """It continues in the rename, when another process has taken its `.next` file over."""
+    left_by(tmp_path, dead_process())
+    slow, fast = RunLock(tmp_path, timing=TIMING, owner=elsewhere()), RunLock(tmp_path, timing=TIMING)
+    other = threading.Thread(target=fast.take, daemon=True)
+    at_rename, continues, replace = threading.Event(), threading.Event(), os.replace
+
+    def suspended(source, target):
+        """The other process takes the lock in the first call, which is the slow one's."""
+        if target == tmp_path / LOCK and threading.current_thread() is other:
+            at_rename.set()
+            if moment.startswith("before"):
+                continues.wait()
+        elif target == tmp_path / LOCK:
+            other.start()
+            at_rename.wait()
+            if moment.startswith("after"):
+                other.join()
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", suspended)
+    with pytest.raises(UserError, match=f"process {os.getpid()} on {socket.gethostname()} owns it"):
+        slow.take()
+    continues.set()
+    other.join()
+    fast.confirm()
+    assert names(tmp_path) == [LOCK]
+    fast.release()
 
 
 def test_what_the_dead_have_left_is_removed_some_time_later(tmp_path):
