@@ -187,7 +187,7 @@ def test_a_lock_that_a_user_has_removed(tmp_path):
 
 
 def beating(path, *, behind=0.0):
-    """A function that stops the heartbeats which it has begun to write. behind: seconds of the clock that dates them."""
+    """A function that stops the heartbeats which it has begun to write. behind: seconds of their clock."""
     ended = threading.Event()
 
     def beat():
