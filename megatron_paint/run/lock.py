@@ -9,9 +9,9 @@ Why it is atomic, over NFS too:
   several processes succeeds. If the server's answer is lost, the client's second try reports that the file exists. The
   token in the file then tells whose it is.
 * The lock of a dead owner is replaced by rename(2) of the file `.lock.json.TOKEN.next`, where TOKEN is the dead one's.
-  That file is a lock too: it names the process that has created it, and only that process renames it.
-* It is taken over in the same way from a process that died with it. If that process was only suspended, it finds no
-  file to rename, or renames the other process's. The token in the lock then tells whose the lock is.
+  That file is a lock too: it names the process that has created it, and becomes the lock of that process.
+* It is taken over in the same way from a process that died with it. If that process was only suspended, it later finds
+  no file to rename, or renames the other process's. The token in the lock then tells whose the lock is.
 """
 
 import errno
