@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -58,7 +59,7 @@ def check_inputs(settings: Settings, shape: ModelShape, *, run_folder: bool = Tr
     """
     folder = RunFolder(settings.run.dir)
     if run_folder:
-        refuse_if_in_use(folder.path)
+        refuse_if_in_use(folder.path, on_wait=partial(print, file=sys.stderr, flush=True))
     with about("model.hf_path"):
         HuggingFaceReader(settings.model.hf_path, shape).check_tied(shape)
     check_start(settings.model, shape)
