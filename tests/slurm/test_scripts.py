@@ -420,6 +420,46 @@ def test_a_node_without_a_place_for_caches_is_no_error(tmp_path):
     (fake.folder / "node").touch()
     found = variables_of(fake, script(*TRAIN, "--no-preflight"))
     assert {found[name] for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "HF_HOME")} == {""}
+    assert found["HF_HUB_CACHE"] == f"{fake.folder}/.cache/huggingface/hub"
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_a_node_without_a_place_for_caches_keeps_the_users_variables(tmp_path, launcher):
+    fake = FakeJob(tmp_path)
+    (fake.folder / "node").rmdir()
+    (fake.folder / "node").touch()
+    given = {"TRITON_CACHE_DIR": "/t", "HF_HOME": "/h"}
+    found = variables_of(fake, script(*TRAIN, "--no-preflight", f"--launcher={launcher}"), **given)
+    assert {name: found[name] for name in given} == given
+    assert (found["TORCHINDUCTOR_CACHE_DIR"], found["HF_HUB_CACHE"]) == ("", "")
+
+
+@pytest.mark.parametrize("source", ["env_file", "module", "prologue"])
+def test_variables_of_caches_that_the_job_sets_itself_win(tmp_path, source):
+    """Also over the places of downloads that the script would derive from HF_HOME."""
+    fake = FakeJob(tmp_path)
+    file = fake.folder / "set.sh"
+    file.write_text("export HF_HOME=/shared/hf TRITON_CACHE_DIR=/shared/triton\n")
+    file.chmod(0o600)
+    option = {"env_file": f"--env-file={file}", "module": "--module=hf", "prologue": f"--prologue={file}"}[source]
+    environ = {"BASH_FUNC_module%%": f"() {{ source {file}; }}"} if source == "module" else {}
+    found = variables_of(fake, script(*TRAIN, "--no-preflight", option), **environ)
+    assert (found["HF_HOME"], found["HF_HUB_CACHE"], found["TRITON_CACHE_DIR"]) == ("/shared/hf", "", "/shared/triton")
+
+
+def test_the_earlier_name_of_the_hub_cache_counts(tmp_path):
+    """huggingface_hub reads HUGGINGFACE_HUB_CACHE if HF_HUB_CACHE is not set."""
+    found = variables_of(FakeJob(tmp_path), script(*TRAIN, "--no-preflight"), HUGGINGFACE_HUB_CACHE="/hub")
+    assert found["HF_HUB_CACHE"] == "/hub"
+
+
+def test_the_copy_of_the_code_is_before_what_the_job_adds_to_the_search_path(tmp_path):
+    fake = FakeJob(tmp_path)
+    file = fake.folder / "prologue.sh"
+    file.write_text("export PYTHONPATH=/elsewhere${PYTHONPATH:+:$PYTHONPATH}\n")
+    head, _, _ = script(*TRAIN, "--copy-code", f"--prologue={file}").partition("\n# Slurm sends USR1 before ")
+    found = fake.job(f'{head}\necho "$PYTHONPATH"\n', "exit=0", PYTHONPATH="/first")[1]
+    assert found == "/work/runs/paint/logs/launch/code-01234567:/elsewhere:/first\n"
 
 
 def test_variables_of_the_users_win(tmp_path):
