@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 
 from megatron_paint.base.errors import UserError
+from megatron_paint.cli.main import parse
+from megatron_paint.config.settings import RunSettings
+from megatron_paint.launch.slurm.options import make_options
+from megatron_paint.launch.slurm.rendering import render
 from megatron_paint.run.folder import RunFolder
 from tests.slurm.fake_job import RECORD, FakeJob
 from tests.slurm.scripts import (
@@ -79,6 +83,18 @@ def test_values_of_variables_are_nowhere():
 
 
 NASTY = """a  b; it's "so" $(touch pwned)`touch pwned`; touch pwned & | > pwned < * ? ~ # !x \\ ${HOME}"""
+
+
+def test_comments_are_one_line():
+    """bash would run what follows a line break."""
+    given = parse(["launch", "slurm", "paint.yaml", *TRAIN, "--venv=.venv"])
+    options = make_options(given, run=RunSettings(dir="runs/paint"), environ=ENVIRON)
+    of_run = {"settings_file": "paint.yaml", "overrides": [], "run_dir": "runs/paint"}
+    text = render(options, **of_run, title="a\ntouch title", plan=["step  é", "model  b\ntouch plan\r\x1b"])
+    assert [line for line in text.splitlines() if "touch" in line or "é" in line] == [
+        r"# a\ntouch title on 2 x 2 processes, written by `megatron-paint launch slurm`; see docs/slurm.md.",
+        *("# step  é", r"# model  b\ntouch plan\r\x1b"),
+    ]
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "srun"])
@@ -483,6 +499,22 @@ def test_the_prologue_runs_before_everything_else(tmp_path):
     assert "\nset -euo pipefail\n\nexport OMP_NUM_THREADS" in text
     file.write_text("false\n")
     assert fake.job(script(*TRAIN, f"--prologue={file}"), "exit=1")[0] == 1
+
+
+def test_an_empty_line_ends_a_here_document_of_the_prologue(tmp_path):
+    """The script keeps the empty lines at the end of a prologue."""
+    fake = FakeJob(tmp_path)
+    file = fake.folder / "prologue.sh"
+    file.write_text("cat <<''\nhere\n\n")
+    status, output = fake.job(script(*TRAIN, f"--prologue={file}", "--no-preflight"), "exit=1")
+    assert (status, output.splitlines()[:2]) == (0, ["here", "attempt: go from step 0"])
+
+
+def test_messages_about_the_language_are_no_mistake_of_the_prologue(tmp_path, monkeypatch):
+    """bash warns of a language that the machine does not have."""
+    monkeypatch.setenv("LC_ALL", "xx_XX.UTF-8")
+    (tmp_path / "prologue.sh").write_text("echo é \\\\\n", encoding="utf-8")
+    assert "\necho é \\\\\nset -euo pipefail\n" in script(*TRAIN, f"--prologue={tmp_path / 'prologue.sh'}")
 
 
 def test_modules_are_loaded_first(tmp_path):
