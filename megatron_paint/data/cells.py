@@ -5,6 +5,7 @@ import re
 from typing import Any, Literal, NamedTuple
 
 from megatron_paint.data.messages import is_messages, messages_in, read_messages
+from megatron_paint.data.rows import kind_of
 
 USED_ID = "repeats an id"  # the fault of a row whose id an earlier row has
 LARGEST_EXACT_FLOAT = 2**53
@@ -45,7 +46,7 @@ def text_of(cell: Cell) -> str:
     if value is None:
         raise cell.bad("is missing")
     if not isinstance(value, str):
-        raise cell.bad(f"holds {_kind(value)}, not text")
+        raise cell.bad(f"holds {kind_of(value)}, not text")
     if not value.strip():
         raise cell.bad("is empty")
     try:
@@ -119,8 +120,3 @@ def _only_entry(cell: Cell, text: str) -> tuple[str, Form]:
     if len(entries) != 1:
         raise cell.bad(f"holds a list of {len(entries)} answers", "; write one answer a row")
     return text_of(cell._replace(value=entries[0])), "list"
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number"}
-    return names.get(type(value), type(value).__name__)

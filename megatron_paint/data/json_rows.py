@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.data.data_file import open_data, read_head
-from megatron_paint.data.rows import Row
+from megatron_paint.data.rows import Row, kind_of
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 PIECE = 2**20  # bytes
@@ -105,7 +105,7 @@ def _line_row(line: bytes, path: Path, stem: str, number: int) -> Row:
     except (ValueError, RecursionError) as error:
         return Row(where, name, None, f"not readable as JSON: {error}")
     if not isinstance(values, dict):
-        return Row(where, name, None, f"contains {_article(values)}; a line must be one JSON object")
+        return Row(where, name, None, f"contains {kind_of(values)}; a line must be one JSON object")
     return Row(where, name, values)
 
 
@@ -144,13 +144,8 @@ def _object_rows(path: Path, stem: str, setting: str) -> Iterator[Row]:
 def _entry_row(values: Any, path: Path, stem: str, number: int) -> Row:
     where, name = f"{path}: entry {number}", f"{stem}:{number}"
     if not isinstance(values, dict):
-        return Row(where, name, None, f"contains {_article(values)}; an entry must be one JSON object")
+        return Row(where, name, None, f"contains {kind_of(values)}; an entry must be one JSON object")
     return Row(where, name, values)
-
-
-def _article(value: Any) -> str:
-    name = type(value).__name__
-    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 class _JsonText:

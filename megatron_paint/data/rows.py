@@ -17,6 +17,13 @@ class Row(NamedTuple):
     broken: str = ""
 
 
+def kind_of(value: Any) -> str:
+    """Returns what a value is in JSON: `null`, `text`, `a number`, `true or false`, `a list` or `an object`."""
+    names = {type(None): "null", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    names |= {list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)
+
+
 def nearest(name: str, known: Collection[str]) -> str:
     """Returns a sentence with the known name nearest to a wrong one; an empty text if no name is near."""
     close = difflib.get_close_matches(name, sorted(known), n=1)
