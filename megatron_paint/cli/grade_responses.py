@@ -1,9 +1,9 @@
 """Grades recorded responses: of another program, or of an evaluation without grades.
 
 Each line of the file is a JSON object with `id` (of the problem) and `response` (text). Optional are `sample` (default:
-the order of the lines of a problem), `finished` (default: true) and `num_tokens`. The file has no prompts. If no response
-contains <think> and more than half of the finished ones contain </think>, the prompts are assumed to have opened the
-thought: then a response without </think> is an unfinished thought.
+the order of the lines of a problem), `finished` (default: true) and `num_tokens`. The file has no prompts. If no
+response contains <think>, and more than half of the finished ones contain </think>, the prompts are assumed to end with
+<think>: then a response without </think> is an unfinished thought.
 """
 
 import argparse
@@ -73,8 +73,8 @@ def _assumed_prompt_end(recorded: Sequence[Graded], progress: Progress) -> str:
             f"{unbegun} of {len(texts)} responses end a thought that they never began ({THINK_END} without "
             f"{THINK_START} before it), and {begun} contain {THINK_START}. "
             + (
-                f"So the prompts are assumed to end with {THINK_START}: a response without {THINK_END} is an unfinished "
-                "thought"
+                f"So the prompts are assumed to end with {THINK_START}: a response without {THINK_END} is an "
+                "unfinished thought"
                 if opened
                 else "The prompts are assumed not to begin a thought: a response begins its thought itself or has none"
             )
