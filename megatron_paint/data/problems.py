@@ -247,7 +247,7 @@ def _load(
                 systems.setdefault(system, row.where)
             if note:
                 notes.append(f"{row.where}: {note}")
-    _check_shared_faults(bad, columns, count=len(rows), skip=skip)
+    _check_shared_faults(bad, columns, count=len(rows))
     bad_rows = tuple(f"{row.where}: {reason}" for row, reason in bad)
     if bad and not skip:
         raise UserError(_bad_rows_message(bad_rows, len(rows), columns.section))
@@ -290,11 +290,11 @@ def _needed_solution(cell: Cell, columns: Columns) -> str:
         raise BadRow(f"{reason}; {columns.solution_needed_by} needs it", role=reason.role, fault=reason.fault) from None
 
 
-def _check_shared_faults(bad: Sequence[tuple[Row, BadRow]], columns: Columns, *, count: int, skip: bool) -> None:
+def _check_shared_faults(bad: Sequence[tuple[Row, BadRow]], columns: Columns, *, count: int) -> None:
     """Raises UserError for a fault of a setting or of the file: one that makes all rows bad, or most ids repeat."""
     source, section = columns.source, columns.section
     repeated = [(row, reason) for row, reason in bad if reason.fault == USED_ID]
-    if 2 * len(repeated) >= count > 3 and not skip:
+    if 2 * len(repeated) >= count > 3:
         row, reason = repeated[0]
         raise UserError(
             f"{section}.columns.id: {len(repeated)} of {count} rows of {source} have the id of an earlier row; the "

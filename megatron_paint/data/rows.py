@@ -1,7 +1,7 @@
 """One row of a source, and sentences that name the columns and files that exist."""
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 NAMES_SHOWN = 20
@@ -22,6 +22,16 @@ def kind_of(value: Any) -> str:
     names = {type(None): "null", str: "text", bool: "true or false", int: "a number", float: "a number"}
     names |= {list: "a list", dict: "an object"}
     return names.get(type(value), type(value).__name__)
+
+
+def repeated(names: Iterable[str]) -> str | None:
+    """Returns the first name that is there twice; None if all differ."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def nearest(name: str, known: Collection[str]) -> str:

@@ -2,14 +2,14 @@
 
 import csv
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.data.data_file import check_content, format_of_ending, open_data
 from megatron_paint.data.json_rows import BYTE_ORDER_MARK, NOT_UTF8
-from megatron_paint.data.rows import Row, listed, nearest
+from megatron_paint.data.rows import Row, listed, nearest, repeated
 
 DELIMITERS = (",", ";", "\t")
 LONGEST_FIELD = 2**30  # characters; the library's own limit is 131,072
@@ -33,8 +33,8 @@ def csv_rows(path: Path, *, stem: str, setting: str) -> Iterator[Row]:
             delimiter = max(DELIMITERS, key="".join(begin).count)
             reader = csv.reader(itertools.chain(begin, lines), delimiter=delimiter, strict=True)
             header = next((names for names in reader if names), [])
-            if twice := [name for name in header if header.count(name) > 1]:
-                raise UserError(f"{setting}: {path}: its header has {twice[0]!r} twice; rename one of the two columns")
+            if (twice := repeated(header)) is not None:
+                raise UserError(f"{setting}: {path}: its header has {twice!r} twice; rename one of the two columns")
             before = reader.line_num
             for values in reader:
                 where, name, before = f"{path}:{before + 1}", f"{stem}:{before + 1}", reader.line_num
@@ -74,6 +74,8 @@ def parquet_rows(path: Path, *, stem: str, setting: str) -> Iterator[Row]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
+            if (twice := _repeated_field(list(file.schema_arrow))) is not None:
+                raise UserError(f"{setting}: {path}: its schema has {twice!r} twice; rename one of the two columns")
             for batch in file.iter_batches(BATCH_ROWS):
                 for values in _batch_values(batch):
                     number += 1
@@ -89,6 +91,22 @@ def parquet_rows(path: Path, *, stem: str, setting: str) -> Iterator[Row]:
         raise UserError(
             f"{setting}: {path}: not a readable Parquet file ({reason}). It may be cut short: copy it again"
         ) from error
+
+
+def _repeated_field(fields: Sequence[Any]) -> str | None:
+    """Returns the first name that a schema or an object inside it has twice, with dots; None if there is none."""
+    import pyarrow as pa
+
+    if (twice := repeated([field.name for field in fields])) is not None:
+        return twice
+    for field in fields:
+        kind = field.type
+        while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+            kind = kind.value_type
+        inside = [kind.field(index) for index in range(kind.num_fields)] if pa.types.is_struct(kind) else []
+        if (twice := _repeated_field(inside)) is not None:
+            return f"{field.name}.{twice}"
+    return None
 
 
 def _batch_values(batch: Any) -> Iterator[dict[str, Any] | None]:

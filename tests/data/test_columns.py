@@ -278,12 +278,18 @@ class TestIds:
             r"data\.columns\.id: 4 of 6 rows of .* have the id of an earlier row; the first is .*:3: id 'p1' is "
             r"already used at .*:1\. Set data\.columns\.id: null"
         )
-        with pytest.raises(UserError, match=message):
-            load(source)
+        for on_bad_row in ("error", "skip"):
+            with pytest.raises(UserError, match=message):
+                load(source, on_bad_row=on_bad_row)
         numbered = load(source, columns={"id": None})
         assert [one.id for one in numbered.problems] == [f"train:{number}" for number in range(1, 7)]
         assert numbered.notes == ()
-        assert [one.id for one in load(source, on_bad_row="skip").problems] == ["p1", "p2"]
+
+    def test_a_few_ids_repeat(self, file):
+        source = write(file, [row(1), row(2), row(3), row(2)])
+        with pytest.raises(UserError, match=r"train\.jsonl:4: id 'p2' is already used at .*:2; correct the row"):
+            load(source)
+        assert [one.id for one in load(source, on_bad_row="skip").problems] == ["p1", "p2", "p3"]
 
     def test_ids_that_are_null(self, file):
         source = write(file, [row(1, id=None), row(2, id=None)])

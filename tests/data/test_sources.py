@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import shutil
@@ -9,6 +10,8 @@ import subprocess
 import tracemalloc
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_paint.base.errors import UserError
@@ -26,6 +29,15 @@ LINES = json_lines(ROWS)
 
 def values(path, format="auto"):
     return [row.values for row in read_rows(str(path), format=format, split="train", setting="data.train")]
+
+
+ROLES = pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], names=["role", "role"])
+
+
+def parquet_of(table):
+    file = io.BytesIO()
+    pq.write_table(table, file)
+    return file.getvalue()
 
 
 class TestFormats:
@@ -172,6 +184,16 @@ FAULTS = {
     "columns in place of rows": ("a.json", TABLE.to_json().encode(), "one JSON object with .*orient='records'"),
     "lists in place of rows": ("a.json", json.dumps(TABLE.to_dict("list")).encode(), "one JSON object with .*"),
     "open quotation mark": ("a.csv", b'id,problem\n1,a\n2,"b\n3,c\n', "not valid CSV: .*the row that begins in line 3"),
+    "Parquet with a column twice": (
+        "a.parquet",
+        parquet_of(pa.table([["1"], ["2"]], names=["answer", "answer"])),
+        "its schema has 'answer' twice; rename one of the two columns",
+    ),
+    "Parquet with a field twice": (
+        "a.parquet",
+        parquet_of(pa.table({"turns": pa.ListArray.from_arrays([0, 1], ROLES)})),
+        r"its schema has 'turns\.role' twice; rename one of the two columns",
+    ),
     "header with a name twice": ("a.csv", b"id,id\n1,2\n", "its header has 'id' twice"),
 }
 
@@ -211,6 +233,20 @@ def test_one_line_in_another_encoding_is_a_bad_row(tmp_path):
     assert load(tmp_path / "a.jsonl", on_bad_row="skip").problems[0].problem == "caf\u00e9"
     with pytest.raises(UserError, match=r"a\.jsonl:2: not UTF-8: .* \(1 more bad row of 3\)"):
         load(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("layout", ["lines", "array"])
+def test_a_key_twice_is_a_bad_row(tmp_path, layout, inner):
+    """A parser takes the last value without a word."""
+    good, bad = json.dumps(row(1)), json.dumps(row(2))
+    bad = bad[:-1] + (', "more": [{"answer": 1, "answer": 2}]}' if inner else ', "answer": "5"}')
+    file = tmp_path / "a.json"
+    file.write_text(f"{good}\n{bad}\n" if layout == "lines" else f"[{good},\n{bad}]")
+    where = {"lines": ":2", "array": ": entry 2"}[layout]
+    with pytest.raises(UserError, match=rf"a\.json{where}: has the key 'answer' twice in one object; correct the row"):
+        load(file)
+    assert [one.id for one in load(file, on_bad_row="skip").problems] == ["p1"]
 
 
 def test_a_cut_last_line(tmp_path):
