@@ -124,7 +124,7 @@ def _answer(line: str, where: str, known: Collection[str], counts: Counter[str])
         raise UserError(f'{where}: not an object with "id" and "response" ({error!r})') from error
     if not isinstance(text, str):
         raise UserError(f"{where}: response is {kind_of(text)}, not text")
-    id = str(id)
+    id = str(int(id) if isinstance(id, float) and id.is_integer() else id)
     if id not in known:
         raise UserError(f"{where}: no benchmark has a problem {id!r}")
     index = values.get("sample", counts[id])

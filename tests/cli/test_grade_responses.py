@@ -211,3 +211,12 @@ def test_a_byte_order_mark(tmp_path):
     out = tmp_path / "o"
     assert main(["evaluate", "--responses", str(responses), "--benchmarks", str(problems), "--out", str(out)]) == 0
     assert read_reports(out)[0].metrics["avg"] == 0.5
+
+
+@pytest.mark.parametrize(("of_problem", "of_response"), [(1, 1.0), (1.0, 1), ("1", 1.0)])
+def test_ids_that_are_whole_numbers(of_problem, of_response, tmp_path):
+    problems = write(tmp_path / "p.jsonl", [{"id": of_problem, "problem": "p", "answer": "1"}])
+    responses = write(tmp_path / "r.jsonl", [{"id": of_response, "response": "\\boxed{1}"}])
+    out = tmp_path / "o"
+    assert main(["evaluate", "--responses", str(responses), "--benchmarks", str(problems), "--out", str(out)]) == 0
+    assert read_reports(out)[0].metrics["avg"] == 1
