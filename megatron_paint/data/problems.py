@@ -214,7 +214,8 @@ def _load(
     limit: int | None = None,
 ) -> LoadedProblems:
     columns = Columns(settings.columns, setting=setting, source=source, solution_needed_by=solution_needed_by)
-    found = read_rows(source, format=settings.format, split=settings.split, setting=setting)
+    needed = [name for name in columns.names.values() if name is not None]
+    found = read_rows(source, format=settings.format, split=settings.split, setting=setting, needed=needed)
     rows = [columns.take(row) for row in islice(found, limit)]
     columns.check()
     notes = []

@@ -249,6 +249,36 @@ def test_a_key_twice_is_a_bad_row(tmp_path, layout, inner):
     assert [one.id for one in load(file, on_bad_row="skip").problems] == ["p1"]
 
 
+@pytest.mark.parametrize("place", [7, 5000])
+def test_a_text_of_parquet_that_is_not_utf_8(tmp_path, place):
+    """Only in a column that is used, it makes a bad row. All 6000 rows come once and in order."""
+    others = [b"caf\xc3\xa9"] * 6000
+    others[place - 1] = b"caf\xe9"
+    table = pa.Table.from_pylist([row(number) for number in range(1, 6001)])
+    binary = pa.array(others, pa.binary())
+    text = pa.Array.from_buffers(pa.string(), len(binary), binary.buffers())  # unchecked
+    pq.write_table(table.append_column("source", text), tmp_path / "a.parquet", row_group_size=1000)
+    problems = load(tmp_path / "a.parquet").problems
+    assert [one.id for one in problems] == [f"p{number}" for number in range(1, 6001)]
+    with pytest.raises(UserError, match=rf"a\.parquet:{place}: a text of the row is not UTF-8"):
+        load(tmp_path / "a.parquet", columns={"answer": "source"})
+    assert len(load(tmp_path / "a.parquet", columns={"answer": "source"}, on_bad_row="skip")) == 5999
+
+
+def test_columns_of_parquet_that_are_not_used_are_read_for_messages_alone(tmp_path):
+    file = tmp_path / "a.parquet"
+    rows = [row(number, answer={"text": "4"}, more={"trace": "long"}) for number in range(300)]
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    found = read_rows(str(file), format="auto", split="", setting="data.train", needed=["answer.text", "id", "none"])
+    assert [one.values for one in found] == [
+        *rows[:100],
+        *({"id": f"p{number}", "answer": {"text": "4"}} for number in range(100, 300)),
+    ]
+    message = r"columns\.answer: no row .* The columns are answer\.text, id, more\.trace, problem, solution\."
+    with pytest.raises(UserError, match=message):
+        load(file, columns={"answer": "answer.txt"})
+
+
 def test_a_cut_last_line(tmp_path):
     write(tmp_path / "a.jsonl", [row(1), row(2)])
     (tmp_path / "a.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes()[:-10])
