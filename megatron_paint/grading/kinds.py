@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from megatron_paint.grading.boxes import last_boxes
+from megatron_paint.grading.lists import NAMED
 from megatron_paint.grading.normal_form import plain_latex, same_text, without_text_commands
 from megatron_paint.grading.numbers import Number, numbers_agree, read_number
 from megatron_paint.grading.units import Unit, split_unit
@@ -55,7 +56,6 @@ BASE_TOKEN = re.compile(r"[0-9A-F]\)?\s*_\s*\{?\s*[0-9]{1,2}(?![0-9])")
 CLOCK = re.compile(r"([0-9]{1,2})(?::([0-5][0-9]))?(?::([0-5][0-9]))?\s*([ap])?\.?\s*(m)?\.?", re.IGNORECASE)
 RATIO_NAME = re.compile(r"[A-Za-z](?:\s*:\s*[A-Za-z])+\s*=")
 
-NAMED = re.compile(r"([A-Za-z](?:_\{?[0-9A-Za-z]+\}?)?(?:\([A-Za-z]\))?)\s*=\s*([^=]+)")
 WORDS = re.compile(r"[^\W\d_]+(?:[\s\-/.']+[^\W\d_]+)*\.?")
 SHORT_WORD = 3  # letters that may be a product of variables, as abc and cab are
 
