@@ -20,6 +20,13 @@ from megatron_paint.grading.units import read_unit, split_unit
         ("miles per hour", (("length", 1), ("time", -1)), Fraction("1609.344") / 3600),
         ("m/s", (("length", 1), ("time", -1)), Fraction(1)),
         ("cents", (("dollar", 1),), Fraction(1, 100)),
+        ("kW", (("power", 1),), Fraction(1000)),
+        ("MHz", (("frequency", 1),), Fraction(10**6)),
+        ("milligrams", (("mass", 1),), Fraction(1, 1000)),
+        ("acres", (("length", 2),), Fraction("4046.8564224")),
+        ("cups", (("length", 3),), Fraction("0.0002365882365")),
+        ("liters per minute", (("length", 3), ("time", -1)), Fraction(1, 60000)),
+        ("M", None, Fraction(1)),
         ("apples", None, Fraction(1)),
     ],
 )
