@@ -9,7 +9,8 @@ SEPARATOR = r"(?:(?<!\\)\\[,;: ]|~|\{,\}|,?\\! ?)"
 THOUSANDS = re.compile(rf"(?<![0-9.,])([0-9]{{1,3}}(?:{SEPARATOR}[0-9]{{3}})+)(?![0-9])")
 SEPARATOR_SIGNS = re.compile(SEPARATOR)
 SPACED_NUMBER = re.compile(r"(\s*[-+]?(?:\\\$)?\s*)([0-9]{1,3}(?: [0-9]{3})+)(?![0-9])((?:\.[0-9]+)?[^0-9]*)")
-APOSTROPHES = re.compile(r"([-+]?[0-9]{1,3}(?:'[0-9]{3})+)(?=\.?[0-9]*$)")
+# One start for each run of digits and apostrophes; a start at each group would make the time quadratic.
+APOSTROPHES = re.compile(r"(?<![0-9'])([-+]?[0-9]{1,3}(?:'[0-9]{3})+)(?=\.?[0-9]*$)")
 
 NEGATIVE_SPACE = re.compile(r"(?<!\\)\\!")
 WIDE_SPACE = re.compile(r"(?<!\\)\\(?:[,;: ~]|q?quad(?![A-Za-z])|thinspace(?![A-Za-z]))|~")
