@@ -5,7 +5,7 @@ of a setting or of the file, and the error says so.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
@@ -33,6 +33,7 @@ from megatron_paint.data.repeats import repeats
 from megatron_paint.data.rows import Row
 from megatron_paint.data.sources import read_rows
 from megatron_paint.data.statistics import oddities
+from megatron_paint.grading.grade import Grade
 from megatron_paint.records import Problem
 
 if TYPE_CHECKING:
@@ -202,6 +203,10 @@ class _Checks:
             if length > limit.most:
                 raise BadRow(f"its longest prompt has {length} tokens, and the model has {limit.positions} positions")
 
+    def verdicts(self, problems: Iterable[Problem]) -> dict[str, Grade]:
+        """Returns the grader's verdicts on the answers, by file and line."""
+        return {} if self.grade is None else verdicts_on(problems, self.grade)
+
 
 def _load(
     source: str,
@@ -228,9 +233,7 @@ def _load(
     forms: Counter[str] = Counter()
     systems: dict[str, str] = {}  # text of a system message -> place of the first
     read = [_read_problem(row, columns, has_ids=has_ids) for row in rows]
-    verdicts = {}  # by file and line
-    if checks.grade is not None:
-        verdicts = verdicts_on((one[0] for one in read if not isinstance(one, BadRow)), checks.grade)
+    verdicts = checks.verdicts(one[0] for one in read if not isinstance(one, BadRow))
     for row, one in zip(rows, read, strict=True):
         try:
             if isinstance(one, BadRow):

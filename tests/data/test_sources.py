@@ -265,10 +265,11 @@ def test_a_text_of_parquet_that_is_not_utf_8(tmp_path, place):
     assert len(load(tmp_path / "a.parquet", columns={"answer": "source"}, on_bad_row="skip")) == 5999
 
 
-def test_columns_of_parquet_that_are_not_used_are_read_for_messages_alone(tmp_path):
+@pytest.mark.parametrize("group", [7, 100, 300])
+def test_columns_of_parquet_that_are_not_used_are_read_for_messages_alone(tmp_path, group):
     file = tmp_path / "a.parquet"
     rows = [row(number, answer={"text": "4"}, more={"trace": "long"}) for number in range(300)]
-    pq.write_table(pa.Table.from_pylist(rows), file)
+    pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=group)
     found = read_rows(str(file), format="auto", split="", setting="data.train", needed=["answer.text", "id", "none"])
     assert [one.values for one in found] == [
         *rows[:100],
