@@ -143,6 +143,8 @@ def load_checkpoint(folder: Path, stage: Stage, optimizer: MegatronOptimizer, te
     _fill(stage, loaded["model"])
     if all(isinstance(part.optimizer, torch.optim.Adam) for part in optimizer.chained_optimizers):
         _restore_step_0(loaded["optimizer"])
+    inner = optimizer.chained_optimizers[0].optimizer.param_groups[0]
+    _set_rates(loaded["optimizer"], {name: inner[name] for name in ("max_lr", "min_lr") if name in inner})
     optimizer.load_state_dict(loaded["optimizer"])
     _separate_torch_adam_steps(optimizer)
     teacher.load(loaded)
@@ -263,6 +265,19 @@ def _begin_state(optimizer: MegatronOptimizer) -> None:
         for state in inner.state.values():
             if "step" in state:
                 state["step"].zero_()
+
+
+def _set_rates(state: dict, rates: dict[str, float]) -> None:
+    """Gives the loaded groups of parameters this run's rates: megatron-core 0.19 finds a group by them.
+
+    `run.allow_changes` lets a resumed run change them, and each step sets its own learning rate.
+    """
+    for key, value in state.items():
+        if key == "param_groups":
+            for group in value:
+                group.update({name: rate for name, rate in rates.items() if name in group})
+        elif isinstance(value, dict):
+            _set_rates(value, rates)
 
 
 def _restore_step_0(state: dict) -> None:
