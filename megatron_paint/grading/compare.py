@@ -16,7 +16,8 @@ from megatron_paint.grading.numbers import Number, close, has_decimal, numbers_a
 from megatron_paint.grading.operators import split_arrows, split_operators
 
 DELIMITER = re.compile(r"(?<!\\)\$|\\\(|\\\[|\\boxed")
-PLAIN_NUMBER = re.compile(r"-?(?:[0-9]*[.,]?[0-9]+|[0-9]{1,3}(?:[ ,][0-9]{3})+(?:\.[0-9]+)?)")
+# A comma is a decimal point only after 0, as in `0,5`, or after more digits than a group has. `1,5` is a list.
+PLAIN_NUMBER = re.compile(r"-?(?:[0-9]*\.?[0-9]+|(?:0|[0-9]{4,}),[0-9]+|[0-9]{1,3}(?:[ ,][0-9]{3})+(?:\.[0-9]+)?)")
 # An interval or a union; an inequality may describe the same set.
 SET = re.compile(r".*\\(?:infty|cup)(?![A-Za-z]).*|[(\[][^,]*,[^,]*[)\]]", re.DOTALL)
 DOTS = "\\ldots"
