@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
+from megatron_paint.grading.intervals import alike
 from megatron_paint.grading.kinds import BASE_TOKEN, decide
 from megatron_paint.grading.lists import ordered_values, split_list
 from megatron_paint.grading.numbers import Number, close, has_decimal, numbers_agree
@@ -83,6 +84,7 @@ def answers_equal(gold: str, given: str, options: Options, *, depth: int = 0) ->
         return False
     if arrows:
         return depth == 0 and _each_equal(golds, givens, options)
+    gold, given = alike(gold, given)
     values = ordered_values(gold, given)
     if values is not None:
         return depth == 0 and _each_equal(*values, options)
