@@ -10,13 +10,15 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
+from megatron_paint.grading.intervals import alike
 from megatron_paint.grading.kinds import BASE_TOKEN, decide
 from megatron_paint.grading.lists import ordered_values, split_list
 from megatron_paint.grading.numbers import Number, close, has_decimal, numbers_agree
 from megatron_paint.grading.operators import split_arrows, split_operators
 
 DELIMITER = re.compile(r"(?<!\\)\$|\\\(|\\\[|\\boxed")
-PLAIN_NUMBER = re.compile(r"-?(?:[0-9]*[.,]?[0-9]+|[0-9]{1,3}(?:[ ,][0-9]{3})+(?:\.[0-9]+)?)")
+# A comma is a decimal point only after 0, as in `0,5`, or after more digits than a group has. `1,5` is a list.
+PLAIN_NUMBER = re.compile(r"-?(?:[0-9]*\.?[0-9]+|(?:0|[0-9]{4,}),[0-9]+|[0-9]{1,3}(?:[ ,][0-9]{3})+(?:\.[0-9]+)?)")
 # An interval or a union; an inequality may describe the same set.
 SET = re.compile(r".*\\(?:infty|cup)(?![A-Za-z]).*|[(\[][^,]*,[^,]*[)\]]", re.DOTALL)
 DOTS = "\\ldots"
@@ -82,6 +84,7 @@ def answers_equal(gold: str, given: str, options: Options, *, depth: int = 0) ->
         return False
     if arrows:
         return depth == 0 and _each_equal(golds, givens, options)
+    gold, given = alike(gold, given)
     values = ordered_values(gold, given)
     if values is not None:
         return depth == 0 and _each_equal(*values, options)

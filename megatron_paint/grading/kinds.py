@@ -11,7 +11,7 @@ from fractions import Fraction
 
 from megatron_paint.grading.boxes import last_boxes
 from megatron_paint.grading.lists import NAMED
-from megatron_paint.grading.normal_form import plain_latex, same_text, without_text_commands
+from megatron_paint.grading.normal_form import PLAIN_TEXT, plain_latex, same_text, without_text_commands
 from megatron_paint.grading.numbers import Number, numbers_agree, read_number
 from megatron_paint.grading.units import Quantity, Unit, split_unit
 
@@ -61,6 +61,9 @@ DEGREES, RADIANS, STERLING = ((("angle", 1),), (("radian", 1),), (("sterling", 1
 SIMILAR = [{DEGREES, (("celsius", 1),)}, {DEGREES, (("fahrenheit", 1),)}]  # a degree of a temperature has no name
 UNNAMED = re.compile(r"\bunit\b")
 SHORT_NAME = 2  # letters of an abbreviation
+IN_AN_ORDER = re.compile("[A-Z]{2,}")  # the letters of throws, colors or points in their order, as HTH
+PRIME_COMMAND = re.compile(r" ?\^ ?\{ ?(?:\\prime ?)+\}| ?\^ ?\\prime(?![A-Za-z]) ?")
+PRIMED = re.compile(r"[A-Za-z)\]}]'+")
 SHORT_WORD = 3  # letters that may be a product of variables, as abc and cab are
 
 
@@ -87,6 +90,7 @@ def decide(gold: str, given: str, *, precision: int) -> Verdict:
         of_named_numbers,
         lambda both: of_numbers(both, precision=precision),
         of_words,
+        of_primes,
     )
     for kind in kinds:
         pair = kind(pair)
@@ -289,9 +293,25 @@ def of_words(pair: Pair) -> Verdict:
     gold, given = _words(pair.gold), _words(pair.given)
     if gold is None or given is None:
         return pair
-    if "\\text" not in pair.gold + pair.given and max(len(gold), len(given)) <= SHORT_WORD:
-        return pair
-    return gold == given
+    if (
+        "\\text" in pair.gold + pair.given
+        or max(len(gold), len(given)) > SHORT_WORD
+        or IN_AN_ORDER.fullmatch(pair.gold)
+    ):
+        return gold == given
+    return pair
+
+
+def of_primes(pair: Pair) -> Verdict:
+    """`f'(x)` is not `f(x)`; math-verify drops the prime. The side before `=` does not count if one answer lacks it."""
+    gold, given = _with_apostrophes(pair.gold), _with_apostrophes(pair.given)
+    values = [gold, given] if ("=" in gold) == ("=" in given) else [text.rpartition("=")[2] for text in (gold, given)]
+    primes = [sorted(PRIMED.findall(PLAIN_TEXT.sub("", text))) for text in values]
+    return Pair(gold, given) if primes[0] == primes[1] else False
+
+
+def _with_apostrophes(text: str) -> str:
+    return PRIME_COMMAND.sub(lambda match: "'" * match[0].count("prime"), text)
 
 
 def _words(text: str) -> str | None:

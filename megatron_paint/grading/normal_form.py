@@ -30,7 +30,9 @@ SHORT_FRACTION = re.compile(r"\\frac\s*(\{[^{}]*\}|[0-9])\s*(\{[^{}]*\}|[0-9])")
 LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])")  # of single spaces
 IN_PARENTHESES = re.compile(r"\(([0-9]+|[A-Za-z])\)")
 DEGREES = re.compile(r" ?(?:\^\s*\{?\s*\\circ(?![A-Za-z])\s*\}?|\\degree(?![A-Za-z]))")
-PERCENT = re.compile(r" ?(?:\\?%|\\text\{\s*(?:percent|per cent|pct|\\?%)\.?\s*\}|\b(?:percent|per cent)\b)")
+PERCENT = re.compile(
+    r" ?(?:\\?%|\\text\{\s*(?:percent(?:age)?|per cent|pct|\\?%)\.?\s*\}|\b(?:percent(?:age)?|per cent)\b)"
+)
 SYNONYMS = (
     (re.compile(r"\\(?:varnothing(?![A-Za-z])|\{\s*\\\})"), r"\\emptyset "),
     (re.compile(r"\\(?:leqslant|leq|le)(?![A-Za-z])"), r"\\le "),
