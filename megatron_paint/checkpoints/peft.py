@@ -66,7 +66,7 @@ def is_adapter(folder: str | Path) -> bool:
     if weights is not None:
         raise UserError(
             f"{folder} holds a complete model ({weights}) and a PEFT adapter ({ADAPTER_CONFIG}); move one of them to a "
-            "folder of its own"
+            "separate folder"
         )
     return True
 

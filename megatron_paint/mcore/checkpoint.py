@@ -214,7 +214,7 @@ def load_weights(stage: Stage, folder: str | Path, shape: ModelShape) -> tuple[s
 def _load_tensors(wanted: dict, folder: Path) -> dict:
     """Loads the tensors of a checkpoint as Megatron's `load` does, without the common part.
 
-    Other programs keep objects of their own there, and each version of Megatron in another place.
+    Other programs keep their objects there, and each version of Megatron in another place.
     """
     force_all_tensors_to_non_fp8(wanted)
     sharded, state, factories = load_preprocess(wanted)
