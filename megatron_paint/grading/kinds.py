@@ -303,7 +303,10 @@ def of_words(pair: Pair) -> Verdict:
 
 
 def of_primes(pair: Pair) -> Verdict:
-    """`f'(x)` is not `f(x)`; math-verify drops the prime. The side before `=` does not count if one answer lacks it."""
+    """`f'(x)` is not `f(x)`, but math-verify drops the prime.
+
+    If only one answer has a side before `=`, this side does not count.
+    """
     gold, given = _with_apostrophes(pair.gold), _with_apostrophes(pair.given)
     values = [gold, given] if ("=" in gold) == ("=" in given) else [text.rpartition("=")[2] for text in (gold, given)]
     primes = [sorted(PRIMED.findall(PLAIN_TEXT.sub("", text))) for text in values]

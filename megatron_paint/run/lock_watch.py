@@ -86,7 +86,10 @@ def stays(path: Path, held: Owner, seconds: float) -> bool:
 
 
 def heartbeat(path: Path, held: Owner) -> float | None:
-    """The time of the last heartbeat; None if the lock is gone or another owner's. Opening asks an NFS server anew."""
+    """The time of the last heartbeat. None: the lock is gone, or another owner has it.
+
+    The file is opened, because an NFS client then asks the server again.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
