@@ -15,7 +15,7 @@ from megatron_paint.cli.main import make_parser, parse
 from megatron_paint.config.load import load_settings
 from megatron_paint.config.settings import DataSettings
 from megatron_paint.data.problems import load_problems
-from megatron_paint.grading.grade import grade
+from megatron_paint.grading.grade import GradingPool
 from megatron_paint.planning.memory import make_plan
 
 ROOT = Path(__file__).parents[1]
@@ -135,7 +135,9 @@ def test_the_readme_s_problem_loads(tmp_path):
     (line,) = blocks(README, "json")
     assert line.count("\n") == 1
     (tmp_path / "problems.jsonl").write_text(line)
-    problems = load_problems(DataSettings(train=str(tmp_path / "problems.jsonl"), problems_per_step=1), grade=grade)
+    data = DataSettings(train=str(tmp_path / "problems.jsonl"), problems_per_step=1)
+    with GradingPool(workers=1) as graders:
+        problems = load_problems(data, grade=graders.grade)
     assert problems.batch(1)[0].answer == json.loads(line)["answer"]
 
 

@@ -14,7 +14,7 @@ from megatron_paint.objectives.metric_table import METRICS, Metric
 ROOT = Path(__file__).parents[1]
 SETTINGS_HEAD = """# Settings
 
-`python tools/make_docs.py` writes this page from `config/settings.py` and `config/loss.py`. Do not edit it by hand.
+`python tools/make_docs.py` writes this page from the settings classes in `config/`. Do not edit it by hand.
 `megatron-paint settings KEY` prints the same on the console, for a key or a section.
 
 A settings file is YAML with one block for each section. `key=value` after the file overrides it, such as

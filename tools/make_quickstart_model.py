@@ -27,12 +27,12 @@ from quickstart_task import (
 )
 
 from megatron_paint.base.errors import UserError
+from megatron_paint.config.objective import ObjectiveSettings
 from megatron_paint.config.settings import (
     DataSettings,
     EvaluationSettings,
     MegatronSettings,
     ModelSettings,
-    ObjectiveSettings,
     OptimizerSettings,
     PromptSettings,
     RolloutSettings,

@@ -100,7 +100,7 @@ def _download(name: str, revision: str | None) -> Path:
             f"{name} is no folder, no complete copy of it is {where}, and the download failed ({reason}). On a machine "
             f"with access to the hub and the same cache run: {line}; or copy the model and give its folder"
         ) from None
-    except Exception as error:  # the HTTP library has errors of its own
+    except Exception as error:  # the HTTP library has other errors
         if not type(error).__module__.startswith(("httpx", "httpcore", "requests")):
             raise
         raise UserError(

@@ -66,7 +66,7 @@ def is_adapter(folder: str | Path) -> bool:
     if weights is not None:
         raise UserError(
             f"{folder} holds a complete model ({weights}) and a PEFT adapter ({ADAPTER_CONFIG}); move one of them to a "
-            "folder of its own"
+            "separate folder"
         )
     return True
 
@@ -164,6 +164,7 @@ def copy_tokenizer(base: Path, folder: Path) -> None:
             if (base / name).is_file():
                 shutil.copyfile(base / name, folder / name)  # copies the content without the permissions
         if (base / TEMPLATES).is_dir():
-            shutil.copytree(base / TEMPLATES, folder / TEMPLATES, copy_function=shutil.copyfile)
+            # The base and an adapter that the run started from can both have such a folder.
+            shutil.copytree(base / TEMPLATES, folder / TEMPLATES, copy_function=shutil.copyfile, dirs_exist_ok=True)
     except OSError as error:
         raise UserError(f"{base} cannot be read ({error}); an export copies its tokenizer") from error

@@ -158,7 +158,7 @@ class CheckpointReader:
             self._load(key, self.tensors[key], piece)
 
     def check_common(self) -> None:
-        """Reads the common part, if it is a file of its own. Raises UserError if it cannot be read."""
+        """Reads the common part, if it is a separate file. Raises UserError if it cannot be read."""
         path = self.folder / COMMON
         if not path.exists():  # megatron-core 0.19 keeps it among the pieces
             return

@@ -24,6 +24,7 @@ from megatron_paint.training.turn_notes import thinking_without_effect, turn_not
 if TYPE_CHECKING:
     from megatron_paint.mcore.ranks import Ranks
 
+CONFIGS = ("config.json", "adapter_config.json")
 PROBED = 2**16  # bytes that are read at a file's beginning, middle and end
 
 
@@ -168,9 +169,12 @@ def sampled_with(asked: Requested, evaluator: Evaluator, shape: ModelShape) -> d
     """
     settings, evaluation = asked.settings, evaluator.settings
     frame = evaluator.prompt(Problem(id="", problem="", solution="", answer=""))
+    weights = [fingerprint(folder) for folder in asked.folders]
+    if (base := Path(settings.model.hf_path)) not in asked.folders:  # a Megatron checkpoint has its configs there
+        weights.append(digest(_configs(base)))
     return {
         "model": str(asked.folders[0].resolve()),
-        "weights": "+".join(map(fingerprint, asked.folders)),
+        "weights": "+".join(weights),
         "dtype": settings.model.dtype,
         "fp8": settings.megatron.fp8 and settings.megatron.fp8_recipe,
         "temperature": evaluation.temperature,
@@ -186,8 +190,11 @@ def sampled_with(asked: Requested, evaluator: Evaluator, shape: ModelShape) -> d
 
 
 def fingerprint(folder: Path) -> str:
-    """A fingerprint of a folder's weights: names, sizes, and the bytes at each file's beginning, middle and end."""
-    found = hashlib.sha256()
+    """A fingerprint of a folder's model: of its configs, and of its weights.
+
+    Weights enter with the names and sizes of their files, and the bytes at each file's beginning, middle and end.
+    """
+    found = hashlib.sha256(_configs(folder))
     for file in sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".distcp")):
         size = file.stat().st_size
         found.update(f"{file.name} {size} ".encode())
@@ -196,6 +203,12 @@ def fingerprint(folder: Path) -> str:
                 opened.seek(place)
                 found.update(opened.read(PROBED))
     return found.hexdigest()[:16]
+
+
+def _configs(folder: Path) -> bytes:
+    """What a model's answers depend on beside its weights, such as rope_theta and lora_alpha."""
+    files = [folder / name for name in CONFIGS]
+    return b" ".join(file.name.encode() + b" " + file.read_bytes() for file in files if file.is_file())
 
 
 def _report(

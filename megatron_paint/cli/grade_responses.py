@@ -1,8 +1,9 @@
 """Grades recorded responses: of another program, or of an evaluation without grades.
 
 Each line of the file is a JSON object with `id` (of the problem) and `response` (text). Optional are `sample` (default:
-the order of the lines of a problem), `finished` (default: true) and `num_tokens`. If a response ends a thought that it
-never began, the prompts opened the thought, and a response without </think> is an unfinished thought.
+the order of the lines of a problem), `finished` (default: true) and `num_tokens`. The file has no prompts. If no
+response contains <think>, and more than half of the finished ones contain </think>, the prompts are assumed to end with
+<think>: then a response without </think> is an unfinished thought.
 """
 
 import argparse
@@ -16,11 +17,12 @@ from megatron_paint.cli.evaluate_model import finish, print_notes
 from megatron_paint.cli.evaluate_options import DEFAULT_OUT
 from megatron_paint.cli.ranks import console_mode
 from megatron_paint.config.load import evaluation_section_of, grading_section_of, override_tree
+from megatron_paint.data.rows import kind_of
 from megatron_paint.evaluation.benchmarks import Benchmark, load_benchmarks, names_in
 from megatron_paint.evaluation.evaluator import grade_all
 from megatron_paint.evaluation.statistics import build_report
 from megatron_paint.grading.grade import GradingPool, Rules
-from megatron_paint.grading.thoughts import THINK_START, opened_by_prompt
+from megatron_paint.grading.thoughts import THINK_END, THINK_START, ends_unbegun_thought, opened_by_prompt
 from megatron_paint.records import EvalReport, Graded
 from megatron_paint.run.console import Mode, Progress
 
@@ -48,8 +50,7 @@ def grade_recorded(
     found = load_benchmarks(names_in(benchmarks), settings)
     print_notes(found, progress)
     recorded = _read(responses, found)
-    # Recorded responses come without their prompts.
-    prompt_end = THINK_START if opened_by_prompt([answer.response_text for answer in recorded]) else ""
+    prompt_end = _assumed_prompt_end(recorded, progress)
     with GradingPool(seconds=settings.grading_seconds, rules=rules) as graders:
         reports = []
         for benchmark in found:
@@ -60,6 +61,25 @@ def grade_recorded(
     out = out or Path(DEFAULT_OUT) / responses.stem
     finish(out, str(responses), reports, {"responses": str(responses)}, progress)
     return reports
+
+
+def _assumed_prompt_end(recorded: Sequence[Graded], progress: Progress) -> str:
+    """Returns <think> if the prompts probably ended with it. Warns if a response ends a thought that it never began."""
+    texts = [answer.response_text for answer in recorded]
+    opened = opened_by_prompt([(answer.response_text, answer.finished) for answer in recorded])
+    if unbegun := sum(map(ends_unbegun_thought, texts)):
+        begun = sum(THINK_START in text for text in texts)
+        progress.warn(
+            f"{unbegun} of {len(texts)} responses end a thought that they never began ({THINK_END} without "
+            f"{THINK_START} before it), and {begun} contain {THINK_START}. "
+            + (
+                f"So the prompts are assumed to end with {THINK_START}: a response without {THINK_END} is an "
+                "unfinished thought"
+                if opened
+                else "The prompts are assumed not to begin a thought: a response begins its thought itself or has none"
+            )
+        )
+    return THINK_START if opened else ""
 
 
 def _read(path: Path, benchmarks: Sequence[Benchmark]) -> list[Graded]:
@@ -73,7 +93,7 @@ def _read(path: Path, benchmarks: Sequence[Benchmark]) -> list[Graded]:
                     "response names only its problem: grade the benchmarks one by one"
                 )
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--responses: {path} cannot be read ({error})") from error
     counts: Counter[str] = Counter()
@@ -85,8 +105,10 @@ def _read(path: Path, benchmarks: Sequence[Benchmark]) -> list[Graded]:
             if key in found:
                 raise UserError(f"{path}:{number}: sample {key[1]} of problem {key[0]!r} is in the file twice")
             found[key] = answer
-    most = max(counts.values(), default=0)
-    if short := [id for id in sorted(known) if counts[id] != most] or ([] if found else ["any"]):
+    if not found:
+        raise UserError(f"--responses: {path} has no responses")
+    most = max(counts.values())
+    if short := [id for id in sorted(known) if counts[id] != most]:
         raise UserError(
             f"{path}: problem {short[0]!r} has {counts[short[0]]} responses and others {most} ({len(short)} such "
             "problems); every problem needs the same number: add responses, or use fewer problems (evaluation.limit)"
@@ -101,8 +123,8 @@ def _answer(line: str, where: str, known: Collection[str], counts: Counter[str])
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f'{where}: not an object with "id" and "response" ({error!r})') from error
     if not isinstance(text, str):
-        raise UserError(f"{where}: response is a {type(text).__name__}, not text")
-    id = str(id)
+        raise UserError(f"{where}: response is {kind_of(text)}, not text")
+    id = str(int(id) if isinstance(id, float) and id.is_integer() else id)
     if id not in known:
         raise UserError(f"{where}: no benchmark has a problem {id!r}")
     index = values.get("sample", counts[id])

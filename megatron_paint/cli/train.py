@@ -29,7 +29,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     check_model(settings.model, settings.megatron, settings.rollout)
     if environment is not None:
         if options.dry_run and environment.rank == 0:
-            _check_and_print_plan(settings, options, environment.size, _progress(settings, options))
+            _check_and_print_plan(settings, options, environment.size, _progress(settings, options), is_rank=True)
         return 0 if options.dry_run else _train(settings, options, prints_plan=not has_launcher())
     trains = not options.dry_run and not options.self_check
     if trains and _printed_results(settings, options):
@@ -69,7 +69,7 @@ def _printed_results(settings: Settings, options: argparse.Namespace) -> bool:
 
 
 def _check_and_print_plan(
-    settings: Settings, options: argparse.Namespace, processes: int, progress: "Progress"
+    settings: Settings, options: argparse.Namespace, processes: int, progress: "Progress", *, is_rank: bool = False
 ) -> "Inputs":
     """Prints the plan, then checks the data and prints its size. One process finds a mistake within seconds.
 
@@ -82,7 +82,8 @@ def _check_and_print_plan(
         settings,
         processes=processes,
         gpu_memory=parse_gpu_memory(options.gpu_memory),
-        ranks_per_node=ranks_of_this_node(os.environ),
+        # Without a rank environment the ranks are started here, whatever step a shell of Slurm belongs to.
+        ranks_per_node=ranks_of_this_node(os.environ) if is_rank else None,
     )
     inputs = None
     if not _data_exists(settings):

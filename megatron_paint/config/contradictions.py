@@ -5,15 +5,8 @@
 
 from collections.abc import Iterator
 
-from megatron_paint.config.settings import (
-    MegatronSettings,
-    ModelSettings,
-    ObjectiveSettings,
-    OptimizerSettings,
-    RevealSettings,
-    RolloutSettings,
-    TeacherSettings,
-)
+from megatron_paint.config.objective import ObjectiveSettings, RevealSettings, TeacherSettings
+from megatron_paint.config.settings import MegatronSettings, ModelSettings, OptimizerSettings, RolloutSettings
 
 
 def of_reveal(reveal: RevealSettings) -> Iterator[str]:

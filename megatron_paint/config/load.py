@@ -17,6 +17,7 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.config import contradictions
 from megatron_paint.config.allow_changes import check_allow_changes
 from megatron_paint.config.mistakes import mistakes, user_error
+from megatron_paint.config.objective import ObjectiveSettings
 from megatron_paint.config.settings import (
     DataSettings,
     EvaluateSettings,
@@ -24,7 +25,6 @@ from megatron_paint.config.settings import (
     GradingSettings,
     MegatronSettings,
     ModelSettings,
-    ObjectiveSettings,
     OptimizerSettings,
     RolloutSettings,
     RunSettings,

@@ -49,7 +49,9 @@ MAY_CHANGE = {f"run.{name}" for name in MAY_CHANGE_IN_RUN} | {
 MEANING_OF_NULL = {"evaluation.max_new_tokens": LONGEST_ANSWER}
 # What a checkpoint itself holds: another value would be ignored, or the checkpoint would not fit.
 IN_CHECKPOINT = {f"optimizer.{name}" for name in ("name", "beta1", "beta2", "eps", "momentum")}
-IN_CHECKPOINT |= {"model.lora", "model.lora.rank", "megatron.use_distributed_optimizer"}
+IN_CHECKPOINT |= {"model.lora", "model.lora.rank", "model.dtype", "model.adapter_path"}
+IN_CHECKPOINT |= {"megatron.use_distributed_optimizer", "objective.name"}
+IN_CHECKPOINT |= {"objective.teacher.weights", "objective.teacher.ema_anchor"}  # which sets of weights it has
 DECAY_END = {"optimizer.decay_steps", "run.steps"}
 ABSENT = "(absent)"
 

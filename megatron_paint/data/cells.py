@@ -5,11 +5,12 @@ import re
 from typing import Any, Literal, NamedTuple
 
 from megatron_paint.data.messages import is_messages, messages_in, read_messages
+from megatron_paint.data.rows import kind_of
 
 USED_ID = "repeats an id"  # the fault of a row whose id an earlier row has
 LARGEST_EXACT_FLOAT = 2**53
 RESULT_MARK = "####"
-RESULT = re.compile(r"(?:^|\n)[ \t]*####[ \t]*(?P<result>[^\n]*?)\s*$")
+RESULT = re.compile(r"(?:^|\n)[ \t]*####(?!#)[ \t]*(?P<result>[^\n]*?)\s*$")
 GROUPED = re.compile(r"-?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")  # 1,250
 
 Form = Literal["text", "marked", "list"]
@@ -45,7 +46,7 @@ def text_of(cell: Cell) -> str:
     if value is None:
         raise cell.bad("is missing")
     if not isinstance(value, str):
-        raise cell.bad(f"holds {_kind(value)}, not text")
+        raise cell.bad(f"holds {kind_of(value)}, not text")
     if not value.strip():
         raise cell.bad("is empty")
     try:
@@ -70,9 +71,12 @@ def problem_of(cell: Cell) -> tuple[str, str]:
 
 
 def id_of(cell: Cell) -> str:
-    """Returns an id. A whole number may be one."""
-    if isinstance(cell.value, int) and not isinstance(cell.value, bool):
-        return str(cell.value)
+    """Returns an id. A whole number may be one, also as a float: a column of integers and nulls has floats."""
+    value = cell.value
+    if isinstance(value, float) and value.is_integer() and abs(value) < LARGEST_EXACT_FLOAT:
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
     return text_of(cell)
 
 
@@ -88,7 +92,8 @@ def answer_of(cell: Cell) -> tuple[str, Form]:
     """Returns the answer as text, and the form in which it was written.
 
     A number is accepted if there is only one way to write it. marked: the value is a worked solution that ends in a
-    line "#### RESULT" (GSM8K), and the answer is the result. list: the value is a JSON list of one text.
+    line "#### RESULT" (GSM8K), and the answer is the result. list: the value is a JSON list of one text. Raises BadRow
+    for the mark in any other place, because the grader would take what follows it for the answer.
     """
     value = cell.value
     if isinstance(value, float):
@@ -100,27 +105,29 @@ def answer_of(cell: Cell) -> tuple[str, Form]:
         return text, "text"
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | int | float):
         raise cell.bad("holds a list, not text", f"; its one entry is the column {cell.column + '.0'!r}")
-    text = id_of(cell)
-    if text.startswith('["') and text.endswith('"]'):
-        return _only_entry(cell, text)
-    if RESULT_MARK in text and (found := RESULT.search(text)):
-        result = found["result"]
-        if not result:
-            raise cell.bad(f"has nothing after {RESULT_MARK!r}")
-        return result.replace(",", "") if GROUPED.fullmatch(result) else result, "marked"
-    return text, "text"
+    text, form = _only_entry(cell, id_of(cell))
+    if RESULT_MARK not in text:
+        return text, form
+    found = RESULT.search(text)
+    if found is None:
+        raise cell.bad(
+            f"has {RESULT_MARK!r} in another place than a last line '{RESULT_MARK} RESULT'",
+            "; write the answer alone, or add this line",
+        )
+    result = found["result"]
+    if not result:
+        raise cell.bad(f"has nothing after {RESULT_MARK!r}")
+    return result.replace(",", "") if GROUPED.fullmatch(result) else result, "marked"
 
 
 def _only_entry(cell: Cell, text: str) -> tuple[str, Form]:
+    """Returns the one text of a JSON list; any other text as it is. Raises BadRow for a list of several answers."""
+    if not (text.startswith('["') and text.endswith('"]')):
+        return text, "text"
     try:
         entries = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text, "text"
     if len(entries) != 1:
         raise cell.bad(f"holds a list of {len(entries)} answers", "; write one answer a row")
     return text_of(cell._replace(value=entries[0])), "list"
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number"}
-    return names.get(type(value), type(value).__name__)

@@ -1,6 +1,6 @@
 """Opens a data file, plain or compressed, and refuses a file that cannot hold rows.
 
-The compression is recognised by the first bytes of the file, not by its ending. zstd needs no package of its own,
+The compression is recognised by the first bytes of the file, not by its ending. zstd needs no further package,
 because pyarrow has it.
 """
 

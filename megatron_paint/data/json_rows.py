@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.data.data_file import open_data, read_head
-from megatron_paint.data.rows import Row
+from megatron_paint.data.rows import Row, kind_of, repeated
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 PIECE = 2**20  # bytes
@@ -67,11 +67,13 @@ def _line_rows(path: Path, stem: str, setting: str) -> Iterator[Row]:
     lines = objects = other_encoding = 0
     beyond_ascii = False  # a line with valid UTF-8 beyond ASCII
     first = ""
+    parser = _JsonParser()
     with open_data(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            row = _line_row(line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line, path, stem, number)
+            line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+            row = _line_row(line, parser, path, stem, number)
             lines += 1
             first = first or f"line {number}: {row.broken}"
             if row.values is not None:
@@ -92,10 +94,11 @@ def _line_rows(path: Path, stem: str, setting: str) -> Iterator[Row]:
         )
 
 
-def _line_row(line: bytes, path: Path, stem: str, number: int) -> Row:
+def _line_row(line: bytes, parser: "_JsonParser", path: Path, stem: str, number: int) -> Row:
     where, name = f"{path}:{number}", f"{stem}:{number}"
+    parser.twice = None
     try:
-        values = json.loads(line.decode().rstrip())
+        values = parser.decode(line.decode().rstrip())
     except UnicodeDecodeError as error:
         return Row(where, name, None, f"not UTF-8: byte 0x{line[error.start]:02x} at byte {error.start} of the line")
     except json.JSONDecodeError as error:
@@ -105,7 +108,9 @@ def _line_row(line: bytes, path: Path, stem: str, number: int) -> Row:
     except (ValueError, RecursionError) as error:
         return Row(where, name, None, f"not readable as JSON: {error}")
     if not isinstance(values, dict):
-        return Row(where, name, None, f"contains {_article(values)}; a line must be one JSON object")
+        return Row(where, name, None, f"contains {kind_of(values)}; a line must be one JSON object")
+    if parser.twice is not None:
+        return Row(where, name, None, f"has the key {parser.twice!r} twice in one object")
     return Row(where, name, values)
 
 
@@ -120,7 +125,7 @@ def _array_rows(path: Path, stem: str, setting: str) -> Iterator[Row]:
         else:
             while True:
                 number += 1
-                yield _entry_row(text.value(number), path, stem, number)
+                yield _entry_row(text, path, stem, number)
                 mark = text.next()
                 if mark not in (",", "]"):
                     found = "the file ends" if not mark else f"{mark!r} follows"
@@ -138,19 +143,31 @@ def _object_rows(path: Path, stem: str, setting: str) -> Iterator[Row]:
         number = 0
         while text.next():
             number += 1
-            yield _entry_row(text.value(number), path, stem, number)
+            yield _entry_row(text, path, stem, number)
 
 
-def _entry_row(values: Any, path: Path, stem: str, number: int) -> Row:
+def _entry_row(text: "_JsonText", path: Path, stem: str, number: int) -> Row:
     where, name = f"{path}: entry {number}", f"{stem}:{number}"
+    values = text.value(number)
     if not isinstance(values, dict):
-        return Row(where, name, None, f"contains {_article(values)}; an entry must be one JSON object")
+        return Row(where, name, None, f"contains {kind_of(values)}; an entry must be one JSON object")
+    if text.parser.twice is not None:
+        return Row(where, name, None, f"has the key {text.parser.twice!r} twice in one object")
     return Row(where, name, values)
 
 
-def _article(value: Any) -> str:
-    name = type(value).__name__
-    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+class _JsonParser(json.JSONDecoder):
+    """Parses JSON, and remembers in `twice` a key that an object has twice. Only the last one's value would be read."""
+
+    def __init__(self) -> None:
+        self.twice: str | None = None
+        super().__init__(object_pairs_hook=self._object)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            self.twice = repeated(name for name, _ in pairs)
+        return values
 
 
 class _JsonText:
@@ -160,7 +177,7 @@ class _JsonText:
         self.file, self.path, self.setting = file, path, setting
         self.text, self.at, self.lines, self.ended = "", 0, 0, False  # lines: that were dropped
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self.parser = json.JSONDecoder()
+        self.parser = _JsonParser()
 
     def next(self) -> str:
         """Skips white space. Returns the next character without taking it; an empty text at the end."""
@@ -179,6 +196,7 @@ class _JsonText:
         """Takes the value at this place. Raises UserError if there is none."""
         self.next()
         while True:
+            self.parser.twice = None
             try:
                 value, end = self.parser.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:

@@ -5,7 +5,7 @@ of a setting or of the file, and the error says so.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.base.keys import derive_key, permutation
+from megatron_paint.data.answer_check import Grader, check_answer, verdicts_on
 from megatron_paint.data.cells import (
     RESULT_MARK,
     USED_ID,
@@ -32,9 +33,7 @@ from megatron_paint.data.repeats import repeats
 from megatron_paint.data.rows import Row
 from megatron_paint.data.sources import read_rows
 from megatron_paint.data.statistics import oddities
-from megatron_paint.grading.boxes import last_box
 from megatron_paint.grading.grade import Grade
-from megatron_paint.grading.normal_form import same_text
 from megatron_paint.records import Problem
 
 if TYPE_CHECKING:
@@ -42,8 +41,6 @@ if TYPE_CHECKING:
 
 REASONS_SHOWN = 3
 SYSTEM_SHOWN = 60  # characters
-
-Grader = Callable[..., Grade]  # grade(text, answer=...)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,10 +126,11 @@ def load_problems(
     """Reads the training problems and checks every row.
 
     solution_needed_by: what needs a solution in each row, for errors; None: a row may be without a solution.
-    grade: decides whether `answer` equals the solution's last box if their texts differ. With None or with
-    `check_answers: false` this is not checked. mistake: returns why a problem cannot be used, or None. Raises UserError
-    for a source that cannot be read or has no needed column, and for a response that leaves no room for the prompts.
-    With `on_bad_row: error` it also raises UserError for a bad row and names its file and line.
+    grade: gets all pairs (solution, answer) in which the solution's last box is another text than `answer`, and decides
+    whether they are equal. With None or with `check_answers: false` this is not checked. mistake: returns why a problem
+    cannot be used, or None. Raises UserError for a source that cannot be read or has no needed column, and for a
+    response that leaves no room for the prompts. With `on_bad_row: error` it also raises UserError for a bad row and
+    names its file and line.
     """
     loaded = _load(
         settings.train,
@@ -191,8 +189,8 @@ class _Checks:
     mistake: Callable[[Problem], str | None] | None = None
     needs_mark: bool = False
 
-    def __call__(self, problem: Problem, form: Form) -> str | None:
-        """Returns a note or None. Raises BadRow for a problem that cannot be used."""
+    def __call__(self, problem: Problem, form: Form) -> None:
+        """Raises BadRow for a problem that cannot be used, except for its answer."""
         if self.needs_mark and form != "marked":
             raise BadRow(f"the answer has no {RESULT_MARK!r}; this benchmark has the answer after this mark")
         if self.mistake is not None and (reason := self.mistake(problem)) is not None:
@@ -204,7 +202,10 @@ class _Checks:
                 raise _TooLong(length, limit)
             if length > limit.most:
                 raise BadRow(f"its longest prompt has {length} tokens, and the model has {limit.positions} positions")
-        return None if self.grade is None else _check_answer(problem, self.grade)
+
+    def verdicts(self, problems: Iterable[Problem]) -> dict[str, Grade]:
+        """Returns the grader's verdicts on the answers, by file and line."""
+        return {} if self.grade is None else verdicts_on(problems, self.grade)
 
 
 def _load(
@@ -218,8 +219,9 @@ def _load(
     limit: int | None = None,
 ) -> LoadedProblems:
     columns = Columns(settings.columns, setting=setting, source=source, solution_needed_by=solution_needed_by)
-    read = read_rows(source, format=settings.format, split=settings.split, setting=setting)
-    rows = [columns.take(row) for row in islice(read, limit)]
+    needed = [name for name in columns.names.values() if name is not None]
+    found = read_rows(source, format=settings.format, split=settings.split, setting=setting, needed=needed)
+    rows = [columns.take(row) for row in islice(found, limit)]
     columns.check()
     notes = []
     has_ids = "id" in columns.found
@@ -230,12 +232,17 @@ def _load(
     too_long: dict[str, _TooLong] = {}  # by file and line
     forms: Counter[str] = Counter()
     systems: dict[str, str] = {}  # text of a system message -> place of the first
-    for row in rows:
+    read = [_read_problem(row, columns, has_ids=has_ids) for row in rows]
+    verdicts = checks.verdicts(one[0] for one in read if not isinstance(one, BadRow))
+    for row, one in zip(rows, read, strict=True):
         try:
-            problem, form, system = _problem(row, columns, has_ids=has_ids)
+            if isinstance(one, BadRow):
+                raise one
+            problem, form, system = one
             if problem.id in problems:
                 raise BadRow(f"id {problem.id!r} is already used at {problems[problem.id].source}", fault=USED_ID)
-            note = checks(problem, form)
+            checks(problem, form)
+            note = check_answer(problem, verdicts)
         except _TooLong as reason:
             too_long[row.where] = reason
         except BadRow as reason:
@@ -247,7 +254,7 @@ def _load(
                 systems.setdefault(system, row.where)
             if note:
                 notes.append(f"{row.where}: {note}")
-    _check_shared_faults(bad, columns, count=len(rows), skip=skip)
+    _check_shared_faults(bad, columns, count=len(rows))
     bad_rows = tuple(f"{row.where}: {reason}" for row, reason in bad)
     if bad and not skip:
         raise UserError(_bad_rows_message(bad_rows, len(rows), columns.section))
@@ -262,10 +269,16 @@ def _load(
     if not problems:
         raise UserError(f"{setting}: {source} has no usable problem: {'; '.join(bad_rows[:REASONS_SHOWN])}")
     notes += _form_notes(forms, systems, columns, count=len(problems))
-    found = tuple(problems.values())
-    return LoadedProblems(
-        problems=found, bad_rows=bad_rows, notes=tuple(notes), warnings=repeats(found, setting=setting)
-    )
+    good = tuple(problems.values())
+    return LoadedProblems(problems=good, bad_rows=bad_rows, notes=tuple(notes), warnings=repeats(good, setting=setting))
+
+
+def _read_problem(row: Row, columns: Columns, *, has_ids: bool) -> tuple[Problem, Form, str] | BadRow:
+    """Returns what `_problem` does, or the reason why it cannot."""
+    try:
+        return _problem(row, columns, has_ids=has_ids)
+    except BadRow as reason:
+        return reason.with_traceback(None)
 
 
 def _problem(row: Row, columns: Columns, *, has_ids: bool) -> tuple[Problem, Form, str]:
@@ -290,11 +303,11 @@ def _needed_solution(cell: Cell, columns: Columns) -> str:
         raise BadRow(f"{reason}; {columns.solution_needed_by} needs it", role=reason.role, fault=reason.fault) from None
 
 
-def _check_shared_faults(bad: Sequence[tuple[Row, BadRow]], columns: Columns, *, count: int, skip: bool) -> None:
+def _check_shared_faults(bad: Sequence[tuple[Row, BadRow]], columns: Columns, *, count: int) -> None:
     """Raises UserError for a fault of a setting or of the file: one that makes all rows bad, or most ids repeat."""
     source, section = columns.source, columns.section
     repeated = [(row, reason) for row, reason in bad if reason.fault == USED_ID]
-    if 2 * len(repeated) >= count > 3 and not skip:
+    if 2 * len(repeated) >= count > 3:
         row, reason = repeated[0]
         raise UserError(
             f"{section}.columns.id: {len(repeated)} of {count} rows of {source} have the id of an earlier row; the "
@@ -341,27 +354,6 @@ def _form_notes(forms: Counter[str], systems: dict[str, str], columns: Columns, 
 
 def _shortened(text: str) -> str:
     return text if len(text) <= SYSTEM_SHOWN else text[:SYSTEM_SHOWN] + "..."
-
-
-def _check_answer(problem: Problem, grade: Grader) -> str | None:
-    """Raises BadRow if the answer differs from the solution's last box. Returns a note if the grader timed out."""
-    box = last_box(problem.solution)
-    if box is None or same_text(box, problem.answer):
-        return None
-    verdict = grade(problem.solution, answer=problem.answer)
-    if verdict.outcome == "timeout":
-        return f"the grader ran out of time comparing answer {problem.answer!r} with box {box!r}; the row is kept"
-    if verdict.outcome == "no_answer":  # the box is in a thought that never ends
-        return None
-    if not verdict.correct:
-        fault = "differs from the solution's last box"
-        raise BadRow(
-            f"answer {problem.answer!r} {fault} {box!r}",
-            role="answer",
-            fault=fault,
-            fix=f"The first: {problem.answer!r} and {box!r}. Name the right columns, or set data.check_answers: false",
-        )
-    return None
 
 
 def _may_be_longer(problem: Problem, most: int) -> bool:

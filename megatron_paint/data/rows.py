@@ -1,7 +1,7 @@
 """One row of a source, and sentences that name the columns and files that exist."""
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 NAMES_SHOWN = 20
@@ -15,6 +15,23 @@ class Row(NamedTuple):
     name: str  # "file stem:line", used as id if the source has no ids
     values: dict[str, Any] | None
     broken: str = ""
+
+
+def kind_of(value: Any) -> str:
+    """Returns what a value is in JSON: `null`, `text`, `a number`, `true or false`, `a list` or `an object`."""
+    names = {type(None): "null", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    names |= {list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)
+
+
+def repeated(names: Iterable[str]) -> str | None:
+    """Returns the first name that is there twice; None if all differ."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def nearest(name: str, known: Collection[str]) -> str:

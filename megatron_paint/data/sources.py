@@ -10,7 +10,7 @@
 A json or csv file may be compressed; .gz .zst .bz2 .xz may follow its ending.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from megatron_paint.base.errors import UserError
@@ -22,12 +22,15 @@ from megatron_paint.data.table_rows import csv_rows, dataset_rows, parquet_rows
 _READERS = {"json": json_rows, "jsonl": json_rows, "csv": csv_rows, "parquet": parquet_rows}
 
 
-def read_rows(source: str, *, format: str, split: str, setting: str) -> Iterator[Row]:
+def read_rows(
+    source: str, *, format: str, split: str, setting: str, needed: Collection[str] | None = None
+) -> Iterator[Row]:
     """Yields all rows of a source in their order. A broken row is among them with its reason.
 
     format: auto, json, jsonl (the same), csv, parquet or datasets. auto uses the ending; anything else is a name for
-    `datasets`. setting: data.train or evaluation.problems, for the errors. Raises UserError, at the latest after the
-    last row, if the source is missing, empty, damaged or of another format.
+    `datasets`. setting: data.train or evaluation.problems, for the errors. needed: the names of the columns that are
+    used, which spare the reader of Parquet the others; None: all are. Raises UserError, at the latest after the last
+    row, if the source is missing, empty, damaged or of another format.
     """
     path = Path(source)
     format = _format_of(source, setting) if format == "auto" else format
@@ -38,7 +41,8 @@ def read_rows(source: str, *, format: str, split: str, setting: str) -> Iterator
         else:
             _check_is_file(path, format, setting)
             check_content(path, setting=setting, parquet=format == "parquet")
-            found = _READERS[format](path, stem=stem_of(path), setting=setting)
+            options = {"needed": needed} if format == "parquet" else {}
+            found = _READERS[format](path, stem=stem_of(path), setting=setting, **options)
         for row in found:
             empty = False
             yield row

@@ -2,14 +2,15 @@
 
 import csv
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_paint.base.errors import UserError
+from megatron_paint.data.columns import ROWS_LOOKED_INTO
 from megatron_paint.data.data_file import check_content, format_of_ending, open_data
 from megatron_paint.data.json_rows import BYTE_ORDER_MARK, NOT_UTF8
-from megatron_paint.data.rows import Row, listed, nearest
+from megatron_paint.data.rows import Row, listed, nearest, repeated
 
 DELIMITERS = (",", ";", "\t")
 LONGEST_FIELD = 2**30  # characters; the library's own limit is 131,072
@@ -33,8 +34,8 @@ def csv_rows(path: Path, *, stem: str, setting: str) -> Iterator[Row]:
             delimiter = max(DELIMITERS, key="".join(begin).count)
             reader = csv.reader(itertools.chain(begin, lines), delimiter=delimiter, strict=True)
             header = next((names for names in reader if names), [])
-            if twice := [name for name in header if header.count(name) > 1]:
-                raise UserError(f"{setting}: {path}: its header has {twice[0]!r} twice; rename one of the two columns")
+            if (twice := repeated(header)) is not None:
+                raise UserError(f"{setting}: {path}: its header has {twice!r} twice; rename one of the two columns")
             before = reader.line_num
             for values in reader:
                 where, name, before = f"{path}:{before + 1}", f"{stem}:{before + 1}", reader.line_num
@@ -66,16 +67,24 @@ def _text_lines(file: Any, path: Path, setting: str) -> Iterator[str]:
             ) from error
 
 
-def parquet_rows(path: Path, *, stem: str, setting: str) -> Iterator[Row]:
-    """Yields the rows of a Parquet file. A row with broken UTF-8 is a bad row."""
+def parquet_rows(path: Path, *, stem: str, setting: str, needed: Collection[str] | None = None) -> Iterator[Row]:
+    """Yields the rows of a Parquet file. A row with broken UTF-8 is a bad row.
+
+    needed: the columns that are used, with dots into objects; None: all. After the rows that messages are made of, no
+    other column is read.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(BATCH_ROWS):
-                for values in _batch_values(batch):
+            if (twice := _repeated_field(list(file.schema_arrow))) is not None:
+                raise UserError(f"{setting}: {path}: its schema has {twice!r} twice; rename one of the two columns")
+            names = file.schema_arrow.names
+            roots = [name for name in names if needed is None or _is_used(name, needed)] or names
+            for batch in _batches(file, roots):
+                for values in _batch_values(batch, roots):
                     number += 1
                     where, name = f"{path}:{number}", f"{stem}:{number}"
                     if values is None:
@@ -91,13 +100,45 @@ def parquet_rows(path: Path, *, stem: str, setting: str) -> Iterator[Row]:
         ) from error
 
 
-def _batch_values(batch: Any) -> Iterator[dict[str, Any] | None]:
+def _repeated_field(fields: Sequence[Any]) -> str | None:
+    """Returns the first name that a schema or an object inside it has twice, with dots; None if there is none."""
+    import pyarrow as pa
+
+    if (twice := repeated([field.name for field in fields])) is not None:
+        return twice
+    for field in fields:
+        kind = field.type
+        while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+            kind = kind.value_type
+        inside = [kind.field(index) for index in range(kind.num_fields)] if pa.types.is_struct(kind) else []
+        if (twice := _repeated_field(inside)) is not None:
+            return f"{field.name}.{twice}"
+    return None
+
+
+def _is_used(name: str, needed: Collection[str]) -> bool:
+    return any(column == name or column.startswith(f"{name}.") for column in needed)
+
+
+def _batches(file: Any, roots: list[str]) -> Iterator[Any]:
+    """Yields the first rows with all columns, for messages that name them, and all others with these columns alone."""
+    before = 0
+    for first in itertools.islice(file.iter_batches(ROWS_LOOKED_INTO), 1):
+        yield first
+        before = first.num_rows
+    for batch in file.iter_batches(BATCH_ROWS, columns=roots):
+        yield batch.slice(before)
+        before = max(0, before - batch.num_rows)
+
+
+def _batch_values(batch: Any, roots: list[str]) -> Iterator[dict[str, Any] | None]:
+    """Yields the values of each row: all, or those of `roots` if another text is not UTF-8; None if one of these is."""
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError:
         for index in range(batch.num_rows):
             try:
-                yield batch.slice(index, 1).to_pylist()[0]
+                yield batch.slice(index, 1).select(roots).to_pylist()[0]
             except UnicodeDecodeError:
                 yield None
 

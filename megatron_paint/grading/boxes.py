@@ -124,9 +124,18 @@ def last_boxes(text: str) -> list[str]:
 
 
 def _unwrapped(content: str) -> str:
-    """Removes boxes that enclose the complete content."""
-    while True:
-        inner = find_boxes(content)
-        if len(inner) != 1 or inner[0].start != 0 or inner[0].end != len(content):
-            return content
-        content = inner[0].content
+    """Removes boxes that enclose the complete content. The time is linear."""
+    spans = {span.start: span for span in box_spans(content, opener=ANY_BOX)}
+    start, end = 0, len(content)
+    while (span := spans.get(start)) is not None and span.end == end:
+        inner = span.content_start, span.content_end
+        while inner[0] < inner[1] and content[inner[0]].isspace():
+            inner = inner[0] + 1, inner[1]
+        while inner[0] < inner[1] and content[inner[1] - 1].isspace():
+            inner = inner[0], inner[1] - 1
+        if inner[0] == inner[1]:
+            break
+        start, end = inner
+    content = content[start:end]
+    bare = BARE_BOX.fullmatch(content)
+    return (bare and bare["content"].rstrip(".,;:!?")) or content

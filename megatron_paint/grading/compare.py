@@ -10,11 +10,15 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
+from megatron_paint.grading.intervals import alike
 from megatron_paint.grading.kinds import BASE_TOKEN, decide
+from megatron_paint.grading.lists import ordered_values, split_list
 from megatron_paint.grading.numbers import Number, close, has_decimal, numbers_agree
+from megatron_paint.grading.operators import split_arrows, split_operators
 
 DELIMITER = re.compile(r"(?<!\\)\$|\\\(|\\\[|\\boxed")
-PLAIN_NUMBER = re.compile(r"-?(?:[0-9]*[.,]?[0-9]+|[0-9]{1,3}(?:[ ,][0-9]{3})+(?:\.[0-9]+)?)")
+# A comma is a decimal point only after 0, as in `0,5`, or after more digits than a group has. `1,5` is a list.
+PLAIN_NUMBER = re.compile(r"-?(?:[0-9]*\.?[0-9]+|(?:0|[0-9]{4,}),[0-9]+|[0-9]{1,3}(?:[ ,][0-9]{3})+(?:\.[0-9]+)?)")
 # An interval or a union; an inequality may describe the same set.
 SET = re.compile(r".*\\(?:infty|cup)(?![A-Za-z]).*|[(\[][^,]*,[^,]*[)\]]", re.DOTALL)
 DOTS = "\\ldots"
@@ -23,8 +27,6 @@ DIGITS = 40  # of the decimals with which irrational numbers are compared
 EQUAL = 1e-30  # largest relative difference of irrational numbers that are equal
 # What math-verify does not read inside a list.
 NEEDS_ELEMENTS = re.compile(r"\\text|\\circ|[0-9]_|[0-9]:[0-9]|%|\\\$")
-SPLIT = re.compile(r"\s*(?:[,;]|\\text\{\s*(?:,\s*)?(?:and|or)\s*\}|(?<![A-Za-z])(?:and|or)(?![A-Za-z]))\s*")
-BRACKETS = {"(": ")", "[": "]", "{": "}"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,20 @@ def answers_equal(gold: str, given: str, options: Options, *, depth: int = 0) ->
     pair = decide(gold, given, precision=options.precision)
     if isinstance(pair, bool):
         return pair
-    gold, given = pair.gold, pair.given
+    (operators, gold), (others, given) = split_operators(pair.gold), split_operators(pair.given)
+    if operators != others:
+        return False
+    if operators:
+        return answers_equal(gold, given, options, depth=depth)
+    (arrows, golds), (others, givens) = split_arrows(gold), split_arrows(given)
+    if arrows != others:
+        return False
+    if arrows:
+        return depth == 0 and _each_equal(golds, givens, options)
+    gold, given = alike(gold, given)
+    values = ordered_values(gold, given)
+    if values is not None:
+        return depth == 0 and _each_equal(*values, options)
     if DOTS in gold + given:
         return depth == 0 and _elements_equal(gold, given, options, ordered=True)
     bases = sorted(BASE_TOKEN.findall(gold)), sorted(BASE_TOKEN.findall(given))
@@ -105,47 +120,24 @@ def _elements_equal(gold: str, given: str, options: Options, *, ordered: bool = 
         return False
     ordered = ordered or opened not in ("", "{")
 
-    def equal(a: str, b: str) -> bool:
-        return a == b if DOTS in a + b else answers_equal(a, b, options, depth=1)
-
     if ordered:
-        return all(map(equal, golds, givens))
+        return _each_equal(golds, givens, options)
     remaining = list(givens)
     for element in golds:
-        match = next((other for other in remaining if equal(element, other)), None)
+        match = next((other for other in remaining if _element_equal(element, other, options)), None)
         if match is None:
             return False
         remaining.remove(match)
     return True
 
 
-def split_list(text: str) -> tuple[str, list[str]]:
-    r"""Returns the brackets around a list ("" for none, "{" for `\{...\}`, "(]" for an interval) and its elements."""
-    text, opened = text.strip(), ""
-    inner = text[2:-2] if text.startswith("\\{") and text.endswith("\\}") else text[1:-1]
-    if len(text) > 2 and text[0] in "([\\" and text[-1] in ")]}" and _is_balanced(inner):
-        opened = "{" if text[0] == "\\" else text[0] + text[-1]
-        text = inner
-    pieces, level, start = [], 0, 0
-    for match in re.finditer(rf"[(\[{{]|[)\]}}]|{SPLIT.pattern}", text):
-        if match[0] in BRACKETS:
-            level += 1
-        elif match[0] in BRACKETS.values():
-            level -= 1
-        elif level == 0:
-            pieces.append(text[start : match.start()])
-            start = match.end()
-    pieces.append(text[start:])
-    return opened, [piece.strip() for piece in pieces if piece.strip()]
+def _each_equal(golds: list[str], givens: list[str], options: Options) -> bool:
+    pairs = zip(golds, givens, strict=False)
+    return len(golds) == len(givens) <= MOST_ELEMENTS and all(_element_equal(a, b, options) for a, b in pairs)
 
 
-def _is_balanced(text: str) -> bool:
-    level = 0
-    for character in text:
-        level += (character in BRACKETS) - (character in BRACKETS.values())
-        if level < 0:
-            return False
-    return level == 0
+def _element_equal(gold: str, given: str, options: Options) -> bool:
+    return gold == given if DOTS in gold + given else answers_equal(gold, given, options, depth=1)
 
 
 def numeric_equal(a: Any, b: Any, float_rounding: int, numeric_precision: int) -> bool:

@@ -47,7 +47,7 @@ class Rules:
     require_box: bool = True  # False: math-verify gets the text of a response without a box
     kinds: tuple[Literal["latex", "expr"], ...] = ("latex", "expr")  # what math-verify looks for
     precision: int = 6  # decimals that must agree
-    strict: bool = True  # variables have names, and a set is not a tuple
+    strict: bool = True  # False: other names of variables are allowed, so x+1 equals y+1
     set_relation: bool = False  # a relation in the response may answer a set in the gold answer
 
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from megatron_paint.grading.boxes import last_boxes
-from megatron_paint.grading.normal_form import plain_latex, same_text, without_text_commands
+from megatron_paint.grading.lists import NAMED
+from megatron_paint.grading.normal_form import PLAIN_TEXT, plain_latex, same_text, without_text_commands
 from megatron_paint.grading.numbers import Number, numbers_agree, read_number
-from megatron_paint.grading.units import Unit, split_unit
+from megatron_paint.grading.units import Quantity, Unit, split_unit
 
 RESULT = re.compile(r"####\s*([^\n]*)")  # GSM8K ends a worked solution with this line
 
@@ -55,8 +56,14 @@ BASE_TOKEN = re.compile(r"[0-9A-F]\)?\s*_\s*\{?\s*[0-9]{1,2}(?![0-9])")
 CLOCK = re.compile(r"([0-9]{1,2})(?::([0-5][0-9]))?(?::([0-5][0-9]))?\s*([ap])?\.?\s*(m)?\.?", re.IGNORECASE)
 RATIO_NAME = re.compile(r"[A-Za-z](?:\s*:\s*[A-Za-z])+\s*=")
 
-NAMED = re.compile(r"([A-Za-z](?:_\{?[0-9A-Za-z]+\}?)?(?:\([A-Za-z]\))?)\s*=\s*([^=]+)")
 WORDS = re.compile(r"[^\W\d_]+(?:[\s\-/.']+[^\W\d_]+)*\.?")
+DEGREES, RADIANS, STERLING = ((("angle", 1),), (("radian", 1),), (("sterling", 1),))
+SIMILAR = [{DEGREES, (("celsius", 1),)}, {DEGREES, (("fahrenheit", 1),)}]  # a degree of a temperature has no name
+UNNAMED = re.compile(r"\bunit\b")
+SHORT_NAME = 2  # letters of an abbreviation
+IN_AN_ORDER = re.compile("[A-Z]{2,}")  # the letters of throws, colors or points in their order, as HTH
+PRIME_COMMAND = re.compile(r" ?\^ ?\{ ?(?:\\prime ?)+\}| ?\^ ?\\prime(?![A-Za-z]) ?")
+PRIMED = re.compile(r"[A-Za-z)\]}]'+")
 SHORT_WORD = 3  # letters that may be a product of variables, as abc and cab are
 
 
@@ -83,6 +90,7 @@ def decide(gold: str, given: str, *, precision: int) -> Verdict:
         of_named_numbers,
         lambda both: of_numbers(both, precision=precision),
         of_words,
+        of_primes,
     )
     for kind in kinds:
         pair = kind(pair)
@@ -217,21 +225,30 @@ def of_numbers(pair: Pair, *, precision: int) -> Verdict:
     """Numbers agree exactly, after their units are converted. An expression only loses its unit."""
     letters = not re.search("[A-Za-z]", pair.gold)
     gold, given = split_unit(pair.gold), split_unit(pair.given, letters=letters)
+    gold, given = _in_degrees(gold, given.unit), _in_degrees(given, gold.unit)
     factors = _conversion(gold.unit, given.unit)
     if factors is None:
         return False
     a, b = read_number(gold.value), read_number(given.value)
     if a is None or b is None:
         return Pair(_times(factors[0], gold.value), _times(factors[1], given.value))
-    if _percent_of_a_unit(a.percent, given.unit) or _percent_of_a_unit(b.percent, gold.unit):
+    if _percent_of_a_unit(a, b, given.unit) or _percent_of_a_unit(b, a, gold.unit):
         return False
     a, b = (_scaled(number, factor) for number, factor in zip((a, b), factors, strict=True))
     agree = numbers_agree(a, b, precision=precision)
     return Pair(gold.value, given.value) if not agree and (a.commas or b.commas) else agree
 
 
-def _percent_of_a_unit(percent: bool, unit: Unit | None) -> bool:
-    return percent and unit is not None and bool(unit.kinds)
+def _percent_of_a_unit(percentage: Number, other: Number, unit: Unit | None) -> bool:
+    """Tells whether the other number is none of percent but of a unit. A number word, as "million", is no unit."""
+    return percentage.percent and not other.percent and unit is not None and unit.kinds != ()
+
+
+def _in_degrees(quantity: Quantity, other: Unit | None) -> Quantity:
+    """The quantity in degrees if it is in radians and the other one is in degrees."""
+    if quantity.unit is None or other is None or (quantity.unit.kinds, other.kinds) != (RADIANS, DEGREES):
+        return quantity
+    return Quantity(rf"\frac{{180}}{{\pi}}({quantity.value})", other)
 
 
 def _scaled(number: Number, factor: Fraction) -> Number:
@@ -241,11 +258,30 @@ def _scaled(number: Number, factor: Fraction) -> Number:
 def _conversion(gold: Unit | None, given: Unit | None) -> tuple[Fraction, Fraction] | None:
     """The factors that bring both values to one unit; None if the units measure different things."""
     scales = Fraction(gold.scale if gold else 1), Fraction(given.scale if given else 1)
-    if gold is None or given is None or not gold.kinds or not given.kinds:
+    if gold is None or given is None or () in (gold.kinds, given.kinds):
+        return scales
+    if gold.kinds is None or given.kinds is None:
+        return scales if _may_be_one(gold, given) else None
+    if {gold.kinds, given.kinds} in SIMILAR or _are_pounds(gold, given) or _are_pounds(given, gold):
         return scales
     if gold.kinds != given.kinds:
         return None
     return (scales[0], scales[1]) if gold.size == given.size else (scales[0] * gold.size, scales[1] * given.size)
+
+
+def _may_be_one(gold: Unit, given: Unit) -> bool:
+    """Two unknown units must have the same words. An unknown and a known one must, if the unknown one is short.
+
+    "units" and "square units" name nothing and may be any unit.
+    """
+    if gold.name == given.name or UNNAMED.search(gold.name) or UNNAMED.search(given.name):
+        return True
+    unknown = gold if gold.kinds is None else given
+    return gold.kinds != given.kinds and len(unknown.name) > SHORT_NAME
+
+
+def _are_pounds(money: Unit, mass: Unit) -> bool:
+    return money.kinds == STERLING and mass.name == "pound"
 
 
 def _times(factor: Fraction, value: str) -> str:
@@ -257,9 +293,28 @@ def of_words(pair: Pair) -> Verdict:
     gold, given = _words(pair.gold), _words(pair.given)
     if gold is None or given is None:
         return pair
-    if "\\text" not in pair.gold + pair.given and max(len(gold), len(given)) <= SHORT_WORD:
-        return pair
-    return gold == given
+    if (
+        "\\text" in pair.gold + pair.given
+        or max(len(gold), len(given)) > SHORT_WORD
+        or IN_AN_ORDER.fullmatch(pair.gold)
+    ):
+        return gold == given
+    return pair
+
+
+def of_primes(pair: Pair) -> Verdict:
+    """`f'(x)` is not `f(x)`, but math-verify drops the prime.
+
+    If only one answer has a side before `=`, this side does not count.
+    """
+    gold, given = _with_apostrophes(pair.gold), _with_apostrophes(pair.given)
+    values = [gold, given] if ("=" in gold) == ("=" in given) else [text.rpartition("=")[2] for text in (gold, given)]
+    primes = [sorted(PRIMED.findall(PLAIN_TEXT.sub("", text))) for text in values]
+    return Pair(gold, given) if primes[0] == primes[1] else False
+
+
+def _with_apostrophes(text: str) -> str:
+    return PRIME_COMMAND.sub(lambda match: "'" * match[0].count("prime"), text)
 
 
 def _words(text: str) -> str | None:

@@ -9,7 +9,8 @@ SEPARATOR = r"(?:(?<!\\)\\[,;: ]|~|\{,\}|,?\\! ?)"
 THOUSANDS = re.compile(rf"(?<![0-9.,])([0-9]{{1,3}}(?:{SEPARATOR}[0-9]{{3}})+)(?![0-9])")
 SEPARATOR_SIGNS = re.compile(SEPARATOR)
 SPACED_NUMBER = re.compile(r"(\s*[-+]?(?:\\\$)?\s*)([0-9]{1,3}(?: [0-9]{3})+)(?![0-9])((?:\.[0-9]+)?[^0-9]*)")
-APOSTROPHES = re.compile(r"([-+]?[0-9]{1,3}(?:'[0-9]{3})+)(?=\.?[0-9]*$)")
+# One start for each run of digits and apostrophes; a start at each group would make the time quadratic.
+APOSTROPHES = re.compile(r"(?<![0-9'])([-+]?[0-9]{1,3}(?:'[0-9]{3})+)(?=\.?[0-9]*$)")
 
 NEGATIVE_SPACE = re.compile(r"(?<!\\)\\!")
 WIDE_SPACE = re.compile(r"(?<!\\)\\(?:[,;: ~]|q?quad(?![A-Za-z])|thinspace(?![A-Za-z]))|~")
@@ -29,7 +30,9 @@ SHORT_FRACTION = re.compile(r"\\frac\s*(\{[^{}]*\}|[0-9])\s*(\{[^{}]*\}|[0-9])")
 LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])")  # of single spaces
 IN_PARENTHESES = re.compile(r"\(([0-9]+|[A-Za-z])\)")
 DEGREES = re.compile(r" ?(?:\^\s*\{?\s*\\circ(?![A-Za-z])\s*\}?|\\degree(?![A-Za-z]))")
-PERCENT = re.compile(r" ?(?:\\?%|\\text\{\s*(?:percent|per cent|pct|\\?%)\.?\s*\}|\b(?:percent|per cent)\b)")
+PERCENT = re.compile(
+    r" ?(?:\\?%|\\text\{\s*(?:percent(?:age)?|per cent|pct|\\?%)\.?\s*\}|\b(?:percent(?:age)?|per cent)\b)"
+)
 SYNONYMS = (
     (re.compile(r"\\(?:varnothing(?![A-Za-z])|\{\s*\\\})"), r"\\emptyset "),
     (re.compile(r"\\(?:leqslant|leq|le)(?![A-Za-z])"), r"\\le "),

@@ -4,6 +4,7 @@ A model thinks between <think> and </think>, then it answers. A response that is
 the thought.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 THINK_START, THINK_END = "<think>", "</think>"
@@ -29,6 +30,19 @@ def continued(prompt_end: str, response: str) -> str:
     return THINK_START + response if prompt_end.rstrip().endswith(THINK_START) else response
 
 
-def opened_by_prompt(responses: list[str]) -> bool:
-    """Tells whether the prompts of recorded responses opened a thought: then some response ends one it never began."""
-    return any(THINK_END in text and THINK_START not in text.partition(THINK_END)[0] for text in responses)
+def ends_unbegun_thought(response: str) -> bool:
+    """Tells whether a response ends a thought that it never began."""
+    before, end, _ = response.partition(THINK_END)
+    return bool(end) and THINK_START not in before
+
+
+def opened_by_prompt(responses: Sequence[tuple[str, bool]]) -> bool:
+    """Tells whether the prompts of recorded responses, (text, whether it is finished), probably opened a thought.
+
+    They did if no response contains <think> and more than half of the finished ones contain </think>. So a few stray
+    tags in a file do not decide about its other responses.
+    """
+    if any(THINK_START in text for text, _ in responses):
+        return False
+    ended = [THINK_END in text for text, finished in responses if finished]
+    return 2 * sum(ended) > len(ended)

@@ -1,58 +1,22 @@
 r"""Separates the unit from an answer, and compares units: `12\text{ cm}`, `\$5`, `60^\circ`, `3 \text{ square feet}`.
 
 A missing unit is no mistake, because the problem often names it. Two known units must be of one kind; then values are
-converted. An unknown unit, such as apples, is not compared.
+converted. Two unknown units, such as apples, must have the same words.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import pairwise
 
-from megatron_paint.grading.normal_form import PLAIN_TEXT
+from megatron_paint.grading.normal_form import PLAIN_TEXT, without_text_commands
+from megatron_paint.grading.unit_table import SCALES, SHORT_SPEEDS, UNITS
 
-
-def _table() -> dict[str, tuple[str, Fraction]]:
-    """Every known name: its kind, and its size in the first unit of that kind."""
-    kinds = {
-        "length": "m meter metre:1 dm decimeter:0.1 cm centimeter centimetre:0.01 mm millimeter millimetre:0.001 "
-        "km kilometer kilometre:1000 in inch inches:0.0254 ft foot feet:0.3048 yd yard:0.9144 mi mile:1609.344",
-        "mass": "g gram:1 mg milligram:0.001 kg kilogram kilo:1000 lb lbs:453.59237 oz ounce:28.349523125",
-        "time": "s sec second:1 ms millisecond:0.001 min minute:60 h hr hour:3600 day:86400 week:604800",
-        "months": "month:1 year yr:12",
-        "angle": "degree deg \\circ:1",
-        "volume": "l L liter litre:1 ml mL milliliter millilitre:0.001 gallon gal:3.785411784 quart:0.946352946",
-        "dollar": "dollar usd \\$ $:1 cent ¢:0.01",
-        "euro": "euro eur €:1",
-        "pound": "£ gbp:1",
-        "rupee": "rupee rs rs. inr ₹:1",
-        "yen": "yen jpy ¥:1",
-        "celsius": "celsius \\circc:1",
-        "fahrenheit": "fahrenheit \\circf:1",
-        "force": "N newton:1",
-        "energy": "J joule:1",
-        "power": "W watt:1",
-        "voltage": "V volt:1",
-        "frequency": "Hz hertz:1",
-    }
-    found = {}
-    for kind, names in kinds.items():
-        pending: list[str] = []
-        for word in names.split():
-            name, colon, size = word.partition(":")
-            pending.append(name)
-            if colon:
-                found |= {each: (kind, Fraction(size)) for each in pending}
-                pending = []
-    # A speed has two kinds; its short names are written out.
-    return found
-
-
-UNITS = _table()
-SHORT_SPEEDS = {"mph": "mile per hour", "kph": "km per hour", "kmph": "km per hour", "kmh": "km per hour"}
-SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 # Words in a text that make it more than a unit.
 NO_UNIT = re.compile(
-    r"\b(?:and|or|if|when|where|mod|for|more|less|least|most|than|not?|is|are|was|even|odd|except|unless|to|only|about)\b",
+    r"\b(?:and|or|if|when|where|mod|for|more|less|least|most|than|not?|is|are|was|even|odd|except|unless|to|only|about|"
+    r"above|below|factorial|half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths?)\b"
+    r"|\A\W*(?:text\W*)?(?:squared|cubed)\b",
     re.IGNORECASE,
 )
 ONE_LETTER = frozenset("mgshlLNJWV")
@@ -69,10 +33,13 @@ RATIO_UNIT = re.compile(
 )
 WORD = r"[A-Za-z][A-Za-z.]*"
 WORD_UNIT = re.compile(rf"(?<![A-Za-z\\.])({WORD}{POWER}(?:(?:\s*/\s*|\s+){WORD}{POWER}){{0,5}})$")
-DEGREE_UNIT = re.compile(r"\s*\^\\circ\s*(?:\\text\{\s*([CF])\s*\}|([CF]))?$")
+DEGREE_UNIT = re.compile(r"\s*\^\\circ\s*(?:\\text\{\s*(C(?:elsius)?|F(?:ahrenheit)?)\s*\}|([CF]))?$")
+DEGREES_OF = re.compile(r"degrees? (?=(?:C|F|celsius|fahrenheit)\Z)", re.IGNORECASE)
+COMPOUND = re.compile(r"(?:[0-9]+(?:\.[0-9]+)? ?[A-Za-z]+\.?(?: ?,| and)? ?){2,4}")  # 2 hours and 30 minutes
+COMPOUND_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(?!and )([A-Za-z]+)")
 COMMAND = re.compile(r"\\([A-Za-z]+)\s*$")
 FACTOR = re.compile(
-    r"(square|sq|cubic|cu)?\.? ?(\\?[A-Za-z$¢€£¥₹]+\.?)(?: ?\^ ?\{? ?(-?[0-9]) ?\}?| (squared|cubed))?\Z"
+    r"(?:(square|sq|cubic|cu)(?:\. ?| ))?(\\?[A-Za-z$¢€£¥₹]+\.?)(?: ?\^ ?\{? ?(-?[0-9]) ?\}?| (squared|cubed))?\Z"
 )
 HAS_VALUE = re.compile(r"[0-9]|\\pi|\\sqrt|\\infty")
 
@@ -84,6 +51,7 @@ class Unit:
     kinds: tuple[tuple[str, int], ...] | None  # (kind, exponent), sorted; None: not known
     size: Fraction = Fraction(1)
     scale: int = 1  # of "million" before the unit
+    name: str = ""  # its words, in lower case and without the s of a plural
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +72,8 @@ def split_unit(text: str, *, letters: bool = False) -> Quantity:
         rest = split_unit(value) if HAS_VALUE.search(value) else Quantity(value, None)
         scale = rest.unit.scale if rest.unit else 1
         return Quantity(rest.value, _scaled(read_unit(found[2]), scale))
+    if compound := _compound(text):
+        return compound
     before, tail = text[:-LONGEST], text[-LONGEST:]
     for pattern in (CURRENCY_AFTER, RATIO_UNIT, TEXT_UNIT, DEGREE_UNIT, WORD_UNIT):
         found = pattern.search(tail)
@@ -132,6 +102,8 @@ def read_unit(name: str) -> Unit:
     if not words:
         return Unit((), scale=scale)
     words = SHORT_SPEEDS.get(words.lower().replace(".", ""), words)
+    words = DEGREES_OF.sub(r"\\circ", words.replace("\\mu ", "u").replace("\\mu", "u"))
+    name = _plain_words(words)
     kinds: dict[str, int] = {}
     size, sign = Fraction(1), 1
     for part in re.split(r"(\s*/\s*|\s+per\s+|\s+an?\s+)", words):
@@ -141,11 +113,38 @@ def read_unit(name: str) -> Unit:
         for factor in _factors(part.strip()):
             known = _factor(factor)
             if known is None:
-                return Unit(None, scale=scale)
+                return Unit(None, scale=scale, name=name)
             kind, one, exponent = known
             kinds[kind] = kinds.get(kind, 0) + sign * exponent
-            size *= one ** (sign * exponent)
-    return Unit(tuple(sorted((kind, number) for kind, number in kinds.items() if number)), size, scale)
+            size *= one**sign
+    return Unit(tuple(sorted((kind, number) for kind, number in kinds.items() if number)), size, scale, name)
+
+
+def _plain_words(text: str) -> str:
+    """The words of a unit in lower case, without articles and the s of a plural. A single letter keeps its case."""
+    words = [word.strip(".,") if len(word) < 2 else _singular(word.strip(".,").casefold()) for word in text.split()]
+    return " ".join(word for word in words if word not in ("", "of", "the", "a", "an"))
+
+
+def _singular(word: str) -> str:
+    if len(word) < 3 or word.endswith("ss"):
+        return word
+    return re.sub(r"(?<=[sxz])es\Z|(?<=[cs]h)es\Z|s\Z", "", re.sub(r"ies\Z", "ys", word))
+
+
+def _compound(text: str) -> Quantity | None:
+    r"""The quantity of `2\text{ hours }30\text{ minutes}` in its last unit. The units get smaller."""
+    plain = without_text_commands(text)
+    if len(plain) > LONGEST or not COMPOUND.fullmatch(plain):
+        return None
+    parts = [(Fraction(number), read_unit(word)) for number, word in COMPOUND_PART.findall(plain)]
+    units = [unit for _, unit in parts]
+    if not units[0].kinds or any(unit.kinds != units[0].kinds for unit in units):
+        return None
+    if any(large.size <= small.size for large, small in pairwise(units)):
+        return None
+    value = sum((number * unit.size for number, unit in parts), Fraction(0)) / units[-1].size
+    return Quantity(rf"\frac{{{value.numerator}}}{{{value.denominator}}}", units[-1])
 
 
 def _factors(part: str) -> list[str]:
@@ -156,7 +155,7 @@ def _factors(part: str) -> list[str]:
 
 
 def _factor(text: str) -> tuple[str, Fraction, int] | None:
-    """(kind, size, exponent) of one factor; None if its word is not known."""
+    """(kind, size, exponent of the kind) of one factor; None if its word is not known."""
     match = FACTOR.match(text) or FACTOR.match(text.lower())
     if match is None:
         return None
@@ -164,11 +163,12 @@ def _factor(text: str) -> tuple[str, Fraction, int] | None:
     exponent = int(power or 1) * {"square": 2, "sq": 2, "cubic": 3, "cu": 3}.get((before or "").lower(), 1)
     exponent *= {"squared": 2, "cubed": 3}.get(after or "", 1)
     known = _known(word)
-    return None if known is None else (*known, exponent)
+    return None if known is None else (known[0], known[2] ** exponent, known[1] * exponent)
 
 
-def _known(word: str) -> tuple[str, Fraction] | None:
-    lower = word.lower()
+def _known(word: str) -> tuple[str, int, Fraction] | None:
+    """Short names count in their own case, because M is not m, and mW is not MW."""
+    lower = word.lower() if len(word.rstrip(".")) > 2 else word
     for name in (word, word.rstrip("."), lower, lower.rstrip("."), lower.rstrip(".").removesuffix("s")):
         if name in UNITS:
             return UNITS[name]
@@ -201,4 +201,4 @@ def _is_plain_unit(text: str, found: re.Match[str], unit: Unit, *, letters: bool
 
 
 def _scaled(unit: Unit, scale: int) -> Unit:
-    return Unit(unit.kinds, unit.size, unit.scale * scale)
+    return replace(unit, scale=unit.scale * scale)

@@ -7,7 +7,7 @@ import torch
 
 from megatron_paint.base.keys import derive_key
 from megatron_paint.config.loss import Kernel
-from megatron_paint.config.settings import GrpoSettings
+from megatron_paint.config.objective import GrpoSettings
 from megatron_paint.losses import (
     InterpolationLossConfig,
     LossOutput,

@@ -17,7 +17,7 @@ from megatron_paint.masker.overlap import MaskerPool, Pair, measure_overlaps
 from megatron_paint.records import Overlap, Problem, Reveal
 
 if TYPE_CHECKING:
-    from megatron_paint.config.settings import RevealSettings
+    from megatron_paint.config.objective import RevealSettings
 
 
 def reveal_share(overlap: float, *, minimum: float) -> float:

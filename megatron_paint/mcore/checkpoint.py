@@ -143,6 +143,8 @@ def load_checkpoint(folder: Path, stage: Stage, optimizer: MegatronOptimizer, te
     _fill(stage, loaded["model"])
     if all(isinstance(part.optimizer, torch.optim.Adam) for part in optimizer.chained_optimizers):
         _restore_step_0(loaded["optimizer"])
+    inner = optimizer.chained_optimizers[0].optimizer.param_groups[0]
+    _set_rates(loaded["optimizer"], {name: inner[name] for name in ("max_lr", "min_lr") if name in inner})
     optimizer.load_state_dict(loaded["optimizer"])
     _separate_torch_adam_steps(optimizer)
     teacher.load(loaded)
@@ -212,7 +214,7 @@ def load_weights(stage: Stage, folder: str | Path, shape: ModelShape) -> tuple[s
 def _load_tensors(wanted: dict, folder: Path) -> dict:
     """Loads the tensors of a checkpoint as Megatron's `load` does, without the common part.
 
-    Other programs keep objects of their own there, and each version of Megatron in another place.
+    Other programs keep their objects there, and each version of Megatron in another place.
     """
     force_all_tensors_to_non_fp8(wanted)
     sharded, state, factories = load_preprocess(wanted)
@@ -263,6 +265,19 @@ def _begin_state(optimizer: MegatronOptimizer) -> None:
         for state in inner.state.values():
             if "step" in state:
                 state["step"].zero_()
+
+
+def _set_rates(state: dict, rates: dict[str, float]) -> None:
+    """Gives the loaded groups of parameters this run's rates: megatron-core 0.19 finds a group by them.
+
+    `run.allow_changes` lets a resumed run change them, and each step sets its own learning rate.
+    """
+    for key, value in state.items():
+        if key == "param_groups":
+            for group in value:
+                group.update({name: rate for name, rate in rates.items() if name in group})
+        elif isinstance(value, dict):
+            _set_rates(value, rates)
 
 
 def _restore_step_0(state: dict) -> None:
@@ -321,8 +336,9 @@ def _offsets_without_padding(optimizer: MegatronOptimizer) -> Iterator[None]:
     """Lets Megatron's distributed optimiser find each parameter's state, while it makes the state of a checkpoint.
 
     It joins its buckets without the padding between them and then cuts out each parameter at its offset with padding.
-    So everything behind a padded bucket would be stored shifted, without an error (0.16.1 and 0.19.2). A tied embedding
-    has a bucket of its own in front of the layers, which is padded if its size is odd.
+    So everything behind a padded bucket would be stored shifted, without an error (0.16.1 and 0.19.2). There are more
+    buckets than one with overlap_grad_reduce, and with a tied embedding on several stages. A bucket is padded if its
+    size is no multiple of lcm(128, replicas).
     """
     parts = [part for part in optimizer.chained_optimizers if isinstance(part, DistributedOptimizer)]
     kept = [(buffer, buffer.param_index_map) for part in parts for buffer in part.buffers]

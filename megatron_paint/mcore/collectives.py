@@ -28,7 +28,7 @@ def rank_zero_does(ranks: Ranks, act: Callable[[], T]) -> T:
     return box[0]
 
 
-def any_rank_says(ranks: Ranks, reason: str | None) -> str | None:
+def first_reason(ranks: Ranks, reason: str | None) -> str | None:
     """The reason of the first rank that has one, returned on all ranks; None: no rank has one."""
     everyone: list[str | None] = [None] * ranks.size
     dist.all_gather_object(everyone, reason, group=ranks.host_group)

@@ -17,7 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_paint.config.settings import Settings, TeacherSettings
+from megatron_paint.config.objective import TeacherSettings
+from megatron_paint.config.settings import Settings
 from megatron_paint.losses import token_logprobs
 from megatron_paint.losses.elementwise.choose import loss_kernel
 from megatron_paint.losses.interface import ResponseRows, TokenLoss

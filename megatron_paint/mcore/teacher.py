@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from megatron_paint.config.settings import TeacherSettings
+from megatron_paint.config.objective import TeacherSettings
 from megatron_paint.mcore.lora import adapters_of
 from megatron_paint.mcore.model import Stage
 

@@ -9,7 +9,7 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 
-from megatron_paint.config.settings import ObjectiveSettings
+from megatron_paint.config.objective import ObjectiveSettings
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.grading.grade import Grade
 from megatron_paint.grading.thoughts import PROMPT_TAIL, continued

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_paint.config.settings import ObjectiveSettings
+from megatron_paint.config.objective import ObjectiveSettings
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.grading.grade import GradingPool
 from megatron_paint.masker.overlap import MaskerPool

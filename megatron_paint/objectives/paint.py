@@ -8,7 +8,7 @@ nothing.
 
 from collections.abc import Sequence
 
-from megatron_paint.config.settings import ObjectiveSettings
+from megatron_paint.config.objective import ObjectiveSettings
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.losses.elementwise.choose import loss_kernel
 from megatron_paint.losses.objectives import DistillationLoss

@@ -70,6 +70,18 @@ class MemoryEstimate:
         return max(self.training.total, self.sampling.total if self.sampling else 0.0)
 
 
+def micro_batch_tokens(settings: Settings, shape: ModelShape) -> int:
+    """The most tokens of a micro-batch: data.micro_batch_tokens, or a longer response alone, without its prompt."""
+    return max(settings.data.micro_batch_tokens, min(_new_tokens(settings, shape), shape.max_positions))
+
+
+def _new_tokens(settings: Settings, shape: ModelShape) -> int:
+    """Tokens of a response; without rollouts a solution's, which may fill all positions."""
+    if not settings.objective.needs.samples_per_problem:
+        return shape.max_positions
+    return settings.rollout.max_new_tokens
+
+
 def estimate(
     settings: Settings, layout: Layout, *, engine: bool, triton: bool, on_gpus: bool, ranks_per_node: int
 ) -> MemoryEstimate:
@@ -260,15 +272,11 @@ class StageMemory:
         return math.ceil(self.settings.data.problems_per_step * samples / self.dp)
 
     def _tokens(self) -> int:
-        """The most tokens of a micro-batch: a sequence above data.micro_batch_tokens has its own."""
-        longest = min(self._new_tokens(), self.shape.max_positions)
-        return min(max(self.settings.data.micro_batch_tokens, longest), self._sequences() * self.shape.max_positions)
+        """The most tokens of a micro-batch on this replica."""
+        return min(micro_batch_tokens(self.settings, self.shape), self._sequences() * self.shape.max_positions)
 
     def _new_tokens(self) -> int:
-        """Tokens of a response; without rollouts a solution's, which may fill all positions."""
-        if not self.settings.objective.needs.samples_per_problem:
-            return self.shape.max_positions
-        return self.settings.rollout.max_new_tokens
+        return _new_tokens(self.settings, self.shape)
 
     def _response_tokens(self) -> int:
         return min(self._tokens(), self._sequences() * self._new_tokens())

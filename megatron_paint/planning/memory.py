@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megatron_paint.config.settings import Settings
-from megatron_paint.planning.estimate import MemoryEstimate, Peak, checkpoint_bytes, estimate
+from megatron_paint.planning.estimate import MemoryEstimate, Peak, checkpoint_bytes, estimate, micro_batch_tokens
 from megatron_paint.planning.hardware import gpu_bytes
 from megatron_paint.planning.layout import Layout, check_layout, common_tensor_parallel_size
 
@@ -38,6 +38,10 @@ class Plan(Layout):
         shape = self.shape
         problems = settings.data.problems_per_step
         layers = shape.num_layers // self.pipeline_parallel
+        tokens, asked = micro_batch_tokens(settings, shape), settings.data.micro_batch_tokens
+        alone = (
+            f" (a response above data.micro_batch_tokens={asked} alone, without its prompt)" if tokens > asked else ""
+        )
         return [
             f"model      {shape.num_parameters:,} weights, {shape.num_layers} layers, hidden {shape.hidden_size}, "
             f"{shape.num_heads} heads / {shape.num_groups} groups, vocabulary {shape.vocab_size:,}"
@@ -51,7 +55,7 @@ class Plan(Layout):
             f"{f' ({self.why_torch})' if self.kernel == 'torch' and self.why_torch else ''}, chunks of "
             f"{size_text(settings.objective.chunk_bytes)}",
             f"step       {problems} problems, about {problems / self.data_parallel:g} a replica, micro-batches of at "
-            f"most {settings.data.micro_batch_tokens:,} tokens; {settings.run.steps} steps",
+            f"most {tokens:,} tokens{alone}; {settings.run.steps} steps",
             *self.memory_lines(),
         ]
 

@@ -27,7 +27,7 @@ class ConsoleLog:
         self._is_broken = False
 
     def open(self, logs: Path, *, command: Sequence[str] | None = None) -> None:
-        """Appends to the file in the folder `logs` of a run. command: of a new start, which gets a line of its own."""
+        """Appends to the file in the folder `logs` of a run. command: of a new start, which gets a separate line."""
         head = [] if command is None else [_head(command)]
         try:
             logs.mkdir(parents=True, exist_ok=True)

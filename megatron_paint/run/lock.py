@@ -8,9 +8,10 @@ Why it is atomic, over NFS too:
 * A lock is created by link(2) of a complete file. The server does that completely or not at all, and exactly one of
   several processes succeeds. If the server's answer is lost, the client's second try reports that the file exists. The
   token in the file then tells whose it is.
-* The lock of a dead owner is replaced by rename(2). Only the process that has created `.lock.json.TOKEN.next` may do
-  that, where TOKEN is the dead owner's. So a slow process never replaces a newer lock than the one that it judged.
-* That file is a lock too. It is taken over in the same way from a process that died with it.
+* The lock of a dead owner is replaced by rename(2) of the file `.lock.json.TOKEN.next`, where TOKEN is the dead one's.
+  That file is a lock too: it names the process that has created it, and becomes the lock of that process.
+* It is taken over in the same way from a process that died with it. If that process was only suspended, it later finds
+  no file to rename, or renames the other process's. The token in the lock then tells whose the lock is.
 """
 
 import errno
@@ -22,8 +23,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_paint.base.errors import UserError, about
-from megatron_paint.run.lock_owner import Owner, job_has_ended, process_state, this_process, to_text
-from megatron_paint.run.lock_watch import LOCK, TIMING, Timing, in_use, owner_of, read_lock, server_time, stays, watch
+from megatron_paint.run.lock_owner import Owner, process_state, this_process, to_text
+from megatron_paint.run.lock_watch import (
+    LOCK,
+    TIMING,
+    Timing,
+    in_use,
+    owner_of,
+    owner_state,
+    read_lock,
+    server_time,
+    stays,
+    watch,
+)
 from megatron_paint.runtime.files import disk_errors
 from megatron_paint.runtime.new_folders import make_folders, remove_empty
 
@@ -49,9 +61,10 @@ class RunLock:
     ) -> str:
         """Takes the lock and renews it from then on. Returns a line about the owner it was taken from, "" for none.
 
-        It waits until it is known whether another owner lives: at most `timing.limit` seconds. on_lost: called by a
-        thread with a message if another process takes the lock over. on_wait: gets a line before it waits. UserError:
-        the owner lives; the disk refuses.
+        It waits until it is known whether another owner lives: at most `timing.limit` seconds. If Slurm is ending the
+        owner's job, it first waits for that: at most `timing.completing` seconds. on_lost: called by a thread with a
+        message if another process takes the lock over. on_wait: gets a line before it waits. UserError: the owner
+        lives; the disk refuses.
         """
         try:
             with about("run.dir"), disk_errors(self.folder):
@@ -157,15 +170,17 @@ class RunLock:
 
     def _why_dead(self, held: Owner, on_wait: Callable[[str], None]) -> str:
         """Why the lock may be taken from its owner; "" if it changed meanwhile. UserError: the owner lives."""
-        state = process_state(held)
-        if state == "gone":
-            return "gone"
-        has_ended = job_has_ended(held)
-        if state == "unknown":
-            on_wait(f"{self.folder} is locked by {held}: watching its heartbeat, for {self.timing.limit:g} s at most")
-        found = "lives" if state == "lives" else watch(self.path, held, timing=self.timing, has_ended=has_ended)
+        state, job = owner_state(self.path, held, timing=self.timing, on_wait=on_wait)
+        if state == "lives":
+            raise UserError(in_use(self.folder, held, job=job))
+        if state != "unknown":
+            return state
+        has_ended = job == "ended"
+        seconds = self.timing.look if has_ended else self.timing.limit
+        on_wait(f"{self.folder} is locked by {held}: watching its heartbeat, for {seconds:g} s at most")
+        found = watch(self.path, held, timing=self.timing, has_ended=has_ended)
         if found == "lives" and not has_ended:
-            raise UserError(in_use(self.folder, held))
+            raise UserError(in_use(self.folder, held, job=job))
         return "superseded" if found == "lives" else found
 
     def _replace(self, path: Path, held: Owner) -> bool:
@@ -174,10 +189,12 @@ class RunLock:
         if not self._hold(successor):
             return False
         try:
-            if (now := read_lock(path)) is None or now.token != held.token:
-                return False
-            os.replace(self._written(), path)
-            return True
+            now = read_lock(path)
+            if now is not None and now.token == held.token:
+                with suppress(FileNotFoundError):  # while this process was suspended, another one has renamed it
+                    os.replace(successor, path)
+                now = read_lock(path)
+            return now is not None and now.token == self.owner.token
         finally:
             with suppress(FileNotFoundError):
                 successor.unlink()

@@ -14,8 +14,8 @@ from typing import Literal
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 PROCESSES = Path("/proc/self/ns/pid")
-# States of a Slurm job whose processes may still exist. PENDING is none of them: a requeued job waits in it.
-ACTIVE = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "CONFIGURING", "SIGNALING", "STAGE_OUT", "RESIZING"}
+# States of a Slurm job whose processes may exist, besides COMPLETING. PENDING is none: a requeued job waits in it.
+ACTIVE = {"RUNNING", "SUSPENDED", "STOPPED", "CONFIGURING", "SIGNALING", "STAGE_OUT", "RESIZING"}
 SQUEUE_SECONDS = 30
 
 
@@ -78,16 +78,16 @@ def from_text(text: str, *, unreadable: str) -> Owner:
 
 
 def this_machine() -> str:
-    """What distinguishes process ids: hosts may share a name, and containers a kernel."""
+    """What distinguishes process ids; "" if that is not known. Hosts may share a name, and containers a kernel."""
     try:
         return f"{BOOT.read_text().strip()} {os.readlink(PROCESSES)}"
     except OSError:  # not Linux
-        return socket.gethostname()
+        return ""
 
 
 def process_state(owner: Owner) -> Literal["gone", "lives", "unknown"]:
     """Whether the owner's process exists. Only processes of this machine are known."""
-    if owner.machine != this_machine():
+    if not owner.machine or owner.machine != this_machine():
         return "unknown"
     try:
         os.kill(owner.pid, 0)
@@ -112,21 +112,29 @@ def _start_time(pid: int) -> tuple[int | None, bool]:
     return int(values[19]), values[0] in "ZX"
 
 
-def job_has_ended(owner: Owner, environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether Slurm has ended the attempt that the owner belongs to; False if Slurm does not know.
+JobState = Literal["active", "completing", "ended", "unknown"]
 
-    An attempt has ended if the same job was restarted since, or if its job is not active any more. Only a job of the
-    same cluster can be asked about.
+
+def job_state(owner: Owner, environ: Mapping[str, str] = os.environ) -> JobState:
+    """What Slurm knows of the attempt that the owner belongs to.
+
+    ended: the same job was restarted since, or its job is not active any more. completing: Slurm is ending its job, and
+    this process belongs to another job. Its processes may live for `KillWait` and write in this time. unknown: Slurm
+    cannot be asked. It can be asked only about a job of the same cluster.
     """
     if not owner.job or not owner.cluster or owner.cluster != environ.get("SLURM_CLUSTER_NAME"):
-        return False
-    if owner.job == environ.get("SLURM_JOB_ID"):
-        return owner.restart < int(environ.get("SLURM_RESTART_COUNT") or 0)
+        return "unknown"
+    own = environ.get("SLURM_JOB_ID")
+    if owner.job == own:
+        return "ended" if owner.restart < int(environ.get("SLURM_RESTART_COUNT") or 0) else "active"
     command = ["squeue", "--noheader", "--states=all", f"--jobs={owner.job}", "--format=%T"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SQUEUE_SECONDS)
     except (OSError, subprocess.SubprocessError):
-        return False
-    if done.returncode:
-        return "Invalid job id" in done.stderr  # Slurm forgets a job some minutes after its end
-    return not ACTIVE & set(done.stdout.split())
+        return "unknown"
+    if done.returncode:  # Slurm forgets a job some minutes after its end
+        return "ended" if "Invalid job id" in done.stderr else "unknown"
+    states = set(done.stdout.split())
+    if ACTIVE & states or ("COMPLETING" in states and not own):
+        return "active"
+    return "completing" if "COMPLETING" in states else "ended"

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from megatron_paint.data.prompts import Prompts
 from megatron_paint.data.repeats import leaks
 from megatron_paint.data.tokenizers import load_tokenizer
 from megatron_paint.evaluation.benchmarks import load_benchmark
-from megatron_paint.grading.grade import Rules, grade
+from megatron_paint.grading.grade import GradingPool, Rules
 from megatron_paint.launch.failure_notes import NOTES_FOLDER
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.objectives import OBJECTIVES
@@ -58,7 +59,7 @@ def check_inputs(settings: Settings, shape: ModelShape, *, run_folder: bool = Tr
     """
     folder = RunFolder(settings.run.dir)
     if run_folder:
-        refuse_if_in_use(folder.path)
+        refuse_if_in_use(folder.path, on_wait=partial(print, file=sys.stderr, flush=True))
     with about("model.hf_path"):
         HuggingFaceReader(settings.model.hf_path, shape).check_tied(shape)
     check_start(settings.model, shape)
@@ -203,13 +204,14 @@ def _records(values: Sequence[dict[str, str]]) -> tuple[Problem, ...]:
 
 def _read_problems(settings: Settings, shape: ModelShape, prompts: Prompts) -> tuple[ProblemSet, tuple[Problem, ...]]:
     limit = _prompt_limit(settings, shape, prompts)
-    by_rules = partial(grade, rules=Rules(box_in_thought=settings.grading.box_in_thought))
+    rules = Rules(box_in_thought=settings.grading.box_in_thought)
     needs = settings.objective.needs
     mistake = None if needs.samples_per_problem else prompts.sft_mistake
     needed_by = f"objective.name: {settings.objective.name}" if needs.solutions else None
-    problems = load_problems(
-        settings.data, solution_needed_by=needed_by, grade=by_rules, prompt_limit=limit, mistake=mistake
-    )
+    with GradingPool(rules=rules) as graders:
+        problems = load_problems(
+            settings.data, solution_needed_by=needed_by, grade=graders.grade, prompt_limit=limit, mistake=mistake
+        )
     if needs.masker and settings.objective.reveal.solution == "wrong":
         _check_wrong_solutions(problems.problems, limit)
     if needs.samples_per_problem and settings.rollout.engine == "replay":

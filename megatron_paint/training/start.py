@@ -111,7 +111,7 @@ def prepare(
 
     own: takes the run folder for these ranks, before anything in it is read.
     """
-    from megatron_paint.mcore.collectives import any_rank_says, rank_zero_does
+    from megatron_paint.mcore.collectives import first_reason, rank_zero_does
     from megatron_paint.mcore.policy import MegatronPolicy
 
     on_rank_zero, first = partial(rank_zero_does, ranks), ranks.rank == 0
@@ -136,17 +136,12 @@ def prepare(
         progress.note(f"resumed at step {start} from {folder.checkpoint_folder(start)}")
     for change in changed:
         progress.result(change)
-    evaluation, needs = inputs.evaluation, settings.objective.needs
-    graders, rules = None, Rules(box_in_thought=settings.grading.box_in_thought)
-    if first and (inputs.held_out or needs.graders):
-        graders = stack.enter_context(
-            GradingPool(seconds=evaluation.grading_seconds, rules=rules, on_verdict=mark_progress)
-        )
+    graders = _graders(settings, inputs, stack) if first else None
     objective_inputs = ObjectiveInputs(
         settings=settings.objective,
         prompts=inputs.prompts,
         rollouts=rollout_source(settings, inputs.prompts, _training_sampler(settings, inputs.prompts, policy)),
-        masker=_masker_pool(stack) if first and needs.masker else None,
+        masker=_masker_pool(stack) if first and settings.objective.needs.masker else None,
         graders=graders,
         on_rank_zero=on_rank_zero,
     )
@@ -157,14 +152,12 @@ def prepare(
         problems=inputs.problems,
         objective=OBJECTIVES[settings.objective.name](objective_inputs),
         sampler=policy.sampler,
-        evaluator=Evaluator(evaluation, inputs.held_out, inputs.prompts, seed=settings.run.seed)
-        if inputs.held_out
-        else None,
+        evaluator=_evaluator(settings, inputs),
         recorder=Recorder(settings=settings, folder=folder, progress=progress, prompts=inputs.prompts, graders=graders),
         progress=progress,
         start=start,
         on_rank_zero=on_rank_zero,
-        stop_reason=lambda seconds: any_rank_says(ranks, request.reason(next_seconds=seconds)),
+        stop_reason=lambda seconds: first_reason(ranks, request.reason(next_seconds=seconds)),
         confirm_owner=owned.confirm,
     )
 
@@ -248,6 +241,21 @@ def _load_checkpoint(policy: Policy, checkpoint: Path, step: int) -> None:
             f"checkpoint {checkpoint} is of step {state.get('step')}, as its run_state.json shows: rename it to the "
             "name that it was written under"
         )
+
+
+def _graders(settings: Settings, inputs: Inputs, stack: ExitStack) -> GradingPool | None:
+    """Worker processes that grade, if the objective or an evaluation needs verdicts."""
+    if not inputs.held_out and not settings.objective.needs.graders:
+        return None
+    rules = Rules(box_in_thought=settings.grading.box_in_thought)
+    pool = GradingPool(seconds=inputs.evaluation.grading_seconds, rules=rules, on_verdict=mark_progress)
+    return stack.enter_context(pool)
+
+
+def _evaluator(settings: Settings, inputs: Inputs) -> Evaluator | None:
+    if not inputs.held_out:
+        return None
+    return Evaluator(inputs.evaluation, inputs.held_out, inputs.prompts, seed=settings.run.seed)
 
 
 def _masker_pool(stack: ExitStack) -> MaskerPool | None:

@@ -48,7 +48,7 @@ SUPPORTED = {
     },
     "modules to save": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens", "norm"]},
     "output layer": {"target_modules": ["lm_head", "o_proj"]},
-    "start values of its own": {"target_modules": ALL, "init_lora_weights": "gaussian"},
+    "other start values": {"target_modules": ALL, "init_lora_weights": "gaussian"},
     "orthogonal start": {"target_modules": ALL, "init_lora_weights": "orthogonal"},
 }
 

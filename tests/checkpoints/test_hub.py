@@ -101,7 +101,7 @@ def test_other_paths_are_left_to_their_reader(path, cache, tmp_path):
 
 
 def test_it_is_downloaded(cache, tmp_path, monkeypatch):
-    """The files of other formats are left out. The download tool is asked for what the cache lacks."""
+    """Files of other formats are left out. The tool downloads the files that the cache does not have."""
     asked = []
 
     def download(name, *, revision=None, local_files_only=False, allow_patterns=None):

@@ -1,6 +1,7 @@
 """What `megatron-paint evaluate` samples with: the length of answers of each benchmark, and what the user is told."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -39,6 +40,21 @@ def loaded(folder, *overrides, **options):
     request = asked(folder, *overrides, **options)
     shape = read_shape(folder / "model")
     return request, shape, load_evaluators(request, shape)
+
+
+def test_a_megatron_checkpoint_has_its_configs_in_another_folder(folder):
+    request, shape, evaluators = loaded(folder, benchmarks="short")
+    (folder / "checkpoint").mkdir()
+    (folder / "checkpoint" / "0.distcp").write_bytes(bytes(100))
+    request = replace(request, folders=(folder / "checkpoint",))
+    name, evaluator = evaluators[0]
+    before = answer_file(request, name, evaluator, shape).sampled_with["weights"]
+    config = folder / "model" / "config.json"
+    content = config.read_text()
+    config.write_text(json.dumps(json.loads(content) | {"rms_norm_eps": 1e-5}))
+    assert answer_file(request, name, evaluator, shape).sampled_with["weights"] != before
+    config.write_text(content)
+    assert answer_file(request, name, evaluator, shape).sampled_with["weights"] == before
 
 
 def longest_prompt(evaluator):

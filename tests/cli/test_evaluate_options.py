@@ -86,6 +86,19 @@ def test_other_weights_in_the_same_place_are_noticed(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "key"),
+    [("config.json", "rope_theta"), ("config.json", "rms_norm_eps"), ("adapter_config.json", "lora_alpha")],
+)
+def test_another_config_beside_the_same_weights_is_noticed(tmp_path, name, key):
+    (tmp_path / "model.safetensors").write_bytes(bytes(100))
+    found = set()
+    for value in (1e-6, 16, 32, 1e6):
+        (tmp_path / name).write_text(json.dumps({"a": 1, key: value}))
+        found.add(fingerprint(tmp_path))
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({}, "give --model FOLDER, or a settings file"),

@@ -107,11 +107,11 @@ BOTH = [{"id": "a", "response": "\\boxed{1}"}, {"id": "b", "response": "\\boxed{
     ("rows", "message"),
     [
         (BOTH[:1], r"problem 'b' has 0 responses and others 1 \(1 such"),
-        ([], r"has 0 responses"),
+        ([], r"--responses: \S*r\.jsonl has no responses"),
         ([*BOTH, {"id": "c", "response": ""}], r"r.jsonl:3: no benchmark has a problem 'c'"),
         ([*BOTH, {"id": "a", "sample": 0, "response": ""}], r"sample 0 of problem 'a' is in the file twice"),
         ([{"id": "a", "text": "1"}], r"r.jsonl:1: not an object"),
-        ([{"id": "a", "response": 1}], r"response is a int"),
+        ([{"id": "a", "response": 1}], r"response is a number, not text"),
         ([{"id": "a", "response": "", "sample": "1"}], r"whole numbers"),
         ([{"id": "a", "response": "", "sample": -1}], r"whole numbers from 0"),
         ([{"id": "a", "response": "", "num_tokens": True}], r"whole numbers from 0"),
@@ -168,3 +168,55 @@ def test_boxes_in_unfinished_thoughts(cut, other, arguments, outcome, counted, t
     assert report.metrics["box_in_thought"] == counted
     header, _, row = [line for line in (out / "summary.md").read_text().splitlines() if line.startswith("|")]
     assert dict(zip(header.split(" | "), row.split(" | "), strict=True))["box in thought"] == str(counted)
+
+
+STRAY = (
+    "1 of 4 responses end a thought that they never began (</think> without <think> before it), and 0 contain <think>. "
+    "The prompts are assumed not to begin a thought"
+)
+MIXED = (
+    "3 of 4 responses end a thought that they never began (</think> without <think> before it), and 1 contain <think>. "
+    "The prompts are assumed not to begin a thought"
+)
+OPENED = (
+    "3 of 4 responses end a thought that they never began (</think> without <think> before it), and 0 contain <think>. "
+    "So the prompts are assumed to end with <think>: a response without </think> is an unfinished thought"
+)
+
+
+@pytest.mark.parametrize(
+    ("responses", "right", "warning"),
+    [
+        (["\\boxed{1}", "\\boxed{1}", "\\boxed{1}", "</think>\\boxed{1}"], 4, STRAY),
+        (["<think>a</think>\\boxed{1}", *["a</think>\\boxed{1}"] * 3], 4, MIXED),
+        (["a \\boxed{1}", *["a</think>\\boxed{1}"] * 3], 3, OPENED),
+        (["\\boxed{1}", *["<think>a</think>\\boxed{1}"] * 3], 4, ""),
+    ],
+)
+def test_responses_that_end_a_thought_they_never_began(responses, right, warning, tmp_path, capsys):
+    problems = write(tmp_path / "p.jsonl", PROBLEMS[:1])
+    rows, out = [{"id": "a", "response": text} for text in responses], tmp_path / "o"
+    line = ["--responses", str(write(tmp_path / "r.jsonl", rows)), "--benchmarks", str(problems), "--out", str(out)]
+    assert main(["evaluate", *line]) == 0
+    (report,) = read_reports(out)
+    assert report.metrics["avg"] == right / 4
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("warning:") == bool(warning)
+    assert warning in printed
+
+
+def test_a_byte_order_mark(tmp_path):
+    problems, responses = write(tmp_path / "p.jsonl", PROBLEMS), write(tmp_path / "r.jsonl", BOTH)
+    responses.write_bytes(b"\xef\xbb\xbf" + responses.read_bytes())
+    out = tmp_path / "o"
+    assert main(["evaluate", "--responses", str(responses), "--benchmarks", str(problems), "--out", str(out)]) == 0
+    assert read_reports(out)[0].metrics["avg"] == 0.5
+
+
+@pytest.mark.parametrize(("of_problem", "of_response"), [(1, 1.0), (1.0, 1), ("1", 1.0)])
+def test_ids_that_are_whole_numbers(of_problem, of_response, tmp_path):
+    problems = write(tmp_path / "p.jsonl", [{"id": of_problem, "problem": "p", "answer": "1"}])
+    responses = write(tmp_path / "r.jsonl", [{"id": of_response, "response": "\\boxed{1}"}])
+    out = tmp_path / "o"
+    assert main(["evaluate", "--responses", str(responses), "--benchmarks", str(problems), "--out", str(out)]) == 0
+    assert read_reports(out)[0].metrics["avg"] == 1

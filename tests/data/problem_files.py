@@ -30,11 +30,11 @@ def write(path, rows):
 
 
 def load(source, grade=None, prompt_limit=None, solution_needed_by="training", columns=None, **options):
-    """Loads training problems with these settings of the section data."""
+    """Loads training problems with these settings of the section data. `grade` decides one pair."""
     options = {"problems_per_step": 1, "columns": ColumnSettings(**(columns or {}))} | options
     return load_problems(
         DataSettings(train=str(source), **options),
         solution_needed_by=solution_needed_by,
-        grade=grade,
+        grade=grade and (lambda pairs: [grade(text, answer=answer) for text, answer in pairs]),
         prompt_limit=prompt_limit,
     )

@@ -6,12 +6,16 @@ import pandas as pd
 import pytest
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.settings import EvaluationSettings, ObjectiveSettings
+from megatron_paint.config.objective import ObjectiveSettings
+from megatron_paint.config.settings import EvaluationSettings
 from megatron_paint.data.columns import MISSING, field_of
 from megatron_paint.data.problems import load_held_out
 from tests.data.problem_files import load, row, write
 
 STRUCTS = {"problem": "prompt", "answer": "reward_model.ground_truth", "id": "extra_info.index"}
+
+DEEP = '["a",' + "[" * 100_000 + "]" * 100_000 + ',"b"]'  # deeper than a parser of JSON goes
+MARK_ELSEWHERE = "column 'answer' has '####' in another place than a last line '#### RESULT'; write the answer alone"
 
 
 def nested(number, **changes):
@@ -220,7 +224,9 @@ class TestAnswers:
             ("30 + 18 = 48, and 2 more.\n#### \\frac{1}{2}", "\\frac{1}{2}"),
             ("#### 1\n#### 2", "2"),
             ("x.\n#### (1, 200)", "(1, 200)"),
-            ("the sign #### in a sentence", "the sign #### in a sentence"),
+            ("#### Solution\nIt is 4.\n#### 4", "4"),
+            ('["2 and 2.\\n#### 4"]', "4"),
+            (DEEP, DEEP),
             ('["\\\\frac{1}{2}"]', "\\frac{1}{2}"),
             ("[1, 2]", "[1, 2]"),
             ('["a" and "b"]', '["a" and "b"]'),
@@ -235,6 +241,12 @@ class TestAnswers:
         ("answer", "reason"),
         [
             ("It is so.\n####  ", "column 'answer' has nothing after '####'"),
+            ("#### Solution\nIt is 4.", MARK_ELSEWHERE),
+            ("It is so.\n\n  #### Final answer\n4", MARK_ELSEWHERE),
+            ("#### 4\nThis is even.", MARK_ELSEWHERE),
+            ("It is so.\n##### 4", MARK_ELSEWHERE),
+            ("the sign #### in a sentence", MARK_ELSEWHERE),
+            ('["the sign #### in a sentence"]', MARK_ELSEWHERE),
             ('["1", "2"]', "column 'answer' holds a list of 2 answers; write one answer a row"),
             (["4"], r"column 'answer' holds a list, not text; its one entry is the column 'answer\.0'"),
         ],
@@ -278,12 +290,34 @@ class TestIds:
             r"data\.columns\.id: 4 of 6 rows of .* have the id of an earlier row; the first is .*:3: id 'p1' is "
             r"already used at .*:1\. Set data\.columns\.id: null"
         )
-        with pytest.raises(UserError, match=message):
-            load(source)
+        for on_bad_row in ("error", "skip"):
+            with pytest.raises(UserError, match=message):
+                load(source, on_bad_row=on_bad_row)
         numbered = load(source, columns={"id": None})
         assert [one.id for one in numbered.problems] == [f"train:{number}" for number in range(1, 7)]
         assert numbered.notes == ()
-        assert [one.id for one in load(source, on_bad_row="skip").problems] == ["p1", "p2"]
+
+    def test_a_few_ids_repeat(self, file):
+        source = write(file, [row(1), row(2), row(3), row(2)])
+        with pytest.raises(UserError, match=r"train\.jsonl:4: id 'p2' is already used at .*:2; correct the row"):
+            load(source)
+        assert [one.id for one in load(source, on_bad_row="skip").problems] == ["p1", "p2", "p3"]
+
+    @pytest.mark.parametrize("numbers", [[1, 2], [1.0, 2.0]])
+    @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+    def test_ids_that_are_whole_numbers(self, tmp_path, name, numbers):
+        table = pd.DataFrame([row(n, id=id) for n, id in enumerate(numbers, start=1)])
+        if name == "rows.parquet":
+            table.to_parquet(tmp_path / name)
+        else:
+            write(tmp_path / name, table.to_dict("records"))
+        assert [one.id for one in load(tmp_path / name).problems] == ["1", "2"]
+
+    @pytest.mark.parametrize("number", [1.5, float("nan"), float("inf"), 1e300, True])
+    def test_ids_that_are_other_numbers(self, tmp_path, number):
+        pd.DataFrame([row(1, id=number)]).to_parquet(tmp_path / "rows.parquet")
+        with pytest.raises(UserError, match=r"column 'id' (holds|is)"):
+            load(tmp_path / "rows.parquet")
 
     def test_ids_that_are_null(self, file):
         source = write(file, [row(1, id=None), row(2, id=None)])

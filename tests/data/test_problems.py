@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.settings import EvaluationSettings
-from megatron_paint.data.problems import load_held_out
+from megatron_paint.config.settings import DataSettings, EvaluationSettings
+from megatron_paint.data.problems import load_held_out, load_problems
 from megatron_paint.grading.grade import Rules
 from megatron_paint.grading.grade import grade as real_grade
 from megatron_paint.records import Problem
@@ -268,6 +268,36 @@ class TestAnswers:
         with pytest.raises(UserError, match=message):
             load(write(file, rows), grade=grade)
         assert asked == [(solution, "0.5"), (solution, "3")]
+
+    def test_one_call_grades_all_rows_that_texts_do_not_decide(self, file):
+        """The pool is asked once. Notes and bad rows keep the order of the rows, and a bad row does not use its id."""
+        rows = [
+            row(1, answer="2.0"),
+            row(2, answer="5"),
+            row(3),
+            row(2),
+            row(4, answer=""),
+            row(5, solution="It is ten."),
+            row(6, answer="x"),
+        ]
+        calls = []
+
+        def grade(pairs):
+            calls.append(pairs)
+            return [Verdict({"2.0": "right", "5": "wrong", "x": "timeout"}[answer]) for _, answer in pairs]
+
+        settings = DataSettings(train=write(file, rows), problems_per_step=1, on_bad_row="skip")
+        problems = load_problems(settings, grade=grade)
+        solutions = {number: f"It is \\boxed{{{2 * number}}}." for number in (1, 2, 6)}
+        assert calls == [[(solutions[1], "2.0"), (solutions[2], "5"), (solutions[6], "x")]]
+        assert [problem.id for problem in problems.problems] == ["p1", "p3", "p2", "p5", "p6"]
+        assert problems.bad_rows == (
+            f"{file}:2: answer '5' differs from the solution's last box '4'",
+            f"{file}:5: column 'answer' is empty",
+        )
+        assert problems.notes[0] == (
+            f"{file}:7: the grader ran out of time comparing answer 'x' with box '12'; the row is kept"
+        )
 
     def test_a_missing_verdict_is_no_bad_row(self, file):
         problems = load(write(file, [row(answer="3")]), grade=lambda text, answer: Verdict("timeout"))

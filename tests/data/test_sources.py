@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import shutil
@@ -9,6 +10,8 @@ import subprocess
 import tracemalloc
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_paint.base.errors import UserError
@@ -26,6 +29,15 @@ LINES = json_lines(ROWS)
 
 def values(path, format="auto"):
     return [row.values for row in read_rows(str(path), format=format, split="train", setting="data.train")]
+
+
+ROLES = pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], names=["role", "role"])
+
+
+def parquet_of(table):
+    file = io.BytesIO()
+    pq.write_table(table, file)
+    return file.getvalue()
 
 
 class TestFormats:
@@ -172,6 +184,16 @@ FAULTS = {
     "columns in place of rows": ("a.json", TABLE.to_json().encode(), "one JSON object with .*orient='records'"),
     "lists in place of rows": ("a.json", json.dumps(TABLE.to_dict("list")).encode(), "one JSON object with .*"),
     "open quotation mark": ("a.csv", b'id,problem\n1,a\n2,"b\n3,c\n', "not valid CSV: .*the row that begins in line 3"),
+    "Parquet with a column twice": (
+        "a.parquet",
+        parquet_of(pa.table([["1"], ["2"]], names=["answer", "answer"])),
+        "its schema has 'answer' twice; rename one of the two columns",
+    ),
+    "Parquet with a field twice": (
+        "a.parquet",
+        parquet_of(pa.table({"turns": pa.ListArray.from_arrays([0, 1], ROLES)})),
+        r"its schema has 'turns\.role' twice; rename one of the two columns",
+    ),
     "header with a name twice": ("a.csv", b"id,id\n1,2\n", "its header has 'id' twice"),
 }
 
@@ -211,6 +233,51 @@ def test_one_line_in_another_encoding_is_a_bad_row(tmp_path):
     assert load(tmp_path / "a.jsonl", on_bad_row="skip").problems[0].problem == "caf\u00e9"
     with pytest.raises(UserError, match=r"a\.jsonl:2: not UTF-8: .* \(1 more bad row of 3\)"):
         load(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("layout", ["lines", "array"])
+def test_a_key_twice_is_a_bad_row(tmp_path, layout, inner):
+    """A parser takes the last value without a word."""
+    good, bad = json.dumps(row(1)), json.dumps(row(2))
+    bad = bad[:-1] + (', "more": [{"answer": 1, "answer": 2}]}' if inner else ', "answer": "5"}')
+    file = tmp_path / "a.json"
+    file.write_text(f"{good}\n{bad}\n" if layout == "lines" else f"[{good},\n{bad}]")
+    where = {"lines": ":2", "array": ": entry 2"}[layout]
+    with pytest.raises(UserError, match=rf"a\.json{where}: has the key 'answer' twice in one object; correct the row"):
+        load(file)
+    assert [one.id for one in load(file, on_bad_row="skip").problems] == ["p1"]
+
+
+@pytest.mark.parametrize("place", [7, 5000])
+def test_a_text_of_parquet_that_is_not_utf_8(tmp_path, place):
+    """Only in a column that is used, it makes a bad row. All 6000 rows come once and in order."""
+    others = [b"caf\xc3\xa9"] * 6000
+    others[place - 1] = b"caf\xe9"
+    table = pa.Table.from_pylist([row(number) for number in range(1, 6001)])
+    binary = pa.array(others, pa.binary())
+    text = pa.Array.from_buffers(pa.string(), len(binary), binary.buffers())  # unchecked
+    pq.write_table(table.append_column("source", text), tmp_path / "a.parquet", row_group_size=1000)
+    problems = load(tmp_path / "a.parquet").problems
+    assert [one.id for one in problems] == [f"p{number}" for number in range(1, 6001)]
+    with pytest.raises(UserError, match=rf"a\.parquet:{place}: a text of the row is not UTF-8"):
+        load(tmp_path / "a.parquet", columns={"answer": "source"})
+    assert len(load(tmp_path / "a.parquet", columns={"answer": "source"}, on_bad_row="skip")) == 5999
+
+
+@pytest.mark.parametrize("group", [7, 100, 300])
+def test_columns_of_parquet_that_are_not_used_are_read_for_messages_alone(tmp_path, group):
+    file = tmp_path / "a.parquet"
+    rows = [row(number, answer={"text": "4"}, more={"trace": "long"}) for number in range(300)]
+    pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=group)
+    found = read_rows(str(file), format="auto", split="", setting="data.train", needed=["answer.text", "id", "none"])
+    assert [one.values for one in found] == [
+        *rows[:100],
+        *({"id": f"p{number}", "answer": {"text": "4"}} for number in range(100, 300)),
+    ]
+    message = r"columns\.answer: no row .* The columns are answer\.text, id, more\.trace, problem, solution\."
+    with pytest.raises(UserError, match=message):
+        load(file, columns={"answer": "answer.txt"})
 
 
 def test_a_cut_last_line(tmp_path):

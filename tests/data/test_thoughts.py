@@ -1,4 +1,4 @@
-"""Thoughts: where a prompt ends, how a solution goes on from there, and no turn that ends inside a thought."""
+"""Thoughts: where a prompt ends, how a solution continues it, and that no turn ends inside a thought."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Dry runs on data as people publish it: what is accepted, and what is said about it."""
+"""Dry runs on data as people publish it: what is accepted, and what is printed about it."""
 
 import json
 import sys

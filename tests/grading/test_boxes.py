@@ -2,6 +2,7 @@ r"""The finder of \boxed{}: every closed box with its braces matched, and the la
 
 import pytest
 
+from megatron_paint.grading import boxes
 from megatron_paint.grading.boxes import box_spans, find_boxes, last_box, last_boxes
 
 
@@ -52,3 +53,31 @@ def test_boxes_inside_too_many_others_are_left_out():
 def test_a_line_break_before_the_word_is_no_box_of_an_answer():
     assert find_boxes(r"\\boxed{5}") == []
     assert [box.content for box in find_boxes(r"\\\boxed{5}")] == ["5"]
+
+
+def test_boxes_inside_boxes_are_scanned_a_fixed_number_of_times(monkeypatch):
+    """A scan for each level made the time quadratic."""
+    scanned = []
+
+    def counted(text, **options):
+        scanned.append(len(text))
+        return box_spans(text, **options)
+
+    monkeypatch.setattr(boxes, "box_spans", counted)
+    text = r"\boxed{ " * 2000 + "5" + " }" * 2000
+    assert last_boxes(text) == ["5"]
+    assert sum(scanned) <= 4 * len(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        (r"\boxed{ \fbox { \framebox{7} } }", "7"),
+        (r"\boxed{\boxed 5.}", "5"),
+        (r"\boxed{\boxed{}}", r"\boxed{}"),
+        (r"\boxed{\boxed{1}\boxed{2}}", r"\boxed{1}\boxed{2}"),
+        (r"\boxed{\boxed{\boxed{1}+2}}", r"\boxed{1}+2"),
+    ],
+)
+def test_boxes_around_the_complete_answer_are_removed(text, content):
+    assert last_box(text) == content

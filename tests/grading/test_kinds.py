@@ -20,6 +20,13 @@ from megatron_paint.grading.units import read_unit, split_unit
         ("miles per hour", (("length", 1), ("time", -1)), Fraction("1609.344") / 3600),
         ("m/s", (("length", 1), ("time", -1)), Fraction(1)),
         ("cents", (("dollar", 1),), Fraction(1, 100)),
+        ("kW", (("power", 1),), Fraction(1000)),
+        ("MHz", (("frequency", 1),), Fraction(10**6)),
+        ("milligrams", (("mass", 1),), Fraction(1, 1000)),
+        ("acres", (("length", 2),), Fraction("4046.8564224")),
+        ("cups", (("length", 3),), Fraction("0.0002365882365")),
+        ("liters per minute", (("length", 3), ("time", -1)), Fraction(1, 60000)),
+        ("M", None, Fraction(1)),
         ("apples", None, Fraction(1)),
     ],
 )
@@ -132,3 +139,22 @@ def test_the_decision_takes_linear_time(piece):
     for text in (piece * (2000 // len(piece)), "1" + piece * (1990 // len(piece)) + "!"):
         decide("x+2", text, precision=6)
     assert time.process_time() - start < 2.0
+
+
+def seconds_of(text):
+    start = time.process_time()
+    for _ in range(20):
+        join_thousands(text)
+    return time.process_time() - start
+
+
+@pytest.mark.parametrize("end", ["", "x"])
+def test_apostrophes_between_thousands_take_linear_time(end):
+    """A quadratic step takes 64 times the time for 8 times the length."""
+    short, long = (min(seconds_of("1" + "'234" * groups + end) for _ in range(3)) for groups in (500, 4000))
+    assert long < 24 * short
+
+
+@pytest.mark.parametrize(("text", "joined"), [("1'234'567", "1234567"), ("-1'234.50", "-1234.50"), ("f'(x)", "f'(x)")])
+def test_apostrophes_separate_thousands(text, joined):
+    assert join_thousands(text) == joined

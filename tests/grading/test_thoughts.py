@@ -4,7 +4,13 @@ import pytest
 
 from megatron_paint.config.load import settings_of
 from megatron_paint.grading.grade import GradingPool, Rules, grade
-from megatron_paint.grading.thoughts import answer_text, continued, opened_by_prompt, unfinished_thought
+from megatron_paint.grading.thoughts import (
+    answer_text,
+    continued,
+    ends_unbegun_thought,
+    opened_by_prompt,
+    unfinished_thought,
+)
 
 CUT = "<think>\nMaybe \\boxed{8}? Let me check again, since the"
 
@@ -60,5 +66,28 @@ def test_the_setting():
 def test_a_prompt_that_opens_the_thought():
     assert continued("assistant\n<think>\n", "\\boxed{8}") == "<think>\\boxed{8}"
     assert continued("<think>\n\n</think>\n\n", "\\boxed{8}") == "\\boxed{8}"
-    assert opened_by_prompt(["a", "b</think>c"])
-    assert not opened_by_prompt(["<think>b</think>c", "a"])
+
+
+@pytest.mark.parametrize(
+    ("finished", "unfinished", "opened"),
+    [
+        (["b</think>c"], ["a"], True),
+        (["b</think>c", "d</think>e", "a"], [], True),
+        (["b</think>c", "a"], [], False),  # half of the finished ones
+        (["a"], ["b</think>c", "b</think>c"], False),
+        (["b</think>c", "d</think>e", "<think>a</think>f"], [], False),
+        (["b</think>c"], ["<think>a"], False),
+        ([], ["a"], False),
+        ([], [], False),
+    ],
+)
+def test_recorded_responses_whose_prompts_opened_the_thought(finished, unfinished, opened):
+    assert opened_by_prompt([(text, True) for text in finished] + [(text, False) for text in unfinished]) == opened
+
+
+@pytest.mark.parametrize(
+    ("text", "unbegun"),
+    [("a</think>b", True), ("<think>a</think>b", False), ("a</think><think>b", True), ("<think>a", False), ("", False)],
+)
+def test_the_end_of_a_thought_that_the_response_never_began(text, unbegun):
+    assert ends_unbegun_thought(text) == unbegun

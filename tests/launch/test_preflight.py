@@ -11,15 +11,9 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.settings import (
-    DataSettings,
-    LoraSettings,
-    ModelSettings,
-    ObjectiveSettings,
-    RunSettings,
-    Settings,
-)
-from megatron_paint.config.settings import TeacherSettings as Teacher
+from megatron_paint.config.objective import ObjectiveSettings
+from megatron_paint.config.objective import TeacherSettings as Teacher
+from megatron_paint.config.settings import DataSettings, LoraSettings, ModelSettings, RunSettings, Settings
 from megatron_paint.launch.preflight import blame, clock, gpus, nvidia, packages, port, shared, space
 from megatron_paint.launch.preflight.collective import SumResult, bus_bandwidth
 from megatron_paint.launch.preflight.identity import find_node

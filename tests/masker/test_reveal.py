@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.base.keys import derive_key
-from megatron_paint.config.settings import RevealSettings
+from megatron_paint.config.objective import RevealSettings
 from megatron_paint.masker.overlap import MaskerPool, measure_overlap
 from megatron_paint.masker.reveal import inverted_share, limit_hidden, reveal_share, reveal_step
 from megatron_paint.records import Overlap, Problem, Reveal

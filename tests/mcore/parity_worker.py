@@ -8,18 +8,16 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
+from megatron_paint.config.objective import GrpoSettings, ObjectiveSettings, TeacherSettings
 from megatron_paint.config.settings import (
     DataSettings,
-    GrpoSettings,
     LoraSettings,
     MegatronSettings,
     ModelSettings,
-    ObjectiveSettings,
     OptimizerSettings,
     RolloutSettings,
     RunSettings,
     Settings,
-    TeacherSettings,
 )
 from megatron_paint.losses import InterpolationLossConfig
 from megatron_paint.losses.objectives import CrossEntropyLoss, DistillationLoss

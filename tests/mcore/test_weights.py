@@ -16,7 +16,7 @@ SIZES = {"small": {}, "wide": {"hidden_size": 64}, "padded": {"vocab_size": 256}
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """(models, output folder, what each rank was told by case)."""
+    """(models, output folder, what each rank reported, by case)."""
     models, checkpoints, out = (tmp_path_factory.mktemp(name) for name in ("models", "checkpoints", "out"))
     for name, sizes in SIZES.items():
         torch.manual_seed(3)

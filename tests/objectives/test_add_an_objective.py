@@ -41,7 +41,7 @@ def test_an_objective_touches_three_files_and_a_metric_two():
     metric = ["megatron_paint/objectives/best_of.py", "megatron_paint/objectives/metric_table.py"]
     assert [path for path in files if path != metric[1]] == [
         "megatron_paint/objectives/best_of.py",
-        "megatron_paint/config/settings.py",
+        "megatron_paint/config/objective.py",
         "megatron_paint/objectives/__init__.py",
     ]
     assert metric[1] in files

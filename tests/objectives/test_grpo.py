@@ -8,7 +8,7 @@ import torch
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import settings_of
-from megatron_paint.config.settings import GrpoSettings
+from megatron_paint.config.objective import GrpoSettings
 from megatron_paint.grading.grade import Grade, GradingPool, Rules
 from megatron_paint.losses import WholeVocab
 from megatron_paint.losses.interface import ResponseRows

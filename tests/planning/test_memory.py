@@ -172,6 +172,24 @@ def test_the_lines_compare_with_the_gpu(tmp_path):
     assert host.startswith("host       about 14.3 GB a rank and 46.6 GB on a node of 8 ranks")
 
 
+@pytest.mark.parametrize(
+    ("changes", "tokens"),
+    [
+        ([], "16,384 tokens; "),
+        (["rollout.max_new_tokens=16384"], "16,384 tokens; "),
+        (["rollout.max_new_tokens=20000"], "20,000 tokens (a response above data.micro_batch_tokens=16384 alone, "),
+        (["data.micro_batch_tokens=1000"], "1,024 tokens (a response above data.micro_batch_tokens=1000 alone, "),
+    ],
+)
+def test_the_step_line_has_the_tokens_that_the_estimate_counts(tmp_path, changes, tokens):
+    """The inputs of 36 recomputed layers, 4,096 numbers of 2 bytes at TP 2, and 128 float32 angles for each token."""
+    plan = plan_of(tmp_path, *changes)
+    (line,) = [line for line in plan.lines(plan.settings) if line.startswith("step ")]
+    assert f"micro-batches of at most {tokens}" in line
+    count = int(tokens.split()[0].replace(",", ""))
+    assert plan.memory.training.parts["inputs of recomputed layers"] == count * (36 * 4096 * 2 / 2 + 128 * 4)
+
+
 def test_the_memory_of_gpus_elsewhere_is_not_known(tmp_path):
     lines = plan_of(tmp_path, on_gpu_nodes=True).memory_lines()
     assert "the larger peak is 15.5 GB" in lines[2]

@@ -21,7 +21,7 @@ SPOILT = "tests.reliability.spoilt"
 
 
 def train(trained, folder, *arguments, target=None, **how):
-    """A run in a folder of its own, evaluation left out."""
+    """A run in a separate folder, without evaluation."""
     arguments = (f"run.dir={folder / 'run'}", "evaluation.problems=null", "run.resume=auto", *arguments)
     if target is None:
         return forked_ranks.train(folder, trained.settings, *arguments, **how)

@@ -14,7 +14,7 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.run.lock import RunLock
 from megatron_paint.run.lock_watch import Timing
 
-TIMING = Timing(renew=0.1, look=0.5, limit=1.5)
+TIMING = Timing(renew=0.1, look=0.5, limit=1.5, completing=3.0, poll=0.05)
 
 
 def note(journal: Path, text: str) -> None:

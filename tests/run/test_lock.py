@@ -18,7 +18,7 @@ import pytest
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.run.lock import RunLock, locked
-from megatron_paint.run.lock_owner import from_text, job_has_ended, process_state, this_process, to_text
+from megatron_paint.run.lock_owner import from_text, process_state, this_process, to_text
 from megatron_paint.run.lock_watch import LOCK, Timing, refuse_if_in_use
 from tests.run.lock_racer import TIMING
 
@@ -113,6 +113,15 @@ def test_a_process_id_that_another_process_has_now(tmp_path):
     assert "its process is gone" in RunLock(tmp_path).take()
 
 
+def test_equal_host_names_say_nothing_where_the_kernel_names_no_boot(tmp_path, monkeypatch):
+    """The owner may be a process of another host with the same name, so its process id says nothing here."""
+    monkeypatch.setattr("megatron_paint.run.lock_owner.BOOT", tmp_path / "missing")
+    owner = dead_process()
+    assert this_process().machine == owner.machine == ""
+    assert process_state(owner) == "unknown"
+    assert process_state(dataclasses.replace(owner, machine=socket.gethostname())) == "unknown"
+
+
 def test_a_zombie_is_gone():
     child = subprocess.Popen([sys.executable, "-c", ""])
     owner = dataclasses.replace(this_process(), pid=child.pid, started=None)
@@ -177,13 +186,13 @@ def test_a_lock_that_a_user_has_removed(tmp_path):
 # Other machines
 
 
-def beating(path):
-    """A function that stops the heartbeats which it has begun to write."""
+def beating(path, *, behind=0.0):
+    """A function that stops the heartbeats which it has begun to write. behind: seconds of their clock."""
     ended = threading.Event()
 
     def beat():
         while not ended.wait(TIMING.renew):
-            os.utime(path)
+            os.utime(path, (time.time() - behind,) * 2)
 
     thread = threading.Thread(target=beat)
     thread.start()
@@ -220,68 +229,6 @@ def test_an_old_heartbeat_is_looked_at_before_it_counts(tmp_path):
             RunLock(tmp_path, timing=TIMING).take()
     finally:
         stop()
-
-
-JOB = {"SLURM_CLUSTER_NAME": "c", "SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "1"}
-
-
-def test_a_requeued_job_takes_over_from_its_dead_node_at_once(tmp_path, monkeypatch):
-    for name, value in JOB.items():
-        monkeypatch.setenv(name, value)
-    left_by(tmp_path, elsewhere(cluster="c", job="77", restart=0), age=30.0)
-    lock = RunLock(tmp_path)
-    started = time.monotonic()
-    line = lock.take()
-    assert time.monotonic() - started < 5.0
-    assert "process 4321 on node7, Slurm job 77: Slurm has ended its job" in line
-    lock.release()
-
-
-@pytest.mark.parametrize(
-    ("changes", "squeue", "ended"),
-    [
-        ({"job": "77", "restart": 0}, None, True),
-        ({"job": "77", "restart": 1}, None, False),
-        ({"job": "77", "restart": 2}, None, False),
-        ({"job": "77", "restart": 0, "cluster": "other"}, None, False),
-        ({"job": "76"}, "echo COMPLETED", True),
-        ({"job": "76"}, "echo PENDING", True),
-        ({"job": "76"}, "echo RUNNING", False),
-        ({"job": "76"}, "echo NODE_FAIL", True),
-        ({"job": "76"}, "echo slurm_load_jobs error: Invalid job id specified >&2; exit 1", True),
-        ({"job": "76"}, "echo slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1", False),
-        ({"job": "76"}, None, False),
-        ({"job": "76", "cluster": ""}, "echo COMPLETED", False),
-        ({"job": ""}, "echo COMPLETED", False),
-    ],
-)
-def test_what_slurm_knows_of_a_job(tmp_path, monkeypatch, changes, squeue, ended):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    if squeue is not None:
-        (tmp_path / "squeue").write_text(f"#!/bin/sh\n{squeue}\n")
-        (tmp_path / "squeue").chmod(0o755)
-    owner = elsewhere(**({"cluster": "c", "restart": 0} | changes))
-    assert job_has_ended(owner, JOB) == ended
-
-
-def test_a_process_whose_job_slurm_has_restarted_elsewhere_ends(tmp_path, monkeypatch):
-    """Its node was cut off from Slurm and not from the disk. It notices before the new owner writes anything."""
-    messages = []
-    old = RunLock(tmp_path, timing=TIMING, owner=dataclasses.replace(this_process(), cluster="c", job="77"))
-    old.take(on_lost=messages.append)
-    for name, value in JOB.items():
-        monkeypatch.setenv(name, value)
-    new = RunLock(tmp_path, timing=TIMING)
-    assert "the process that still runs will end" in new.take()
-    assert len(messages) == 1
-    assert "was taken over by process" in messages[0]
-    assert old.is_lost
-    with pytest.raises(UserError, match="was taken over"):
-        old.confirm()
-    old.release()
-    new.confirm()
-    new.release()
-    assert names(tmp_path) == []
 
 
 # Many processes
@@ -381,6 +328,37 @@ def test_takers_that_are_killed_at_any_moment(tmp_path):
         lock.release()
         assert not (folder / LOCK).exists()
     assert owners
+
+
+@pytest.mark.parametrize("moment", ["after the other has the lock", "before the other has the lock"])
+def test_a_taker_that_is_suspended_does_not_replace_a_newer_lock(tmp_path, monkeypatch, moment):
+    """It continues in the rename, when another process has taken its `.next` file over."""
+    left_by(tmp_path, dead_process())
+    slow, fast = RunLock(tmp_path, timing=TIMING, owner=elsewhere()), RunLock(tmp_path, timing=TIMING)
+    other = threading.Thread(target=fast.take, daemon=True)
+    at_rename, continues, replace = threading.Event(), threading.Event(), os.replace
+
+    def suspended(source, target):
+        """The other process takes the lock in the first call, which is the slow one's."""
+        if target == tmp_path / LOCK and threading.current_thread() is other:
+            at_rename.set()
+            if moment.startswith("before"):
+                continues.wait()
+        elif target == tmp_path / LOCK:
+            other.start()
+            at_rename.wait()
+            if moment.startswith("after"):
+                other.join()
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", suspended)
+    with pytest.raises(UserError, match=f"process {os.getpid()} on {socket.gethostname()} owns it"):
+        slow.take()
+    continues.set()
+    other.join()
+    fast.confirm()
+    assert names(tmp_path) == [LOCK]
+    fast.release()
 
 
 def test_what_the_dead_have_left_is_removed_some_time_later(tmp_path):

@@ -1,4 +1,4 @@
-"""The lock of a run folder on a disk that hosts share. Each host has a name, a network and process ids of its own."""
+"""The lock of a run folder on a disk that hosts share. Each host has a separate name, network and process ids."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def unshared(host, *command):
-    """A command on a host of its own."""
+    """A command on a separate host."""
     return [
         *("unshare", "--user", "--map-root-user", "--uts", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"),
         *("sh", "-c", 'hostname "$0" && exec "$@"', host, *map(str, command)),
@@ -29,7 +29,7 @@ def why_no_hosts():
         done = subprocess.run(unshared("node1", "hostname"), capture_output=True, text=True, timeout=30)
     except OSError as error:
         return str(error)
-    return "" if done.stdout.strip() == "node1" else done.stderr.strip() or "hosts have no names of their own"
+    return "" if done.stdout.strip() == "node1" else done.stderr.strip() or "hosts have no separate names"
 
 
 @pytest.fixture(scope="module")

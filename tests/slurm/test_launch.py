@@ -43,6 +43,9 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "open.env").write_text("A=1\n")
     (tmp_path / "open.env").chmod(0o644)
     (tmp_path / "wrong.sh").write_text("module load cuda\nif then\n")
+    (tmp_path / "open_document.sh").write_text("true\ncat <<EOF\nhello\n")
+    (tmp_path / "joins.sh").write_text("echo \\")
+    (tmp_path / "joins_empty.sh").write_text("echo \\\\\\\n\n")
     return tmp_path
 
 
@@ -124,6 +127,12 @@ REFUSALS = [
     (["--nodes=1", "--comment=a\n#SBATCH --nice"], "--comment='a\\n#SBATCH --nice' must be letters"),
     (["--nodes=1", "--prologue=none.sh"], "--prologue=none.sh cannot be read"),
     (["--nodes=1", "--prologue=wrong.sh"], "--prologue=wrong.sh is not valid for bash: line 2: "),
+    (
+        ["--nodes=1", "--prologue=open_document.sh"],
+        "here-document at line 2 delimited by end-of-file (wanted `EOF')",
+    ),
+    (["--nodes=1", "--prologue=joins.sh"], "--prologue=joins.sh ends in a backslash"),
+    (["--nodes=1", "--prologue=joins_empty.sh"], "--prologue=joins_empty.sh ends in a backslash"),
     (["--nodes=1", "--template=none.jinja"], "--template=none.jinja does not exist"),
     (["--nodes=1", "--gpu-memory=much"], "--gpu-memory='much' must be the memory of one GPU"),
     (["--nodes=1", "--mem=much"], "--mem='much' must be"),
@@ -147,6 +156,7 @@ REFUSALS = [
     (["--nodes=1", "run.dir=a%b"], "run.dir='a%b' contains one of"),
     (["--nodes=1", 'run.dir=a"b'], "run.dir='a\"b' contains one of"),
     (["--nodes=1", "model.hf_path=a\nb"], "must be one line of text"),
+    (["--nodes=1", "--copy-code", "run.dir=a:b"], "/a:b/logs/launch/code-"),
     (["--nodes=1", "optimizer.rl=1"], "unknown setting optimizer.rl"),
     (["--nodes=1", "--nice=3"], "unknown argument '--nice=3'"),
 ]
@@ -242,6 +252,22 @@ def test_a_copy_of_the_code_runs_in_place_of_the_package(place):
     assert code.stat().st_mtime_ns == before
 
 
+def test_a_colon_in_the_run_folder_is_refused_only_for_a_copy_of_the_code(place, capsys):
+    assert launch(*CPU, "--copy-code", "run.dir=a:b", "--dry-run") == 2
+    assert "give a run.dir whose complete path has no `:`, or leave out --copy-code" in capsys.readouterr().err
+    assert launch(*CPU, "run.dir=a:b", "--dry-run") == 0
+
+
+@pytest.mark.parametrize("check", ["--no-check", None])
+def test_a_line_break_in_the_models_folder_is_refused(place, capsys, check):
+    """It would add a command to the script, whose comments name the folder."""
+    text = (place / "s.yaml").read_text()
+    (place / "s.yaml").write_text(text.replace("hf_path: model", r'hf_path: "gone\ntouch X"'))
+    assert main(["launch", "slurm", "s.yaml", *CPU, "--dry-run", *([check] if check else [])]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert r"model.hf_path='gone\ntouch X' must be one line of text without control characters" in line
+
+
 def test_a_tensor_parallel_group_on_two_nodes_is_refused(place, capsys):
     wide = ["--nodes=4", "--gpus-per-node=6", "megatron.tensor_model_parallel_size=4", "--dry-run"]
     assert launch(*wide) == 2
@@ -329,6 +355,7 @@ def test_a_template_of_the_users(place, capsys):
         ("#!/bin/bash\n{% if %}\n", "own.jinja, line 2: Expected an expression"),
         ("#!/bin/bash\n{{ nodse }}\n", "own.jinja: 'nodse' is undefined"),
         ("#!/bin/bash\nif true\n", "own.jinja: the script is not valid for bash: line"),
+        ("#!/bin/bash\ncat <<EOF\n", "own.jinja: the script is not valid for bash: line "),
         ("echo\n", "own.jinja: its first line is not #!/bin/bash"),
         ("#!/bin/bash\n{% include 'none' %}\n", "own.jinja: 'none' not found"),
     ],

@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 
 from megatron_paint.base.errors import UserError
+from megatron_paint.cli.main import parse
+from megatron_paint.config.settings import RunSettings
+from megatron_paint.launch.slurm.options import make_options
+from megatron_paint.launch.slurm.rendering import render
 from megatron_paint.run.folder import RunFolder
 from tests.slurm.fake_job import RECORD, FakeJob
 from tests.slurm.scripts import (
@@ -79,6 +83,18 @@ def test_values_of_variables_are_nowhere():
 
 
 NASTY = """a  b; it's "so" $(touch pwned)`touch pwned`; touch pwned & | > pwned < * ? ~ # !x \\ ${HOME}"""
+
+
+def test_comments_are_one_line():
+    """bash would run what follows a line break."""
+    given = parse(["launch", "slurm", "paint.yaml", *TRAIN, "--venv=.venv"])
+    options = make_options(given, run=RunSettings(dir="runs/paint"), environ=ENVIRON)
+    of_run = {"settings_file": "paint.yaml", "overrides": [], "run_dir": "runs/paint"}
+    text = render(options, **of_run, title="a\ntouch title", plan=["step  é", "model  b\ntouch plan\r\x1b"])
+    assert [line for line in text.splitlines() if "touch" in line or "é" in line] == [
+        r"# a\ntouch title on 2 x 2 processes, written by `megatron-paint launch slurm`; see docs/slurm.md.",
+        *("# step  é", r"# model  b\ntouch plan\r\x1b"),
+    ]
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "srun"])
@@ -367,92 +383,3 @@ def test_ranks_that_do_not_listen_yet_are_signalled_again(tmp_path, launcher):
     status, output = signalled(fake, text, training, signal.SIGUSR1, deaf=True)
     assert (status, "attempt: next exit status 0, step 7" in output) == (0, True), output
     assert set(map(tuple, fake.called("sleep"))) == {("15",)}
-
-
-def test_file_of_variables(tmp_path):
-    """Its values reach training and no argument, script or record; a file that others can read is refused."""
-    fake = FakeJob(tmp_path)
-    file = fake.folder / "secrets.env"
-    file.write_text("HF_TOKEN='hf do not tell'\n")
-    file.chmod(0o600)
-    os.chdir(fake.folder)
-    text = script(*TRAIN, "--env-file=secrets.env")
-    status, output = fake.job(text, "checkpoint=1 exit=1")
-    assert (status, "hello from training hf do not tell\n" in output) == (0, True)
-    assert "hf do not tell" not in text + (fake.fakes / "calls").read_text() + (fake.run / "attempts.jsonl").read_text()
-    file.chmod(0o640)
-    status, output = fake.job(text, "exit=0")
-    assert (status, output) == (2, "./secrets.env can be read or written by other users: run chmod 600 ./secrets.env\n")
-
-
-PRINTS = ("CUDA_DEVICE_MAX_CONNECTIONS", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "HF_HOME", "HF_HUB_CACHE")
-
-
-def variables_of(fake: FakeJob, text: str, **environ: str) -> dict[str, str]:
-    """What a rank finds in its environment."""
-    python = fake.folder / ".venv/bin/python"
-    prints = "".join(f"print('{name}=' + os.environ.get('{name}', ''), flush=True)\n" for name in PRINTS)
-    python.write_text(python.read_text().replace('print("hello', f'{prints}print("hello'))
-    status, output = fake.job(text, "exit=1", **environ)
-    assert status == 0, output
-    pairs = [line.partition("=") for line in output.splitlines()]
-    return {name: value for name, _, value in pairs if name in PRINTS}
-
-
-@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
-def test_caches_are_on_the_node_and_downloads_where_they_were(tmp_path, launcher):
-    fake = FakeJob(tmp_path)
-    found = variables_of(fake, script(*TRAIN, "--no-preflight", f"--launcher={launcher}"))
-    node = fake.folder / "node" / f"megatron_paint-{os.getuid()}"
-    assert found == {
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        "TRITON_CACHE_DIR": f"{node}/triton",
-        "TORCHINDUCTOR_CACHE_DIR": f"{node}/inductor",
-        "HF_HOME": f"{node}/huggingface",
-        "HF_HUB_CACHE": f"{fake.folder}/.cache/huggingface/hub",
-    }
-    assert node.stat().st_mode & 0o777 == 0o700  # others on the node must not place kernels there
-
-
-def test_a_node_without_a_place_for_caches_is_no_error(tmp_path):
-    fake = FakeJob(tmp_path)
-    (fake.folder / "node").rmdir()
-    (fake.folder / "node").touch()
-    found = variables_of(fake, script(*TRAIN, "--no-preflight"))
-    assert {found[name] for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "HF_HOME")} == {""}
-
-
-def test_variables_of_the_users_win(tmp_path):
-    fake = FakeJob(tmp_path)
-    text = script(*TRAIN, "--no-preflight", "--env=CUDA_DEVICE_MAX_CONNECTIONS")
-    given = {"CUDA_DEVICE_MAX_CONNECTIONS": "8", "TRITON_CACHE_DIR": "/t", "HF_HOME": "/h"}
-    found = variables_of(fake, text, **given)
-    assert {name: found[name] for name in given} == given
-    assert found["HF_HUB_CACHE"] == ""
-
-
-def test_the_prologue_runs_before_everything_else(tmp_path):
-    """With unset variables allowed, as the shell functions of clusters need it; it cannot switch the checks off."""
-    fake = FakeJob(tmp_path)
-    file = fake.folder / "prologue.sh"
-    file.write_text("set +e\necho prologue of $NOT_SET $SLURM_JOB_ID\nexport HF_TOKEN=from_prologue")
-    text = script(*TRAIN, f"--prologue={file}", "--no-preflight")
-    status, output = fake.job(text, "exit=1")
-    assert (status, output.splitlines()[0]) == (0, "prologue of 1234")
-    assert "hello from training from_prologue\n" in output
-    assert "\nset -euo pipefail\n\nexport OMP_NUM_THREADS" in text
-    file.write_text("false\n")
-    assert fake.job(script(*TRAIN, f"--prologue={file}"), "exit=1")[0] == 1
-
-
-def test_modules_are_loaded_first(tmp_path):
-    fake = FakeJob(tmp_path)
-    fake.job(script(*TRAIN, "--module=cuda/12.8", "--module=gcc/13", "--no-preflight"), "exit=1")
-    assert fake.calls()[:2] == [["module", "load", "cuda/12.8"], ["module", "load", "gcc/13"]]
-
-
-@pytest.fixture(autouse=True)
-def _stay_here():
-    before = Path.cwd()
-    yield
-    os.chdir(before)

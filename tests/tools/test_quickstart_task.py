@@ -92,9 +92,10 @@ def test_no_held_out_problem_is_a_training_problem():
 
 def test_the_problem_files_load_with_every_answer_checked(settings, monkeypatch):
     monkeypatch.chdir(ROOT)
-    from megatron_paint.grading.grade import grade
+    from megatron_paint.grading.grade import GradingPool
 
-    assert len(load_problems(settings.data, grade=grade)) == len(records("train.jsonl"))
+    with GradingPool() as graders:
+        assert len(load_problems(settings.data, grade=graders.grade)) == len(records("train.jsonl"))
     assert len(load_held_out(settings.evaluation).problems) == len(records("held_out.jsonl"))
 
 

@@ -1,6 +1,12 @@
-"""The options for Slurm. The checks ensure that no value in the script can break or extend the script."""
+"""The options for Slurm.
+
+The checks ensure that no value in the script can break the script or add a line to it. rendering.py writes each comment
+on one line. Only --prologue and --template add commands of the user. Those commands must be complete, so that they do
+not swallow the lines that follow.
+"""
 
 import argparse
+import os
 import re
 import stat
 import subprocess
@@ -316,7 +322,7 @@ def _check_gres(gres: str, gpus_per_node: int) -> None:
 
 
 def _prologue(path: str | None) -> str | None:
-    """The commands in a prologue, which become a part of the script. UserError: bash cannot read them."""
+    """The commands in a prologue, which become a part of the script. UserError: they are not valid or not complete."""
     if path is None:
         return None
     try:
@@ -324,16 +330,25 @@ def _prologue(path: str | None) -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prologue={path} cannot be read ({error}): give a file of shell commands") from None
     check_shell(text, f"--prologue={path}")
+    last = text.rstrip("\n")
+    if (len(last) - len(last.rstrip("\\"))) % 2:
+        raise UserError(
+            f"--prologue={path} ends in a backslash, which would join its last line and the next line of the script: "
+            "remove the backslash, or add the missing line"
+        )
     return text if text.endswith("\n") else f"{text}\n"
 
 
 def check_shell(text: str, what: str) -> None:
-    """UserError where bash reports a syntax error."""
+    """UserError where bash reports a syntax error, or warns, as of a here-document without an end."""
     if "\0" in text:
         raise UserError(f"{what} contains a NUL character: give shell commands as text")
-    checked = subprocess.run(["bash", "-n", "-s"], input=text, capture_output=True, text=True)
-    if checked.returncode:
-        first = checked.stderr.strip().splitlines()[0].removeprefix("bash: ") if checked.stderr.strip() else "unknown"
+    # Other variables could add messages, such as a language that this machine does not have.
+    environ = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
+    checked = subprocess.run(["bash", "-n", "-s"], input=text.encode(), capture_output=True, env=environ)
+    said = checked.stderr.decode(errors="replace").strip()
+    if checked.returncode or said:
+        first = said.splitlines()[0].removeprefix("bash: ") if said else "unknown"
         raise UserError(f"{what} is not valid for bash: {first}")
 
 

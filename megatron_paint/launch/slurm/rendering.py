@@ -38,12 +38,12 @@ def render(
         keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.filters.update(quote=shlex.quote, path=_path, line=lambda text: " ".join(text.split()))
+    environment.filters.update(quote=shlex.quote, path=_path, line=_one_line)
     values = dict(
         as_dict(options),
         settings_file=settings_file,
         title=title or settings_file,
-        plan=plan,
+        plan=[_one_line(line) for line in plan],
         code=code,
         run=run_dir,
         ports=PORTS,
@@ -131,6 +131,11 @@ def _in_container(options: SlurmOptions) -> str:
 def _escape(text: str) -> str:
     """For use between double quotes."""
     return re.sub(r'(["$`\\])', r"\\\1", text)
+
+
+def _one_line(text: str) -> str:
+    """For a comment: a line break would end the comment, so each character that is not printable is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _plain_path(path: str) -> str:

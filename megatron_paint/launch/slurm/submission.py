@@ -39,18 +39,23 @@ def launch(given: argparse.Namespace, *, check_inputs: Check) -> int:
     sbatch refuses.
     """
     asked = load_settings(given.config, [*given.overrides, RESUME])
+    texts = [
+        ("", str(given.config)),
+        *(("", text) for text in given.overrides),
+        ("model.hf_path=", asked.model.hf_path),
+    ]
+    for what, text in texts:
+        if not text.isprintable():
+            raise UserError(f"{what}{text!r} must be one line of text without control characters")
     settings = with_local_model(asked) if given.check else asked
     check_run_dir(settings.run.dir)
-    for text in (str(given.config), *given.overrides):
-        if not text.isprintable():
-            raise UserError(f"{text!r} must be one line of text without control characters")
     options = make_options(given, run=settings.run, environ=os.environ)
     plan = _visible_plan(settings, options, is_checked=given.check)
     RunFolder(settings.run.dir).check(settings)
     notes = _check(settings, plan, check_inputs) if given.check else ()
     source, overrides = str(given.config), given.overrides
     copy, text = settings_copy(asked, source=source, overrides=overrides)
-    code = code_folder(settings.run.dir) if options.copy_code else None
+    code = _searchable(code_folder(settings.run.dir)) if options.copy_code else None
     script = render(
         options,
         settings_file=copy if options.copy_settings else source,
@@ -129,6 +134,16 @@ def _plan_lines(plan: Plan | None, settings: Settings) -> list[str]:
     of_this_machine = ("layers ", "loss ")
     lines = [line for line in plan.lines(settings) if not line.startswith(of_this_machine)]
     return [*lines, *(f"warning: {warning}" for warning in plan.warnings())]
+
+
+def _searchable(code: Path) -> Path:
+    """The folder of the copied code. UserError: Python would not find the folder, and would use other code."""
+    if ":" in str(code):
+        raise UserError(
+            f"--copy-code puts the copy into {code}, and Python splits its search path at each `:`, so the jobs would "
+            "use other code: give a run.dir whose complete path has no `:`, or leave out --copy-code"
+        )
+    return code
 
 
 def _submit_all(command: list[str], options: SlurmOptions, settings: Settings) -> list[str]:
