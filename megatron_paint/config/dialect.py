@@ -14,6 +14,7 @@ CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
 OURS = "ours"
 PAINT = "PAINT, arXiv 2604.26573"
 OPSD = "OPSD, arXiv 2601.18734"
+PW_OPSD = "PW-OPSD, arXiv 2605.21606"
 OPSD_GRPO = "the GRPO baseline of OPSD, arXiv 2601.18734"
 ADAMW = "AdamW's usual value"
 MEGATRON = "Megatron-Core's name and default"

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.dialect import OPSD, PAINT, Number, Positive, setting, settings_class
+from megatron_paint.config.dialect import OPSD, PAINT, PW_OPSD, Number, Positive, setting, settings_class
 from megatron_paint.config.mistakes import check_fields
 
 SECTION = "objective.loss"  # the dotted key of this section in a settings file, which all its messages name
@@ -17,6 +17,7 @@ Mismatch = Literal["absolute", "teacher_minus_student", "student_minus_teacher"]
 Elsewhere = Literal["teacher", "skip"]
 Control = Literal["none", "reweight"]
 ClipRule = Literal["entry", "token"]
+TokenWeight = Literal["uniform", "position", "divergence"]
 Kernel = Literal["auto", "torch", "triton"]
 
 
@@ -122,6 +123,30 @@ class InterpolationLossConfig:
     control: Annotated[
         Control, setting("reweight: no mixed target, but 1 - weight times the loss at selected tokens")
     ] = "none"
+    token_weight: Annotated[
+        TokenWeight,
+        setting(
+            "weight of a token in the loss; position: smaller at the start of a response; divergence: smaller where "
+            "neither the token nor what follows it diverges more than the response's mean",
+            source=f"position: {PW_OPSD}; divergence: ours, after DASH, arXiv 2608.06243",
+        ),
+    ] = "uniform"
+    token_weight_minimum: Annotated[
+        Number, setting("the smallest weight that token_weight gives; the largest is 1", source=PW_OPSD, ge=0, le=1)
+    ] = 0.25
+    position_center: Annotated[
+        Number,
+        setting("share of a response before which the weights of token_weight=position are small", source=PW_OPSD),
+    ] = 0.30
+    position_width: Annotated[
+        Positive, setting("share of a response over which the weights of token_weight=position grow", source=PW_OPSD)
+    ] = 0.10
+    divergence_width: Annotated[
+        Positive,
+        setting(
+            "difference from the mean divergence, in means, over which the weights of token_weight=divergence grow"
+        ),
+    ] = 0.5
 
     def __post_init__(self) -> None:
         check_fields(self, SECTION)

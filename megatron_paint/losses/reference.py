@@ -16,6 +16,7 @@ from megatron_paint.losses.elementwise.divergences import divergence_of
 from megatron_paint.losses.elementwise.support import support_floor
 from megatron_paint.losses.output import InterpolationOutput
 from megatron_paint.losses.selection import select_positions
+from megatron_paint.losses.token_weights import token_weights
 from megatron_paint.losses.vocab import VocabAxis, WholeVocab
 
 # Replaces the logit -inf: its exponential is 0, and its differences and products remain finite.
@@ -42,7 +43,8 @@ def interpolation_loss(
     Logits [T, V] before the temperature, any floating point type; -inf masks an entry. initial_logits_TV: those of the
     initial weights on the student's prompt, for support="initial" and partner="initial". lengths: tokens of each
     rollout, in row order. rollout_keys: one int per rollout, for positions="random". token_weight_T [T] multiplies
-    loss_T. token_ids_T [T], token_temperature (None: the loss temperature): for token_logp_T.
+    loss_T, beside the weights of config.token_weight. token_ids_T [T], token_temperature (None: the loss temperature):
+    for token_logp_T.
     Only student_logits_TV gets a gradient, and only as the student: not as a partner and not from measurements.
     Raises ValueError for arguments that do not fit together.
     """
@@ -95,6 +97,7 @@ def interpolation_loss(
         loss_T = torch.where(above_T, config.clip * (1.0 + (loss_T.clamp(min=config.clip) / config.clip).log()), loss_T)
         clipped_share_T = 1.0 - config.clip / divergence_T.clamp(min=config.clip)
         clipped_entries_T = above_T.long()
+    scale_T = scale_T * token_weights(divergence_T, lengths, config, like=scale_T)
     return InterpolationOutput(
         loss_T=loss_T * scale_T,
         student_entropy_T=student_entropy_T,

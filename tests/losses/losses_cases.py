@@ -94,6 +94,7 @@ def _cases() -> list[Case]:
         Case(name="cold", settings={"temperature": 0.5}, token_temperature=1.2, chunk_tokens=6),
         Case(name="own-teacher-weight", settings={"clip": 0.05}, own_teacher_weight=True, chunk_tokens=6),
         *_support_cases(divergences),
+        *_token_weight_cases(divergences),
     ]
 
 
@@ -132,6 +133,21 @@ def _support_cases(divergences: dict[str, dict]) -> list[Case]:
     return [*cases, Case(name="jsd-support-token-clip", settings=token, chunk_tokens=6, token_temperature=0.7)]
 
 
+def _token_weight_cases(divergences: dict[str, dict]) -> list[Case]:
+    """Weights of tokens by place and by divergence, beside given weights and all that also scales a token's loss."""
+    cases = []
+    for kind in ("position", "divergence"):
+        for name, settings in divergences.items():
+            settings = settings | {"token_weight": kind, "position_center": 0.5, "token_weight_minimum": 0.1}
+            cases.append(Case(name=f"{name}-weight-{kind}", settings=settings))
+            cases.append(Case(name=f"{name}-weight-{kind}-cut", settings=settings, chunk_tokens=6, weights=True))
+        more = {"token_weight": kind, "fraction": 0.7, "elsewhere": "skip", "control": "reweight", "weight": 0.4}
+        cases.append(Case(name=f"forward-weight-{kind}-cut-most-skip-reweight", settings=more, chunk_tokens=6))
+        more = {"token_weight": kind, "support": "initial", "clip": 0.2, "clip_rule": "token"}
+        cases.append(Case(name=f"forward-weight-{kind}-support-token-clip", settings=more, valid_size=30))
+    return cases
+
+
 # Token log-probabilities depend on the chunks, the vocabulary and the temperature alone.
 LOGPROB_CASES = ("forward", "forward-cut", "forward-padded", "forward-skewed", "one-token-chunks", "hot", "cold")
 TRITON_CASES = (
@@ -157,6 +173,7 @@ TRITON_CASES = (
     "clipped-support-cut-partner-initial",
     "jsd-support-cut-full-teacher",
     "jsd-support-token-clip",
+    "forward-weight-divergence-cut",
 )
 CASES = {case.name: case for case in _cases()}
 

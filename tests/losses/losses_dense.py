@@ -63,6 +63,8 @@ def dense_loss(
     if config.elsewhere == "skip":
         factor_T[~selected_T] = 0.0
     factor_T = factor_T if weight_T is None else factor_T * weight_T
+    if config.token_weight != "uniform":
+        factor_T = factor_T * torch.from_numpy(dense_token_weights(divergence_T.numpy(), lengths, config))
     return SimpleNamespace(
         loss_T=loss_T * factor_T,
         student_entropy_T=student_entropy_T,
@@ -75,6 +77,32 @@ def dense_loss(
         outside_mass_T=outside_mass_T,
         support_size_T=support_size_T,
     )
+
+
+def dense_token_weights(divergence, lengths, config):
+    """The weight of each token as a numpy array, one rollout and one token at a time."""
+    weights, start = [], 0
+    smallest = config.token_weight_minimum
+
+    def squash(value):
+        return smallest + (1.0 - smallest) / (1.0 + math.exp(-value))
+
+    for length in lengths:
+        values = [float(value) for value in divergence[start : start + length]]
+        start += length
+        if config.token_weight == "position":
+            places = [(index + 0.5) / length for index in range(length)]
+            weights += [squash((place - config.position_center) / config.position_width) for place in places]
+            continue
+        assert config.token_weight == "divergence"
+        mean = sum(values) / max(length, 1)
+        credits = {}
+        for index in reversed(range(length)):
+            gate = 1.0 / (1.0 + math.exp(-(values[index] - mean) / (config.divergence_width * mean)))
+            following = credits.get(index + 1, values[index])
+            credits[index] = gate * values[index] + (1.0 - gate) * following
+        weights += [squash((credits[index] - mean) / (config.divergence_width * mean)) for index in range(length)]
+    return np.array(weights)
 
 
 def dense_entropy(logits_TV):

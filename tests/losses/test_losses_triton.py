@@ -21,7 +21,16 @@ pytest.importorskip("triton", reason="Triton is not installed")
 HERE = Path(__file__).parent
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 OPTIONS = options(clip=0.05)
-SHARDED = ("forward-padded", "forward-skewed", "forward", "cold", "clipped-cut-skip", "jsd-cut-full-teacher")
+SHARDED = (
+    "forward-padded",
+    "forward-skewed",
+    "forward",
+    "cold",
+    "clipped-cut-skip",
+    "jsd-cut-full-teacher",
+    "forward-support-cut-student-partner-initial",
+    "jsd-support-padded",
+)
 
 
 def _runs(short: list[str], more: list[str] = ()) -> pytest.MarkDecorator:
