@@ -96,6 +96,9 @@ def dense_token_weights(divergence, lengths, config):
             continue
         assert config.token_weight == "divergence"
         mean = sum(values) / max(length, 1)
+        if mean == 0.0:
+            weights += [1.0] * length
+            continue
         credits = {}
         for index in reversed(range(length)):
             gate = 1.0 / (1.0 + math.exp(-(values[index] - mean) / (config.divergence_width * mean)))
