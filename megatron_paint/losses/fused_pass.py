@@ -155,7 +155,7 @@ class FusedPass:
             if self.overlap and following is not None:
                 sums_TK, visit = self._sum_and_start_visit(work.sums_TK, following)
             else:
-                sums_TK, visit = self.inputs.vocab.sum_in_place(work.sums_TK), None
+                sums_TK, visit = self.inputs.vocab.start_sum(work.sums_TK)(), None
             outcome = finish(sums_TK, self.config)
             if self.gradient is not None:
                 self._put_gradient(chunk, work, outcome, selected_T)
