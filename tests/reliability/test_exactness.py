@@ -32,10 +32,12 @@ TP = ("megatron.tensor_model_parallel_size=2", "megatron.sequence_parallel=true"
 PP = ("megatron.pipeline_model_parallel_size=2",)
 BF16 = ("model.dtype=bfloat16",)
 GRPO = ("megatron.pipeline_model_parallel_size=1", "data.problems_per_step=4", "objective.grpo.updates_per_batch=2")
+SUPPORT = ("objective.loss.support=initial", "objective.loss.token_weight=divergence", "objective.teacher.weights=ema")
 CASES = {
     "paint-float32-tp2": TP,
     "paint-float32-pp2": PP,
     "paint-bfloat16-tp2": TP + BF16,
+    "support-float32-tp2": TP + SUPPORT,
     "paint-bfloat16-pp2": PP + BF16,
     "grpo-bfloat16-tp2": GRPO + BF16,  # killed between the two updates of a step
 }
