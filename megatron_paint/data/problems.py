@@ -1,4 +1,4 @@
-"""Problems with verified solutions. The batch of a step is a function of (seed, step).
+"""Problems with verified solutions, and their shuffled order: the batch of a step is a function of (seed, step).
 
 Every row is checked when it is read. An error names a bad row by file and line. A fault that all rows share is a fault
 of a setting or of the file, and the error says so.
@@ -77,7 +77,7 @@ class LoadedProblems:
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """The training problems and their order.
+    """The training problems and their shuffled order; `order.py` has the other orders.
 
     Every epoch orders all n problems in a new way and cuts them into floor(n / problems_per_step) steps. The epoch does
     not use the rest. Raises UserError if one step needs more problems than there are.
