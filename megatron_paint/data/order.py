@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import numpy as np
+
 from megatron_paint.base.errors import UserError
 from megatron_paint.base.keys import derive_key, permutation
 from megatron_paint.data.problems import ProblemSet
@@ -100,7 +102,7 @@ class AdaStarOrder:
         self._index_at = permutation(derive_key("ties of problems", problems.seed), len(self._problems))
         self._visits: dict[str, Visit] = {}  # by problem id
         self._recorded = 0  # the last step
-        self._heap = self._ordered()
+        self._heap = self._new_heap()
 
     def batch(self, step: int) -> tuple[Problem, ...]:
         if step < 1:
@@ -157,18 +159,21 @@ class AdaStarOrder:
         self._recorded = max((visit.step for visit in visits.values()), default=0)
         known = {problem.id for problem in self._problems}
         self._visits = {name: visit for name, visit in visits.items() if name in known}
-        self._heap = self._ordered()
+        self._heap = self._new_heap()
         if gone := len(visits) - len(self._visits):
             return (f"data.train no longer has {gone} of the {len(visits)} problems that the run has visited",)
         return ()
 
-    def _ordered(self) -> list[tuple[int, float, int]]:
-        """All problems as (step of the last visit, win rate, place among problems with equal keys), sorted."""
-        entries = []
-        for place in range(len(self._problems)):
-            visit = self._visits.get(self._problem_at(place).id)
-            entries.append((*(UNVISITED if visit is None else (visit.step, visit.win_rate)), place))
-        return sorted(entries)
+    def _new_heap(self) -> list[tuple[int, float, int]]:
+        """All problems as (step of the last visit, win rate, place among problems with equal keys)."""
+        heap = [(*UNVISITED, place) for place in range(len(self._problems))]
+        if self._visits:
+            places = np.argsort(self._index_at).tolist()
+            for place, problem in zip(places, self._problems, strict=True):
+                if (visit := self._visits.get(problem.id)) is not None:
+                    heap[place] = (visit.step, visit.win_rate, place)
+            heapq.heapify(heap)
+        return heap
 
     def _problem_at(self, place: int) -> Problem:
         return self._problems[self._index_at[place]]
