@@ -139,7 +139,7 @@ class AdaStarOrder:
         return {"rule": "adastar", "visits": {problem_id: list(visit) for problem_id, visit in self._visits.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> tuple[str, ...]:
-        """Continues from a checkpoint's state; without one the order begins anew.
+        """Continues from a checkpoint's state; without a state no problem has a visit.
 
         Problems are compared by id. A problem that the state does not have is one without a visit. UserError: the state
         is not what `state_dict` returns.

@@ -131,7 +131,7 @@ def test_a_state_is_a_copy():
     assert json.dumps(state) == before != json.dumps(order.state_dict())
 
 
-def test_a_checkpoint_of_another_order_begins_anew():
+def test_a_checkpoint_of_another_order_has_no_visits():
     order = AdaStarOrder(problem_set(4, 2))
     (message,) = order.load_state_dict({})
     assert message.startswith("data.order=adastar begins without visits")

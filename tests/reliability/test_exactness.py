@@ -224,7 +224,7 @@ def test_the_order_of_the_problems_follows_the_verdicts(case, runs):
 
 
 @pytest.mark.parametrize("case", ADASTAR_CASES)
-def test_the_order_goes_on_at_another_layout(case, runs, tmp_path):
+def test_the_order_continues_at_another_layout(case, runs, tmp_path):
     """The batch after the checkpoint is that of the unbroken run. Later ones follow this run's own verdicts."""
     found, run = runs(case), tmp_path / "run"
     shutil.copytree(found.killed, run)

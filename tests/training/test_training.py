@@ -257,7 +257,7 @@ def test_a_skipped_step_is_not_counted_by_the_order(tmp_path):
     assert [line.get("order/accuracy") for line in lines] == [1.0, None, None, 1.0, 1.0]
 
 
-def test_a_run_without_an_order_of_its_own_saves_none(tmp_path):
+def test_shuffled_problems_have_no_state(tmp_path):
     assert "order" not in attempt(tmp_path).state
 
 
