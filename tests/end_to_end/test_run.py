@@ -260,7 +260,7 @@ def test_a_learning_rate_changes_on_purpose(trained, tmp_path):
 
 
 def test_the_order_of_the_problems_changes_on_purpose(trained, tmp_path):
-    """The checkpoint of a run whose version had no such setting: the new order begins without visits, and prints this."""
+    """The checkpoint is of a version without this setting. The new order begins without visits, and prints this."""
     run_dir = tmp_path / "run"
     shutil.copytree(trained.run, run_dir, ignore=shutil.ignore_patterns("step_000004*", "tensorboard"))
     config = run_dir / "config.yaml"
