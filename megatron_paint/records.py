@@ -5,10 +5,12 @@ All records are frozen: a step makes new records and never changes one. Token id
 ids once.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 TokenIds = tuple[int, ...]
+Verdicts = Mapping[str, Sequence[bool]]  # problem id -> whether each rollout of the problem is right
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,6 +138,7 @@ class StepResult:
     updates: tuple[UpdateReport, ...]  # one per optimiser step
     extras: dict[str, float] = field(default_factory=dict)  # the objective's own metrics, by their key
     warnings: tuple[str, ...] = ()  # for the console
+    verdicts: Verdicts = field(default_factory=dict)  # on all rollouts of the step; empty: they are not graded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

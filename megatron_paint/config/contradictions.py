@@ -6,7 +6,21 @@
 from collections.abc import Iterator
 
 from megatron_paint.config.objective import ObjectiveSettings, RevealSettings, TeacherSettings
-from megatron_paint.config.settings import MegatronSettings, ModelSettings, OptimizerSettings, RolloutSettings
+from megatron_paint.config.settings import (
+    DataSettings,
+    MegatronSettings,
+    ModelSettings,
+    OptimizerSettings,
+    RolloutSettings,
+)
+
+
+def of_data(data: DataSettings, objective: ObjectiveSettings) -> Iterator[str]:
+    if data.order == "adastar" and not objective.needs.samples_per_problem:
+        yield (
+            f"data.order=adastar orders the problems by verdicts on rollouts, and objective.name={objective.name} "
+            "samples none: set data.order=shuffled"
+        )
 
 
 def of_reveal(reveal: RevealSettings) -> Iterator[str]:

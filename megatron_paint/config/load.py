@@ -57,7 +57,9 @@ def settings_of(tree: Mapping[str, Any]) -> Settings:
         raise user_error(error, Settings) from None
     settings = dataclasses.replace(settings, objective=_resolved_objective(settings.objective, tree))
     check_allow_changes(settings.run.allow_changes)
-    _refuse_contradictions(settings.model, settings.objective, settings.rollout, settings.optimizer, settings.megatron)
+    _refuse_contradictions(
+        settings.model, settings.objective, settings.rollout, settings.optimizer, settings.megatron, data=settings.data
+    )
     return settings
 
 
@@ -133,9 +135,11 @@ def _refuse_contradictions(
     rollout: RolloutSettings,
     optimizer: OptimizerSettings,
     megatron: MegatronSettings,
+    *,
+    data: DataSettings | None = None,
 ) -> None:
-    """The checks that need several settings at once."""
-    if found := list(_contradictions(model, objective, rollout, optimizer, megatron)):
+    """The checks that need several settings at once. data: None for an evaluation, which has no training problems."""
+    if found := list(_contradictions(model, objective, rollout, optimizer, megatron, data)):
         raise UserError("\n".join(found))
 
 
@@ -145,7 +149,10 @@ def _contradictions(
     rollout: RolloutSettings,
     optimizer: OptimizerSettings,
     megatron: MegatronSettings,
+    data: DataSettings | None,
 ) -> Iterator[str]:
+    if data is not None:
+        yield from contradictions.of_data(data, objective)
     yield from contradictions.of_reveal(objective.reveal)
     yield from contradictions.of_teacher(objective.teacher)
     yield from contradictions.of_rollout(rollout)

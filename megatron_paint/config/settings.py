@@ -90,6 +90,15 @@ class DataSettings:
         Literal["error", "skip"], setting("at a bad row: stop, or leave the row out and count it")
     ] = "error"
     check_answers: Annotated[Flag, setting("compare each answer with the last box of its solution")] = True
+    order: Annotated[
+        Literal["shuffled", "adastar"],
+        setting(
+            "shuffled: each epoch has all problems in a new order; adastar: the problems with the oldest visit come "
+            "first, and of these the ones that the model solves least; the better the model, the fewer are repeated; "
+            "all rollouts are graded",
+            source="ours; adastar is AdaSTaR, arXiv 2505.16322",
+        ),
+    ] = "shuffled"
     seed: Annotated[Whole, setting("random key of the order of the problems", ge=0)] = 1
 
 
@@ -253,7 +262,7 @@ class EvaluationSettings:
 
 @settings_class
 class GradingSettings:
-    """How responses are graded: for GRPO's reward, in evaluations, and when solutions are checked."""
+    """How responses are graded: for GRPO's reward and the order adastar, in evaluations, and to check solutions."""
 
     box_in_thought: Annotated[
         Literal["ignore", "count"],
@@ -332,6 +341,11 @@ class Settings:
     megatron: MegatronSettings = field(default_factory=MegatronSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     grading: GradingSettings = field(default_factory=GradingSettings)
+
+    @property
+    def grades_rollouts(self) -> bool:
+        """Whether the rollouts of each step get verdicts: for the objective, or for the order of the problems."""
+        return self.objective.needs.graders or self.data.order == "adastar"
 
 
 @settings_class

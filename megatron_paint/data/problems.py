@@ -1,11 +1,11 @@
-"""Problems with verified solutions. The batch of a step is a function of (seed, step).
+"""Problems with verified solutions, and their shuffled order: the batch of a step is a function of (seed, step).
 
 Every row is checked when it is read. An error names a bad row by file and line. A fault that all rows share is a fault
 of a setting or of the file, and the error says so.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
@@ -77,7 +77,7 @@ class LoadedProblems:
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """The training problems and their order.
+    """The training problems and their shuffled order; `order.py` has the other orders.
 
     Every epoch orders all n problems in a new way and cuts them into floor(n / problems_per_step) steps. The epoch does
     not use the rest. Raises UserError if one step needs more problems than there are.
@@ -208,6 +208,50 @@ class _Checks:
         return {} if self.grade is None else verdicts_on(problems, self.grade)
 
 
+class _Found:
+    """The rows of a source, divided into problems, bad rows and rows whose prompt is too long."""
+
+    def __init__(self, checks: _Checks, verdicts: Mapping[str, Grade]):
+        self.checks, self.verdicts = checks, verdicts
+        self.problems: dict[str, Problem] = {}
+        self.bad: list[tuple[Row, BadRow]] = []
+        self.too_long: dict[str, _TooLong] = {}  # by file and line
+        self.forms: Counter[str] = Counter()
+        self.systems: dict[str, str] = {}  # text of a system message -> place of the first
+        self.notes: list[str] = []
+
+    def add(self, row: Row, read: tuple[Problem, Form, str] | BadRow) -> None:
+        """Adds what was read from a row, checked."""
+        try:
+            if isinstance(read, BadRow):
+                raise read
+            problem, form, system = read
+            if problem.id in self.problems:
+                raise BadRow(f"id {problem.id!r} is already used at {self.problems[problem.id].source}", fault=USED_ID)
+            self.checks(problem, form)
+            note = check_answer(problem, self.verdicts)
+        except _TooLong as reason:
+            self.too_long[row.where] = reason
+        except BadRow as reason:
+            self.bad.append((row, reason))
+        else:
+            self.problems[problem.id] = problem
+            self.forms[form] += 1
+            if system:
+                self.systems.setdefault(system, row.where)
+            if note:
+                self.notes.append(f"{row.where}: {note}")
+
+    def too_long_message(self, source: str, *, count: int) -> str:
+        """What to change for the longest of the prompts that are too long. count: rows of the source."""
+        where = max(self.too_long, key=lambda where: self.too_long[where].length)
+        message = self.checks.prompt_limit.message(self.too_long[where].length, source=source, where=where)
+        if self.problems:
+            rows = f"the {len(self.too_long)} of {count} rows with such prompts"
+            message += f", or leave out {rows} by data.on_bad_row=skip"
+        return message
+
+
 def _load(
     source: str,
     settings: "DataSettings | EvaluationSettings",
@@ -220,56 +264,31 @@ def _load(
 ) -> LoadedProblems:
     columns = Columns(settings.columns, setting=setting, source=source, solution_needed_by=solution_needed_by)
     needed = [name for name in columns.names.values() if name is not None]
-    found = read_rows(source, format=settings.format, split=settings.split, setting=setting, needed=needed)
-    rows = [columns.take(row) for row in islice(found, limit)]
+    all_rows = read_rows(source, format=settings.format, split=settings.split, setting=setting, needed=needed)
+    rows = [columns.take(row) for row in islice(all_rows, limit)]
     columns.check()
     notes = []
     has_ids = "id" in columns.found
     if not has_ids and columns.names["id"] is not None:
         notes.append(f"{source}: no row has a column {columns.names['id']!r}; file name and line are used as id")
-    problems: dict[str, Problem] = {}
-    bad: list[tuple[Row, BadRow]] = []
-    too_long: dict[str, _TooLong] = {}  # by file and line
-    forms: Counter[str] = Counter()
-    systems: dict[str, str] = {}  # text of a system message -> place of the first
     read = [_read_problem(row, columns, has_ids=has_ids) for row in rows]
-    verdicts = checks.verdicts(one[0] for one in read if not isinstance(one, BadRow))
+    found = _Found(checks, checks.verdicts(one[0] for one in read if not isinstance(one, BadRow)))
     for row, one in zip(rows, read, strict=True):
-        try:
-            if isinstance(one, BadRow):
-                raise one
-            problem, form, system = one
-            if problem.id in problems:
-                raise BadRow(f"id {problem.id!r} is already used at {problems[problem.id].source}", fault=USED_ID)
-            checks(problem, form)
-            note = check_answer(problem, verdicts)
-        except _TooLong as reason:
-            too_long[row.where] = reason
-        except BadRow as reason:
-            bad.append((row, reason))
-        else:
-            problems[problem.id] = problem
-            forms[form] += 1
-            if system:
-                systems.setdefault(system, row.where)
-            if note:
-                notes.append(f"{row.where}: {note}")
-    _check_shared_faults(bad, columns, count=len(rows))
-    bad_rows = tuple(f"{row.where}: {reason}" for row, reason in bad)
-    if bad and not skip:
+        found.add(row, one)
+    _check_shared_faults(found.bad, columns, count=len(rows))
+    bad_rows = tuple(f"{row.where}: {reason}" for row, reason in found.bad)
+    if bad_rows and not skip:
         raise UserError(_bad_rows_message(bad_rows, len(rows), columns.section))
-    if too_long and not (skip and problems):
-        where = max(too_long, key=lambda where: too_long[where].length)
-        message = checks.prompt_limit.message(too_long[where].length, source=source, where=where)
-        others = f", or leave out the {len(too_long)} of {len(rows)} rows with such prompts by data.on_bad_row=skip"
-        raise UserError(message + (others if problems else ""))
-    bad_rows += tuple(f"{where}: {reason}" for where, reason in too_long.items())
+    if found.too_long and not (skip and found.problems):
+        raise UserError(found.too_long_message(source, count=len(rows)))
+    bad_rows += tuple(f"{where}: {reason}" for where, reason in found.too_long.items())
+    notes += found.notes
     if bad_rows:
         notes.append(_skipped_note(bad_rows, len(rows), source))
-    if not problems:
+    if not found.problems:
         raise UserError(f"{setting}: {source} has no usable problem: {'; '.join(bad_rows[:REASONS_SHOWN])}")
-    notes += _form_notes(forms, systems, columns, count=len(problems))
-    good = tuple(problems.values())
+    good = tuple(found.problems.values())
+    notes += _form_notes(found.forms, found.systems, columns, count=len(good))
     return LoadedProblems(problems=good, bad_rows=bad_rows, notes=tuple(notes), warnings=repeats(good, setting=setting))
 
 

@@ -23,7 +23,8 @@ class ObjectiveInputs:
     prompts: Prompts
     rollouts: RolloutSource
     masker: MaskerPool | None = None  # on rank 0; None: the masker works in this process
-    graders: GradingPool | None = None  # on rank 0, for an objective that needs graders
+    grades_rollouts: bool = False  # all rollouts get verdicts: for the objective, or for the order of the problems
+    graders: GradingPool | None = None  # on rank 0, if rollouts get verdicts
     on_rank_zero: OnRankZero = directly  # runs a function on rank 0 and returns its result on every rank
 
 
@@ -35,7 +36,8 @@ class Objective(Protocol):
     def step(self, policy: Policy, problems: Sequence[Problem], *, step: int, lr: float, timer: Timer) -> StepResult:
         """One step on a batch of problems. The timer gets the phases that the policy does not time itself.
 
-        Raises FloatingPointError, before any weight is changed, where a loss or gradient is not finite.
+        With `ObjectiveInputs.grades_rollouts` the result has verdicts on all rollouts of each problem. Raises
+        FloatingPointError, before any weight is changed, where a loss or gradient is not finite.
         """
 
     @staticmethod

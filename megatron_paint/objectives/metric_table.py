@@ -141,20 +141,20 @@ METRICS: dict[str, Metric] = {
     "reward/mean": Metric(
         meaning="share of responses with the right answer",
         unit="0 to 1",
-        healthy="between 0 and 1; at either end every group is left out",
-        only="GRPO",
+        healthy="between 0 and 1; with GRPO every group is left out at either end",
+        only="GRPO; all with data.order=adastar",
     ),
     "reward/timeouts": Metric(
         meaning="responses whose grading ran out of time; they count as wrong",
         unit="responses",
         healthy="0",
-        only="GRPO",
+        only="GRPO; all with data.order=adastar",
     ),
     "reward/box_in_thought": Metric(
         meaning="responses that are cut inside a thought which holds a box; grading.box_in_thought decides about them",
         unit="responses",
         healthy="0; more responses need a larger rollout.max_new_tokens",
-        only="GRPO",
+        only="GRPO; all with data.order=adastar",
     ),
     "reward/equal_groups_share": Metric(
         meaning="share of responses in groups that are left out because their rewards are all equal",
@@ -178,7 +178,25 @@ METRICS: dict[str, Metric] = {
         unit="nats a token",
         only="GRPO",
     ),
-    "time/grade_s": Metric(meaning="time for grading", unit="s", only="GRPO"),
+    "time/grade_s": Metric(meaning="time for grading", unit="s", only="GRPO; all with data.order=adastar"),
+    "order/accuracy": Metric(
+        meaning="share of right rollouts, a: round(m a^2) of the step's m problems are promoted",
+        unit="0 to 1",
+        healthy="above 0; near 0 the same problems come again in each step",
+        only="data.order=adastar",
+    ),
+    "order/promoted": Metric(
+        meaning="problems of the step that move to the end of the order; the others come again in the next step",
+        unit="problems",
+        healthy="grows with the accuracy up to data.problems_per_step",
+        only="data.order=adastar",
+    ),
+    "order/oldest_visit": Metric(
+        meaning="last visit of the problem that comes next; 0 until all problems have been promoted once",
+        unit="step",
+        healthy="grows after the first round through the problems",
+        only="data.order=adastar",
+    ),
     "skipped": Metric(
         meaning="which loss or gradient was not finite; the step was skipped and changed no weight",
         unit="text",

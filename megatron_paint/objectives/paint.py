@@ -10,10 +10,12 @@ from collections.abc import Sequence
 
 from megatron_paint.config.objective import ObjectiveSettings
 from megatron_paint.data.prompts import Prompts
+from megatron_paint.grading.grade import Grade
 from megatron_paint.losses.elementwise.choose import loss_kernel
 from megatron_paint.losses.objectives import DistillationLoss
 from megatron_paint.masker.reveal import limit_hidden, reveal_step
 from megatron_paint.objectives.interface import ObjectiveInputs
+from megatron_paint.objectives.verdicts import grade_metrics, grade_rollouts, verdicts_of
 from megatron_paint.policy import Policy, ScoredSequence
 from megatron_paint.records import Problem, Reveal, Rollout, Sample, StepResult
 from megatron_paint.rollouts.source import sample_key
@@ -29,6 +31,7 @@ class Paint:
         self.prompts = inputs.prompts
         self.rollouts = inputs.rollouts
         self.masker = inputs.masker
+        self.grades_rollouts, self.graders = inputs.grades_rollouts, inputs.graders
         self.on_rank_zero = inputs.on_rank_zero
         # Greedy log-probabilities are taken at temperature 1.
         self.loss = DistillationLoss(
@@ -42,13 +45,29 @@ class Paint:
         """Samples, masks, scores and updates once."""
         with timer("rollout"):
             rollouts = self.rollouts.rollouts(problems, step=step)
+        grades: list[Grade] = []
+        if self.grades_rollouts:
+            with timer("grade"):
+                grades = self.grades(problems, rollouts)
         with timer("mask"):
             reveals = self.reveals(problems, rollouts, step=step)
         with timer("teacher"):
             reveals = self.limit_hidden(policy, problems, reveals)
         samples = self.samples(problems, rollouts, reveals, step=step)
         update = policy.update(samples, self.loss, lr=lr)
-        return StepResult(samples=samples, scores=update.scores, updates=(update,))
+        return StepResult(
+            samples=samples,
+            scores=update.scores,
+            updates=(update,),
+            extras=grade_metrics(grades) if grades else {},
+            verdicts=verdicts_of(rollouts, grades) if grades else {},
+        )
+
+    def grades(self, problems: Sequence[Problem], rollouts: Sequence[Rollout]) -> list[Grade]:
+        """Verdicts in the order of the rollouts. PAINT does not learn from them; the order of the problems may."""
+        return grade_rollouts(
+            problems, rollouts, prompts=self.prompts, graders=self.graders, on_rank_zero=self.on_rank_zero
+        )
 
     def reveals(self, problems: Sequence[Problem], rollouts: Sequence[Rollout], *, step: int) -> list[Reveal]:
         """How much of each solution the masker shows the teacher."""

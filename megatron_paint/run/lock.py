@@ -12,6 +12,10 @@ Why it is atomic, over NFS too:
   That file is a lock too: it names the process that has created it, and becomes the lock of that process.
 * It is taken over in the same way from a process that died with it. If that process was only suspended, it later finds
   no file to rename, or renames the other process's. The token in the lock then tells whose the lock is.
+* One gap of milliseconds remains: a process is suspended between reading the lock and the rename for longer than
+  `timing.look`, its file is taken over and used, and a third process creates its own file just before the first wakes.
+  The first then puts the third one's file over the lock of the second. The second finds that before it next writes
+  (`confirm`), and ends.
 """
 
 import errno

@@ -14,6 +14,7 @@ from megatron_paint.checkpoints.adapter_reader import checked_adapter
 from megatron_paint.checkpoints.hf_reader import HuggingFaceReader
 from megatron_paint.checkpoints.megatron_source import MegatronSource
 from megatron_paint.config.settings import LONGEST_ANSWER, EvaluateSettings, EvaluationSettings, ModelSettings, Settings
+from megatron_paint.data.order import problem_order
 from megatron_paint.data.problems import ProblemSet, PromptLimit, load_problems
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.data.repeats import leaks
@@ -258,11 +259,20 @@ def _check_wrong_solutions(problems: Sequence[Problem], limit: PromptLimit) -> N
 
 
 def _check_replay(settings: Settings, shape: ModelShape, prompts: Prompts, problems: ProblemSet) -> None:
-    """Raises UserError if a rollout of a coming step is missing, or cannot be this model's."""
+    """Raises UserError if a rollout of a coming step is missing, or cannot be this model's.
+
+    The problems of a step may depend on the verdicts before it (data.order=adastar). Then only the problems of the
+    first step are known; a rollout that is missing later ends the run.
+    """
     sampler = replay_sampler(settings, prompts)
     source = rollout_source(settings, prompts, sampler)
     resumes = settings.run.resume != "never"
-    done = RunFolder(settings.run.dir).latest_checkpoint() if resumes else None
-    for step in range((done or 0) + 1, settings.run.steps + 1):
-        requests = source.requests(problems.batch(step), step=step)
-        sampler.check(requests, max_tokens=settings.rollout.max_new_tokens, vocab_size=shape.vocab_size)
+    done = (RunFolder(settings.run.dir).latest_checkpoint() if resumes else None) or 0
+    limits = {"max_tokens": settings.rollout.max_new_tokens, "vocab_size": shape.vocab_size}
+    coming = range(done + 1, settings.run.steps + 1)
+    if settings.data.order == "adastar":
+        sampler.check_all(**limits)
+        coming = range(1, 1 if done else 2)
+    order = problem_order(settings.data, problems)
+    for step in coming:
+        sampler.check(source.requests(order.batch(step), step=step), **limits)

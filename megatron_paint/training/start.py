@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import Settings
+from megatron_paint.data.order import ProblemOrder, problem_order
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.evaluation.evaluator import Evaluator
 from megatron_paint.grading.grade import GradingPool, Rules
@@ -131,9 +132,9 @@ def prepare(
     policy = MegatronPolicy(settings, plan.shape, ranks)
     for note in policy.notes:
         progress.note(note)
+    order = problem_order(settings.data, inputs.problems)
     if start:
-        _load_checkpoint(policy, folder.checkpoint_folder(start), start)
-        progress.note(f"resumed at step {start} from {folder.checkpoint_folder(start)}")
+        _resume(policy, order, folder.checkpoint_folder(start), start, progress)
     for change in changed:
         progress.result(change)
     graders = _graders(settings, inputs, stack) if first else None
@@ -142,6 +143,7 @@ def prepare(
         prompts=inputs.prompts,
         rollouts=rollout_source(settings, inputs.prompts, _training_sampler(settings, inputs.prompts, policy)),
         masker=_masker_pool(stack) if first and settings.objective.needs.masker else None,
+        grades_rollouts=settings.grades_rollouts,
         graders=graders,
         on_rank_zero=on_rank_zero,
     )
@@ -150,6 +152,7 @@ def prepare(
         folder=folder,
         policy=policy,
         problems=inputs.problems,
+        order=order,
         objective=OBJECTIVES[settings.objective.name](objective_inputs),
         sampler=policy.sampler,
         evaluator=_evaluator(settings, inputs),
@@ -234,18 +237,22 @@ def watch_over(settings: Settings, folder: RunFolder, ranks: "Ranks", stack: Exi
     stack.callback(stop_watchdog)
 
 
-def _load_checkpoint(policy: Policy, checkpoint: Path, step: int) -> None:
+def _resume(policy: Policy, order: ProblemOrder, checkpoint: Path, step: int, progress: Progress) -> None:
+    """Continues from a checkpoint. Raises UserError if it cannot be read or is of another step."""
     state = policy.load(checkpoint)
     if state.get("step") != step:
         raise UserError(
             f"checkpoint {checkpoint} is of step {state.get('step')}, as its run_state.json shows: rename it to the "
             "name that it was written under"
         )
+    progress.note(f"resumed at step {step} from {checkpoint}")
+    for message in order.load_state_dict(state.get("order", {})):
+        progress.warn(message)
 
 
 def _graders(settings: Settings, inputs: Inputs, stack: ExitStack) -> GradingPool | None:
-    """Worker processes that grade, if the objective or an evaluation needs verdicts."""
-    if not inputs.held_out and not settings.objective.needs.graders:
+    """Worker processes that grade, if rollouts or the answers of an evaluation get verdicts."""
+    if not inputs.held_out and not settings.grades_rollouts:
         return None
     rules = Rules(box_in_thought=settings.grading.box_in_thought)
     pool = GradingPool(seconds=inputs.evaluation.grading_seconds, rules=rules, on_verdict=mark_progress)

@@ -192,3 +192,19 @@ def test_plan_counts_weights(tmp_path):
 def test_further_options_that_cannot_be(objective, says):
     with pytest.raises(UserError, match=says):
         settings_of(SMALLEST | {"objective": objective})
+
+
+@pytest.mark.parametrize("name", ["paint", "opsd", "grpo", "sft"])
+def test_adastar_needs_rollouts_and_grades_them(name):
+    """Only SFT has none."""
+    tree = {**SMALLEST, "data": {"train": "p.jsonl", "order": "adastar"}, "objective": {"name": name}}
+    if name == "sft":
+        with pytest.raises(
+            UserError, match=r"^data\.order=adastar .* objective\.name=sft .*: set data\.order=shuffled$"
+        ):
+            settings_of(tree)
+    else:
+        assert settings_of(tree).grades_rollouts
+    shuffled = settings_of({**SMALLEST, "objective": {"name": name}})
+    assert shuffled.data.order == "shuffled"
+    assert shuffled.grades_rollouts == (name == "grpo")
