@@ -117,16 +117,18 @@ def _response(sample: dict[str, Any], decode: Decode | None) -> list[Text]:
 
 
 def _outside(sample: dict[str, Any], decode: Decode | None) -> list[Text]:
-    """The tokens where the teacher put the most mass outside the support; nothing without a support."""
-    masses = sample.get("outside_mass")
-    if masses is None:
+    """The tokens where the target had the most mass outside the support; nothing without a support."""
+    masses, sizes = sample.get("outside_mass"), sample.get("support_size")
+    if masses is None or sizes is None:
         return []
     order = sorted(range(len(masses)), key=lambda position: -masses[position])[:MOST_OUTSIDE]
-    lines = [_title(f"Teacher's mass outside the support: mean {sum(masses) / max(len(masses), 1):.3f}")]
+    lines = [_title(f"Target's mass outside the support: mean {sum(masses) / max(len(masses), 1):.3f}")]
     for position in order:
         token = sample["response_ids"][position]
         text = f"token {token}" if decode is None else repr(decode([token]))
-        lines.append(Text(f"  {masses[position]:.3f} at position {position}, where the student says {text}"))
+        lines.append(
+            Text(f"  {masses[position]:.3f} at position {position}, {sizes[position]:.0f} plausible; sampled: {text}")
+        )
     return lines
 
 

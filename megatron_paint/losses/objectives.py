@@ -79,7 +79,7 @@ class DistillationLoss:
                 "clipped_entries": torch.where(carries_T, output.clipped_entries_T, 0),
                 **support,
             },
-            per_token={"outside_mass": output.outside_mass_T} if self.config.supports else {},
+            per_token=support,
         )
 
 

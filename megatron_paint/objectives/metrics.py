@@ -85,8 +85,8 @@ def sample_lines(report: StepReport, *, decode: Callable[[Sequence[int]], str]) 
 
     decode: token ids -> text, special tokens included. `loss` is in nats per token that carries loss; it is 0 if no
     token does. A sample without a reveal has null in `overlap` and `reveal`, and no `anchors`. `finished` is null for a
-    response that was not sampled. `advantage` is null except under GRPO. With a support `outside_mass` has a value for
-    each response token. A file of these lines, or a folder of such
+    response that was not sampled. `advantage` is null except under GRPO. With a support `outside_mass` and
+    `support_size` have a value for each response token. A file of these lines, or a folder of such
     files, can be replayed.
     """
     return [

@@ -74,6 +74,19 @@ def test_plain_text_has_marks(run_dir):
     ]
 
 
+def test_the_most_mass_outside_a_support_is_listed_first(tmp_path):
+    sample = line("a", outside_mass=[0.0, 0.5, 0.1, 0.25], support_size=[1, 3, 2, 1])
+    RunFolder(tmp_path).write_samples(3, [sample])
+    _, printed = show(tmp_path)
+    assert printed.splitlines()[-5:] == [
+        "== Target's mass outside the support: mean 0.212",
+        "  0.500 at position 1, 3 plausible; sampled: ' sum'",
+        "  0.250 at position 3, 1 plausible; sampled: ' 17'",
+        "  0.100 at position 2, 2 plausible; sampled: ' is'",
+        "  0.000 at position 0, 1 plausible; sampled: 'The'",
+    ]
+
+
 def test_a_terminal_gets_colours_and_no_marks(run_dir):
     _, printed = show(run_dir, terminal=True)
     assert "\x1b[" in printed

@@ -42,6 +42,23 @@ def run(folder, settings, *arguments):
     return ended
 
 
+def test_a_support_is_measured(trained, tmp_path):
+    run_dir = tmp_path / "support"
+    options = ("objective.loss.support=initial", "objective.loss.support_ratio=0.3", "run.steps=2")
+    ended = forked_ranks.train(tmp_path, trained.settings, f"run.dir={run_dir}", *options)
+    assert ended.statuses == [0, 0], ended
+    for step in metrics(run_dir):
+        assert {"support/outside_mass", "support/size"} == {key for key in step if key.startswith("support/")}
+        lines = (run_dir / "samples" / f"step_{step['step']:06d}.jsonl").read_text().splitlines()
+        samples = [json.loads(line) for line in lines]
+        for key, name in (("support/outside_mass", "outside_mass"), ("support/size", "support_size")):
+            values = [value for sample in samples for value in sample[name]]
+            assert len(values) == step["num_tokens"]
+            assert sum(values) / len(values) == pytest.approx(step[key], abs=1e-5)
+        assert 0 < step["support/outside_mass"] < 1
+        assert step["support/size"] >= 1
+
+
 def test_run_folder(trained):
     run_dir = trained.run
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
