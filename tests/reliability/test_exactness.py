@@ -134,7 +134,10 @@ def samples(run: Path, step: int) -> list[dict]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_killed_run_has_the_weights_and_the_optimiser_of_an_unbroken_one(case, runs):
-    """Exports are the same bytes, and so are a checkpoint's .distcp files, which hold the optimiser's state too."""
+    """Exports are the same bytes, and so are a checkpoint's .distcp files, which hold the optimiser's state too.
+
+    Megatron-Core 0.16 writes what all ranks share into common.pt, 0.19 into a .distcp file.
+    """
     found = runs(case)
     for step in range(1, STEPS + 1):
         exported = [
@@ -148,7 +151,7 @@ def test_a_killed_run_has_the_weights_and_the_optimiser_of_an_unbroken_one(case,
             for run in (found.resumed, found.unbroken)
         ]
         assert saved[0] == saved[1], step
-        assert len(saved[0]) == 3
+        assert {"__0_0.distcp", "__1_0.distcp"} <= saved[0].keys()
     before, after = (weights_of_step(found.unbroken, step) for step in (SAVED, STEPS))
     assert not same(before, after)
 

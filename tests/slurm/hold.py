@@ -15,14 +15,26 @@ def bury(pid: int) -> None:
         pass
 
 
+def hold(task: int, libc: ctypes.CDLL) -> None:
+    """Stops a thread; OSError if it cannot be stopped."""
+    for request in (PTRACE_SEIZE, PTRACE_INTERRUPT):
+        if libc.ptrace(request, task, None, None):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    os.waitpid(task, WALL)
+
+
 def main() -> None:
-    """The argument is the process id; prints `held` when the process is held."""
+    """The argument is the process id; prints `held` when all its threads are held.
+
+    The kernel gives a signal to any thread that runs. It stays pending only if none does.
+    """
     pid = int(sys.argv[1])
     libc = ctypes.CDLL(None, use_errno=True)
-    for request in (PTRACE_SEIZE, PTRACE_INTERRUPT):
-        if libc.ptrace(request, pid, None, None):
-            sys.exit(os.strerror(ctypes.get_errno()))
-    os.waitpid(pid, WALL)
+    held: set[int] = set()
+    while new := {int(task) for task in os.listdir(f"/proc/{pid}/task")} - held:
+        for task in new:
+            hold(task, libc)
+        held |= new
     threading.Thread(target=bury, args=[pid], daemon=True).start()
     print("held", flush=True)
     sys.stdin.read()
