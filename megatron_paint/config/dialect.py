@@ -14,6 +14,8 @@ CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
 OURS = "ours"
 PAINT = "PAINT, arXiv 2604.26573"
 OPSD = "OPSD, arXiv 2601.18734"
+OP2SD = "OP2SD, arXiv 2608.09228"
+OASIS = "OASIS, arXiv 2609.37915"
 OPSD_GRPO = "the GRPO baseline of OPSD, arXiv 2601.18734"
 ADAMW = "AdamW's usual value"
 MEGATRON = "Megatron-Core's name and default"

@@ -141,7 +141,7 @@ def prepare(
         settings=settings.objective,
         prompts=inputs.prompts,
         rollouts=rollout_source(settings, inputs.prompts, _training_sampler(settings, inputs.prompts, policy)),
-        masker=_masker_pool(stack) if first and settings.objective.needs.masker else None,
+        masker=_masker_pool(stack) if first and settings.needs.masker else None,
         graders=graders,
         on_rank_zero=on_rank_zero,
     )
@@ -191,7 +191,7 @@ def _open_console(settings: Settings, folder: RunFolder, *, mode: Mode, start: i
 
 def _training_sampler(settings: Settings, prompts: Prompts, policy: "MegatronPolicy") -> Sampler:
     """The engine of `rollout.engine`; evaluations and the self-check always sample from the model itself."""
-    if settings.rollout.engine == "replay" and settings.objective.needs.samples_per_problem:
+    if settings.rollout.engine == "replay" and settings.needs.samples_per_problem:
         return replay_sampler(settings, prompts)
     return policy.sampler
 
@@ -245,7 +245,7 @@ def _load_checkpoint(policy: Policy, checkpoint: Path, step: int) -> None:
 
 def _graders(settings: Settings, inputs: Inputs, stack: ExitStack) -> GradingPool | None:
     """Worker processes that grade, if the objective or an evaluation needs verdicts."""
-    if not inputs.held_out and not settings.objective.needs.graders:
+    if not inputs.held_out and not settings.needs.graders:
         return None
     rules = Rules(box_in_thought=settings.grading.box_in_thought)
     pool = GradingPool(seconds=inputs.evaluation.grading_seconds, rules=rules, on_verdict=mark_progress)

@@ -36,8 +36,9 @@ def unbroken(tmp_path_factory):
 def test_what_a_run_logs(unbroken):
     run_dir, lines = unbroken
     for line in lines:
-        support = {key for key in METRICS if key.startswith("support/")}  # only with objective.loss.support
-        assert {*line, *support, "skipped"} == set(METRICS)  # it has all that other objectives log, and more
+        # Only with objective.loss.support, and with responses that are chosen by their grade.
+        others = {key for key in METRICS if key.startswith(("support/", "rollout/"))} | {"reveal/without_peer"}
+        assert {*line, *others, "skipped"} == set(METRICS)  # it has all that other objectives log, and more
         assert 0 < line["reward/mean"] < 1
         assert line["updates"] == 2
         assert line["sampler_gap/max"] < 1e-4
