@@ -18,7 +18,13 @@ PAINT = ROOT / "examples" / "quickstart" / "paint.yaml"  # its model solves abou
 LAYOUT = ("megatron.pipeline_model_parallel_size=1", "megatron.tensor_model_parallel_size=1")
 LAYOUT += ("megatron.sequence_parallel=false",)
 SHORT = (
-    *("data.problems_per_step=4", "evaluation.problems=null", "run.tensorboard=false", "run.save_every=1"),
+    *(
+        "data.problems_per_step=4",
+        "evaluation.problems=null",
+        "run.tensorboard=false",
+        "run.save_every=1",
+        "run.export_every=1",
+    ),
     *("evaluation.grading_seconds=60", "rollout.samples_per_problem=4", "run.seed=2"),
 )
 OASIS = ("rollout.keep=shortest_correct", "objective.reveal.solution=peer_rollout")
@@ -87,9 +93,9 @@ def test_the_layout_does_not_change_the_step(unbroken, processes, layout, tmp_pa
     start = weights(ROOT / "examples" / "quickstart" / "model")
     assert set(one) == set(other)
     for name in one:
-        moved = float((other[name] - start[name]).abs().max())
+        moved = float((other[name] - start[name]).norm())
         assert moved > 0, name
-        assert float((one[name] - other[name]).abs().max()) < 0.02 * moved, name
+        assert float((one[name] - other[name]).norm()) < 5e-3 * moved, name  # Adam's first step enlarges rounding
 
 
 def test_a_resumed_run_is_the_unbroken_one(unbroken, tmp_path):
