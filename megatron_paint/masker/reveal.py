@@ -82,6 +82,7 @@ def reveal_step(
             shown_text="",
             reference="",
             solution=settings.solution,
+            view=settings.view,
         )
         return [dataclasses.replace(nothing, overlap=overlap) for overlap in overlaps]
     shares = _shares(problems, overlaps, settings=settings, keys=keys)
