@@ -139,6 +139,24 @@ def test_steps_without_a_right_response_leave_the_model_alone(sharded, tmp_path)
     assert "warning: in all 2 steps no response was trained on" in second
 
 
+@pytest.mark.parametrize("name", ["other_example", "shortest_correct", "peer_rollout"])
+def test_the_controls_of_the_testbed(name, tmp_path):
+    """One step of each. The model knows every token of what its teacher is shown."""
+    control = ROOT / "examples" / "testbed" / "controls" / f"{name}.yaml"
+    given = (f"run.dir={tmp_path / 'run'}", "run.steps=1", "evaluation.problems=null", "evaluation.grading_seconds=60")
+    ended = forked_ranks.train(tmp_path, control, *given, processes=1)
+    assert ended.statuses == [0], ended
+    samples, unknown = samples_of(tmp_path / "run", 1), 3
+    shown = [sample for sample in samples if sample["teacher_prompt_ids"] is not None]
+    assert len(samples) == 32
+    assert len(shown) == (32 if name == "other_example" else len({sample["id"] for sample in shown}))
+    assert shown
+    for sample in shown:
+        assert unknown not in sample["teacher_prompt_ids"]
+        assert sample["reveal"].get("solution", "own") == ("own" if name == "shortest_correct" else name)
+        assert sample["loss"] > 0
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """Settings of a tiny model with a thinking mode, and problems with a further view."""
