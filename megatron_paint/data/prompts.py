@@ -8,7 +8,7 @@ is a response (SFT) is encoded as the model writes it: <think>, <tool_call> and 
 Only special tokens, and tokens that mark turns, stay text there.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import cache, lru_cache
 from importlib.resources import files
@@ -84,6 +84,11 @@ class Prompts:
         texts = {"problem": problem.problem, "example_problem": example, "example_solution": solution}
         return self._chat(self._example, thinking, **texts)
 
+    @property
+    def times_shown(self) -> int:
+        """Tells how often the teacher's message holds the reference."""
+        return _rendered(self._teacher, {"problem": "", "solution": QUESTION}, hidden=True).count(QUESTION)
+
     def longest_prompt(self, problem: Problem) -> int:
         """Returns the number of tokens of the longest prompt that training can make of a problem and its reference."""
         teacher = self._teacher_prompt(problem, shown=problem.reference, hidden=True)
@@ -153,10 +158,7 @@ class Prompts:
         seam = _seam(texts.values())
         tokens = self.tokenizer.control_tokens
         protected = {name: self._protect(text, seam, tokens) for name, text in texts.items()}
-        try:
-            content = template.render(protected, hidden=hidden)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise UserError(f"{template.filename}: the template cannot be rendered ({error})") from error
+        content = _rendered(template, protected, hidden=hidden)
         rendered = self.tokenizer.render_chat([{"role": "user", "content": content}], thinking)
         return self._encode(rendered, seam)
 
@@ -180,6 +182,13 @@ def _seam(texts: Collection[str]) -> str:
         if not any(seam in text for text in texts):
             return seam
     raise UserError("a problem or solution contains all of U+FDD0 to U+FDEF; these are no characters, so remove them")
+
+
+def _rendered(template: jinja2.Template, texts: Mapping[str, str], *, hidden: bool) -> str:
+    try:
+        return template.render(texts, hidden=hidden)
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        raise UserError(f"{template.filename}: the template cannot be rendered ({error})") from error
 
 
 def _template(name: str, path: str | None, needed: set[str], optional: set[str]) -> jinja2.Template:

@@ -191,6 +191,7 @@ class Paint:
             case "reference_free":
                 return max(len(prompts.student_prompt(problem)), len(prompts.problem_alone(problem)))
             case "peer_rollout":
-                return prompts.longest_prompt(dataclasses.replace(problem, solution="", view="")) + PEER_SEAMS
+                bare = dataclasses.replace(problem, solution="", view="")
+                return prompts.longest_prompt(bare) + PEER_SEAMS * prompts.times_shown
         scored = 0 if settings.reveal.hidden_nats is None else len(prompts.solution_offsets(problem.reference))
         return prompts.longest_prompt(problem) + max(0, scored - response)

@@ -243,7 +243,7 @@ def _prompt_limit(settings: Settings, shape: ModelShape, prompts: Prompts) -> Pr
         positions=shape.max_positions,
         response=response,
         setting="rollout.max_new_tokens" if response else "",
-        shown=needs.shown_responses,
+        shown=needs.shown_responses and needs.shown_responses * prompts.times_shown,
     )
 
 

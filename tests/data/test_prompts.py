@@ -339,6 +339,23 @@ class TestTemplates:
         ids = prompts.teacher_prompt(SUM, reveal_of(SUM.solution, "It"))
         assert text_of(prompts, ids) == THINKING.format("Q: What is 1+1? It...")
 
+    @pytest.mark.parametrize(("uses", "times"), [("{{ solution }}", 1), ("{{ solution }} {{ solution }}", 2)])
+    def test_how_often_a_reference_is_shown(self, small, tmp_path, uses, times):
+        teacher = tmp_path / "teacher.jinja"
+        teacher.write_text("Q: {{ problem }} " + uses)
+        assert Prompts(PromptSettings(), small).times_shown == 1
+        assert Prompts(PromptSettings(teacher_template=str(teacher)), small).times_shown == times
+
+    def test_an_example_s_wording(self, small, tmp_path):
+        template = tmp_path / "example.jinja"
+        template.write_text("Q: {{ problem }} E: {{ example_problem }} {{ example_solution }}")
+        prompts = Prompts(PromptSettings(example_template=str(template), teacher_thinking=False), small)
+        ids = prompts.example_prompt(SUM, example="What?", solution="So.")
+        assert text_of(prompts, ids) == NOT_THINKING.format("Q: What is 1+1? E: What? So.")
+        template.write_text("Q: {{ problem }} E: {{ example_problem }}")
+        with pytest.raises(UserError, match=r"prompts\.example_template: .* does not use {{ example_solution }}"):
+            Prompts(PromptSettings(example_template=str(template)), small)
+
     def test_evaluation_wording(self, small, tmp_path):
         path = tmp_path / "evaluation.jinja"
         path.write_text("E: {{ problem }}")

@@ -139,6 +139,33 @@ def test_steps_without_a_right_response_leave_the_model_alone(sharded, tmp_path)
     assert "warning: in all 2 steps no response was trained on" in second
 
 
+COMBINATIONS = {
+    "a limit on what is hidden of a peer": (*OASIS, "objective.reveal.hidden_nats=0.01", "rollout.keep=correct"),
+    "a partner that sees the complete peer": (*OASIS, "objective.loss.partner=full_teacher", "rollout.keep=all"),
+    "a partner that sees the example": (
+        "objective={reveal: {rule: full, solution: other_example}, loss: {partner: full_teacher}}",
+    ),
+    "the support of the initial weights": ("rollout.keep=correct", "objective.loss.support=initial"),
+    "a moving average": (*OASIS, "objective.teacher.weights=ema"),
+    "adapters": ("rollout.keep=shortest_correct", "model.lora={rank: 4, alpha: 8}"),
+}
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_combinations(name, tmp_path):
+    """A step on two replicas changes the weights, and every kept response has a loss."""
+    (line,) = train(tmp_path, tmp_path / "run", "run.steps=1", *COMBINATIONS[name])
+    assert line["loss"] > 0
+    assert line["grad_norm"] > 0
+    samples = samples_of(tmp_path / "run", 1)
+    kept = [sample for sample in samples if "left_out" not in sample]
+    assert all((sample["loss"] > 0) == (sample in kept) for sample in samples)
+    assert len(kept) == line.get("rollout/kept", 16)
+    if "hidden" in name:
+        assert all("hidden_nats" in s["reveal"] for s in kept if s["reveal"]["share"] < 1)
+        assert any("hidden_nats" in s["reveal"] for s in kept)
+
+
 @pytest.mark.parametrize("name", ["other_example", "shortest_correct", "peer_rollout"])
 def test_the_controls_of_the_testbed(name, tmp_path):
     """One step of each. The model knows every token of what its teacher is shown."""
