@@ -277,7 +277,7 @@ class EvaluationSettings:
 
 @settings_class
 class GradingSettings:
-    """How responses are graded: for GRPO's reward, in evaluations, and when solutions are checked."""
+    """How responses are graded: for GRPO's reward, for rollout.keep, in evaluations, and when solutions are checked."""
 
     box_in_thought: Annotated[
         Literal["ignore", "count"],

@@ -38,7 +38,7 @@ METRICS: dict[str, Metric] = {
     "overlap/mean": Metric(
         meaning=(
             "share of the anchors of the reference that a response has, mean over responses that are trained on; "
-            "without an own reference (none, reference_free, other_example): of the problem's own"
+            "if nothing of this problem is shown (none, reference_free, other_example), of the problem's own reference"
         ),
         unit="0 to 1",
         healthy="above 0; at 0 the teacher sees everything, as in OPSD",
@@ -54,7 +54,7 @@ METRICS: dict[str, Metric] = {
         only="PAINT, OPSD",
     ),
     "anchors/none_share": Metric(
-        meaning="share of responses that are trained on whose reference has no anchor and is shown completely",
+        meaning="of the responses that are trained on, the share whose reference has no anchor and is shown completely",
         unit="0 to 1",
         healthy="near 0",
         only="PAINT, OPSD",
@@ -203,8 +203,8 @@ METRICS: dict[str, Metric] = {
     ),
     "reveal/without_peer": Metric(
         meaning=(
-            "responses that rollout.keep keeps and that are left out because no other response to their problem is "
-            "right, has text and fits"
+            "responses that rollout.keep would keep, but that are left out: no other response to their problem is right "
+            "and can be shown"
         ),
         unit="responses",
         healthy="steady; more responses a problem (rollout.samples_per_problem) make it smaller",
