@@ -203,8 +203,8 @@ METRICS: dict[str, Metric] = {
     ),
     "reveal/without_peer": Metric(
         meaning=(
-            "responses that rollout.keep would keep, but that are left out: no other response to their problem is right "
-            "and can be shown"
+            "responses that rollout.keep would keep, but that are left out: no other response to their problem is "
+            "right and can be shown"
         ),
         unit="responses",
         healthy="steady; more responses a problem (rollout.samples_per_problem) make it smaller",
