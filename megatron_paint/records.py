@@ -11,6 +11,8 @@ from typing import Literal
 
 TokenIds = tuple[int, ...]
 Verdicts = Mapping[str, Sequence[bool]]  # problem id -> whether each rollout of the problem is right
+# Why a response is not trained on: its answer is not right, a shorter one is right, or no other response is right.
+LeftOut = Literal["wrong", "not_shortest", "no_peer"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,6 +24,12 @@ class Problem:
     solution: str  # the verified solution; ends in \boxed{answer} in the usual data sets
     answer: str  # the final answer that the grader compares with
     source: str = ""  # where it was read: "file:line"
+    view: str = ""  # the text of `objective.reveal.view`; empty: the solution
+
+    @property
+    def reference(self) -> str:
+        """What the teacher may be shown of this problem: the chosen view, or the solution."""
+        return self.view or self.solution
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,8 +71,13 @@ class Reveal:
     shown_tokens: int  # after the cut was moved back to a boundary
     total_tokens: int  # of the reference
     shown_text: str  # a prefix of the reference, or the complete reference
-    reference: str  # the solution that was cut: the problem's, or another problem's with `solution: wrong`
+    reference: str  # the text that was cut; `solution` says whose it is
     hidden_nats: float | None = None  # the teacher's surprise at what the rule's share hides; None: not measured
+    solution: str = "own"  # the value of `objective.reveal.solution`
+    view: str = "full"  # which text of a problem the reference is
+    of: str | None = None  # id of the other problem that the reference belongs to (wrong, other_example)
+    example: str | None = None  # text of that problem, which is shown with its reference (other_example)
+    peer: int | None = None  # sample index of the response that is the reference (peer_rollout)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +93,8 @@ class Sample:
     advantage: float | None = None  # of every token of the response; only GRPO's
     old_logprobs: tuple[float, ...] | None = None  # before the step's first update; None: in that update
     weight: float = 1.0  # of each token in the sum of the loss
+    correct: bool | None = None  # the verdict on the response; None: not graded, or GRPO, whose advantage has it
+    left_out: LeftOut | None = None  # why the response is not trained on; None: it is, or GRPO decides by advantage
 
     @property
     def sample_index(self) -> int:

@@ -17,6 +17,11 @@ from megatron_paint.run.folder import RunFolder
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # decoding returns it for an incomplete character
 LONGEST_CHARACTER = 4  # tokens
 MOST_OUTSIDE = 8  # tokens listed
+LEFT_OUT = {
+    "wrong": "its answer is not right",
+    "not_shortest": "a shorter response is right",
+    "no_peer": "no other response is right",
+}
 HIDDEN, SELECTED, FOUND, MISSING = "dim strike", "bold black on yellow", "green", "red"
 
 
@@ -78,9 +83,16 @@ def _head(sample: dict[str, Any]) -> Text:
     return Text(
         f"problem {sample['id']}, step {sample['step']}: overlap {overlap}, reveal {share}, "
         f"loss {sample['loss']:.4f} nats a token, "
-        f"{len(sample['response_ids'])} response tokens, {len(sample['selected'])} selected",
+        f"{len(sample['response_ids'])} response tokens, {len(sample['selected'])} selected{_verdict(sample)}",
         style="bold",
     )
+
+
+def _verdict(sample: dict[str, Any]) -> str:
+    """The grade of the response, and why it is not trained on."""
+    text = "" if sample.get("correct") is None else f", {'right' if sample['correct'] else 'wrong'}"
+    reason = sample.get("left_out")
+    return text if reason is None else f"{text}, left out: {LEFT_OUT[reason]}"
 
 
 def _solution(sample: dict[str, Any]) -> list[Text]:
@@ -89,10 +101,29 @@ def _solution(sample: dict[str, Any]) -> list[Text]:
     if reveal is None:
         return [_title("Solution"), Text("the teacher saw none")]
     shown, reference = reveal["shown_text"], reveal["reference_text"]
-    title = _title(f"Solution: {reveal['shown_tokens']} of {reveal['total_tokens']} tokens shown")
+    title = _title(f"{_whose(reveal)}: {reveal['shown_tokens']} of {reveal['total_tokens']} tokens shown")
+    if "example" in reveal:
+        return [title, Text(reveal["example"]), Text(shown)]
     if not reference.startswith(shown):
         return [title, Text(shown), _title("Complete reference, which does not begin with that text"), Text(reference)]
     return [title, Text.assemble(shown, (reference[len(shown) :], HIDDEN))]
+
+
+def _whose(reveal: dict[str, Any]) -> str:
+    """What the reference is."""
+    view = f" (view {reveal['view']})" if "view" in reveal else ""
+    match reveal.get("solution", "own"):
+        case "wrong":
+            return f"Solution of problem {reveal['of']}{view}" if "of" in reveal else f"Solution{view}"
+        case "other_example":
+            return f"Worked example, problem {reveal['of']}{view}"
+        case "peer_rollout":
+            return f"Response {reveal['peer']} to this problem, in place of the solution"
+        case "none":
+            return "Solution, which the teacher did not see"
+        case "reference_free":
+            return "Solution, which the teacher, in its thinking mode, did not see"
+    return f"Solution{view}"
 
 
 def _anchors(sample: dict[str, Any]) -> list[Text]:

@@ -76,6 +76,8 @@ def yaml_text(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return f"[{', '.join(map(yaml_text, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name}: {yaml_text(item)}' for name, item in value.items())}}}"
     if isinstance(value, float):
         short = f"{value:g}"
         return short if float(short) == value else repr(value)
@@ -124,13 +126,14 @@ def _first_line(section: type) -> str:
 
 def _setting(key: str, hint: Any, field: dataclasses.Field, *, section: type | None) -> SettingDescription:
     info = next(part for part in hint.__metadata__ if getattr(part, "description", None))
-    needed = field.default is dataclasses.MISSING
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    needed = default is dataclasses.MISSING
     kind, allowed = ("section or null", "") if section else _type_and_limits(TypeAdapter(hint).json_schema())
     return SettingDescription(
         key=key,
         type=kind,
         allowed=allowed,
-        default=None if needed else list(field.default) if isinstance(field.default, tuple) else field.default,
+        default=None if needed else list(default) if isinstance(default, tuple) else default,
         needed=needed,
         meaning=info.description,
         source="" if needed else info.json_schema_extra["source"],
@@ -146,5 +149,7 @@ def _type_and_limits(schema: Mapping[str, Any]) -> tuple[str, str]:
         return f"choice{null}", ", ".join(some["enum"])
     if some["type"] == "array":
         return f"list of {TYPES[some['items']['type']]}{null}", ""
+    if some["type"] == "object":
+        return f"{TYPES[some['additionalProperties']['type']]} by name", ""
     limits = [f"{word} {yaml_text(float(some[name]))}" for name, word in LIMITS.items() if name in some]
     return f"{TYPES[some['type']]}{null}", ", ".join(limits)

@@ -55,8 +55,11 @@ def settings_of(tree: Mapping[str, Any]) -> Settings:
         settings = TypeAdapter(Settings).validate_python(tree)
     except ValidationError as error:
         raise user_error(error, Settings) from None
-    settings = dataclasses.replace(settings, objective=_resolved_objective(settings.objective, tree))
+    objective, rollout = _one_group_size(_resolved_objective(settings.objective, tree), settings.rollout, tree)
+    settings = dataclasses.replace(settings, objective=objective, rollout=rollout)
     check_allow_changes(settings.run.allow_changes)
+    if found := list(contradictions.of_views(settings.objective, settings.data, settings.evaluation)):
+        raise UserError("\n".join(found))
     _refuse_contradictions(
         settings.model, settings.objective, settings.rollout, settings.optimizer, settings.megatron, data=settings.data
     )
@@ -129,6 +132,32 @@ def _opsd(objective: ObjectiveSettings, given: Mapping[str, Any]) -> ObjectiveSe
     )
 
 
+def _one_group_size(
+    objective: ObjectiveSettings, rollout: RolloutSettings, tree: Mapping[str, Any]
+) -> tuple[ObjectiveSettings, RolloutSettings]:
+    """For GRPO, rollout.samples_per_problem becomes objective.grpo.samples_per_problem, its older name.
+
+    So the settings of a run folder hold the number once, and a run that was started under one name resumes under the
+    other.
+    """
+    size = rollout.samples_per_problem
+    if objective.name != "grpo" or size is None:
+        return objective, rollout
+    if size < 2:
+        raise UserError(
+            f"rollout.samples_per_problem={size} leaves nothing to compare, and objective.name=grpo learns from the "
+            "differences between the responses to a problem: set it to 2 or more, such as 8"
+        )
+    other = tree["objective"].get("grpo", {}).get("samples_per_problem", size)
+    if other != size:
+        raise UserError(
+            f"rollout.samples_per_problem={size} and objective.grpo.samples_per_problem={other} are the same setting: "
+            "leave one of them out"
+        )
+    group = dataclasses.replace(objective.grpo, samples_per_problem=size)
+    return dataclasses.replace(objective, grpo=group), dataclasses.replace(rollout, samples_per_problem=None)
+
+
 def _refuse_contradictions(
     model: ModelSettings,
     objective: ObjectiveSettings,
@@ -154,6 +183,8 @@ def _contradictions(
     if data is not None:
         yield from contradictions.of_data(data, objective)
     yield from contradictions.of_reveal(objective.reveal)
+    yield from contradictions.of_shown(objective, rollout)
+    yield from contradictions.of_kept(objective, rollout)
     yield from contradictions.of_teacher(objective.teacher)
     yield from contradictions.of_rollout(rollout)
     if objective.name == "grpo":

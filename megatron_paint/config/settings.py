@@ -3,13 +3,14 @@
 A YAML file sets values and `key=value` arguments override them; `load.py` reads both. The loss has its own: `loss.py`.
 """
 
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Annotated, Literal
 
 from megatron_paint.config.dialect import (
     ADAMW,
     MEGATRON,
     MEGATRON_NAME,
+    OASIS,
     OPSD,
     Count,
     Flag,
@@ -20,7 +21,7 @@ from megatron_paint.config.dialect import (
     setting,
     settings_class,
 )
-from megatron_paint.config.objective import ObjectiveSettings
+from megatron_paint.config.objective import Needs, ObjectiveSettings
 
 LONGEST_ANSWER = 38912  # tokens; OPSD's limit in evaluations
 Format = Literal["auto", "json", "jsonl", "csv", "parquet", "datasets"]
@@ -72,6 +73,10 @@ class ColumnSettings:
     )
     solution: Annotated[Text, setting("column of the verified solution; grpo and evaluations need none")] = "solution"
     answer: Annotated[Text, setting("column of the final answer")] = "answer"
+    views: Annotated[
+        dict[Text, Text],
+        setting("other texts that may be shown in place of the solution: a name for each, and its column"),
+    ] = field(default_factory=dict)
 
 
 @settings_class
@@ -112,6 +117,13 @@ class PromptSettings:
     teacher_template: Annotated[
         Text | None, setting("template file of the teacher's message; null: the built-in one")
     ] = None
+    example_template: Annotated[
+        Text | None,
+        setting(
+            "template file of the teacher's message with objective.reveal.solution=other_example; null: the built-in "
+            "one"
+        ),
+    ] = None
     evaluation_template: Annotated[
         Text | None, setting("template file of the message in evaluations; null: the built-in one")
     ] = None
@@ -128,6 +140,18 @@ class RolloutSettings:
         Literal["megatron", "replay"], setting("where responses come from: sampled here, or read from a file")
     ] = "megatron"
     path: Annotated[Text | None, setting("file or folder of rollouts for engine=replay")] = None
+    samples_per_problem: Annotated[
+        Count | None,
+        setting("responses to each problem of a step; null: 1, or objective.grpo.samples_per_problem for grpo"),
+    ] = None
+    keep: Annotated[
+        Literal["all", "correct", "shortest_correct"],
+        setting(
+            "which responses paint and opsd train on: all, those with the right answer, or of each problem the "
+            "shortest of them; a problem without a right response is left out",
+            source=f"ours; shortest_correct: {OASIS}",
+        ),
+    ] = "all"
     max_new_tokens: Annotated[Count, setting("most tokens in a response", source=OPSD)] = 1024
     temperature: Annotated[Number, setting("sampling temperature; 0 is greedy", source=OPSD, ge=0)] = 1.1
     top_p: Annotated[
@@ -262,7 +286,7 @@ class EvaluationSettings:
 
 @settings_class
 class GradingSettings:
-    """How responses are graded: for GRPO's reward and the order adastar, in evaluations, and to check solutions."""
+    """How responses are graded: for GRPO, rollout.keep and data.order=adastar, in evaluations, and to check solutions."""
 
     box_in_thought: Annotated[
         Literal["ignore", "count"],
@@ -343,9 +367,16 @@ class Settings:
     grading: GradingSettings = field(default_factory=GradingSettings)
 
     @property
-    def grades_rollouts(self) -> bool:
-        """Whether the rollouts of each step get verdicts: for the objective, or for the order of the problems."""
-        return self.objective.needs.graders or self.data.order == "adastar"
+    def needs(self) -> Needs:
+        """What the objective needs of this run: the number of responses and their grades may be asked for elsewhere."""
+        needs, rollout = self.objective.needs, self.rollout
+        if not needs.samples_per_problem:
+            return needs
+        return replace(
+            needs,
+            samples_per_problem=rollout.samples_per_problem or needs.samples_per_problem,
+            graders=needs.graders or rollout.keep != "all" or self.data.order == "adastar",
+        )
 
 
 @settings_class

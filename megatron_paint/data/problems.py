@@ -6,7 +6,7 @@ of a setting or of the file, and the error says so.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -28,7 +28,8 @@ from megatron_paint.data.cells import (
     problem_of,
     text_of,
 )
-from megatron_paint.data.columns import Columns
+from megatron_paint.data.columns import Columns, needed_by_view
+from megatron_paint.data.prompt_limit import PromptLimit
 from megatron_paint.data.repeats import repeats
 from megatron_paint.data.rows import Row
 from megatron_paint.data.sources import read_rows
@@ -41,28 +42,6 @@ if TYPE_CHECKING:
 
 REASONS_SHOWN = 3
 SYSTEM_SHOWN = 60  # characters
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptLimit:
-    """How long a problem's prompts may be: the model's positions less the tokens of a response."""
-
-    length: Callable[[Problem], int]  # returns the tokens of a problem's longest prompt
-    positions: int  # of the model
-    response: int = 0  # most tokens of a response that follows the prompt
-    setting: str = ""  # the key of the setting with `response`
-
-    @property
-    def most(self) -> int:
-        """The most tokens of a prompt."""
-        return self.positions - self.response
-
-    def message(self, length: int, *, source: str, where: str) -> str:
-        """The error if the longest prompt leaves too few positions for the response, which is the setting's fault."""
-        return (
-            f"{self.setting}={self.response} is too large: the longest prompt of {source} has {length} tokens ({where})"
-            f", and the model has {self.positions} positions; set {self.setting} to at most {self.positions - length}"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +98,7 @@ def load_problems(
     settings: "DataSettings",
     *,
     solution_needed_by: str | None = "training",
+    view: str = "full",
     grade: Grader | None = None,
     prompt_limit: PromptLimit | None = None,
     mistake: Callable[[Problem], str | None] | None = None,
@@ -126,6 +106,7 @@ def load_problems(
     """Reads the training problems and checks every row.
 
     solution_needed_by: what needs a solution in each row, for errors; None: a row may be without a solution.
+    view: `objective.reveal.view`, the text of each problem that is its reference.
     grade: gets all pairs (solution, answer) in which the solution's last box is another text than `answer`, and decides
     whether they are equal. With None or with `check_answers: false` this is not checked. mistake: returns why a problem
     cannot be used, or None. Raises UserError for a source that cannot be read or has no needed column, and for a
@@ -139,6 +120,7 @@ def load_problems(
         solution_needed_by=solution_needed_by,
         skip=settings.on_bad_row == "skip",
         checks=_Checks(grade if settings.check_answers else None, prompt_limit, mistake),
+        view=view,
     )
     odd = oddities(loaded.problems, setting="data", solutions=solution_needed_by is not None)
     return ProblemSet(
@@ -175,7 +157,8 @@ class _TooLong(BadRow):
 
     def __init__(self, length: int, limit: PromptLimit):
         super().__init__(
-            f"its longest prompt has {length} tokens; at most {limit.most} fit beside {limit.setting}={limit.response}"
+            f"its longest prompt has {length} tokens{limit.shown_text}; at most {limit.most} fit beside "
+            f"{limit.setting}={limit.response}"
         )
         self.length = length
 
@@ -198,7 +181,7 @@ class _Checks:
         limit = self.prompt_limit
         if limit is not None and _may_be_longer(problem, limit.most):
             length = limit.length(problem)
-            if length > limit.most and limit.setting and length < limit.positions:
+            if length > limit.most and limit.setting and limit.longest_response(length) > 0:
                 raise _TooLong(length, limit)
             if length > limit.most:
                 raise BadRow(f"its longest prompt has {length} tokens, and the model has {limit.positions} positions")
@@ -261,8 +244,15 @@ def _load(
     skip: bool,
     checks: _Checks,
     limit: int | None = None,
+    view: str = "full",
 ) -> LoadedProblems:
-    columns = Columns(settings.columns, setting=setting, source=source, solution_needed_by=solution_needed_by)
+    columns = Columns(
+        settings.columns,
+        setting=setting,
+        source=source,
+        solution_needed_by=solution_needed_by,
+        view=view if view in settings.columns.views else None,
+    )
     needed = [name for name in columns.names.values() if name is not None]
     all_rows = read_rows(source, format=settings.format, split=settings.split, setting=setting, needed=needed)
     rows = [columns.take(row) for row in islice(all_rows, limit)]
@@ -272,6 +262,8 @@ def _load(
     if not has_ids and columns.names["id"] is not None:
         notes.append(f"{source}: no row has a column {columns.names['id']!r}; file name and line are used as id")
     read = [_read_problem(row, columns, has_ids=has_ids) for row in rows]
+    if view == "answer":
+        read = [one if isinstance(one, BadRow) else (_with_answer_view(one[0]), *one[1:]) for one in read]
     found = _Found(checks, checks.verdicts(one[0] for one in read if not isinstance(one, BadRow)))
     for row, one in zip(rows, read, strict=True):
         found.add(row, one)
@@ -309,17 +301,23 @@ def _problem(row: Row, columns: Columns, *, has_ids: bool) -> tuple[Problem, For
     problem, system = problem_of(cells["problem"])
     solution = optional_text_of(cells["solution"])
     if columns.solution_needed_by and not solution:
-        solution = _needed_solution(cells["solution"], columns)
+        solution = _needed_text(cells["solution"], columns.solution_needed_by)
+    view = "" if columns.view is None else _needed_text(cells[columns.view], needed_by_view(columns.view))
     answer, form = answer_of(cells["answer"])
-    return Problem(id=problem_id, problem=problem, solution=solution, answer=answer, source=row.where), form, system
+    found = Problem(id=problem_id, problem=problem, solution=solution, answer=answer, source=row.where, view=view)
+    return found, form, system
 
 
-def _needed_solution(cell: Cell, columns: Columns) -> str:
-    """Raises BadRow, with what needs the solution."""
+def _with_answer_view(problem: Problem) -> Problem:
+    return replace(problem, view=f"\\boxed{{{problem.answer}}}")
+
+
+def _needed_text(cell: Cell, needed_by: str) -> str:
+    """Returns the text. Raises BadRow, with what needs it."""
     try:
         return text_of(cell)
     except BadRow as reason:
-        raise BadRow(f"{reason}; {columns.solution_needed_by} needs it", role=reason.role, fault=reason.fault) from None
+        raise BadRow(f"{reason}; {needed_by} needs it", role=reason.role, fault=reason.fault) from None
 
 
 def _check_shared_faults(bad: Sequence[tuple[Row, BadRow]], columns: Columns, *, count: int) -> None:
@@ -378,7 +376,7 @@ def _shortened(text: str) -> str:
 def _may_be_longer(problem: Problem, most: int) -> bool:
     """Tells whether a prompt may exceed `most` tokens: a token has at least one byte, a template may repeat a text."""
     template_allowance = 2048
-    longest = 2 * (len(problem.problem.encode()) + len(problem.solution.encode())) + template_allowance
+    longest = 2 * (len(problem.problem.encode()) + len(problem.reference.encode())) + template_allowance
     return longest > most
 
 

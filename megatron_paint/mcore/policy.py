@@ -60,11 +60,11 @@ class MegatronPolicy(ModelRunner):
         megatron = settings.megatron
         self.wrapped = wrap_data_parallel(self.stage, megatron) if trained else self.stage
         self.optimizer = make_optimizer(self.wrapped, settings.optimizer, megatron) if trained else None
-        taught = trained and settings.objective.needs.teacher
+        taught = trained and settings.needs.teacher
         self.teacher = Teacher(
             self.stage,
             settings.objective.teacher if taught else TeacherSettings(weights="current"),
-            keeps_initial=trained and settings.objective.needs.initial,
+            keeps_initial=trained and settings.needs.initial,
             starts_adapted=settings.model.adapter_path is not None,
         )
         self.writer = Writer(ranks)

@@ -14,11 +14,11 @@ from megatron_paint.data.prompts import Prompts
 from megatron_paint.grading.grade import Grade
 from megatron_paint.losses.elementwise.choose import loss_kernel
 from megatron_paint.losses.objectives import PolicyGradientLoss
+from megatron_paint.objectives.graded import grade_rollouts, reward_metrics, scores_of_all, verdicts_of
 from megatron_paint.objectives.interface import ObjectiveInputs
 from megatron_paint.objectives.metrics import mean_of
-from megatron_paint.objectives.verdicts import grade_metrics, grade_rollouts, verdicts_of
 from megatron_paint.policy import Policy
-from megatron_paint.records import Problem, Rollout, Sample, SampleScore, StepResult, UpdateReport
+from megatron_paint.records import Problem, Rollout, Sample, StepResult, UpdateReport
 from megatron_paint.rollouts.source import sample_key
 from megatron_paint.runtime.timer import Timer
 
@@ -60,7 +60,7 @@ class Grpo:
         done = f"step {step} ended after {len(updates)} of {self.settings.updates_per_batch} updates"
         return StepResult(
             samples=tuple(samples),
-            scores=_scores(samples, taught, updates),
+            scores=scores_of_all(samples, taught, updates[0].scores if updates else ()),
             updates=tuple(updates),
             extras=self.extras(grades, taught, updates),
             warnings=(f"{done}: {stopped_by}",) if stopped_by else (),
@@ -73,7 +73,7 @@ class Grpo:
         """The metrics that only GRPO has."""
         every = [score for update in updates for score in update.scores]
         return {
-            **grade_metrics(grades),
+            **reward_metrics(grades),
             "reward/equal_groups_share": 1.0 - len(taught) / len(grades),
             "updates": float(len(updates)),
             "ratio/clipped_share": mean_of("clipped_ratios", every, lambda score: score.loss_tokens),
@@ -138,13 +138,3 @@ class Grpo:
     def longest_prompt(problem: Problem, prompts: Prompts, settings: ObjectiveSettings, *, response: int) -> int:
         """Tokens of the student's prompt."""
         return len(prompts.student_prompt(problem))
-
-
-def _scores(
-    samples: Sequence[Sample], taught: Sequence[int], updates: Sequence[UpdateReport]
-) -> tuple[SampleScore, ...]:
-    """The scores of the first update, in the order of the samples; samples without loss have empty ones."""
-    scores = [SampleScore(loss_sum=0.0, num_tokens=len(s.response_ids), loss_tokens=0) for s in samples]
-    for index, score in zip(taught, updates[0].scores if updates else (), strict=True):
-        scores[index] = dataclasses.replace(score, token_logprobs=None)
-    return tuple(scores)

@@ -27,6 +27,7 @@ STEP_LINE = {  # parts of a step's line, in this order, by what they show
     "overlap {:.2f}": "overlap/mean",
     "reveal {:.2f}": "reveal/mean",
     "reward {:.2f}": "reward/mean",
+    "kept {:.0f}": "rollout/kept",
     "length {:,.0f}": "response/length_mean",
     "truncated {:.0%}": "response/truncated_share",
     "grad {:.3g}": "grad_norm",

@@ -142,8 +142,8 @@ def prepare(
         settings=settings.objective,
         prompts=inputs.prompts,
         rollouts=rollout_source(settings, inputs.prompts, _training_sampler(settings, inputs.prompts, policy)),
-        masker=_masker_pool(stack) if first and settings.objective.needs.masker else None,
-        grades_rollouts=settings.grades_rollouts,
+        masker=_masker_pool(stack) if first and settings.needs.masker else None,
+        grades_rollouts=settings.needs.graders,
         graders=graders,
         on_rank_zero=on_rank_zero,
     )
@@ -194,7 +194,7 @@ def _open_console(settings: Settings, folder: RunFolder, *, mode: Mode, start: i
 
 def _training_sampler(settings: Settings, prompts: Prompts, policy: "MegatronPolicy") -> Sampler:
     """The engine of `rollout.engine`; evaluations and the self-check always sample from the model itself."""
-    if settings.rollout.engine == "replay" and settings.objective.needs.samples_per_problem:
+    if settings.rollout.engine == "replay" and settings.needs.samples_per_problem:
         return replay_sampler(settings, prompts)
     return policy.sampler
 
@@ -252,7 +252,7 @@ def _resume(policy: Policy, order: ProblemOrder, checkpoint: Path, step: int, pr
 
 def _graders(settings: Settings, inputs: Inputs, stack: ExitStack) -> GradingPool | None:
     """Worker processes that grade, if rollouts or the answers of an evaluation get verdicts."""
-    if not inputs.held_out and not settings.grades_rollouts:
+    if not inputs.held_out and not settings.needs.graders:
         return None
     rules = Rules(box_in_thought=settings.grading.box_in_thought)
     pool = GradingPool(seconds=inputs.evaluation.grading_seconds, rules=rules, on_verdict=mark_progress)

@@ -36,7 +36,7 @@ CLIP = {"1p7b": 0.05, "4b": 0.05, "8b": 0.06, "14b": 0.06, "32b": 0.06}  # OPSD 
 
 
 @pytest.mark.parametrize("size", QWEN3)
-@pytest.mark.parametrize("name", ["paint", "support", "opsd", "grpo", "sft"])
+@pytest.mark.parametrize("name", ["paint", "support", "opsd", "reference_free", "grpo", "sft"])
 def test_presets_fit_their_model_and_its_gpus(name, size, tmp_path):
     hidden, ffn, layers, heads = QWEN3[size]
     config = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 151936, "head_dim": 128}
@@ -50,13 +50,15 @@ def test_presets_fit_their_model_and_its_gpus(name, size, tmp_path):
     assert plan.memory.peak < 80e9
     assert plan.warnings() == []
     paint = load_settings(folder / "paint.yaml", [f"model.hf_path={tmp_path}"])
-    assert settings.objective.name == {"support": "paint"}.get(name, name)
+    assert settings.objective.name == {"support": "paint", "reference_free": "opsd"}.get(name, name)
+    alone = settings.objective.reveal.solution == "reference_free" and settings.prompts.teacher_thinking
+    assert alone == (name == "reference_free")
     assert (settings.model, settings.optimizer, settings.megatron) == (paint.model, paint.optimizer, paint.megatron)
     assert settings.objective.loss.clip == paint.objective.loss.clip == CLIP[size]
     assert settings.megatron.tensor_model_parallel_size == TENSOR_PARALLEL[size]
     assert settings.megatron.sequence_parallel == (TENSOR_PARALLEL[size] > 1)
     assert settings.optimizer.lr == 5e-6
-    responses = settings.data.problems_per_step * max(settings.objective.needs.samples_per_problem, 1)
+    responses = settings.data.problems_per_step * max(settings.needs.samples_per_problem, 1)
     assert responses == 32
     assert settings.run.dir == f"runs/qwen3_{size}/{name}"
 
@@ -204,7 +206,7 @@ def test_adastar_needs_rollouts_and_grades_them(name):
         ):
             settings_of(tree)
     else:
-        assert settings_of(tree).grades_rollouts
+        assert settings_of(tree).needs.graders
     shuffled = settings_of({**SMALLEST, "objective": {"name": name}})
     assert shuffled.data.order == "shuffled"
-    assert shuffled.grades_rollouts == (name == "grpo")
+    assert shuffled.needs.graders == (name == "grpo")

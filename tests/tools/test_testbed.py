@@ -24,6 +24,7 @@ rows_of = importlib.import_module("warm_up_rows")
 VARIANTS = importlib.import_module("testbed_variants").VARIANTS
 testbed = importlib.import_module("testbed")
 report = importlib.import_module("testbed_report")
+SEVERAL_RESPONSES = ("shortest_correct", "peer_rollout")
 SUM = task.RunningSum(start=47, operands=(8, -9))
 
 
@@ -173,11 +174,23 @@ def test_every_control_differs_from_paint_in_one_thing():
         if name == "adastar":
             assert control == replace(paint, data=replace(paint.data, order="adastar"))
             continue
+        if name in SEVERAL_RESPONSES:
+            check_several_responses(name, control, paint)
+            continue
         assert control.objective != paint.objective, name
         assert [f for f in vars(paint) if getattr(control, f) != getattr(paint, f)] == ["objective"], name
         parts = ("reveal", "loss", "teacher", "name")
         odd = [part for part in parts if getattr(control.objective, part) != getattr(paint.objective, part)]
         assert len(odd) == 1, name
+
+
+def check_several_responses(name, control, paint):
+    """They choose among several responses, and a step has as many as the other methods'."""
+    differing = ["data", "objective", "rollout"] if name == "peer_rollout" else ["data", "rollout"]
+    assert [f for f in vars(paint) if getattr(control, f) != getattr(paint, f)] == differing
+    assert control.data.problems_per_step * control.rollout.samples_per_problem == paint.data.problems_per_step
+    assert control.rollout.keep == "shortest_correct"
+    assert control.objective.reveal.solution == ("peer_rollout" if name == "peer_rollout" else "own")
 
 
 def finished(warm_up, seed, last, **changes):

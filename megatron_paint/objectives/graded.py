@@ -1,12 +1,13 @@
-"""Verdicts on the rollouts of a step: for the objective, and for the order of the problems."""
+"""What objectives that grade their responses share: verdicts, their metrics, and samples that carry no loss."""
 
+import dataclasses
 import statistics
 from collections.abc import Sequence
 
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.grading.grade import Grade, GradingPool
 from megatron_paint.grading.thoughts import PROMPT_TAIL, continued
-from megatron_paint.records import Problem, Rollout, Verdicts
+from megatron_paint.records import Problem, Rollout, Sample, SampleScore, Verdicts
 from megatron_paint.runtime.rank_zero import OnRankZero
 
 
@@ -18,10 +19,7 @@ def grade_rollouts(
     graders: GradingPool | None,
     on_rank_zero: OnRankZero,
 ) -> list[Grade]:
-    """The grades in the order of the rollouts: rank 0 grades, and all ranks get the result.
-
-    problems: those of the rollouts, in any order. graders: those of rank 0; the other ranks have none.
-    """
+    """Verdicts in the order of the rollouts. Rank 0 grades for all ranks. graders: None on every other rank."""
     answers = {problem.id: problem.answer for problem in problems}
     text = prompts.response_text
     pairs = [
@@ -38,10 +36,23 @@ def verdicts_of(rollouts: Sequence[Rollout], grades: Sequence[Grade]) -> Verdict
     return verdicts
 
 
-def grade_metrics(grades: Sequence[Grade]) -> dict[str, float]:
-    """The metrics of a step whose rollouts are graded."""
+def reward_metrics(grades: Sequence[Grade]) -> dict[str, float]:
+    """The share of right responses, and counts of verdicts that need a look."""
     return {
         "reward/mean": statistics.fmean(float(grade.correct) for grade in grades),
         "reward/timeouts": float(sum(grade.outcome == "timeout" for grade in grades)),
         "reward/box_in_thought": float(sum(grade.box_in_thought for grade in grades)),
     }
+
+
+def scores_of_all(
+    samples: Sequence[Sample], taught: Sequence[int], scores: Sequence[SampleScore]
+) -> tuple[SampleScore, ...]:
+    """The scores in the order of all samples; samples without loss have empty ones.
+
+    taught: the indices of the samples that `scores` belong to.
+    """
+    found = [SampleScore(loss_sum=0.0, num_tokens=len(s.response_ids), loss_tokens=0) for s in samples]
+    for index, score in zip(taught, scores, strict=True):
+        found[index] = dataclasses.replace(score, token_logprobs=None)
+    return tuple(found)

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 from megatron_paint.grading.grade import GradingPool
-from megatron_paint.objectives.verdicts import grade_metrics, grade_rollouts, verdicts_of
+from megatron_paint.objectives.graded import grade_rollouts, reward_metrics, verdicts_of
 from megatron_paint.records import Problem, Rollout
 from megatron_paint.runtime.rank_zero import directly
 
@@ -21,7 +21,7 @@ def test_verdicts_by_problem():
         grades = grade_rollouts(PROBLEMS, ROLLOUTS, prompts=PROMPTS, graders=graders, on_rank_zero=directly)
     assert [grade.outcome for grade in grades] == ["right", "wrong", "right", "no_answer"]
     assert verdicts_of(ROLLOUTS, grades) == {"a": [True, False, False], "b": [True]}
-    assert grade_metrics(grades) == {"reward/mean": 0.5, "reward/timeouts": 0.0, "reward/box_in_thought": 0.0}
+    assert reward_metrics(grades) == {"reward/mean": 0.5, "reward/timeouts": 0.0, "reward/box_in_thought": 0.0}
 
 
 def test_other_ranks_get_what_rank_zero_found():
