@@ -29,7 +29,7 @@ CONTROLS_ON = "own"
 # What is judged beside the support where a shown solution spoils the teacher, and where it does so and hiding costs.
 BEYOND = (
     *("support_001", "support_020", "support_student", "partner_initial", "weight_position", "weight_divergence"),
-    *("adastar",),
+    *("shortest_correct", "peer_rollout", "other_example", "adastar"),
 )
 BEYOND_ON = ("leaky", "leaky_weak")
 WARM_UPS = (11, 12, 13)

@@ -286,7 +286,7 @@ class EvaluationSettings:
 
 @settings_class
 class GradingSettings:
-    """How responses are graded: for GRPO, rollout.keep and data.order=adastar, in evaluations, and to check solutions."""
+    """How responses are graded: for GRPO, rollout.keep, data.order=adastar, evaluations and checks of solutions."""
 
     box_in_thought: Annotated[
         Literal["ignore", "count"],

@@ -98,7 +98,14 @@ def step(model, *, texts=TEXTS, problems=PROBLEMS, reveal=None, prompts=None, **
     policy, graders = Notes(found.tokenizer.encode, texts), Graders()
     samples = made.needs.samples_per_problem
     source = RolloutSource(policy, found, made.rollout, samples=samples, seed=made.run.seed)
-    paint = Paint(ObjectiveInputs(settings=made.objective, prompts=found, rollouts=source, graders=graders))
+    inputs = ObjectiveInputs(
+        settings=made.objective,
+        prompts=found,
+        rollouts=source,
+        grades_rollouts=made.needs.graders,
+        graders=graders,
+    )
+    paint = Paint(inputs)
     timer = Timer()
     result = paint.step(policy, problems, step=2, lr=1e-3, timer=timer)
     return result, metrics_of(result, step=2, lr=1e-3, seconds=timer.seconds), policy, graders, found
