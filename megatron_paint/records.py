@@ -20,6 +20,8 @@ class Problem:
     solution: str  # the verified solution; ends in \boxed{answer} in the usual data sets
     answer: str  # the final answer that the grader compares with
     source: str = ""  # where it was read: "file:line"
+    domain: str = "math"  # a name of the section `domains`: chooses anchors and grader
+    choices: tuple[str, ...] = ()  # the texts of A, B, ... of a multiple-choice problem; empty: not known
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +41,7 @@ class Rollout:
 class Anchor:
     """A piece of the reference that a rollout can reproduce."""
 
-    kind: Literal["boxed", "formula", "number"]
+    kind: str  # math: boxed, formula, number; code and text have others besides boxed
     text: str  # normalised
     found: bool  # the rollout contains it
 
@@ -63,6 +65,7 @@ class Reveal:
     shown_text: str  # a prefix of the reference, or the complete reference
     reference: str  # the solution that was cut: the problem's, or another problem's with `solution: wrong`
     hidden_nats: float | None = None  # the teacher's surprise at what the rule's share hides; None: not measured
+    anchors: str = "math"  # the extractor of the reference, whose rules place the cut
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,9 +159,12 @@ class Graded:
     response_text: str
     num_tokens: int
     finished: bool
-    outcome: Literal["right", "wrong", "no_answer", "timeout"]
+    outcome: Literal["right", "wrong", "no_answer", "timeout", "error"]
     extracted: str | None
     box_in_thought: bool = False  # a thought that never ends holds a box
+    domain: str = "math"  # of the problem
+    score: float | None = None  # of a user's function, in [0, 1]
+    error: str = ""  # why a user's function gave no verdict, where the outcome is error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,14 +7,15 @@ of a setting or of the file, and the error says so.
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.base.keys import derive_key, permutation
+from megatron_paint.config.domains import BOXED_GRADERS, DomainSettings, domain_of, known_domains
 from megatron_paint.data.answer_check import Grader, check_answer, verdicts_on
 from megatron_paint.data.cells import (
     RESULT_MARK,
@@ -23,6 +24,8 @@ from megatron_paint.data.cells import (
     Cell,
     Form,
     answer_of,
+    choices_of,
+    domain_of_row,
     id_of,
     optional_text_of,
     problem_of,
@@ -33,6 +36,7 @@ from megatron_paint.data.repeats import repeats
 from megatron_paint.data.rows import Row
 from megatron_paint.data.sources import read_rows
 from megatron_paint.data.statistics import oddities
+from megatron_paint.grading.final_answers import letter_of
 from megatron_paint.grading.grade import Grade
 from megatron_paint.records import Problem
 
@@ -122,13 +126,15 @@ def load_problems(
     grade: Grader | None = None,
     prompt_limit: PromptLimit | None = None,
     mistake: Callable[[Problem], str | None] | None = None,
+    domains: Mapping[str, DomainSettings] | None = None,
 ) -> ProblemSet:
     """Reads the training problems and checks every row.
 
     solution_needed_by: what needs a solution in each row, for errors; None: a row may be without a solution.
     grade: gets all pairs (solution, answer) in which the solution's last box is another text than `answer`, and decides
-    whether they are equal. With None or with `check_answers: false` this is not checked. mistake: returns why a problem
-    cannot be used, or None. Raises UserError for a source that cannot be read or has no needed column, and for a
+    whether they are equal. With None or with `check_answers: false` this is not checked, and it never is for problems
+    with another grader than math. mistake: returns why a problem cannot be used, or None. domains: the section of this
+    name. Raises UserError for a source that cannot be read or has no needed column, and for a
     response that leaves no room for the prompts. With `on_bad_row: error` it also raises UserError for a bad row and
     names its file and line.
     """
@@ -138,9 +144,10 @@ def load_problems(
         setting="data.train",
         solution_needed_by=solution_needed_by,
         skip=settings.on_bad_row == "skip",
-        checks=_Checks(grade if settings.check_answers else None, prompt_limit, mistake),
+        checks=_Checks(grade if settings.check_answers else None, prompt_limit, mistake, domains=domains or {}),
     )
-    odd = oddities(loaded.problems, setting="data", solutions=solution_needed_by is not None)
+    boxed = [one for one in loaded.problems if domain_of(domains or {}, one.domain).grader in BOXED_GRADERS]
+    odd = oddities(boxed, setting="data", solutions=solution_needed_by is not None)
     return ProblemSet(
         loaded.problems,
         settings.problems_per_step,
@@ -151,10 +158,13 @@ def load_problems(
     )
 
 
-def load_held_out(settings: "EvaluationSettings", *, needs_mark: bool = False) -> LoadedProblems:
+def load_held_out(
+    settings: "EvaluationSettings", *, needs_mark: bool = False, domains: Mapping[str, DomainSettings] | None = None
+) -> LoadedProblems:
     """Reads the first `limit` problems to evaluate on, in the order of the source. Solutions may be missing.
 
-    needs_mark: each answer must be a worked solution that ends in "#### RESULT". Raises UserError for a bad row and for
+    needs_mark: each answer must be a worked solution that ends in "#### RESULT". domains: the section of this name.
+    Raises UserError for a bad row and for
     a source that cannot be read.
     """
     if settings.problems is None:
@@ -165,7 +175,7 @@ def load_held_out(settings: "EvaluationSettings", *, needs_mark: bool = False) -
         setting="evaluation.problems",
         solution_needed_by=None,
         skip=False,
-        checks=_Checks(needs_mark=needs_mark),
+        checks=_Checks(needs_mark=needs_mark, domains=domains or {}),
         limit=settings.limit,
     )
 
@@ -188,11 +198,14 @@ class _Checks:
     prompt_limit: PromptLimit | None = None
     mistake: Callable[[Problem], str | None] | None = None
     needs_mark: bool = False
+    domains: Mapping[str, DomainSettings] = field(default_factory=dict)
 
     def __call__(self, problem: Problem, form: Form) -> None:
         """Raises BadRow for a problem that cannot be used, except for its answer."""
         if self.needs_mark and form != "marked":
             raise BadRow(f"the answer has no {RESULT_MARK!r}; this benchmark has the answer after this mark")
+        if self._grader(problem) == "choice" and letter_of(problem.answer, problem.choices) is None:
+            raise BadRow(_no_choice(problem), role="answer", fault="names no choice")
         if self.mistake is not None and (reason := self.mistake(problem)) is not None:
             raise BadRow(reason)
         limit = self.prompt_limit
@@ -204,8 +217,12 @@ class _Checks:
                 raise BadRow(f"its longest prompt has {length} tokens, and the model has {limit.positions} positions")
 
     def verdicts(self, problems: Iterable[Problem]) -> dict[str, Grade]:
-        """Returns the grader's verdicts on the answers, by file and line."""
-        return {} if self.grade is None else verdicts_on(problems, self.grade)
+        """Returns the grader's verdicts on the answers whose grader compares boxes, by file and line."""
+        boxed = [problem for problem in problems if self._grader(problem) in BOXED_GRADERS]
+        return {} if self.grade is None else verdicts_on(boxed, self.grade)
+
+    def _grader(self, problem: Problem) -> str:
+        return domain_of(self.domains, problem.domain).grader
 
 
 class _Found:
@@ -271,7 +288,8 @@ def _load(
     has_ids = "id" in columns.found
     if not has_ids and columns.names["id"] is not None:
         notes.append(f"{source}: no row has a column {columns.names['id']!r}; file name and line are used as id")
-    read = [_read_problem(row, columns, has_ids=has_ids) for row in rows]
+    domain_of_cell = partial(domain_of_row, default=settings.domain, known=known_domains(checks.domains))
+    read = [_read_problem(row, columns, checks.domains, domain_of_cell, has_ids=has_ids) for row in rows]
     found = _Found(checks, checks.verdicts(one[0] for one in read if not isinstance(one, BadRow)))
     for row, one in zip(rows, read, strict=True):
         found.add(row, one)
@@ -292,15 +310,22 @@ def _load(
     return LoadedProblems(problems=good, bad_rows=bad_rows, notes=tuple(notes), warnings=repeats(good, setting=setting))
 
 
-def _read_problem(row: Row, columns: Columns, *, has_ids: bool) -> tuple[Problem, Form, str] | BadRow:
+def _read_problem(row: Row, columns: Columns, *further: Any, has_ids: bool) -> tuple[Problem, Form, str] | BadRow:
     """Returns what `_problem` does, or the reason why it cannot."""
     try:
-        return _problem(row, columns, has_ids=has_ids)
+        return _problem(row, columns, *further, has_ids=has_ids)
     except BadRow as reason:
         return reason.with_traceback(None)
 
 
-def _problem(row: Row, columns: Columns, *, has_ids: bool) -> tuple[Problem, Form, str]:
+def _problem(
+    row: Row,
+    columns: Columns,
+    domains: Mapping[str, DomainSettings],
+    domain_of_cell: Callable[[Cell], str],
+    *,
+    has_ids: bool,
+) -> tuple[Problem, Form, str]:
     """Returns the problem of a row, the form of its answer and the text of its system message."""
     if row.values is None:
         raise BadRow(row.broken)
@@ -310,8 +335,27 @@ def _problem(row: Row, columns: Columns, *, has_ids: bool) -> tuple[Problem, For
     solution = optional_text_of(cells["solution"])
     if columns.solution_needed_by and not solution:
         solution = _needed_solution(cells["solution"], columns)
-    answer, form = answer_of(cells["answer"])
-    return Problem(id=problem_id, problem=problem, solution=solution, answer=answer, source=row.where), form, system
+    domain = domain_of_cell(cells["domain"])
+    # What a user's function takes as the answer is its own affair: a test program may contain "####".
+    plain = domain_of(domains, domain).function is not None
+    answer, form = (id_of(cells["answer"]), "text") if plain else answer_of(cells["answer"])
+    read = Problem(
+        id=problem_id,
+        problem=problem,
+        solution=solution,
+        answer=answer,
+        source=row.where,
+        domain=domain,
+        choices=choices_of(cells["choices"]),
+    )
+    return read, form, system
+
+
+def _no_choice(problem: Problem) -> str:
+    if problem.choices:
+        last = chr(ord("A") + len(problem.choices) - 1)
+        return f"answer {problem.answer!r} is neither a letter from A to {last} nor the text of one of the choices"
+    return f"answer {problem.answer!r} is not the letter of a choice; for its text, name data.columns.choices"
 
 
 def _needed_solution(cell: Cell, columns: Columns) -> str:

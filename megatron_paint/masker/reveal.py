@@ -6,14 +6,15 @@ Every result is a pure function of text, settings and keys.
 
 import dataclasses
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.base.keys import derangement, derive_key, uniforms
+from megatron_paint.config.domains import DomainSettings, domain_of
 from megatron_paint.masker.cut import Offsets, cut_solution
-from megatron_paint.masker.overlap import MaskerPool, Pair, measure_overlaps
+from megatron_paint.masker.overlap import MaskerPool, Pair, extractor_named, measure_overlaps
 from megatron_paint.records import Overlap, Problem, Reveal
 
 if TYPE_CHECKING:
@@ -38,13 +39,15 @@ def reveal_step(
     keys: Sequence[int],
     token_offsets: Callable[[str], Offsets],
     pool: MaskerPool | None = None,
+    domains: Mapping[str, DomainSettings] | None = None,
 ) -> list[Reveal]:
     """Returns what the teacher is shown for each rollout of a complete step, in order.
 
     problems, rollout_texts, keys: one entry for each rollout. A problem with several samples appears several times. The
     keys are those of `Sample.key`. token_offsets: returns start and end of each token of a solution, in characters.
     `rule: shuffled` and `solution: wrong` pair different problems, so they need the complete step. Raises UserError if
-    the step then holds only one problem.
+    the step then holds only one problem. domains: the section of this name; the domain of the problem whose solution is
+    shown chooses the anchors.
     """
     wrong = settings.solution == "wrong"
     shown_of = _partners(problems, keys, setting="objective.reveal.solution: wrong") if wrong else range(len(problems))
@@ -53,7 +56,8 @@ def reveal_step(
         Pair(problem.problem, reference, rollout)
         for problem, reference, rollout in zip(problems, references, rollout_texts, strict=True)
     ]
-    overlaps = measure_overlaps(pairs, anchors=settings.anchors, pool=pool)
+    anchors = [anchors_of(problems[index].domain, domains or {}, default=settings.anchors) for index in shown_of]
+    overlaps = measure_overlaps(pairs, anchors=anchors, pool=pool)
     if settings.solution == "none":
         return [
             Reveal(overlap=overlap, share=0.0, shown_tokens=0, total_tokens=0, shown_text="", reference="")
@@ -61,9 +65,22 @@ def reveal_step(
         ]
     shares = _shares(problems, overlaps, settings=settings, keys=keys)
     return [
-        _reveal(overlap, reference, share, settings=settings, offsets=token_offsets(reference))
-        for overlap, reference, share in zip(overlaps, references, shares, strict=True)
+        _reveal(overlap, reference, share, settings=settings, offsets=token_offsets(reference), anchors=name)
+        for overlap, reference, share, name in zip(overlaps, references, shares, anchors, strict=True)
     ]
+
+
+def anchors_of(domain: str, domains: Mapping[str, DomainSettings], *, default: str) -> str:
+    """Returns the name of a domain's anchor extractor. default: objective.reveal.anchors."""
+    return domain_of(domains, domain).anchors or default
+
+
+def check_extractors(problems: Sequence[Problem], domains: Mapping[str, DomainSettings], *, default: str) -> None:
+    """Raises UserError if the problems need an anchor extractor that does not exist. default: as in `anchors_of`."""
+    for domain in dict.fromkeys(problem.domain for problem in problems):
+        own = domain_of(domains, domain).anchors is not None
+        setting = f"domains.{domain}.anchors" if own else "objective.reveal.anchors"
+        extractor_named(anchors_of(domain, domains, default=default), setting=setting)
 
 
 def limit_hidden(reveal: Reveal, surprise: Sequence[float], *, settings: "RevealSettings", offsets: Offsets) -> Reveal:
@@ -82,7 +99,9 @@ def limit_hidden(reveal: Reveal, surprise: Sequence[float], *, settings: "Reveal
         return dataclasses.replace(reveal, hidden_nats=hidden)
 
     def cut_at(kept: int) -> Reveal:
-        return _reveal(reveal.overlap, reveal.reference, kept / len(surprise), settings=settings, offsets=offsets)
+        share = kept / len(surprise)
+        reference, anchors = reveal.reference, reveal.anchors
+        return _reveal(reveal.overlap, reference, share, settings=settings, offsets=offsets, anchors=anchors)
 
     # A later cut never shows less, so bisection finds the first one that is enough.
     kept = range(reveal.shown_tokens + 1, len(rest))
@@ -90,8 +109,17 @@ def limit_hidden(reveal: Reveal, surprise: Sequence[float], *, settings: "Reveal
     return dataclasses.replace(cut_at(kept[min(enough, len(kept) - 1)]), hidden_nats=hidden)
 
 
-def _reveal(overlap: Overlap, reference: str, share: float, *, settings: "RevealSettings", offsets: Offsets) -> Reveal:
-    shown = cut_solution(reference, share=share, offsets=offsets, unit=settings.unit, hide_answer=settings.hide_answer)
+def _reveal(
+    overlap: Overlap, reference: str, share: float, *, settings: "RevealSettings", offsets: Offsets, anchors: str
+) -> Reveal:
+    shown = cut_solution(
+        reference,
+        share=share,
+        offsets=offsets,
+        unit=settings.unit,
+        hide_answer=settings.hide_answer,
+        parts=extractor_named(anchors).parts,
+    )
     complete = len(shown) == len(reference)
     return Reveal(
         overlap=overlap,
@@ -100,6 +128,7 @@ def _reveal(overlap: Overlap, reference: str, share: float, *, settings: "Reveal
         total_tokens=len(offsets),
         shown_text=shown,
         reference=reference,
+        anchors=anchors,
     )
 
 

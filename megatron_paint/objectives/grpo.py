@@ -1,5 +1,7 @@
 """GRPO, one step from problems to updates (arXiv 2402.03300): the reward of a right answer is 1, of any other 0.
 
+A user's own grader may give any reward from 0 to 1.
+
 The student samples a group of responses per problem. The advantage of a response is the distance of its reward from the
 mean of its group, in standard deviations. A positive advantage makes each token of the response more likely, within a
 clipped ratio. A group whose rewards are all equal teaches nothing and is left out.
@@ -12,6 +14,7 @@ from collections.abc import Sequence
 from megatron_paint.config.objective import ObjectiveSettings
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.grading.grade import Grade
+from megatron_paint.grading.graders import failure_warning
 from megatron_paint.grading.thoughts import PROMPT_TAIL, continued
 from megatron_paint.losses.elementwise.choose import loss_kernel
 from megatron_paint.losses.objectives import PolicyGradientLoss
@@ -54,16 +57,18 @@ class Grpo:
             rollouts = self.rollouts.rollouts(problems, step=step)
         with timer("grade"):
             grades = self.grades(problems, rollouts)
-        samples = self.samples(problems, rollouts, [float(grade.correct) for grade in grades], step=step)
+        samples = self.samples(problems, rollouts, [grade.reward for grade in grades], step=step)
         taught = [index for index, sample in enumerate(samples) if sample.advantage != 0.0]
         updates, stopped_by = self.update(policy, [samples[index] for index in taught], lr=lr)
         done = f"step {step} ended after {len(updates)} of {self.settings.updates_per_batch} updates"
+        failure = failure_warning([(one.problem_id, grade) for one, grade in zip(rollouts, grades, strict=True)])
+        warnings = (f"{done}: {stopped_by}" if stopped_by else None, failure and f"step {step}: {failure}")
         return StepResult(
             samples=tuple(samples),
             scores=_scores(samples, taught, updates),
             updates=tuple(updates),
             extras=self.extras(grades, taught, updates),
-            warnings=(f"{done}: {stopped_by}",) if stopped_by else (),
+            warnings=tuple(warning for warning in warnings if warning),
         )
 
     def extras(
@@ -72,8 +77,9 @@ class Grpo:
         """The metrics that only GRPO has."""
         every = [score for update in updates for score in update.scores]
         return {
-            "reward/mean": statistics.fmean(float(grade.correct) for grade in grades),
+            "reward/mean": statistics.fmean(grade.reward for grade in grades),
             "reward/timeouts": float(sum(grade.outcome == "timeout" for grade in grades)),
+            "reward/errors": float(sum(grade.outcome == "error" for grade in grades)),
             "reward/box_in_thought": float(sum(grade.box_in_thought for grade in grades)),
             "reward/equal_groups_share": 1.0 - len(taught) / len(grades),
             "updates": float(len(updates)),
@@ -83,13 +89,13 @@ class Grpo:
 
     def grades(self, problems: Sequence[Problem], rollouts: Sequence[Rollout]) -> list[Grade]:
         """Verdicts in the order of the rollouts."""
-        answers = {problem.id: problem.answer for problem in problems}
+        problem_of = {problem.id: problem for problem in problems}
         text = self.prompts.response_text
-        pairs = [
-            (continued(text(r.prompt_ids[-PROMPT_TAIL:]), text(r.response_ids)), answers[r.problem_id])
+        responses = [
+            (continued(text(r.prompt_ids[-PROMPT_TAIL:]), text(r.response_ids)), problem_of[r.problem_id])
             for r in rollouts
         ]
-        return self.on_rank_zero(lambda: self.graders.grade(pairs))
+        return self.on_rank_zero(lambda: self.graders.grade(responses))
 
     def samples(
         self, problems: Sequence[Problem], rollouts: Sequence[Rollout], rewards: Sequence[float], *, step: int

@@ -29,6 +29,7 @@ class Paint:
         self.prompts = inputs.prompts
         self.rollouts = inputs.rollouts
         self.masker = inputs.masker
+        self.domains = inputs.domains
         self.on_rank_zero = inputs.on_rank_zero
         # Greedy log-probabilities are taken at temperature 1.
         self.loss = DistillationLoss(
@@ -61,6 +62,7 @@ class Paint:
                 keys=[self._key(problem, step) for problem in problems],
                 token_offsets=self.prompts.solution_offsets,
                 pool=self.masker,
+                domains=self.domains,
             )
         )
 

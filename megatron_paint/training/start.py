@@ -15,7 +15,8 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import Settings
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.evaluation.evaluator import Evaluator
-from megatron_paint.grading.grade import GradingPool, Rules
+from megatron_paint.grading.grade import Rules
+from megatron_paint.grading.graders import Graders
 from megatron_paint.launch.failure_notes import leave_failure_note
 from megatron_paint.masker.overlap import MaskerPool
 from megatron_paint.objectives import OBJECTIVES, ObjectiveInputs
@@ -143,6 +144,7 @@ def prepare(
         rollouts=rollout_source(settings, inputs.prompts, _training_sampler(settings, inputs.prompts, policy)),
         masker=_masker_pool(stack) if first and settings.objective.needs.masker else None,
         graders=graders,
+        domains=settings.domains,
         on_rank_zero=on_rank_zero,
     )
     return Run(
@@ -243,13 +245,13 @@ def _load_checkpoint(policy: Policy, checkpoint: Path, step: int) -> None:
         )
 
 
-def _graders(settings: Settings, inputs: Inputs, stack: ExitStack) -> GradingPool | None:
+def _graders(settings: Settings, inputs: Inputs, stack: ExitStack) -> Graders | None:
     """Worker processes that grade, if the objective or an evaluation needs verdicts."""
     if not inputs.held_out and not settings.objective.needs.graders:
         return None
     rules = Rules(box_in_thought=settings.grading.box_in_thought)
-    pool = GradingPool(seconds=inputs.evaluation.grading_seconds, rules=rules, on_verdict=mark_progress)
-    return stack.enter_context(pool)
+    seconds = inputs.evaluation.grading_seconds
+    return stack.enter_context(Graders(settings.domains, seconds=seconds, rules=rules, on_verdict=mark_progress))
 
 
 def _evaluator(settings: Settings, inputs: Inputs) -> Evaluator | None:
