@@ -8,6 +8,7 @@ import logging
 import os
 import resource
 import signal
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,7 @@ def serve(prepare: Callable[[], Answer], *, memory_bytes: int | None) -> None:
     null_device = os.open(os.devnull, os.O_RDWR)
     os.dup2(null_device, 0)
     os.dup2(null_device, 1)
+    sys.stdout.reconfigure(errors="backslashreplace")  # printing broken Unicode is no error
     try:
         answer = prepare()
     except ImportError as error:
