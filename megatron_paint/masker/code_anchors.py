@@ -117,10 +117,12 @@ def _of_name(tokens: list[CodeToken], index: int) -> Iterator[tuple[str, str]]:
 
 
 def _returned(tokens: list[CodeToken], first: int) -> list[CodeToken]:
-    """Returns the tokens of an expression: up to the end of the statement, outside brackets."""
+    """Returns the tokens of an expression: up to the end of the statement, outside brackets, or the next `return`."""
     found: list[CodeToken] = []
     depth = 0
     for token in tokens[first : first + MOST_RETURNED]:
+        if token.kind == "keyword" and token.text == "return":
+            break
         if token.kind == "newline":
             continued = depth > 0 or not found or (found[-1].kind == "operator" and found[-1].text[-1] not in _CLOSED)
             if not continued:

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_paint.masker.code_tokens import CodeToken, number_value, string_value
 
-LONGEST_PIECE = 10_000  # characters
+LONGEST_PIECE = 5_000  # characters
 PYTHON = frozenset(("python", "py", "python3", "py3", "python2", "pycon", "ipython", "sage"))
 C_LIKE = "javascript"  # reads code without a language that is not Python: its strings and numbers are the most general
 # Names that a fence may have -> pygments' name.

@@ -25,6 +25,7 @@ though three through thus to today two under unless until was we were what when 
 whose why will with without would yes yet you your
 """
 _PLAIN_WORDS = frozenset(_PLAIN_TEXT.split())
+_NO_BEGINNINGS = _PLAIN_WORDS | _CONNECTORS
 _CALENDAR_TEXT = """
 January February March April May June July August September October November December Jan Feb Mar Apr Jun Jul Aug
 Sep Sept Oct Nov Dec Monday Tuesday Wednesday Thursday Friday Saturday Sunday
@@ -93,8 +94,8 @@ def _runs(text: str) -> Iterator[list[_Word]]:
 
 def _stripped(run: list[_Word]) -> list[_Word]:
     """Returns a run without plain words at its beginning; an empty one if it is no name."""
-    while run and run[0].text.casefold() in _PLAIN_WORDS | _CONNECTORS:
-        run = run[1:]
+    first = next((i for i, word in enumerate(run) if word.text.casefold() not in _NO_BEGINNINGS), len(run))
+    run = run[first:]
     if len(run) == 1 and not _is_acronym(run) and len(run[0].text) < SHORTEST_WORD:
         return []
     return run

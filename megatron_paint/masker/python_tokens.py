@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from megatron_paint.masker.code_tokens import CodeToken, number_value, string_value, unescaped
 
-LONGEST_LINE = 5000  # characters; a longer line is divided, because a line of broken strings takes quadratic time
+LONGEST_LINE = 1000  # characters; a longer line is divided, because a line of broken strings takes quadratic time
 TRIPLE_QUOTES = ('"""', "'''")
 _FORMATTED_STARTS = ("FSTRING_START", "TSTRING_START")  # of Python 3.12 and 3.14
 _FORMATTED_TEXTS = ("FSTRING_MIDDLE", "TSTRING_MIDDLE")
