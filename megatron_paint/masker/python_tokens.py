@@ -1,8 +1,8 @@
 """Tokens of Python source by Python's own tokenizer, also of source that is unfinished or broken.
 
-Indentation does not count. After a place that the tokenizer refuses, it continues in the next line. What follows a
-triple quotation mark that is never closed is read as code. So the result is a function of the text and of Python's
-version, and the time is linear.
+Indentation does not count. A character that the tokenizer refuses is left out. What follows a triple quotation mark
+that is never closed is read as code. So the result is a function of the text, with small differences between versions
+of Python in broken code. The time is linear, because lines have a bounded length.
 """
 
 import io
@@ -14,6 +14,7 @@ from megatron_paint.masker.code_tokens import CodeToken, number_value, string_va
 
 LONGEST_LINE = 1000  # characters; a longer line is divided, because a line of broken strings takes quadratic time
 TRIPLE_QUOTES = ('"""', "'''")
+_SPACES = {ord("\r"): " ", 0: " "}  # the tokenizer of Python 3.12 may fail on them
 _FORMATTED_STARTS = ("FSTRING_START", "TSTRING_START")  # of Python 3.12 and 3.14
 _FORMATTED_TEXTS = ("FSTRING_MIDDLE", "TSTRING_MIDDLE")
 _FORMATTED_ENDS = ("FSTRING_END", "TSTRING_END")
@@ -46,7 +47,7 @@ def _lines(source: str) -> list[tuple[int, str]]:
         for begin in range(0, max(len(line), 1), LONGEST_LINE):
             piece = line[begin : begin + LONGEST_LINE]
             text = piece.lstrip(" \t\f\r")
-            found.append((at + begin + len(piece) - len(text), text.rstrip("\r") + "\n"))
+            found.append((at + begin + len(piece) - len(text), text.translate(_SPACES) + "\n"))
         at += len(line) + 1
     return found
 
@@ -59,18 +60,23 @@ def _tokens_from(lines: list[tuple[int, str]], first: int) -> Iterator[CodeToken
         return "" if row is None else lines[row][1]
 
     fields: list[int] = []  # of each open formatted string: its open braces
+    texts: list[CodeToken] = []  # of a formatted string, up to its next field
     for token in tokenize.generate_tokens(read_line):
         name = tokenize.tok_name[token.type]
         start, end = (
             lines[min(first + row - 1, len(lines) - 1)][0] + column for row, column in (token.start, token.end)
         )
+        if name in _FORMATTED_TEXTS:
+            if fields and not fields[-1]:  # else it is the format of a field
+                texts.append(CodeToken("string", unescaped(token.string), start, end))
+            continue
+        if texts:
+            yield texts[0]._replace(text="".join(part.text for part in texts), end=texts[-1].end)
+            texts = []
         if name in _FORMATTED_STARTS:
             fields.append(0)
         elif name in _FORMATTED_ENDS:
             fields.pop()
-        elif name in _FORMATTED_TEXTS:
-            if fields and not fields[-1]:  # else it is the format of a field
-                yield CodeToken("string", unescaped(token.string), start, end)
         elif name == "STRING":
             yield from _string_tokens(token.string, start, end)
         else:
@@ -151,7 +157,7 @@ def _next_row(lines: list[tuple[int, str]], first: int, error: Exception) -> int
     row, column = error.args[1][:2] if isinstance(error, tokenize.TokenError) else (error.lineno or 1, 0)
     failed = min(max(first + row - 1, first), len(lines) - 1)
     if "multi-line string" not in message and "triple-quoted" not in message:
-        return failed + 1
+        return _without_refused(lines, failed, column - 1)  # Python 3.12 and newer
     at = max((lines[failed][1].find(quote, max(column - 4, 0)) for quote in TRIPLE_QUOTES), default=-1)
     for index in range(failed, len(lines)):
         begin, text = lines[index]
@@ -164,6 +170,16 @@ def _next_row(lines: list[tuple[int, str]], first: int, error: Exception) -> int
     rest = text[at:].lstrip()  # what precedes it was read
     lines[failed] = begin + len(text) - len(rest), rest or "\n"
     return failed
+
+
+def _without_refused(lines: list[tuple[int, str]], row: int, column: int) -> int:
+    """Leaves out one character of a line, and what was read before it. Returns the row to continue from."""
+    begin, text = lines[row]
+    if not 0 <= column < len(text) - 1:
+        return row + 1
+    rest = text[column + 1 :].lstrip(" \t\f")
+    lines[row] = begin + len(text) - len(rest), rest
+    return row
 
 
 def _without_docstrings(tokens: Iterator[CodeToken]) -> Iterator[CodeToken]:
