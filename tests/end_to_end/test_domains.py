@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 
 from megatron_paint.cli.main import main
+from megatron_paint.config.load import load_settings
 from megatron_paint.evaluation.summary import read_reports
+from megatron_paint.launch.failure_notes import NOTES_FOLDER
+from megatron_paint.models.qwen3.shape import read_shape
 from megatron_paint.objectives.grpo import advantages
+from megatron_paint.training.inputs import load_inputs, save_checked_problems
 from tests.support import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -20,10 +24,10 @@ def value(response):
     return sum(map(ord, response)) % 11
 
 def score(response, answer, problem):
-    """A score that a random model's responses differ in; it fails on one response of eleven."""
+    """A score that a random model's responses differ in; it fails on three responses of eleven."""
     assert problem["answer"] == answer
-    if value(response) == 7:
-        raise ValueError("seven")
+    if value(response) in (6, 7, 8):
+        raise ValueError("no verdict")
     return min(value(response) / 10, 1.0)
 
 def always(response, answer, problem):
@@ -109,9 +113,11 @@ def test_grpo_with_a_function_of_the_user(settings, tmp_path):
             "code" if sample["id"].startswith("c") else "math" for sample in samples
         ]
         values = [namespace["value"](sample["response_text"]) for sample in samples]
-        failed = [value == 7 and sample["domain"] == "code" for value, sample in zip(values, samples, strict=True)]
+        failed = [
+            value in (6, 7, 8) and sample["domain"] == "code" for value, sample in zip(values, samples, strict=True)
+        ]
         rewards = [
-            0.0 if sample["domain"] == "math" or value == 7 else value / 10
+            0.0 if sample["domain"] == "math" or value in (6, 7, 8) else value / 10
             for value, sample in zip(values, samples, strict=True)
         ]
         assert metrics["reward/mean"] == pytest.approx(statistics.fmean(rewards))
@@ -120,16 +126,16 @@ def test_grpo_with_a_function_of_the_user(settings, tmp_path):
         assert [sample["advantage"] for sample in samples] == pytest.approx(expected)
         assert metrics["loss_tokens"] > 0
         errors += sum(failed)
-    if errors:
-        assert "responses have no verdict and count as 0, because their grader failed" in printed
-        assert "ValueError: seven" in printed
+    assert errors > 0
+    assert "responses have no verdict and count as 0, because their grader failed" in printed
+    assert "ValueError: no verdict" in printed
     report = json.loads((tmp_path / "run" / "eval" / "step_000002.json").read_text())
     own = [answer for answer in report["answers"] if answer["domain"] == "code"]
     assert len(own) == 4 * 3  # two samples and a greedy answer to each
     for answer in own:
         value = namespace["value"](answer["response_text"])
-        assert answer["score"] == (None if value == 7 else value / 10)
-        assert answer["outcome"] == ("error" if value == 7 else "right" if value == 10 else "wrong")
+        assert answer["score"] == (None if value in (6, 7, 8) else value / 10)
+        assert answer["outcome"] == ("error" if value in (6, 7, 8) else "right" if value == 10 else "wrong")
     assert report["metrics"]["domain/code/problems"] == report["metrics"]["domain/math/problems"] == 4
     assert f"code {100 * report['metrics']['domain/code/avg']:.1f} %" in printed
 
@@ -164,6 +170,24 @@ def test_the_extractor_of_a_run_is_that_of_all_domains_without_their_own(setting
     samples = lines(tmp_path / "run" / "samples" / "step_000001.jsonl")
     kinds = {sample["id"][0]: {anchor["kind"] for anchor in sample["anchors"]} for sample in samples}
     assert kinds == {"m": {"boxed", "quantity"}, "c": {"boxed", "quantity", "name"}}  # True begins with a capital
+
+
+def test_rank_zero_gets_domains_and_choices_from_the_launcher(settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quiz = {"id": "q", "problem": "Which?", "solution": "Red.", "answer": "A", "kind": "quiz", "list": ["red", "blue"]}
+    with (tmp_path / "problems.jsonl").open("a") as file:
+        file.write(json.dumps(quiz) + "\n")
+    overrides = ("data.columns.choices=list", "evaluation.columns.choices=list", "domains.quiz.grader=choice")
+    loaded = load_settings(settings, [*DOMAIN, *overrides, "evaluation.limit=9"])
+    shape = read_shape(loaded.model.hf_path)
+    inputs = load_inputs(loaded, shape)
+    assert [problem.domain for problem in inputs.held_out] == ["math", "code"] * 4 + ["quiz"]
+    save_checked_problems(inputs, tmp_path)
+    monkeypatch.setenv(NOTES_FOLDER, str(tmp_path))
+    (tmp_path / "problems.jsonl").unlink()
+    again = load_inputs(loaded, shape)
+    assert (again.problems, again.held_out) == (inputs.problems, inputs.held_out)
+    assert again.problems.problems[-1].choices == ("red", "blue")
 
 
 class TestMistakes:
