@@ -5,11 +5,11 @@ of a setting or of the file, and the error says so.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -33,6 +33,13 @@ from megatron_paint.data.cells import (
 )
 from megatron_paint.data.columns import Columns
 from megatron_paint.data.repeats import repeats
+from megatron_paint.data.row_messages import (
+    REASONS_SHOWN,
+    bad_rows_message,
+    check_shared_faults,
+    form_notes,
+    skipped_note,
+)
 from megatron_paint.data.rows import Row
 from megatron_paint.data.sources import read_rows
 from megatron_paint.data.statistics import oddities
@@ -42,9 +49,6 @@ from megatron_paint.records import Problem
 
 if TYPE_CHECKING:
     from megatron_paint.config.settings import DataSettings, EvaluationSettings
-
-REASONS_SHOWN = 3
-SYSTEM_SHOWN = 60  # characters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +138,8 @@ def load_problems(
     grade: gets all pairs (solution, answer) in which the solution's last box is another text than `answer`, and decides
     whether they are equal. With None or with `check_answers: false` this is not checked, and it never is for problems
     with another grader than math. mistake: returns why a problem cannot be used, or None. domains: the section of this
-    name. Raises UserError for a source that cannot be read or has no needed column, and for a
-    response that leaves no room for the prompts. With `on_bad_row: error` it also raises UserError for a bad row and
-    names its file and line.
+    name. Raises UserError for a source that cannot be read or has no needed column, and for a response that leaves no
+    room for the prompts. With `on_bad_row: error` it also raises UserError for a bad row and names its file and line.
     """
     loaded = _load(
         settings.train,
@@ -164,8 +167,7 @@ def load_held_out(
     """Reads the first `limit` problems to evaluate on, in the order of the source. Solutions may be missing.
 
     needs_mark: each answer must be a worked solution that ends in "#### RESULT". domains: the section of this name.
-    Raises UserError for a bad row and for
-    a source that cannot be read.
+    Raises UserError for a bad row and for a source that cannot be read.
     """
     if settings.problems is None:
         raise UserError("evaluation.problems is null; name a file of held-out problems")
@@ -288,67 +290,68 @@ def _load(
     has_ids = "id" in columns.found
     if not has_ids and columns.names["id"] is not None:
         notes.append(f"{source}: no row has a column {columns.names['id']!r}; file name and line are used as id")
-    domain_of_cell = partial(domain_of_row, default=settings.domain, known=known_domains(checks.domains))
-    read = [_read_problem(row, columns, checks.domains, domain_of_cell, has_ids=has_ids) for row in rows]
+    reader = _RowReader(columns=columns, domains=checks.domains, domain=settings.domain, has_ids=has_ids)
+    read = [reader(row) for row in rows]
     found = _Found(checks, checks.verdicts(one[0] for one in read if not isinstance(one, BadRow)))
     for row, one in zip(rows, read, strict=True):
         found.add(row, one)
-    _check_shared_faults(found.bad, columns, count=len(rows))
+    check_shared_faults(found.bad, columns, count=len(rows))
     bad_rows = tuple(f"{row.where}: {reason}" for row, reason in found.bad)
     if bad_rows and not skip:
-        raise UserError(_bad_rows_message(bad_rows, len(rows), columns.section))
+        raise UserError(bad_rows_message(bad_rows, len(rows), columns.section))
     if found.too_long and not (skip and found.problems):
         raise UserError(found.too_long_message(source, count=len(rows)))
     bad_rows += tuple(f"{where}: {reason}" for where, reason in found.too_long.items())
     notes += found.notes
     if bad_rows:
-        notes.append(_skipped_note(bad_rows, len(rows), source))
+        notes.append(skipped_note(bad_rows, len(rows), source))
     if not found.problems:
         raise UserError(f"{setting}: {source} has no usable problem: {'; '.join(bad_rows[:REASONS_SHOWN])}")
     good = tuple(found.problems.values())
-    notes += _form_notes(found.forms, found.systems, columns, count=len(good))
+    notes += form_notes(found.forms, found.systems, columns, count=len(good))
     return LoadedProblems(problems=good, bad_rows=bad_rows, notes=tuple(notes), warnings=repeats(good, setting=setting))
 
 
-def _read_problem(row: Row, columns: Columns, *further: Any, has_ids: bool) -> tuple[Problem, Form, str] | BadRow:
-    """Returns what `_problem` does, or the reason why it cannot."""
-    try:
-        return _problem(row, columns, *further, has_ids=has_ids)
-    except BadRow as reason:
-        return reason.with_traceback(None)
+@dataclass(frozen=True, kw_only=True)
+class _RowReader:
+    """Makes the problems of rows."""
 
+    columns: Columns
+    domains: Mapping[str, DomainSettings]
+    domain: str  # of a row that names none
+    has_ids: bool
 
-def _problem(
-    row: Row,
-    columns: Columns,
-    domains: Mapping[str, DomainSettings],
-    domain_of_cell: Callable[[Cell], str],
-    *,
-    has_ids: bool,
-) -> tuple[Problem, Form, str]:
-    """Returns the problem of a row, the form of its answer and the text of its system message."""
-    if row.values is None:
-        raise BadRow(row.broken)
-    cells = {role: Cell(role, name, row.values.get(role)) for role, name in columns.names.items()}
-    problem_id = id_of(cells["id"]) if has_ids else row.name
-    problem, system = problem_of(cells["problem"])
-    solution = optional_text_of(cells["solution"])
-    if columns.solution_needed_by and not solution:
-        solution = _needed_solution(cells["solution"], columns)
-    domain = domain_of_cell(cells["domain"])
-    # What a user's function takes as the answer is its own affair: a test program may contain "####".
-    plain = domain_of(domains, domain).function is not None
-    answer, form = (id_of(cells["answer"]), "text") if plain else answer_of(cells["answer"])
-    read = Problem(
-        id=problem_id,
-        problem=problem,
-        solution=solution,
-        answer=answer,
-        source=row.where,
-        domain=domain,
-        choices=choices_of(cells["choices"]),
-    )
-    return read, form, system
+    def __call__(self, row: Row) -> tuple[Problem, Form, str] | BadRow:
+        """Returns the problem, the form of its answer and the text of its system message, or why there is none."""
+        try:
+            return self._problem(row)
+        except BadRow as reason:
+            return reason.with_traceback(None)
+
+    def _problem(self, row: Row) -> tuple[Problem, Form, str]:
+        if row.values is None:
+            raise BadRow(row.broken)
+        columns = self.columns
+        cells = {role: Cell(role, name, row.values.get(role)) for role, name in columns.names.items()}
+        problem_id = id_of(cells["id"]) if self.has_ids else row.name
+        problem, system = problem_of(cells["problem"])
+        solution = optional_text_of(cells["solution"])
+        if columns.solution_needed_by and not solution:
+            solution = _needed_solution(cells["solution"], columns)
+        domain = domain_of_row(cells["domain"], default=self.domain, known=known_domains(self.domains))
+        # What a user's function takes as the answer is its own affair: a test program may contain "####".
+        plain = domain_of(self.domains, domain).function is not None
+        answer, form = (id_of(cells["answer"]), "text") if plain else answer_of(cells["answer"])
+        read = Problem(
+            id=problem_id,
+            problem=problem,
+            solution=solution,
+            answer=answer,
+            source=row.where,
+            domain=domain,
+            choices=choices_of(cells["choices"]),
+        )
+        return read, form, system
 
 
 def _no_choice(problem: Problem) -> str:
@@ -366,77 +369,11 @@ def _needed_solution(cell: Cell, columns: Columns) -> str:
         raise BadRow(f"{reason}; {columns.solution_needed_by} needs it", role=reason.role, fault=reason.fault) from None
 
 
-def _check_shared_faults(bad: Sequence[tuple[Row, BadRow]], columns: Columns, *, count: int) -> None:
-    """Raises UserError for a fault of a setting or of the file: one that makes all rows bad, or most ids repeat."""
-    source, section = columns.source, columns.section
-    repeated = [(row, reason) for row, reason in bad if reason.fault == USED_ID]
-    if 2 * len(repeated) >= count > 3:
-        row, reason = repeated[0]
-        raise UserError(
-            f"{section}.columns.id: {len(repeated)} of {count} rows of {source} have the id of an earlier row; the "
-            f"first is {row.where}: {reason}. Set {section}.columns.id: null to use file name and row number as id, or "
-            "name a column with another value in each row"
-        )
-    if len(bad) < count or count == 1:
-        return
-    row, reason = bad[0]
-    faults = {(reason.role, reason.fault) for _, reason in bad}
-    if len(faults) > 1 or not reason.fault:
-        raise UserError(
-            f"{columns.setting}: {source} has no usable problem: all {count} rows are bad. The first is {row.where}: "
-            f"{reason}"
-        )
-    fix = reason.fix or columns.fix_of(reason.role)
-    fault = "is null" if reason.fault == "is missing" else reason.fault
-    raise UserError(
-        f"{section}.columns.{reason.role}: in each of the {count} rows of {source}, column "
-        f"{columns.names[reason.role]!r} {fault}.{columns.need_of(reason.role)} {fix}"
-    )
-
-
-def _form_notes(forms: Counter[str], systems: dict[str, str], columns: Columns, *, count: int) -> list[str]:
-    """Returns what was read in another form than one text. UserError if system messages differ."""
-    source, notes = columns.source, []
-    if forms["marked"]:
-        notes.append(f"{source}: {forms['marked']} of {count} answers end in '#### RESULT'; the result is the answer")
-    if forms["list"]:
-        notes.append(f"{source}: {forms['list']} of {count} answers are a list of one text; this text is the answer")
-    if len(systems) > 1:
-        first, second = list(systems.values())[:2]
-        raise UserError(
-            f"{columns.section}.columns.problem: the system messages of {source} differ (first at {first} and {second})"
-            ", so they belong to the problems, and a problem is one text: write them into the user messages"
-        )
-    for text in systems:
-        notes.append(
-            f"{source}: the system message {_shortened(text)!r} is left out; the instructions are those of the "
-            "templates in the section prompts"
-        )
-    return notes
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= SYSTEM_SHOWN else text[:SYSTEM_SHOWN] + "..."
-
-
 def _may_be_longer(problem: Problem, most: int) -> bool:
     """Tells whether a prompt may exceed `most` tokens: a token has at least one byte, a template may repeat a text."""
     template_allowance = 2048
     longest = 2 * (len(problem.problem.encode()) + len(problem.solution.encode())) + template_allowance
     return longest > most
-
-
-def _bad_rows_message(bad_rows: Sequence[str], count: int, section: str) -> str:
-    more = len(bad_rows) - 1
-    others = f" ({more} more bad {'row' if more == 1 else 'rows'} of {count})" if more else ""
-    advice = "correct the row, or set data.on_bad_row: skip" if section == "data" else "correct the row"
-    return f"{bad_rows[0]}{others}; {advice}"
-
-
-def _skipped_note(bad_rows: Sequence[str], count: int, source: str) -> str:
-    first = "; ".join(bad_rows[:REASONS_SHOWN])
-    more = "; ..." if len(bad_rows) > REASONS_SHOWN else ""
-    return f"{source}: {len(bad_rows)} of {count} rows left out: {first}{more}"
 
 
 @lru_cache(maxsize=2)

@@ -108,8 +108,9 @@ def _pieces_of(tokens: list[CodeToken]) -> Iterator[tuple[str, str]]:
 
 def _of_name(tokens: list[CodeToken], index: int) -> Iterator[tuple[str, str]]:
     name = tokens[index].text
-    follows = tokens[index + 1].text if index + 1 < len(tokens) else ""
-    is_call = follows.startswith("(") and not (index and tokens[index - 1].text in _DEFINES)
+    follows = tokens[index + 1] if index + 1 < len(tokens) else None
+    is_followed = follows is not None and follows.kind == "operator" and follows.text.startswith("(")
+    is_call = is_followed and not (index and tokens[index - 1].text in _DEFINES)
     if is_call and name not in TRIVIAL_CALLS:
         yield "call", f"{name}()"
     elif not is_call and len(name) >= SHORTEST_NAME and name not in TRIVIAL_NAMES | TRIVIAL_CALLS:
@@ -119,30 +120,36 @@ def _of_name(tokens: list[CodeToken], index: int) -> Iterator[tuple[str, str]]:
 def _returned(tokens: list[CodeToken], first: int) -> list[CodeToken]:
     """Returns the tokens of an expression: up to the end of the statement, outside brackets, or the next `return`."""
     found: list[CodeToken] = []
-    depth = 0
+    depth = 0  # of open brackets
     for token in tokens[first : first + MOST_RETURNED]:
         if token.kind == "keyword" and token.text == "return":
             break
         if token.kind == "newline":
-            continued = depth > 0 or not found or (found[-1].kind == "operator" and found[-1].text[-1] not in _CLOSED)
-            if not continued:
+            if depth == 0 and not _continues(found):
                 break
-            if not found:
-                return []
-            continue
-        if token.kind == "operator":
-            sign = sum((letter in _OPENED) - (letter in _CLOSED) for letter in token.text)
-            if depth + sign < 0 or (depth <= 0 and token.text.startswith(";")):
-                closing = token.text.partition(";")[0]  # pygments may join signs, as in `);`
-                if closing and depth + sum((c in _OPENED) - (c in _CLOSED) for c in closing) >= 0:
-                    found.append(token._replace(text=closing))
+        elif token.kind == "operator":
+            kept, depth = _inside(token.text, depth)
+            if kept:
+                found.append(token._replace(text=kept))
+            if kept != token.text:
                 break
-            if ";" in token.text and depth + sign <= 0:
-                found.append(token._replace(text=token.text.partition(";")[0]))
-                break
-            depth += sign
-        found.append(token)
+        else:
+            found.append(token)
     return found
+
+
+def _continues(expression: list[CodeToken]) -> bool:
+    """Tells whether an expression goes on in the next line: it ends in an operator."""
+    return bool(expression) and expression[-1].kind == "operator" and expression[-1].text[-1] not in _CLOSED
+
+
+def _inside(signs: str, depth: int) -> tuple[str, int]:
+    """Returns the signs that belong to an expression, and its open brackets then. A lexer may join signs: `);`."""
+    for index, sign in enumerate(signs):
+        if depth == 0 and (sign in _CLOSED or sign == ";"):
+            return signs[:index], depth
+        depth += (sign in _OPENED) - (sign in _CLOSED)
+    return signs, depth
 
 
 def _joined(tokens: Iterable[CodeToken]) -> str:

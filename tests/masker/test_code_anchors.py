@@ -65,6 +65,32 @@ def test_anchors_of_javascript_by_hand():
 
 
 @pytest.mark.parametrize(
+    ("language", "code", "returned"),
+    [
+        ("py", "return a + b", "return a+b"),
+        ("py", "return a; b = c", None),  # one name is an anchor of its own
+        ("py", "return f(a,\n  b)[0]\nc", "return f(a,b)[0]"),
+        ("py", "return 'x y' if a else None", "return 'x y'if a else None"),
+        ("py", "return not a", "return not a"),
+        ("py", "return (a", "return (a"),
+        ("py", "return a)", None),
+        ("py", "return\nb + c", None),
+        ("py", "return -1_0", "return -10"),
+        ("js", "return f(a);}", "return f(a)"),
+        ("js", "return { k: [1, 2] };", "return {k:[1,2]}"),
+        ("js", "return a +\n  b\nc", "return a+b"),
+        ("js", "return a\n+ b", None),
+        ("js", "return\n", None),
+        ("go", "return a, nil\n}", "return a,nil"),
+        ("py", "return a + return b", "return a+"),
+    ],
+)
+def test_returned_expressions(language, code, returned):
+    found = [text for kind, text in anchors("", f"```{language}\n{code}\n```") if kind == "return"]
+    assert found == ([] if returned is None else [returned])
+
+
+@pytest.mark.parametrize(
     ("solution", "rollout", "is_found"),
     [
         ("```py\nx1 = 1_000\n```", "```py\ny = 1000\n```", "1000"),
