@@ -51,7 +51,9 @@ class RevealSettings:
             "student's prompt"
         ),
     ] = "own"
-    anchors: Annotated[Text, setting("name of the anchor extractor; each domain has its own")] = "math"
+    anchors: Annotated[
+        Text, setting("anchor extractor of the domains that name none of their own: math, code or text")
+    ] = "math"
 
 
 @settings_class

@@ -59,8 +59,10 @@ def find_text(anchors: tuple[ExtractedAnchor, ...], rollout: str) -> tuple[bool,
     boxed = tuple(anchor for anchor in anchors if anchor.kind == "boxed")
     found = dict(zip(boxed, find_math(boxed, rollout), strict=True))
     flat = _without_boxes(rollout)
-    values = {form for date in dates_in(flat) for form in date.forms}
-    values |= {text for one in quantities_in(flat) for text in (one.text, one.value)}
+    dates = list(dates_in(flat))
+    values = {form for date in dates for form in date.forms}
+    numbers = blank(flat, [(date.start, date.end) for date in dates])
+    values |= {text for one in quantities_in(numbers) for text in (one.text, one.value)}
     names = _passages(anchors, "name")
     there = find_substrings(NormalisedText(flat.split()), list(set(names.values())))
     quotes = _passages(anchors, "quote")

@@ -204,6 +204,8 @@ class TestCut:
 def test_any_text(problem, solution, rollout):
     extracted = extract_code(problem, solution)
     assert extracted == extract_code(problem, solution)
+    if "boxed" not in solution:
+        assert all(find_code(extracted, solution))
     assert len({anchor.text for anchor in extracted}) == len(extracted)
     assert all(anchor.text for anchor in extracted)
     hits = find_code(extracted, rollout)

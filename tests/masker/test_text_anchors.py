@@ -189,6 +189,8 @@ def test_a_solution_reproduces_itself():
 def test_any_text(problem, solution, rollout):
     extracted = extract_text(problem, solution)
     assert extracted == extract_text(problem, solution)
+    if "boxed" not in solution:
+        assert all(find_text(extracted, solution))
     assert len({anchor.text for anchor in extracted}) == len(extracted)
     assert all(anchor.text for anchor in extracted)
     assert len(find_text(extracted, rollout)) == len(extracted)
