@@ -11,7 +11,7 @@ from megatron_paint.config.settings import EvaluateSettings
 from megatron_paint.evaluation.answer_file import AnswerFile
 from megatron_paint.evaluation.benchmarks import Benchmark, load_benchmarks
 from megatron_paint.evaluation.evaluator import Answers, Evaluator
-from megatron_paint.evaluation.summary import Evaluated, error_warning, truncation_warning, write_summary
+from megatron_paint.evaluation.summary import Evaluated, domain_text, error_warning, truncation_warning, write_summary
 from megatron_paint.grading.grade import Rules
 from megatron_paint.grading.graders import Graders
 from megatron_paint.models.shape import ModelShape
@@ -257,6 +257,8 @@ def finish(
     write_summary(out, evaluated)
     progress.end(after=reports, folder=str(out), model=model)
     for report in reports:
+        if domains := domain_text(report):
+            progress.result(f"{report.benchmark} by domain: {domains}")
         for warning in (truncation_warning(report), error_warning(report)):
             if warning is not None:
                 progress.warn(warning)

@@ -62,6 +62,13 @@ def truncation_warning(report: EvalReport) -> str | None:
     )
 
 
+def domain_text(report: EvalReport) -> str:
+    """The accuracy of each domain, in per cent; an empty text if all problems are of one domain."""
+    return ", ".join(
+        f"{name} {100 * report.metrics[f'domain/{name}/avg']:.1f} %" for name in domains_in(report.metrics)
+    )
+
+
 def error_warning(report: EvalReport) -> str | None:
     """A warning if graders failed on answers; None otherwise."""
     failed = [answer for answer in report.answers if answer.outcome == "error"]

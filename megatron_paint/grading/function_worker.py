@@ -72,8 +72,8 @@ def judge(function: Callable[..., Any], question: dict[str, Any]) -> dict[str, A
 
 
 def reason_of(error: BaseException) -> str:
-    """Returns one line: the error, and the file and line that raised it."""
-    frames = traceback.extract_tb(error.__traceback__)
+    """Returns one line: the error, and the file and line of the user's that raised it."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     try:
         text = " ".join(str(error).split())

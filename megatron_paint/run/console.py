@@ -14,8 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_paint.base.json_text import to_json
-from megatron_paint.evaluation.statistics import domains_in, length_text, paired_difference
-from megatron_paint.evaluation.summary import error_warning, truncation_warning
+from megatron_paint.evaluation.statistics import length_text, paired_difference
+from megatron_paint.evaluation.summary import domain_text, error_warning, truncation_warning
 from megatron_paint.records import EvalReport, StepReport
 from megatron_paint.run.console_log import ConsoleLog
 from megatron_paint.run.tensorboard import TensorBoardLog
@@ -108,7 +108,9 @@ class Progress:
         """Prints one evaluation, and a warning if too many answers are cut off."""
         values = {"step": report.step, "benchmark": report.benchmark, **report.metrics}
         line = f"[bold]evaluation[/] at step {report.step} on {escape(report.benchmark)}: {accuracy_text(report)}"
-        self._emit("evaluation", values, line + domain_text(report), quiet=False)
+        if domains := domain_text(report):
+            line += f" ({escape(domains)})"
+        self._emit("evaluation", values, line, quiet=False)
         for warning in (truncation_warning(report), error_warning(report)):
             if warning is not None:
                 self.warn(warning)
@@ -182,12 +184,6 @@ def accuracy_text(report: EvalReport) -> str:
     metrics = report.metrics
     low, high = 100 * metrics["avg/low"], 100 * metrics["avg/high"]
     return f"Avg@{report.samples_per_problem} {100 * metrics['avg']:.1f} % [{low:.1f}, {high:.1f}]".replace("[", r"\[")
-
-
-def domain_text(report: EvalReport) -> str:
-    """The accuracy of each domain, in per cent; an empty text if all problems are of one domain."""
-    parts = [f"{name} {100 * report.metrics[f'domain/{name}/avg']:.1f} %" for name in domains_in(report.metrics)]
-    return escape(f" ({', '.join(parts)})") if parts else ""
 
 
 def end_table(before: Sequence[EvalReport], after: Sequence[EvalReport], *, model: str | None = None) -> Table:

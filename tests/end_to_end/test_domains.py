@@ -253,4 +253,5 @@ def test_recorded_responses_are_graded_by_domain(tmp_path, monkeypatch, capsys):
         "d": ("own", None),
         "e": ("found", "17"),
     }
+    assert "mixed by domain: math 100.0 %, words 100.0 %, quiz 100.0 %, own 100.0 %" in capsys.readouterr().out
     assert "| mixed | quiz | 1 | 100.0 |" in (tmp_path / "out" / "summary.md").read_text()

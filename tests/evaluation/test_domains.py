@@ -6,9 +6,15 @@ import math
 import pytest
 
 from megatron_paint.evaluation.statistics import build_report, domains_in, majority_score
-from megatron_paint.evaluation.summary import Evaluated, error_warning, markdown, read_report, write_summary
+from megatron_paint.evaluation.summary import (
+    Evaluated,
+    domain_text,
+    error_warning,
+    markdown,
+    read_report,
+    write_summary,
+)
 from megatron_paint.records import Graded
-from megatron_paint.run.console import domain_text
 
 OUTCOMES = {"r": "right", "w": "wrong", "e": "error", "t": "timeout", "n": "no_answer"}
 
@@ -100,7 +106,7 @@ def test_what_is_written_and_printed(tmp_path):
     )
     assert error_warning(report) == warning
     assert f"Warning: {warning}." in text
-    assert domain_text(report) == " (math 75.0 %, code 25.0 %, text 0.0 %)"
+    assert domain_text(report) == "math 75.0 %, code 25.0 %, text 0.0 %"
     write_summary(tmp_path, evaluated)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["benchmarks"]["mixed"]["domain/code/avg"] == 0.25
