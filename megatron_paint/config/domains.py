@@ -56,7 +56,7 @@ def known_domains(domains: Mapping[str, DomainSettings]) -> tuple[str, ...]:
 
 
 def domain_of(domains: Mapping[str, DomainSettings], name: str) -> DomainSettings:
-    """Returns the settings of a known domain. Without settings of its own, `math` has the defaults."""
+    """Returns the settings of a known domain. `math` has the defaults if the section does not name it."""
     return domains.get(name, DEFAULTS) if name == DEFAULT_DOMAIN else domains[name]
 
 

@@ -153,6 +153,19 @@ def choices_of(cell: Cell) -> tuple[str, ...]:
     return tuple(id_of(cell._replace(value=text)) for text in texts)
 
 
+def answer_for_function(cell: Cell) -> str:
+    """Returns an answer that a user's function reads: any text, a number, or a list or an object as JSON text."""
+    value = cell.value
+    if isinstance(value, str):
+        return text_of(cell)
+    if not isinstance(value, list | dict):
+        return answer_of(cell)[0]
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise cell.bad("holds what JSON cannot write", f" ({error})") from error
+
+
 def _only_entry(cell: Cell, text: str) -> tuple[str, Form]:
     """Returns the one text of a JSON list; any other text as it is. Raises BadRow for a list of several answers."""
     if not (text.startswith('["') and text.endswith('"]')):

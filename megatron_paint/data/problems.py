@@ -23,6 +23,7 @@ from megatron_paint.data.cells import (
     BadRow,
     Cell,
     Form,
+    answer_for_function,
     answer_of,
     choices_of,
     domain_of_row,
@@ -339,9 +340,10 @@ class _RowReader:
         if columns.solution_needed_by and not solution:
             solution = _needed_solution(cells["solution"], columns)
         domain = domain_of_row(cells["domain"], default=self.domain, known=known_domains(self.domains))
-        # What a user's function takes as the answer is its own affair: a test program may contain "####".
-        plain = domain_of(self.domains, domain).function is not None
-        answer, form = (id_of(cells["answer"]), "text") if plain else answer_of(cells["answer"])
+        if domain_of(self.domains, domain).function is None:
+            answer, form = answer_of(cells["answer"])
+        else:  # what the function takes as the answer is its own affair: a test program may contain "####"
+            answer, form = answer_for_function(cells["answer"]), "text"
         read = Problem(
             id=problem_id,
             problem=problem,

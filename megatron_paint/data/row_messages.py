@@ -1,4 +1,4 @@
-"""What is said about the rows of a source as a whole: faults that all rows share, forms of answers, rows left out."""
+"""Messages about all rows of a source: faults that they share, forms of their answers, and rows that are left out."""
 
 from collections import Counter
 from collections.abc import Sequence

@@ -62,7 +62,7 @@ def judge(function: Callable[..., Any], question: dict[str, Any]) -> dict[str, A
         value = function(question["response"], question["answer"], question["problem"])
     except MemoryError as error:
         return {"error": reason_of(error), "leave": True}  # what it has allocated may remain
-    except BaseException as error:  # SystemExit too: a verdict is missing, and the worker goes on
+    except BaseException as error:  # SystemExit too: the verdict is missing, and the worker continues
         return {"error": reason_of(error)}
     if not isinstance(value, numbers.Real):
         return {"error": f"it returned {type(value).__module__}.{type(value).__name__}; it must return {RETURNS}"}
@@ -73,7 +73,9 @@ def judge(function: Callable[..., Any], question: dict[str, Any]) -> dict[str, A
 
 def reason_of(error: BaseException) -> str:
     """Returns one line: the error, and the file and line of the user's that raised it."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    ours = (__file__, importlib.__file__)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename not in ours]
+    frames = [frame for frame in frames if not frame.filename.startswith("<frozen")]
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     try:
         text = " ".join(str(error).split())

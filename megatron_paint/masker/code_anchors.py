@@ -139,7 +139,7 @@ def _returned(tokens: list[CodeToken], first: int) -> list[CodeToken]:
 
 
 def _continues(expression: list[CodeToken]) -> bool:
-    """Tells whether an expression goes on in the next line: it ends in an operator."""
+    """Tells whether an expression continues in the next line, because it ends in an operator."""
     return bool(expression) and expression[-1].kind == "operator" and expression[-1].text[-1] not in _CLOSED
 
 

@@ -1,6 +1,6 @@
 """GRPO, one step from problems to updates (arXiv 2402.03300): the reward of a right answer is 1, of any other 0.
 
-A user's own grader may give any reward from 0 to 1.
+A user's own grader may return any reward from 0 to 1.
 
 The student samples a group of responses per problem. The advantage of a response is the distance of its reward from the
 mean of its group, in standard deviations. A positive advantage makes each token of the response more likely, within a

@@ -137,6 +137,26 @@ def test_the_answer_of_a_function_of_the_user_is_taken_as_it_is(load):
     assert loaded.warnings == ()  # neither that it is long nor that the solution has no box
 
 
+@pytest.mark.parametrize(
+    ("written", "answer"),
+    [
+        (["1", '["2"]'], r'["1", "[\"2\"]"]'),
+        ({"in": [1, None], "out": "\u00e9"}, r'{"in": [1, null], "out": "\u00e9"}'),
+        (0.5, "0.5"),
+        (7, "7"),
+        ('["one"]', '["one"]'),
+    ],
+)
+def test_a_function_reads_lists_and_objects_as_json(load, written, answer):
+    assert load([row(1, domain="code", answer=written), row(2)]).problems[0].answer == answer
+
+
+@pytest.mark.parametrize("written", [None, "", " ", float("nan")])
+def test_an_answer_that_a_function_cannot_read(load, written):
+    with pytest.raises(UserError, match=r"train\.jsonl:1: .*'answer' "):
+        load([row(1, domain="code", answer=written), row(2)])
+
+
 def test_held_out_problems(tmp_path):
     source = write(tmp_path / "held_out.jsonl", [row(1, kind="quiz", answer="B"), row(2)])
     settings = EvaluationSettings(problems=source, columns=ColumnSettings(domain="kind"), domain="words")

@@ -98,7 +98,7 @@ def lines(file):
 
 
 def test_grpo_with_a_function_of_the_user(settings, tmp_path):
-    """Rewards, errors and advantages of each step are those that the function gives on the recorded responses."""
+    """Rewards, errors and advantages of each step are those that the function returns for the recorded responses."""
     namespace = {}
     exec(FUNCTION, namespace)
     printed = train(
