@@ -23,7 +23,8 @@ _FORMATTED_ENDS = ("FSTRING_END", "TSTRING_END")
 def python_tokens(source: str, *, docstrings: bool = False) -> list[CodeToken]:
     """Returns the tokens of a source without comments, in order.
 
-    A formatted string becomes its texts and the tokens of its expressions. docstrings: with strings that are statements of their own.
+    A formatted string becomes its texts and the tokens of its expressions. docstrings: with strings that are statements
+    of their own.
     """
     tokens = _all_tokens(source)
     return list(tokens if docstrings else _without_docstrings(tokens))
