@@ -7,6 +7,7 @@ a time limit.
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.config.domains import DomainSettings, domain_of
 from megatron_paint.grading.final_answers import choice_in, final_answer, letter_of, texts_equal
 from megatron_paint.grading.functions import FunctionPool, search_pool
@@ -92,8 +93,10 @@ class Graders:
                 return [self._choice(text, problem) for text, problem in responses]
             case "regex":
                 return self._regex(domain, responses, settings)
-            case _:
+            case "math":
                 return self._math.grade([(text, problem.answer) for text, problem in responses])
+            case unknown:
+                raise UserError(f"domains.{domain}.grader: {unknown!r} is not a grader of this version")
 
     def _exact(self, text: str, problem: Problem, settings: DomainSettings) -> Grade:
         found = final_answer(answer_text(text, self.rules.box_in_thought))
@@ -102,7 +105,8 @@ class Graders:
     def _choice(self, text: str, problem: Problem) -> Grade:
         found = choice_in(answer_text(text, self.rules.box_in_thought))
         gold = letter_of(problem.answer, problem.choices)
-        return _compared(text, found, found is not None and letter_of(found, problem.choices) == gold is not None)
+        given = None if found is None else letter_of(found, problem.choices)
+        return _compared(text, found, given is not None and given == gold)
 
     def _regex(self, domain: str, responses: Sequence[Response], settings: DomainSettings) -> list[Grade]:
         if domain not in self._pools:

@@ -268,6 +268,14 @@ class TestOtherGraders:
             assert self.grade(pool, "letters", answer, r"\boxed{B}", ("red", "blue")) == ("right", "B")
             assert self.grade(pool, "letters", answer, r"\boxed{red}", ("red", "blue")) == ("wrong", "red")
 
+    def test_an_unknown_grader_made_in_python(self):
+        problem = Problem(id="p", problem="", solution="", answer="7", domain="x")
+        with (
+            Graders({"x": DomainSettings(grader="maths")}, workers=1) as graders,
+            pytest.raises(UserError, match=r"^domains\.x\.grader: 'maths' is not a grader"),
+        ):
+            graders.grade([(r"\boxed{7}", problem)])
+
     def test_a_pattern_that_never_ends(self):
         with Graders(DOMAINS, workers=1, seconds=2.0) as pool:
             assert self.grade(pool, "slow", "a", "a" * 40 + "!") == ("timeout", None)
