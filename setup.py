@@ -36,6 +36,7 @@ setup(
         "ruamel.yaml>=0.18",
         "jinja2>=3.1",
         "math-verify[antlr4_13_2]>=0.8",
+        "pygments>=2.15",
         "rich>=13",
         "matplotlib>=3.8",
     ],

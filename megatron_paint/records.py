@@ -25,6 +25,8 @@ class Problem:
     answer: str  # the final answer that the grader compares with
     source: str = ""  # where it was read: "file:line"
     view: str = ""  # the text of `objective.reveal.view`; empty: the solution
+    domain: str = "math"  # a name of the section `domains`: chooses anchors and grader
+    choices: tuple[str, ...] = ()  # the texts of A, B, ... of a multiple-choice problem; empty: not known
 
     @property
     def reference(self) -> str:
@@ -49,7 +51,7 @@ class Rollout:
 class Anchor:
     """A piece of the reference that a rollout can reproduce."""
 
-    kind: Literal["boxed", "formula", "number"]
+    kind: str  # math: boxed, formula, number; code and text have others besides boxed
     text: str  # normalised
     found: bool  # the rollout contains it
 
@@ -78,6 +80,7 @@ class Reveal:
     of: str | None = None  # id of the other problem that the reference belongs to (wrong, other_example)
     example: str | None = None  # text of that problem, which is shown with its reference (other_example)
     peer: int | None = None  # sample index of the response that is the reference (peer_rollout)
+    anchors: str = "math"  # the extractor of the reference, whose rules place the cut
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,9 +180,12 @@ class Graded:
     response_text: str
     num_tokens: int
     finished: bool
-    outcome: Literal["right", "wrong", "no_answer", "timeout"]
+    outcome: Literal["right", "wrong", "no_answer", "timeout", "error"]
     extracted: str | None
     box_in_thought: bool = False  # a thought that never ends holds a box
+    domain: str = "math"  # of the problem
+    score: float | None = None  # of a user's function, in [0, 1]
+    error: str = ""  # why a user's function gave no verdict, where the outcome is error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

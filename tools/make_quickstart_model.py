@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from testbed_variants import VARIANTS
+from testbed_variants import DOMAINS, VARIANTS
 from warm_up_rows import VOCABULARY_ROWS, RowMaker, Task, draw_problems, write_problems, write_tokenizer
 
 from megatron_paint.base.errors import UserError
@@ -35,7 +35,7 @@ from megatron_paint.config.settings import (
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.data.tokenizers import load_tokenizer
 from megatron_paint.evaluation.evaluator import Evaluator
-from megatron_paint.grading.grade import GradingPool
+from megatron_paint.grading.graders import Graders
 from megatron_paint.losses.objectives import CrossEntropyLoss
 from megatron_paint.mcore.ranks import start_ranks, stop_ranks
 from megatron_paint.models.qwen3.shape import read_shape
@@ -99,7 +99,7 @@ class ReferencePrompts:
 class WarmUp:
     """A policy during its warm-up, with its training rows and the problems of its measurements."""
 
-    def __init__(self, policy: Policy, rows: RowMaker, held_out: list[Problem], graders: GradingPool):
+    def __init__(self, policy: Policy, rows: RowMaker, held_out: list[Problem], graders: Graders):
         self.policy, self.rows, self.graders = policy, rows, graders
         self.held_out = held_out[:MEASURED_PROBLEMS]
         self.loss = CrossEntropyLoss(chunk_bytes=1.0e9)
@@ -155,7 +155,7 @@ class WarmUp:
     def _evaluate(self, prompts: Prompts | ReferencePrompts, *, greedy: bool = False) -> dict[str, float]:
         settings = EvaluationSettings(samples=2, top_p=1.0, max_new_tokens=48, greedy=greedy)
         evaluator = Evaluator(settings, self.held_out, prompts, seed=1)
-        answers = evaluator.sample(self.policy)
+        answers = evaluator.sample(self.policy.sampler)
         return evaluator.report(answers, step=0, benchmark="held_out", graders=self.graders).metrics
 
 
@@ -178,7 +178,7 @@ def make_model(out: Path, *, seed: int, variant: str = "own", start: Path | None
     write_problems(out / "held_out.jsonl", held_out, **kind.columns)
     training = draw_problems(TRAINING_PROBLEMS, held_out=False, seed=PROBLEM_SEED, variant=kind)
     write_problems(out / "train.jsonl", training, **kind.columns)
-    with tempfile.TemporaryDirectory() as random_model, GradingPool(seconds=5.0) as graders:
+    with tempfile.TemporaryDirectory() as random_model, Graders(DOMAINS, seconds=5.0) as graders:
         fresh = start is None
         if fresh:
             write_random_model(Path(random_model), kind.task, seed=seed)

@@ -4,8 +4,11 @@ from quickstart_task import RunningSums
 from string_task import StringRewriting
 from warm_up_rows import Variant
 
+from megatron_paint.config.domains import DomainSettings
+
 SUMS, STRINGS = RunningSums(), StringRewriting()
-# An answer is a string, which is right to the letter; the anchors of a solution are those of code.
+# An answer is a string, which is right to the letter. A line of a solution is a call, as in code.
+DOMAINS = {"strings": DomainSettings(anchors="code", grader="exact")}
 OF_STRINGS = (
     "data.columns.domain=domain",
     "evaluation.columns.domain=domain",

@@ -62,13 +62,13 @@ class Variant:
     terse: bool = False  # references have results alone, a style that the student cannot work in
     jump_share: float = 0.0  # chance at each step that a model that sees the box writes the box at once
     hidden_forget_share: float = 0.0  # chance of the mistake in a step that the shown reference does not reach
-    domain: str | None = None  # of its problems, which selects extractor and grader
+    domain: str = "math"  # of its problems; it chooses extractor and grader
     settings: tuple[str, ...] = ()  # of its training runs, as `KEY=VALUE`
 
     @property
     def columns(self) -> dict[str, str]:
         """Further columns of the problem files."""
-        return {} if self.domain is None else {"domain": self.domain}
+        return {} if self.domain == "math" else {"domain": self.domain}
 
     def right_lines(self, problem: Drawn) -> list[str]:
         """Returns the right steps and the box."""
@@ -82,7 +82,7 @@ class Variant:
     def problem_of(self, drawn: Drawn, *, id: str) -> Problem:
         """Returns the record of a problem for the problem files."""
         answer = self.right_lines(drawn)[-1].removeprefix("\\boxed{").removesuffix("}")
-        return Problem(id=id, problem=drawn.text, solution=self.solve(drawn), answer=answer)
+        return Problem(id=id, problem=drawn.text, solution=self.solve(drawn), answer=answer, domain=self.domain)
 
 
 def is_held_out(text: str) -> bool:

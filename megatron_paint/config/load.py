@@ -16,6 +16,7 @@ from ruamel.yaml.error import YAMLError
 from megatron_paint.base.errors import UserError
 from megatron_paint.config import contradictions
 from megatron_paint.config.allow_changes import check_allow_changes
+from megatron_paint.config.domains import DomainSettings, contradictions_of
 from megatron_paint.config.mistakes import mistakes, user_error
 from megatron_paint.config.objective import ObjectiveSettings
 from megatron_paint.config.settings import (
@@ -63,6 +64,7 @@ def settings_of(tree: Mapping[str, Any]) -> Settings:
     _refuse_contradictions(
         settings.model, settings.objective, settings.rollout, settings.optimizer, settings.megatron, data=settings.data
     )
+    _check_domains(settings.domains, data=settings.data.domain, evaluation=settings.evaluation.domain)
     return settings
 
 
@@ -73,12 +75,12 @@ def evaluate_settings_of(tree: Mapping[str, Any]) -> EvaluateSettings:
     Only run.seed and data.micro_batch_tokens of them are used.
     """
     _check(tree, may_be_incomplete=("data", "run"))
-    used = {
-        name: _section_of(tree, name) for name in ("model", "prompts", "rollout", "megatron", "evaluation", "grading")
-    }
+    names = ("model", "prompts", "rollout", "megatron", "evaluation", "grading", "domains")
+    used = {name: _section_of(tree, name) for name in names}
     objective = _resolved_objective(_section_of(tree, "objective"), tree)
     optimizer = _section_of(tree, "optimizer")
     _refuse_contradictions(used["model"], objective, used["rollout"], optimizer, used["megatron"])
+    _check_domains(used["domains"], evaluation=used["evaluation"].domain)
     return EvaluateSettings(
         **used,
         seed=tree.get("run", {}).get("seed", RunSettings.seed),
@@ -95,6 +97,19 @@ def evaluation_section_of(tree: Mapping[str, Any]) -> EvaluationSettings:
 def grading_section_of(tree: Mapping[str, Any]) -> GradingSettings:
     """The section `grading` of a tree that `evaluation_section_of` has checked."""
     return _section_of(tree, "grading")
+
+
+def domains_of(tree: Mapping[str, Any]) -> dict[str, DomainSettings]:
+    """The section `domains` of a tree that `evaluation_section_of` has checked. UserError: settings contradict."""
+    domains = _section_of(tree, "domains")
+    _check_domains(domains, evaluation=_section_of(tree, "evaluation").domain)
+    return domains
+
+
+def _check_domains(domains: Mapping[str, DomainSettings], **defaults: str) -> None:
+    """defaults: the domain of rows that name none, by their section."""
+    if found := list(contradictions_of(domains, {f"{section}.domain": name for section, name in defaults.items()})):
+        raise UserError("\n".join(found))
 
 
 def _check(tree: Mapping[str, Any], *, may_be_incomplete: Collection[str]) -> None:

@@ -63,7 +63,9 @@ class RevealSettings:
             "name: that column of data.columns.views"
         ),
     ] = "full"
-    anchors: Annotated[Text, setting("name of the anchor extractor; each domain has its own")] = "math"
+    anchors: Annotated[
+        Text, setting("anchor extractor of the domains that name none of their own: math, code or text")
+    ] = "math"
 
     @property
     def needs_solutions(self) -> bool:

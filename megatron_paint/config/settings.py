@@ -21,6 +21,7 @@ from megatron_paint.config.dialect import (
     setting,
     settings_class,
 )
+from megatron_paint.config.domains import DEFAULT_DOMAIN, DomainSettings
 from megatron_paint.config.objective import Needs, ObjectiveSettings
 
 LONGEST_ANSWER = 38912  # tokens; OPSD's limit in evaluations
@@ -77,6 +78,12 @@ class ColumnSettings:
         dict[Text, Text],
         setting("other texts that may be shown in place of the solution: a name for each, and its column"),
     ] = field(default_factory=dict)
+    domain: Annotated[
+        Text | None, setting("column of the problem's domain, a name of the section domains; null: none")
+    ] = None
+    choices: Annotated[
+        Text | None, setting("column of the texts of a problem's choices, for grader=choice; null: none")
+    ] = None
 
 
 @settings_class
@@ -87,6 +94,7 @@ class DataSettings:
     format: Annotated[Format, setting(FORMAT)] = "auto"
     split: Annotated[Text, setting("split of a `datasets` source")] = "train"
     columns: ColumnSettings = field(default_factory=ColumnSettings)
+    domain: Annotated[Text, setting("domain of the rows that name none")] = DEFAULT_DOMAIN
     problems_per_step: Annotated[Count, setting("problems in one step, over all data-parallel ranks", source=OPSD)] = 32
     micro_batch_tokens: Annotated[
         Count, setting("most tokens in one micro-batch, padding included; a longer sequence is a micro-batch alone")
@@ -259,6 +267,7 @@ class EvaluationSettings:
     format: Annotated[Format, setting(FORMAT)] = "auto"
     split: Annotated[Text, setting("split of a `datasets` source")] = "test"
     columns: ColumnSettings = field(default_factory=ColumnSettings)
+    domain: Annotated[Text, setting("domain of the rows that name none")] = DEFAULT_DOMAIN
     limit: Annotated[Count | None, setting("number of problems, counted from the first one; null: all")] = None
     samples: Annotated[Count, setting("answers to each problem: the n of Avg@n", source=OPSD)] = 12
     temperature: Annotated[Number, setting("sampling temperature; 0 is greedy", source=OPSD, ge=0)] = 1.0
@@ -365,6 +374,7 @@ class Settings:
     megatron: MegatronSettings = field(default_factory=MegatronSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     grading: GradingSettings = field(default_factory=GradingSettings)
+    domains: dict[Text, DomainSettings] = field(default_factory=dict)
 
     @property
     def needs(self) -> Needs:
@@ -393,5 +403,6 @@ class EvaluateSettings:
     megatron: MegatronSettings
     evaluation: EvaluationSettings
     grading: GradingSettings
+    domains: dict[str, DomainSettings]
     seed: int
     micro_batch_tokens: int

@@ -9,7 +9,7 @@ from megatron_paint.data.rows import Row, listed, nearest
 if TYPE_CHECKING:
     from megatron_paint.config.settings import ColumnSettings
 
-ROLES = ("id", "problem", "answer", "solution")
+ROLES = ("id", "problem", "answer", "solution", "domain", "choices")
 VIEW = "views."  # a view has this and its name as role, so that an error names its setting
 DEFAULT_NAMES = {"id": "id", "solution": "solution"}  # of columns that a source may lack
 # Names that published problem sets use.
@@ -18,6 +18,8 @@ OTHER_NAMES = {
     "answer": ("final_answer", "expected_answer", "ground_truth", "gold_answer", "target", "label", "solution"),
     "solution": ("rationale", "generated_solution", "response", "output", "reasoning", "cot", "answer"),
     "id": ("uid", "uuid", "unique_id", "problem_id", "problem_idx", "index", "idx"),
+    "domain": ("subject", "category", "data_source", "task", "type"),
+    "choices": ("options", "candidates"),
 }
 ROWS_LOOKED_INTO = 100
 DEEPEST = 3

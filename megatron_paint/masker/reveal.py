@@ -6,14 +6,15 @@ Every result is a pure function of text, settings and keys.
 
 import dataclasses
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.base.keys import derangement, derive_key, uniforms
+from megatron_paint.config.domains import DomainSettings, domain_of
 from megatron_paint.masker.cut import Offsets, cut_solution
-from megatron_paint.masker.overlap import MaskerPool, Pair, measure_overlaps
+from megatron_paint.masker.overlap import MaskerPool, Pair, extractor_named, measure_overlaps
 from megatron_paint.records import Overlap, Problem, Reveal
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class _Reference(NamedTuple):
     """The text that a teacher may be shown, and whose it is."""
 
     text: str
+    domain: str  # of the problem that it belongs to
     of: str | None = None
     example: str | None = None
     peer: int | None = None
@@ -55,12 +57,14 @@ def reveal_step(
     token_offsets: Callable[[str], Offsets],
     peers: Sequence[Peer] | None = None,
     pool: MaskerPool | None = None,
+    domains: Mapping[str, DomainSettings] | None = None,
 ) -> list[Reveal]:
     """Returns what the teacher is shown for each rollout of a complete step, in order.
 
     problems, rollout_texts, keys: one entry for each rollout. A problem with several samples appears several times. The
     keys are those of `Sample.key`. token_offsets: returns start and end of each token of a solution, in characters.
-    peers: for each rollout the response that is shown, with `solution: peer_rollout` alone.
+    peers: for each rollout the response that is shown, with `solution: peer_rollout` alone. domains: the section of
+    this name; the domain of the problem that a reference belongs to chooses its anchors.
     `rule: shuffled`, `solution: wrong` and `solution: other_example` pair different problems, so they need the complete
     step. Raises UserError if the step then holds only one problem.
     The overlap is that with the reference. If the teacher is shown none of this problem (`none`, `reference_free`,
@@ -72,7 +76,11 @@ def reveal_step(
         Pair(problem.problem, problem.reference if own else reference.text, rollout)
         for problem, reference, rollout in zip(problems, references, rollout_texts, strict=True)
     ]
-    overlaps = measure_overlaps(pairs, anchors=settings.anchors, pool=pool)
+    extractors = [
+        anchors_of(problem.domain if own else reference.domain, domains or {}, default=settings.anchors)
+        for problem, reference in zip(problems, references, strict=True)
+    ]
+    overlaps = measure_overlaps(pairs, anchors=extractors, pool=pool)
     if settings.solution in ("none", "reference_free"):
         nothing = Reveal(
             overlap=Overlap(score=0.0, anchors=()),
@@ -86,9 +94,13 @@ def reveal_step(
         )
         return [dataclasses.replace(nothing, overlap=overlap) for overlap in overlaps]
     shares = _shares(problems, overlaps, settings=settings, keys=keys)
+    uncut = [
+        _uncut(overlap, reference, settings, anchors_of(reference.domain, domains or {}, default=settings.anchors))
+        for overlap, reference in zip(overlaps, references, strict=True)
+    ]
     return [
-        _cut(_uncut(overlap, reference, settings), share, settings=settings, offsets=token_offsets(reference.text))
-        for overlap, reference, share in zip(overlaps, references, shares, strict=True)
+        _cut(reveal, share, settings=settings, offsets=token_offsets(reveal.reference))
+        for reveal, share in zip(uncut, shares, strict=True)
     ]
 
 
@@ -99,21 +111,37 @@ def _references(
     setting = f"objective.reveal.solution: {settings.solution}"
     match settings.solution:
         case "own" | "none" | "reference_free":
-            return [_Reference(problem.reference) for problem in problems]
+            return [_Reference(problem.reference, problem.domain) for problem in problems]
         case "wrong":
             others = [problems[index] for index in _partners(problems, keys, setting=setting)]
-            return [_Reference(other.reference, of=other.id) for other in others]
+            return [_Reference(other.reference, other.domain, of=other.id) for other in others]
         case "other_example":
             # Two problems with the same text have the same solution, so neither can be the other's example.
             texts = [" ".join(problem.problem.split()) for problem in problems]
             others = [problems[index] for index in _partners(problems, keys, setting=setting, names=texts)]
-            return [_Reference(other.reference, of=other.id, example=other.problem) for other in others]
+            return [_Reference(other.reference, other.domain, of=other.id, example=other.problem) for other in others]
         case "peer_rollout":
             if peers is None:
                 raise ValueError("peers: got None; solution=peer_rollout shows a response for each rollout")
-            return [_Reference(peer.text, peer=peer.sample_index) for peer in peers]
+            return [
+                _Reference(peer.text, problem.domain, peer=peer.sample_index)
+                for problem, peer in zip(problems, peers, strict=True)
+            ]
         case unknown:
             raise UserError(f"objective.reveal.solution: {unknown!r} is not known to this version")
+
+
+def anchors_of(domain: str, domains: Mapping[str, DomainSettings], *, default: str) -> str:
+    """Returns the name of a domain's anchor extractor. default: objective.reveal.anchors."""
+    return domain_of(domains, domain).anchors or default
+
+
+def check_extractors(problems: Sequence[Problem], domains: Mapping[str, DomainSettings], *, default: str) -> None:
+    """Raises UserError if the problems need an anchor extractor that does not exist. default: as in `anchors_of`."""
+    for domain in dict.fromkeys(problem.domain for problem in problems):
+        own = domain_of(domains, domain).anchors is not None
+        setting = f"domains.{domain}.anchors" if own else "objective.reveal.anchors"
+        extractor_named(anchors_of(domain, domains, default=default), setting=setting)
 
 
 def limit_hidden(reveal: Reveal, surprise: Sequence[float], *, settings: "RevealSettings", offsets: Offsets) -> Reveal:
@@ -140,8 +168,8 @@ def limit_hidden(reveal: Reveal, surprise: Sequence[float], *, settings: "Reveal
     return dataclasses.replace(cut_at(kept[min(enough, len(kept) - 1)]), hidden_nats=hidden)
 
 
-def _uncut(overlap: Overlap, reference: _Reference, settings: "RevealSettings") -> Reveal:
-    """Returns the reveal of a reference before it is cut."""
+def _uncut(overlap: Overlap, reference: _Reference, settings: "RevealSettings", anchors: str) -> Reveal:
+    """Returns the reveal of a reference before it is cut. anchors: the extractor whose rules will place the cut."""
     return Reveal(
         overlap=overlap,
         share=1.0,
@@ -149,6 +177,7 @@ def _uncut(overlap: Overlap, reference: _Reference, settings: "RevealSettings") 
         total_tokens=0,
         shown_text="",
         reference=reference.text,
+        anchors=anchors,
         solution=settings.solution,
         view=settings.view,
         of=reference.of,
@@ -160,7 +189,14 @@ def _uncut(overlap: Overlap, reference: _Reference, settings: "RevealSettings") 
 def _cut(reveal: Reveal, share: float, *, settings: "RevealSettings", offsets: Offsets) -> Reveal:
     """Returns the reveal with another share of its reference shown."""
     reference = reveal.reference
-    shown = cut_solution(reference, share=share, offsets=offsets, unit=settings.unit, hide_answer=settings.hide_answer)
+    shown = cut_solution(
+        reference,
+        share=share,
+        offsets=offsets,
+        unit=settings.unit,
+        hide_answer=settings.hide_answer,
+        parts=extractor_named(reveal.anchors).parts,
+    )
     complete = len(shown) == len(reference)
     return dataclasses.replace(
         reveal,

@@ -5,7 +5,8 @@ import statistics
 from collections.abc import Sequence
 
 from megatron_paint.data.prompts import Prompts
-from megatron_paint.grading.grade import Grade, GradingPool
+from megatron_paint.grading.grade import Grade
+from megatron_paint.grading.graders import Graders, failure_warning
 from megatron_paint.grading.thoughts import PROMPT_TAIL, continued
 from megatron_paint.records import Problem, Rollout, Sample, SampleScore, Verdicts
 from megatron_paint.runtime.rank_zero import OnRankZero
@@ -16,16 +17,16 @@ def grade_rollouts(
     rollouts: Sequence[Rollout],
     *,
     prompts: Prompts,
-    graders: GradingPool | None,
+    graders: Graders | None,
     on_rank_zero: OnRankZero,
 ) -> list[Grade]:
     """Verdicts in the order of the rollouts. Rank 0 grades for all ranks. graders: None on every other rank."""
-    answers = {problem.id: problem.answer for problem in problems}
+    problem_of = {problem.id: problem for problem in problems}
     text = prompts.response_text
-    pairs = [
-        (continued(text(r.prompt_ids[-PROMPT_TAIL:]), text(r.response_ids)), answers[r.problem_id]) for r in rollouts
+    responses = [
+        (continued(text(r.prompt_ids[-PROMPT_TAIL:]), text(r.response_ids)), problem_of[r.problem_id]) for r in rollouts
     ]
-    return on_rank_zero(lambda: graders.grade(pairs))
+    return on_rank_zero(lambda: graders.grade(responses))
 
 
 def verdicts_of(rollouts: Sequence[Rollout], grades: Sequence[Grade]) -> Verdicts:
@@ -37,12 +38,19 @@ def verdicts_of(rollouts: Sequence[Rollout], grades: Sequence[Grade]) -> Verdict
 
 
 def reward_metrics(grades: Sequence[Grade]) -> dict[str, float]:
-    """The share of right responses, and counts of verdicts that need a look."""
+    """The mean reward, and counts of verdicts that need a look."""
     return {
-        "reward/mean": statistics.fmean(float(grade.correct) for grade in grades),
+        "reward/mean": statistics.fmean(grade.reward for grade in grades),
         "reward/timeouts": float(sum(grade.outcome == "timeout" for grade in grades)),
+        "reward/errors": float(sum(grade.outcome == "error" for grade in grades)),
         "reward/box_in_thought": float(sum(grade.box_in_thought for grade in grades)),
     }
+
+
+def grader_warnings(rollouts: Sequence[Rollout], grades: Sequence[Grade], *, step: int) -> tuple[str, ...]:
+    """A warning about verdicts that are missing because a user's function failed."""
+    failure = failure_warning([(one.problem_id, grade) for one, grade in zip(rollouts, grades, strict=False)])
+    return (f"step {step}: {failure}",) if failure else ()
 
 
 def scores_of_all(

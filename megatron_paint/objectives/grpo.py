@@ -1,5 +1,7 @@
 """GRPO, one step from problems to updates (arXiv 2402.03300): the reward of a right answer is 1, of any other 0.
 
+A user's own grader may return any reward from 0 to 1.
+
 The student samples a group of responses per problem. The advantage of a response is the distance of its reward from the
 mean of its group, in standard deviations. A positive advantage makes each token of the response more likely, within a
 clipped ratio. A group whose rewards are all equal teaches nothing and is left out.
@@ -14,7 +16,7 @@ from megatron_paint.data.prompts import Prompts
 from megatron_paint.grading.grade import Grade
 from megatron_paint.losses.elementwise.choose import loss_kernel
 from megatron_paint.losses.objectives import PolicyGradientLoss
-from megatron_paint.objectives.graded import grade_rollouts, reward_metrics, scores_of_all, verdicts_of
+from megatron_paint.objectives.graded import grade_rollouts, grader_warnings, reward_metrics, scores_of_all, verdicts_of
 from megatron_paint.objectives.interface import ObjectiveInputs
 from megatron_paint.objectives.metrics import mean_of
 from megatron_paint.policy import Policy
@@ -54,7 +56,7 @@ class Grpo:
             rollouts = self.rollouts.rollouts(problems, step=step)
         with timer("grade"):
             grades = self.grades(problems, rollouts)
-        samples = self.samples(problems, rollouts, [float(grade.correct) for grade in grades], step=step)
+        samples = self.samples(problems, rollouts, [grade.reward for grade in grades], step=step)
         taught = [index for index, sample in enumerate(samples) if sample.advantage != 0.0]
         updates, stopped_by = self.update(policy, [samples[index] for index in taught], lr=lr)
         done = f"step {step} ended after {len(updates)} of {self.settings.updates_per_batch} updates"
@@ -63,7 +65,10 @@ class Grpo:
             scores=scores_of_all(samples, taught, updates[0].scores if updates else ()),
             updates=tuple(updates),
             extras=self.extras(grades, taught, updates),
-            warnings=(f"{done}: {stopped_by}",) if stopped_by else (),
+            warnings=(
+                *((f"{done}: {stopped_by}",) if stopped_by else ()),
+                *grader_warnings(rollouts, grades, step=step),
+            ),
             verdicts=verdicts_of(rollouts, grades),
         )
 

@@ -1,12 +1,13 @@
 """What an objective is given, and what it promises."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from megatron_paint.config.domains import DomainSettings
 from megatron_paint.config.objective import ObjectiveSettings
 from megatron_paint.data.prompts import Prompts
-from megatron_paint.grading.grade import GradingPool
+from megatron_paint.grading.graders import Graders
 from megatron_paint.masker.overlap import MaskerPool
 from megatron_paint.policy import Policy
 from megatron_paint.records import Problem, StepResult
@@ -24,7 +25,8 @@ class ObjectiveInputs:
     rollouts: RolloutSource
     masker: MaskerPool | None = None  # on rank 0; None: the masker works in this process
     grades_rollouts: bool = False  # all rollouts get verdicts: for the objective, or for the order of the problems
-    graders: GradingPool | None = None  # on rank 0, if rollouts get verdicts
+    graders: Graders | None = None  # on rank 0, if rollouts get verdicts
+    domains: Mapping[str, DomainSettings] = field(default_factory=dict)  # the section of this name
     on_rank_zero: OnRankZero = directly  # runs a function on rank 0 and returns its result on every rank
 
 

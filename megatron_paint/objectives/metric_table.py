@@ -127,7 +127,7 @@ METRICS: dict[str, Metric] = {
         only="PAINT, OPSD, GRPO",
     ),
     "response/no_answer_share": Metric(
-        meaning="share of sampled responses without a final answer in a closed box",
+        meaning="share of sampled responses without a final answer in a closed box; of domains with grader=math",
         unit="0 to 1",
         healthy="below 1; the run warns after 5 steps in a row at 1",
         only="PAINT, OPSD, GRPO",
@@ -149,7 +149,7 @@ METRICS: dict[str, Metric] = {
     "time/optimizer_s": Metric(meaning="time for the optimiser step and the moving average", unit="s"),
     "tokens_per_second": Metric(meaning="response tokens, divided by the time of the complete step", unit="tokens / s"),
     "reward/mean": Metric(
-        meaning="share of responses with the right answer",
+        meaning="share of responses with the right answer; with scores of a function of yours, their mean",
         unit="0 to 1",
         healthy="GRPO: between 0 and 1; at either end every group is left out. PAINT, OPSD: above 0",
         only=GRADED,
@@ -159,6 +159,12 @@ METRICS: dict[str, Metric] = {
         unit="responses",
         healthy="0",
         only=GRADED,
+    ),
+    "reward/errors": Metric(
+        meaning="responses on which a grader of yours failed; their reward is 0, and the run warns",
+        unit="responses",
+        healthy="0",
+        only="GRPO",
     ),
     "reward/box_in_thought": Metric(
         meaning="responses that are cut inside a thought which holds a box; grading.box_in_thought decides about them",

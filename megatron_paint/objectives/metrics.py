@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from megatron_paint.config.domains import BOXED_GRADERS, DomainSettings, domain_of
 from megatron_paint.grading.boxes import ANY_BOX, box_spans
 from megatron_paint.records import Reveal, SampleScore, StepReport, StepResult, TokenIds
 
@@ -96,6 +97,7 @@ def sample_lines(report: StepReport, *, decode: Callable[[Sequence[int]], str]) 
             "id": sample.problem.id,
             "step": report.step,
             "sample": sample.sample_index,
+            "domain": sample.problem.domain,
             "student_prompt_ids": list(sample.student_prompt_ids),
             "teacher_prompt_ids": _list(sample.teacher_prompt_ids),
             "response_ids": list(sample.response_ids),
@@ -115,12 +117,16 @@ def sample_lines(report: StepReport, *, decode: Callable[[Sequence[int]], str]) 
     ]
 
 
-def no_answer_share(lines: Sequence[Mapping[str, Any]]) -> float:
+def no_answer_share(lines: Sequence[Mapping[str, Any]], domains: Mapping[str, DomainSettings]) -> float:
     """The share of sampled responses without a final answer in a closed box. lines: those of `sample_lines`.
 
-    NaN if no response was sampled.
+    Only the domains whose answers are in boxes count. NaN if no such response was sampled.
     """
-    sampled = [line["response_text"] for line in lines if line["finished"] is not None]
+    sampled = [
+        line["response_text"]
+        for line in lines
+        if line["finished"] is not None and domain_of(domains, line["domain"]).grader in BOXED_GRADERS
+    ]
     return ratio(sum(not box_spans(text, opener=ANY_BOX) for text in sampled), len(sampled))
 
 

@@ -16,7 +16,13 @@ from megatron_paint.grading.grade import Grade
 from megatron_paint.losses.elementwise.choose import loss_kernel
 from megatron_paint.losses.objectives import DistillationLoss
 from megatron_paint.masker.reveal import Peer, limit_hidden, reveal_step
-from megatron_paint.objectives.graded import grade_rollouts, reward_metrics, scores_of_all, verdicts_of
+from megatron_paint.objectives.graded import (
+    grade_rollouts,
+    grader_warnings,
+    reward_metrics,
+    scores_of_all,
+    verdicts_of,
+)
 from megatron_paint.objectives.interface import ObjectiveInputs
 from megatron_paint.policy import Policy, ScoredSequence
 from megatron_paint.records import Problem, Reveal, Rollout, Sample, StepResult
@@ -38,6 +44,7 @@ class Paint:
         self.masker = inputs.masker
         self.grades_rollouts, self.graders = inputs.grades_rollouts, inputs.graders
         self.shows_peers = settings.reveal.solution == "peer_rollout"
+        self.domains = inputs.domains
         self.on_rank_zero = inputs.on_rank_zero
         # Greedy log-probabilities are taken at temperature 1.
         self.loss = DistillationLoss(
@@ -66,6 +73,7 @@ class Paint:
             scores=scores_of_all(samples, taught, update.scores if update else ()),
             updates=(update,) if update else (),
             extras=self.extras(rollouts, grades, outcomes),
+            warnings=grader_warnings(rollouts, grades, step=step),
             verdicts=verdicts_of(rollouts, grades) if grades else {},
         )
 
@@ -131,6 +139,7 @@ class Paint:
                 token_offsets=self.prompts.solution_offsets,
                 peers=peers if self.shows_peers else None,
                 pool=self.masker,
+                domains=self.domains,
             )
         )
         reveals = dict(zip(measured, found, strict=True))

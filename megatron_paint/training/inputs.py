@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from megatron_paint.base.errors import UserError, about
 from megatron_paint.checkpoints.adapter_reader import checked_adapter
@@ -22,7 +23,9 @@ from megatron_paint.data.repeats import leaks
 from megatron_paint.data.tokenizers import load_tokenizer
 from megatron_paint.evaluation.benchmarks import load_benchmark
 from megatron_paint.grading.grade import GradingPool, Rules
+from megatron_paint.grading.graders import Graders
 from megatron_paint.launch.failure_notes import NOTES_FOLDER
+from megatron_paint.masker.reveal import check_extractors
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.objectives import OBJECTIVES
 from megatron_paint.records import Problem
@@ -197,8 +200,8 @@ def _saved_problems() -> tuple[ProblemSet, tuple[Problem, ...]] | None:
     return ProblemSet(**values), _records(saved["held_out"])
 
 
-def _records(values: Sequence[dict[str, str]]) -> tuple[Problem, ...]:
-    return tuple(Problem(**value) for value in values)
+def _records(values: Sequence[dict[str, Any]]) -> tuple[Problem, ...]:
+    return tuple(Problem(**{**value, "choices": tuple(value["choices"])}) for value in values)
 
 
 def _read_problems(settings: Settings, shape: ModelShape, prompts: Prompts) -> tuple[ProblemSet, tuple[Problem, ...]]:
@@ -216,14 +219,20 @@ def _read_problems(settings: Settings, shape: ModelShape, prompts: Prompts) -> t
             grade=graders.grade,
             prompt_limit=limit,
             mistake=mistake,
+            domains=settings.domains,
         )
     if needs.masker:
+        check_extractors(problems.problems, settings.domains, default=reveal.anchors)
         check_partners(problems, reveal.solution, prompts=prompts, limit=limit, steps=settings.run.steps)
     if needs.samples_per_problem and settings.rollout.engine == "replay":
         _check_replay(settings, shape, prompts, problems)
-    if settings.evaluation.problems is None:
+    held_out = None
+    if settings.evaluation.problems is not None:
+        held_out = load_benchmark(settings.evaluation.problems, settings.evaluation, domains=settings.domains)
+    with Graders(settings.domains, seconds=settings.evaluation.grading_seconds, rules=rules) as graders:
+        graders.check([*(problems.problems if needs.graders else ()), *(held_out.problems if held_out else ())])
+    if held_out is None:
         return problems, ()
-    held_out = load_benchmark(settings.evaluation.problems, settings.evaluation)
     leaked = leaks(problems.problems, held_out.problems)
     problems = dataclasses.replace(
         problems,

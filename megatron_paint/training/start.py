@@ -16,7 +16,8 @@ from megatron_paint.config.settings import Settings
 from megatron_paint.data.order import ProblemOrder, problem_order
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.evaluation.evaluator import Evaluator
-from megatron_paint.grading.grade import GradingPool, Rules
+from megatron_paint.grading.grade import Rules
+from megatron_paint.grading.graders import Graders
 from megatron_paint.launch.failure_notes import leave_failure_note
 from megatron_paint.masker.overlap import MaskerPool
 from megatron_paint.objectives import OBJECTIVES, ObjectiveInputs
@@ -145,6 +146,7 @@ def prepare(
         masker=_masker_pool(stack) if first and settings.needs.masker else None,
         grades_rollouts=settings.needs.graders,
         graders=graders,
+        domains=settings.domains,
         on_rank_zero=on_rank_zero,
     )
     return Run(
@@ -250,13 +252,13 @@ def _resume(policy: Policy, order: ProblemOrder, checkpoint: Path, step: int, pr
         progress.warn(message)
 
 
-def _graders(settings: Settings, inputs: Inputs, stack: ExitStack) -> GradingPool | None:
+def _graders(settings: Settings, inputs: Inputs, stack: ExitStack) -> Graders | None:
     """Worker processes that grade, if rollouts or the answers of an evaluation get verdicts."""
     if not inputs.held_out and not settings.needs.graders:
         return None
     rules = Rules(box_in_thought=settings.grading.box_in_thought)
-    pool = GradingPool(seconds=inputs.evaluation.grading_seconds, rules=rules, on_verdict=mark_progress)
-    return stack.enter_context(pool)
+    seconds = inputs.evaluation.grading_seconds
+    return stack.enter_context(Graders(settings.domains, seconds=seconds, rules=rules, on_verdict=mark_progress))
 
 
 def _evaluator(settings: Settings, inputs: Inputs) -> Evaluator | None:

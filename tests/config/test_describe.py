@@ -12,6 +12,7 @@ from megatron_paint.config.load import settings_of
 from megatron_paint.config.saved import dotted, settings_tree
 
 SMALLEST = {"model": {"hf_path": "m", "lora": {}}, "data": {"train": "p.jsonl"}, "run": {"dir": "r"}}
+SMALLEST |= {"domains": {"NAME": {}}}
 KNOWN = {setting.key: setting for section in describe.sections() for setting in section.settings}
 
 

@@ -1,6 +1,7 @@
 """The reveal: its direction and limits, every rule over a complete step, and the limit on what is hidden."""
 
 import dataclasses
+from types import MappingProxyType
 
 import pytest
 from hypothesis import given, settings
@@ -8,9 +9,17 @@ from hypothesis import strategies as st
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.base.keys import derive_key
+from megatron_paint.config.domains import DomainSettings
 from megatron_paint.config.objective import RevealSettings
 from megatron_paint.masker.overlap import MaskerPool, measure_overlap
-from megatron_paint.masker.reveal import Peer, inverted_share, limit_hidden, reveal_share, reveal_step
+from megatron_paint.masker.reveal import (
+    Peer,
+    check_extractors,
+    inverted_share,
+    limit_hidden,
+    reveal_share,
+    reveal_step,
+)
 from megatron_paint.records import Overlap, Problem, Reveal
 from tests.masker.cutting import PIECES, characters, cut, words
 
@@ -320,3 +329,77 @@ class TestLimitHidden:
     def test_as_many_values_as_tokens(self):
         with pytest.raises(ValueError, match="got 3 values for a reference of 10 tokens"):
             self.limited([1.0] * 3, 0.5)
+
+
+class TestDomains:
+    """Each problem has the extractor of its domain, and its solution is cut by the rules of this extractor."""
+
+    CODE = "```python\nfirst = call(\n    alpha,\n    beta + 71,\n)\nsecond = first\n```\nDone."
+    DOMAINS = MappingProxyType({"code": DomainSettings(anchors="code"), "prose": DomainSettings(anchors="text")})
+
+    def problems(self):
+        found = []
+        for number in range(4):
+            found += [
+                Problem(id=f"m{number}", problem="", solution=f"It is $x = 3{number}$.", answer="1"),
+                Problem(id=f"c{number}", problem="", solution=self.CODE, answer="1", domain="code"),
+                Problem(id=f"t{number}", problem="", solution="They met Marie Curie.", answer="1", domain="prose"),
+            ]
+        return found
+
+    def reveals(self, pool=None, **options):
+        problems = self.problems()
+        rollouts = ["x = 31", "```\nalpha = 71\n```", "Marie Curie"] * 4
+        return reveal_step(
+            problems,
+            rollouts,
+            settings=RevealSettings(**options),
+            keys=list(range(len(problems))),
+            token_offsets=characters,
+            domains=self.DOMAINS,
+            pool=pool,
+        )
+
+    def test_anchors_by_domain(self):
+        mathematics, code, prose = self.reveals()[:3]
+        assert {anchor.kind for anchor in mathematics.overlap.anchors} == {"formula", "number"}
+        assert [(a.kind, a.text, a.found) for a in code.overlap.anchors] == [
+            ("call", "call()", False),
+            ("literal", "71", True),
+            ("name", "first", False),
+            ("name", "alpha", True),
+            ("name", "beta", False),
+            ("name", "second", False),
+        ]
+        assert [(a.kind, a.text, a.found) for a in prose.overlap.anchors] == [("name", "Marie Curie", True)]
+        assert [reveal.anchors for reveal in (mathematics, code, prose)] == ["math", "code", "text"]
+
+    def test_workers_change_nothing(self):
+        with MaskerPool(2, from_characters=0) as pool:
+            assert self.reveals(pool) == self.reveals()
+
+    def test_another_problem_s_solution_has_the_anchors_of_its_own_domain(self):
+        for problem, reveal in zip(self.problems(), self.reveals(solution="wrong"), strict=True):
+            assert reveal.anchors == {"It": "math", "``": "code", "Th": "text"}[reveal.reference[:2]]
+            assert problem.solution != reveal.reference or problem.domain != "math"
+
+    def test_the_default_is_the_extractor_of_the_settings(self):
+        assert self.reveals(anchors="text")[0].anchors == "text"
+        assert self.reveals(anchors="text")[1].anchors == "code"
+
+    @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+    def test_a_limit_on_what_is_hidden_cuts_by_the_same_rules(self, share):
+        reveal = self.reveals(rule="fixed", share=share)[1]
+        made = RevealSettings(rule="fixed", share=share, hidden_nats=12.0)
+        found = limit_hidden(reveal, [1.0] * len(self.CODE), settings=made, offsets=characters(self.CODE))
+        assert found.total_tokens - found.shown_tokens <= 12
+        assert found.shown_text == self.CODE[: found.shown_tokens].rstrip()
+        assert found.shown_text == self.CODE[: self.CODE.index("\n```\nDone.")]
+
+    def test_an_unknown_extractor_is_named_with_its_setting(self):
+        check_extractors(self.problems(), self.DOMAINS, default="math")
+        with pytest.raises(UserError, match=r"^objective\.reveal\.anchors: .* 'maths'.* code, math, text"):
+            check_extractors(self.problems(), self.DOMAINS, default="maths")
+        domains = {**self.DOMAINS, "code": DomainSettings(anchors="python")}
+        with pytest.raises(UserError, match=r"^domains\.code\.anchors: .* 'python'"):
+            check_extractors(self.problems(), domains, default="math")

@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from megatron_paint.grading.grade import GradingPool
+from megatron_paint.grading.graders import Graders
 from megatron_paint.objectives.graded import grade_rollouts, reward_metrics, verdicts_of
 from megatron_paint.records import Problem, Rollout
 from megatron_paint.runtime.rank_zero import directly
@@ -17,11 +17,12 @@ PROMPTS = SimpleNamespace(response_text=TEXTS.__getitem__)
 
 
 def test_verdicts_by_problem():
-    with GradingPool(workers=1) as graders:
+    with Graders(workers=1) as graders:
         grades = grade_rollouts(PROBLEMS, ROLLOUTS, prompts=PROMPTS, graders=graders, on_rank_zero=directly)
     assert [grade.outcome for grade in grades] == ["right", "wrong", "right", "no_answer"]
     assert verdicts_of(ROLLOUTS, grades) == {"a": [True, False, False], "b": [True]}
-    assert reward_metrics(grades) == {"reward/mean": 0.5, "reward/timeouts": 0.0, "reward/box_in_thought": 0.0}
+    counts = {"reward/timeouts": 0.0, "reward/errors": 0.0, "reward/box_in_thought": 0.0}
+    assert reward_metrics(grades) == {"reward/mean": 0.5, **counts}
 
 
 def test_other_ranks_get_what_rank_zero_found():

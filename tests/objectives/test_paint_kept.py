@@ -71,9 +71,9 @@ class Graders:
 
     calls = 0
 
-    def grade(self, pairs):
+    def grade(self, responses):
         self.calls += 1
-        outcomes = ["right" if f"\\boxed{{{answer}}}" in text else "wrong" for text, answer in pairs]
+        outcomes = ["right" if f"\\boxed{{{problem.answer}}}" in text else "wrong" for text, problem in responses]
         return [Grade(correct=outcome == "right", extracted=None, outcome=outcome) for outcome in outcomes]
 
 

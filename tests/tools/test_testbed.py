@@ -11,10 +11,12 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from megatron_paint.config.load import load_settings
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.data.tokenizers import load_tokenizer
+from tests.support import forked_ranks
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -126,6 +128,37 @@ def test_every_text_of_the_strings_has_tokens(tmp_path):
             ids = tokenizer.encode(text)
             assert tokenizer.control_tokens["<unk>"] not in ids
             assert tokenizer.decode(ids, keep_special=True) == text
+
+
+def make_one(variant, out, start, seed):
+    """Makes a model with one update a round, of which the first passes."""
+    make = importlib.import_module("make_quickstart_model")
+    make.FIRST_ROUND_STEPS = make.ROUND_STEPS = 1
+    make.MEASURED_PROBLEMS, make.DRILLS, make.DRILLED_LOSS = 4, 8, math.inf
+    make.Accuracy.passes = lambda self, **_: True
+    make.make_model(Path(out), seed=int(seed), variant=variant, start=Path(start) if start != "none" else None)
+
+
+def make_from_arguments():
+    make_one(*sys.argv[1:])
+
+
+@pytest.mark.parametrize(
+    ("variant", "start"), [("own", "none"), ("leaky_weak", ROOT / "examples/quickstart/model"), ("strings", "none")]
+)
+def test_a_warm_up_makes_model_and_problems(variant, start, tmp_path):
+    """A round, its measurement with every kind of prompt, and a model that transformers reads."""
+    out = tmp_path / "made"
+    arguments = (variant, out, start, 3)
+    ended = forked_ranks.run(tmp_path, *arguments, target="tests.tools.test_testbed:make_from_arguments", processes=1)
+    assert ended.statuses == [0], ended
+    assert "round 1: alone " in ended.out[0]
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    tokenizer = load_tokenizer(out / "model")
+    assert model.config.eos_token_id in tokenizer.stop_ids
+    rows = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+    assert len(rows) == 2000
+    assert ("domain" in rows[0]) == (variant == "strings")
 
 
 def test_problems_of_strings_name_their_domain(tmp_path):
