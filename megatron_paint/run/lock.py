@@ -31,6 +31,7 @@ from megatron_paint.run.lock_owner import Owner, process_state, this_process, to
 from megatron_paint.run.lock_watch import (
     LOCK,
     TIMING,
+    InUse,
     Timing,
     in_use,
     owner_of,
@@ -176,7 +177,7 @@ class RunLock:
         """Why the lock may be taken from its owner; "" if it changed meanwhile. UserError: the owner lives."""
         state, job = owner_state(self.path, held, timing=self.timing, on_wait=on_wait)
         if state == "lives":
-            raise UserError(in_use(self.folder, held, job=job))
+            raise InUse(in_use(self.folder, held, job=job))
         if state != "unknown":
             return state
         has_ended = job == "ended"
@@ -184,7 +185,7 @@ class RunLock:
         on_wait(f"{self.folder} is locked by {held}: watching its heartbeat, for {seconds:g} s at most")
         found = watch(self.path, held, timing=self.timing, has_ended=has_ended)
         if found == "lives" and not has_ended:
-            raise UserError(in_use(self.folder, held, job=job))
+            raise InUse(in_use(self.folder, held, job=job))
         return "superseded" if found == "lives" else found
 
     def _replace(self, path: Path, held: Owner) -> bool:

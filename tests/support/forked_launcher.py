@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import IO
 
 from megatron_paint.__main__ import run as command_line
 from tests.support.forks import end_after
@@ -24,12 +25,15 @@ POLL_SECONDS = 0.01
 class ForkedRank:
     """What the launcher uses of `subprocess.Popen`."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | None = None) -> None:
         self.args, self.returncode = command, None
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
+            if output is not None:
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
             end_after(partial(_rank, command, environment))
         os.setpgid(self.pid, self.pid)
 
@@ -67,11 +71,18 @@ def _rank(command: Sequence[str], environment: Mapping[str, str]) -> None:
     command_line()
 
 
-def _popen(command: Sequence[str], *, env: Mapping[str, str] | None = None, **options: object):
+def _popen(
+    command: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    stdout: IO[bytes] | None = None,
+    **options: object,
+):
     if list(command[:3]) == [sys.executable, "-m", "megatron_paint"]:
-        assert options == {"stdin": subprocess.DEVNULL, "process_group": 0}, options
-        return ForkedRank(command, os.environ if env is None else env)
-    return POPEN(command, env=env, **options)
+        both = {} if stdout is None else {"stderr": subprocess.STDOUT}
+        assert options == {"stdin": subprocess.DEVNULL, "process_group": 0} | both, options
+        return ForkedRank(command, os.environ if env is None else env, stdout)
+    return POPEN(command, env=env, stdout=stdout, **options)
 
 
 def run() -> None:
