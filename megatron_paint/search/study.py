@@ -59,13 +59,9 @@ class SearchStudy:
         self._claims: dict[int, Claim] = {}
         with self.lock.held():
             self._storage = _storage(folder, self.lock)
-            self._study = optuna.create_study(
-                study_name=NAME,
-                storage=self._storage,
-                direction="maximize",
-                load_if_exists=True,
-                sampler=_sampler(space, seed),
-                pruner=_pruner(space),
+            make = optuna.load_study if NAME in optuna.get_all_study_names(self._storage) else _create_study
+            self._study = make(
+                study_name=NAME, storage=self._storage, sampler=_sampler(space, seed), pruner=_pruner(space)
             )
             if not self._study.get_trials(deepcopy=False):
                 self._study.enqueue_trial(space.default)
@@ -210,6 +206,12 @@ def importance_of(study: "optuna.Study") -> dict[str, float]:
         warnings.simplefilter("ignore")
         found = optuna.importance.get_param_importances(study)
     return {key: float(value) for key, value in found.items()}
+
+
+def _create_study(**options: Any) -> "optuna.Study":
+    import optuna
+
+    return optuna.create_study(direction="maximize", **options)
 
 
 def _storage(folder: Path, lock: StudyLock) -> "optuna.storages.JournalStorage":

@@ -49,7 +49,7 @@ class TrialRun:
     out: Path
     number: int
     place: Place
-    process: subprocess.Popen | None = field(default=None, repr=False)
+    process: "subprocess.Popen | None" = field(default=None, repr=False)
     attempts: int = 0
 
     @property

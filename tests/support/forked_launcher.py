@@ -34,7 +34,7 @@ class ForkedRank:
             if output is not None:
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
-            end_after(partial(_rank, command, environment))
+            end_after(partial(_rank, command, environment, closes=output is None))
         os.setpgid(self.pid, self.pid)
 
     def poll(self) -> int | None:
@@ -54,14 +54,19 @@ class ForkedRank:
             os.kill(self.pid, number)
 
 
-def _rank(command: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Runs the command in this fork, as if it were a new Python: nothing of the launcher's is left."""
+def _rank(command: Sequence[str], environment: Mapping[str, str], *, closes: bool) -> None:
+    """Runs the command in this fork, as if it were a new Python: nothing of the launcher's is left.
+
+    closes: close the launcher's files. A search has none that a trial would disturb, and its objects still know the
+    numbers of theirs: they would close what the trial opens under these numbers.
+    """
     os.setpgid(0, 0)
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # such as the store that the launcher listens at
+    if closes:
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # such as the store that the launcher listens at
     weakref.finalize._registry.clear()  # the launcher's temporary folder
     atexit._clear()
     os.environ.clear()
