@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_paint import __version__
 from megatron_paint.base.argument_parser import Parser
 from megatron_paint.cli.convert_options import add_commands as add_convert_commands
+from megatron_paint.cli.launch_search import add_command as add_launch_search
 from megatron_paint.cli.launch_slurm import add_commands as add_launch_commands
 from megatron_paint.cli.search_options import add_search_options
 
@@ -42,8 +43,10 @@ def make_parser() -> argparse.ArgumentParser:
     _add_status(commands.add_parser("status", help="the state of a run, also while it runs"))
     convert = commands.add_parser("convert", help="Qwen3 checkpoints between Hugging Face and Megatron")
     add_convert_commands(convert.add_subparsers(required=True, metavar="ACTION"))
-    launch = commands.add_parser("launch", help="submit a run to a cluster")
-    add_launch_commands(launch.add_subparsers(required=True, metavar="WHERE"))
+    launch = commands.add_parser("launch", help="submit a run or a search to a cluster")
+    places = launch.add_subparsers(required=True, metavar="WHERE")
+    add_launch_commands(places)
+    add_launch_search(places)
     _add_settings_command(
         commands.add_parser("settings", help="every setting: its type, limits, default, meaning and source")
     )

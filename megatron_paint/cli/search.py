@@ -28,8 +28,9 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
     0: all trials have ended, or other workers run the rest; 75: asked to stop, the same command continues.
     """
     _check_options(options)
-    settings = with_local_model(load_settings(options.config, options.overrides))
-    shape = check_model(settings.model, settings.megatron, settings.rollout)
+    settings = load_settings(options.config, options.overrides)
+    local = with_local_model(settings)
+    shape = check_model(local.model, local.megatron, local.rollout)
     space = read_space(options.space, settings)
     out = options.out or Path(f"{settings.run.dir}_search")
     from megatron_paint.search.final import load_problems
@@ -46,7 +47,7 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
         return 0
     from megatron_paint.training.inputs import check_inputs
 
-    for line in check_inputs(settings, shape, run_folder=False).summary():  # a mistake is found before the first trial
+    for line in check_inputs(local, shape, run_folder=False).summary():  # a mistake is found before the first trial
         print(line)
     open_folder(out, search_tree(space, seed=options.seed))
     return _search(_open_study(out, space, options), problems, options, settings)

@@ -107,9 +107,7 @@ def test_the_best_trial_on_other_problems(unbroken):
     for trial in read_trials(unbroken):
         kept = trial.number in (0, best)
         assert (trial_folder(unbroken, trial.number) / "hf").exists() == kept, trial
-    if best == 0:
-        assert report["final"] is None
-        return
+    assert best
     ((default,), (better,)) = (read_reports(unbroken / "final" / f"{number:04d}") for number in (0, best))
     assert (default.benchmark, default.num_problems) == ("held_out", 20)
     expected = paired_difference(before=default, after=better)
@@ -145,8 +143,10 @@ def test_killed_and_resumed(unbroken, tmp_path):
     assert resumed[: len(killed)] == killed[: len(resumed)]
     assert {path: path.stat().st_mtime_ns for path in trial_folder(out, 0).rglob("*") if path in first} == first
     assert read_trials(out) == read_trials(unbroken)
-    for trial in read_trials(out):
-        assert metrics(trial_folder(out, trial.number)) == metrics(trial_folder(unbroken, trial.number)), trial
+    for trial in read_trials(out):  # a pruned run does a step or two more before it stops
+        ours, theirs = (metrics(trial_folder(place, trial.number))[: trial.last_step] for place in (out, unbroken))
+        assert len(ours) == trial.last_step
+        assert ours == theirs, trial
     stored = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(out / JOURNAL)))
     assert len(optuna.load_study(study_name=None, storage=stored).trials) == TRIALS
     reports = [json.loads((place / "report.json").read_text()) for place in (out, unbroken)]
