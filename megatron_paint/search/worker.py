@@ -102,7 +102,9 @@ class Worker:
         elif status == 0:
             self._complete(number)
         elif self._stops or status == STOPPED:
-            self._stops = True  # its job ends soon, or somebody stopped it: a new start would be stopped too
+            if not self._stops:  # its job ends soon, or somebody stopped it: a new start would be stopped too
+                self._stops = True
+                self.progress.result(f"trial {number} was stopped, and not by this search: no other trial is started")
             self._leave(number)
         else:
             self._again(number, status)

@@ -21,21 +21,22 @@ from megatron_paint.search.study import read_trials
 from megatron_paint.search.trial_run import trial_folder
 from tests.search.spaces import SETTINGS, write_space
 from tests.support import forked_ranks
-from tests.support.processes import left_of_session
+from tests.support.processes import children, left_of_session
 from tests.support.results import metrics
 
 TRIALS = 4
+REFUSED_SEED = "3"  # of a search whose trial 1 has settings that exclude each other
 OVERRIDES = ("data.problems_per_step=8", "evaluation.limit=20", "evaluation.samples=2")
 
 
-def arguments(folder: Path, out: Path, *options: str) -> list[object]:
-    space = write_space(folder, pruner={"rule": "median", "startup_trials": 2})
+def arguments(folder: Path, out: Path, *options: str, **sections: object) -> list[object]:
+    space = write_space(folder, **{"pruner": {"rule": "median", "startup_trials": 2}} | sections)
     return ["search", SETTINGS, space, *OVERRIDES, "--trials", TRIALS, "--seed", "6", "--out", out, "--json", *options]
 
 
-def search(folder: Path, out: Path, *options: str) -> forked_ranks.Ended:
+def search(folder: Path, out: Path, *options: str, **sections: object) -> forked_ranks.Ended:
     """The command, whose trials are forked, to its end."""
-    return forked_ranks.start_command(folder, *arguments(folder, out, *options), limit=600).wait()
+    return forked_ranks.start_command(folder, *arguments(folder, out, *options, **sections), limit=600).wait()
 
 
 def notes(ended: forked_ranks.Ended) -> list[str]:
@@ -179,6 +180,45 @@ def test_two_trials_side_by_side(tmp_path):
     assert overlap[1].startswith("trial 1: ")  # it starts before trial 0 has measured anything
     steps = Counter(line["step"] for line in metrics(trial_folder(out, 0)))
     assert steps == {1: 1, 2: 1, 3: 1, 4: 1}
+
+
+def test_a_killed_trial_is_started_again(tmp_path):
+    """The run alone dies, as of the kernel's out-of-memory killer: the search continues it."""
+    out = tmp_path / "out"
+    running = forked_ranks.start_command(tmp_path, *arguments(tmp_path, out, "--trials", "1"), limit=600)
+    wait_for(trial_folder(out, 0) / "checkpoints" / "step_000002" / "complete", running)
+    (run,) = children(running.pid)
+    os.kill(run, signal.SIGKILL)
+    ended = running.wait()
+    assert ended.statuses == [0], ended
+    assert "trial 0 ended with exit status -9 and is started again from step 2" in notes(ended)
+    assert [line["step"] for line in metrics(trial_folder(out, 0))] == [1, 2, 3, 4]
+    assert [trial.state for trial in read_trials(out)] == ["complete"]
+
+
+def test_a_combination_that_the_settings_refuse_is_a_failed_trial(tmp_path):
+    parameters = {
+        "objective.loss.clip": {"choices": [None, 0.05]},
+        "objective.loss.divergence": {"choices": ["forward_kl", "jsd"]},
+    }
+    out = tmp_path / "out"
+    ended = search(tmp_path, out, "--trials", "2", "--seed", REFUSED_SEED, parameters=parameters)
+    assert ended.statuses == [0], ended
+    given, refused = read_trials(out)
+    assert (given.state, refused.state) == ("complete", "failed")
+    assert refused.reason.startswith("the settings refuse this combination: objective.loss.clip=0.05")
+    assert f"* Trial 1 failed: {refused.reason}" in (out / "report.md").read_text()
+    assert not (trial_folder(out, 1) / "config.yaml").exists()
+
+
+def test_given_settings_that_cannot_train_end_the_search(tmp_path):
+    """Nothing could be compared with a trial 0 that fails."""
+    out = tmp_path / "out"
+    ended = search(tmp_path, out, "run.sampler_gap_limit=1e-12")
+    assert ended.statuses == [2], ended
+    assert "trial 0, the given settings, fails, and nothing can be compared with it: exit status 2: " in ended.err[0]
+    assert "run.sampler_gap_limit=1e-12" in ended.err[0]
+    assert [trial.state for trial in read_trials(out)] == ["failed"]
 
 
 def test_another_search_in_the_folder_is_refused(unbroken, tmp_path):
