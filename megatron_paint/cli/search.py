@@ -142,9 +142,10 @@ def _report(study: "SearchStudy", problems: "Problems", options: argparse.Namesp
     from megatron_paint.search.text import with_interval
 
     progress = Progress(console_mode(options), steps=0)
-    final = read_comparison(study.folder, study.space, study.trials())
-    report = build_report(study.folder, study, seed=options.seed, final=final)
-    write_report(study.folder, study.space, report, problems)
+    with study.lock.held():  # of two workers, the one that writes last has seen more
+        final = read_comparison(study.folder, study.space, study.trials())
+        report = build_report(study.folder, study, seed=options.seed, final=final)
+        write_report(study.folder, study.space, report, problems)
     if report.best is not None:
         best = report.best
         progress.result(f"best so far: trial {best.trial.number}, {with_interval(best.accuracy)} % on validation")

@@ -1,5 +1,6 @@
 """The report of a search: report.md for readers, report.json for programs, report.png, and best.yaml for `train`."""
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from megatron_paint.config.saved import settings_tree, to_yaml
 from megatron_paint.evaluation.statistics import LEVEL, Interval, paired_difference
 from megatron_paint.records import EvalReport
 from megatron_paint.run.folder import RunFolder
-from megatron_paint.runtime.files import disk_errors, write_atomically
+from megatron_paint.runtime.files import write_atomically
 from megatron_paint.search.final import FinalComparison, Problems
 from megatron_paint.search.space import Space, with_values
 from megatron_paint.search.study import SearchStudy, TrialRecord, importance_of
@@ -90,8 +91,7 @@ def write_report(out: Path, space: Space, report: SearchReport, problems: Proble
     write_atomically(out / "report.md", markdown(out, space, report, problems))
     if report.best is not None:
         write_atomically(out / BEST, best_yaml(out, space, report.best))
-        with disk_errors(out / "report.png"):
-            plot(out / "report.png", report)
+        write_atomically(out / "report.png", plot(report))
 
 
 def best_yaml(out: Path, space: Space, best: Measured) -> str:
@@ -198,8 +198,8 @@ def _trial_lines(space: Space, report: SearchReport) -> list[str]:
     return [*lines, "", *(f"* Trial {trial.number} failed: {trial.reason}" for trial in failed)]
 
 
-def plot(path: Path, report: SearchReport) -> None:
-    """Draws the accuracy of each trial with its interval, and the best one so far."""
+def plot(report: SearchReport) -> bytes:
+    """A picture (PNG) of the accuracy of each trial with its interval, and of the best one so far."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.5), layout="constrained")
@@ -219,7 +219,9 @@ def plot(path: Path, report: SearchReport) -> None:
     axes.step([one.trial.number for one in complete], best, where="post", color="tab:orange", label="best so far")
     axes.set(xlabel="trial (0: the given settings)", ylabel="validation Avg@n in %")
     axes.legend()
-    figure.savefig(path, dpi=150)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    return picture.getvalue()
 
 
 def _measured(out: Path, trial: TrialRecord) -> Measured:

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -19,7 +21,7 @@ from megatron_paint.search.folder import read_folder
 from megatron_paint.search.journal import JOURNAL
 from megatron_paint.search.study import read_trials
 from megatron_paint.search.trial_run import trial_folder
-from tests.search.spaces import SETTINGS, write_space
+from tests.search.spaces import ROOT, SETTINGS, write_space
 from tests.support import forked_ranks
 from tests.support.processes import children, left_of_session
 from tests.support.results import metrics
@@ -180,6 +182,31 @@ def test_two_trials_side_by_side(tmp_path):
     assert overlap[1].startswith("trial 1: ")  # it starts before trial 0 has measured anything
     steps = Counter(line["step"] for line in metrics(trial_folder(out, 0)))
     assert steps == {1: 1, 2: 1, 3: 1, 4: 1}
+
+
+@pytest.mark.long
+def test_two_commands_share_the_trials(tmp_path):
+    """The same command twice at the same time, each a worker of its own."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "megatron_paint", *map(str, arguments(tmp_path, out))]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    ends = []
+    for process in workers:
+        printed, errors = process.communicate(timeout=800)
+        assert process.returncode == 0, errors
+        ends.append(forked_ranks.Ended([0], [printed], [errors], 0.0))
+    taken = [started(ended) for ended in ends]
+    assert sorted([*taken[0], *taken[1]]) == list(range(TRIALS))
+    assert all(taken), taken  # each had some
+    trials = read_trials(out)
+    assert all(trial.is_ended and not trial.reason for trial in trials), trials
+    report = json.loads((out / "report.json").read_text())
+    assert len(report["trials"]) == TRIALS
+    assert {measured["trial"]["state"] for measured in report["trials"]} <= {"complete", "pruned"}
 
 
 def test_a_killed_trial_is_started_again(tmp_path):
