@@ -84,6 +84,8 @@ class SearchStudy:
                 self.give_back(trial.number)  # it ended in the meantime
         with self.lock.held():
             trials = self.trials()
+            if trials[0].state == "failed":  # the worker that ran it has printed why
+                return None
             if all(trial.state != "waiting" for trial in trials) and len(trials) >= most:
                 return None
             waiting = (trial.number for trial in trials if trial.state == "waiting")

@@ -246,6 +246,8 @@ def test_given_settings_that_cannot_train_end_the_search(tmp_path):
     assert "trial 0, the given settings, fails, and nothing can be compared with it: exit status 2: " in ended.err[0]
     assert "run.sampler_gap_limit=1e-12" in ended.err[0]
     assert [trial.state for trial in read_trials(out)] == ["failed"]
+    again = search(tmp_path, out, "run.sampler_gap_limit=1e-12")
+    assert (again.statuses, started(again)) == ([2], [])
 
 
 def test_another_search_in_the_folder_is_refused(unbroken, tmp_path):
