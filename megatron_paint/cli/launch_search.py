@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_paint.cli.launch_slurm import add_environment_options, add_node_options
-from megatron_paint.cli.search_options import add_search_options
+from megatron_paint.cli.search_options import add_search_options, check_search_options
 
 
 def add_command(commands: Any) -> None:
@@ -48,4 +48,5 @@ def add_command(commands: Any) -> None:
 def _run(options: argparse.Namespace, _: list[str]) -> int:
     from megatron_paint.search.slurm import launch
 
+    check_search_options(options)
     return launch(options)

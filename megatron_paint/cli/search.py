@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.cli.ranks import console_mode
+from megatron_paint.cli.search_options import check_search_options
 from megatron_paint.config.load import load_settings
 from megatron_paint.config.settings import Settings
 from megatron_paint.launch.rank_environment import find_rank_environment
@@ -54,10 +55,7 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _check_options(options: argparse.Namespace) -> None:
-    for name, least in (("trials", 1), ("jobs", 1), ("seed", 0), ("processes", 1)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name} must be at least {least}, got {value}")
+    check_search_options(options)
     if find_rank_environment(os.environ) is not None:
         raise UserError(
             "search starts the ranks of its trials itself, but this process is one of several ranks of torchrun or "

@@ -3,6 +3,10 @@
 import argparse
 from pathlib import Path
 
+from megatron_paint.base.errors import UserError
+
+LEAST = {"trials": 1, "jobs": 1, "seed": 0, "processes": 1, "workers": 1}
+
 
 def add_search_options(search: argparse.ArgumentParser) -> None:
     """Adds them to a command."""
@@ -19,3 +23,11 @@ def add_search_options(search: argparse.ArgumentParser) -> None:
         type=int,
         help="ranks of a trial; default: one per GPU of its share; without GPUs as many as one replica needs",
     )
+
+
+def check_search_options(given: argparse.Namespace) -> None:
+    """UserError: a number is too small."""
+    for name, least in LEAST.items():
+        value = getattr(given, name, None)
+        if value is not None and value < least:
+            raise UserError(f"--{name} must be at least {least}, got {value}")

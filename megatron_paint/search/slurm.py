@@ -31,7 +31,7 @@ def launch(given: argparse.Namespace) -> int:
 
     Errors: UserError if settings, space, an option or an input is wrong, or if sbatch refuses.
     """
-    _check_numbers(given)
+    _check_jobs(given)
     asked = load_settings(given.config, given.overrides)
     space = read_space(given.space, asked)
     out = given.out or Path(f"{asked.run.dir}_search")
@@ -92,11 +92,8 @@ def _options(given: argparse.Namespace, settings: Settings, out: Path) -> SlurmO
     return make_options(given, run=settings.run, environ=os.environ)
 
 
-def _check_numbers(given: argparse.Namespace) -> None:
-    for name, least in (("trials", 1), ("jobs", 1), ("seed", 0), ("processes", 1), ("workers", 1)):
-        value = getattr(given, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name} must be at least {least}, got {value}")
+def _check_jobs(given: argparse.Namespace) -> None:
+    """UserError: there are fewer GPUs than trials side by side."""
     if given.gpus_per_node and given.jobs > given.gpus_per_node:
         raise UserError(
             f"--jobs={given.jobs} is above --gpus-per-node={given.gpus_per_node}, which the trials of a worker divide: "
