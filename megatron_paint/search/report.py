@@ -18,7 +18,7 @@ from megatron_paint.runtime.files import write_atomically
 from megatron_paint.search.final import FinalComparison, Problems
 from megatron_paint.search.space import Space, with_values
 from megatron_paint.search.study import SearchStudy, TrialRecord, importance_of
-from megatron_paint.search.text import chosen_text, value_text, with_interval
+from megatron_paint.search.text import chosen_text, p_text, value_text, with_interval
 from megatron_paint.search.trial_run import trial_folder
 from megatron_paint.search.worker import best_of
 
@@ -158,7 +158,7 @@ def _final_lines(space: Space, report: SearchReport) -> list[str]:
         "|---|---|",
         f"| given settings (trial 0) | {with_interval(final.default_accuracy)} |",
         f"| best (trial {final.best}) | {with_interval(final.best_accuracy)} |",
-        f"| difference, paired by problem | {with_interval(final.difference, sign=True)}; p = {final.p_value:.4f} |",
+        f"| difference, paired by problem | {with_interval(final.difference, sign=True)}; p {p_text(final.p_value)} |",
         "",
     ]
 

@@ -26,3 +26,8 @@ def with_interval(found: Interval, *, sign: bool = False) -> str:
     """A share or a difference of shares in per cent, with its interval."""
     form = "+.1f" if sign else ".1f"
     return f"{100 * found.mean:{form}} [{100 * found.low:{form}}, {100 * found.high:{form}}]"
+
+
+def p_text(p_value: float) -> str:
+    """A p-value with its sign of comparison."""
+    return f"= {p_value:.4f}" if p_value >= 1e-4 else "< 0.0001"
