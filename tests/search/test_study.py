@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import optuna
@@ -163,6 +164,44 @@ def test_workers_share_trials_and_inherit_those_of_a_dead_one(tmp_path):
             process.kill()
             process.wait()
     assert [trial.state for trial in read_trials(tmp_path)] == ["running"] * 3
+
+
+ALL = """
+import sys
+from pathlib import Path
+from tests.search.test_study import opened, run_one
+study = opened(Path(sys.argv[1]))
+print("opened", flush=True)
+while run_one(study, most=int(sys.argv[2])) is not None:
+    pass
+"""
+
+
+def test_a_worker_killed_at_any_moment(tmp_path):
+    """In the midst of a choice, a report, an end: the next one continues, and the trials are those of no kill."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    unbroken, most = run_all(tmp_path / "a", 20), 20
+    random, kills = Random(7), 0
+    while True:
+        process = subprocess.Popen(
+            [sys.executable, "-c", ALL, str(tmp_path / "b"), str(most)],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout.readline() == "opened\n"
+        try:
+            process.wait(random.uniform(0.0, 0.8))
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    assert process.returncode == 0
+    assert kills >= 2
+    assert read_trials(tmp_path / "b") == unbroken
 
 
 def test_the_end_of_trials(tmp_path):
