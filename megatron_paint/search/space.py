@@ -193,11 +193,15 @@ def make_space(settings: SpaceSettings, given: Settings) -> Space:
             f"budget.evaluate_every={settings.budget.evaluate_every} is above budget.steps={settings.budget.steps}: "
             "set it to a part of the steps"
         )
+    _check_order(settings.parameters)
     found: list[Parameter] = []
     unused: list[str] = []
     for key, one in settings.parameters.items():
         parameter = _parameter(key, one, found, given)
-        unused.append(key) if parameter is None else found.append(parameter)
+        if parameter is None:
+            unused.append(key)
+        else:
+            found.append(parameter)
     if not found:
         raise UserError(f"no parameter is left: {', '.join(unused)} need other settings (their `when`)")
     space = Space(given=given, settings=settings, parameters=tuple(found), unused=tuple(unused))
@@ -252,8 +256,10 @@ def _parameter(key: str, one: ParameterSettings, above: Sequence[Parameter], giv
         condition, values = _condition(name, one.when)
         parent = next((parameter for parameter in above if parameter.key == condition), None)
         if parent is None:
-            _refuse_later(name, condition, given)
-            if not any(_same(dotted(settings_tree(given))[condition], value) for value in values):
+            fixed = dotted(settings_tree(given))
+            if condition not in fixed:
+                raise UserError(f"{name}.when: {describe.unknown(condition)}")
+            if not any(_same(fixed[condition], value) for value in values):
                 return None
         else:
             if wrong := [value for value in values if not parent.contains(value)]:
@@ -324,19 +330,17 @@ def _condition(name: str, when: Mapping[str, Any]) -> tuple[str, tuple[Value, ..
     return condition, tuple(values) if isinstance(values, list | tuple) else (values,)
 
 
-def _refuse_later(name: str, condition: str, given: Settings) -> None:
-    """UserError: a condition is no setting. A parameter that is named further down is refused by `_check_order`."""
-    if condition not in dotted(settings_tree(given)):
-        raise UserError(f"{name}.when: {describe.unknown(condition)}")
+def _check_order(parameters: Mapping[str, ParameterSettings]) -> None:
+    """A parameter depends only on those that are chosen before it."""
+    keys = list(parameters)
+    for number, (key, one) in enumerate(parameters.items()):
+        for condition in one.when or {}:
+            if condition in keys[number:]:
+                raise UserError(f"parameters.{key}.when: name {condition} above {key}, which depends on it")
 
 
 def _check_default(space: Space) -> None:
     """Trial 0 is the given settings, so they must lie in the space."""
-    positions = {parameter.key: number for number, parameter in enumerate(space.parameters)}
-    for key, one in space.settings.parameters.items():
-        for condition in one.when or {}:
-            if positions.get(condition, -1) > positions.get(key, len(positions)):
-                raise UserError(f"parameters.{key}.when: name {condition} above {key}, which depends on it")
     by_key = {parameter.key: parameter for parameter in space.parameters}
     for key, value in space.default.items():
         if not by_key[key].contains(value):

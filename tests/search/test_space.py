@@ -123,6 +123,8 @@ def test_conditions(tmp_path):
     assert "objective.loss.clip never is 0.3; it is one of null, 0.05" in found
     later = {"objective.loss.clip_rule": rule | {"when": {"objective.loss.clip": None}}, "objective.loss.clip": clip}
     assert "name objective.loss.clip above objective.loss.clip_rule" in refusal(tmp_path, parameters=later)
+    later["objective.loss.clip_rule"] = rule | {"when": {"objective.loss.clip": 0.05}}  # not the given value
+    assert "name objective.loss.clip above objective.loss.clip_rule" in refusal(tmp_path, parameters=later)
     # The condition may be a setting that is not varied: then it holds for all trials or for none.
     fixed = {"objective.loss.clip_rule": rule | {"when": {"objective.name": "opsd"}}, "objective.loss.clip": clip}
     read = space(tmp_path, parameters=fixed)
