@@ -50,7 +50,6 @@ class TrialRun:
     number: int
     place: Place
     process: "subprocess.Popen | None" = field(default=None, repr=False)
-    attempts: int = 0
 
     @property
     def path(self) -> Path:
@@ -77,7 +76,6 @@ class TrialRun:
 
     def start(self) -> None:
         """Starts `train`. It ends at once if this process dies."""
-        self.attempts += 1
         self.process = start_process(self.command, self.place, self.path / LOG)
 
     def stop(self) -> None:
