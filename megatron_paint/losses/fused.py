@@ -60,7 +60,7 @@ def fused_interpolation_loss(
     token_weight_T. If Megatron gave the parameter a main_grad, backward adds the weight's gradient to it, in the
     buffer's type (main_grad.py). The hidden states' gradient is summed over the vocabulary's ranks unless
     vocab.reduce_hidden_grad is False. Collectives: two per chunk, at most 60 bytes of float32 a token from each rank
-    (80 with a support); one per redone chunk (two); that sum.
+    (84 with a support); one per redone chunk (two); that sum.
     Raises ValueError for arguments that do not fit together.
     """
     settle_cpu_math()

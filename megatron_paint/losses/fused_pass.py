@@ -31,7 +31,7 @@ from megatron_paint.losses.elementwise.softmax_statistics import (
     merge_token_logp,
     query_tokens,
 )
-from megatron_paint.losses.elementwise.support import support_floor
+from megatron_paint.losses.elementwise.support import outside_mass, support_floor
 from megatron_paint.losses.output import InterpolationOutput
 from megatron_paint.losses.output_layer.chunks import Chunk, ChunkSize, plan_chunks
 from megatron_paint.losses.output_layer.products import OutputLayerGradient, Projection, inverse
@@ -66,7 +66,8 @@ class Statistics(NamedTuple):
     """Each token's statistics from the first collective.
 
     plain, mixed: the normalisers of the teacher's distribution and of the interpolated target, over the support if
-    there is one. size_T: the entries of the support, 0 without one.
+    there is one. size_T: the entries of the support; plain_outside_T, mixed_outside_T: the mass outside it of the
+    teacher's distribution and of the interpolation. All 0 without a support.
     """
 
     student_max_T: torch.Tensor
@@ -79,6 +80,8 @@ class Statistics(NamedTuple):
     teacher_entropy_T: torch.Tensor
     token_logp_T: torch.Tensor
     size_T: torch.Tensor
+    plain_outside_T: torch.Tensor
+    mixed_outside_T: torch.Tensor
 
     def rows(self, rows: Rows) -> Statistics:
         return Statistics(*(values_T[rows] for values_T in self))
@@ -289,6 +292,10 @@ class FusedPass:
         plain = teacher if parts.support is None else merge_softmax(parts.support[..., 0], parts.support[..., 1])
         mixed = plain if parts.mixed is None else merge_softmax(*parts.mixed.unbind(-1))
         none_T = torch.zeros_like(student.max_T)
+        plain_outside_T = none_T if parts.support is None else outside_mass(plain, teacher)
+        mixed_outside_T = plain_outside_T
+        if parts.uncut is not None:
+            mixed_outside_T = outside_mass(mixed, merge_softmax(*parts.uncut.unbind(-1)))
         if floor_T is not None:
             # A floor that is not finite would compare as false everywhere; the loss must not be finite either.
             plain, mixed = (Softmax(part.max_T, part.sum_T + 0.0 * floor_T) for part in (plain, mixed))
@@ -303,6 +310,8 @@ class FusedPass:
             teacher_entropy_T=merge_entropy(parts.teacher, teacher),
             token_logp_T=token_logp_T,
             size_T=none_T if parts.support is None else parts.support[..., 2].sum(0),
+            plain_outside_T=plain_outside_T,
+            mixed_outside_T=mixed_outside_T,
         )
 
     def _selected_in(self, chunk: Chunk, statistics: Statistics) -> torch.Tensor:
@@ -349,6 +358,7 @@ class FusedPass:
 
     def _output(self, statistics: Statistics, outcome: Outcome, selected_T: torch.Tensor) -> InterpolationOutput:
         scale_T = self._loss_scale(slice(None), selected_T)
+        outside_T = torch.where(selected_T, statistics.mixed_outside_T, statistics.plain_outside_T)
         return InterpolationOutput(
             loss_T=torch.where(scale_T == 0.0, 0.0, outcome.loss_T * scale_T),
             student_entropy_T=statistics.student_entropy_T,
@@ -359,7 +369,7 @@ class FusedPass:
             clipped_entries_T=outcome.clipped_entries_T.round().long(),
             carries_loss_T=self._carries_loss(selected_T),
             token_logp_T=statistics.token_logp_T if self.inputs.token_ids_T is not None else None,
-            outside_mass_T=outcome.outside_mass_T if self.config.supports else None,
+            outside_mass_T=outside_T if self.config.supports else None,
             support_size_T=statistics.size_T.round().long() if self.config.supports else None,
         )
 

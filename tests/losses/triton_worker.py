@@ -25,7 +25,7 @@ from megatron_paint.losses.elementwise import triton_backend as triton_passes
 from megatron_paint.losses.elementwise.divergences import finish
 from megatron_paint.losses.elementwise.interface import ChunkLogits, Target, split_statistics
 from megatron_paint.losses.elementwise.softmax_statistics import Softmax, query_tokens
-from megatron_paint.losses.elementwise.support import support_floor
+from megatron_paint.losses.elementwise.support import outside_mass, support_floor
 from megatron_paint.losses.elementwise.token import TokenLogits, TorchTokenPasses
 from megatron_paint.losses.elementwise.torch_backend import TorchPasses
 from tests.losses import losses_cases, losses_compare
@@ -190,7 +190,11 @@ def measure_kernels(kind: str, divergence: str, columns: str) -> dict[str, float
         lse = [total.max_T + total.sum_T.log() for total in (student, teacher, target)]
         entropy_T = student.sum_T.log() - found.student[:, 2] / student.sum_T
         sizes_T = [found.support[:, 2]] if supports else []
-        measured = torch.stack([*outcome[:2], outcome.outside_mass_T])
+        measured = [*outcome[:2]]
+        if supports:
+            whole, uncut = (Softmax(part[:, 0], part[:, 1]) for part in (found.teacher, found.uncut))
+            measured += [outside_mass(teacher, whole), outside_mass(mixed, uncut)]
+        measured = torch.stack(measured)
         results.append((torch.stack([*lse, entropy_T, *sizes_T]), found.token, measured, dlogits_TV))
     (lse, token, outcome, dlogits_TV), wanted = results
     tensors = (lse, token, outcome, dlogits_TV.float())

@@ -27,12 +27,11 @@ import torch
 
 from megatron_paint.config.loss import InterpolationLossConfig
 from megatron_paint.losses import reference_divergences
-from megatron_paint.losses.elementwise.support import outside_mass
 
 
 class Outcome(NamedTuple):
     """Per token: divergence and clipped loss in nats, without weights; c of the gradient and the factor of the complete
-    gradient; clipped mass and entries; the uncut target's mass outside the support, 0 without one."""
+    gradient; clipped mass and entries."""
 
     divergence_T: torch.Tensor
     loss_T: torch.Tensor
@@ -40,7 +39,6 @@ class Outcome(NamedTuple):
     factor_T: torch.Tensor
     clipped_share_T: torch.Tensor
     clipped_entries_T: torch.Tensor
-    outside_mass_T: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,25 +81,22 @@ def take_terms(log_p_TV: torch.Tensor, log_q_TV: torch.Tensor, config: Interpola
 
 
 def finish(sums_TK: torch.Tensor, config: InterpolationLossConfig) -> Outcome:
-    """The outcome from the sums over all ranks; with a support the last one is the target's mass outside it."""
+    """The outcome from the sums over all ranks."""
     divergence, divergence_T = divergence_of(config), sums_TK[:, 0]
     none_T, one_T = torch.zeros_like(divergence_T), torch.ones_like(divergence_T)
-    outside_T = none_T
-    if config.supports:
-        sums_TK, outside_T = sums_TK[:, :-1], outside_mass(sums_TK[:, -1])
     if config.clips_entries:
         _, loss_T, kept_T, clipped_T, entries_T = sums_TK.unbind(1)
         # Each sum is inexact near 1. The smaller one is used, so that Q_A is exactly 1 if nothing is clipped.
         kept_T = torch.where(clipped_T < 0.5, 1.0 - clipped_T, kept_T)
-        return Outcome(divergence_T, loss_T, kept_T, one_T, clipped_T, entries_T, outside_T)
+        return Outcome(divergence_T, loss_T, kept_T, one_T, clipped_T, entries_T)
     coefficient_T = one_T if divergence.coefficient is None else divergence.coefficient(sums_TK, config)
     if config.clip is None:
-        return Outcome(divergence_T, divergence_T, coefficient_T, one_T, none_T, none_T, outside_T)
+        return Outcome(divergence_T, divergence_T, coefficient_T, one_T, none_T, none_T)
     times_clip_T = (divergence_T / config.clip).clamp(min=1.0)
     loss_T = torch.where(times_clip_T > 1.0, config.clip * (1.0 + times_clip_T.log()), divergence_T)
     factor_T = 1.0 / times_clip_T
     clipped_T = (times_clip_T > 1.0).to(loss_T.dtype)
-    return Outcome(divergence_T, loss_T, coefficient_T, factor_T, 1.0 - factor_T, clipped_T, outside_T)
+    return Outcome(divergence_T, loss_T, coefficient_T, factor_T, 1.0 - factor_T, clipped_T)
 
 
 def _forward_kl(

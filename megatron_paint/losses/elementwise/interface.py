@@ -73,17 +73,20 @@ class Passes(Protocol):
 
 class PackedStatistics(NamedTuple):
     """Packed statistics [..., K]: student, teacher (maximum, sum, weighted sum); support: the teacher's maximum and sum
-    over the support, and its size; mixed (maximum, sum; over the support if there is one); token (two)."""
+    over the support, and its size; mixed (maximum, sum; over the support if there is one); uncut: maximum and sum of
+    the interpolation over everything, if there is a support; token (two)."""
 
     student: torch.Tensor
     teacher: torch.Tensor
     support: torch.Tensor | None
     mixed: torch.Tensor | None
+    uncut: torch.Tensor | None
     token: torch.Tensor | None
 
 
 def split_statistics(packed: torch.Tensor, *, support: bool, mixed: bool, token: bool) -> PackedStatistics:
     """Splits what Passes.statistics packed, from one rank or from all ranks."""
-    widths = {"student": 3, "teacher": 3, "support": 3 * support, "mixed": 2 * mixed, "token": 2 * token}
+    widths = {"student": 3, "teacher": 3, "support": 3 * support, "mixed": 2 * mixed, "uncut": 2 * (mixed and support)}
+    widths["token"] = 2 * token
     parts = dict(zip(widths, packed.split(list(widths.values()), dim=-1), strict=True))
     return PackedStatistics(**{name: part if widths[name] else None for name, part in parts.items()})

@@ -12,10 +12,11 @@ import math
 
 import torch
 
-# Added to the energy of an entry outside the support: its exponential is 0, and its differences stay finite.
-OUTSIDE = -1e30
-# An entry's mass relative to the target's normaliser is computed up to exp of this, so that no sum overflows.
-LARGEST_EXPONENT = 60.0
+from megatron_paint.losses.elementwise.softmax_statistics import Softmax
+
+# log q of an entry outside the support. Its exponential of 2e-35 counts as 0. A smaller number would be exactly 0, but
+# MKL's exp takes five times as long where the result is not a normal number.
+OUTSIDE = -80.0
 
 
 def support_floor(highest_T: torch.Tensor, ratio: float) -> torch.Tensor:
@@ -28,6 +29,15 @@ def outside(energies_TV: torch.Tensor, floor_T: torch.Tensor, *, out: torch.Tens
     return torch.lt(energies_TV, floor_T[:, None], out=out)
 
 
-def outside_mass(relative_T: torch.Tensor) -> torch.Tensor:
-    """The share of the uncut target outside the support, from its mass there relative to its mass inside."""
-    return relative_T / (1.0 + relative_T)
+def cut(log_q_TV: torch.Tensor, outside_TV: torch.Tensor) -> None:
+    """Replaces log q by OUTSIDE where `outside_TV` is 1.0, and leaves it as it is, to the bit, where that is 0.0."""
+    log_q_TV.addcmul_(log_q_TV, outside_TV, value=-1.0).add_(outside_TV, alpha=OUTSIDE)
+
+
+def outside_mass(inside: Softmax, complete: Softmax) -> torch.Tensor:
+    """The share [T] of a distribution outside the support, from its normalisers over the support and over everything.
+
+    Exactly 0 where they are equal. The maximum over the support is never the larger one, so nothing overflows.
+    """
+    share_T = (inside.max_T - complete.max_T).exp() * (inside.sum_T / complete.sum_T)
+    return (1.0 - share_T).clamp(0.0, 1.0)

@@ -21,7 +21,7 @@ from megatron_paint.losses.elementwise.softmax_statistics import (
     centred_statistics,
     token_statistics,
 )
-from megatron_paint.losses.elementwise.support import LARGEST_EXPONENT, OUTSIDE, outside
+from megatron_paint.losses.elementwise.support import cut, outside
 from megatron_paint.losses.output_layer.chunks import Scratch, tiles
 
 # A sum of exponentials below this has lost digits: it is relative to a bound far above the true maximum.
@@ -62,7 +62,10 @@ class TorchPasses:
             if part_TK is not None:
                 part_TK[:, 0].masked_fill_(empty_T.bool(), EMPTY_MAX)
                 vanished_T = (part_TK[:, 1] < _SMALLEST_SUM) & ~empty_T.bool()
-                self._repair_vanished(logits, part_TK, vanished_T, weight=weight)
+                self._repair_vanished(logits, part_TK, vanished_T, weight=weight, cut=self.config.supports)
+        if parts.uncut is not None:
+            vanished_T = parts.uncut[:, 1] < _SMALLEST_SUM
+            self._repair_vanished(logits, parts.uncut, vanished_T, weight=self.config.target_weight, cut=False)
         return packed_TK if query is None else torch.cat((packed_TK, token_TK), dim=1)
 
     def sums(self, logits: ChunkLogits, target: Target, scale_T: torch.Tensor | None) -> Work:
@@ -72,10 +75,10 @@ class TorchPasses:
         # Differences to the local maximum are small where they matter: subtracting a rounded constant yields log p.
         student_T = (target.student.max_T - logits.student_shift_T) + target.student.sum_T.log()
         target_T = (target.target.max_T - target_shift_T) + target.target.sum_T.log()
-        count, decider = self.divergence.sums(self.config), None
+        decider = None
         if self.config.supports:
             decider = self._decider(logits, slice(None), student_shift_T=logits.student_shift_T)
-        sums_TK = logits.student_TV.new_zeros((len(student_T), count + self.config.supports))
+        sums_TK = logits.student_TV.new_zeros((len(student_T), self.divergence.sums(self.config)))
         forms = scale_T is not None and coefficient_is_one(self.config)
         for rows, columns in tiles(logits.student_TV, self.elements):
             # The student's logits may decide the support, so this is first.
@@ -83,8 +86,8 @@ class TorchPasses:
             p_TV = logits.student_TV[rows, columns].sub_(student_T[rows, None])
             b_TV = logits.teacher_TV[rows, columns].sub_(target_T[rows, None])
             if outside_TV is not None:
-                sums_TK[rows, -1] += self._cut(b_TV, outside_TV)
-            sums_TK[rows, :count] += torch.stack(take_terms(p_TV, b_TV, self.config), dim=1)
+                cut(b_TV, outside_TV)
+            sums_TK[rows] += torch.stack(take_terms(p_TV, b_TV, self.config), dim=1)
             if forms:
                 b_TV.sub_(p_TV).mul_(-scale_T[rows, None])
         return Work(sums_TK, logits, target, logits.teacher_TV if forms else None)
@@ -127,21 +130,6 @@ class TorchPasses:
         energies_TV = decider.energies_TV[rows, columns]
         return outside(energies_TV, decider.floor_T[rows], out=self._mask.like(energies_TV))
 
-    def _inside(self, decider: _Decider, rows: slice, columns: slice, exp_TV: torch.Tensor) -> torch.Tensor:
-        """[T, 2] of a tile: the sum of its exponentials over the support, and the number of these entries."""
-        outside_TV = self._outside(decider, rows, columns)
-        count_T = exp_TV.shape[1] - outside_TV.sum(1)
-        # Exactly 0 outside: x - 1 x.
-        inside_TV = torch.addcmul(exp_TV, exp_TV, outside_TV, value=-1.0, out=outside_TV)
-        return torch.stack((inside_TV.sum(1), count_T), dim=1)
-
-    def _cut(self, b_TV: torch.Tensor, outside_TV: torch.Tensor) -> torch.Tensor:
-        """Removes the entries outside the support from log q; returns their mass [T], relative to the rest's."""
-        mass_TV = torch.clamp(b_TV, max=LARGEST_EXPONENT, out=self._scratch.like(b_TV)).exp_()
-        mass_T = mass_TV.mul_(outside_TV).sum(1)
-        b_TV.add_(outside_TV, alpha=OUTSIDE)
-        return mass_T
-
     def _centre(self, values_TV: torch.Tensor | None) -> torch.Tensor | None:
         if values_TV is None:
             return None
@@ -165,7 +153,9 @@ class TorchPasses:
             decider = self._decider(logits, rows, student_shift_T=parts[0][:, 0])
 
             def visit(part: slice, columns: slice, exp_TV: torch.Tensor) -> None:
-                inside_TK[part] += self._inside(decider, part, columns, exp_TV)
+                outside_TV = self._outside(decider, part, columns)
+                inside_TK[part, 1] += exp_TV.shape[1] - outside_TV.sum(1)
+                inside_TK[part, 0] += _sum_inside(exp_TV, outside_TV)
 
         parts.append(centred_statistics(teacher_TV, self.elements, self._scratch, visit=visit))
         if decider is not None:
@@ -176,32 +166,31 @@ class TorchPasses:
         if logits.partner_TV is not None:
             partner_TV, partner_shift_T = logits.partner_TV[rows], logits.partner_shift_T[rows]
         # The interpolation of the maxima bounds the maximum of the interpolation, which saves a search for it.
-        mixed_TK = torch.stack(
-            (torch.lerp(parts[1][:, 0], partner_shift_T, weight), torch.zeros_like(partner_shift_T)), 1
-        )
+        bound_T, none_T = torch.lerp(parts[1][:, 0], partner_shift_T, weight), torch.zeros_like(partner_shift_T)
+        mixed_TK, inside_T = torch.stack((bound_T, none_T), 1), none_T.clone()
         for part, columns in tiles(partner_TV, self.elements):
             ends = (teacher_TV[part, columns], partner_TV[part, columns])
             mixed_TV = torch.lerp(*ends, weight, out=self._scratch.like(ends[0]))
-            mixed_TV.exp_()
-            if decider is None:
-                mixed_TK[part, 1] += mixed_TV.sum(1)
-            else:
-                mixed_TK[part, 1] += self._inside(decider, part, columns, mixed_TV)[:, 0]
+            mixed_TK[part, 1] += mixed_TV.exp_().sum(1)
+            if decider is not None:
+                inside_T[part] += _sum_inside(mixed_TV, self._outside(decider, part, columns))
+        if decider is not None:
+            parts.append(torch.stack((bound_T, inside_T), 1))
         return torch.cat((*parts, mixed_TK), dim=1)
 
     def _repair_vanished(
-        self, logits: ChunkLogits, packed_TK: torch.Tensor, vanished_T: torch.Tensor, *, weight: float
+        self, logits: ChunkLogits, packed_TK: torch.Tensor, vanished_T: torch.Tensor, *, weight: float, cut: bool
     ) -> None:
         """Far below the bound the sum vanishes. Such rows, of extreme logits, use their true maximum instead.
 
-        packed_TK: bound and sum of the interpolation with this weight.
+        packed_TK: bound and sum of the interpolation with this weight, with `cut` over the support.
         """
         partner_TV, _ = self._partner(logits)
         if not partner_TV.shape[1]:
             return
         for row in vanished_T.nonzero().flatten().tolist():
             row_V = torch.lerp(logits.teacher_TV[row], partner_TV[row], weight)
-            if self.config.supports:
+            if cut:
                 here = slice(row, row + 1)
                 decider = self._decider(logits, here, student_shift_T=logits.student_shift_T[here])
                 row_V = row_V[decider.energies_TV[0] >= decider.floor_T]
@@ -223,3 +212,8 @@ class TorchPasses:
             for row in target.weight_T.nonzero().flatten().tolist():
                 logits.teacher_TV[row].lerp_(partner_TV[row], self.config.target_weight)
         return torch.lerp(logits.teacher_shift_T, partner_shift_T, target.weight_T)
+
+
+def _sum_inside(exp_TV: torch.Tensor, outside_TV: torch.Tensor) -> torch.Tensor:
+    """The sum [T] of a tile's exponentials over the support; overwrites `outside_TV`. An entry outside is x - 1 x."""
+    return torch.addcmul(exp_TV, exp_TV, outside_TV, value=-1.0, out=outside_TV).sum(1)

@@ -43,7 +43,7 @@ class TritonPasses:
         """[T, K], in the order of split_statistics."""
         student_TV = logits.student_TV
         mixed, heated = self.config.interpolates, query is not None and query.ratio != 1.0
-        packed_TK = student_TV.new_empty((len(student_TV), 12), dtype=torch.float32)
+        packed_TK = student_TV.new_empty((len(student_TV), 14), dtype=torch.float32)
         if len(student_TV):
             statistics_kernel[(len(student_TV),)](
                 *_pointers(logits),
@@ -63,7 +63,7 @@ class TritonPasses:
             )
         parts = [packed_TK[:, :6], packed_TK[:, 9:12]] if self.config.supports else [packed_TK[:, :6]]
         if mixed:
-            parts.append(packed_TK[:, 6:8])
+            parts += [packed_TK[:, 6:8], packed_TK[:, 12:14]] if self.config.supports else [packed_TK[:, 6:8]]
         if query is not None:
             logit_T = packed_TK.new_zeros(len(packed_TK))
             if student_TV.shape[1]:
@@ -73,13 +73,12 @@ class TritonPasses:
 
     def sums(self, logits: ChunkLogits, target: Target, scale_T: torch.Tensor | None) -> Work:
         """This rank's part of the sums, and the gradient if it does not need them."""
-        sums_TK = logits.student_TV.new_empty((len(logits.student_TV), 6), dtype=torch.float32)
+        sums_TK = logits.student_TV.new_empty((len(logits.student_TV), 5), dtype=torch.float32)
         dlogits_TV = None
         if scale_T is not None and coefficient_is_one(self.config):
             dlogits_TV = self._buffer(logits)
         self._run(logits, target, None, scale_T, sums_TK=sums_TK, dlogits_TV=dlogits_TV)
-        kept = [sums_TK[:, : self.divergence.sums(self.config)]] + ([sums_TK[:, 5:]] if self.config.supports else [])
-        return Work(torch.cat(kept, dim=1), logits, target, dlogits_TV)
+        return Work(sums_TK[:, : self.divergence.sums(self.config)], logits, target, dlogits_TV)
 
     def gradient(self, work: Work, coefficient_T: torch.Tensor, scale_T: torch.Tensor) -> torch.Tensor:
         """scale (c p - B) [T, V], in the teacher's buffer if the types are equal."""

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 _LOWEST = tl.constexpr(-1e30)
-_LARGEST_EXPONENT = tl.constexpr(60.0)
 _E = tl.constexpr(2.718281828459045)
 _NEAR = tl.constexpr(0.5)
 
@@ -126,15 +125,17 @@ def statistics_kernel(
     HEATED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """[T, 12] from one read of the logits: (maximum, sum, weighted sum) of student and teacher, (maximum, sum) of the
-    interpolation over the support, the sum of exp(ratio (z - maximum)) of the student (HEATED, else 0), and (maximum,
-    sum) of the teacher over the support with its size (SUPPORT)."""
+    """[T, 14] from one read of the logits: (maximum, sum, weighted sum) of student and teacher, (maximum, sum) of the
+    interpolation over the support, the sum of exp(ratio (z - maximum)) of the student (HEATED, else 0), and with
+    SUPPORT (maximum, sum) of the teacher over the support, its size, and (maximum, sum) of the complete interpolation.
+    """
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     zero = tl.zeros([BLOCK], dtype=tl.float32)
     s_max, t_max, q_max = zero + _LOWEST, zero + _LOWEST, zero + _LOWEST
     s_sum, t_sum, q_sum, s_weighted, t_weighted, q_weighted, heated = zero, zero, zero, zero, zero, zero, zero
     c_max, c_sum, c_weighted, size = zero + _LOWEST, zero, zero, zero
+    u_max, u_sum, u_weighted = zero + _LOWEST, zero, zero
     floor = tl.load(floor_ptr + row)
     for start in range(0, columns, BLOCK):
         place = start + lanes
@@ -155,12 +156,15 @@ def statistics_kernel(
         if MIXED:
             mixed = _lerp(teacher, partner, weight)
             q_max, q_sum, q_weighted = _extended(q_max, q_sum, q_weighted, mixed, allowed)
+            if SUPPORT:
+                u_max, u_sum, u_weighted = _extended(u_max, u_sum, u_weighted, mixed, inside)
     heated = tl.sum(heated * tl.exp((s_max - tl.max(s_max, axis=0)) * ratio), axis=0)
     s_max, s_sum, s_weighted = _merged(s_max, s_sum, s_weighted)
     t_max, t_sum, t_weighted = _merged(t_max, t_sum, t_weighted)
     q_max, q_sum, q_weighted = _merged(q_max, q_sum, q_weighted)
     c_max, c_sum, c_weighted = _merged(c_max, c_sum, c_weighted)
-    out = packed_ptr + row * 12
+    u_max, u_sum, u_weighted = _merged(u_max, u_sum, u_weighted)
+    out = packed_ptr + row * 14
     tl.store(out, s_max)
     tl.store(out + 1, s_sum)
     tl.store(out + 2, s_weighted)
@@ -173,6 +177,8 @@ def statistics_kernel(
     tl.store(out + 9, c_max)
     tl.store(out + 10, c_sum)
     tl.store(out + 11, tl.sum(size, axis=0))
+    tl.store(out + 12, u_max)
+    tl.store(out + 13, u_sum)
 
 
 @triton.jit
@@ -240,9 +246,8 @@ def divergence_kernel(
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One read of the logits for the divergence's sums [T, 6] (SUMS), its gradient (GRADIENT: one write), or both.
+    """One read of the logits for the divergence's sums [T, 5] (SUMS), its gradient (GRADIENT: one write), or both.
 
-    The last sum is the target's mass outside the support, relative to its mass inside.
     normalisers [T, 8]: student's maximum and log-sum, the target's, lambda, the gradient's coefficient c and its scale,
     the smallest energy in the support.
     alpha: 1 - beta of the JSD, computed in float64 because float32 would round it. dlogits may be the teacher's buffer.
@@ -258,7 +263,7 @@ def divergence_kernel(
         tl.load(given + 7),
     )
     zero = tl.zeros([BLOCK], dtype=tl.float32)
-    first, second, third, fourth, fifth, outside = zero, zero, zero, zero, zero, zero
+    first, second, third, fourth, fifth = zero, zero, zero, zero, zero
     for start in range(0, columns, BLOCK):
         place = start + lanes
         inside = place < columns
@@ -271,8 +276,6 @@ def divergence_kernel(
         log_q = (target - q_max) - q_log
         if SUPPORT:
             allowed = _allowed(deciding_ptr, row * row_stride, place, inside, factor, floor, SUPPORT)
-            limited = tl.where(log_q > _LARGEST_EXPONENT, _LARGEST_EXPONENT, log_q)
-            outside += tl.where(inside & (allowed == 0), tl.exp(limited), 0.0)
             log_q = tl.where(allowed, log_q, _LOWEST)
         p, q, u = tl.exp(log_p), tl.exp(log_q), log_p - log_q
         if DIVERGENCE == "forward_kl":
@@ -305,10 +308,9 @@ def divergence_kernel(
             change = (scale * (coefficient * p - b)).to(dlogits_ptr.dtype.element_ty)
             tl.store(dlogits_ptr + row * dlogits_stride + place, change, mask=inside)
     if SUMS:
-        out = sums_ptr + row * 6
+        out = sums_ptr + row * 5
         tl.store(out, tl.sum(first, axis=0))
         tl.store(out + 1, tl.sum(second, axis=0))
         tl.store(out + 2, tl.sum(third, axis=0))
         tl.store(out + 3, tl.sum(fourth, axis=0))
         tl.store(out + 4, tl.sum(fifth, axis=0))
-        tl.store(out + 5, tl.sum(outside, axis=0))
