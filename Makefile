@@ -17,7 +17,8 @@ PYTEST = $(BIN)/python -m pytest
 # A file stays with one worker. tests/conftest.py puts the longest files first.
 PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=25 $(OPTIONS)
 # `make check` leaves out the folders and files that start ranks, nodes or compilers.
-STARTS = end_to_end reliability slurm gpu convert mcore losses/test_losses_parallel.py losses/test_losses_triton.py
+STARTS = end_to_end reliability slurm gpu convert mcore losses/test_losses_parallel.py losses/test_losses_triton.py \
+    search/test_search.py
 
 .PHONY: help quickstart testbed testbed-full test check test-all test-slurm soak test-gpu bench install
 

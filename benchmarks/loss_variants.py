@@ -21,6 +21,13 @@ from megatron_paint.losses.output_layer.products import OutputLayerGradient, Pro
 
 TEMPERATURE = 1.1
 # The package that a variant needs, as pip names it.
+# Options of our loss, measured by `--variants`.
+OPTIONS = {
+    "support": {"support": "initial"},
+    "own-support": {"support": "student"},
+    "initial": {"partner": "initial"},
+    "weighted": {"token_weight": "divergence"},
+}
 PEERS = {"modelopt": "nvidia-modelopt", "swift": "ms-swift", "liger": "liger-kernel"}
 
 
@@ -76,13 +83,18 @@ def _ours(job: Job, data: SimpleNamespace, vocab: VocabAxis, *, plain: bool) -> 
     lengths = [job.rollout] * (tokens // job.rollout) + [tokens % job.rollout] * (tokens % job.rollout > 0)
     chunks = {"chunk_tokens": half} if job.variant in ("cut", "short") else {"chunk_bytes": job.chunk_bytes}
     positions = "none" if plain else ("random" if job.variant == "short" else "top_fraction")
+    more = OPTIONS.get(job.variant, {})
+    if plain and more:  # a support of everything and weights of 1 leave the loss as it is
+        more = more | {"support_ratio": 1e-30, "token_weight_minimum": 1.0}
+    config = InterpolationLossConfig(positions=positions, temperature=TEMPERATURE, **more)
     output = fused_interpolation_loss(
         data.student_TH,
         data.weight_VH,
         data.teacher_TH,
         lengths=lengths,
-        config=InterpolationLossConfig(positions=positions, temperature=TEMPERATURE),
+        config=config,
         vocab=vocab,
+        initial_hidden_TH=data.initial_TH if config.needs_initial else None,
         rollout_keys=range(len(lengths)),
         kernel="triton" if job.variant == "triton" else "torch",
         **chunks,

@@ -5,10 +5,14 @@ All records are frozen: a step makes new records and never changes one. Token id
 ids once.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 TokenIds = tuple[int, ...]
+Verdicts = Mapping[str, Sequence[bool]]  # problem id -> whether each rollout of the problem is right
+# Why a response is not trained on: its answer is not right, a shorter one is right, or no other response is right.
+LeftOut = Literal["wrong", "not_shortest", "no_peer"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,6 +24,14 @@ class Problem:
     solution: str  # the verified solution; ends in \boxed{answer} in the usual data sets
     answer: str  # the final answer that the grader compares with
     source: str = ""  # where it was read: "file:line"
+    view: str = ""  # the text of `objective.reveal.view`; empty: the solution
+    domain: str = "math"  # a name of the section `domains`: chooses anchors and grader
+    choices: tuple[str, ...] = ()  # the texts of A, B, ... of a multiple-choice problem; empty: not known
+
+    @property
+    def reference(self) -> str:
+        """What the teacher may be shown of this problem: the chosen view, or the solution."""
+        return self.view or self.solution
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +51,7 @@ class Rollout:
 class Anchor:
     """A piece of the reference that a rollout can reproduce."""
 
-    kind: Literal["boxed", "formula", "number"]
+    kind: str  # math: boxed, formula, number; code and text have others besides boxed
     text: str  # normalised
     found: bool  # the rollout contains it
 
@@ -61,8 +73,14 @@ class Reveal:
     shown_tokens: int  # after the cut was moved back to a boundary
     total_tokens: int  # of the reference
     shown_text: str  # a prefix of the reference, or the complete reference
-    reference: str  # the solution that was cut: the problem's, or another problem's with `solution: wrong`
+    reference: str  # the text that was cut; `solution` says whose it is
     hidden_nats: float | None = None  # the teacher's surprise at what the rule's share hides; None: not measured
+    solution: str = "own"  # the value of `objective.reveal.solution`
+    view: str = "full"  # which text of a problem the reference is
+    of: str | None = None  # id of the other problem that the reference belongs to (wrong, other_example)
+    example: str | None = None  # text of that problem, which is shown with its reference (other_example)
+    peer: int | None = None  # sample index of the response that is the reference (peer_rollout)
+    anchors: str = "math"  # the extractor of the reference, whose rules place the cut
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +96,8 @@ class Sample:
     advantage: float | None = None  # of every token of the response; only GRPO's
     old_logprobs: tuple[float, ...] | None = None  # before the step's first update; None: in that update
     weight: float = 1.0  # of each token in the sum of the loss
+    correct: bool | None = None  # the verdict on the response; None: not graded, or GRPO, whose advantage has it
+    left_out: LeftOut | None = None  # why the response is not trained on; None: it is, or GRPO decides by advantage
 
     @property
     def sample_index(self) -> int:
@@ -104,6 +124,8 @@ class SampleScore:
     share of the gradient that it took.
     clipped_entries: number of clipped vocabulary entries (under the clip of tokens: of tokens), where loss is carried.
     clipped_ratios: number of tokens whose probability ratio is clipped (GRPO).
+    outside_mass, support_size: the target's mass outside the support, and the entries of the support.
+    per_token: by name, a value for each response token.
     """
 
     loss_sum: float
@@ -111,6 +133,7 @@ class SampleScore:
     loss_tokens: int  # those that carry loss
     selected: tuple[int, ...] = ()  # positions in the response, from 0
     sums: dict[str, float] = field(default_factory=dict)
+    per_token: dict[str, tuple[float, ...]] = field(default_factory=dict)
     token_logprobs: tuple[float, ...] | None = None  # of the response, where the loss asks for them
     sampler_gap_max: float | None = None  # max |sampler log-prob - trainer log-prob|; None: no sampler log-probs
 
@@ -133,6 +156,7 @@ class StepResult:
     updates: tuple[UpdateReport, ...]  # one per optimiser step
     extras: dict[str, float] = field(default_factory=dict)  # the objective's own metrics, by their key
     warnings: tuple[str, ...] = ()  # for the console
+    verdicts: Verdicts = field(default_factory=dict)  # on all rollouts of the step; empty: they are not graded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,9 +180,12 @@ class Graded:
     response_text: str
     num_tokens: int
     finished: bool
-    outcome: Literal["right", "wrong", "no_answer", "timeout"]
+    outcome: Literal["right", "wrong", "no_answer", "timeout", "error"]
     extracted: str | None
     box_in_thought: bool = False  # a thought that never ends holds a box
+    domain: str = "math"  # of the problem
+    score: float | None = None  # of a user's function, in [0, 1]
+    error: str = ""  # why a user's function gave no verdict, where the outcome is error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

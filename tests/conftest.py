@@ -22,6 +22,8 @@ LONGEST = (
     "losses/test_losses_parallel.py",
     "convert/test_layouts.py",
     "mcore/test_checkpoint.py",
+    "end_to_end/test_shown.py",
+    "search/test_search.py",
     "end_to_end/test_mistakes.py",
     "mcore/test_generation.py",
     "convert/test_convert.py",

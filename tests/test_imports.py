@@ -30,6 +30,7 @@ ORDER = (
     "run",
     "launch",
     "training",
+    "search",
     "cli",
     "__main__",
 )

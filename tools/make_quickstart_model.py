@@ -2,9 +2,9 @@
 
 With --variant it makes those of the testbed. They start from the student at --start and learn another kind of teacher.
 
-A Qwen3 of 0.3 million weights is trained with the project's policy and loss until it has the skill and the flaw that
-`quickstart_task.py` describes. The rounds of this warm-up end when the measured accuracies pass a check. So every seed
-gives a model that PAINT can improve. It runs in one process and downloads nothing.
+A Qwen3 of 0.3 million weights is trained with the project's policy and loss until it has the skill and the flaw of its
+task (`quickstart_task.py`, `string_task.py`). The rounds of this warm-up end when the measured accuracies pass a check.
+So every seed gives a model that PAINT can improve. It runs in one process and downloads nothing.
 """
 
 import argparse
@@ -16,15 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from quickstart_task import (
-    VARIANTS,
-    VOCABULARY,
-    VOCABULARY_ROWS,
-    RowMaker,
-    draw_problems,
-    write_problems,
-    write_tokenizer,
-)
+from testbed_variants import DOMAINS, VARIANTS
+from warm_up_rows import VOCABULARY_ROWS, RowMaker, Task, draw_problems, write_problems, write_tokenizer
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.objective import ObjectiveSettings
@@ -42,7 +35,7 @@ from megatron_paint.config.settings import (
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.data.tokenizers import load_tokenizer
 from megatron_paint.evaluation.evaluator import Evaluator
-from megatron_paint.grading.grade import GradingPool
+from megatron_paint.grading.graders import Graders
 from megatron_paint.losses.objectives import CrossEntropyLoss
 from megatron_paint.mcore.ranks import start_ranks, stop_ranks
 from megatron_paint.models.qwen3.shape import read_shape
@@ -57,7 +50,7 @@ LAYERS = 2
 THREADS = 1  # on a busy machine a second thread made these small products 10 times slower
 PEAK_LR = 4.0e-3
 DRILLS = 256  # rows in a step of drills
-DRILLED_LOSS = 0.02  # nats a token; below it the model knows the table of sums
+DRILLED_LOSS = 0.02  # nats a token; below it the model knows the steps
 MIXTURE = {"plain": 24, "reference": 64, "foreign": 24, "drill": 32}  # rows in a step of a round
 FIRST_ROUND_STEPS, ROUND_STEPS = 900, 300
 MAX_DRILL_STEPS, MAX_ROUNDS = 5000, 40  # far above what any seed needed: 5 rounds
@@ -106,7 +99,7 @@ class ReferencePrompts:
 class WarmUp:
     """A policy during its warm-up, with its training rows and the problems of its measurements."""
 
-    def __init__(self, policy: Policy, rows: RowMaker, held_out: list[Problem], graders: GradingPool):
+    def __init__(self, policy: Policy, rows: RowMaker, held_out: list[Problem], graders: Graders):
         self.policy, self.rows, self.graders = policy, rows, graders
         self.held_out = held_out[:MEASURED_PROBLEMS]
         self.loss = CrossEntropyLoss(chunk_bytes=1.0e9)
@@ -121,7 +114,7 @@ class WarmUp:
         return [score.loss_sum / score.num_tokens for score in report.scores]
 
     def drill(self) -> None:
-        """Trains single sums until the model knows them. Raises UserError if it does not learn them."""
+        """Trains single steps until the model knows them. Raises UserError if it does not learn them."""
         average = math.log(10)
         for step in range(1, MAX_DRILL_STEPS + 1):
             losses = self.update([self.rows.drill() for _ in range(DRILLS)], lr=PEAK_LR * min(1, step / 30))
@@ -129,7 +122,7 @@ class WarmUp:
             if step % 50 == 0:
                 self.log(f"drill {step}: loss {average:.3f}")
             if average < DRILLED_LOSS:
-                return self.log(f"drill {step}: loss {average:.3f}, the table is known")
+                return self.log(f"drill {step}: loss {average:.3f}, the steps are known")
         raise UserError(f"the drills ended at {average:.3f} nats a token, above {DRILLED_LOSS}; try another --seed")
 
     def mixture_round(self, number: int, *, first: bool) -> Accuracy:
@@ -162,7 +155,7 @@ class WarmUp:
     def _evaluate(self, prompts: Prompts | ReferencePrompts, *, greedy: bool = False) -> dict[str, float]:
         settings = EvaluationSettings(samples=2, top_p=1.0, max_new_tokens=48, greedy=greedy)
         evaluator = Evaluator(settings, self.held_out, prompts, seed=1)
-        answers = evaluator.sample(self.policy)
+        answers = evaluator.sample(self.policy.sampler)
         return evaluator.report(answers, step=0, benchmark="held_out", graders=self.graders).metrics
 
 
@@ -182,13 +175,13 @@ def make_model(out: Path, *, seed: int, variant: str = "own", start: Path | None
     kind = VARIANTS[variant]
     out.mkdir(parents=True, exist_ok=True)
     held_out = draw_problems(HELD_OUT_PROBLEMS, held_out=True, seed=PROBLEM_SEED, variant=kind)
-    write_problems(out / "held_out.jsonl", held_out)
+    write_problems(out / "held_out.jsonl", held_out, **kind.columns)
     training = draw_problems(TRAINING_PROBLEMS, held_out=False, seed=PROBLEM_SEED, variant=kind)
-    write_problems(out / "train.jsonl", training)
-    with tempfile.TemporaryDirectory() as random_model, GradingPool(seconds=5.0) as graders:
+    write_problems(out / "train.jsonl", training, **kind.columns)
+    with tempfile.TemporaryDirectory() as random_model, Graders(DOMAINS, seconds=5.0) as graders:
         fresh = start is None
         if fresh:
-            write_random_model(Path(random_model), seed=seed)
+            write_random_model(Path(random_model), kind.task, seed=seed)
         begin = str(start or random_model)
         settings = warm_up_settings(begin)
         prompts = Prompts(settings.prompts, load_tokenizer(begin))
@@ -230,8 +223,8 @@ def warm_up_settings(start: str) -> Settings:
     )
 
 
-def write_random_model(folder: Path, *, seed: int) -> None:
-    """Writes a Hugging Face folder with the tokenizer and random weights."""
+def write_random_model(folder: Path, task: Task, *, seed: int) -> None:
+    """Writes a Hugging Face folder with the task's tokenizer and random weights."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -249,11 +242,11 @@ def write_random_model(folder: Path, *, seed: int) -> None:
         tie_word_embeddings=True,
         initializer_range=0.05,
         bos_token_id=None,
-        eos_token_id=VOCABULARY.index("<|im_end|>"),
-        pad_token_id=VOCABULARY.index("<|endoftext|>"),
+        eos_token_id=task.vocabulary.index("<|im_end|>"),
+        pad_token_id=task.vocabulary.index("<|endoftext|>"),
     )
     Qwen3ForCausalLM(config).save_pretrained(folder)
-    write_tokenizer(folder)
+    write_tokenizer(folder, task)
 
 
 def main() -> None:

@@ -15,21 +15,28 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from quickstart_task import VARIANTS, draw_problems, write_problems
 from testbed_report import BASELINE, commit_file, is_done, present_commit, write_report
+from testbed_variants import VARIANTS
+from warm_up_rows import draw_problems, write_problems
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples" / "testbed"
-METHODS = ("sft", "grpo", "opsd", "paint", "mask_only")
+METHODS = ("sft", "grpo", "opsd", "paint", "mask_only", "support_005", "paint_support")
 FURTHER = ("interpolation_only",)
 ON_EVERY_VARIANT = (*METHODS, "hidden_050")  # also without --full
 CONTROLS = tuple(sorted(path.stem for path in (EXAMPLES / "controls").glob("*.yaml")))
 CONTROLS_ON = "own"
+# What is judged beside the support where a shown solution spoils the teacher, and where it does so and hiding costs.
+BEYOND = (
+    *("support_001", "support_020", "support_student", "partner_initial", "weight_position", "weight_divergence"),
+    *("shortest_correct", "peer_rollout", "other_example", "adastar"),
+)
+BEYOND_ON = ("leaky", "leaky_weak")
 WARM_UPS = (11, 12, 13)
 SEEDS, FULL_SEEDS, CONTROL_SEEDS = (1, 2), (1, 2, 3, 4), (1,)  # for each warm-up
 TEST_PROBLEMS, VALIDATION_PROBLEMS, PROBLEM_SEED = 400, 200, 8
 STEPS = 60
-TUNED = ("sft", "grpo", "opsd", "paint")
+TUNED, TUNED_ON = ("sft", "grpo", "opsd", "paint", "support_005"), "own"
 TUNING_RATES = (1.0e-4, 2.0e-4, 5.0e-4, 1.0e-3)
 TUNING_SEED = 9
 
@@ -63,6 +70,7 @@ class Run:
             f"run.evaluate_every={self.steps // 3}",
             f"run.seed={self.seed}",
             f"data.seed={self.seed}",
+            *VARIANTS[self.variant].settings,
         ]
 
 
@@ -112,9 +120,10 @@ def planned(
             for variant in variants:
                 for method in methods:
                     main_run = method in ON_EVERY_VARIANT or options.full
-                    control = variant == CONTROLS_ON and seed in CONTROL_SEEDS
+                    judged_here = variant == CONTROLS_ON or (method in BEYOND and variant in BEYOND_ON)
+                    control = judged_here and seed in CONTROL_SEEDS
                     if main_run or control or options.methods:
-                        lr = rates[method if method in rates else "paint"]
+                        lr = rates[tuned_as(method)]
                         runs = options.out / runs_name(options.steps)
                         found.append(
                             Run(
@@ -130,27 +139,35 @@ def planned(
     return found
 
 
+def tuned_as(method: str) -> str:
+    """Returns the method whose learning rate this method takes."""
+    if method in TUNED:
+        return method
+    return "support_005" if method.startswith("support_") else "paint"
+
+
 def make_models(models: Path, warm_ups: Sequence[int], variants: Sequence[str], *, jobs: int) -> None:
-    """Makes the model and problems of every warm-up and variant. All variants start from the model of `own`."""
+    """Makes the model and problems of every warm-up and variant, and first those that they start from."""
 
     def make(warm_up: int, variant: str) -> None:
-        folder = models / f"{variant}-{warm_up}"
+        folder, kind = models / f"{variant}-{warm_up}", VARIANTS[variant]
         if (folder / "test.jsonl").exists():
             return
         command = [sys.executable, str(ROOT / "tools" / "make_quickstart_model.py"), str(folder), f"--seed={warm_up}"]
-        if variant != "own":
-            command += ["--variant", variant, "--start", str(models / f"own-{warm_up}" / "model")]
+        command += ["--variant", variant]
+        if kind.start is not None:
+            command += ["--start", str(models / f"{kind.start}-{warm_up}" / "model")]
         run_logged(command, models / f"{variant}-{warm_up}.log")
-        kind = VARIANTS[variant]
         drawn = draw_problems(TEST_PROBLEMS + VALIDATION_PROBLEMS, held_out=True, seed=PROBLEM_SEED, variant=kind)
-        write_problems(folder / "validation.jsonl", drawn[TEST_PROBLEMS:])
-        write_problems(folder / "test.jsonl", drawn[:TEST_PROBLEMS])
+        write_problems(folder / "validation.jsonl", drawn[TEST_PROBLEMS:], **kind.columns)
+        write_problems(folder / "test.jsonl", drawn[:TEST_PROBLEMS], **kind.columns)
 
     models.mkdir(parents=True, exist_ok=True)
+    starts = {VARIANTS[variant].start or variant for variant in [*variants, TUNED_ON]}
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(lambda warm_up: make(warm_up, "own"), warm_ups))
-        pairs = [(warm_up, variant) for variant in variants if variant != "own" for warm_up in warm_ups]
-        list(pool.map(lambda pair: make(*pair), pairs))
+        for wave in (sorted(starts), [variant for variant in variants if variant not in starts]):
+            pairs = [(warm_up, variant) for variant in wave for warm_up in warm_ups]
+            list(pool.map(lambda pair: make(*pair), pairs))
 
 
 def tune(out: Path, warm_up: int, *, jobs: int) -> dict[str, float]:
@@ -160,7 +177,7 @@ def tune(out: Path, warm_up: int, *, jobs: int) -> dict[str, float]:
         return json.loads(file.read_text())["chosen"]
     runs = [
         Run(
-            variant="own",
+            variant=TUNED_ON,
             method=method,
             warm_up=warm_up,
             seed=TUNING_SEED,

@@ -17,4 +17,4 @@ def about(setting: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"{setting}: {error}") from error.__cause__
+        raise type(error)(f"{setting}: {error}") from error.__cause__

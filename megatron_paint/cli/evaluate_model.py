@@ -11,8 +11,9 @@ from megatron_paint.config.settings import EvaluateSettings
 from megatron_paint.evaluation.answer_file import AnswerFile
 from megatron_paint.evaluation.benchmarks import Benchmark, load_benchmarks
 from megatron_paint.evaluation.evaluator import Answers, Evaluator
-from megatron_paint.evaluation.summary import Evaluated, truncation_warning, write_summary
-from megatron_paint.grading.grade import GradingPool, Rules
+from megatron_paint.evaluation.summary import Evaluated, domain_text, error_warning, truncation_warning, write_summary
+from megatron_paint.grading.grade import Rules
+from megatron_paint.grading.graders import Graders
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.layout import cache_bytes_per_token, check_layout
 from megatron_paint.records import EvalReport, Problem, Rollout
@@ -39,7 +40,7 @@ def load_evaluators(
     """
     settings = asked.settings
     prompts = load_prompts(settings, shape)
-    benchmarks: Sequence[Benchmark] = on_rank_zero(lambda: load_benchmarks(asked.benchmarks, settings.evaluation))
+    benchmarks: Sequence[Benchmark] = on_rank_zero(lambda: _checked_benchmarks(asked))
     if progress is not None:
         print_notes(benchmarks, progress)
     if settings.evaluation.max_new_tokens is not None:  # one error with a value that fits all benchmarks
@@ -56,6 +57,19 @@ def load_evaluators(
         )
         for one in benchmarks
     )
+
+
+def _checked_benchmarks(asked: Requested) -> tuple[Benchmark, ...]:
+    """The benchmarks. Raises UserError if one cannot be read, or if a user's function cannot grade it."""
+    benchmarks = load_benchmarks(asked.benchmarks, asked.settings.evaluation, domains=asked.settings.domains)
+    with _graders(asked.settings) as graders:
+        graders.check(problem for one in benchmarks for problem in one.problems)
+    return benchmarks
+
+
+def _graders(settings: EvaluateSettings) -> Graders:
+    rules = Rules(box_in_thought=settings.grading.box_in_thought)
+    return Graders(settings.domains, seconds=settings.evaluation.grading_seconds, rules=rules)
 
 
 def print_notes(benchmarks: Sequence[Benchmark], progress: Progress) -> None:
@@ -219,8 +233,7 @@ def _report(
     progress: Progress,
 ) -> None:
     reports: list[EvalReport] = []
-    rules = Rules(box_in_thought=asked.settings.grading.box_in_thought)
-    with GradingPool(seconds=asked.settings.evaluation.grading_seconds, rules=rules) as graders:
+    with _graders(asked.settings) as graders:
         for name, evaluator in evaluators:
             reports.append(evaluator.report(found[name], step=0, benchmark=name, graders=graders))
     finish(asked.out, asked.model, reports, sampled_with_of_all(files), progress)
@@ -244,8 +257,11 @@ def finish(
     write_summary(out, evaluated)
     progress.end(after=reports, folder=str(out), model=model)
     for report in reports:
-        if warning := truncation_warning(report):
-            progress.warn(warning)
+        if domains := domain_text(report):
+            progress.result(f"{report.benchmark} by domain: {domains}")
+        for warning in (truncation_warning(report), error_warning(report)):
+            if warning is not None:
+                progress.warn(warning)
     if len(reports) > 1:
         macro = evaluated.macro
         progress.result(

@@ -16,12 +16,13 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.cli.evaluate_model import finish, print_notes
 from megatron_paint.cli.evaluate_options import DEFAULT_OUT
 from megatron_paint.cli.ranks import console_mode
-from megatron_paint.config.load import evaluation_section_of, grading_section_of, override_tree
+from megatron_paint.config.load import domains_of, evaluation_section_of, grading_section_of, override_tree
 from megatron_paint.data.rows import kind_of
 from megatron_paint.evaluation.benchmarks import Benchmark, load_benchmarks, names_in
 from megatron_paint.evaluation.evaluator import grade_all
 from megatron_paint.evaluation.statistics import build_report
-from megatron_paint.grading.grade import GradingPool, Rules
+from megatron_paint.grading.grade import Rules
+from megatron_paint.grading.graders import Graders
 from megatron_paint.grading.thoughts import THINK_END, THINK_START, ends_unbegun_thought, opened_by_prompt
 from megatron_paint.records import EvalReport, Graded
 from megatron_paint.run.console import Mode, Progress
@@ -46,17 +47,19 @@ def grade_recorded(
     tree = override_tree({}, overrides)
     settings = evaluation_section_of(tree)
     rules = Rules(box_in_thought=grading_section_of(tree).box_in_thought)
+    domains = domains_of(tree)
     progress = Progress(mode, steps=0)
-    found = load_benchmarks(names_in(benchmarks), settings)
+    found = load_benchmarks(names_in(benchmarks), settings, domains=domains)
     print_notes(found, progress)
     recorded = _read(responses, found)
     prompt_end = _assumed_prompt_end(recorded, progress)
-    with GradingPool(seconds=settings.grading_seconds, rules=rules) as graders:
+    with Graders(domains, seconds=settings.grading_seconds, rules=rules) as graders:
+        graders.check(problem for benchmark in found for problem in benchmark.problems)
         reports = []
         for benchmark in found:
-            answers = {problem.id: problem.answer for problem in benchmark.problems}
-            ungraded = [answer for answer in recorded if answer.problem_id in answers]
-            graded = grade_all(ungraded, answers, graders, prompt_ends=[prompt_end] * len(ungraded))
+            problems = {problem.id: problem for problem in benchmark.problems}
+            ungraded = [answer for answer in recorded if answer.problem_id in problems]
+            graded = grade_all(ungraded, problems, graders, prompt_ends=[prompt_end] * len(ungraded))
             reports.append(build_report(0, benchmark.name, graded))
     out = out or Path(DEFAULT_OUT) / responses.stem
     finish(out, str(responses), reports, {"responses": str(responses)}, progress)

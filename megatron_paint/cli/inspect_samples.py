@@ -16,6 +16,12 @@ from megatron_paint.run.folder import RunFolder
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # decoding returns it for an incomplete character
 LONGEST_CHARACTER = 4  # tokens
+MOST_OUTSIDE = 8  # tokens listed
+LEFT_OUT = {
+    "wrong": "its answer is not right",
+    "not_shortest": "a shorter response is right",
+    "no_peer": "no other response is right",
+}
 HIDDEN, SELECTED, FOUND, MISSING = "dim strike", "bold black on yellow", "green", "red"
 
 
@@ -44,6 +50,7 @@ def inspect_sample(
     """
     sample = _find(run_dir, step, index=index, id=id)
     parts = [_head(sample), *_solution(sample), *_anchors(sample), *_response(sample, tokenizer_decode)]
+    parts += _outside(sample, tokenizer_decode)
     plain = "\n".join(_to_plain(part) for part in parts)
     console = console or Console(highlight=False)
     if console.is_terminal:
@@ -76,9 +83,16 @@ def _head(sample: dict[str, Any]) -> Text:
     return Text(
         f"problem {sample['id']}, step {sample['step']}: overlap {overlap}, reveal {share}, "
         f"loss {sample['loss']:.4f} nats a token, "
-        f"{len(sample['response_ids'])} response tokens, {len(sample['selected'])} selected",
+        f"{len(sample['response_ids'])} response tokens, {len(sample['selected'])} selected{_verdict(sample)}",
         style="bold",
     )
+
+
+def _verdict(sample: dict[str, Any]) -> str:
+    """The grade of the response, and why it is not trained on."""
+    text = "" if sample.get("correct") is None else f", {'right' if sample['correct'] else 'wrong'}"
+    reason = sample.get("left_out")
+    return text if reason is None else f"{text}, left out: {LEFT_OUT[reason]}"
 
 
 def _solution(sample: dict[str, Any]) -> list[Text]:
@@ -87,10 +101,29 @@ def _solution(sample: dict[str, Any]) -> list[Text]:
     if reveal is None:
         return [_title("Solution"), Text("the teacher saw none")]
     shown, reference = reveal["shown_text"], reveal["reference_text"]
-    title = _title(f"Solution: {reveal['shown_tokens']} of {reveal['total_tokens']} tokens shown")
+    title = _title(f"{_whose(reveal)}: {reveal['shown_tokens']} of {reveal['total_tokens']} tokens shown")
+    if "example" in reveal:
+        return [title, Text(reveal["example"]), Text(shown)]
     if not reference.startswith(shown):
         return [title, Text(shown), _title("Complete reference, which does not begin with that text"), Text(reference)]
     return [title, Text.assemble(shown, (reference[len(shown) :], HIDDEN))]
+
+
+def _whose(reveal: dict[str, Any]) -> str:
+    """What the reference is."""
+    view = f" (view {reveal['view']})" if "view" in reveal else ""
+    match reveal.get("solution", "own"):
+        case "wrong":
+            return f"Solution of problem {reveal['of']}{view}" if "of" in reveal else f"Solution{view}"
+        case "other_example":
+            return f"Worked example, problem {reveal['of']}{view}"
+        case "peer_rollout":
+            return f"Response {reveal['peer']} to this problem, in place of the solution"
+        case "none":
+            return "Solution, which the teacher did not see"
+        case "reference_free":
+            return "Solution, which the teacher, in its thinking mode, did not see"
+    return f"Solution{view}"
 
 
 def _anchors(sample: dict[str, Any]) -> list[Text]:
@@ -112,6 +145,22 @@ def _response(sample: dict[str, Any], decode: Decode | None) -> list[Text]:
     for piece, selected in pieces(sample["response_ids"], set(sample["selected"]), decode):
         text.append(piece, style=SELECTED if selected else None)
     return [title, text]
+
+
+def _outside(sample: dict[str, Any], decode: Decode | None) -> list[Text]:
+    """The tokens where the target had the most mass outside the support; nothing without a support."""
+    masses, sizes = sample.get("outside_mass"), sample.get("support_size")
+    if masses is None or sizes is None:
+        return []
+    order = sorted(range(len(masses)), key=lambda position: -masses[position])[:MOST_OUTSIDE]
+    lines = [_title(f"Target's mass outside the support: mean {sum(masses) / max(len(masses), 1):.3f}")]
+    for position in order:
+        token = sample["response_ids"][position]
+        text = f"token {token}" if decode is None else repr(decode([token]))
+        lines.append(
+            Text(f"  {masses[position]:.3f} at position {position}, {sizes[position]:.0f} plausible; sampled: {text}")
+        )
+    return lines
 
 
 def pieces(ids: Sequence[int], selected: set[int], decode: Decode) -> list[tuple[str, bool]]:

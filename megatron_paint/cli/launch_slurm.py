@@ -28,21 +28,24 @@ def add_commands(commands: Any) -> None:
         help="do not read data, tokenizer and weights; for login nodes that do not see them",
     )
     slurm.add_argument("--no-preflight", dest="preflight", action="store_false", help="skip the check of the nodes")
-    _add_size(slurm)
-    for name, (value, meaning) in PLACING.items():
-        slurm.add_argument(f"--{name}", metavar=value, help=meaning)
-    slurm.add_argument("--job-name", metavar="NAME", help="default: the last two parts of run.dir")
-    slurm.add_argument(
-        "--sbatch", action="append", default=[], metavar="--extra=line", help="an additional #SBATCH line; repeatable"
-    )
+    slurm.add_argument("--nodes", type=int, required=True, metavar="N", help="nodes per job")
+    _add_ranks(slurm)
+    add_node_options(slurm)
     slurm.add_argument("--template", metavar="FILE", help="Jinja template of the script; default: slurm.jinja")
-    _add_environment(slurm)
+    add_environment_options(slurm)
+    slurm.add_argument(
+        "--no-copy",
+        dest="copy",
+        action="store_false",
+        help="jobs read the settings file itself, not a copy in the run folder",
+    )
+    slurm.add_argument(
+        "--copy-code", action="store_true", help="jobs use a copy of this package's code, made now in the run folder"
+    )
     slurm.set_defaults(run=_run)
 
 
-def _add_size(slurm: argparse.ArgumentParser) -> None:
-    slurm.add_argument("--nodes", type=int, required=True, metavar="N", help="nodes per job")
-    slurm.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="0: nodes without GPUs; default: 8")
+def _add_ranks(slurm: argparse.ArgumentParser) -> None:
     slurm.add_argument("--processes-per-node", type=int, metavar="N", help="ranks per node; default: one per GPU")
     slurm.add_argument(
         "--launcher",
@@ -57,13 +60,6 @@ def _add_size(slurm: argparse.ArgumentParser) -> None:
         help="restarts by torchrun within a job before the job ends; default: 3",
     )
     slurm.add_argument(
-        "--cpus-per-task",
-        type=int,
-        metavar="N",
-        help="CPUs per Slurm task: per node with torchrun, per rank with srun; default: complete nodes",
-    )
-    slurm.add_argument("--mem", default="0", metavar="SIZE", help="memory per node; default: 0, all of it")
-    slurm.add_argument(
         "--gpu-memory",
         metavar="SIZE",
         help="memory of a GPU of the nodes, such as 80GB; the estimate is compared with it",
@@ -73,6 +69,18 @@ def _add_size(slurm: argparse.ArgumentParser) -> None:
         action="store_true",
         help="allow tensor-parallel groups with ranks on several nodes",
     )
+
+
+def add_node_options(slurm: argparse.ArgumentParser) -> None:
+    """Adds what every kind of job asks Slurm for."""
+    slurm.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="0: nodes without GPUs; default: 8")
+    slurm.add_argument(
+        "--cpus-per-task",
+        type=int,
+        metavar="N",
+        help="CPUs per Slurm task: per node with torchrun, per rank with srun; default: complete nodes",
+    )
+    slurm.add_argument("--mem", default="0", metavar="SIZE", help="memory per node; default: 0, all of it")
     slurm.add_argument("--exclusive", action="store_true", help="use nodes exclusively, without other jobs")
     slurm.add_argument(
         "--signal-seconds",
@@ -81,9 +89,16 @@ def _add_size(slurm: argparse.ArgumentParser) -> None:
         metavar="S",
         help="request a checkpoint so many seconds before the time limit; default: 300",
     )
+    for name, (value, meaning) in PLACING.items():
+        slurm.add_argument(f"--{name}", metavar=value, help=meaning)
+    slurm.add_argument("--job-name", metavar="NAME", help="default: the last two parts of run.dir")
+    slurm.add_argument(
+        "--sbatch", action="append", default=[], metavar="--extra=line", help="an additional #SBATCH line; repeatable"
+    )
 
 
-def _add_environment(slurm: argparse.ArgumentParser) -> None:
+def add_environment_options(slurm: argparse.ArgumentParser) -> None:
+    """Adds the environment of the processes of a job."""
     slurm.add_argument("--venv", metavar="PATH", help="virtual environment of the job")
     slurm.add_argument(
         "--python",
@@ -92,15 +107,6 @@ def _add_environment(slurm: argparse.ArgumentParser) -> None:
     )
     slurm.add_argument("--module", action="append", default=[], metavar="NAME", help="`module load NAME`; repeatable")
     slurm.add_argument("--prologue", metavar="FILE", help="shell commands that the job runs before training")
-    slurm.add_argument(
-        "--no-copy",
-        dest="copy",
-        action="store_false",
-        help="jobs read the settings file itself, not a copy in the run folder",
-    )
-    slurm.add_argument(
-        "--copy-code", action="store_true", help="jobs use a copy of this package's code, made now in the run folder"
-    )
     slurm.add_argument("--container", metavar="IMAGE", help="container image of the ranks")
     slurm.add_argument("--container-runtime", choices=("pyxis", "apptainer"), help="default: pyxis")
     slurm.add_argument("--container-python", metavar="PATH", help="Python in the image; default: python3")

@@ -8,7 +8,9 @@ from pathlib import Path
 from megatron_paint import __version__
 from megatron_paint.base.argument_parser import Parser
 from megatron_paint.cli.convert_options import add_commands as add_convert_commands
+from megatron_paint.cli.launch_search import add_command as add_launch_search
 from megatron_paint.cli.launch_slurm import add_commands as add_launch_commands
+from megatron_paint.cli.search_options import add_search_options
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -17,6 +19,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"megatron-paint {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands.add_parser("train", help="train from a settings file"))
+    _add_search(
+        commands.add_parser(
+            "search", help="search settings: trials are runs, chosen and pruned by their held-out accuracy"
+        )
+    )
     _add_evaluate(
         commands.add_parser(
             "evaluate",
@@ -36,8 +43,10 @@ def make_parser() -> argparse.ArgumentParser:
     _add_status(commands.add_parser("status", help="the state of a run, also while it runs"))
     convert = commands.add_parser("convert", help="Qwen3 checkpoints between Hugging Face and Megatron")
     add_convert_commands(convert.add_subparsers(required=True, metavar="ACTION"))
-    launch = commands.add_parser("launch", help="submit a run to a cluster")
-    add_launch_commands(launch.add_subparsers(required=True, metavar="WHERE"))
+    launch = commands.add_parser("launch", help="submit a run or a search to a cluster")
+    places = launch.add_subparsers(required=True, metavar="WHERE")
+    add_launch_commands(places)
+    add_launch_search(places)
     _add_settings_command(
         commands.add_parser("settings", help="every setting: its type, limits, default, meaning and source")
     )
@@ -62,6 +71,19 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     )
     train.add_argument("--self-check", action="store_true", help="compare the model with itself, and end")
     train.set_defaults(run=_run("train"))
+
+
+def _add_search(search: argparse.ArgumentParser) -> None:
+    search.add_argument("config", type=Path, metavar="SETTINGS.yaml", help="trial 0, from which the others start")
+    search.add_argument("space", type=Path, metavar="SPACE.yaml", help="the settings to vary; see docs/search.md")
+    search.add_argument("overrides", nargs="*", metavar="key=value", help="such as optimizer.lr=1e-5")
+    add_search_options(search)
+    search.add_argument("--dry-run", action="store_true", help="check everything, print space and cost, and end")
+    search.add_argument("--report-only", action="store_true", help="write the report of the trials so far, and end")
+    console = search.add_mutually_exclusive_group()
+    console.add_argument("--quiet", action="store_true", help="print only results and warnings")
+    console.add_argument("--json", action="store_true", help="print one JSON object per event")
+    search.set_defaults(run=_run("search"))
 
 
 def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:

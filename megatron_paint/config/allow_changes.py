@@ -17,8 +17,8 @@ def check_allow_changes(names: Sequence[str]) -> None:
                 f"run.allow_changes: {name} cannot change when a run resumes, because its checkpoints hold it: leave "
                 "it out, or start again in another run.dir"
             )
-        if name in settings:
+        if describe.general(name) in settings:
             continue
-        if any(section.key == name for section in sections):
+        if any(section.key == describe.general(name) for section in sections):
             raise UserError(f"run.allow_changes: {name} is a section: name its settings, such as optimizer.lr")
         raise UserError(f"run.allow_changes: {describe.unknown(name)}")

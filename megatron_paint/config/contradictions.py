@@ -6,7 +6,24 @@
 from collections.abc import Iterator
 
 from megatron_paint.config.objective import ObjectiveSettings, RevealSettings, TeacherSettings
-from megatron_paint.config.settings import MegatronSettings, ModelSettings, OptimizerSettings, RolloutSettings
+from megatron_paint.config.settings import (
+    DataSettings,
+    EvaluationSettings,
+    MegatronSettings,
+    ModelSettings,
+    OptimizerSettings,
+    RolloutSettings,
+)
+
+BUILT_IN_VIEWS = ("full", "answer")  # of every problem, without a column of its own
+
+
+def of_data(data: DataSettings, objective: ObjectiveSettings) -> Iterator[str]:
+    if data.order == "adastar" and not objective.needs.samples_per_problem:
+        yield (
+            f"data.order=adastar orders the problems by verdicts on rollouts, and objective.name={objective.name} "
+            "samples none: set data.order=shuffled"
+        )
 
 
 def of_reveal(reveal: RevealSettings) -> Iterator[str]:
@@ -18,6 +35,85 @@ def of_reveal(reveal: RevealSettings) -> Iterator[str]:
         yield (
             f"objective.reveal.hidden_nats={reveal.hidden_nats} is counted over tokens, but objective.reveal.unit="
             f"{reveal.unit}; set unit to token or hidden_nats to null"
+        )
+
+
+def of_shown(objective: ObjectiveSettings, rollout: RolloutSettings) -> Iterator[str]:
+    """What the teacher is shown; only for the objectives that show it something."""
+    reveal = objective.reveal
+    if not objective.needs.masker:
+        return
+    if reveal.solution == "other_example":
+        if reveal.rule != "full":
+            yield (
+                f"objective.reveal.rule={reveal.rule} hides a part of a solution, and a worked example "
+                "(objective.reveal.solution=other_example) is shown completely: set objective.reveal.rule to full"
+            )
+        if reveal.hide_answer:
+            yield (
+                "objective.reveal.hide_answer hides a box, and a worked example "
+                "(objective.reveal.solution=other_example) is shown completely: set it to false"
+            )
+        if reveal.hidden_nats is not None:
+            yield (
+                f"objective.reveal.hidden_nats={reveal.hidden_nats} limits what is hidden, and nothing of a worked "
+                "example (objective.reveal.solution=other_example) is hidden: set it to null"
+            )
+    if reveal.solution == "peer_rollout":
+        samples = rollout.samples_per_problem or 1
+        if samples < 2:
+            yield (
+                f"objective.reveal.solution=peer_rollout shows another response to the same problem, and "
+                f"rollout.samples_per_problem is {samples}: set it to 2 or more, such as 8"
+            )
+        if reveal.view != "full":
+            yield (
+                f"objective.reveal.view={reveal.view} chooses a text of the problem, and objective.reveal.solution="
+                "peer_rollout shows a response: leave the view out"
+            )
+        if reveal.rule == "shuffled":
+            yield (
+                "objective.reveal.rule=shuffled takes the share of another problem, and with objective.reveal.solution="
+                "peer_rollout a step may have peers for one problem alone: choose another rule"
+            )
+    if reveal.view == "answer" and reveal.hide_answer:
+        yield (
+            "objective.reveal.hide_answer hides the box, and objective.reveal.view=answer shows nothing but the box: "
+            "set one of them to its default"
+        )
+
+
+def of_kept(objective: ObjectiveSettings, rollout: RolloutSettings) -> Iterator[str]:
+    """Which responses are trained on."""
+    distils = objective.needs.masker
+    if rollout.keep != "all" and not distils:
+        yield (
+            f"rollout.keep={rollout.keep} belongs to objective.name=paint and opsd, but objective.name="
+            f"{objective.name}; leave it out"
+        )
+    samples = rollout.samples_per_problem or 1
+    if distils and samples > 1 and rollout.temperature == 0:
+        yield (
+            f"rollout.temperature=0 makes all {samples} responses to a problem the same (rollout.samples_per_problem): "
+            "set it above 0, such as 1.1, or sample one response"
+        )
+
+
+def of_views(objective: ObjectiveSettings, data: DataSettings, evaluation: EvaluationSettings) -> Iterator[str]:
+    """The names of views, and the one that is shown."""
+    views, chosen = data.columns.views, objective.reveal.view
+    for name in BUILT_IN_VIEWS:
+        if name in views:
+            yield (
+                f"data.columns.views.{name} cannot be set: the view full is data.columns.solution, and the view answer "
+                "is the box of data.columns.answer; choose another name"
+            )
+    if evaluation.columns.views:
+        yield "evaluation.columns.views has no use, because an evaluation shows no solution; leave it out"
+    if objective.needs.masker and chosen not in (*BUILT_IN_VIEWS, *views):
+        yield (
+            f"objective.reveal.view={chosen} is no view: known are {', '.join((*BUILT_IN_VIEWS, *views))}; name its "
+            f"column with data.columns.views.{chosen}"
         )
 
 

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import Settings
 
+USERS_NAME = "NAME"  # in the key of a section that the user names
 TYPES = {"string": "text", "number": "number", "integer": "integer", "boolean": "true or false"}
 LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 
@@ -55,12 +56,23 @@ def find(key: str) -> tuple[SectionDescription, ...]:
 
     UserError: there is no such key; the message suggests the nearest one.
     """
+    key = general(key)
     if found := tuple(s for s in sections() if s.key == key or s.key.startswith(f"{key}.")):
         return found
     for section in sections():
         if own := tuple(setting for setting in section.settings if setting.key == key):
             return (dataclasses.replace(section, settings=own),)
     raise UserError(unknown(key))
+
+
+def general(key: str) -> str:
+    """The key with NAME in place of a name that the user chose: domains.NAME.grader for domains.code.grader."""
+    for section in sections():
+        before = section.key.removesuffix(f".{USERS_NAME}")
+        if before != section.key and key.startswith(f"{before}."):
+            first, _, rest = key.removeprefix(f"{before}.").partition(".")
+            return f"{section.key}.{rest}" if first and rest else section.key
+    return key
 
 
 def unknown(key: str) -> str:
@@ -76,6 +88,8 @@ def yaml_text(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return f"[{', '.join(map(yaml_text, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name}: {yaml_text(item)}' for name, item in value.items())}}}"
     if isinstance(value, float):
         short = f"{value:g}"
         return short if float(short) == value else repr(value)
@@ -104,7 +118,7 @@ def _sections(prefix: str, section: type) -> Iterator[SectionDescription]:
         if nested is None or field.default is None:  # a section that may be null is a setting as well
             own.append(_setting(key, hints[field.name], field, section=nested))
         if nested is not None:
-            inner.append((key, nested))
+            inner.append((f"{key}.{USERS_NAME}" if _is_mapping(hints[field.name]) else key, nested))
     if prefix:
         yield SectionDescription(key=prefix, meaning=_first_line(section), settings=tuple(own))
     for key, nested in inner:
@@ -118,19 +132,25 @@ def _nested(hint: Any) -> type | None:
     return next((found for part in typing.get_args(hint) if (found := _nested(part)) is not None), None)
 
 
+def _is_mapping(hint: Any) -> bool:
+    """Whether the sections of a type have names that the user chooses."""
+    return typing.get_origin(hint) is dict
+
+
 def _first_line(section: type) -> str:
     return (section.__doc__ or "").split("\n", 1)[0]
 
 
 def _setting(key: str, hint: Any, field: dataclasses.Field, *, section: type | None) -> SettingDescription:
     info = next(part for part in hint.__metadata__ if getattr(part, "description", None))
-    needed = field.default is dataclasses.MISSING
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    needed = default is dataclasses.MISSING
     kind, allowed = ("section or null", "") if section else _type_and_limits(TypeAdapter(hint).json_schema())
     return SettingDescription(
         key=key,
         type=kind,
         allowed=allowed,
-        default=None if needed else list(field.default) if isinstance(field.default, tuple) else field.default,
+        default=None if needed else list(default) if isinstance(default, tuple) else default,
         needed=needed,
         meaning=info.description,
         source="" if needed else info.json_schema_extra["source"],
@@ -146,5 +166,7 @@ def _type_and_limits(schema: Mapping[str, Any]) -> tuple[str, str]:
         return f"choice{null}", ", ".join(some["enum"])
     if some["type"] == "array":
         return f"list of {TYPES[some['items']['type']]}{null}", ""
+    if some["type"] == "object":
+        return f"{TYPES[some['additionalProperties']['type']]} by name", ""
     limits = [f"{word} {yaml_text(float(some[name]))}" for name, word in LIMITS.items() if name in some]
     return f"{TYPES[some['type']]}{null}", ", ".join(limits)

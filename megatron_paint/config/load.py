@@ -16,6 +16,7 @@ from ruamel.yaml.error import YAMLError
 from megatron_paint.base.errors import UserError
 from megatron_paint.config import contradictions
 from megatron_paint.config.allow_changes import check_allow_changes
+from megatron_paint.config.domains import DomainSettings, contradictions_of
 from megatron_paint.config.mistakes import mistakes, user_error
 from megatron_paint.config.objective import ObjectiveSettings
 from megatron_paint.config.settings import (
@@ -55,9 +56,15 @@ def settings_of(tree: Mapping[str, Any]) -> Settings:
         settings = TypeAdapter(Settings).validate_python(tree)
     except ValidationError as error:
         raise user_error(error, Settings) from None
-    settings = dataclasses.replace(settings, objective=_resolved_objective(settings.objective, tree))
+    objective, rollout = _one_group_size(_resolved_objective(settings.objective, tree), settings.rollout, tree)
+    settings = dataclasses.replace(settings, objective=objective, rollout=rollout)
     check_allow_changes(settings.run.allow_changes)
-    _refuse_contradictions(settings.model, settings.objective, settings.rollout, settings.optimizer, settings.megatron)
+    if found := list(contradictions.of_views(settings.objective, settings.data, settings.evaluation)):
+        raise UserError("\n".join(found))
+    _refuse_contradictions(
+        settings.model, settings.objective, settings.rollout, settings.optimizer, settings.megatron, data=settings.data
+    )
+    _check_domains(settings.domains, data=settings.data.domain, evaluation=settings.evaluation.domain)
     return settings
 
 
@@ -68,12 +75,12 @@ def evaluate_settings_of(tree: Mapping[str, Any]) -> EvaluateSettings:
     Only run.seed and data.micro_batch_tokens of them are used.
     """
     _check(tree, may_be_incomplete=("data", "run"))
-    used = {
-        name: _section_of(tree, name) for name in ("model", "prompts", "rollout", "megatron", "evaluation", "grading")
-    }
+    names = ("model", "prompts", "rollout", "megatron", "evaluation", "grading", "domains")
+    used = {name: _section_of(tree, name) for name in names}
     objective = _resolved_objective(_section_of(tree, "objective"), tree)
     optimizer = _section_of(tree, "optimizer")
     _refuse_contradictions(used["model"], objective, used["rollout"], optimizer, used["megatron"])
+    _check_domains(used["domains"], evaluation=used["evaluation"].domain)
     return EvaluateSettings(
         **used,
         seed=tree.get("run", {}).get("seed", RunSettings.seed),
@@ -90,6 +97,19 @@ def evaluation_section_of(tree: Mapping[str, Any]) -> EvaluationSettings:
 def grading_section_of(tree: Mapping[str, Any]) -> GradingSettings:
     """The section `grading` of a tree that `evaluation_section_of` has checked."""
     return _section_of(tree, "grading")
+
+
+def domains_of(tree: Mapping[str, Any]) -> dict[str, DomainSettings]:
+    """The section `domains` of a tree that `evaluation_section_of` has checked. UserError: settings contradict."""
+    domains = _section_of(tree, "domains")
+    _check_domains(domains, evaluation=_section_of(tree, "evaluation").domain)
+    return domains
+
+
+def _check_domains(domains: Mapping[str, DomainSettings], **defaults: str) -> None:
+    """defaults: the domain of rows that name none, by their section."""
+    if found := list(contradictions_of(domains, {f"{section}.domain": name for section, name in defaults.items()})):
+        raise UserError("\n".join(found))
 
 
 def _check(tree: Mapping[str, Any], *, may_be_incomplete: Collection[str]) -> None:
@@ -127,15 +147,43 @@ def _opsd(objective: ObjectiveSettings, given: Mapping[str, Any]) -> ObjectiveSe
     )
 
 
+def _one_group_size(
+    objective: ObjectiveSettings, rollout: RolloutSettings, tree: Mapping[str, Any]
+) -> tuple[ObjectiveSettings, RolloutSettings]:
+    """For GRPO, rollout.samples_per_problem becomes objective.grpo.samples_per_problem, its older name.
+
+    So the settings of a run folder hold the number once, and a run that was started under one name resumes under the
+    other.
+    """
+    size = rollout.samples_per_problem
+    if objective.name != "grpo" or size is None:
+        return objective, rollout
+    if size < 2:
+        raise UserError(
+            f"rollout.samples_per_problem={size} leaves nothing to compare, and objective.name=grpo learns from the "
+            "differences between the responses to a problem: set it to 2 or more, such as 8"
+        )
+    other = tree["objective"].get("grpo", {}).get("samples_per_problem", size)
+    if other != size:
+        raise UserError(
+            f"rollout.samples_per_problem={size} and objective.grpo.samples_per_problem={other} are the same setting: "
+            "leave one of them out"
+        )
+    group = dataclasses.replace(objective.grpo, samples_per_problem=size)
+    return dataclasses.replace(objective, grpo=group), dataclasses.replace(rollout, samples_per_problem=None)
+
+
 def _refuse_contradictions(
     model: ModelSettings,
     objective: ObjectiveSettings,
     rollout: RolloutSettings,
     optimizer: OptimizerSettings,
     megatron: MegatronSettings,
+    *,
+    data: DataSettings | None = None,
 ) -> None:
-    """The checks that need several settings at once."""
-    if found := list(_contradictions(model, objective, rollout, optimizer, megatron)):
+    """The checks that need several settings at once. data: None for an evaluation, which has no training problems."""
+    if found := list(_contradictions(model, objective, rollout, optimizer, megatron, data)):
         raise UserError("\n".join(found))
 
 
@@ -145,8 +193,13 @@ def _contradictions(
     rollout: RolloutSettings,
     optimizer: OptimizerSettings,
     megatron: MegatronSettings,
+    data: DataSettings | None,
 ) -> Iterator[str]:
+    if data is not None:
+        yield from contradictions.of_data(data, objective)
     yield from contradictions.of_reveal(objective.reveal)
+    yield from contradictions.of_shown(objective, rollout)
+    yield from contradictions.of_kept(objective, rollout)
     yield from contradictions.of_teacher(objective.teacher)
     yield from contradictions.of_rollout(rollout)
     if objective.name == "grpo":

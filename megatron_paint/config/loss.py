@@ -4,18 +4,20 @@ from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.dialect import OPSD, PAINT, Number, Positive, setting, settings_class
+from megatron_paint.config.dialect import OPSD, PAINT, PW_OPSD, Number, Positive, setting, settings_class
 from megatron_paint.config.mistakes import check_fields
 
 SECTION = "objective.loss"  # the dotted key of this section in a settings file, which all its messages name
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
-Partner = Literal["student", "full_teacher"]
+Partner = Literal["student", "full_teacher", "initial"]
+Support = Literal["none", "initial", "student"]
 Positions = Literal["top_fraction", "threshold", "all", "none", "random"]
 Mismatch = Literal["absolute", "teacher_minus_student", "student_minus_teacher"]
 Elsewhere = Literal["teacher", "skip"]
 Control = Literal["none", "reweight"]
 ClipRule = Literal["entry", "token"]
+TokenWeight = Literal["uniform", "position", "divergence"]
 Kernel = Literal["auto", "torch", "triton"]
 
 
@@ -27,6 +29,8 @@ class InterpolationLossConfig:
     `clip_rule="token"` bounds the gradient of a token, for every divergence: above the clip the loss is
     clip (1 + ln(divergence / clip)), and the gradient keeps its direction. `control="reweight"` keeps the plain
     teacher as the target everywhere. It multiplies the loss of selected tokens, after the clip, by 1 - weight.
+    `support` keeps only those vocabulary entries in the target that a distribution p_0 finds plausible:
+    p_0(v) >= support_ratio max p_0, at the loss temperature. The rest of the target is renormalised.
     Raises UserError, which is a ValueError, for any other value and for settings that contradict each other.
     Source: PAINT (arXiv 2604.26573); the clip is from OPSD (arXiv 2601.18734).
     """
@@ -76,10 +80,22 @@ class InterpolationLossConfig:
     partner: Annotated[
         Partner,
         setting(
-            "whose logits are mixed into the target: the student's, without gradient, or those of the teacher that "
-            "sees the complete solution"
+            "whose logits are mixed into the target: the student's, without gradient; those of the teacher that sees "
+            "the complete solution; or those of the initial weights on the student's prompt"
         ),
     ] = "student"
+    support: Annotated[
+        Support,
+        setting(
+            "which distribution decides what the target may contain: that of the initial weights on the student's "
+            "prompt, or the student's own; the target is 0 elsewhere",
+            source="ours; the threshold is that of contrastive decoding, arXiv 2210.15097",
+        ),
+    ] = "none"
+    support_ratio: Annotated[
+        Number,
+        setting("a token is in the support if its probability is at least this share of the largest one", gt=0, le=1),
+    ] = 0.05
     positions: Annotated[
         Positions,
         setting(
@@ -107,6 +123,30 @@ class InterpolationLossConfig:
     control: Annotated[
         Control, setting("reweight: no mixed target, but 1 - weight times the loss at selected tokens")
     ] = "none"
+    token_weight: Annotated[
+        TokenWeight,
+        setting(
+            "weight of a token in the loss; position: smaller at the start of a response; divergence: smaller where "
+            "neither the token nor what follows it diverges more than the response's mean",
+            source=f"position: {PW_OPSD}; divergence: ours, after DASH, arXiv 2608.06243",
+        ),
+    ] = "uniform"
+    token_weight_minimum: Annotated[
+        Number, setting("the smallest weight that token_weight gives; the largest is 1", source=PW_OPSD, ge=0, le=1)
+    ] = 0.25
+    position_center: Annotated[
+        Number,
+        setting("share of a response before which the weights of token_weight=position are small", source=PW_OPSD),
+    ] = 0.30
+    position_width: Annotated[
+        Positive, setting("share of a response over which the weights of token_weight=position grow", source=PW_OPSD)
+    ] = 0.10
+    divergence_width: Annotated[
+        Positive,
+        setting(
+            "difference from the mean divergence, in means, over which the weights of token_weight=divergence grow"
+        ),
+    ] = 0.5
 
     def __post_init__(self) -> None:
         check_fields(self, SECTION)
@@ -134,11 +174,26 @@ class InterpolationLossConfig:
                 f"threshold_nats={self.threshold_nats} selects every token, because an absolute mismatch is never "
                 "negative; set it to 0 or more, or set positions to all"
             )
-        if self.control == "reweight" and self.partner == "full_teacher":
+        if self.support != "none" and self.divergence == "reverse_kl":
+            yield (
+                f"support={self.support} makes the target 0 outside the support, where the student is not 0: "
+                "divergence=reverse_kl is infinite there; set divergence to forward_kl or jsd, or support to none"
+            )
+        if self.control == "reweight" and self.partner != "student":
             yield (
                 f"control={self.control} imitates the scale of the student as partner, but partner={self.partner}; "
                 "set partner to student or control to none"
             )
+
+    @property
+    def supports(self) -> bool:
+        """Whether the target is cut to a support."""
+        return self.support != "none"
+
+    @property
+    def needs_initial(self) -> bool:
+        """Whether the loss needs the initial weights' distribution on the student's prompt."""
+        return "initial" in (self.support, self.partner)
 
     @property
     def clips_entries(self) -> bool:

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from megatron_paint.config.dialect import (
+    OASIS,
+    OP2SD,
     OPSD,
     OPSD_GRPO,
     PAINT,
@@ -45,13 +47,30 @@ class RevealSettings:
     ] = None
     hide_answer: Annotated[Flag, setting("hide the last box even where the share would show it")] = False
     solution: Annotated[
-        Literal["own", "wrong", "none"],
+        Literal["own", "wrong", "none", "reference_free", "other_example", "peer_rollout"],
         setting(
             "own: the problem's solution; wrong: that of another problem of the step; none: the teacher sees the "
-            "student's prompt"
+            "student's prompt; reference_free: the student's message in the teacher's thinking mode; other_example: "
+            "another problem of the step with its complete solution, as a worked example; peer_rollout: the shortest "
+            "other right response to the problem",
+            source=f"ours; other_example: {OP2SD}; peer_rollout: {OASIS}",
         ),
     ] = "own"
-    anchors: Annotated[Text, setting("name of the anchor extractor; each domain has its own")] = "math"
+    view: Annotated[
+        Text,
+        setting(
+            "which text of a problem is its reference; full: the solution; answer: the boxed answer alone; any other "
+            "name: that column of data.columns.views"
+        ),
+    ] = "full"
+    anchors: Annotated[
+        Text, setting("anchor extractor of the domains that name none of their own: math, code or text")
+    ] = "math"
+
+    @property
+    def needs_solutions(self) -> bool:
+        """Whether a problem without a solution cannot be used."""
+        return self.view == "full" and self.solution != "peer_rollout"
 
 
 @settings_class
@@ -78,7 +97,9 @@ class TeacherSettings:
 class GrpoSettings:
     """Group relative policy optimisation (arXiv 2402.03300)."""
 
-    samples_per_problem: Annotated[Whole, setting("responses in a group", source=OPSD_GRPO, ge=2)] = 8
+    samples_per_problem: Annotated[
+        Whole, setting("responses in a group; another name of rollout.samples_per_problem", source=OPSD_GRPO, ge=2)
+    ] = 8
     updates_per_batch: Annotated[Count, setting("optimiser steps on the responses of one step")] = 1
     clip_low: Annotated[
         Number, setting("the ratio is clipped below 1 - clip_low", source="the usual value of PPO", ge=0, lt=1)
@@ -111,8 +132,10 @@ class Needs:
 
     samples_per_problem: int  # rollouts of each problem in a step; 0: the solution is trained on
     teacher: bool = False  # a pass with the weights of `objective.teacher`
+    initial: bool = False  # a pass with the initial weights and the student's prompt
     masker: bool = False  # overlap and reveal
     graders: bool = False  # verdicts on rollouts
+    shown_responses: int = 0  # responses that the longest prompt holds: a teacher may be shown one
     solutions: bool = True  # a solution of each problem
 
 
@@ -139,10 +162,19 @@ class ObjectiveSettings:
 
     @property
     def needs(self) -> Needs:
-        """What the objective of this name needs."""
+        """What the objective of this name needs. `Settings.needs` adds what the section rollout asks for."""
         match self.name:
             case "paint" | "opsd":
-                return Needs(samples_per_problem=1, teacher=True, masker=True)
+                peers = self.reveal.solution == "peer_rollout"
+                return Needs(
+                    samples_per_problem=1,
+                    teacher=True,
+                    masker=True,
+                    initial=self.loss.needs_initial,
+                    graders=peers,
+                    shown_responses=int(peers),
+                    solutions=self.reveal.needs_solutions,
+                )
             case "grpo":
                 group = self.grpo.samples_per_problem
                 return Needs(samples_per_problem=group, teacher=self.grpo.kl_weight > 0, graders=True, solutions=False)

@@ -45,8 +45,8 @@ MAY_CHANGE = {f"run.{name}" for name in MAY_CHANGE_IN_RUN} | {
     "rollout.cache_bytes",
     "optimizer.decay_steps",  # `moved_decay_end` compares it together with run.steps
 }
-# A run accepts this number only if it fits, and null is this number wherever it fits. So they are the same.
-MEANING_OF_NULL = {"evaluation.max_new_tokens": LONGEST_ANSWER}
+# What null means. A run accepts this length of an answer only if it fits, and null is this length wherever it fits.
+MEANING_OF_NULL = {"evaluation.max_new_tokens": LONGEST_ANSWER, "rollout.samples_per_problem": 1}
 # What a checkpoint itself holds: another value would be ignored, or the checkpoint would not fit.
 IN_CHECKPOINT = {f"optimizer.{name}" for name in ("name", "beta1", "beta2", "eps", "momentum")}
 IN_CHECKPOINT |= {"model.lora", "model.lora.rank", "model.dtype", "model.adapter_path"}

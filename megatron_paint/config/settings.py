@@ -3,13 +3,14 @@
 A YAML file sets values and `key=value` arguments override them; `load.py` reads both. The loss has its own: `loss.py`.
 """
 
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Annotated, Literal
 
 from megatron_paint.config.dialect import (
     ADAMW,
     MEGATRON,
     MEGATRON_NAME,
+    OASIS,
     OPSD,
     Count,
     Flag,
@@ -20,7 +21,8 @@ from megatron_paint.config.dialect import (
     setting,
     settings_class,
 )
-from megatron_paint.config.objective import ObjectiveSettings
+from megatron_paint.config.domains import DEFAULT_DOMAIN, DomainSettings
+from megatron_paint.config.objective import Needs, ObjectiveSettings
 
 LONGEST_ANSWER = 38912  # tokens; OPSD's limit in evaluations
 Format = Literal["auto", "json", "jsonl", "csv", "parquet", "datasets"]
@@ -72,6 +74,16 @@ class ColumnSettings:
     )
     solution: Annotated[Text, setting("column of the verified solution; grpo and evaluations need none")] = "solution"
     answer: Annotated[Text, setting("column of the final answer")] = "answer"
+    views: Annotated[
+        dict[Text, Text],
+        setting("other texts that may be shown in place of the solution: a name for each, and its column"),
+    ] = field(default_factory=dict)
+    domain: Annotated[
+        Text | None, setting("column of the problem's domain, a name of the section domains; null: none")
+    ] = None
+    choices: Annotated[
+        Text | None, setting("column of the texts of a problem's choices, for grader=choice; null: none")
+    ] = None
 
 
 @settings_class
@@ -82,6 +94,7 @@ class DataSettings:
     format: Annotated[Format, setting(FORMAT)] = "auto"
     split: Annotated[Text, setting("split of a `datasets` source")] = "train"
     columns: ColumnSettings = field(default_factory=ColumnSettings)
+    domain: Annotated[Text, setting("domain of the rows that name none")] = DEFAULT_DOMAIN
     problems_per_step: Annotated[Count, setting("problems in one step, over all data-parallel ranks", source=OPSD)] = 32
     micro_batch_tokens: Annotated[
         Count, setting("most tokens in one micro-batch, padding included; a longer sequence is a micro-batch alone")
@@ -90,6 +103,15 @@ class DataSettings:
         Literal["error", "skip"], setting("at a bad row: stop, or leave the row out and count it")
     ] = "error"
     check_answers: Annotated[Flag, setting("compare each answer with the last box of its solution")] = True
+    order: Annotated[
+        Literal["shuffled", "adastar"],
+        setting(
+            "shuffled: each epoch has all problems in a new order; adastar: the problems with the oldest visit come "
+            "first, and of these the ones that the model solves least; the better the model, the fewer are repeated; "
+            "all rollouts are graded",
+            source="ours; adastar is AdaSTaR, arXiv 2505.16322",
+        ),
+    ] = "shuffled"
     seed: Annotated[Whole, setting("random key of the order of the problems", ge=0)] = 1
 
 
@@ -102,6 +124,13 @@ class PromptSettings:
     ] = None
     teacher_template: Annotated[
         Text | None, setting("template file of the teacher's message; null: the built-in one")
+    ] = None
+    example_template: Annotated[
+        Text | None,
+        setting(
+            "template file of the teacher's message with objective.reveal.solution=other_example; null: the built-in "
+            "one"
+        ),
     ] = None
     evaluation_template: Annotated[
         Text | None, setting("template file of the message in evaluations; null: the built-in one")
@@ -119,6 +148,18 @@ class RolloutSettings:
         Literal["megatron", "replay"], setting("where responses come from: sampled here, or read from a file")
     ] = "megatron"
     path: Annotated[Text | None, setting("file or folder of rollouts for engine=replay")] = None
+    samples_per_problem: Annotated[
+        Count | None,
+        setting("responses to each problem of a step; null: 1, or objective.grpo.samples_per_problem for grpo"),
+    ] = None
+    keep: Annotated[
+        Literal["all", "correct", "shortest_correct"],
+        setting(
+            "which responses paint and opsd train on: all, those with the right answer, or of each problem the "
+            "shortest of them; a problem without a right response is left out",
+            source=f"ours; shortest_correct: {OASIS}",
+        ),
+    ] = "all"
     max_new_tokens: Annotated[Count, setting("most tokens in a response", source=OPSD)] = 1024
     temperature: Annotated[Number, setting("sampling temperature; 0 is greedy", source=OPSD, ge=0)] = 1.1
     top_p: Annotated[
@@ -226,6 +267,7 @@ class EvaluationSettings:
     format: Annotated[Format, setting(FORMAT)] = "auto"
     split: Annotated[Text, setting("split of a `datasets` source")] = "test"
     columns: ColumnSettings = field(default_factory=ColumnSettings)
+    domain: Annotated[Text, setting("domain of the rows that name none")] = DEFAULT_DOMAIN
     limit: Annotated[Count | None, setting("number of problems, counted from the first one; null: all")] = None
     samples: Annotated[Count, setting("answers to each problem: the n of Avg@n", source=OPSD)] = 12
     temperature: Annotated[Number, setting("sampling temperature; 0 is greedy", source=OPSD, ge=0)] = 1.0
@@ -253,7 +295,7 @@ class EvaluationSettings:
 
 @settings_class
 class GradingSettings:
-    """How responses are graded: for GRPO's reward, in evaluations, and when solutions are checked."""
+    """How responses are graded: for GRPO, rollout.keep, data.order=adastar, evaluations and checks of solutions."""
 
     box_in_thought: Annotated[
         Literal["ignore", "count"],
@@ -332,6 +374,19 @@ class Settings:
     megatron: MegatronSettings = field(default_factory=MegatronSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     grading: GradingSettings = field(default_factory=GradingSettings)
+    domains: dict[Text, DomainSettings] = field(default_factory=dict)
+
+    @property
+    def needs(self) -> Needs:
+        """What the objective needs of this run: the number of responses and their grades may be asked for elsewhere."""
+        needs, rollout = self.objective.needs, self.rollout
+        if not needs.samples_per_problem:
+            return needs
+        return replace(
+            needs,
+            samples_per_problem=rollout.samples_per_problem or needs.samples_per_problem,
+            graders=needs.graders or rollout.keep != "all" or self.data.order == "adastar",
+        )
 
 
 @settings_class
@@ -348,5 +403,6 @@ class EvaluateSettings:
     megatron: MegatronSettings
     evaluation: EvaluationSettings
     grading: GradingSettings
+    domains: dict[str, DomainSettings]
     seed: int
     micro_batch_tokens: int

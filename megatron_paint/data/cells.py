@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Collection
 from typing import Any, Literal, NamedTuple
 
 from megatron_paint.data.messages import is_messages, messages_in, read_messages
@@ -9,6 +10,7 @@ from megatron_paint.data.rows import kind_of
 
 USED_ID = "repeats an id"  # the fault of a row whose id an earlier row has
 LARGEST_EXACT_FLOAT = 2**53
+MOST_CHOICES = 26  # A to Z
 RESULT_MARK = "####"
 RESULT = re.compile(r"(?:^|\n)[ \t]*####(?!#)[ \t]*(?P<result>[^\n]*?)\s*$")
 GROUPED = re.compile(r"-?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")  # 1,250
@@ -118,6 +120,50 @@ def answer_of(cell: Cell) -> tuple[str, Form]:
     if not result:
         raise cell.bad(f"has nothing after {RESULT_MARK!r}")
     return result.replace(",", "") if GROUPED.fullmatch(result) else result, "marked"
+
+
+def domain_of_row(cell: Cell, *, default: str, known: Collection[str]) -> str:
+    """Returns the domain of a row. A row without one has the default. Raises BadRow for an unknown name."""
+    if cell.value is None or cell.value == "":
+        return default
+    name = text_of(cell)
+    if name not in known:
+        raise BadRow(
+            f"column {cell.column!r} names the domain {name!r}; the domains are {', '.join(known)}",
+            role=cell.role,
+            fault="names an unknown domain",
+            fix=f"The first is {name!r}, and the domains are {', '.join(known)}. Add yours to the section domains",
+        )
+    return name
+
+
+def choices_of(cell: Cell) -> tuple[str, ...]:
+    """Returns the texts of the choices: a list of texts or numbers, or the same as JSON text. A row may have none."""
+    value = cell.value
+    if value is None or value == "":
+        return ()
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            value = cell.value
+    if not isinstance(value, list) or not 2 <= len(value) <= MOST_CHOICES:
+        raise cell.bad(f"holds no list of 2 to {MOST_CHOICES} choices")
+    texts = [repr(entry) if isinstance(entry, float) else entry for entry in value]
+    return tuple(id_of(cell._replace(value=text)) for text in texts)
+
+
+def answer_for_function(cell: Cell) -> str:
+    """Returns an answer that a user's function reads: any text, a number, or a list or an object as JSON text."""
+    value = cell.value
+    if isinstance(value, str):
+        return text_of(cell)
+    if not isinstance(value, list | dict):
+        return answer_of(cell)[0]
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise cell.bad("holds what JSON cannot write", f" ({error})") from error
 
 
 def _only_entry(cell: Cell, text: str) -> tuple[str, Form]:

@@ -9,7 +9,8 @@ from megatron_paint.data.rows import Row, listed, nearest
 if TYPE_CHECKING:
     from megatron_paint.config.settings import ColumnSettings
 
-ROLES = ("id", "problem", "answer", "solution")
+ROLES = ("id", "problem", "answer", "solution", "domain", "choices")
+VIEW = "views."  # a view has this and its name as role, so that an error names its setting
 DEFAULT_NAMES = {"id": "id", "solution": "solution"}  # of columns that a source may lack
 # Names that published problem sets use.
 OTHER_NAMES = {
@@ -17,6 +18,8 @@ OTHER_NAMES = {
     "answer": ("final_answer", "expected_answer", "ground_truth", "gold_answer", "target", "label", "solution"),
     "solution": ("rationale", "generated_solution", "response", "output", "reasoning", "cot", "answer"),
     "id": ("uid", "uuid", "unique_id", "problem_id", "problem_idx", "index", "idx"),
+    "domain": ("subject", "category", "data_source", "task", "type"),
+    "choices": ("options", "candidates"),
 }
 ROWS_LOOKED_INTO = 100
 DEEPEST = 3
@@ -44,14 +47,30 @@ def field_of(values: dict[str, Any], column: str) -> Any:
     return found
 
 
+def needed_by_view(role: str) -> str:
+    """Returns the setting that needs the column of a view, for errors."""
+    return f"objective.reveal.view: {role.removeprefix(VIEW)}"
+
+
 class Columns:
     """Takes the columns of a problem out of each row, and remembers what the rows have.
 
-    solution_needed_by: what needs solutions, for errors; None: nothing does.
+    solution_needed_by: what needs solutions, for errors; None: nothing does. view: the view that every problem needs, a
+    name of `names.views`; None: none.
     """
 
-    def __init__(self, names: "ColumnSettings", *, setting: str, source: str, solution_needed_by: str | None):
+    def __init__(
+        self,
+        names: "ColumnSettings",
+        *,
+        setting: str,
+        source: str,
+        solution_needed_by: str | None,
+        view: str | None = None,
+    ):
         self.names = {role: getattr(names, role) for role in ROLES}
+        self.names |= {VIEW + name: column for name, column in names.views.items()}
+        self.view = None if view is None else VIEW + view  # its role
         self.section = setting.partition(".")[0]
         self.setting, self.source = setting, source
         self.solution_needed_by = solution_needed_by
@@ -91,7 +110,7 @@ class Columns:
         needed = {role for role, name in self.names.items() if name not in (None, DEFAULT_NAMES.get(role))}
         if self.solution_needed_by:
             needed.add("solution")
-        for role in (role for role in ROLES if role in needed and role not in self.found):
+        for role in (role for role in self.names if role in needed and role not in self.found):
             name = self.names[role]
             raise UserError(
                 f"{self.section}.columns.{role}: no row of {self.source} has a column {name!r}. {self.known()}"
@@ -99,7 +118,9 @@ class Columns:
             )
 
     def need_of(self, role: str) -> str:
-        """Returns a sentence with what needs the solution; an empty text for any other role."""
+        """Returns a sentence with what needs a column of this role; an empty text if every problem needs it."""
+        if role == self.view:
+            return f" {needed_by_view(role)} needs it."
         return f" {self.solution_needed_by} needs it." if role == "solution" and self.solution_needed_by else ""
 
     def known(self) -> str:
@@ -126,8 +147,9 @@ class Columns:
         if close:
             return close
         free = self.present - set(self.names.values())
-        others = [other for other in OTHER_NAMES[role] if other in free]
-        leaves = [field for field in sorted(free) if field.rpartition(".")[2] in (name, *OTHER_NAMES[role])]
+        usual = OTHER_NAMES.get(role, ())
+        others = [other for other in usual if other in free]
+        leaves = [field for field in sorted(free) if field.rpartition(".")[2] in (name, *usual)]
         found = [*others, *leaves]
         return f" Did you mean {found[0]!r}?" if found else ""
 

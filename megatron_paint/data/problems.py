@@ -1,12 +1,12 @@
-"""Problems with verified solutions. The batch of a step is a function of (seed, step).
+"""Problems with verified solutions, and their shuffled order: the batch of a step is a function of (seed, step).
 
 Every row is checked when it is read. An error names a bad row by file and line. A fault that all rows share is a fault
 of a setting or of the file, and the error says so.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.base.keys import derive_key, permutation
+from megatron_paint.config.domains import BOXED_GRADERS, DomainSettings, domain_of, known_domains
 from megatron_paint.data.answer_check import Grader, check_answer, verdicts_on
 from megatron_paint.data.cells import (
     RESULT_MARK,
@@ -22,47 +23,34 @@ from megatron_paint.data.cells import (
     BadRow,
     Cell,
     Form,
+    answer_for_function,
     answer_of,
+    choices_of,
+    domain_of_row,
     id_of,
     optional_text_of,
     problem_of,
     text_of,
 )
-from megatron_paint.data.columns import Columns
+from megatron_paint.data.columns import Columns, needed_by_view
+from megatron_paint.data.prompt_limit import PromptLimit
 from megatron_paint.data.repeats import repeats
+from megatron_paint.data.row_messages import (
+    REASONS_SHOWN,
+    bad_rows_message,
+    check_shared_faults,
+    form_notes,
+    skipped_note,
+)
 from megatron_paint.data.rows import Row
 from megatron_paint.data.sources import read_rows
 from megatron_paint.data.statistics import oddities
+from megatron_paint.grading.final_answers import letter_of
 from megatron_paint.grading.grade import Grade
 from megatron_paint.records import Problem
 
 if TYPE_CHECKING:
     from megatron_paint.config.settings import DataSettings, EvaluationSettings
-
-REASONS_SHOWN = 3
-SYSTEM_SHOWN = 60  # characters
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptLimit:
-    """How long a problem's prompts may be: the model's positions less the tokens of a response."""
-
-    length: Callable[[Problem], int]  # returns the tokens of a problem's longest prompt
-    positions: int  # of the model
-    response: int = 0  # most tokens of a response that follows the prompt
-    setting: str = ""  # the key of the setting with `response`
-
-    @property
-    def most(self) -> int:
-        """The most tokens of a prompt."""
-        return self.positions - self.response
-
-    def message(self, length: int, *, source: str, where: str) -> str:
-        """The error if the longest prompt leaves too few positions for the response, which is the setting's fault."""
-        return (
-            f"{self.setting}={self.response} is too large: the longest prompt of {source} has {length} tokens ({where})"
-            f", and the model has {self.positions} positions; set {self.setting} to at most {self.positions - length}"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +65,7 @@ class LoadedProblems:
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """The training problems and their order.
+    """The training problems and their shuffled order; `order.py` has the other orders.
 
     Every epoch orders all n problems in a new way and cuts them into floor(n / problems_per_step) steps. The epoch does
     not use the rest. Raises UserError if one step needs more problems than there are.
@@ -119,18 +107,21 @@ def load_problems(
     settings: "DataSettings",
     *,
     solution_needed_by: str | None = "training",
+    view: str = "full",
     grade: Grader | None = None,
     prompt_limit: PromptLimit | None = None,
     mistake: Callable[[Problem], str | None] | None = None,
+    domains: Mapping[str, DomainSettings] | None = None,
 ) -> ProblemSet:
     """Reads the training problems and checks every row.
 
     solution_needed_by: what needs a solution in each row, for errors; None: a row may be without a solution.
+    view: `objective.reveal.view`, the text of each problem that is its reference.
     grade: gets all pairs (solution, answer) in which the solution's last box is another text than `answer`, and decides
-    whether they are equal. With None or with `check_answers: false` this is not checked. mistake: returns why a problem
-    cannot be used, or None. Raises UserError for a source that cannot be read or has no needed column, and for a
-    response that leaves no room for the prompts. With `on_bad_row: error` it also raises UserError for a bad row and
-    names its file and line.
+    whether they are equal. With None or with `check_answers: false` this is not checked, and it never is for problems
+    with another grader than math. mistake: returns why a problem cannot be used, or None. domains: the section of this
+    name. Raises UserError for a source that cannot be read or has no needed column, and for a response that leaves no
+    room for the prompts. With `on_bad_row: error` it also raises UserError for a bad row and names its file and line.
     """
     loaded = _load(
         settings.train,
@@ -138,9 +129,11 @@ def load_problems(
         setting="data.train",
         solution_needed_by=solution_needed_by,
         skip=settings.on_bad_row == "skip",
-        checks=_Checks(grade if settings.check_answers else None, prompt_limit, mistake),
+        checks=_Checks(grade if settings.check_answers else None, prompt_limit, mistake, domains=domains or {}),
+        view=view,
     )
-    odd = oddities(loaded.problems, setting="data", solutions=solution_needed_by is not None)
+    boxed = [one for one in loaded.problems if domain_of(domains or {}, one.domain).grader in BOXED_GRADERS]
+    odd = oddities(boxed, setting="data", solutions=solution_needed_by is not None)
     return ProblemSet(
         loaded.problems,
         settings.problems_per_step,
@@ -151,11 +144,13 @@ def load_problems(
     )
 
 
-def load_held_out(settings: "EvaluationSettings", *, needs_mark: bool = False) -> LoadedProblems:
+def load_held_out(
+    settings: "EvaluationSettings", *, needs_mark: bool = False, domains: Mapping[str, DomainSettings] | None = None
+) -> LoadedProblems:
     """Reads the first `limit` problems to evaluate on, in the order of the source. Solutions may be missing.
 
-    needs_mark: each answer must be a worked solution that ends in "#### RESULT". Raises UserError for a bad row and for
-    a source that cannot be read.
+    needs_mark: each answer must be a worked solution that ends in "#### RESULT". domains: the section of this name.
+    Raises UserError for a bad row and for a source that cannot be read.
     """
     if settings.problems is None:
         raise UserError("evaluation.problems is null; name a file of held-out problems")
@@ -165,7 +160,7 @@ def load_held_out(settings: "EvaluationSettings", *, needs_mark: bool = False) -
         setting="evaluation.problems",
         solution_needed_by=None,
         skip=False,
-        checks=_Checks(needs_mark=needs_mark),
+        checks=_Checks(needs_mark=needs_mark, domains=domains or {}),
         limit=settings.limit,
     )
 
@@ -175,7 +170,8 @@ class _TooLong(BadRow):
 
     def __init__(self, length: int, limit: PromptLimit):
         super().__init__(
-            f"its longest prompt has {length} tokens; at most {limit.most} fit beside {limit.setting}={limit.response}"
+            f"its longest prompt has {length} tokens{limit.shown_text}; at most {limit.most} fit beside "
+            f"{limit.setting}={limit.response}"
         )
         self.length = length
 
@@ -188,24 +184,31 @@ class _Checks:
     prompt_limit: PromptLimit | None = None
     mistake: Callable[[Problem], str | None] | None = None
     needs_mark: bool = False
+    domains: Mapping[str, DomainSettings] = field(default_factory=dict)
 
     def __call__(self, problem: Problem, form: Form) -> None:
         """Raises BadRow for a problem that cannot be used, except for its answer."""
         if self.needs_mark and form != "marked":
             raise BadRow(f"the answer has no {RESULT_MARK!r}; this benchmark has the answer after this mark")
+        if self._grader(problem) == "choice" and letter_of(problem.answer, problem.choices) is None:
+            raise BadRow(_no_choice(problem), role="answer", fault="names no choice")
         if self.mistake is not None and (reason := self.mistake(problem)) is not None:
             raise BadRow(reason)
         limit = self.prompt_limit
         if limit is not None and _may_be_longer(problem, limit.most):
             length = limit.length(problem)
-            if length > limit.most and limit.setting and length < limit.positions:
+            if length > limit.most and limit.setting and limit.longest_response(length) > 0:
                 raise _TooLong(length, limit)
             if length > limit.most:
                 raise BadRow(f"its longest prompt has {length} tokens, and the model has {limit.positions} positions")
 
     def verdicts(self, problems: Iterable[Problem]) -> dict[str, Grade]:
-        """Returns the grader's verdicts on the answers, by file and line."""
-        return {} if self.grade is None else verdicts_on(problems, self.grade)
+        """Returns the grader's verdicts on the answers whose grader compares boxes, by file and line."""
+        boxed = [problem for problem in problems if self._grader(problem) in BOXED_GRADERS]
+        return {} if self.grade is None else verdicts_on(boxed, self.grade)
+
+    def _grader(self, problem: Problem) -> str:
+        return domain_of(self.domains, problem.domain).grader
 
 
 class _Found:
@@ -261,8 +264,15 @@ def _load(
     skip: bool,
     checks: _Checks,
     limit: int | None = None,
+    view: str = "full",
 ) -> LoadedProblems:
-    columns = Columns(settings.columns, setting=setting, source=source, solution_needed_by=solution_needed_by)
+    columns = Columns(
+        settings.columns,
+        setting=setting,
+        source=source,
+        solution_needed_by=solution_needed_by,
+        view=view if view in settings.columns.views else None,
+    )
     needed = [name for name in columns.names.values() if name is not None]
     all_rows = read_rows(source, format=settings.format, split=settings.split, setting=setting, needed=needed)
     rows = [columns.take(row) for row in islice(all_rows, limit)]
@@ -271,128 +281,99 @@ def _load(
     has_ids = "id" in columns.found
     if not has_ids and columns.names["id"] is not None:
         notes.append(f"{source}: no row has a column {columns.names['id']!r}; file name and line are used as id")
-    read = [_read_problem(row, columns, has_ids=has_ids) for row in rows]
+    reader = _RowReader(columns=columns, domains=checks.domains, domain=settings.domain, has_ids=has_ids)
+    read = [reader(row) for row in rows]
+    if view == "answer":
+        read = [one if isinstance(one, BadRow) else (_with_answer_view(one[0]), *one[1:]) for one in read]
     found = _Found(checks, checks.verdicts(one[0] for one in read if not isinstance(one, BadRow)))
     for row, one in zip(rows, read, strict=True):
         found.add(row, one)
-    _check_shared_faults(found.bad, columns, count=len(rows))
+    check_shared_faults(found.bad, columns, count=len(rows))
     bad_rows = tuple(f"{row.where}: {reason}" for row, reason in found.bad)
     if bad_rows and not skip:
-        raise UserError(_bad_rows_message(bad_rows, len(rows), columns.section))
+        raise UserError(bad_rows_message(bad_rows, len(rows), columns.section))
     if found.too_long and not (skip and found.problems):
         raise UserError(found.too_long_message(source, count=len(rows)))
     bad_rows += tuple(f"{where}: {reason}" for where, reason in found.too_long.items())
     notes += found.notes
     if bad_rows:
-        notes.append(_skipped_note(bad_rows, len(rows), source))
+        notes.append(skipped_note(bad_rows, len(rows), source))
     if not found.problems:
         raise UserError(f"{setting}: {source} has no usable problem: {'; '.join(bad_rows[:REASONS_SHOWN])}")
     good = tuple(found.problems.values())
-    notes += _form_notes(found.forms, found.systems, columns, count=len(good))
+    notes += form_notes(found.forms, found.systems, columns, count=len(good))
     return LoadedProblems(problems=good, bad_rows=bad_rows, notes=tuple(notes), warnings=repeats(good, setting=setting))
 
 
-def _read_problem(row: Row, columns: Columns, *, has_ids: bool) -> tuple[Problem, Form, str] | BadRow:
-    """Returns what `_problem` does, or the reason why it cannot."""
-    try:
-        return _problem(row, columns, has_ids=has_ids)
-    except BadRow as reason:
-        return reason.with_traceback(None)
+@dataclass(frozen=True, kw_only=True)
+class _RowReader:
+    """Makes the problems of rows."""
+
+    columns: Columns
+    domains: Mapping[str, DomainSettings]
+    domain: str  # of a row that names none
+    has_ids: bool
+
+    def __call__(self, row: Row) -> tuple[Problem, Form, str] | BadRow:
+        """Returns the problem, the form of its answer and the text of its system message, or why there is none."""
+        try:
+            return self._problem(row)
+        except BadRow as reason:
+            return reason.with_traceback(None)
+
+    def _problem(self, row: Row) -> tuple[Problem, Form, str]:
+        if row.values is None:
+            raise BadRow(row.broken)
+        columns = self.columns
+        cells = {role: Cell(role, name, row.values.get(role)) for role, name in columns.names.items()}
+        problem_id = id_of(cells["id"]) if self.has_ids else row.name
+        problem, system = problem_of(cells["problem"])
+        solution = optional_text_of(cells["solution"])
+        if columns.solution_needed_by and not solution:
+            solution = _needed_text(cells["solution"], columns.solution_needed_by)
+        view = "" if columns.view is None else _needed_text(cells[columns.view], needed_by_view(columns.view))
+        domain = domain_of_row(cells["domain"], default=self.domain, known=known_domains(self.domains))
+        if domain_of(self.domains, domain).function is None:
+            answer, form = answer_of(cells["answer"])
+        else:  # what the function takes as the answer is its own affair: a test program may contain "####"
+            answer, form = answer_for_function(cells["answer"]), "text"
+        read = Problem(
+            id=problem_id,
+            problem=problem,
+            solution=solution,
+            answer=answer,
+            source=row.where,
+            view=view,
+            domain=domain,
+            choices=choices_of(cells["choices"]),
+        )
+        return read, form, system
 
 
-def _problem(row: Row, columns: Columns, *, has_ids: bool) -> tuple[Problem, Form, str]:
-    """Returns the problem of a row, the form of its answer and the text of its system message."""
-    if row.values is None:
-        raise BadRow(row.broken)
-    cells = {role: Cell(role, name, row.values.get(role)) for role, name in columns.names.items()}
-    problem_id = id_of(cells["id"]) if has_ids else row.name
-    problem, system = problem_of(cells["problem"])
-    solution = optional_text_of(cells["solution"])
-    if columns.solution_needed_by and not solution:
-        solution = _needed_solution(cells["solution"], columns)
-    answer, form = answer_of(cells["answer"])
-    return Problem(id=problem_id, problem=problem, solution=solution, answer=answer, source=row.where), form, system
+def _no_choice(problem: Problem) -> str:
+    if problem.choices:
+        last = chr(ord("A") + len(problem.choices) - 1)
+        return f"answer {problem.answer!r} is neither a letter from A to {last} nor the text of one of the choices"
+    return f"answer {problem.answer!r} is not the letter of a choice; for its text, name data.columns.choices"
 
 
-def _needed_solution(cell: Cell, columns: Columns) -> str:
-    """Raises BadRow, with what needs the solution."""
+def _with_answer_view(problem: Problem) -> Problem:
+    return replace(problem, view=f"\\boxed{{{problem.answer}}}")
+
+
+def _needed_text(cell: Cell, needed_by: str) -> str:
+    """Returns the text. Raises BadRow, with what needs it."""
     try:
         return text_of(cell)
     except BadRow as reason:
-        raise BadRow(f"{reason}; {columns.solution_needed_by} needs it", role=reason.role, fault=reason.fault) from None
-
-
-def _check_shared_faults(bad: Sequence[tuple[Row, BadRow]], columns: Columns, *, count: int) -> None:
-    """Raises UserError for a fault of a setting or of the file: one that makes all rows bad, or most ids repeat."""
-    source, section = columns.source, columns.section
-    repeated = [(row, reason) for row, reason in bad if reason.fault == USED_ID]
-    if 2 * len(repeated) >= count > 3:
-        row, reason = repeated[0]
-        raise UserError(
-            f"{section}.columns.id: {len(repeated)} of {count} rows of {source} have the id of an earlier row; the "
-            f"first is {row.where}: {reason}. Set {section}.columns.id: null to use file name and row number as id, or "
-            "name a column with another value in each row"
-        )
-    if len(bad) < count or count == 1:
-        return
-    row, reason = bad[0]
-    faults = {(reason.role, reason.fault) for _, reason in bad}
-    if len(faults) > 1 or not reason.fault:
-        raise UserError(
-            f"{columns.setting}: {source} has no usable problem: all {count} rows are bad. The first is {row.where}: "
-            f"{reason}"
-        )
-    fix = reason.fix or columns.fix_of(reason.role)
-    fault = "is null" if reason.fault == "is missing" else reason.fault
-    raise UserError(
-        f"{section}.columns.{reason.role}: in each of the {count} rows of {source}, column "
-        f"{columns.names[reason.role]!r} {fault}.{columns.need_of(reason.role)} {fix}"
-    )
-
-
-def _form_notes(forms: Counter[str], systems: dict[str, str], columns: Columns, *, count: int) -> list[str]:
-    """Returns what was read in another form than one text. UserError if system messages differ."""
-    source, notes = columns.source, []
-    if forms["marked"]:
-        notes.append(f"{source}: {forms['marked']} of {count} answers end in '#### RESULT'; the result is the answer")
-    if forms["list"]:
-        notes.append(f"{source}: {forms['list']} of {count} answers are a list of one text; this text is the answer")
-    if len(systems) > 1:
-        first, second = list(systems.values())[:2]
-        raise UserError(
-            f"{columns.section}.columns.problem: the system messages of {source} differ (first at {first} and {second})"
-            ", so they belong to the problems, and a problem is one text: write them into the user messages"
-        )
-    for text in systems:
-        notes.append(
-            f"{source}: the system message {_shortened(text)!r} is left out; the instructions are those of the "
-            "templates in the section prompts"
-        )
-    return notes
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= SYSTEM_SHOWN else text[:SYSTEM_SHOWN] + "..."
+        raise BadRow(f"{reason}; {needed_by} needs it", role=reason.role, fault=reason.fault) from None
 
 
 def _may_be_longer(problem: Problem, most: int) -> bool:
     """Tells whether a prompt may exceed `most` tokens: a token has at least one byte, a template may repeat a text."""
     template_allowance = 2048
-    longest = 2 * (len(problem.problem.encode()) + len(problem.solution.encode())) + template_allowance
+    longest = 2 * (len(problem.problem.encode()) + len(problem.reference.encode())) + template_allowance
     return longest > most
-
-
-def _bad_rows_message(bad_rows: Sequence[str], count: int, section: str) -> str:
-    more = len(bad_rows) - 1
-    others = f" ({more} more bad {'row' if more == 1 else 'rows'} of {count})" if more else ""
-    advice = "correct the row, or set data.on_bad_row: skip" if section == "data" else "correct the row"
-    return f"{bad_rows[0]}{others}; {advice}"
-
-
-def _skipped_note(bad_rows: Sequence[str], count: int, source: str) -> str:
-    first = "; ".join(bad_rows[:REASONS_SHOWN])
-    more = "; ..." if len(bad_rows) > REASONS_SHOWN else ""
-    return f"{source}: {len(bad_rows)} of {count} rows left out: {first}{more}"
 
 
 @lru_cache(maxsize=2)

@@ -1,13 +1,15 @@
 """Prompts and responses as token ids. In training, only this module uses the tokenizer and the chat template.
 
-The wording is that of OPSD's third version (arXiv 2601.18734 and its code). The line that marks a hidden rest is ours.
+The wording is that of OPSD's third version (arXiv 2601.18734 and its code). The line that marks a hidden rest is ours,
+and so is the wording around a worked example.
 Text becomes ids once. A control token that is written in a problem or a solution stays text: its two parts are encoded
 separately, so it can neither end a turn nor begin one. Text without control tokens is encoded as usual. A solution that
 is a response (SFT) is encoded as the model writes it: <think>, <tool_call> and other added tokens become their ids.
 Only special tokens, and tokens that mark turns, stay text there.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from functools import cache, lru_cache
 from importlib.resources import files
 from typing import TYPE_CHECKING
@@ -41,6 +43,8 @@ class Prompts:
         self._settings = settings
         self._student = _template("student", settings.student_template, {"problem"}, set())
         self._teacher = _template("teacher", settings.teacher_template, {"problem", "solution"}, {"hidden"})
+        example = {"problem", "example_problem", "example_solution"}
+        self._example = _template("example", settings.example_template, example, set())
         self._evaluation = _template("evaluation", settings.evaluation_template, {"problem"}, set())
         self.solution_offsets = lru_cache(CACHED_SOLUTIONS)(self._solution_offsets)
         self.prompt_end = cache(self._prompt_end)
@@ -50,23 +54,44 @@ class Prompts:
         return self._chat(self._student, self._settings.student_thinking, problem=problem.problem)
 
     def teacher_prompt(self, problem: Problem, reveal: Reveal) -> TokenIds:
-        """Returns the prompt with the problem and the shown text. Without a reference it is the student's prompt."""
+        """Returns the prompt with the problem and what the reveal shows.
+
+        Without a reference it is the student's prompt. `reference_free`: the student's message, in the teacher's
+        thinking mode. `other_example`: a worked example before the problem.
+        """
+        if reveal.solution == "reference_free":
+            return self.problem_alone(problem)
+        if reveal.example is not None:
+            return self.example_prompt(problem, example=reveal.example, solution=reveal.shown_text)
         if not reveal.reference:
             return self.student_prompt(problem)
         hidden = bool(reveal.reference[len(reveal.shown_text) :].strip())
         return self._teacher_prompt(problem, shown=reveal.shown_text, hidden=hidden)
 
     def full_teacher_prompt(self, problem: Problem, reveal: Reveal | None = None) -> TokenIds:
-        """Returns the prompt with the problem and its complete solution, or the complete reference of a reveal."""
+        """Returns the prompt with the problem and its complete reference, or the complete reference of a reveal."""
         if reveal is None:
-            return self._teacher_prompt(problem, shown=problem.solution, hidden=False)
-        if not reveal.reference:
-            return self.student_prompt(problem)
-        return self._teacher_prompt(problem, shown=reveal.reference, hidden=False)
+            return self._teacher_prompt(problem, shown=problem.reference, hidden=False)
+        return self.teacher_prompt(problem, replace(reveal, shown_text=reveal.reference))
+
+    def problem_alone(self, problem: Problem) -> TokenIds:
+        """Returns the student's message in the teacher's thinking mode."""
+        return self._chat(self._student, self._settings.teacher_thinking, problem=problem.problem)
+
+    def example_prompt(self, problem: Problem, *, example: str, solution: str) -> TokenIds:
+        """Returns the teacher's prompt with another problem and its solution as a worked example, then the problem."""
+        thinking = self._settings.teacher_thinking
+        texts = {"problem": problem.problem, "example_problem": example, "example_solution": solution}
+        return self._chat(self._example, thinking, **texts)
+
+    @property
+    def times_shown(self) -> int:
+        """Tells how often the teacher's message holds the reference."""
+        return _rendered(self._teacher, {"problem": "", "solution": QUESTION}, hidden=True).count(QUESTION)
 
     def longest_prompt(self, problem: Problem) -> int:
-        """Returns the number of tokens of the longest prompt that training can make of a problem and its solution."""
-        teacher = self._teacher_prompt(problem, shown=problem.solution, hidden=True)
+        """Returns the number of tokens of the longest prompt that training can make of a problem and its reference."""
+        teacher = self._teacher_prompt(problem, shown=problem.reference, hidden=True)
         return max(len(self.student_prompt(problem)), len(teacher))
 
     def evaluation_prompt(self, problem: Problem, thinking: bool) -> TokenIds:
@@ -133,10 +158,7 @@ class Prompts:
         seam = _seam(texts.values())
         tokens = self.tokenizer.control_tokens
         protected = {name: self._protect(text, seam, tokens) for name, text in texts.items()}
-        try:
-            content = template.render(protected, hidden=hidden)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise UserError(f"{template.filename}: the template cannot be rendered ({error})") from error
+        content = _rendered(template, protected, hidden=hidden)
         rendered = self.tokenizer.render_chat([{"role": "user", "content": content}], thinking)
         return self._encode(rendered, seam)
 
@@ -160,6 +182,13 @@ def _seam(texts: Collection[str]) -> str:
         if not any(seam in text for text in texts):
             return seam
     raise UserError("a problem or solution contains all of U+FDD0 to U+FDEF; these are no characters, so remove them")
+
+
+def _rendered(template: jinja2.Template, texts: Mapping[str, str], *, hidden: bool) -> str:
+    try:
+        return template.render(texts, hidden=hidden)
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        raise UserError(f"{template.filename}: the template cannot be rendered ({error})") from error
 
 
 def _template(name: str, path: str | None, needed: set[str], optional: set[str]) -> jinja2.Template:

@@ -5,17 +5,20 @@ that `data.train` takes is a benchmark too, with the columns of `evaluation.colu
 that `datasets` knows. The benchmark then has the name of the file, folder or data set.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_paint.base.errors import UserError
+from megatron_paint.config.domains import DomainSettings
 from megatron_paint.config.settings import ColumnSettings, EvaluationSettings
 from megatron_paint.data.data_file import stem_of
 from megatron_paint.data.problems import load_held_out
 from megatron_paint.data.rows import nearest
 from megatron_paint.data.sources import is_data_file
 from megatron_paint.records import Problem
+
+Domains = Mapping[str, DomainSettings]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +60,14 @@ def names_in(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def load_benchmarks(names: Sequence[str], settings: EvaluationSettings) -> tuple[Benchmark, ...]:
-    """Loads the benchmarks of these names or files.
+def load_benchmarks(
+    names: Sequence[str], settings: EvaluationSettings, *, domains: Domains | None = None
+) -> tuple[Benchmark, ...]:
+    """Loads the benchmarks of these names or files. domains: the section of this name.
 
     Raises UserError that names a benchmark that is unknown, appears twice or cannot be read.
     """
-    found = [load_benchmark(name, settings) for name in names]
+    found = [load_benchmark(name, settings, domains=domains) for name in names]
     for number, benchmark in enumerate(found):
         if benchmark.name == "summary":
             raise UserError(f"--benchmarks: {names[number]} would overwrite the summary; rename the file")
@@ -71,7 +76,7 @@ def load_benchmarks(names: Sequence[str], settings: EvaluationSettings) -> tuple
     return tuple(found)
 
 
-def load_benchmark(name: str, settings: EvaluationSettings) -> Benchmark:
+def load_benchmark(name: str, settings: EvaluationSettings, *, domains: Domains | None = None) -> Benchmark:
     """Loads one benchmark: a known name, or what `data.train` takes. Raises UserError if it cannot be read."""
     source = NAMED.get(name)
     if source is None:
@@ -81,7 +86,7 @@ def load_benchmark(name: str, settings: EvaluationSettings) -> Benchmark:
         settings = replace(
             settings, problems=source.path, split=source.split, columns=source.columns, format="datasets"
         )
-    loaded = load_held_out(settings, needs_mark=source is not None and source.marked)
+    loaded = load_held_out(settings, needs_mark=source is not None and source.marked, domains=domains)
     return Benchmark(
         name=benchmark_name(name),
         problems=loaded.problems,

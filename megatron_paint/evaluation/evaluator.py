@@ -8,7 +8,7 @@ from megatron_paint.config.settings import EvaluationSettings
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.evaluation.answer_file import Key
 from megatron_paint.evaluation.statistics import GREEDY, build_report
-from megatron_paint.grading.grade import GradingPool
+from megatron_paint.grading.graders import Graders
 from megatron_paint.grading.thoughts import PROMPT_TAIL, continued
 from megatron_paint.records import EvalReport, Graded, Problem, Rollout, TokenIds
 from megatron_paint.rollouts.engine import GenerationRequest, Sampler, SamplingParameters
@@ -77,7 +77,7 @@ class Evaluator:
         """Returns the prompt of a problem."""
         return self.prompts.evaluation_prompt(problem, self.settings.thinking)
 
-    def report(self, answers: Answers, *, step: int, benchmark: str, graders: GradingPool) -> EvalReport:
+    def report(self, answers: Answers, *, step: int, benchmark: str, graders: Graders) -> EvalReport:
         """Grades the answers and returns the report. Only one rank calls it."""
         sampled, greedy = self._grade(answers.sampled, graders), self._grade(answers.greedy, graders)
         return build_report(step, benchmark, sampled, greedy=greedy)
@@ -94,8 +94,8 @@ class Evaluator:
             for index in range(samples)
         ]
 
-    def _grade(self, rollouts: Sequence[Rollout], graders: GradingPool) -> list[Graded]:
-        answers = {problem.id: problem.answer for problem in self.problems}
+    def _grade(self, rollouts: Sequence[Rollout], graders: Graders) -> list[Graded]:
+        problems = {problem.id: problem for problem in self.problems}
         ungraded = [
             Graded(
                 problem_id=rollout.problem_id,
@@ -109,20 +109,27 @@ class Evaluator:
             for rollout in rollouts
         ]
         ends = [self.prompts.response_text(rollout.prompt_ids[-PROMPT_TAIL:]) for rollout in rollouts]
-        return grade_all(ungraded, answers, graders, prompt_ends=ends)
+        return grade_all(ungraded, problems, graders, prompt_ends=ends)
 
 
 def grade_all(
-    ungraded: Sequence[Graded], answers: Mapping[str, str], graders: GradingPool, *, prompt_ends: Sequence[str]
+    ungraded: Sequence[Graded], problems: Mapping[str, Problem], graders: Graders, *, prompt_ends: Sequence[str]
 ) -> list[Graded]:
     """Returns the responses with their grades.
 
-    answers: the right answer of each problem id. prompt_ends: the last characters of each response's prompt, which may
-    open a thought.
+    problems: by their id. prompt_ends: the last characters of each response's prompt, which may open a thought.
     """
     texts = [continued(end, one.response_text) for end, one in zip(prompt_ends, ungraded, strict=True)]
-    grades = graders.grade([(text, answers[one.problem_id]) for text, one in zip(texts, ungraded, strict=True)])
+    grades = graders.grade([(text, problems[one.problem_id]) for text, one in zip(texts, ungraded, strict=True)])
     return [
-        replace(one, outcome=grade.outcome, extracted=grade.extracted, box_in_thought=grade.box_in_thought)
+        replace(
+            one,
+            outcome=grade.outcome,
+            extracted=grade.extracted,
+            box_in_thought=grade.box_in_thought,
+            domain=problems[one.problem_id].domain,
+            score=grade.score,
+            error=grade.error,
+        )
         for one, grade in zip(ungraded, grades, strict=True)
     ]

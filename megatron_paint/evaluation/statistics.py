@@ -6,6 +6,7 @@ every figure uncertain: 90 problems give a standard error of about 3.5 points. S
 """
 
 import math
+import re
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ BLOCK_SIZE = 2_000_000  # resampled scores in memory at once
 SIGN_DRAWS = 100_000
 MAX_EXACT_PROBLEMS = 16  # up to this number of problems, all sign combinations are computed
 ROUNDING = 1e-12
+DOMAIN_AVG = re.compile(r"domain/[^/]+/avg")
 SHARES, DIFFERENCES = (0.0, 1.0), (-1.0, 1.0)  # ranges of a problem's score and of a difference of two scores
 
 
@@ -49,18 +51,25 @@ def pass_at_k(right: int, samples: int, k: int) -> float:
 def majority_score(answers: Sequence[Graded]) -> float:
     """Returns the chance that the most frequent answer of one problem is right, in [0, 1].
 
-    All right answers are one candidate. Wrong answers with different normal forms are different candidates. Samples
-    without an answer do not vote. If k candidates are equally frequent, each has the chance 1/k.
+    All right answers are one candidate. Wrong answers with different normal forms are different candidates, and so are
+    wrong answers of which only a user's function knows what they are. Samples without an answer and those whose grader
+    failed do not vote. If k candidates are equally frequent, each has the chance 1/k.
     """
     votes = Counter(
-        "right" if answer.outcome == "right" else "wrong " + normal_form(answer.extracted or "")
+        "right" if answer.outcome == "right" else _wrong_candidate(answer)
         for answer in answers
-        if answer.outcome != "no_answer"
+        if answer.outcome not in ("no_answer", "error")
     )
     if not votes:
         return 0.0
     most = max(votes.values())
     return float(votes["right"] == most) / sum(count == most for count in votes.values())
+
+
+def _wrong_candidate(answer: Graded) -> str:
+    if answer.extracted is None:
+        return f"wrong sample {answer.sample_index}"
+    return "wrong " + normal_form(answer.extracted)
 
 
 def mean_interval(
@@ -139,8 +148,10 @@ def build_report(step: int, benchmark: str, graded: Sequence[Graded], *, greedy:
     The metrics are shares in [0, 1] unless noted: avg, avg/low and avg/high (95 % over problems), avg/sampling_se
     (standard error from the draw of n samples; only for n > 1), avg/problem_se (standard error from the draw of
     problems; only for more than one), pass@1 .. pass@n, maj@n, truncated_share, no_answer_share, length_mean (tokens;
-    NaN if no length is known), timeouts and box_in_thought (counts; see `Graded`), and with greedy answers greedy and
-    greedy/length_mean. The report has greedy answers with sample_index -1. Raises ValueError unless all problems have
+    NaN if no length is known), timeouts, errors and box_in_thought (counts; see `Graded`), and with greedy answers
+    greedy and greedy/length_mean. With scores of a user's function: score, the mean over all samples, where a right
+    answer of another grader is 1 and any other 0. With several domains: `domain/NAME/avg`, its interval and the number
+    of problems of each. The report has greedy answers with sample_index -1. Raises ValueError unless all problems have
     equally many samples.
     """
     groups = _by_problem(graded)
@@ -160,7 +171,11 @@ def build_report(step: int, benchmark: str, graded: Sequence[Graded], *, greedy:
     metrics["no_answer_share"] = sum(answer.outcome == "no_answer" for answer in graded) / len(graded)
     metrics["length_mean"] = _mean_length(graded)
     metrics["timeouts"] = float(sum(answer.outcome == "timeout" for answer in graded))
+    metrics["errors"] = float(sum(answer.outcome == "error" for answer in graded))
     metrics["box_in_thought"] = float(sum(answer.box_in_thought for answer in graded))
+    if any(answer.score is not None for answer in graded):
+        metrics["score"] = sum(_score(answer) for answer in graded) / len(graded)
+    metrics |= _by_domain(graded, benchmark)
     if greedy:
         metrics["greedy"] = _right(greedy) / len(greedy)
         metrics["greedy/length_mean"] = _mean_length(greedy)
@@ -172,6 +187,30 @@ def build_report(step: int, benchmark: str, graded: Sequence[Graded], *, greedy:
         metrics=metrics,
         answers=(*graded, *(replace(answer, sample_index=GREEDY) for answer in greedy)),
     )
+
+
+def _score(answer: Graded) -> float:
+    return float(answer.outcome == "right") if answer.score is None else answer.score
+
+
+def domains_in(metrics: Mapping[str, float]) -> tuple[str, ...]:
+    """Returns the names of the domains whose accuracy an evaluation has; none if all problems are of one domain."""
+    return tuple(name.split("/")[1] for name in metrics if DOMAIN_AVG.fullmatch(name))
+
+
+def _by_domain(graded: Sequence[Graded], benchmark: str) -> dict[str, float]:
+    """Returns avg, avg/low, avg/high and problems of each domain, in the order of the problems; {} for one domain."""
+    names = dict.fromkeys(answer.domain for answer in graded)
+    if len(names) < 2:
+        return {}
+    found: dict[str, float] = {}
+    for name in names:
+        groups = _by_problem([answer for answer in graded if answer.domain == name])
+        scores = np.array([_right(group) / len(group) for group in groups.values()])
+        interval = mean_interval([scores], key=f"{benchmark}/{name}")
+        found |= {f"domain/{name}/avg": interval.mean, f"domain/{name}/avg/low": interval.low}
+        found |= {f"domain/{name}/avg/high": interval.high, f"domain/{name}/problems": float(len(scores))}
+    return found
 
 
 def paired_difference(*, before: EvalReport, after: EvalReport) -> Interval:

@@ -1,14 +1,14 @@
 """Writes the results of an evaluation as JSON for programs, Markdown for readers and a plot. Reads reports again."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.base.json_text import to_json
-from megatron_paint.evaluation.statistics import Interval, length_text, macro_average, problem_scores
+from megatron_paint.evaluation.statistics import Interval, domains_in, length_text, macro_average, problem_scores
 from megatron_paint.records import EvalReport, Graded
 from megatron_paint.runtime.files import disk_errors, write_atomically
 
@@ -62,6 +62,24 @@ def truncation_warning(report: EvalReport) -> str | None:
     )
 
 
+def domain_text(report: EvalReport) -> str:
+    """The accuracy of each domain, in per cent; an empty text if all problems are of one domain."""
+    return ", ".join(
+        f"{name} {100 * report.metrics[f'domain/{name}/avg']:.1f} %" for name in domains_in(report.metrics)
+    )
+
+
+def error_warning(report: EvalReport) -> str | None:
+    """A warning if graders failed on answers; None otherwise."""
+    failed = [answer for answer in report.answers if answer.outcome == "error"]
+    if not failed:
+        return None
+    return (
+        f"{report.benchmark}: {len(failed)} of {len(report.answers)} answers have no verdict and count as not right, "
+        f"because their grader failed. The first is of problem {failed[0].problem_id!r}: {failed[0].error}"
+    )
+
+
 def _of(report: EvalReport) -> dict[str, Any]:
     return {"problems": report.num_problems, "samples": report.samples_per_problem, **report.metrics}
 
@@ -75,8 +93,8 @@ def markdown(evaluated: Evaluated) -> str:
         "thought that holds a box; by default it is no answer (grading.box_in_thought).",
         "",
         "| benchmark | problems | Avg@n | interval | pass@n | maj@n | truncated | no box "
-        "| box in thought | time-outs | mean tokens |",
-        "|---|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| box in thought | time-outs | errors | mean tokens |",
+        "|---|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for report in evaluated.reports:
         metrics, n = report.metrics, report.samples_per_problem
@@ -86,10 +104,14 @@ def markdown(evaluated: Evaluated) -> str:
             f"| {report.benchmark} | {report.num_problems} | {avg} (n = {n}) "
             f"| {100 * metrics['avg/low']:.1f} to {100 * metrics['avg/high']:.1f} | {best} | {majority} | {truncated} "
             f"| {100 * metrics['no_answer_share']:.1f} | {metrics['box_in_thought']:.0f} | {metrics['timeouts']:.0f} "
-            f"| {length_text(metrics)} |"
+            f"| {metrics.get('errors', 0):.0f} | {length_text(metrics)} |"
         )
+    lines += _domain_lines(evaluated.reports)
     lines += [
-        f"\nWarning: {warning}." for report in evaluated.reports if (warning := truncation_warning(report)) is not None
+        f"\nWarning: {warning}."
+        for report in evaluated.reports
+        for warning in (truncation_warning(report), error_warning(report))
+        if warning is not None
     ]
     if len(evaluated.reports) > 1:
         macro = evaluated.macro
@@ -98,6 +120,23 @@ def markdown(evaluated: Evaluated) -> str:
             f"Macro average {100 * macro.mean:.1f}, 95 % interval {100 * macro.low:.1f} to {100 * macro.high:.1f}.",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _domain_lines(reports: Sequence[EvalReport]) -> list[str]:
+    """The table of accuracies by domain, for the benchmarks with several domains."""
+    rows = []
+    for report in reports:
+        for name in domains_in(report.metrics):
+            problems, avg, low, high = (
+                report.metrics[f"domain/{name}/{key}"] for key in ("problems", "avg", "avg/low", "avg/high")
+            )
+            rows.append(
+                f"| {report.benchmark} | {name} | {problems:.0f} | {100 * avg:.1f} "
+                f"| {100 * low:.1f} to {100 * high:.1f} |"
+            )
+    return (
+        ["", "| benchmark | domain | problems | Avg@n | interval |", "|---|---|---:|---:|---|", *rows] if rows else []
+    )
 
 
 def plot(path: Path, evaluated: Evaluated) -> None:

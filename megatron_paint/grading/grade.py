@@ -18,7 +18,7 @@ from megatron_paint.grading.normal_form import DOLLAR, normal_form, same_text
 from megatron_paint.grading.pool import Verdict, WorkerPool
 from megatron_paint.grading.thoughts import BoxInThought, answer_text, unfinished_thought
 
-Outcome = Literal["right", "wrong", "no_answer", "timeout"]
+Outcome = Literal["right", "wrong", "no_answer", "timeout", "error"]
 SECONDS = 5.0  # OPSD's limit
 MAX_ANSWER_LENGTH = 2000  # characters; math-verify does not get longer answers, which are compared as text
 TAIL_LENGTH = 8000  # characters that math-verify gets of a response without a box; more would not fit into a pipe
@@ -30,8 +30,17 @@ class Grade:
 
     correct: bool
     extracted: str | None  # the text that was compared with the answer; None without a box
-    outcome: Outcome  # timeout: no verdict within the limits of time and memory; counted separately from wrong
+    # timeout: no verdict within the limits of time and memory; error: a user's function failed. Both are counted
+    # separately from wrong.
+    outcome: Outcome
     box_in_thought: bool = False  # a thought that never ends holds a box; `Rules.box_in_thought` says whether it counts
+    score: float | None = None  # of a user's function, in [0, 1]; None: another grader, or no verdict
+    error: str = ""  # why there is no verdict, where the outcome is error
+
+    @property
+    def reward(self) -> float:
+        """The reward in GRPO, in [0, 1]: the score of a user's function, else 1 for a right answer and 0 for others."""
+        return float(self.correct) if self.score is None else self.score
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +121,7 @@ def _grade_of(case: _Case, verdict: Verdict | None) -> Grade:
     return Grade(correct=False, extracted=case.extracted, outcome="wrong")
 
 
-def _box_in_thought(text: str) -> bool:
+def box_in_unfinished_thought(text: str) -> bool:
     """Tells whether a thought that never ends holds a box."""
     start = unfinished_thought(text)
     return start is not None and bool(find_boxes(text[start:]))
@@ -154,7 +163,7 @@ class GradingPool:
         rules, pairs = rules or self.rules, list(pairs)
         cases = [_prepare_response(text, answer, rules) for text, answer in pairs]
         return [
-            replace(_grade_of(case, verdict), box_in_thought=_box_in_thought(text))
+            replace(_grade_of(case, verdict), box_in_thought=box_in_unfinished_thought(text))
             for (text, _), case, verdict in zip(pairs, cases, self._ask(cases, rules), strict=True)
         ]
 

@@ -1,18 +1,13 @@
-r"""The program of a grading worker. It reads questions on stdin and writes verdicts on stdout, one JSON object a line.
+r"""The program of a grading worker, which asks math-verify.
 
 It is a separate process because math-verify can hang inside C code on a hostile answer. No exception reaches it there,
 so the parent kills the process. Importing this file loads neither torch nor megatron.
 """
 
-import json
-import logging
-import os
-import resource
-import signal
-import sys
 from typing import Any
 
 from megatron_paint.grading.compare import Options, answers_equal, parse_values, prose_equal
+from megatron_paint.grading.protocol import Answer, serve
 
 MEMORY_BYTES = 4 << 30  # a power tower allocates all memory before it takes much time
 
@@ -42,31 +37,16 @@ def judge(question: dict[str, Any]) -> dict[str, Any]:
         return {"agrees": None}
 
 
-def main() -> None:
-    """Answers questions until stdin ends."""
-    logging.disable(logging.CRITICAL)
-    replies = os.fdopen(os.dup(1), "w", encoding="ascii", buffering=1)
+def prepare() -> Answer:
+    """Loads math-verify. Raises ImportError, with the cure, if it is not installed."""
     try:
         # The first parse builds the grammar. This must not count against the time of the first question.
         parse_values("\\frac{1}{2}", ("latex", "expr"))
     except ImportError as error:
-        replies.write(json.dumps({"missing": str(error)}) + "\n")
-        return
-    null_device = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null_device, 1)
-    os.dup2(null_device, 2)  # the parser prints a warning for every odd character
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    replies.write(json.dumps({"ready": True}) + "\n")
-    for line in sys.stdin.buffer:
-        question = json.loads(line)
-        # The alarm's default action ends the process even inside C code, so no worker runs on without its parent.
-        signal.setitimer(signal.ITIMER_REAL, 2 * question["seconds"] + 1)
-        reply = judge(question)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        replies.write(json.dumps(reply) + "\n")
+        advice = "Install math-verify with its parser: pip install 'math-verify[antlr4_13_2]'"
+        raise ImportError(f"{error}. {advice}") from error
+    return judge
 
 
 if __name__ == "__main__":
-    main()
+    serve(prepare, memory_bytes=MEMORY_BYTES)

@@ -42,6 +42,17 @@ def check_full_teacher(name: str, value: torch.Tensor | None, config: Interpolat
         )
 
 
+def check_initial(name: str, value: torch.Tensor | None, config: InterpolationLossConfig) -> None:
+    """ValueError unless the initial weights' part is passed exactly when the support or the partner needs it."""
+    if (value is not None) != config.needs_initial:
+        got = "nothing" if value is None else "a tensor"
+        raise ValueError(
+            f"{name}: got {got} with support {config.support} and partner {config.partner}; it belongs to support "
+            "initial and partner initial; "
+            + ("pass it or set another support and partner" if value is None else "drop it or set one of them")
+        )
+
+
 def check_vector(name: str, value: torch.Tensor | None, tokens: int) -> None:
     """ValueError unless value is None or has one entry per token."""
     if value is not None and tuple(value.shape) != (tokens,):

@@ -2,6 +2,8 @@
 
 Per chunk: two matrix products compute the student's and the teacher's logits. One collective merges softmax statistics
 and entropies, which determine the selection; a second one merges the divergences. Then dlogits W and dlogits^T h.
+A support needs the maximum of the logits that decide it before the statistics. It joins the second collective of the
+chunk before; only the first chunk of a call takes one more.
 With a sharded vocabulary the second collective of a chunk overlaps with the next chunk's products to logits, and the
 next chunk's first collective overlaps with this chunk's products of the gradient.
 Which tokens are selected is known only after the complete rollout was seen. If a rollout does not fit into one chunk,
@@ -22,12 +24,14 @@ from megatron_paint.config.loss import InterpolationLossConfig
 from megatron_paint.losses.elementwise.divergences import Outcome, finish
 from megatron_paint.losses.elementwise.interface import ChunkLogits, Passes, Target, Work, split_statistics
 from megatron_paint.losses.elementwise.softmax_statistics import (
+    EMPTY_MAX,
     Softmax,
     merge_entropy,
     merge_softmax,
     merge_token_logp,
     query_tokens,
 )
+from megatron_paint.losses.elementwise.support import outside_mass, support_floor
 from megatron_paint.losses.output import InterpolationOutput
 from megatron_paint.losses.output_layer.chunks import Chunk, ChunkSize, plan_chunks
 from megatron_paint.losses.output_layer.products import OutputLayerGradient, Projection, inverse
@@ -44,8 +48,10 @@ class Inputs:
     student_TH: torch.Tensor
     teacher_TH: torch.Tensor
     full_teacher_TH: torch.Tensor | None
+    initial_TH: torch.Tensor | None
     weight_VH: torch.Tensor
     teacher_weight_VH: torch.Tensor
+    initial_weight_VH: torch.Tensor
     dtype: torch.dtype
     token_weight_T: torch.Tensor | None
     token_ids_T: torch.Tensor | None
@@ -57,17 +63,25 @@ class Inputs:
 
 
 class Statistics(NamedTuple):
-    """Each token's statistics from the first collective; mixed: the normaliser of the interpolated target."""
+    """Each token's statistics from the first collective.
+
+    plain, mixed: the normalisers of the teacher's distribution and of the interpolated target, over the support if
+    there is one. size_T: the entries of the support; plain_outside_T, mixed_outside_T: the mass outside it of the
+    teacher's distribution and of the interpolation. All 0 without a support.
+    """
 
     student_max_T: torch.Tensor
     student_sum_T: torch.Tensor
-    teacher_max_T: torch.Tensor
-    teacher_sum_T: torch.Tensor
+    plain_max_T: torch.Tensor
+    plain_sum_T: torch.Tensor
     mixed_max_T: torch.Tensor
     mixed_sum_T: torch.Tensor
     student_entropy_T: torch.Tensor
     teacher_entropy_T: torch.Tensor
     token_logp_T: torch.Tensor
+    size_T: torch.Tensor
+    plain_outside_T: torch.Tensor
+    mixed_outside_T: torch.Tensor
 
     def rows(self, rows: Rows) -> Statistics:
         return Statistics(*(values_T[rows] for values_T in self))
@@ -78,8 +92,8 @@ class Statistics(NamedTuple):
 
     def target(self, selected_T: torch.Tensor) -> Softmax:
         return Softmax(
-            torch.where(selected_T, self.mixed_max_T, self.teacher_max_T),
-            torch.where(selected_T, self.mixed_sum_T, self.teacher_sum_T),
+            torch.where(selected_T, self.mixed_max_T, self.plain_max_T),
+            torch.where(selected_T, self.mixed_sum_T, self.plain_sum_T),
         )
 
 
@@ -114,6 +128,7 @@ class FusedPass:
         self.project_student = Projection(inputs.weight_VH, inputs.dtype, **made)
         self.project_teacher = Projection(inputs.teacher_weight_VH, inputs.dtype, **made)
         self.project_full_teacher = Projection(inputs.teacher_weight_VH, inputs.dtype, **made)
+        self.project_initial = Projection(inputs.initial_weight_VH, inputs.dtype, **made)
         # What every token of a rollout that does not fit into one chunk is treated as at first: the more frequent case.
         self.guess = inputs.config.fraction > 0.5
 
@@ -134,15 +149,17 @@ class FusedPass:
     def _first_visits(self, chunks: Sequence[Chunk]) -> list[tuple[Statistics, Outcome, torch.Tensor]]:
         """Statistics, outcome and selection of each chunk; fills the gradient."""
         found = []
-        visit: FirstVisit | None = self._start_visit(chunks[0])
+        visit = self._start_visit(chunks[0])
         for following in (*chunks[1:], None):
             chunk = visit.chunk
-            statistics = self._statistics(visit.gathered())
+            statistics = self._statistics(visit.gathered(), visit.logits.floor_T)
             selected_T = self._selected_in(chunk, statistics)
             work = self._sums(visit.logits, statistics, chunk.rows, selected_T)
-            summed = self.inputs.vocab.start_sum(work.sums_TK)
-            visit = self._start_visit(following) if following is not None and self.overlap else None
-            outcome = finish(summed(), self.config)
+            if self.overlap and following is not None:
+                sums_TK, visit = self._sum_and_start_visit(work.sums_TK, following)
+            else:
+                sums_TK, visit = self.inputs.vocab.start_sum(work.sums_TK)(), None
+            outcome = finish(sums_TK, self.config)
             if self.gradient is not None:
                 self._put_gradient(chunk, work, outcome, selected_T)
             del work
@@ -151,8 +168,33 @@ class FusedPass:
             found.append((statistics, outcome, selected_T))
         return found
 
-    def _start_visit(self, chunk: Chunk) -> FirstVisit:
-        logits = self._logits(chunk.rows)
+    def _sum_and_start_visit(self, sums_TK: torch.Tensor, following: Chunk) -> tuple[torch.Tensor, FirstVisit]:
+        """The sums over all ranks; the collective overlaps with the following chunk's products.
+
+        With a support the following chunk's statistics need a maximum over all ranks, which joins this collective.
+        """
+        vocab = self.inputs.vocab
+        if not self.config.supports:
+            summed = vocab.start_sum(sums_TK)
+            visit = self._start_visit(following)
+            return summed(), visit
+        deciding_TV = self._deciding_logits(following.rows)
+        gathered = vocab.start_gather(torch.cat((sums_TK.flatten(), _highest(deciding_TV))))
+        logits = self._logits(following.rows, deciding_TV)
+        packed_RP = gathered()
+        highest_T = packed_RP[:, sums_TK.numel() :].amax(0)
+        visit = self._start_visit(following, logits, highest_T)
+        return packed_RP[:, : sums_TK.numel()].sum(0).view_as(sums_TK), visit
+
+    def _start_visit(
+        self, chunk: Chunk, logits: ChunkLogits | None = None, highest_T: torch.Tensor | None = None
+    ) -> FirstVisit:
+        """Starts the collective of a chunk's statistics; highest_T: the largest deciding logit over all ranks."""
+        logits = self._logits(chunk.rows) if logits is None else logits
+        if self.config.supports:
+            if highest_T is None:
+                highest_T = self.inputs.vocab.max_shards(_highest(logits.deciding_TV))
+            self._set_floor(logits, highest_T)
         query = None
         if self.inputs.token_ids_T is not None:
             columns = self.inputs.weight_VH.shape[0]
@@ -160,6 +202,12 @@ class FusedPass:
             query = query_tokens(ids_T, start=self.inputs.vocab.start, columns=columns, ratio=self.token_ratio)
         packed_TK = self.passes.statistics(logits, query)
         return FirstVisit(chunk, logits, self.inputs.vocab.start_gather(packed_TK))
+
+    def _set_floor(self, logits: ChunkLogits, highest_T: torch.Tensor) -> None:
+        """highest_T: the largest deciding logit over all ranks, in the units of the logits."""
+        if self.passes.divides_by_temperature:
+            highest_T = highest_T * inverse(self.config.temperature, self.inputs.dtype)
+        logits.floor_T = support_floor(highest_T, self.config.support_ratio)
 
     def _put_gradient(self, chunk: Chunk, work: Work, outcome: Outcome, selected_T: torch.Tensor) -> None:
         scale_T = self._gradient_scale(chunk.rows, selected_T) * outcome.factor_T
@@ -190,6 +238,9 @@ class FusedPass:
     def _second_visit(self, rows: torch.Tensor, statistics: Statistics, outcome: Outcome) -> None:
         """Replaces the outcome and the gradient of rows that all had the wrong guess."""
         logits = self._logits(rows)
+        if self.config.supports:
+            # A product of other rows can round differently. With a ratio of 1 the old floor could be above every entry.
+            self._set_floor(logits, self.inputs.vocab.max_shards(_highest(logits.deciding_TV)))
         guess_T = torch.full(rows.shape, self.guess, device=self.device)
         guess_had_loss = self.guess or self.config.elsewhere == "teacher"
         replaced_TV = None
@@ -206,31 +257,61 @@ class FusedPass:
             dlogits_TV = self.passes.gradient(work, correct.coefficient_T, scale_T)
             self.gradient.put(rows, dlogits_TV, replaced_TV)
 
-    def _logits(self, rows: Rows) -> ChunkLogits:
-        inputs = self.inputs
-        student_TV = self.project_student(inputs.student_TH[rows])
+    def _deciding_logits(self, rows: Rows) -> torch.Tensor | None:
+        """The logits that decide the support; None without one."""
+        if not self.config.supports:
+            return None
+        if self.config.support == "student":
+            return self.project_student(self.inputs.student_TH[rows])
+        return self.project_initial(self.inputs.initial_TH[rows])
+
+    def _logits(self, rows: Rows, deciding_TV: torch.Tensor | None = None) -> ChunkLogits:
+        """The logits of these rows; deciding_TV: a result of _deciding_logits that is not computed again."""
+        inputs, config = self.inputs, self.config
+        deciding_TV = self._deciding_logits(rows) if deciding_TV is None else deciding_TV
+        student_TV = deciding_TV if config.support == "student" else self.project_student(inputs.student_TH[rows])
         teacher_TV = self.project_teacher(inputs.teacher_TH[rows])
         partner_TV = None
-        if inputs.full_teacher_TH is not None and self.config.interpolates:
+        if config.interpolates and config.partner == "full_teacher":
             partner_TV = self.project_full_teacher(inputs.full_teacher_TH[rows])
-        return ChunkLogits(student_TV=student_TV, teacher_TV=teacher_TV, partner_TV=partner_TV)
+        elif config.interpolates and config.partner == "initial":
+            decides = config.support == "initial"
+            partner_TV = deciding_TV if decides else self.project_initial(inputs.initial_TH[rows])
+        return ChunkLogits(student_TV=student_TV, teacher_TV=teacher_TV, partner_TV=partner_TV, deciding_TV=deciding_TV)
 
-    def _statistics(self, packed_RTK: torch.Tensor) -> Statistics:
+    def _statistics(self, packed_RTK: torch.Tensor, floor_T: torch.Tensor | None) -> Statistics:
         """Every rank's statistics of its columns, merged."""
-        parts = split_statistics(packed_RTK, mixed=self.config.interpolates, token=self.inputs.token_ids_T is not None)
+        parts = split_statistics(
+            packed_RTK,
+            support=self.config.supports,
+            mixed=self.config.interpolates,
+            token=self.inputs.token_ids_T is not None,
+        )
         student = merge_softmax(parts.student[..., 0], parts.student[..., 1])
         teacher = merge_softmax(parts.teacher[..., 0], parts.teacher[..., 1])
-        mixed = teacher if parts.mixed is None else merge_softmax(*parts.mixed.unbind(-1))
-        token_logp_T = torch.zeros_like(student.max_T)
+        plain = teacher if parts.support is None else merge_softmax(parts.support[..., 0], parts.support[..., 1])
+        mixed = plain if parts.mixed is None else merge_softmax(*parts.mixed.unbind(-1))
+        none_T = torch.zeros_like(student.max_T)
+        plain_outside_T = none_T if parts.support is None else outside_mass(plain, teacher)
+        mixed_outside_T = plain_outside_T
+        if parts.uncut is not None:
+            mixed_outside_T = outside_mass(mixed, merge_softmax(*parts.uncut.unbind(-1)))
+        if floor_T is not None:
+            # A floor that is not finite would compare as false everywhere; the loss must not be finite either.
+            plain, mixed = (Softmax(part.max_T, part.sum_T + 0.0 * floor_T) for part in (plain, mixed))
+        token_logp_T = none_T
         if parts.token is not None:
             token_logp_T = merge_token_logp(parts.token, parts.student[..., 0], student, self.token_ratio)
         return Statistics(
             *student,
-            *teacher,
+            *plain,
             *mixed,
             student_entropy_T=merge_entropy(parts.student, student),
             teacher_entropy_T=merge_entropy(parts.teacher, teacher),
             token_logp_T=token_logp_T,
+            size_T=none_T if parts.support is None else parts.support[..., 2].sum(0),
+            plain_outside_T=plain_outside_T,
+            mixed_outside_T=mixed_outside_T,
         )
 
     def _selected_in(self, chunk: Chunk, statistics: Statistics) -> torch.Tensor:
@@ -277,6 +358,7 @@ class FusedPass:
 
     def _output(self, statistics: Statistics, outcome: Outcome, selected_T: torch.Tensor) -> InterpolationOutput:
         scale_T = self._loss_scale(slice(None), selected_T)
+        outside_T = torch.where(selected_T, statistics.mixed_outside_T, statistics.plain_outside_T)
         return InterpolationOutput(
             loss_T=torch.where(scale_T == 0.0, 0.0, outcome.loss_T * scale_T),
             student_entropy_T=statistics.student_entropy_T,
@@ -287,4 +369,11 @@ class FusedPass:
             clipped_entries_T=outcome.clipped_entries_T.round().long(),
             carries_loss_T=self._carries_loss(selected_T),
             token_logp_T=statistics.token_logp_T if self.inputs.token_ids_T is not None else None,
+            outside_mass_T=outside_T if self.config.supports else None,
+            support_size_T=statistics.size_T.round().long() if self.config.supports else None,
         )
+
+
+def _highest(logits_TV: torch.Tensor) -> torch.Tensor:
+    """The largest logit [T] of this rank's columns."""
+    return logits_TV.amax(1) if logits_TV.shape[1] else logits_TV.new_full((len(logits_TV),), EMPTY_MAX)

@@ -26,6 +26,8 @@ class ResponseRows:
     teacher_hidden_NH: Tensor | None = None
     teacher_output_weight_VH: Tensor | None = None  # None: the student's
     full_teacher_hidden_NH: Tensor | None = None
+    initial_hidden_NH: Tensor | None = None  # of the initial weights, after the student's prompt
+    initial_output_weight_VH: Tensor | None = None  # None: the student's
 
 
 class TokenLoss(Protocol):
@@ -33,6 +35,7 @@ class TokenLoss(Protocol):
 
     needs_teacher: bool
     needs_full_teacher: bool
+    needs_initial: bool  # the initial weights on the student's prompt
     keeps_logprobs: bool  # whether the scores must hold every token's log-probability
 
     def __call__(self, rows: ResponseRows) -> LossOutput: ...

@@ -22,7 +22,8 @@ from megatron_paint.losses.interface import ResponseRows
 class DistillationLoss:
     """The vocabulary-parallel sparse interpolation loss towards the teacher's distribution (PAINT and OPSD).
 
-    Sums: student_entropy, teacher_entropy, divergence_selected, divergence_other, clipped_mass, clipped_entries.
+    Sums: student_entropy, teacher_entropy, divergence_selected, divergence_other, clipped_mass, clipped_entries; with a
+    support outside_mass and support_size.
     """
 
     config: InterpolationLossConfig
@@ -37,6 +38,10 @@ class DistillationLoss:
     def needs_full_teacher(self) -> bool:
         return self.config.partner == "full_teacher"
 
+    @property
+    def needs_initial(self) -> bool:
+        return self.config.needs_initial
+
     def __call__(self, rows: ResponseRows) -> LossOutput:
         output = fused_interpolation_loss(
             rows.student_hidden_NH,
@@ -48,6 +53,8 @@ class DistillationLoss:
             chunk_bytes=self.chunk_bytes,
             teacher_output_weight_VH=rows.teacher_output_weight_VH,
             full_teacher_hidden_TH=rows.full_teacher_hidden_NH,
+            initial_hidden_TH=rows.initial_hidden_NH,
+            initial_output_weight_VH=rows.initial_output_weight_VH,
             # The rollout's tokens were drawn with the key itself; positions must not use the same random numbers.
             rollout_keys=[derive_key(sample.key, "positions") for sample in rows.samples],
             token_ids_T=rows.token_ids_N,
@@ -55,6 +62,9 @@ class DistillationLoss:
             kernel=self.kernel,
         )
         selected_T, carries_T = output.selected_T, output.carries_loss_T
+        support = {}
+        if self.config.supports:
+            support = {"outside_mass": output.outside_mass_T, "support_size": output.support_size_T}
         return LossOutput(
             loss_T=output.loss_T,
             carries_loss_T=carries_T,
@@ -67,7 +77,9 @@ class DistillationLoss:
                 "divergence_other": torch.where(selected_T, 0.0, output.divergence_T),
                 "clipped_mass": torch.where(carries_T, output.clipped_share_T, 0.0),
                 "clipped_entries": torch.where(carries_T, output.clipped_entries_T, 0),
+                **support,
             },
+            per_token=support,
         )
 
 
@@ -83,6 +95,7 @@ class CrossEntropyLoss:
 
     needs_teacher = False
     needs_full_teacher = False
+    needs_initial = False
     keeps_logprobs = False
 
     def __call__(self, rows: ResponseRows) -> LossOutput:
@@ -117,6 +130,7 @@ class PolicyGradientLoss:
     kernel: Kernel = "auto"
 
     needs_full_teacher = False
+    needs_initial = False
 
     @property
     def needs_teacher(self) -> bool:

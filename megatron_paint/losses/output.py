@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -21,6 +21,8 @@ class InterpolationOutput:
     carries_loss_T [T] bool: all positions, or the selected ones under elsewhere="skip".
     token_logp_T [T]: the student's log-probability of the given token at token_temperature, before any sampling
     filter; None when no token ids were given.
+    outside_mass_T [T] in [0, 1]: the target's mass outside the support before it is cut. support_size_T [T] int64:
+    entries in the support. Both None without a support.
     """
 
     loss_T: torch.Tensor
@@ -32,6 +34,8 @@ class InterpolationOutput:
     clipped_entries_T: torch.Tensor
     carries_loss_T: torch.Tensor
     token_logp_T: torch.Tensor | None = None
+    outside_mass_T: torch.Tensor | None = None
+    support_size_T: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +46,12 @@ class LossOutput:
     token_logp_T [T]: nats; None where the loss does not compute it.
     sums: per-token values [T] by name. Each is added up over all tokens of a response and becomes
     `SampleScore.sums[name]`. A loss puts 0 where a token does not count, and leaves out what it does not measure.
+    per_token: values [T] by name that `SampleScore.per_token` keeps for each token.
     """
 
     loss_T: torch.Tensor
     carries_loss_T: torch.Tensor
     selected_T: torch.Tensor
     sums: dict[str, torch.Tensor]
+    per_token: dict[str, torch.Tensor] = field(default_factory=dict)
     token_logp_T: torch.Tensor | None = None

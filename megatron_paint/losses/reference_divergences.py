@@ -6,6 +6,8 @@ Axes: T tokens, V the vocabulary or this rank's columns of it.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from megatron_paint.config.loss import InterpolationLossConfig
@@ -13,12 +15,12 @@ from megatron_paint.config.loss import InterpolationLossConfig
 
 def forward_kl(logp_TV: torch.Tensor, logq_TV: torch.Tensor, config: InterpolationLossConfig) -> torch.Tensor:
     """KL(q || p)."""
-    return kl_terms(logq_TV, logq_TV - logp_TV)
+    return kl_terms(logq_TV, logp_TV, logq_TV - logp_TV)
 
 
 def reverse_kl(logp_TV: torch.Tensor, logq_TV: torch.Tensor, config: InterpolationLossConfig) -> torch.Tensor:
     """KL(p || q)."""
-    return kl_terms(logp_TV, logp_TV - logq_TV)
+    return kl_terms(logp_TV, logq_TV, logp_TV - logq_TV)
 
 
 def jsd(logp_TV: torch.Tensor, logq_TV: torch.Tensor, config: InterpolationLossConfig) -> torch.Tensor:
@@ -27,16 +29,18 @@ def jsd(logp_TV: torch.Tensor, logq_TV: torch.Tensor, config: InterpolationLossC
     A ratio above e^80 is cut there: the smaller of its two probabilities has no mass that matters.
     """
     beta, u_TV = config.jsd_beta, logp_TV - logq_TV
+    logm_TV = torch.logaddexp(logq_TV + math.log(beta), logp_TV + math.log1p(-beta))
     q_less_m_TV = -torch.log1p((1.0 - beta) * torch.expm1(u_TV.clamp(max=80.0)))
     p_less_m_TV = -torch.log1p(beta * torch.expm1((-u_TV).clamp(max=80.0)))
-    return beta * kl_terms(logq_TV, q_less_m_TV) + (1.0 - beta) * kl_terms(logp_TV, p_less_m_TV)
+    return beta * kl_terms(logq_TV, logm_TV, q_less_m_TV) + (1.0 - beta) * kl_terms(logp_TV, logm_TV, p_less_m_TV)
 
 
-def kl_terms(logx_TV: torch.Tensor, d_TV: torch.Tensor) -> torch.Tensor:
+def kl_terms(logx_TV: torch.Tensor, logy_TV: torch.Tensor, d_TV: torch.Tensor) -> torch.Tensor:
     """x (d + expm1(-d)), d = log x - log y: the sum is that of x d, as both sides sum to 1, and no term is negative.
 
-    Where expm1 could overflow, the same is computed as x d + y - x.
+    Where expm1 could overflow, the same is computed as x d + y - x. d is passed because it can be known more exactly
+    than as a difference of the logarithms.
     """
     near_TV = logx_TV.exp() * (d_TV + torch.expm1(-d_TV.clamp(min=-1.0)))
-    far_TV = logx_TV.exp() * (d_TV - 1.0) + (logx_TV - d_TV).exp()
+    far_TV = logx_TV.exp() * (d_TV - 1.0) + logy_TV.exp()
     return torch.where(d_TV < -1.0, far_TV, near_TV)

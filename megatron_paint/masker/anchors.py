@@ -7,7 +7,7 @@ text and return plain values. Their time is linear in the text length. They neve
 import re
 import unicodedata
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from megatron_paint.masker.latex import Alignment, Span, alignments, blank, boxes, math_spans
 from megatron_paint.masker.substring import NormalisedText, find_substrings
@@ -20,7 +20,7 @@ TRAILING_PUNCTUATION = ".,;:\u3002\uff0c\uff1b\uff1a"  # Latin and Chinese
 class ExtractedAnchor(NamedTuple):
     """An anchor of a solution, before a rollout is searched for it."""
 
-    kind: Literal["boxed", "formula", "number"]
+    kind: str  # boxed, formula or number; other domains have others
     text: str  # normalised
     is_number: bool  # matched by the number rule: true for every number and for a box that holds only a number
 
@@ -73,6 +73,14 @@ def extract_math(problem: str, solution: str) -> tuple[ExtractedAnchor, ...]:
         if number not in extracted and number not in TRIVIAL_NUMBERS and number not in given_numbers:
             extracted[number] = ExtractedAnchor("number", number, True)
     return tuple(extracted.values())
+
+
+def extract_boxes(solution: str) -> tuple[ExtractedAnchor, ...]:
+    """Returns the boxes of a solution in order of appearance, as `extract_math` does. `find_math` finds them."""
+    found_boxes = boxes(solution)
+    flat = _flatten(solution, found_boxes, []) if found_boxes else ""
+    found = [_boxed_anchor(flat[box.content_start : box.content_end]) for box in found_boxes]
+    return tuple({anchor.text: anchor for anchor in reversed(found) if anchor.text}.values())[::-1]
 
 
 def find_math(anchors: tuple[ExtractedAnchor, ...], rollout: str) -> tuple[bool, ...]:

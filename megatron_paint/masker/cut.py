@@ -7,7 +7,8 @@ import math
 import re
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from megatron_paint.masker.latex import Span, alignments, boxes, math_spans
 
@@ -17,24 +18,50 @@ _CLOSING = r"[\"'\u201d\u2019)\]}$*]*"  # quotes, brackets and delimiters that b
 _BOUNDARY = re.compile(rf"\n|[.!?]{_CLOSING}(?=\s|$)|[\u3002\uff01\uff1f]{_CLOSING}")
 _ROW_BOUNDARY = re.compile(r"\\\\|\\.|\n", re.DOTALL)
 
+_LINE_END = re.compile(r"\n")
+
 Offsets = Sequence[tuple[int, int]]  # start and end of each token of a solution, in characters
 
 
+class Parts(NamedTuple):
+    """The parts of a solution that a cut keeps complete where it can, in order and without overlaps.
+
+    formulas: math spans and boxes, which may be cut at their rows. others: statements of code and anchors of a text,
+    which may be cut at their line ends.
+    """
+
+    formulas: list[Span]
+    others: Sequence[Span] = ()
+
+
+def math_parts(solution: str) -> Parts:
+    """Returns the math spans and boxes."""
+    return Parts(merged([*math_spans(solution, alignments(solution)), *boxes(solution)]))
+
+
 def cut_solution(
-    solution: str, *, share: float, offsets: Offsets, unit: str = "token", hide_answer: bool = False
+    solution: str,
+    *,
+    share: float,
+    offsets: Offsets,
+    unit: str = "token",
+    hide_answer: bool = False,
+    parts: Callable[[str], Parts] = math_parts,
 ) -> str:
     """Returns the prefix of a solution for a share in [0, 1]. At share 1 it is the solution, byte for byte.
 
     First the prefix has ceil(share x count - 1e-9) tokens or segments. Segments are sentences and lines. They never end
-    inside a math span. Then the end moves backwards, never forwards: to the last sentence or line end in the last 15 %
-    of the prefix, else out of a math span or box. It is never inside a character. White space at the end of a cut
+    inside a math span or another part. Then the end moves backwards, never forwards: to the last sentence or line end
+    in the last 15 % of the prefix, else out of a part. It is never inside a character. White space at the end of a cut
     prefix is removed.
 
     offsets: start and end of each token, in characters. unit: token or segment. hide_answer: the prefix ends before
-    the last box, for every share.
+    the last box, for every share. parts: finds the parts that are kept complete where possible; those of the domain.
     """
     found_boxes = boxes(solution)
-    spans = _merged([*math_spans(solution, alignments(solution)), *found_boxes])
+    found = parts(solution)
+    others = {span.start for span in found.others}
+    spans = merged([*found.formulas, *found.others])
     if unit == "segment":
         ends = list(_segment_ends(solution, spans))
         kept = _kept(share, len(ends))
@@ -48,7 +75,7 @@ def cut_solution(
             limit, at_boundary = last_box.start, False
     if limit == len(solution):
         return solution
-    return solution[: limit if at_boundary else _back_off(solution, limit, spans)].rstrip()
+    return solution[: limit if at_boundary else _back_off(solution, limit, spans, others)].rstrip()
 
 
 def _kept(share: float, count: int) -> int:
@@ -74,7 +101,8 @@ def _is_inside_character(text: str, at: int) -> bool:
     )
 
 
-def _back_off(solution: str, limit: int, spans: list[Span]) -> int:
+def _back_off(solution: str, limit: int, spans: list[Span], others: set[int]) -> int:
+    """others: starts of the spans that are no formulas."""
     boundaries = _boundaries(solution, limit, spans, at_least=limit * (1 - BOUNDARY_WINDOW))
     boundary = max(boundaries, default=None)
     if boundary is not None:
@@ -83,7 +111,7 @@ def _back_off(solution: str, limit: int, spans: list[Span]) -> int:
     if span is None:
         return limit
     if span.start < SPAN_SHARE * limit:
-        return _cut_inside(solution, limit, span)
+        return _cut_inside(solution, limit, span, rows=_LINE_END if span.start in others else _ROW_BOUNDARY)
     return span.start
 
 
@@ -97,11 +125,11 @@ def _boundaries(solution: str, limit: int, spans: list[Span], at_least: float) -
             yield end
 
 
-def _cut_inside(solution: str, limit: int, span: Span) -> int:
+def _cut_inside(solution: str, limit: int, span: Span, *, rows: re.Pattern[str]) -> int:
     """Returns the last row or line end inside a span, else its start. It is never inside a box of the span."""
     inner = [box for box in boxes(solution[: span.end]) if box.start >= span.start]
     cut = span.start
-    for match in _ROW_BOUNDARY.finditer(solution, span.content_start, limit):
+    for match in rows.finditer(solution, span.content_start, limit):
         is_end = match.group() in ("\\\\", "\n")
         if is_end and not any(box.start < match.start() < box.end for box in inner):
             cut = match.start()
@@ -124,13 +152,13 @@ def _span_around(spans: list[Span], at: int) -> Span | None:
     return spans[index] if index >= 0 and spans[index].start < at < spans[index].end else None
 
 
-def _merged(spans: list[Span]) -> list[Span]:
+def merged(spans: list[Span]) -> list[Span]:
     """Returns the spans in order. Overlapping spans become one."""
-    merged: list[Span] = []
+    found: list[Span] = []
     for span in sorted(spans):
-        if merged and span.start < merged[-1].end:
-            if span.end > merged[-1].end:
-                merged[-1] = Span(merged[-1].start, merged[-1].content_start, span.content_end, span.end)
+        if found and span.start < found[-1].end:
+            if span.end > found[-1].end:
+                found[-1] = Span(found[-1].start, found[-1].content_start, span.content_end, span.end)
         else:
-            merged.append(span)
-    return merged
+            found.append(span)
+    return found

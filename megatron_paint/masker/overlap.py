@@ -1,6 +1,7 @@
 """The overlap: how much of a verified solution a rollout reproduces. It is computed from text, without a model.
 
-It is the recall of anchors (boxed answers, formulas, key numbers) as in PAINT (arXiv 2604.26573). The rules are ours.
+It is the recall of anchors (boxed answers, formulas, key numbers) as in PAINT (arXiv 2604.26573). The rules are ours,
+and so are the anchors of other domains than mathematics.
 reveal.py decides how much of the solution is shown for a given overlap.
 """
 
@@ -15,6 +16,9 @@ from typing import Any, NamedTuple
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.masker.anchors import extract_math, find_math
+from megatron_paint.masker.code_anchors import code_parts, extract_code, find_code
+from megatron_paint.masker.cut import Parts, math_parts
+from megatron_paint.masker.text_anchors import extract_text, find_text, text_parts
 from megatron_paint.records import Anchor, Overlap
 from megatron_paint.runtime.processes import start_worker
 
@@ -28,17 +32,23 @@ FoundAnchor = tuple[str, str, bool]  # kind, text, found; it is sent between pro
 
 @dataclass(frozen=True)
 class AnchorExtractor:
-    """The anchors of a domain: two pure functions at module level, so that worker processes can import them.
+    """The anchors of a domain: pure functions at module level, so that worker processes can import them.
 
     `extract(problem, solution)` returns the anchors, each once, with `.kind` and normalised `.text`.
-    `find(anchors, rollout)` tells for each anchor whether the rollout contains it.
+    `find(anchors, rollout)` tells for each anchor whether the rollout contains it. `parts(solution)` returns the parts
+    of a solution that `cut_solution` keeps complete where it can.
     """
 
     extract: Callable[[str, str], tuple[Any, ...]]
     find: Callable[[tuple[Any, ...], str], tuple[bool, ...]]
+    parts: Callable[[str], Parts] = math_parts
 
 
-EXTRACTORS: dict[str, AnchorExtractor] = {"math": AnchorExtractor(extract_math, find_math)}
+EXTRACTORS: dict[str, AnchorExtractor] = {
+    "math": AnchorExtractor(extract_math, find_math),
+    "code": AnchorExtractor(extract_code, find_code, code_parts),
+    "text": AnchorExtractor(extract_text, find_text, text_parts),
+}
 
 
 class Pair(NamedTuple):
@@ -60,17 +70,25 @@ def measure_overlap(*, problem: str, solution: str, rollout: str, anchors: str =
     The score is the share of the solution's anchors that the rollout contains, in [0, 1]; 0 without anchors. Anchors
     that the problem contains do not count. anchors: name of the extractor. Raises UserError for an unknown name.
     """
-    return _measure(_extractor(anchors), Pair(problem, solution, rollout))
+    return _measure(extractor_named(anchors), Pair(problem, solution, rollout))
 
 
 def measure_overlaps(
-    pairs: Sequence[Pair], *, anchors: str = "math", pool: "MaskerPool | None" = None
+    pairs: Sequence[Pair], *, anchors: str | Sequence[str] = "math", pool: "MaskerPool | None" = None
 ) -> list[Overlap]:
-    """Returns the overlap of each pair, in order. It uses the worker processes of `pool` if there is enough work."""
-    extractor = _extractor(anchors)
-    if pool is not None and sum(map(_size, pairs)) >= pool.from_characters:
-        return pool.measure(pairs, extractor)
-    return [_measure(extractor, pair) for pair in pairs]
+    """Returns the overlap of each pair, in order. It uses the worker processes of `pool` if there is enough work.
+
+    anchors: name of the extractor of all pairs, or one name for each pair.
+    """
+    names = [anchors] * len(pairs) if isinstance(anchors, str) else list(anchors)
+    extractors = {name: extractor_named(name) for name in ([anchors] if isinstance(anchors, str) else names)}
+    if pool is None or sum(map(_size, pairs)) < pool.from_characters:
+        return [_measure(extractors[name], pair) for name, pair in zip(names, pairs, strict=True)]
+    found: dict[int, Overlap] = {}
+    for name, extractor in extractors.items():
+        indices = [index for index, of_pair in enumerate(names) if of_pair == name]
+        found |= zip(indices, pool.measure([pairs[index] for index in indices], extractor), strict=True)
+    return [found[index] for index in range(len(pairs))]
 
 
 class MaskerPool:
@@ -118,10 +136,11 @@ class MaskerPool:
         self.close()
 
 
-def _extractor(name: str) -> AnchorExtractor:
+def extractor_named(name: str, *, setting: str = "objective.reveal.anchors") -> AnchorExtractor:
+    """Returns an extractor. Raises UserError, with the setting that names it and the known ones, if there is none."""
     if name not in EXTRACTORS:
         raise UserError(
-            f"objective.reveal.anchors: no anchor extractor has the name {name!r}. The known extractors are "
+            f"{setting}: no anchor extractor has the name {name!r}. The known extractors are "
             f"{', '.join(sorted(EXTRACTORS))} (register_extractor adds one)"
         )
     return EXTRACTORS[name]

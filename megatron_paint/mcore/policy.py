@@ -33,7 +33,7 @@ from megatron_paint.mcore.optimizer import make_optimizer, take_step, wrap_data_
 from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.mcore.runner import ModelRunner
 from megatron_paint.mcore.scores import NonFinite, score_samples
-from megatron_paint.mcore.teacher import Teacher, TeacherStates
+from megatron_paint.mcore.teacher import Teacher, TeacherStates, Weights
 from megatron_paint.mcore.vocabulary import vocab_axis
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.policy import ScoredSequence
@@ -60,10 +60,11 @@ class MegatronPolicy(ModelRunner):
         megatron = settings.megatron
         self.wrapped = wrap_data_parallel(self.stage, megatron) if trained else self.stage
         self.optimizer = make_optimizer(self.wrapped, settings.optimizer, megatron) if trained else None
-        taught = trained and settings.objective.needs.teacher
+        taught = trained and settings.needs.teacher
         self.teacher = Teacher(
             self.stage,
             settings.objective.teacher if taught else TeacherSettings(weights="current"),
+            keeps_initial=trained and settings.needs.initial,
             starts_adapted=settings.model.adapter_path is not None,
         )
         self.writer = Writer(ranks)
@@ -183,18 +184,23 @@ class MegatronPolicy(ModelRunner):
         teacher, forward = teacher or self.teacher, forward or self.forward
         replicas = self._replicas(samples)
 
-        def hidden(prompts: Iterable[TokenIds]) -> dict[int, Tensor]:
+        def hidden(prompts: Iterable[TokenIds], of: Teacher, weights: Weights = "teacher") -> dict[int, Tensor]:
             sequences = [
                 ScoredSequence(prompt_ids=prompt, response_ids=sample.response_ids)
                 for prompt, sample in zip(prompts, samples, strict=True)
             ]
-            with teacher.in_place():
+            with of.in_place(weights):
                 return _merged(forward.run(sequences, replicas, _by_index))
 
+        prompts = {"teacher": (s.teacher_prompt_ids for s in samples)}
+        prompts["full"] = (s.full_teacher_prompt_ids for s in samples)
+        prompts["initial"] = (s.student_prompt_ids for s in samples)
         return TeacherStates(
-            hidden_NH=hidden(s.teacher_prompt_ids for s in samples) if loss.needs_teacher else None,
-            full_hidden_NH=hidden(s.full_teacher_prompt_ids for s in samples) if loss.needs_full_teacher else None,
+            hidden_NH=hidden(prompts["teacher"], teacher) if loss.needs_teacher else None,
+            full_hidden_NH=hidden(prompts["full"], teacher) if loss.needs_full_teacher else None,
             output_weight_VH=teacher.output_weight() if loss.needs_teacher else None,
+            initial_hidden_NH=hidden(prompts["initial"], self.teacher, "initial") if loss.needs_initial else None,
+            initial_output_weight_VH=self.teacher.output_weight("initial") if loss.needs_initial else None,
         )
 
     def backward(self, samples: Sequence[Sample], loss: TokenLoss, states: TeacherStates) -> tuple[SampleScore, ...]:
@@ -225,6 +231,8 @@ class MegatronPolicy(ModelRunner):
                     teacher_hidden_NH=_rows_of(states.hidden_NH, batch, like=student_NH),
                     teacher_output_weight_VH=states.output_weight_VH,
                     full_teacher_hidden_NH=_rows_of(states.full_hidden_NH, batch, like=student_NH),
+                    initial_hidden_NH=_rows_of(states.initial_hidden_NH, batch, like=student_NH),
+                    initial_output_weight_VH=states.initial_output_weight_VH,
                 )
             )
             scores = score_samples(output, batch, samples, rank=self.ranks.rank, keep_logprobs=loss.keeps_logprobs)

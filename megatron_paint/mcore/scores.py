@@ -35,6 +35,7 @@ def score_samples(
 
     losses, carries, selected = map(by_sample, (output.loss_T, output.carries_loss_T, output.selected_T))
     sums = {name: by_sample(values_N) for name, values_N in output.sums.items()}
+    per_token = {name: by_sample(values_N) for name, values_N in output.per_token.items()}
     logps = None if output.token_logp_T is None else by_sample(output.token_logp_T)
     scores: dict[int, SampleScore | NonFinite] = {}
     for place, index in enumerate(batch.indices):
@@ -51,6 +52,7 @@ def score_samples(
             loss_tokens=int(carries[place].sum()),
             selected=tuple(selected[place].nonzero()[:, 0].tolist()),
             sums={name: _sum(parts[place]) for name, parts in sums.items()},
+            per_token={name: tuple(parts[place].tolist()) for name, parts in per_token.items()},
             token_logprobs=tuple(logps[place].tolist()) if keep_logprobs else None,
             sampler_gap_max=gap,
         )

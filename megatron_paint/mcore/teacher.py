@@ -9,6 +9,7 @@ ones, a third set. This keeps the teacher near the initial weights however far t
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from megatron_paint.config.objective import TeacherSettings
 from megatron_paint.mcore.lora import adapters_of
 from megatron_paint.mcore.model import Stage
+
+Weights = Literal["teacher", "initial"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,75 +31,97 @@ class TeacherStates:
     hidden_NH: dict[int, Tensor] | None  # of each sample: final hidden states at its N response rows
     full_hidden_NH: dict[int, Tensor] | None  # the same, after the prompt with the complete reference
     output_weight_VH: Tensor | None
+    initial_hidden_NH: dict[int, Tensor] | None = None  # of the initial weights, after the student's prompt
+    initial_output_weight_VH: Tensor | None = None
 
 
 class Teacher:
-    """The second set of weights of this rank, if the settings need one."""
+    """The further sets of weights of this rank that the settings need.
 
-    def __init__(self, stage: Stage, settings: TeacherSettings, *, starts_adapted: bool = False):
-        """starts_adapted: the adapters of the start are not zero, so the initial weights include them."""
+    keeps_initial: the loss also needs the initial weights, whatever the teacher's are. starts_adapted: the adapters of
+    the start are not zero, so the initial weights include them.
+    """
+
+    def __init__(
+        self, stage: Stage, settings: TeacherSettings, *, keeps_initial: bool = False, starts_adapted: bool = False
+    ):
         self.stage = stage
         self.settings = settings
         self.lora = bool(adapters_of(stage))
-        self.starts_without = self.lora and settings.weights == "initial" and not starts_adapted
-        self.held = self._snapshot()
+        self.starts_bare = self.lora and not starts_adapted  # the initial weights are the model without its adapters
+        shares = settings.weights == "current" or (self.starts_bare and settings.weights == "initial")
+        self.held = {} if shares else self._snapshot(average=settings.weights == "ema")
         # In the weights' own type: they never change.
-        self.start = self._snapshot(average=False) if self._is_anchored else {}
+        keeps_start = self._is_anchored or (keeps_initial and not self.starts_bare and settings.weights != "initial")
+        self.start = self._snapshot() if keeps_start else {}
 
-    @property
-    def held_parameters(self) -> dict[str, nn.Parameter]:
-        """The stage's parameters for which the teacher has separate values."""
-        if self.settings.weights == "current" or self.starts_without:
-            return {}
+    def _parameters(self, values: dict[str, Tensor]) -> dict[str, nn.Parameter]:
+        """The stage's parameters that a set of weights replaces."""
         # On a single stage a tied weight has two names; named_parameters returns it once.
-        return {name: p for name, p in self.stage.named_parameters() if p.requires_grad}
+        return {name: p for name, p in self.stage.named_parameters() if name in values}
 
     @property
     def _is_anchored(self) -> bool:
         return self.settings.weights == "ema" and self.settings.ema_anchor > 0
 
     @torch.no_grad()
-    def _snapshot(self, *, average: bool = True) -> dict[str, Tensor]:
-        """Copies on the storage device. An average is float32: in bfloat16 its small changes would round to 0."""
-        dtype = torch.float32 if average and self.settings.weights == "ema" else None
-        return {name: p.detach().to(self._storage(p), dtype, copy=True) for name, p in self.held_parameters.items()}
+    def _snapshot(self, *, average: bool = False) -> dict[str, Tensor]:
+        """Copies of the trained weights, on the storage device.
+
+        An average is float32: in bfloat16 its small changes would round to 0.
+        """
+        dtype = torch.float32 if average else None
+        trained = {name: p for name, p in self.stage.named_parameters() if p.requires_grad}
+        return {name: p.detach().to(self._storage(p), dtype, copy=True) for name, p in trained.items()}
 
     def _storage(self, parameter: Tensor) -> torch.device:
         return torch.device("cpu") if self.settings.offload else parameter.device
 
+    def _values(self, weights: Weights) -> dict[str, Tensor]:
+        """The set of weights that replaces the student's."""
+        if weights == "teacher" or self.settings.weights == "initial":
+            return self.held
+        if not self.starts_bare and not self.start:
+            raise RuntimeError("the initial weights were not kept: objective.loss asked for none when the run started")
+        return {} if self.starts_bare else self.start
+
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Inside, the stage computes with the teacher's weights; gradients are not allowed there."""
-        students = {name: p.data for name, p in self.held_parameters.items()}
+    def in_place(self, weights: Weights = "teacher") -> Iterator[None]:
+        """Inside, the stage computes with these weights; gradients are not allowed there."""
+        are_initial = weights == "initial" or self.settings.weights == "initial"
+        values = self._values(weights)
+        parameters = self._parameters(values)
+        students = {name: p.data for name, p in parameters.items()}
         for adapters in adapters_of(self.stage):
-            adapters.enabled = not self.starts_without
-        for name, parameter in self.held_parameters.items():
-            parameter.data = self.held[name].to(parameter.device, parameter.dtype)
+            adapters.enabled = not (self.starts_bare and are_initial)
+        for name, parameter in parameters.items():
+            parameter.data = values[name].to(parameter.device, parameter.dtype)
         try:
             yield
         finally:
-            for name, parameter in self.held_parameters.items():
+            for name, parameter in parameters.items():
                 parameter.data = students[name]
             for adapters in adapters_of(self.stage):
                 adapters.enabled = True
 
-    def output_weight(self) -> Tensor | None:
-        """The teacher's output layer in the student's type, if it differs from the student's; otherwise None.
+    def output_weight(self, weights: Weights = "teacher") -> Tensor | None:
+        """The output layer of these weights in the student's type, if it differs from the student's; otherwise None.
 
         Only the last stage has one.
         """
-        if not self.held or self.lora or not self.stage.post_process:
+        values = self._values(weights)
+        if not values or self.lora or not self.stage.post_process:
             return None
         weight = self.stage.output_weight()
-        (name,) = (name for name, p in self.held_parameters.items() if p is weight)
-        return self.held[name].to(weight.device, weight.dtype)
+        (name,) = (name for name, p in self._parameters(values).items() if p is weight)
+        return values[name].to(weight.device, weight.dtype)
 
     @torch.no_grad()
     def follow(self) -> None:
         """Moves an average towards the student; called once after each optimiser step."""
         if self.settings.weights != "ema":
             return
-        for name, parameter in self.held_parameters.items():
+        for name, parameter in self._parameters(self.held).items():
             goal = parameter.detach().to(self.held[name])
             if self._is_anchored:
                 goal = goal.lerp(self.start[name].to(goal), self.settings.ema_anchor)

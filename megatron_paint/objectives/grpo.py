@@ -1,5 +1,7 @@
 """GRPO, one step from problems to updates (arXiv 2402.03300): the reward of a right answer is 1, of any other 0.
 
+A user's own grader may return any reward from 0 to 1.
+
 The student samples a group of responses per problem. The advantage of a response is the distance of its reward from the
 mean of its group, in standard deviations. A positive advantage makes each token of the response more likely, within a
 clipped ratio. A group whose rewards are all equal teaches nothing and is left out.
@@ -12,13 +14,13 @@ from collections.abc import Sequence
 from megatron_paint.config.objective import ObjectiveSettings
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.grading.grade import Grade
-from megatron_paint.grading.thoughts import PROMPT_TAIL, continued
 from megatron_paint.losses.elementwise.choose import loss_kernel
 from megatron_paint.losses.objectives import PolicyGradientLoss
+from megatron_paint.objectives.graded import grade_rollouts, grader_warnings, reward_metrics, scores_of_all, verdicts_of
 from megatron_paint.objectives.interface import ObjectiveInputs
 from megatron_paint.objectives.metrics import mean_of
 from megatron_paint.policy import Policy
-from megatron_paint.records import Problem, Rollout, Sample, SampleScore, StepResult, UpdateReport
+from megatron_paint.records import Problem, Rollout, Sample, StepResult, UpdateReport
 from megatron_paint.rollouts.source import sample_key
 from megatron_paint.runtime.timer import Timer
 
@@ -54,16 +56,20 @@ class Grpo:
             rollouts = self.rollouts.rollouts(problems, step=step)
         with timer("grade"):
             grades = self.grades(problems, rollouts)
-        samples = self.samples(problems, rollouts, [float(grade.correct) for grade in grades], step=step)
+        samples = self.samples(problems, rollouts, [grade.reward for grade in grades], step=step)
         taught = [index for index, sample in enumerate(samples) if sample.advantage != 0.0]
         updates, stopped_by = self.update(policy, [samples[index] for index in taught], lr=lr)
         done = f"step {step} ended after {len(updates)} of {self.settings.updates_per_batch} updates"
         return StepResult(
             samples=tuple(samples),
-            scores=_scores(samples, taught, updates),
+            scores=scores_of_all(samples, taught, updates[0].scores if updates else ()),
             updates=tuple(updates),
             extras=self.extras(grades, taught, updates),
-            warnings=(f"{done}: {stopped_by}",) if stopped_by else (),
+            warnings=(
+                *((f"{done}: {stopped_by}",) if stopped_by else ()),
+                *grader_warnings(rollouts, grades, step=step),
+            ),
+            verdicts=verdicts_of(rollouts, grades),
         )
 
     def extras(
@@ -72,9 +78,7 @@ class Grpo:
         """The metrics that only GRPO has."""
         every = [score for update in updates for score in update.scores]
         return {
-            "reward/mean": statistics.fmean(float(grade.correct) for grade in grades),
-            "reward/timeouts": float(sum(grade.outcome == "timeout" for grade in grades)),
-            "reward/box_in_thought": float(sum(grade.box_in_thought for grade in grades)),
+            **reward_metrics(grades),
             "reward/equal_groups_share": 1.0 - len(taught) / len(grades),
             "updates": float(len(updates)),
             "ratio/clipped_share": mean_of("clipped_ratios", every, lambda score: score.loss_tokens),
@@ -83,13 +87,9 @@ class Grpo:
 
     def grades(self, problems: Sequence[Problem], rollouts: Sequence[Rollout]) -> list[Grade]:
         """Verdicts in the order of the rollouts."""
-        answers = {problem.id: problem.answer for problem in problems}
-        text = self.prompts.response_text
-        pairs = [
-            (continued(text(r.prompt_ids[-PROMPT_TAIL:]), text(r.response_ids)), answers[r.problem_id])
-            for r in rollouts
-        ]
-        return self.on_rank_zero(lambda: self.graders.grade(pairs))
+        return grade_rollouts(
+            problems, rollouts, prompts=self.prompts, graders=self.graders, on_rank_zero=self.on_rank_zero
+        )
 
     def samples(
         self, problems: Sequence[Problem], rollouts: Sequence[Rollout], rewards: Sequence[float], *, step: int
@@ -143,13 +143,3 @@ class Grpo:
     def longest_prompt(problem: Problem, prompts: Prompts, settings: ObjectiveSettings, *, response: int) -> int:
         """Tokens of the student's prompt."""
         return len(prompts.student_prompt(problem))
-
-
-def _scores(
-    samples: Sequence[Sample], taught: Sequence[int], updates: Sequence[UpdateReport]
-) -> tuple[SampleScore, ...]:
-    """The scores of the first update, in the order of the samples; samples without loss have empty ones."""
-    scores = [SampleScore(loss_sum=0.0, num_tokens=len(s.response_ids), loss_tokens=0) for s in samples]
-    for index, score in zip(taught, updates[0].scores if updates else (), strict=True):
-        scores[index] = dataclasses.replace(score, token_logprobs=None)
-    return tuple(scores)

@@ -1,12 +1,13 @@
 """What an objective is given, and what it promises."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from megatron_paint.config.domains import DomainSettings
 from megatron_paint.config.objective import ObjectiveSettings
 from megatron_paint.data.prompts import Prompts
-from megatron_paint.grading.grade import GradingPool
+from megatron_paint.grading.graders import Graders
 from megatron_paint.masker.overlap import MaskerPool
 from megatron_paint.policy import Policy
 from megatron_paint.records import Problem, StepResult
@@ -23,7 +24,9 @@ class ObjectiveInputs:
     prompts: Prompts
     rollouts: RolloutSource
     masker: MaskerPool | None = None  # on rank 0; None: the masker works in this process
-    graders: GradingPool | None = None  # on rank 0, for an objective that needs graders
+    grades_rollouts: bool = False  # all rollouts get verdicts: for the objective, or for the order of the problems
+    graders: Graders | None = None  # on rank 0, if rollouts get verdicts
+    domains: Mapping[str, DomainSettings] = field(default_factory=dict)  # the section of this name
     on_rank_zero: OnRankZero = directly  # runs a function on rank 0 and returns its result on every rank
 
 
@@ -35,7 +38,8 @@ class Objective(Protocol):
     def step(self, policy: Policy, problems: Sequence[Problem], *, step: int, lr: float, timer: Timer) -> StepResult:
         """One step on a batch of problems. The timer gets the phases that the policy does not time itself.
 
-        Raises FloatingPointError, before any weight is changed, where a loss or gradient is not finite.
+        With `ObjectiveInputs.grades_rollouts` the result has verdicts on all rollouts of each problem. Raises
+        FloatingPointError, before any weight is changed, where a loss or gradient is not finite.
         """
 
     @staticmethod

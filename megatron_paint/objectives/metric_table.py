@@ -5,6 +5,9 @@ A new metric has its line here and is computed in `metrics.py` or by its objecti
 
 from dataclasses import dataclass
 
+KEPT = "PAINT, OPSD with rollout.keep or peer_rollout"
+GRADED = f"GRPO; {KEPT}; all with data.order=adastar"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
@@ -27,24 +30,31 @@ METRICS: dict[str, Metric] = {
     "loss_tokens": Metric(
         meaning="response tokens that carry loss",
         unit="tokens",
-        healthy="num_tokens; fewer with objective.loss.elsewhere=skip, and with GRPO where groups are left out",
+        healthy=(
+            "num_tokens; fewer with objective.loss.elsewhere=skip, with GRPO where groups are left out, and where "
+            "rollout.keep or peer_rollout leaves responses out"
+        ),
     ),
     "overlap/mean": Metric(
-        meaning="share of the solution's anchors that a response has, mean over responses",
+        meaning=(
+            "share of the anchors of the reference that a response has, mean over responses that are trained on; "
+            "if nothing of this problem is shown (none, reference_free, other_example), of the problem's own reference"
+        ),
         unit="0 to 1",
         healthy="above 0; at 0 the teacher sees everything, as in OPSD",
         only="PAINT, OPSD",
     ),
     "reveal/mean": Metric(
         meaning=(
-            "share of the solution that the reveal rule asks to show, before the cut moves back; mean over responses"
+            "share of the reference that the reveal rule asks to show, before the cut moves back; mean over responses "
+            "that are trained on"
         ),
         unit="0 to 1",
         healthy="PAINT: objective.reveal.minimum to 1; OPSD: 1",
         only="PAINT, OPSD",
     ),
     "anchors/none_share": Metric(
-        meaning="share of responses whose solution has no anchor and is shown completely",
+        meaning="of the responses that are trained on, the share whose reference has no anchor and is shown completely",
         unit="0 to 1",
         healthy="near 0",
         only="PAINT, OPSD",
@@ -75,6 +85,19 @@ METRICS: dict[str, Metric] = {
         unit="nats a token",
         healthy="PAINT, OPSD: well above the floor that the self-check prints (docs/numerics.md)",
     ),
+    "support/outside_mass": Metric(
+        meaning=(
+            "mass of the target outside the support before it is cut, mean over response tokens: how much the teacher "
+            "reads off the solution"
+        ),
+        unit="0 to 1",
+        only="objective.loss.support",
+    ),
+    "support/size": Metric(
+        meaning="vocabulary entries in the support, mean over response tokens",
+        unit="entries",
+        only="objective.loss.support",
+    ),
     "clip/share": Metric(
         meaning=(
             "target mass on clipped vocabulary entries, mean over tokens that carry loss; clip_rule=token: share of "
@@ -104,7 +127,7 @@ METRICS: dict[str, Metric] = {
         only="PAINT, OPSD, GRPO",
     ),
     "response/no_answer_share": Metric(
-        meaning="share of sampled responses without a final answer in a closed box",
+        meaning="share of sampled responses without a final answer in a closed box; of domains with grader=math",
         unit="0 to 1",
         healthy="below 1; the run warns after 5 steps in a row at 1",
         only="PAINT, OPSD, GRPO",
@@ -126,13 +149,19 @@ METRICS: dict[str, Metric] = {
     "time/optimizer_s": Metric(meaning="time for the optimiser step and the moving average", unit="s"),
     "tokens_per_second": Metric(meaning="response tokens, divided by the time of the complete step", unit="tokens / s"),
     "reward/mean": Metric(
-        meaning="share of responses with the right answer",
+        meaning="share of responses with the right answer; with scores of a function of yours, their mean",
         unit="0 to 1",
-        healthy="between 0 and 1; at either end every group is left out",
-        only="GRPO",
+        healthy="GRPO: between 0 and 1; at either end every group is left out. PAINT, OPSD: above 0",
+        only=GRADED,
     ),
     "reward/timeouts": Metric(
         meaning="responses whose grading ran out of time; they count as wrong",
+        unit="responses",
+        healthy="0",
+        only=GRADED,
+    ),
+    "reward/errors": Metric(
+        meaning="responses on which a grader of yours failed; their reward is 0, and the run warns",
         unit="responses",
         healthy="0",
         only="GRPO",
@@ -141,7 +170,7 @@ METRICS: dict[str, Metric] = {
         meaning="responses that are cut inside a thought which holds a box; grading.box_in_thought decides about them",
         unit="responses",
         healthy="0; more responses need a larger rollout.max_new_tokens",
-        only="GRPO",
+        only=GRADED,
     ),
     "reward/equal_groups_share": Metric(
         meaning="share of responses in groups that are left out because their rewards are all equal",
@@ -165,7 +194,46 @@ METRICS: dict[str, Metric] = {
         unit="nats a token",
         only="GRPO",
     ),
-    "time/grade_s": Metric(meaning="time for grading", unit="s", only="GRPO"),
+    "time/grade_s": Metric(meaning="time for grading", unit="s", only=GRADED),
+    "order/accuracy": Metric(
+        meaning="share of right rollouts, a: round(m a^2) of the step's m problems are promoted",
+        unit="0 to 1",
+        healthy="above 0; near 0 the same problems come again in each step",
+        only="data.order=adastar",
+    ),
+    "order/promoted": Metric(
+        meaning="problems of the step that move to the end of the order; the others come again in the next step",
+        unit="problems",
+        healthy="grows with the accuracy up to data.problems_per_step",
+        only="data.order=adastar",
+    ),
+    "order/oldest_visit": Metric(
+        meaning="last visit of the problem that comes next; 0 until all problems have been promoted once",
+        unit="step",
+        healthy="grows after the first round through the problems",
+        only="data.order=adastar",
+    ),
+    "rollout/kept": Metric(
+        meaning="responses that are trained on",
+        unit="responses",
+        healthy="above 0; the run warns after 5 steps in a row at 0, which update nothing",
+        only=KEPT,
+    ),
+    "rollout/problems_without_correct": Metric(
+        meaning="problems without a right response; rollout.keep=correct and shortest_correct leave them out",
+        unit="problems",
+        healthy="below data.problems_per_step",
+        only=KEPT,
+    ),
+    "reveal/without_peer": Metric(
+        meaning=(
+            "responses that rollout.keep would keep, but that are left out: no other response to their problem is "
+            "right and can be shown"
+        ),
+        unit="responses",
+        healthy="steady; more responses a problem (rollout.samples_per_problem) make it smaller",
+        only="objective.reveal.solution=peer_rollout",
+    ),
     "skipped": Metric(
         meaning="which loss or gradient was not finite; the step was skipped and changed no weight",
         unit="text",

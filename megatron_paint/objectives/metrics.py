@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from megatron_paint.config.domains import BOXED_GRADERS, DomainSettings, domain_of
 from megatron_paint.grading.boxes import ANY_BOX, box_spans
 from megatron_paint.records import Reveal, SampleScore, StepReport, StepResult, TokenIds
 
@@ -30,7 +31,7 @@ def metrics_of(result: StepResult, *, step: int, lr: float, seconds: Mapping[str
     `step` is the wall time of the complete step; without it, the sum of the phases is used.
     Denominators. Loss tokens: loss (0 without any), clip/share and clip/entries (clipped entries per token). Response
     tokens: entropy/*, selected/share. Selected positions, all others: divergence/selected_mean, divergence/other_mean.
-    Entropies and divergences count the responses whose loss measures them. Samples: response/length_mean; those sampled
+    These count only the responses whose loss measures them. Samples: response/length_mean; those sampled
     in this step: response/truncated_share; those with a reveal: overlap/mean, reveal/mean (the share asked for),
     anchors/none_share (those whose reference has no anchor). Updates: grad_norm. A mean over nothing is NaN, except
     where 0 is named above. The objective's extras come last and replace a value of the same key.
@@ -38,6 +39,7 @@ def metrics_of(result: StepResult, *, step: int, lr: float, seconds: Mapping[str
     samples, scores = result.samples, result.scores
     tokens, loss_tokens = sum(s.num_tokens for s in scores), sum(s.loss_tokens for s in scores)
     selected = sum(len(s.selected) for s in scores)
+    measured = sum(s.num_tokens for s in scores if s.sums) or tokens
     reveals = [sample.reveal for sample in samples if sample.reveal is not None]
     sampled = [sample.rollout for sample in samples if sample.rollout.finished is not None]
     phases = dict.fromkeys(PHASES, 0.0)
@@ -55,7 +57,7 @@ def metrics_of(result: StepResult, *, step: int, lr: float, seconds: Mapping[str
         "loss_tokens": loss_tokens,
         "entropy/student_mean": mean_of("student_entropy", scores, lambda s: s.num_tokens),
         "entropy/teacher_mean": mean_of("teacher_entropy", scores, lambda s: s.num_tokens),
-        "selected/share": ratio(selected, tokens),
+        "selected/share": ratio(selected, measured),
         "divergence/selected_mean": mean_of("divergence_selected", scores, lambda s: len(s.selected)),
         "divergence/other_mean": mean_of("divergence_other", scores, lambda s: s.num_tokens - len(s.selected)),
         "clip/share": sum(s.sums.get("clipped_mass", 0.0) for s in scores) / max(loss_tokens, 1),
@@ -67,8 +69,17 @@ def metrics_of(result: StepResult, *, step: int, lr: float, seconds: Mapping[str
         "sampler_gap/max": max((s.sampler_gap_max for s in scores if s.sampler_gap_max is not None), default=math.nan),
         **{f"time/{phase}_s": took for phase, took in phases.items()},
         "tokens_per_second": ratio(tokens, sum(phases.values()) if total is None else total),
+        **_support_metrics(scores),
         **result.extras,
     }
+
+
+def _support_metrics(scores: Sequence[SampleScore]) -> dict[str, float]:
+    """Means over response tokens; nothing without a support."""
+    if not any("outside_mass" in score.sums for score in scores):
+        return {}
+    names = {"support/outside_mass": "outside_mass", "support/size": "support_size"}
+    return {key: mean_of(name, scores, lambda s: s.num_tokens) for key, name in names.items()}
 
 
 def sample_lines(report: StepReport, *, decode: Callable[[Sequence[int]], str]) -> list[dict[str, Any]]:
@@ -76,14 +87,17 @@ def sample_lines(report: StepReport, *, decode: Callable[[Sequence[int]], str]) 
 
     decode: token ids -> text, special tokens included. `loss` is in nats per token that carries loss; it is 0 if no
     token does. A sample without a reveal has null in `overlap` and `reveal`, and no `anchors`. `finished` is null for a
-    response that was not sampled. `advantage` is null except under GRPO. A file of these lines, or a folder of such
-    files, can be replayed.
+    response that was not sampled. `advantage` is null except under GRPO. With a support `outside_mass` and
+    `support_size` have a value for each response token. Where PAINT and OPSD grade, `correct` is the verdict, and
+    `left_out` is there for a response that is not trained on. A file of these lines, or a folder of such files, can be
+    replayed.
     """
     return [
         {
             "id": sample.problem.id,
             "step": report.step,
             "sample": sample.sample_index,
+            "domain": sample.problem.domain,
             "student_prompt_ids": list(sample.student_prompt_ids),
             "teacher_prompt_ids": _list(sample.teacher_prompt_ids),
             "response_ids": list(sample.response_ids),
@@ -95,17 +109,24 @@ def sample_lines(report: StepReport, *, decode: Callable[[Sequence[int]], str]) 
             "loss": score.loss_sum / max(score.loss_tokens, 1),
             "selected": list(score.selected),
             "advantage": sample.advantage,
+            **({} if sample.correct is None else {"correct": sample.correct}),
+            **({} if sample.left_out is None else {"left_out": sample.left_out}),
+            **{name: [round(value, 6) for value in values] for name, values in score.per_token.items()},
         }
         for sample, score in zip(report.samples, report.scores, strict=True)
     ]
 
 
-def no_answer_share(lines: Sequence[Mapping[str, Any]]) -> float:
+def no_answer_share(lines: Sequence[Mapping[str, Any]], domains: Mapping[str, DomainSettings]) -> float:
     """The share of sampled responses without a final answer in a closed box. lines: those of `sample_lines`.
 
-    NaN if no response was sampled.
+    Only the domains whose answers are in boxes count. NaN if no such response was sampled.
     """
-    sampled = [line["response_text"] for line in lines if line["finished"] is not None]
+    sampled = [
+        line["response_text"]
+        for line in lines
+        if line["finished"] is not None and domain_of(domains, line["domain"]).grader in BOXED_GRADERS
+    ]
     return ratio(sum(not box_spans(text, opener=ANY_BOX) for text in sampled), len(sampled))
 
 
@@ -118,13 +139,17 @@ def _anchors(reveal: Reveal) -> list[dict[str, Any]]:
 
 
 def _reveal(reveal: Reveal) -> dict[str, Any]:
+    """What the teacher was shown. Without the last keys it is a part of the problem's own solution."""
+    given = {"of": reveal.of, "example": reveal.example, "peer": reveal.peer, "hidden_nats": reveal.hidden_nats}
     return {
         "share": reveal.share,
         "shown_tokens": reveal.shown_tokens,
         "total_tokens": reveal.total_tokens,
         "shown_text": reveal.shown_text,
         "reference_text": reveal.reference,
-        **({} if reveal.hidden_nats is None else {"hidden_nats": reveal.hidden_nats}),
+        **({} if reveal.solution == "own" else {"solution": reveal.solution}),
+        **({} if reveal.view == "full" else {"view": reveal.view}),
+        **{name: value for name, value in given.items() if value is not None},
     }
 
 

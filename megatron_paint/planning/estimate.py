@@ -77,7 +77,7 @@ def micro_batch_tokens(settings: Settings, shape: ModelShape) -> int:
 
 def _new_tokens(settings: Settings, shape: ModelShape) -> int:
     """Tokens of a response; without rollouts a solution's, which may fill all positions."""
-    if not settings.objective.needs.samples_per_problem:
+    if not settings.needs.samples_per_problem:
         return shape.max_positions
     return settings.rollout.max_new_tokens
 
@@ -151,10 +151,10 @@ class StageMemory:
                 "teacher's results": passed,
             }
             peaks.append(Peak(moment="loss", parts={**held, **loss}))
-        if self.settings.objective.needs.teacher:
+        if self.settings.needs.teacher:
             teacher = {
                 "teacher's copy": self.weights.trained * self._passing_bytes(),
-                "working memory": self._tokens() * self.kind.forward_bytes(),
+                "working memory": self._teacher_tokens() * self.kind.forward_bytes(),
                 "teacher's results": passed,
             }
             peaks.append(Peak(moment="teacher's pass", parts={**held, **teacher}))
@@ -205,7 +205,7 @@ class StageMemory:
         objective = self.settings.objective
         sets = 1
         if objective.needs.masker:
-            sets = 3 if objective.loss.partner == "full_teacher" else 2
+            sets = 1 + self._teachers()
         buffers = sets * (2 if self.tp > 1 else 1) + self.triton
         row = self.shape.vocab_rows(self.tp) * FLOAT32
         tokens = self._response_tokens()
@@ -266,14 +266,25 @@ class StageMemory:
         layers = self.shape.num_layers // self.pp
         return stage_activations(self.kind, self.recompute, layers=layers, tokens=self._tokens())
 
-    def _sequences(self) -> int:
-        """Responses of a step on one replica."""
-        samples = self.settings.objective.needs.samples_per_problem or 1
+    def _sampled_sequences(self) -> int:
+        """Responses of a step that one replica samples."""
+        samples = self.settings.needs.samples_per_problem or 1
         return math.ceil(self.settings.data.problems_per_step * samples / self.dp)
+
+    def _sequences(self) -> int:
+        """The most responses of a step that one replica trains on."""
+        if self.settings.rollout.keep == "shortest_correct":  # one of each problem
+            return math.ceil(self.settings.data.problems_per_step / self.dp)
+        return self._sampled_sequences()
 
     def _tokens(self) -> int:
         """The most tokens of a micro-batch on this replica."""
         return min(micro_batch_tokens(self.settings, self.shape), self._sequences() * self.shape.max_positions)
+
+    def _teacher_tokens(self) -> int:
+        """The same for the teacher's pass, where a response may come after a prompt that holds another one."""
+        alone = min(self._new_tokens() * (1 + self.settings.needs.shown_responses), self.shape.max_positions)
+        return max(self._tokens(), alone)
 
     def _new_tokens(self) -> int:
         return _new_tokens(self.settings, self.shape)
@@ -288,10 +299,12 @@ class StageMemory:
         return self._response_tokens() * row * ((1 + teachers) * self.width + FLOAT32)
 
     def _teachers(self) -> int:
+        """Passes without gradient over the responses: the teacher's, the full teacher's, the initial weights'."""
         objective = self.settings.objective
         if not objective.needs.teacher:
             return 0
-        return 2 if objective.needs.masker and objective.loss.partner == "full_teacher" else 1
+        full = objective.needs.masker and objective.loss.partner == "full_teacher"
+        return 1 + full + objective.needs.initial
 
     def _teacher_results(self) -> float:
         """The teacher's hidden states of all responses of the replica, on the last stage, and its output layer."""
@@ -313,8 +326,8 @@ class StageMemory:
         """What is sampled: moment, rows of a batch, new tokens, whether top-p sorts the complete vocabulary."""
         rollout, evaluation = self.settings.rollout, self.settings.evaluation
         found = []
-        if self.settings.objective.needs.samples_per_problem and rollout.engine == "megatron":
-            rows = min(rollout.batch_size, self._sequences())
+        if self.settings.needs.samples_per_problem and rollout.engine == "megatron":
+            rows = min(rollout.batch_size, self._sampled_sequences())
             found.append(("rollouts", rows, rollout.max_new_tokens, rollout.top_k == 0 and rollout.top_p < 1))
         if evaluation.problems is not None:
             new_tokens = min(evaluation.longest_answer, self.shape.max_positions - 1)
@@ -330,14 +343,16 @@ class StageMemory:
 
 
 def teacher_bytes(settings: Settings) -> int:
-    """Bytes that the teacher stores for each trained weight; 0 if it shares the weights."""
+    """Bytes that the teacher and the initial weights take for each trained weight; 0 if they share the weights."""
     teacher, width = settings.objective.teacher, WIDTHS[settings.model.dtype]
-    if not settings.objective.needs.teacher:
+    if not settings.needs.teacher:
         return 0
-    if teacher.weights == "ema":
-        return FLOAT32 + (width if teacher.ema_anchor > 0 else 0)  # and the initial weights, its anchor
     has_copy = settings.model.lora is None or settings.model.adapter_path is not None
-    return width if teacher.weights == "initial" and has_copy else 0
+    if teacher.weights == "initial":
+        return width if has_copy else 0
+    anchors = teacher.weights == "ema" and teacher.ema_anchor > 0
+    initial = width if anchors or (settings.needs.initial and has_copy) else 0
+    return (FLOAT32 if teacher.weights == "ema" else 0) + initial
 
 
 def _host(

@@ -36,7 +36,8 @@ class Plan(Layout):
     def lines(self, settings: Settings) -> list[str]:
         """The plan as lines for the console."""
         shape = self.shape
-        problems = settings.data.problems_per_step
+        problems, responses = settings.data.problems_per_step, settings.rollout.samples_per_problem or 1
+        each = f" with {responses} responses each" if responses > 1 else ""
         layers = shape.num_layers // self.pipeline_parallel
         tokens, asked = micro_batch_tokens(settings, shape), settings.data.micro_batch_tokens
         alone = (
@@ -54,8 +55,8 @@ class Plan(Layout):
             f"loss       elementwise work by {self.kernel}"
             f"{f' ({self.why_torch})' if self.kernel == 'torch' and self.why_torch else ''}, chunks of "
             f"{size_text(settings.objective.chunk_bytes)}",
-            f"step       {problems} problems, about {problems / self.data_parallel:g} a replica, micro-batches of at "
-            f"most {tokens:,} tokens{alone}; {settings.run.steps} steps",
+            f"step       {problems} problems{each}, about {problems / self.data_parallel:g} a replica, micro-batches "
+            f"of at most {tokens:,} tokens{alone}; {settings.run.steps} steps",
             *self.memory_lines(),
         ]
 

@@ -67,17 +67,12 @@ class ReplaySampler:
         if missing:
             raise UserError(self._missing_message(missing))
         for request in requests:
-            response = self._responses[_place(request)]
-            if vocab_size is not None and (largest := max(response.ids)) >= vocab_size:
-                raise UserError(
-                    f"{response.where}: response_ids holds {largest}, but the model has ids 0 to {vocab_size - 1}: "
-                    "these rollouts are another model's"
-                )
-            if len(response.ids) > max_tokens:
-                raise UserError(
-                    f"{response.where}: response_ids holds {len(response.ids)} tokens, more than "
-                    f"rollout.max_new_tokens={max_tokens}: raise it"
-                )
+            _check_response(self._responses[_place(request)], max_tokens=max_tokens, vocab_size=vocab_size)
+
+    def check_all(self, *, max_tokens: int, vocab_size: int) -> None:
+        """Raises UserError that names a response, of any step, that cannot be this model's."""
+        for response in self._responses.values():
+            _check_response(response, max_tokens=max_tokens, vocab_size=vocab_size)
 
     def _rollout(self, request: GenerationRequest) -> Rollout:
         response = self._responses[_place(request)]
@@ -112,8 +107,21 @@ class ReplaySampler:
         steps = sorted({place.step for place in self._responses})
         return (
             f"rollout.path: {self._path} has no rollout for {shown}{more}; it holds {len(self._responses)} rollouts of"
-            f" steps {steps[0]} to {steps[-1]}. The order of problems follows data.seed and data.problems_per_step:"
-            " replay with those of the run that wrote the file, or add the missing rollouts"
+            f" steps {steps[0]} to {steps[-1]}. The order of problems follows data.order, data.seed and"
+            " data.problems_per_step: replay with those of the run that wrote the file, or add the missing rollouts"
+        )
+
+
+def _check_response(response: _Response, *, max_tokens: int, vocab_size: int | None) -> None:
+    if vocab_size is not None and (largest := max(response.ids)) >= vocab_size:
+        raise UserError(
+            f"{response.where}: response_ids holds {largest}, but the model has ids 0 to {vocab_size - 1}: "
+            "these rollouts are another model's"
+        )
+    if len(response.ids) > max_tokens:
+        raise UserError(
+            f"{response.where}: response_ids holds {len(response.ids)} tokens, more than "
+            f"rollout.max_new_tokens={max_tokens}: raise it"
         )
 
 

@@ -25,6 +25,7 @@ class RolloutSource:
         self.prompts = prompts
         self.samples = samples
         self.seed = seed
+        self.keep = settings.keep
         self.sampling = SamplingParameters.from_settings(settings, stop_ids=prompts.tokenizer.stop_ids)
 
     def rollouts(self, problems: Sequence[Problem], *, step: int) -> list[Rollout]:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from megatron_paint.base.json_text import to_json
 from megatron_paint.evaluation.statistics import length_text, paired_difference
-from megatron_paint.evaluation.summary import truncation_warning
+from megatron_paint.evaluation.summary import domain_text, error_warning, truncation_warning
 from megatron_paint.records import EvalReport, StepReport
 from megatron_paint.run.console_log import ConsoleLog
 from megatron_paint.run.tensorboard import TensorBoardLog
@@ -27,6 +27,7 @@ STEP_LINE = {  # parts of a step's line, in this order, by what they show
     "overlap {:.2f}": "overlap/mean",
     "reveal {:.2f}": "reveal/mean",
     "reward {:.2f}": "reward/mean",
+    "kept {:.0f}": "rollout/kept",
     "length {:,.0f}": "response/length_mean",
     "truncated {:.0%}": "response/truncated_share",
     "grad {:.3g}": "grad_norm",
@@ -108,9 +109,12 @@ class Progress:
         """Prints one evaluation, and a warning if too many answers are cut off."""
         values = {"step": report.step, "benchmark": report.benchmark, **report.metrics}
         line = f"[bold]evaluation[/] at step {report.step} on {escape(report.benchmark)}: {accuracy_text(report)}"
+        if domains := domain_text(report):
+            line += f" ({escape(domains)})"
         self._emit("evaluation", values, line, quiet=False)
-        if warning := truncation_warning(report):
-            self.warn(warning)
+        for warning in (truncation_warning(report), error_warning(report)):
+            if warning is not None:
+                self.warn(warning)
         if self.tensorboard is not None and self.mode != "silent":
             scores = {f"eval/{report.benchmark}/{name}": value for name, value in report.metrics.items()}
             self.tensorboard.add(report.step, scores)

@@ -36,6 +36,18 @@ SIGNS = (
         ),
     ),
     Sign(
+        metric="rollout/kept",
+        value=0.0,
+        steps=5,
+        text="no response was trained on, so no step changed a weight",
+        causes=(
+            "no response is right (reward/mean 0): take easier problems, or train with objective.name=sft first",
+            "responses are cut off before their answer (response/truncated_share): raise rollout.max_new_tokens",
+            "too few responses are right for one to be shown another (reveal/without_peer): raise "
+            "rollout.samples_per_problem",
+        ),
+    ),
+    Sign(
         metric="response/truncated_share",
         value=1.0,
         steps=5,

@@ -22,8 +22,10 @@ import errno
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_paint.base.errors import UserError, about
@@ -31,6 +33,7 @@ from megatron_paint.run.lock_owner import Owner, process_state, this_process, to
 from megatron_paint.run.lock_watch import (
     LOCK,
     TIMING,
+    InUse,
     Timing,
     in_use,
     owner_of,
@@ -118,8 +121,10 @@ class RunLock:
         """Removes the lock, unless another process has taken it over, and the folder if the run left nothing in it."""
         self.stop()
         successor = self._successor(self.owner)
+        # With another token: if this process dies here, who takes the lock over must not find the dead owner twice.
+        release = replace(self.owner, token=uuid.uuid4().hex)
         with suppress(OSError):
-            if self._create(successor):  # else another process is about to replace it
+            if self._create(successor, release):  # else another process is about to replace it
                 try:
                     if (now := read_lock(self.path)) is not None and now.token == self.owner.token:
                         self.path.unlink()
@@ -176,7 +181,7 @@ class RunLock:
         """Why the lock may be taken from its owner; "" if it changed meanwhile. UserError: the owner lives."""
         state, job = owner_state(self.path, held, timing=self.timing, on_wait=on_wait)
         if state == "lives":
-            raise UserError(in_use(self.folder, held, job=job))
+            raise InUse(in_use(self.folder, held, job=job))
         if state != "unknown":
             return state
         has_ended = job == "ended"
@@ -184,7 +189,7 @@ class RunLock:
         on_wait(f"{self.folder} is locked by {held}: watching its heartbeat, for {seconds:g} s at most")
         found = watch(self.path, held, timing=self.timing, has_ended=has_ended)
         if found == "lives" and not has_ended:
-            raise UserError(in_use(self.folder, held, job=job))
+            raise InUse(in_use(self.folder, held, job=job))
         return "superseded" if found == "lives" else found
 
     def _replace(self, path: Path, held: Owner) -> bool:
@@ -215,44 +220,49 @@ class RunLock:
         if state == "lives":
             time.sleep(0.01)
             return False
+        if self._successor(holder) == successor:  # of an earlier version, which died in `release`
+            with suppress(FileNotFoundError):
+                os.rename(successor, successor.with_name(f"{successor.name}.{self.owner.token}"))
+            return False
         return self._replace(successor, holder)
 
-    def _create(self, path: Path) -> bool:
-        """Creates a file with this owner; False if it exists and is another one's."""
+    def _create(self, path: Path, owner: Owner | None = None) -> bool:
+        """Creates a file with an owner, by default this one; False if it exists and is another one's."""
+        owner = owner or self.owner
         while True:
-            new = self._written()
+            new = self._written(owner)
             try:
                 os.link(new, path)
                 return True
             except FileExistsError:
                 held = read_lock(path)
                 if held is not None:
-                    return held.token == self.owner.token  # the answer to an earlier try may have been lost
+                    return held.token == owner.token  # the answer to an earlier try may have been lost
             except OSError as error:
                 if error.errno not in NO_LINKS:
                     raise
-                return self._create_without_links(path)
+                return self._create_without_links(path, owner)
             finally:
                 with suppress(FileNotFoundError):
                     new.unlink()
 
-    def _create_without_links(self, path: Path) -> bool:
+    def _create_without_links(self, path: Path, owner: Owner) -> bool:
         """The same on a file system without hard links. A crash may leave the file without a name in it."""
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
             held = read_lock(path)
-            return held is not None and held.token == self.owner.token
+            return held is not None and held.token == owner.token
         with open(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(to_text(self.owner))
+            stream.write(to_text(owner))
         return True
 
-    def _written(self) -> Path:
-        """A new file with this owner, complete on the server."""
+    def _written(self, owner: Owner) -> Path:
+        """A new file with an owner, complete on the server."""
         new = self.path.with_name(f".{LOCK}.{self.owner.token}.{threading.get_ident()}.new")
         try:
             with open(new, "w", encoding="utf-8") as stream:
-                stream.write(to_text(self.owner))
+                stream.write(to_text(owner))
                 stream.flush()
                 os.fsync(stream.fileno())
         except OSError:  # a full disk

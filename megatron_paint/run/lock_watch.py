@@ -35,6 +35,10 @@ class Timing:
 TIMING = Timing()
 
 
+class InUse(UserError):
+    """Another process that lives has the lock."""
+
+
 def read_lock(path: Path) -> Owner | None:
     """The owner in a lock file; None if there is no file."""
     try:
@@ -179,7 +183,7 @@ def refuse_if_in_use(
             state, job = owner_state(path, held, timing=timing, on_wait=on_wait)
         seems_alive = state == "unknown" and watches and job != "ended" and _beats(path, held, timing)
         if state == "lives" or seems_alive:
-            raise UserError(in_use(folder, held, job=job))
+            raise InUse(in_use(folder, held, job=job))
 
 
 def _beats(path: Path, held: Owner, timing: Timing) -> bool:

@@ -7,6 +7,7 @@ import signal
 import sys
 
 LAUNCHER = "MEGATRON_PAINT_LAUNCHER"  # variable with the launcher's process id
+SEARCH = "MEGATRON_PAINT_SEARCH"  # variable with the process id of the search that started this run
 SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
 
@@ -14,8 +15,10 @@ def end_with_launcher() -> None:
     """In a rank of our launcher: the kernel kills this rank as soon as the launcher is gone.
 
     Ctrl-C is the launcher's, which passes it on. Before this rank can stop with a checkpoint, it ends this rank without
-    a traceback.
+    a traceback. A trial of a search ends with the search in the same way; its ranks do not get that variable.
     """
+    if search := os.environ.pop(SEARCH, None):
+        end_with_parent(int(search))
     launcher = os.environ.get(LAUNCHER)
     if launcher is not None:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

@@ -8,19 +8,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from megatron_paint.base.errors import UserError, about
 from megatron_paint.checkpoints.adapter_reader import checked_adapter
 from megatron_paint.checkpoints.hf_reader import HuggingFaceReader
 from megatron_paint.checkpoints.megatron_source import MegatronSource
 from megatron_paint.config.settings import LONGEST_ANSWER, EvaluateSettings, EvaluationSettings, ModelSettings, Settings
-from megatron_paint.data.problems import ProblemSet, PromptLimit, load_problems
+from megatron_paint.data.order import problem_order
+from megatron_paint.data.problems import ProblemSet, load_problems
+from megatron_paint.data.prompt_limit import PromptLimit
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.data.repeats import leaks
 from megatron_paint.data.tokenizers import load_tokenizer
 from megatron_paint.evaluation.benchmarks import load_benchmark
 from megatron_paint.grading.grade import GradingPool, Rules
+from megatron_paint.grading.graders import Graders
 from megatron_paint.launch.failure_notes import NOTES_FOLDER
+from megatron_paint.masker.reveal import check_extractors
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.objectives import OBJECTIVES
 from megatron_paint.records import Problem
@@ -30,6 +35,7 @@ from megatron_paint.rollouts.source import RolloutSource
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.run.lock_watch import refuse_if_in_use
 from megatron_paint.runtime.rank_zero import OnRankZero, directly
+from megatron_paint.training.partners import check_partners
 from megatron_paint.training.turn_notes import sft_warnings, thinking_without_effect, turn_notes, used_thinking_settings
 
 CHECKED = "checked_problems"  # file of the launcher's folder
@@ -100,11 +106,7 @@ def load_inputs(settings: Settings, shape: ModelShape, *, on_rank_zero: OnRankZe
         ),
         warnings=(
             *problems.warnings,
-            *(
-                ()
-                if settings.objective.needs.samples_per_problem
-                else sft_warnings(settings, prompts, problems.problems)
-            ),
+            *(() if settings.needs.samples_per_problem else sft_warnings(settings, prompts, problems.problems)),
         ),
     )
 
@@ -125,7 +127,7 @@ def load_prompts(settings: Settings | EvaluateSettings, shape: ModelShape) -> Pr
 
 def rollout_source(settings: Settings, prompts: Prompts, sampler: Sampler) -> RolloutSource:
     """The rollouts of the run's objective."""
-    samples = settings.objective.needs.samples_per_problem
+    samples = settings.needs.samples_per_problem
     return RolloutSource(sampler, prompts, settings.rollout, samples=samples, seed=settings.run.seed)
 
 
@@ -198,27 +200,39 @@ def _saved_problems() -> tuple[ProblemSet, tuple[Problem, ...]] | None:
     return ProblemSet(**values), _records(saved["held_out"])
 
 
-def _records(values: Sequence[dict[str, str]]) -> tuple[Problem, ...]:
-    return tuple(Problem(**value) for value in values)
+def _records(values: Sequence[dict[str, Any]]) -> tuple[Problem, ...]:
+    return tuple(Problem(**{**value, "choices": tuple(value["choices"])}) for value in values)
 
 
 def _read_problems(settings: Settings, shape: ModelShape, prompts: Prompts) -> tuple[ProblemSet, tuple[Problem, ...]]:
     limit = _prompt_limit(settings, shape, prompts)
     rules = Rules(box_in_thought=settings.grading.box_in_thought)
-    needs = settings.objective.needs
+    needs = settings.needs
     mistake = None if needs.samples_per_problem else prompts.sft_mistake
     needed_by = f"objective.name: {settings.objective.name}" if needs.solutions else None
+    reveal = settings.objective.reveal
     with GradingPool(rules=rules) as graders:
         problems = load_problems(
-            settings.data, solution_needed_by=needed_by, grade=graders.grade, prompt_limit=limit, mistake=mistake
+            settings.data,
+            solution_needed_by=needed_by,
+            view=reveal.view if needs.masker else "full",
+            grade=graders.grade,
+            prompt_limit=limit,
+            mistake=mistake,
+            domains=settings.domains,
         )
-    if needs.masker and settings.objective.reveal.solution == "wrong":
-        _check_wrong_solutions(problems.problems, limit)
+    if needs.masker:
+        check_extractors(problems.problems, settings.domains, default=reveal.anchors)
+        check_partners(problems, reveal.solution, prompts=prompts, limit=limit, steps=settings.run.steps)
     if needs.samples_per_problem and settings.rollout.engine == "replay":
         _check_replay(settings, shape, prompts, problems)
-    if settings.evaluation.problems is None:
+    held_out = None
+    if settings.evaluation.problems is not None:
+        held_out = load_benchmark(settings.evaluation.problems, settings.evaluation, domains=settings.domains)
+    with Graders(settings.domains, seconds=settings.evaluation.grading_seconds, rules=rules) as graders:
+        graders.check([*(problems.problems if needs.graders else ()), *(held_out.problems if held_out else ())])
+    if held_out is None:
         return problems, ()
-    held_out = load_benchmark(settings.evaluation.problems, settings.evaluation)
     leaked = leaks(problems.problems, held_out.problems)
     problems = dataclasses.replace(
         problems,
@@ -231,38 +245,33 @@ def _read_problems(settings: Settings, shape: ModelShape, prompts: Prompts) -> t
 def _prompt_limit(settings: Settings, shape: ModelShape, prompts: Prompts) -> PromptLimit:
     """Room for a response after the longest prompt that the objective can make of a problem."""
     objective = settings.objective
-    response = settings.rollout.max_new_tokens if objective.needs.samples_per_problem else 0
+    needs = settings.needs
+    response = settings.rollout.max_new_tokens if needs.samples_per_problem else 0
     longest_prompt = OBJECTIVES[objective.name].longest_prompt
     return PromptLimit(
         length=lambda problem: longest_prompt(problem, prompts, objective, response=response),
         positions=shape.max_positions,
         response=response,
         setting="rollout.max_new_tokens" if response else "",
+        shown=needs.shown_responses and needs.shown_responses * prompts.times_shown,
     )
 
 
-def _check_wrong_solutions(problems: Sequence[Problem], limit: PromptLimit) -> None:
-    """Raises UserError if the longest problem does not fit with another one's solution."""
-    longest = max(problems, key=lambda problem: len(problem.problem))
-    solution = max(problems, key=lambda problem: len(problem.solution)).solution
-    length = limit.length(dataclasses.replace(longest, solution=solution))
-    if length > limit.most:
-        raise UserError(
-            f"objective.reveal.solution=wrong can make a prompt of {length} tokens, and the model has {limit.positions}"
-            f" positions for it and {limit.setting}={limit.response}: set {limit.setting} to at most "
-            f"{limit.positions - length}, or leave the longest problems or solutions out"
-            if length < limit.positions
-            else f"objective.reveal.solution=wrong can make a prompt of {length} tokens, and the model has "
-            f"{limit.positions} positions: leave the longest problems or solutions out"
-        )
-
-
 def _check_replay(settings: Settings, shape: ModelShape, prompts: Prompts, problems: ProblemSet) -> None:
-    """Raises UserError if a rollout of a coming step is missing, or cannot be this model's."""
+    """Raises UserError if a rollout of a coming step is missing, or cannot be this model's.
+
+    The problems of a step may depend on the verdicts before it (data.order=adastar). Then only the problems of the
+    first step are known; a rollout that is missing later ends the run.
+    """
     sampler = replay_sampler(settings, prompts)
     source = rollout_source(settings, prompts, sampler)
     resumes = settings.run.resume != "never"
-    done = RunFolder(settings.run.dir).latest_checkpoint() if resumes else None
-    for step in range((done or 0) + 1, settings.run.steps + 1):
-        requests = source.requests(problems.batch(step), step=step)
-        sampler.check(requests, max_tokens=settings.rollout.max_new_tokens, vocab_size=shape.vocab_size)
+    done = (RunFolder(settings.run.dir).latest_checkpoint() if resumes else None) or 0
+    limits = {"max_tokens": settings.rollout.max_new_tokens, "vocab_size": shape.vocab_size}
+    coming = range(done + 1, settings.run.steps + 1)
+    if settings.data.order == "adastar":
+        sampler.check_all(**limits)
+        coming = range(1, 1 if done else 2)
+    order = problem_order(settings.data, problems)
+    for step in coming:
+        sampler.check(source.requests(order.batch(step), step=step), **limits)

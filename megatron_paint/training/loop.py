@@ -7,6 +7,7 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.config.saved import settings_tree
 from megatron_paint.config.schedule import due_after, expired_checkpoints, learning_rate
 from megatron_paint.config.settings import Settings
+from megatron_paint.data.order import ProblemOrder
 from megatron_paint.data.problems import ProblemSet
 from megatron_paint.evaluation.evaluator import Evaluator
 from megatron_paint.objectives import Objective
@@ -32,6 +33,7 @@ class Run:
     folder: RunFolder
     policy: Policy
     problems: ProblemSet
+    order: ProblemOrder
     objective: Objective
     sampler: Sampler  # of evaluations
     evaluator: Evaluator | None
@@ -69,15 +71,19 @@ class Run:
         return True
 
     def step(self, step: int) -> None:
-        """One step of the objective, recorded; or counted as skipped if its loss or gradient is not finite."""
+        """One step of the objective, recorded; or counted as skipped if its loss or gradient is not finite.
+
+        The order of the problems does not count a skipped step: no weight has learned from its problems.
+        """
         mark_progress("rollout", step)
         lr = learning_rate(step, steps=self.settings.run.steps, settings=self.settings.optimizer)
         timer = Timer()
         try:
             with self.pace.timed("step"):
                 with timer("step"):
-                    result = self.objective.step(self.policy, self.problems.batch(step), step=step, lr=lr, timer=timer)
+                    result = self.objective.step(self.policy, self.order.batch(step), step=step, lr=lr, timer=timer)
                 metrics = metrics_of(result, step=step, lr=lr, seconds=timer.seconds)
+                metrics |= self.order.record(step, result.verdicts)
                 report = StepReport(
                     step=step,
                     metrics=metrics,
@@ -145,7 +151,10 @@ class Run:
         """Starts a checkpoint that any layout can resume; with `run.async_save`, training continues meanwhile."""
         self.finish_save()  # the checkpoint before
         self.pace.begin("write")
-        self.policy.save(self.folder.checkpoint_folder(step), {"step": step, "settings": settings_tree(self.settings)})
+        state = {"step": step, "settings": settings_tree(self.settings)}
+        if order := self.order.state_dict():
+            state["order"] = order
+        self.policy.save(self.folder.checkpoint_folder(step), state)
         if not self.settings.run.async_save:
             self.finish_save()
 

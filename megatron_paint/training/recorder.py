@@ -7,7 +7,7 @@ from megatron_paint.config.settings import Settings
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.evaluation.benchmarks import benchmark_name
 from megatron_paint.evaluation.evaluator import Answers, Evaluator
-from megatron_paint.grading.grade import GradingPool
+from megatron_paint.grading.graders import Graders
 from megatron_paint.objectives.metrics import ClipWatch, no_answer_share, sample_lines
 from megatron_paint.records import StepReport
 from megatron_paint.run.console import Progress
@@ -24,7 +24,7 @@ class Recorder:
     folder: RunFolder
     progress: Progress
     prompts: Prompts
-    graders: GradingPool | None  # None where nothing is evaluated on this rank
+    graders: Graders | None  # None where nothing is evaluated on this rank
     clip_watch: ClipWatch = field(default_factory=ClipWatch)
     learning_watch: LearningWatch = field(default_factory=LearningWatch)
 
@@ -35,7 +35,7 @@ class Recorder:
     def step(self, report: StepReport) -> None:
         """Writes the metrics and samples of a step and prints its line and its warnings."""
         lines = sample_lines(report, decode=self.prompts.response_text)
-        metrics = report.metrics | {"response/no_answer_share": no_answer_share(lines)}
+        metrics = report.metrics | {"response/no_answer_share": no_answer_share(lines, self.settings.domains)}
         report = replace(report, metrics=metrics)
         self.folder.append_metrics(metrics)
         self.folder.write_samples(report.step, lines)

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import Settings
+from megatron_paint.data.order import ProblemOrder, problem_order
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.evaluation.evaluator import Evaluator
-from megatron_paint.grading.grade import GradingPool, Rules
+from megatron_paint.grading.grade import Rules
+from megatron_paint.grading.graders import Graders
 from megatron_paint.launch.failure_notes import leave_failure_note
 from megatron_paint.masker.overlap import MaskerPool
 from megatron_paint.objectives import OBJECTIVES, ObjectiveInputs
@@ -131,9 +133,9 @@ def prepare(
     policy = MegatronPolicy(settings, plan.shape, ranks)
     for note in policy.notes:
         progress.note(note)
+    order = problem_order(settings.data, inputs.problems)
     if start:
-        _load_checkpoint(policy, folder.checkpoint_folder(start), start)
-        progress.note(f"resumed at step {start} from {folder.checkpoint_folder(start)}")
+        _resume(policy, order, folder.checkpoint_folder(start), start, progress)
     for change in changed:
         progress.result(change)
     graders = _graders(settings, inputs, stack) if first else None
@@ -141,8 +143,10 @@ def prepare(
         settings=settings.objective,
         prompts=inputs.prompts,
         rollouts=rollout_source(settings, inputs.prompts, _training_sampler(settings, inputs.prompts, policy)),
-        masker=_masker_pool(stack) if first and settings.objective.needs.masker else None,
+        masker=_masker_pool(stack) if first and settings.needs.masker else None,
+        grades_rollouts=settings.needs.graders,
         graders=graders,
+        domains=settings.domains,
         on_rank_zero=on_rank_zero,
     )
     return Run(
@@ -150,6 +154,7 @@ def prepare(
         folder=folder,
         policy=policy,
         problems=inputs.problems,
+        order=order,
         objective=OBJECTIVES[settings.objective.name](objective_inputs),
         sampler=policy.sampler,
         evaluator=_evaluator(settings, inputs),
@@ -191,7 +196,7 @@ def _open_console(settings: Settings, folder: RunFolder, *, mode: Mode, start: i
 
 def _training_sampler(settings: Settings, prompts: Prompts, policy: "MegatronPolicy") -> Sampler:
     """The engine of `rollout.engine`; evaluations and the self-check always sample from the model itself."""
-    if settings.rollout.engine == "replay" and settings.objective.needs.samples_per_problem:
+    if settings.rollout.engine == "replay" and settings.needs.samples_per_problem:
         return replay_sampler(settings, prompts)
     return policy.sampler
 
@@ -234,22 +239,26 @@ def watch_over(settings: Settings, folder: RunFolder, ranks: "Ranks", stack: Exi
     stack.callback(stop_watchdog)
 
 
-def _load_checkpoint(policy: Policy, checkpoint: Path, step: int) -> None:
+def _resume(policy: Policy, order: ProblemOrder, checkpoint: Path, step: int, progress: Progress) -> None:
+    """Continues from a checkpoint. Raises UserError if it cannot be read or is of another step."""
     state = policy.load(checkpoint)
     if state.get("step") != step:
         raise UserError(
             f"checkpoint {checkpoint} is of step {state.get('step')}, as its run_state.json shows: rename it to the "
             "name that it was written under"
         )
+    progress.note(f"resumed at step {step} from {checkpoint}")
+    for message in order.load_state_dict(state.get("order", {})):
+        progress.warn(message)
 
 
-def _graders(settings: Settings, inputs: Inputs, stack: ExitStack) -> GradingPool | None:
-    """Worker processes that grade, if the objective or an evaluation needs verdicts."""
-    if not inputs.held_out and not settings.objective.needs.graders:
+def _graders(settings: Settings, inputs: Inputs, stack: ExitStack) -> Graders | None:
+    """Worker processes that grade, if rollouts or the answers of an evaluation get verdicts."""
+    if not inputs.held_out and not settings.needs.graders:
         return None
     rules = Rules(box_in_thought=settings.grading.box_in_thought)
-    pool = GradingPool(seconds=inputs.evaluation.grading_seconds, rules=rules, on_verdict=mark_progress)
-    return stack.enter_context(pool)
+    seconds = inputs.evaluation.grading_seconds
+    return stack.enter_context(Graders(settings.domains, seconds=seconds, rules=rules, on_verdict=mark_progress))
 
 
 def _evaluator(settings: Settings, inputs: Inputs) -> Evaluator | None:

@@ -22,9 +22,9 @@ def turn_notes(prompts: Prompts) -> tuple[str, ...]:
 
 def used_thinking_settings(settings: Settings) -> dict[str, bool]:
     """The thinking settings that a training run uses, by their key."""
-    prompts, needs = settings.prompts, settings.objective.needs
+    prompts, needs = settings.prompts, settings.needs
     used = {"prompts.student_thinking": prompts.student_thinking}
-    if needs.masker:
+    if needs.masker and settings.objective.reveal.solution != "none":  # else the teacher has the student's prompt
         used["prompts.teacher_thinking"] = prompts.teacher_thinking
     if settings.evaluation.problems is not None:
         used["evaluation.thinking"] = settings.evaluation.thinking

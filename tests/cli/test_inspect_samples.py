@@ -74,6 +74,19 @@ def test_plain_text_has_marks(run_dir):
     ]
 
 
+def test_the_most_mass_outside_a_support_is_listed_first(tmp_path):
+    sample = line("a", outside_mass=[0.0, 0.5, 0.1, 0.25], support_size=[1, 3, 2, 1])
+    RunFolder(tmp_path).write_samples(3, [sample])
+    _, printed = show(tmp_path)
+    assert printed.splitlines()[-5:] == [
+        "== Target's mass outside the support: mean 0.212",
+        "  0.500 at position 1, 3 plausible; sampled: ' sum'",
+        "  0.250 at position 3, 1 plausible; sampled: ' 17'",
+        "  0.100 at position 2, 2 plausible; sampled: ' is'",
+        "  0.000 at position 0, 1 plausible; sampled: 'The'",
+    ]
+
+
 def test_a_terminal_gets_colours_and_no_marks(run_dir):
     _, printed = show(run_dir, terminal=True)
     assert "\x1b[" in printed
@@ -91,6 +104,54 @@ def test_a_solution_shown_whole_has_no_mark(run_dir):
     whole = {**line("a")["reveal"], "shown_text": "all", "reference_text": "all"}
     RunFolder(run_dir).write_samples(4, [line("a", reveal=whole)])
     assert "hidden" not in show(run_dir, step=4)[0]
+
+
+@pytest.mark.parametrize(
+    ("reveal", "title"),
+    [
+        ({"view": "gist"}, "== Solution (view gist): 3 of 9 tokens shown"),
+        ({"solution": "wrong", "of": "p7"}, "== Solution of problem p7: 3 of 9 tokens shown"),
+        ({"solution": "wrong"}, "== Solution: 3 of 9 tokens shown"),  # of a folder of an earlier version
+        ({"solution": "peer_rollout", "peer": 2}, "== Response 2 to this problem, in place of the solution: 3 of 9"),
+        ({"solution": "none"}, "== Solution, which the teacher did not see: 3 of 9"),
+        ({"solution": "reference_free"}, "== Solution, which the teacher, in its thinking mode, did not see: 3 of 9"),
+    ],
+)
+def test_whose_the_reference_is(run_dir, reveal, title):
+    RunFolder(run_dir).write_samples(4, [line("a", reveal={**line("a")["reveal"], **reveal})])
+    text, _ = show(run_dir, step=4)
+    assert title in text
+    assert "[hidden:  So \\boxed{17}.]" in text
+
+
+def test_a_worked_example(run_dir):
+    shown = {
+        "share": 1.0,
+        "shown_tokens": 9,
+        "total_tokens": 9,
+        "shown_text": "All of it.",
+        "reference_text": "All of it.",
+    }
+    example = {**shown, "solution": "other_example", "of": "p7", "example": "What is it?"}
+    RunFolder(run_dir).write_samples(4, [line("a", reveal=example)])
+    lines = show(run_dir, step=4)[0].splitlines()
+    start = lines.index("== Worked example, problem p7: 9 of 9 tokens shown")
+    assert lines[start : start + 4] == [lines[start], "What is it?", "All of it.", ""]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"correct": True}, "2 selected, right\n"),
+        ({"correct": False}, "2 selected, wrong\n"),
+        ({"correct": False, "left_out": "wrong"}, "2 selected, wrong, left out: its answer is not right\n"),
+        ({"correct": True, "left_out": "not_shortest"}, "2 selected, right, left out: a shorter response is right\n"),
+        ({"correct": True, "left_out": "no_peer"}, "2 selected, right, left out: no other response is right\n"),
+    ],
+)
+def test_the_verdict(run_dir, changes, says):
+    RunFolder(run_dir).write_samples(4, [line("a", **changes)])
+    assert says in show(run_dir, step=4)[0]
 
 
 def test_without_a_decoder_the_text_is_shown(run_dir):

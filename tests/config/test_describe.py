@@ -12,15 +12,23 @@ from megatron_paint.config.load import settings_of
 from megatron_paint.config.saved import dotted, settings_tree
 
 SMALLEST = {"model": {"hf_path": "m", "lora": {}}, "data": {"train": "p.jsonl"}, "run": {"dir": "r"}}
+SMALLEST |= {"domains": {"NAME": {}}}
 KNOWN = {setting.key: setting for section in describe.sections() for setting in section.settings}
 
 
 def test_every_setting_is_described_with_its_default():
     resolved = dotted(settings_tree(settings_of(SMALLEST)))
-    assert set(KNOWN) == {*resolved, "model.lora"}
+    assert set(KNOWN) == {*resolved, "model.lora", "data.columns.views", "evaluation.columns.views"}
     for key, value in resolved.items():
         assert KNOWN[key].needed == (key in ("model.hf_path", "data.train", "run.dir"))
         assert KNOWN[key].needed or KNOWN[key].default == value, key
+
+
+def test_a_mapping_is_described_with_its_default():
+    """Its names are the user's, so they are no settings that are known."""
+    views = KNOWN["data.columns.views"]
+    assert (views.type, views.allowed, views.default, views.default_text) == ("text by name", "", {}, "{}")
+    assert settings_of(SMALLEST).data.columns.views == {}
 
 
 def test_nothing_is_left_without_words():

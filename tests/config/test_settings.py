@@ -14,7 +14,8 @@ from megatron_paint.planning.memory import make_plan
 from tests.support import tiny
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
+# The spaces of examples/search are no settings; tests/search reads them.
+EXAMPLES = sorted(path for path in (ROOT / "examples").rglob("*.yaml") if path.parent.name != "search")
 SMALLEST = {"model": {"hf_path": "m"}, "data": {"train": "p.jsonl"}, "run": {"dir": "r"}}
 
 
@@ -36,7 +37,7 @@ CLIP = {"1p7b": 0.05, "4b": 0.05, "8b": 0.06, "14b": 0.06, "32b": 0.06}  # OPSD 
 
 
 @pytest.mark.parametrize("size", QWEN3)
-@pytest.mark.parametrize("name", ["paint", "opsd", "grpo", "sft"])
+@pytest.mark.parametrize("name", ["paint", "support", "opsd", "reference_free", "grpo", "sft"])
 def test_presets_fit_their_model_and_its_gpus(name, size, tmp_path):
     hidden, ffn, layers, heads = QWEN3[size]
     config = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 151936, "head_dim": 128}
@@ -50,13 +51,15 @@ def test_presets_fit_their_model_and_its_gpus(name, size, tmp_path):
     assert plan.memory.peak < 80e9
     assert plan.warnings() == []
     paint = load_settings(folder / "paint.yaml", [f"model.hf_path={tmp_path}"])
-    assert settings.objective.name == name
+    assert settings.objective.name == {"support": "paint", "reference_free": "opsd"}.get(name, name)
+    alone = settings.objective.reveal.solution == "reference_free" and settings.prompts.teacher_thinking
+    assert alone == (name == "reference_free")
     assert (settings.model, settings.optimizer, settings.megatron) == (paint.model, paint.optimizer, paint.megatron)
     assert settings.objective.loss.clip == paint.objective.loss.clip == CLIP[size]
     assert settings.megatron.tensor_model_parallel_size == TENSOR_PARALLEL[size]
     assert settings.megatron.sequence_parallel == (TENSOR_PARALLEL[size] > 1)
     assert settings.optimizer.lr == 5e-6
-    responses = settings.data.problems_per_step * max(settings.objective.needs.samples_per_problem, 1)
+    responses = settings.data.problems_per_step * max(settings.needs.samples_per_problem, 1)
     assert responses == 32
     assert settings.run.dir == f"runs/qwen3_{size}/{name}"
 
@@ -192,3 +195,19 @@ def test_plan_counts_weights(tmp_path):
 def test_further_options_that_cannot_be(objective, says):
     with pytest.raises(UserError, match=says):
         settings_of(SMALLEST | {"objective": objective})
+
+
+@pytest.mark.parametrize("name", ["paint", "opsd", "grpo", "sft"])
+def test_adastar_needs_rollouts_and_grades_them(name):
+    """Only SFT has none."""
+    tree = {**SMALLEST, "data": {"train": "p.jsonl", "order": "adastar"}, "objective": {"name": name}}
+    if name == "sft":
+        with pytest.raises(
+            UserError, match=r"^data\.order=adastar .* objective\.name=sft .*: set data\.order=shuffled$"
+        ):
+            settings_of(tree)
+    else:
+        assert settings_of(tree).needs.graders
+    shuffled = settings_of({**SMALLEST, "objective": {"name": name}})
+    assert shuffled.data.order == "shuffled"
+    assert shuffled.needs.graders == (name == "grpo")

@@ -1,5 +1,6 @@
 """Prompts: golden ids of Qwen3's tokenizer, OPSD's wording byte for byte, text that cannot break out of its turn."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -214,6 +215,38 @@ class TestWording:
         ids = prompts.full_teacher_prompt(SUM, reveal_of(other, "Another"))
         assert text_of(prompts, ids) == THINKING.format(OPSD_TEACHER.format(problem=SUM.problem, solution=other))
 
+    def test_a_worked_example_comes_before_the_problem(self, prompts):
+        """In OPSD's wording of a problem and its instruction; the words around the example are ours."""
+        reveal = replace(reveal_of("Find $x$.", "Find $x$."), solution="other_example", of="b", example="What is x?")
+        ids = prompts.teacher_prompt(SUM, reveal)
+        text = text_of(prompts, ids)
+        assert text.endswith(THINKING.format("").removeprefix("<|im_start|>user\n"))
+        example = "=== Example Problem Begin ===\nWhat is x?\n=== Example Problem End ===\n"
+        example += "=== Example Solution Begin ===\nFind $x$.\n=== Example Solution End ===\n"
+        own = "Problem: What is 1+1?" + INSTRUCTION
+        assert text.index(example) < text.index(own)
+        assert SUM.solution not in text
+        assert prompts.full_teacher_prompt(SUM, reveal) == ids
+        assert prompts.example_prompt(SUM, example="What is x?", solution="Find $x$.") == ids
+
+    @pytest.mark.parametrize("student", [True, False])
+    @pytest.mark.parametrize("teacher", [True, False])
+    def test_without_a_reference_the_teacher_thinks_as_its_setting_tells(self, small, student, teacher):
+        prompts = Prompts(PromptSettings(student_thinking=student, teacher_thinking=teacher), small)
+        free = replace(reveal_of("", ""), solution="reference_free")
+        message = "Problem: What is 1+1?" + INSTRUCTION
+        expected = (THINKING if teacher else NOT_THINKING).format(message)
+        assert text_of(prompts, prompts.teacher_prompt(SUM, free)) == expected
+        assert prompts.full_teacher_prompt(SUM, free) == prompts.teacher_prompt(SUM, free)
+        none = replace(free, solution="none")
+        assert prompts.teacher_prompt(SUM, none) == prompts.student_prompt(SUM)
+
+    def test_a_view_is_the_reference(self, prompts):
+        viewed = replace(SUM, view="Add them.")
+        expected = OPSD_TEACHER.format(problem=SUM.problem, solution="Add them.")
+        assert text_of(prompts, prompts.full_teacher_prompt(viewed)) == THINKING.format(expected)
+        assert prompts.longest_prompt(viewed) < prompts.longest_prompt(SUM)
+
     def test_thinking_settings(self, small):
         prompts = Prompts(PromptSettings(student_thinking=True, teacher_thinking=False), small)
         assert text_of(prompts, prompts.student_prompt(SUM)).endswith("assistant\n")
@@ -305,6 +338,23 @@ class TestTemplates:
         assert text_of(prompts, prompts.student_prompt(SUM)) == NOT_THINKING.format("Q: What is 1+1?")
         ids = prompts.teacher_prompt(SUM, reveal_of(SUM.solution, "It"))
         assert text_of(prompts, ids) == THINKING.format("Q: What is 1+1? It...")
+
+    @pytest.mark.parametrize(("uses", "times"), [("{{ solution }}", 1), ("{{ solution }} {{ solution }}", 2)])
+    def test_how_often_a_reference_is_shown(self, small, tmp_path, uses, times):
+        teacher = tmp_path / "teacher.jinja"
+        teacher.write_text("Q: {{ problem }} " + uses)
+        assert Prompts(PromptSettings(), small).times_shown == 1
+        assert Prompts(PromptSettings(teacher_template=str(teacher)), small).times_shown == times
+
+    def test_an_example_s_wording(self, small, tmp_path):
+        template = tmp_path / "example.jinja"
+        template.write_text("Q: {{ problem }} E: {{ example_problem }} {{ example_solution }}")
+        prompts = Prompts(PromptSettings(example_template=str(template), teacher_thinking=False), small)
+        ids = prompts.example_prompt(SUM, example="What?", solution="So.")
+        assert text_of(prompts, ids) == NOT_THINKING.format("Q: What is 1+1? E: What? So.")
+        template.write_text("Q: {{ problem }} E: {{ example_problem }}")
+        with pytest.raises(UserError, match=r"prompts\.example_template: .* does not use {{ example_solution }}"):
+            Prompts(PromptSettings(example_template=str(template)), small)
 
     def test_evaluation_wording(self, small, tmp_path):
         path = tmp_path / "evaluation.jinja"

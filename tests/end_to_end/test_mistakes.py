@@ -80,6 +80,7 @@ OVERRIDES = {
     "not a number": ("optimizer.lr=.nan", "finite"),
     "infinite": ("optimizer.clip_grad=.inf", "finite"),
     "zero problems": ("data.problems_per_step=0", "nearest valid value is 1"),
+    "unknown order": ("data.order=sorted", "'shuffled' or 'adastar'"),
     "unknown objective": ("objective.name=ppo", "'paint', 'opsd', 'grpo' or 'sft'"),
     "unknown engine": ("rollout.engine=vllm", "'megatron' or 'replay'"),
     "unknown reveal rule": ("objective.reveal.rule=half", "objective.reveal.rule"),
@@ -405,6 +406,30 @@ def test_replay_needs_only_what_is_still_to_be_done(capsys, setup, tmp_path):
     assert "no rollout for step 1" in refused(capsys, settings, *replay, f"run.dir={tmp_path / 'other'}")
 
 
+ADASTAR_REPLAY = {
+    "first step": (lambda row: row["step"] == 1, "no rollout for step 1, problem "),
+    "id of a later step": (None, "response_ids holds 264"),
+}
+
+
+@pytest.mark.parametrize("mistake", ADASTAR_REPLAY)
+def test_replay_in_an_order_that_depends_on_verdicts(capsys, setup, tmp_path, mistake):
+    """The problems of the first step are known at the start, and each rollout of the file can be checked."""
+    settings, _, _ = setup
+    rollouts = tmp_path / "rollouts.jsonl"
+    everything = [{"id": f"p{i}", "step": step, "response_ids": [65, 258]} for step in (1, 2, 3, 4) for i in range(8)]
+    rollouts.write_text("".join(json.dumps(row) + "\n" for row in everything))
+    replay = (f"rollout.path={rollouts}", "rollout.engine=replay", "data.order=adastar")
+    assert main(["train", str(settings), *replay, "--processes", "1", "--dry-run"]) == 0
+    capsys.readouterr()
+    drops, says = ADASTAR_REPLAY[mistake]
+    rows = [row for row in everything if drops is None or not drops(row)]
+    if drops is None:
+        rows[-1]["response_ids"] = [tiny.ROWS]
+    rollouts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert says in refused(capsys, settings, *replay)
+
+
 def _begin(settings, *overrides):
     """Leaves the run folder of a run that has come to step 2."""
     resolved = load_settings(settings, overrides)
@@ -418,6 +443,7 @@ def _begin(settings, *overrides):
 RESUMED = {
     "with changed settings": ("optimizer.lr=2e-3", "optimizer.lr: 0.001 -> 0.002"),
     "with other problems a step": ("data.problems_per_step=2", "data.problems_per_step: 4 -> 2"),
+    "with another order of problems": ("data.order=adastar", "data.order: 'shuffled' -> 'adastar'"),
     "from another model": ("model.hf_path={other}", "model.hf_path: "),
 }
 

@@ -42,6 +42,23 @@ def run(folder, settings, *arguments):
     return ended
 
 
+def test_a_support_is_measured(trained, tmp_path):
+    run_dir = tmp_path / "support"
+    options = ("objective.loss.support=initial", "objective.loss.support_ratio=0.3", "run.steps=2")
+    ended = forked_ranks.train(tmp_path, trained.settings, f"run.dir={run_dir}", *options)
+    assert ended.statuses == [0, 0], ended
+    for step in metrics(run_dir):
+        assert {"support/outside_mass", "support/size"} == {key for key in step if key.startswith("support/")}
+        lines = (run_dir / "samples" / f"step_{step['step']:06d}.jsonl").read_text().splitlines()
+        samples = [json.loads(line) for line in lines]
+        for key, name in (("support/outside_mass", "outside_mass"), ("support/size", "support_size")):
+            values = [value for sample in samples for value in sample[name]]
+            assert len(values) == step["num_tokens"]
+            assert sum(values) / len(values) == pytest.approx(step[key], abs=1e-5)
+        assert 0 < step["support/outside_mass"] < 1
+        assert step["support/size"] >= 1
+
+
 def test_run_folder(trained):
     run_dir = trained.run
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -257,3 +274,24 @@ def test_a_learning_rate_changes_on_purpose(trained, tmp_path):
     assert (record["after_step"], record["setting"], record["new"]) == (2, "optimizer.lr", 2e-3)
     assert metrics(run_dir)[:2] == metrics(trained.run)[:2]
     assert not same(weights_of_step(run_dir, 4), weights_of_step(trained.run, 4))
+
+
+def test_the_order_of_the_problems_changes_on_purpose(trained, tmp_path):
+    """The checkpoint is of a version without this setting. The new order begins without visits, and prints this."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained.run, run_dir, ignore=shutil.ignore_patterns("step_000004*", "tensorboard"))
+    config = run_dir / "config.yaml"
+    old = config.read_text().replace("  order: shuffled\n", "")
+    assert old != config.read_text()
+    config.write_text(old)
+    adastar = (f"run.dir={run_dir}", "run.resume=auto", "data.order=adastar")
+    message = forked_ranks.train(tmp_path, trained.settings, *adastar).message
+    assert "data.order: 'shuffled' -> 'adastar'" in message
+    ended = forked_ranks.train(tmp_path, trained.settings, *adastar, "run.allow_changes=[data.order]")
+    assert ended.statuses == [0, 0], ended
+    assert "data.order=adastar begins without visits, because the checkpoint has none" in ended.out[0]
+    assert "changed after step 2, as run.allow_changes lets it: data.order: 'shuffled' -> 'adastar'" in ended.out[0]
+    assert [line.get("order/promoted") for line in metrics(run_dir)] == [None, None, 1, 1]  # it solves nothing
+    state = json.loads((run_dir / "checkpoints" / "step_000004" / "run_state.json").read_text())
+    assert sorted(visit for visit in state["order"]["visits"].values()) == [[3, 0, 1], [4, 0, 1]]
+    assert "order" not in json.loads((trained.run / "checkpoints" / "step_000004" / "run_state.json").read_text())

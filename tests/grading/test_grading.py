@@ -233,8 +233,8 @@ class DiesAtStart(pool_module.Worker):
 
     made = 0
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, *program):
+        super().__init__(*program)
         DiesAtStart.made += 1
         if DiesAtStart.made == 1:
             self.process.kill()

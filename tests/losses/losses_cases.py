@@ -40,6 +40,7 @@ class Case:
     valid_size: int | None = None
     weights: bool = False
     own_teacher_weight: bool = False
+    own_initial_weight: bool = False
     token_temperature: float | None = None
     skewed: bool = False
 
@@ -92,7 +93,59 @@ def _cases() -> list[Case]:
         Case(name="hot", settings={"temperature": 3.0}, token_temperature=0.7),
         Case(name="cold", settings={"temperature": 0.5}, token_temperature=1.2, chunk_tokens=6),
         Case(name="own-teacher-weight", settings={"clip": 0.05}, own_teacher_weight=True, chunk_tokens=6),
+        *_support_cases(divergences),
+        *_token_weight_cases(divergences),
     ]
+
+
+def _support_cases(divergences: dict[str, dict]) -> list[Case]:
+    """Targets that are cut to a support, and the initial weights as partner."""
+    cases = []
+    for name, settings in divergences.items():
+        initial = {"partner": "initial", "weight": 0.6}
+        cases.append(Case(name=f"{name}-partner-initial", settings=settings | initial, chunk_tokens=6, weights=True))
+        if settings.get("divergence") == "reverse_kl":
+            continue
+        settings = settings | {"support": "initial", "support_ratio": 0.2}
+        for more, extra in {
+            "": {},
+            "-cut-skip": {"elsewhere": "skip"},
+            "-cut-most": {"fraction": 0.7, "weight": 0.5},
+            "-cut-reweight": {"control": "reweight", "weight": 0.4},
+            "-cut-full-teacher": {"partner": "full_teacher", "weight": 0.6},
+            "-cut-partner-initial": initial,
+            "-cut-student": {"support": "student"},
+            "-cut-student-partner-initial": initial | {"support": "student"},
+            "-partner-alone": {"partner": "initial", "weight": 1.0, "positions": "all"},
+            "-none": {"positions": "none", "support": "student"},
+        }.items():
+            chunk = 6 if "cut" in more else None
+            cases.append(
+                Case(name=f"{name}-support{more}", settings=settings | extra, chunk_tokens=chunk, weights=True)
+            )
+        padded = {"valid_size": 30, "own_initial_weight": True, "own_teacher_weight": True, "chunk_tokens": 10}
+        cases.append(Case(name=f"{name}-support-padded", settings=settings, **padded))
+        cases.append(Case(name=f"{name}-support-skewed", settings=settings, skewed=True, chunk_tokens=10))
+        if name != "clipped":  # there terms near 1 cancel to the clip, and float32 has 6e-6 of it
+            cases.append(Case(name=f"{name}-support-one", settings=settings | {"support_ratio": 1.0}, chunk_tokens=5))
+        cases.append(Case(name=f"{name}-support-all", settings=settings | {"support_ratio": 1e-30}, chunk_tokens=5))
+    token = divergences["jsd"] | {"support": "initial", "support_ratio": 0.2, "clip": 0.05, "clip_rule": "token"}
+    return [*cases, Case(name="jsd-support-token-clip", settings=token, chunk_tokens=6, token_temperature=0.7)]
+
+
+def _token_weight_cases(divergences: dict[str, dict]) -> list[Case]:
+    """Weights of tokens by place and by divergence, beside given weights and all that also scales a token's loss."""
+    cases = []
+    for kind in ("position", "divergence"):
+        for name, settings in divergences.items():
+            settings = settings | {"token_weight": kind, "position_center": 0.5, "token_weight_minimum": 0.1}
+            cases.append(Case(name=f"{name}-weight-{kind}", settings=settings))
+            cases.append(Case(name=f"{name}-weight-{kind}-cut", settings=settings, chunk_tokens=6, weights=True))
+        more = {"token_weight": kind, "fraction": 0.7, "elsewhere": "skip", "control": "reweight", "weight": 0.4}
+        cases.append(Case(name=f"forward-weight-{kind}-cut-most-skip-reweight", settings=more, chunk_tokens=6))
+        more = {"token_weight": kind, "support": "initial", "clip": 0.2, "clip_rule": "token"}
+        cases.append(Case(name=f"forward-weight-{kind}-support-token-clip", settings=more, valid_size=30))
+    return cases
 
 
 # Token log-probabilities depend on the chunks, the vocabulary and the temperature alone.
@@ -113,6 +166,14 @@ TRITON_CASES = (
     "hot",
     "own-teacher-weight",
     "one-token-chunks",
+    "forward-support",
+    "forward-support-one",
+    "forward-support-padded",
+    "forward-support-cut-student-partner-initial",
+    "clipped-support-cut-partner-initial",
+    "jsd-support-cut-full-teacher",
+    "jsd-support-token-clip",
+    "forward-weight-divergence-cut",
 )
 CASES = {case.name: case for case in _cases()}
 
@@ -130,6 +191,9 @@ def make_data(case: Case, dtype: torch.dtype, seed: int = 0, lengths=LENGTHS) ->
     teacher_TH = student_TH + 0.4 * normal(tokens, HIDDEN)
     full_TH = student_TH + 0.6 * normal(tokens, HIDDEN)
     own_VH = weight_VH + 0.1 * normal(COLUMNS, HIDDEN)
+    initial_seed = torch.Generator().manual_seed(seed + 1)  # apart, so that the other numbers stay the same
+    initial_TH = student_TH + 0.5 * torch.randn((tokens, HIDDEN), generator=initial_seed, dtype=torch.float64)
+    own_initial_VH = weight_VH + 0.1 * torch.randn((COLUMNS, HIDDEN), generator=initial_seed, dtype=torch.float64)
     weight_T = torch.rand(tokens, generator=generator, dtype=torch.float64) + 0.5
     ids_T = torch.randint(0, case.valid_size or COLUMNS, (tokens,), generator=generator)
     return SimpleNamespace(
@@ -139,6 +203,8 @@ def make_data(case: Case, dtype: torch.dtype, seed: int = 0, lengths=LENGTHS) ->
         teacher_TH=teacher_TH.to(dtype),
         full_TH=full_TH.to(dtype) if case.config.partner == "full_teacher" else None,
         own_VH=own_VH.to(dtype) if case.own_teacher_weight else None,
+        initial_TH=initial_TH.to(dtype) if case.config.needs_initial else None,
+        own_initial_VH=own_initial_VH.to(dtype) if case.own_initial_weight else None,
         weight_T=weight_T.to(torch.float32) if case.weights else None,
         ids_T=ids_T,
         keys=[11 + 7 * index for index in range(len(lengths))],

@@ -43,6 +43,7 @@ def dense_case(case: Case, dtype: torch.dtype):
         data.weight_VH.double().clone().requires_grad_(),
     )
     teacher_weight_VH = weight_VH if data.own_VH is None else data.own_VH.double()
+    initial_weight_VH = weight_VH if data.own_initial_VH is None else data.own_initial_VH.double()
     logits_TV = student_TH @ weight_VH.T
     logits_TV.retain_grad()
     valid = slice(0, case.valid_size)
@@ -52,6 +53,7 @@ def dense_case(case: Case, dtype: torch.dtype):
         lengths=data.lengths,
         config=case.config,
         full_teacher_TV=None if data.full_TH is None else (data.full_TH.double() @ teacher_weight_VH.T)[:, valid],
+        initial_TV=None if data.initial_TH is None else (data.initial_TH.double() @ initial_weight_VH.T)[:, valid],
         keys=data.keys,
         weight_T=None if data.weight_T is None else data.weight_T.double(),
     )
@@ -77,7 +79,14 @@ def _common(case: Case, data, vocab) -> dict:
 
 
 def _value_errors(got, want) -> dict[str, float]:
-    errors = {name: relative(getattr(got, name), getattr(want, name)) for name in (*VALUES, "token_logp_T")}
+    if got.outside_mass_T is None:
+        assert got.support_size_T is None
+        support = {"support_size_T": float(want.support_size_T.abs().sum())}
+    else:
+        # A share of the target: its error counts against 1.
+        support = {"outside_mass_T": float((got.outside_mass_T - want.outside_mass_T).abs().max())}
+        support["support_size_T"] = float((got.support_size_T != want.support_size_T).sum())
+    errors = {name: relative(getattr(got, name), getattr(want, name)) for name in (*VALUES, "token_logp_T")} | support
     return errors | {name: float((getattr(got, name) != getattr(want, name)).sum()) for name in EXACT}
 
 
@@ -86,11 +95,13 @@ def _measure_reference(case: Case, data, vocab, columns: slice, mine) -> dict[st
     want, dlogits_TV, _, _ = mine
     weight_VH = data.weight_VH[columns]
     teacher_VH = weight_VH if data.own_VH is None else data.own_VH[columns]
+    initial_VH = weight_VH if data.own_initial_VH is None else data.own_initial_VH[columns]
     student_TV = (data.student_TH @ weight_VH.T).requires_grad_()
     output = interpolation_loss(
         student_TV,
         data.teacher_TH @ teacher_VH.T,
         full_teacher_logits_TV=None if data.full_TH is None else data.full_TH @ teacher_VH.T,
+        initial_logits_TV=None if data.initial_TH is None else data.initial_TH @ initial_VH.T,
         **_common(case, data, vocab),
     )
     (output.loss_T.sum() * FACTOR).backward()
@@ -108,6 +119,8 @@ def _measure_fused(case: Case, data, vocab, columns: slice, mine) -> dict[str, f
         chunk_tokens=case.chunk_tokens,
         teacher_output_weight_VH=None if data.own_VH is None else data.own_VH[columns],
         full_teacher_hidden_TH=data.full_TH,
+        initial_hidden_TH=data.initial_TH,
+        initial_output_weight_VH=None if data.own_initial_VH is None else data.own_initial_VH[columns],
         **_common(case, data, vocab),
     )
     (output.loss_T.sum() * FACTOR).backward()

@@ -12,12 +12,17 @@ import numpy as np
 import torch
 
 
-def dense_loss(student_TV, teacher_TV, *, lengths, config, full_teacher_TV=None, keys=None, weight_T=None):
+def dense_loss(
+    student_TV, teacher_TV, *, lengths, config, full_teacher_TV=None, initial_TV=None, keys=None, weight_T=None
+):
     """Everything that LossOutput holds, from whole logits [T, V]; only student_TV may have a gradient."""
     student_TV = student_TV / config.temperature
     teacher_TV = teacher_TV.detach() / config.temperature
     frozen_TV = student_TV.detach()
-    partner_TV = frozen_TV if full_teacher_TV is None else full_teacher_TV.detach() / config.temperature
+    others = {"student": frozen_TV}
+    for name, logits_TV in (("full_teacher", full_teacher_TV), ("initial", initial_TV)):
+        others[name] = None if logits_TV is None else logits_TV.detach() / config.temperature
+    partner_TV = others[config.partner]
     student_entropy_T, teacher_entropy_T = dense_entropy(frozen_TV), dense_entropy(teacher_TV)
     selected = dense_selection(student_entropy_T.numpy(), teacher_entropy_T.numpy(), lengths, config, keys)
     selected_T = torch.from_numpy(selected)
@@ -25,6 +30,13 @@ def dense_loss(student_TV, teacher_TV, *, lengths, config, full_teacher_TV=None,
     target_TV = torch.where(selected_T[:, None], mixed_TV, teacher_TV) if config.control == "none" else teacher_TV
     q_TV, p_TV = torch.softmax(target_TV, 1), torch.softmax(student_TV, 1)
     log_q_TV, log_p_TV = torch.log_softmax(target_TV, 1), torch.log_softmax(student_TV, 1)
+    outside_mass_T, support_size_T = torch.zeros(len(selected)).double(), torch.zeros(len(selected)).long()
+    if config.support != "none":
+        p0_TV = torch.softmax(others[config.support], 1)
+        inside_TV = p0_TV >= config.support_ratio * p0_TV.amax(1, keepdim=True)
+        outside_mass_T, support_size_T = (q_TV * ~inside_TV).sum(1), inside_TV.sum(1)
+        q_TV = q_TV * inside_TV / (q_TV * inside_TV).sum(1, keepdim=True)
+        log_q_TV = torch.where(inside_TV, q_TV, 1.0).log()  # times 0 outside
     if config.divergence == "forward_kl":
         terms_TV = q_TV * (log_q_TV - log_p_TV)
     elif config.divergence == "reverse_kl":
@@ -51,6 +63,8 @@ def dense_loss(student_TV, teacher_TV, *, lengths, config, full_teacher_TV=None,
     if config.elsewhere == "skip":
         factor_T[~selected_T] = 0.0
     factor_T = factor_T if weight_T is None else factor_T * weight_T
+    if config.token_weight != "uniform":
+        factor_T = factor_T * torch.from_numpy(dense_token_weights(divergence_T.numpy(), lengths, config))
     return SimpleNamespace(
         loss_T=loss_T * factor_T,
         student_entropy_T=student_entropy_T,
@@ -60,7 +74,38 @@ def dense_loss(student_TV, teacher_TV, *, lengths, config, full_teacher_TV=None,
         clipped_share_T=clipped_share_T,
         clipped_entries_T=clipped_entries_T,
         carries_loss_T=selected_T if config.elsewhere == "skip" else torch.ones_like(selected_T),
+        outside_mass_T=outside_mass_T,
+        support_size_T=support_size_T,
     )
+
+
+def dense_token_weights(divergence, lengths, config):
+    """The weight of each token as a numpy array, one rollout and one token at a time."""
+    weights, start = [], 0
+    smallest = config.token_weight_minimum
+
+    def squash(value):
+        return smallest + (1.0 - smallest) / (1.0 + math.exp(-value))
+
+    for length in lengths:
+        values = [float(value) for value in divergence[start : start + length]]
+        start += length
+        if config.token_weight == "position":
+            places = [(index + 0.5) / length for index in range(length)]
+            weights += [squash((place - config.position_center) / config.position_width) for place in places]
+            continue
+        assert config.token_weight == "divergence"
+        mean = sum(values) / max(length, 1)
+        if mean == 0.0:
+            weights += [1.0] * length
+            continue
+        credits = {}
+        for index in reversed(range(length)):
+            gate = 1.0 / (1.0 + math.exp(-(values[index] - mean) / (config.divergence_width * mean)))
+            following = credits.get(index + 1, values[index])
+            credits[index] = gate * values[index] + (1.0 - gate) * following
+        weights += [squash((credits[index] - mean) / (config.divergence_width * mean)) for index in range(length)]
+    return np.array(weights)
 
 
 def dense_entropy(logits_TV):

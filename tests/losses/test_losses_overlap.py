@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 
 from megatron_paint.losses import WholeVocab, fused_interpolation_loss, token_logprobs
@@ -36,9 +37,33 @@ class _Recorded(WholeVocab):
         return self._started("sum", values)
 
 
-def test_products_run_while_collectives_do(monkeypatch):
+START = ["logits", "logits", "start gather"]
+BETWEEN = ["wait gather", "start sum", *START, "wait sum", "gradient"]
+# The logits that decide the support come first, and their maximum goes with the sums of the chunk before.
+SUPPORT_START = ["logits", "logits", "logits", "start gather"]
+SUPPORT_BETWEEN = [
+    "wait gather",
+    "logits",
+    "start gather",
+    "logits",
+    "logits",
+    "wait gather",
+    "start gather",
+    "gradient",
+]
+END = ["wait gather", "start sum", "wait sum", "gradient"]
+
+
+@pytest.mark.parametrize(
+    ("name", "events"),
+    [
+        ("clipped", [*START, *BETWEEN, *BETWEEN, *END]),
+        ("clipped-support", [*SUPPORT_START, *SUPPORT_BETWEEN, *SUPPORT_BETWEEN, *END]),
+    ],
+)
+def test_products_run_while_collectives_do(monkeypatch, name, events):
     """Behind each collective but the first stand products: the next chunk's logits, or this chunk's gradient."""
-    case = CASES["clipped"]
+    case = CASES[name]
     data = make_data(case, torch.float64)
     vocab = _Recorded()
     project, put = gemm.Projection.__call__, gemm.OutputLayerGradient.put
@@ -47,16 +72,15 @@ def test_products_run_while_collectives_do(monkeypatch):
 
     def run(vocab):
         student_TH, weight_VH = (tensor.clone().requires_grad_() for tensor in (data.student_TH, data.weight_VH))
-        settings = {"lengths": data.lengths, "config": case.config, "chunk_tokens": 12}
+        settings = {"lengths": data.lengths, "config": case.config, "chunk_tokens": 12, "kernel": "torch"}
+        settings["initial_hidden_TH"] = data.initial_TH
         loss_T = fused_interpolation_loss(student_TH, weight_VH, data.teacher_TH, vocab=vocab, **settings).loss_T
         loss_T.sum().backward()
         return loss_T, student_TH.grad, weight_VH.grad
 
     found = run(vocab)
     # Rollouts of 7, 1, 12 and 3 tokens: chunks of 8, 12 and 3.
-    start = ["logits", "logits", "start gather"]
-    between = ["wait gather", "start sum", *start, "wait sum", "gradient"]
-    assert vocab.events == [*start, *between, *between, "wait gather", "start sum", "wait sum", "gradient"]
+    assert vocab.events == events
     vocab.events.clear()
     assert all(relative(one, two) <= 1e-15 for one, two in zip(found, run(WholeVocab()), strict=True))
 

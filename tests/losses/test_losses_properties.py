@@ -30,6 +30,8 @@ def configs(draw) -> InterpolationLossConfig:
     control = draw(st.sampled_from(["none", "reweight"]))
     clip_rule = draw(st.sampled_from(["entry", "token"]))
     has_clip = divergence == "forward_kl" or clip_rule == "token"
+    partners = ["student", "full_teacher", "initial"] if control == "none" else ["student"]
+    supports = ["none"] if divergence == "reverse_kl" else ["none", "initial", "student"]
     return InterpolationLossConfig(
         divergence=divergence,
         jsd_beta=draw(st.sampled_from([0.01, 0.5, 0.9])),
@@ -37,13 +39,17 @@ def configs(draw) -> InterpolationLossConfig:
         clip=draw(st.sampled_from([None, 0.01, 0.3])) if has_clip else None,
         clip_rule=clip_rule,
         weight=draw(st.sampled_from([0.0, 0.1, 0.6, 1.0])),
-        partner=draw(st.sampled_from(["student", "full_teacher"])) if control == "none" else "student",
+        partner=draw(st.sampled_from(partners)),
+        support=draw(st.sampled_from(supports)),
+        support_ratio=draw(st.sampled_from([1e-30, 0.05, 0.3, 1.0])),
         positions=positions,
         fraction=draw(st.sampled_from([0.0, 0.1, 0.4, 0.8, 1.0])),
         threshold_nats=0.1 if positions == "threshold" else None,
         mismatch=draw(st.sampled_from(["absolute", "teacher_minus_student", "student_minus_teacher"])),
         elsewhere=draw(st.sampled_from(["teacher", "skip"])),
         control=control,
+        token_weight=draw(st.sampled_from(["uniform", "position", "divergence"])),
+        token_weight_minimum=draw(st.sampled_from([0.0, 0.25, 1.0])),
     )
 
 
@@ -59,7 +65,7 @@ def test_drawn_shapes_and_settings_equal_dense(data, config):
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     student_TH, weight_VH = normal(sum(lengths), hidden).requires_grad_(), normal(columns, hidden).requires_grad_()
-    teacher_TH, full_TH = student_TH.detach() + normal(2, sum(lengths), hidden)
+    teacher_TH, full_TH, initial_TH = student_TH.detach() + normal(3, sum(lengths), hidden)
     weight_T, keys = normal(sum(lengths)), [7 + index for index in range(len(lengths))]
     has_full = config.partner == "full_teacher"
     kept = slice(0, valid)
@@ -69,6 +75,7 @@ def test_drawn_shapes_and_settings_equal_dense(data, config):
         lengths=lengths,
         config=config,
         full_teacher_TV=(full_TH @ weight_VH.T)[:, kept] if has_full else None,
+        initial_TV=(initial_TH @ weight_VH.T)[:, kept] if config.needs_initial else None,
         keys=keys,
         weight_T=weight_T,
     )
@@ -82,6 +89,7 @@ def test_drawn_shapes_and_settings_equal_dense(data, config):
         chunk_tokens=data.draw(st.integers(1, 12)),
         token_weight_T=weight_T,
         full_teacher_hidden_TH=full_TH if has_full else None,
+        initial_hidden_TH=initial_TH if config.needs_initial else None,
         rollout_keys=keys,
     )
     if got.selected_T.tolist() != want.selected_T.tolist():
@@ -110,6 +118,7 @@ def _run(case: Case, data: SimpleNamespace, rows: slice = slice(None), lengths=N
         vocab=WholeVocab(),
         chunk_tokens=chunk_tokens,
         full_teacher_hidden_TH=None if data.full_TH is None else data.full_TH[rows],
+        initial_hidden_TH=None if data.initial_TH is None else data.initial_TH[rows],
         rollout_keys=data.keys if keys is None else keys,
     )
     output.loss_T.sum().backward()
@@ -117,7 +126,18 @@ def _run(case: Case, data: SimpleNamespace, rows: slice = slice(None), lengths=N
 
 
 INVARIANT = pytest.mark.parametrize(
-    "name", ["clipped-cut", "reverse-cut-most", "jsd-cut-skip", "forward-cut-full-teacher", "forward-random"]
+    "name",
+    [
+        "clipped-cut",
+        "reverse-cut-most",
+        "jsd-cut-skip",
+        "forward-cut-full-teacher",
+        "forward-random",
+        "forward-support-cut-partner-initial",
+        "jsd-support-cut-student",
+        "forward-weight-divergence-cut",
+        "reverse-weight-position-cut",
+    ],
 )
 
 

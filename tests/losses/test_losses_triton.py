@@ -19,9 +19,19 @@ from tests.losses.losses_cases import LOGPROB_CASES, TRITON_CASES, options
 pytest.importorskip("triton", reason="Triton is not installed")
 
 HERE = Path(__file__).parent
+SUPPORTED = [name for name in options(clip=0.05) if name != "reverse"]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 OPTIONS = options(clip=0.05)
-SHARDED = ("forward-padded", "forward-skewed", "forward", "cold", "clipped-cut-skip", "jsd-cut-full-teacher")
+SHARDED = (
+    "forward-padded",
+    "forward-skewed",
+    "forward",
+    "cold",
+    "clipped-cut-skip",
+    "jsd-cut-full-teacher",
+    "forward-support-cut-student-partner-initial",
+    "jsd-support-padded",
+)
 
 
 def _runs(short: list[str], more: list[str] = ()) -> pytest.MarkDecorator:
@@ -74,7 +84,8 @@ def test_token_logprobs_equal_dense(found, run):
         f"kernels {kind} {divergence} 37"
         for kind in ("bfloat16", "masked", "extreme", "identical")
         for divergence in OPTIONS
-    ],
+    ]
+    + [f"kernels support {divergence} {columns}" for divergence in SUPPORTED for columns in (1, 37)],
     [f"kernels float16 {divergence} 37" for divergence in OPTIONS],
 )
 def test_kernels_equal_float64(found, run):

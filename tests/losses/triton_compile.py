@@ -1,5 +1,7 @@
 """Compiles the Triton kernels for a Hopper GPU, on any machine; exits with an error where one does not."""
 
+from itertools import product
+
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -31,15 +33,18 @@ def compile_kernel(kernel, pointers: dict[str, str], **constants) -> None:
 
 def main() -> None:
     for logits, gradient, full in (("*fp32", "*bf16", True), ("*bf16", "*fp32", False)):
-        pointers = {name: logits for name in ("student_ptr", "teacher_ptr", "partner_ptr")}
+        pointers = {name: logits for name in ("student_ptr", "teacher_ptr", "partner_ptr", "deciding_ptr")}
         statistics = {"MIXED": True, "FULL_TEACHER": full, "HEATED": full}
-        compile_kernel(statistics_kernel, pointers | {"packed_ptr": "*fp32"}, **statistics)
+        for support in (False, True):
+            made = {"floor_ptr": "*fp32", "packed_ptr": "*fp32"}
+            compile_kernel(statistics_kernel, pointers | made, SUPPORT=support, **statistics)
         pointers |= {"normalisers_ptr": "*fp32", "sums_ptr": "*fp32", "dlogits_ptr": gradient}
-        for divergence in DIVERGENCES:
+        for divergence, support in product(DIVERGENCES, (False, True)):
             flags = {
                 "CLIPPED": full and divergence == "forward_kl",
                 "MIXED": True,
                 "FULL_TEACHER": full,
+                "SUPPORT": support and divergence != "reverse_kl",
                 "SUMS": True,
                 "GRADIENT": True,
             }

@@ -25,6 +25,7 @@ from megatron_paint.losses.elementwise import triton_backend as triton_passes
 from megatron_paint.losses.elementwise.divergences import finish
 from megatron_paint.losses.elementwise.interface import ChunkLogits, Target, split_statistics
 from megatron_paint.losses.elementwise.softmax_statistics import Softmax, query_tokens
+from megatron_paint.losses.elementwise.support import outside_mass, support_floor
 from megatron_paint.losses.elementwise.token import TokenLogits, TorchTokenPasses
 from megatron_paint.losses.elementwise.torch_backend import TorchPasses
 from tests.losses import losses_cases, losses_compare
@@ -153,7 +154,9 @@ def make_logits(kind: str, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def measure_kernels(kind: str, divergence: str, columns: str) -> dict[str, float]:
     """Statistics, sums and gradient of Triton's passes against torch's in float64 on the same logits."""
-    config = InterpolationLossConfig(**OPTIONS[divergence], weight=0.3)
+    supports = kind == "support"
+    more = {"support": "initial", "support_ratio": 0.1} if supports else {}
+    config = InterpolationLossConfig(**OPTIONS[divergence], weight=0.3, **more)
     width = int(columns)
     student_TV, teacher_TV = make_logits(kind, width)
     weight_T = torch.tensor([0.0, 0.3, 0.3, 0.0], dtype=torch.float64)
@@ -161,17 +164,22 @@ def measure_kernels(kind: str, divergence: str, columns: str) -> dict[str, float
     results = []
     for exact in (False, True):
         dtype = torch.float64 if exact else student_TV.dtype
-        parts = [values_TV.to(dtype, copy=True) for values_TV in (student_TV, teacher_TV)]
+        parts = [values_TV.to(dtype, copy=True) for values_TV in (student_TV, teacher_TV, teacher_TV.roll(1, 0))]
         if exact:
             passes = TorchPasses(config, elements=7)
             parts = [(part_TV / config.temperature).clamp(min=-1e30) for part_TV in parts]
         else:
             made = torch.bfloat16 if half else torch.float32
             passes = triton_passes.TritonPasses(config, dlogits_dtype=made, block=16)
-        logits = ChunkLogits(student_TV=parts[0], teacher_TV=parts[1], partner_TV=None)
+        deciding_TV = parts[2] if supports else None
+        logits = ChunkLogits(student_TV=parts[0], teacher_TV=parts[1], partner_TV=None, deciding_TV=deciding_TV)
+        if supports:
+            highest_T = parts[2].amax(1) / (1.0 if exact else config.temperature)
+            logits.floor_T = support_floor(highest_T, config.support_ratio)
         query = query_tokens(torch.tensor([0, 2, 3, 5]) % width, start=0, columns=width, ratio=0.7)
-        found = split_statistics(passes.statistics(logits, query), mixed=True, token=True)
-        student, teacher = (Softmax(part[:, 0], part[:, 1]) for part in (found.student, found.teacher))
+        found = split_statistics(passes.statistics(logits, query), support=supports, mixed=True, token=True)
+        plain = found.support if supports else found.teacher
+        student, teacher = (Softmax(part[:, 0], part[:, 1]) for part in (found.student, plain))
         mixed = Softmax(found.mixed[:, 0], found.mixed[:, 1])
         chosen = weight_T > 0
         target = Softmax(*(torch.where(chosen, a, b) for a, b in zip(mixed, teacher, strict=True)))
@@ -181,7 +189,13 @@ def measure_kernels(kind: str, divergence: str, columns: str) -> dict[str, float
         dlogits_TV = passes.gradient(work, outcome.coefficient_T, scale_T)
         lse = [total.max_T + total.sum_T.log() for total in (student, teacher, target)]
         entropy_T = student.sum_T.log() - found.student[:, 2] / student.sum_T
-        results.append((torch.stack([*lse, entropy_T]), found.token, torch.stack(outcome[:2]), dlogits_TV))
+        sizes_T = [found.support[:, 2]] if supports else []
+        measured = [*outcome[:2]]
+        if supports:
+            whole, uncut = (Softmax(part[:, 0], part[:, 1]) for part in (found.teacher, found.uncut))
+            measured += [outside_mass(teacher, whole), outside_mass(mixed, uncut)]
+        measured = torch.stack(measured)
+        results.append((torch.stack([*lse, entropy_T, *sizes_T]), found.token, measured, dlogits_TV))
     (lse, token, outcome, dlogits_TV), wanted = results
     tensors = (lse, token, outcome, dlogits_TV.float())
     names = ("normalisers", "token", "outcome", "gradient")

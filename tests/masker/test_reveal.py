@@ -1,14 +1,25 @@
 """The reveal: its direction and limits, every rule over a complete step, and the limit on what is hidden."""
 
+import dataclasses
+from types import MappingProxyType
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.base.keys import derive_key
+from megatron_paint.config.domains import DomainSettings
 from megatron_paint.config.objective import RevealSettings
 from megatron_paint.masker.overlap import MaskerPool, measure_overlap
-from megatron_paint.masker.reveal import inverted_share, limit_hidden, reveal_share, reveal_step
+from megatron_paint.masker.reveal import (
+    Peer,
+    check_extractors,
+    inverted_share,
+    limit_hidden,
+    reveal_share,
+    reveal_step,
+)
 from megatron_paint.records import Overlap, Problem, Reveal
 from tests.masker.cutting import PIECES, characters, cut, words
 
@@ -58,9 +69,9 @@ def step_of(count, samples=1):
     return problems, rollouts, keys
 
 
-def run(problems, rollouts, keys, pool=None, **options):
+def run(problems, rollouts, keys, pool=None, peers=None, **options):
     return reveal_step(
-        problems, rollouts, settings=RevealSettings(**options), keys=keys, token_offsets=words, pool=pool
+        problems, rollouts, settings=RevealSettings(**options), keys=keys, token_offsets=words, peers=peers, pool=pool
     )
 
 
@@ -139,7 +150,7 @@ class TestStep:
 
     def test_pairs_do_not_depend_on_the_order_of_the_step(self):
         problems, rollouts, keys = step_of(9)
-        for options in ({"rule": "shuffled"}, {"solution": "wrong"}):
+        for options in ({"rule": "shuffled"}, {"solution": "wrong"}, {"rule": "full", "solution": "other_example"}):
             forward = run(problems, rollouts, keys, **options)
             backward = run(problems[::-1], rollouts[::-1], keys[::-1], **options)
             assert forward == backward[::-1]
@@ -165,13 +176,67 @@ class TestStep:
         }
         assert [r.overlap for r in reveals] == [r.overlap for r in run(problems, rollouts, keys)]
 
-    @pytest.mark.parametrize("options", [{"rule": "shuffled"}, {"solution": "wrong"}])
+    @pytest.mark.parametrize(
+        "options", [{"rule": "shuffled"}, {"solution": "wrong"}, {"rule": "full", "solution": "other_example"}]
+    )
     def test_one_problem_has_no_partner(self, options):
         problems, rollouts, keys = step_of(1, samples=4)
         with pytest.raises(
             UserError, match=r"another problem of the same step, and this step has 1.*problems_per_step"
         ):
             run(problems, rollouts, keys, **options)
+
+    @pytest.mark.parametrize("samples", [1, 3])
+    def test_a_worked_example_is_another_problem_with_its_complete_solution(self, samples):
+        problems, rollouts, keys = step_of(6, samples)
+        reveals = run(problems, rollouts, keys, rule="full", solution="other_example")
+        by_id = {problem.id: problem for problem in problems}
+        for problem, reveal in zip(problems, reveals, strict=True):
+            other = by_id[reveal.of]
+            assert other.id != problem.id
+            assert (reveal.example, reveal.shown_text, reveal.reference) == (other.problem, *[other.solution] * 2)
+            assert (reveal.share, reveal.shown_tokens) == (1.0, reveal.total_tokens)
+        # Each problem is an example once for each sample, and all samples of a problem have the same one.
+        assert sorted(reveal.of for reveal in reveals) == sorted(problem.id for problem in problems)
+        pairs = {(problem.id, reveal.of) for problem, reveal in zip(problems, reveals, strict=True)}
+        assert len(pairs) == 6
+        # Nothing of the problem's own solution is shown, and the overlap is measured with it.
+        assert [r.overlap for r in reveals] == [r.overlap for r in run(problems, rollouts, keys)]
+
+    def test_an_example_never_has_the_problem_s_own_text(self):
+        """Two ids with one text: the example of either would be its own solution."""
+        problems, rollouts, keys = step_of(3)
+        twin = dataclasses.replace(problems[0], id="twin", problem=" Problem   0 ")
+        for salt in range(8):
+            salted = [key + salt for key in [*keys, derive_key(1, 5, "twin", 0)]]
+            reveals = run([*problems, twin], [*rollouts, ""], salted, rule="full", solution="other_example")
+            assert {reveals[0].of, reveals[3].of} <= {"p1", "p2"}
+
+    def test_reference_free_shows_nothing_but_measures(self):
+        problems, rollouts, keys = step_of(4)
+        free, none = (run(problems, rollouts, keys, solution=name) for name in ("reference_free", "none"))
+        assert [dataclasses.replace(reveal, solution="none") for reveal in free] == none
+        assert {reveal.solution for reveal in free} == {"reference_free"}
+
+    def test_a_peer_takes_the_place_of_the_solution(self):
+        problems, rollouts, keys = step_of(3)
+        bare = [dataclasses.replace(problem, solution="") for problem in problems]
+        peers = [Peer(problem.solution, 5 + index) for index, problem in enumerate(problems)]
+        reveals = run(bare, rollouts, keys, peers=peers, solution="peer_rollout")
+        assert [reveal.peer for reveal in reveals] == [5, 6, 7]
+        own = run(problems, rollouts, keys)
+        assert [dataclasses.replace(reveal, peer=None, solution="own") for reveal in reveals] == own
+        with pytest.raises(ValueError, match="peers: got None"):
+            run(problems, rollouts, keys, solution="peer_rollout")
+
+    @pytest.mark.parametrize("solution", ["own", "wrong"])
+    def test_a_view_takes_the_place_of_the_solution(self, solution):
+        problems, rollouts, keys = step_of(4)
+        viewed = [dataclasses.replace(one, solution="", view=one.solution) for one in problems]
+        reveals = run(viewed, rollouts, keys, solution=solution, view="gist")
+        assert {reveal.view for reveal in reveals} == {"gist"}
+        plain = run(problems, rollouts, keys, solution=solution)
+        assert [dataclasses.replace(reveal, view="full") for reveal in reveals] == plain
 
     def test_lengths_must_agree(self):
         problems, rollouts, keys = step_of(3)
@@ -188,7 +253,7 @@ class TestStep:
 class TestLimitHidden:
     TEXT = "abcdefghij"
 
-    def limited(self, surprise, limit, *, shown=4, text=TEXT, **options):
+    def limited(self, surprise, limit, *, shown=4, text=TEXT, reveal=None, **options):
         reveal = Reveal(
             overlap=Overlap(score=1.0, anchors=()),
             share=shown / len(text),
@@ -196,6 +261,7 @@ class TestLimitHidden:
             total_tokens=len(text),
             shown_text=text[:shown],
             reference=text,
+            **(reveal or {}),
         )
         made = RevealSettings(hidden_nats=limit, **options)
         return limit_hidden(reveal, surprise, settings=made, offsets=characters(text))
@@ -224,6 +290,12 @@ class TestLimitHidden:
         reveal = self.limited([0.0] * 9 + [1.0] + [0.0] * 7, 0.5, text=text)
         assert reveal.shown_text == "We say ab."
         assert reveal.share == 10 / 17
+
+    def test_what_the_reference_is_stays_known(self):
+        given = {"solution": "wrong", "view": "gist", "of": "p7", "peer": 2}
+        reveal = self.limited([5.0] * 10, 0.5, shown=3, reveal=given)
+        assert {name: getattr(reveal, name) for name in given} == given
+        assert reveal.shown_text == self.TEXT
 
     @pytest.mark.parametrize(
         ("text", "surprising", "shown"),
@@ -257,3 +329,77 @@ class TestLimitHidden:
     def test_as_many_values_as_tokens(self):
         with pytest.raises(ValueError, match="got 3 values for a reference of 10 tokens"):
             self.limited([1.0] * 3, 0.5)
+
+
+class TestDomains:
+    """Each problem has the extractor of its domain, and its solution is cut by the rules of this extractor."""
+
+    CODE = "```python\nfirst = call(\n    alpha,\n    beta + 71,\n)\nsecond = first\n```\nDone."
+    DOMAINS = MappingProxyType({"code": DomainSettings(anchors="code"), "prose": DomainSettings(anchors="text")})
+
+    def problems(self):
+        found = []
+        for number in range(4):
+            found += [
+                Problem(id=f"m{number}", problem="", solution=f"It is $x = 3{number}$.", answer="1"),
+                Problem(id=f"c{number}", problem="", solution=self.CODE, answer="1", domain="code"),
+                Problem(id=f"t{number}", problem="", solution="They met Marie Curie.", answer="1", domain="prose"),
+            ]
+        return found
+
+    def reveals(self, pool=None, **options):
+        problems = self.problems()
+        rollouts = ["x = 31", "```\nalpha = 71\n```", "Marie Curie"] * 4
+        return reveal_step(
+            problems,
+            rollouts,
+            settings=RevealSettings(**options),
+            keys=list(range(len(problems))),
+            token_offsets=characters,
+            domains=self.DOMAINS,
+            pool=pool,
+        )
+
+    def test_anchors_by_domain(self):
+        mathematics, code, prose = self.reveals()[:3]
+        assert {anchor.kind for anchor in mathematics.overlap.anchors} == {"formula", "number"}
+        assert [(a.kind, a.text, a.found) for a in code.overlap.anchors] == [
+            ("call", "call()", False),
+            ("literal", "71", True),
+            ("name", "first", False),
+            ("name", "alpha", True),
+            ("name", "beta", False),
+            ("name", "second", False),
+        ]
+        assert [(a.kind, a.text, a.found) for a in prose.overlap.anchors] == [("name", "Marie Curie", True)]
+        assert [reveal.anchors for reveal in (mathematics, code, prose)] == ["math", "code", "text"]
+
+    def test_workers_change_nothing(self):
+        with MaskerPool(2, from_characters=0) as pool:
+            assert self.reveals(pool) == self.reveals()
+
+    def test_another_problem_s_solution_has_the_anchors_of_its_own_domain(self):
+        for problem, reveal in zip(self.problems(), self.reveals(solution="wrong"), strict=True):
+            assert reveal.anchors == {"It": "math", "``": "code", "Th": "text"}[reveal.reference[:2]]
+            assert problem.solution != reveal.reference or problem.domain != "math"
+
+    def test_the_default_is_the_extractor_of_the_settings(self):
+        assert self.reveals(anchors="text")[0].anchors == "text"
+        assert self.reveals(anchors="text")[1].anchors == "code"
+
+    @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+    def test_a_limit_on_what_is_hidden_cuts_by_the_same_rules(self, share):
+        reveal = self.reveals(rule="fixed", share=share)[1]
+        made = RevealSettings(rule="fixed", share=share, hidden_nats=12.0)
+        found = limit_hidden(reveal, [1.0] * len(self.CODE), settings=made, offsets=characters(self.CODE))
+        assert found.total_tokens - found.shown_tokens <= 12
+        assert found.shown_text == self.CODE[: found.shown_tokens].rstrip()
+        assert found.shown_text == self.CODE[: self.CODE.index("\n```\nDone.")]
+
+    def test_an_unknown_extractor_is_named_with_its_setting(self):
+        check_extractors(self.problems(), self.DOMAINS, default="math")
+        with pytest.raises(UserError, match=r"^objective\.reveal\.anchors: .* 'maths'.* code, math, text"):
+            check_extractors(self.problems(), self.DOMAINS, default="maths")
+        domains = {**self.DOMAINS, "code": DomainSettings(anchors="python")}
+        with pytest.raises(UserError, match=r"^domains\.code\.anchors: .* 'python'"):
+            check_extractors(self.problems(), domains, default="math")

@@ -25,6 +25,15 @@ CASES = (
     ),
     parity.Case(name="full-ema-tied", tied=True, teacher="ema", optimizer="adam", distributed_optimizer=True, eps=1e-8),
     parity.Case(name="lora-ema", tied=True, teacher="ema", optimizer="adam", lora=True, eps=1e-8, ema_anchor=0.3),
+    parity.Case(
+        name="full-ema-support",  # the checkpoint also holds the initial weights, which decide the support
+        tied=False,
+        teacher="ema",
+        optimizer="adam",
+        eps=1e-8,
+        lr=2e-2,
+        loss={"support": "initial", "support_ratio": 0.3, "token_weight": "divergence"},
+    ),
     parity.Case(name="bfloat16", tied=True, teacher="ema", optimizer="adam", distributed_optimizer=True, eps=1e-8),
 )
 
@@ -58,13 +67,14 @@ def main() -> None:
     checkpoints, saved, out = (Path(path) for path in sys.argv[3:6])
     torch.set_num_threads(1)
     ranks = start_ranks(MegatronSettings(**layout.megatron))
-    loss = DistillationLoss(config=InterpolationLossConfig(**parity.LOSS), chunk_bytes=4e3, token_temperature=1.1)
     if part == "warm":
         start_warm(checkpoints, saved, out, layout, ranks)
         return stop_ranks()
     losses = {}
     for case in CASES:
         policy = make_policy(case, checkpoints, layout, ranks)
+        config = InterpolationLossConfig(**case.loss_settings)
+        loss = DistillationLoss(config=config, chunk_bytes=4e3, token_temperature=1.1)
         start = 0
         if part == "rest":
             start = policy.load(saved / case.name)["step"]

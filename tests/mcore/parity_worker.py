@@ -49,6 +49,7 @@ def settings_of(case: parity.Case, folder: Path, megatron: dict) -> Settings:
         rollout=RolloutSettings(temperature=parity.GRPO_TEMPERATURE),
         objective=ObjectiveSettings(
             name="paint" if case.grpo is None else "grpo",
+            loss=InterpolationLossConfig(**case.loss_settings),
             grpo=GrpoSettings(**(case.grpo or {})),
             chunk_bytes=4e3,
             teacher=TeacherSettings(

@@ -9,7 +9,8 @@ import torch
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import settings_of
 from megatron_paint.config.objective import GrpoSettings
-from megatron_paint.grading.grade import Grade, GradingPool, Rules
+from megatron_paint.grading.grade import Grade, Rules
+from megatron_paint.grading.graders import Graders
 from megatron_paint.losses import WholeVocab
 from megatron_paint.losses.interface import ResponseRows
 from megatron_paint.losses.objectives import PolicyGradientLoss
@@ -168,7 +169,7 @@ def step(rewards, *, lengths, not_finite_in=None, **grpo):
 def test_a_box_in_an_unfinished_thought_follows_the_policy(policy, outcomes):
     """The prompt opens the thought. The first response is cut inside it."""
     texts = {(1,): "assistant\n<think>\n", (2,): "Perhaps \\boxed{4}, but", (3,): "a</think> \\boxed{4}"}
-    with GradingPool(workers=1, rules=Rules(box_in_thought=policy)) as graders:
+    with Graders(workers=1, rules=Rules(box_in_thought=policy)) as graders:
         grpo = SimpleNamespace(
             prompts=SimpleNamespace(response_text=texts.__getitem__), graders=graders, on_rank_zero=directly
         )

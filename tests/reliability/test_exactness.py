@@ -5,8 +5,10 @@ optimiser's state, metrics and samples, in both types and over tensor and pipeli
 """
 
 import hashlib
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -17,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from megatron_paint.__main__ import run
+from tests.data.naive_order import NaiveOrder, first_order
 from tests.support import forked_ranks, tiny
 from tests.support.exports import same, weights_of_step
 from tests.support.results import events, metrics
@@ -32,13 +35,24 @@ TP = ("megatron.tensor_model_parallel_size=2", "megatron.sequence_parallel=true"
 PP = ("megatron.pipeline_model_parallel_size=2",)
 BF16 = ("model.dtype=bfloat16",)
 GRPO = ("megatron.pipeline_model_parallel_size=1", "data.problems_per_step=4", "objective.grpo.updates_per_batch=2")
+SUPPORT = ("objective.loss.support=initial", "objective.loss.token_weight=divergence", "objective.teacher.weights=ema")
+DP = (
+    *("megatron.tensor_model_parallel_size=1", "megatron.sequence_parallel=false"),
+    "megatron.pipeline_model_parallel_size=1",
+)
+ADASTAR = ("data.order=adastar", "evaluation.grading_seconds=60")
+QUICKSTART = ROOT / "examples" / "quickstart"
 CASES = {
     "paint-float32-tp2": TP,
     "paint-float32-pp2": PP,
     "paint-bfloat16-tp2": TP + BF16,
+    "support-float32-tp2": TP + SUPPORT,
     "paint-bfloat16-pp2": PP + BF16,
     "grpo-bfloat16-tp2": GRPO + BF16,  # killed between the two updates of a step
+    "paint-adastar-dp2": (*DP, *ADASTAR, "data.problems_per_step=12"),
+    "grpo-adastar-dp2": (*GRPO, *DP, *ADASTAR),
 }
+ADASTAR_CASES = [case for case in CASES if "adastar" in case]
 OTHERS = {"pp2": (2, PP), "one-rank": (1, ()), "dp2": (2, ())}
 
 
@@ -83,7 +97,8 @@ def runs(tmp_path_factory) -> Callable[[str], Runs]:
 
     def of(case: str) -> Runs:
         if case not in made:
-            settings = ROOT / "examples" / "quickstart" / "grpo.yaml" if case.startswith("grpo") else paint
+            name, example = case.partition("-")[0], case.startswith("grpo") or "adastar" in case
+            settings = QUICKSTART / f"{name}.yaml" if example else paint
             made[case] = make_runs(folder / case, settings, (*SHORT, *CASES[case]))
         return made[case]
 
@@ -177,3 +192,62 @@ def test_a_run_goes_on_at_another_layout_with_the_same_data(layout, runs, tmp_pa
     ours, theirs = weights_of_step(run, first), weights_of_step(found.unbroken, first)
     assert ours.keys() == theirs.keys()
     assert max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) < 1e-6  # a step moves them by 1e-3
+
+
+def check_order(run: Path, case: str) -> list[list[str]]:
+    """Checks the batches and the saved visits of a run against the naive rule. Returns the batches.
+
+    The verdicts are read from the text of the responses: the quickstart's answers are whole numbers in a box.
+    """
+    answers = {row["id"]: row["answer"] for row in map(json.loads, (QUICKSTART / "train.jsonl").open())}
+    naive = NaiveOrder(first_order(list(answers)), 12 if case.startswith("paint") else 4)
+    batches, lines = [], metrics(run)
+    for step in range(1, STEPS + 1):
+        verdicts: dict[str, list[bool]] = {}
+        for line in samples(run, step):
+            boxes = re.findall(r"\\boxed\{(.*?)\}", line["response_text"])
+            verdicts.setdefault(line["id"], []).append(boxes[-1:] == [answers[line["id"]]])
+        assert list(verdicts) == naive.batch(), step
+        batches.append(list(verdicts))
+        assert lines[step - 1]["order/promoted"] == naive.record(step, verdicts)
+        votes = [vote for of_problem in verdicts.values() for vote in of_problem]
+        assert lines[step - 1]["order/accuracy"] == lines[step - 1]["reward/mean"] == sum(votes) / len(votes)
+        if step % SAVED == 0:
+            state = json.loads((run / "checkpoints" / f"step_{step:06d}" / "run_state.json").read_text())
+            assert state["order"] == {"rule": "adastar", "visits": naive.visited}
+    return batches
+
+
+@pytest.mark.parametrize("case", ADASTAR_CASES)
+def test_the_order_of_the_problems_follows_the_verdicts(case, runs):
+    """A part of each batch comes again in the next one."""
+    found = runs(case)
+    batches = check_order(found.unbroken, case)
+    assert check_order(found.resumed, case) == batches
+    repeated = [len({*before} & {*after}) for before, after in itertools.pairwise(batches)]
+    assert all(0 < count < len(batches[0]) for count in repeated), repeated
+
+
+@pytest.mark.parametrize("case", ADASTAR_CASES)
+def test_the_order_continues_at_another_layout(case, runs, tmp_path):
+    """The batch after the checkpoint is that of the unbroken run. Later ones follow this run's own verdicts."""
+    found, run = runs(case), tmp_path / "run"
+    shutil.copytree(found.killed, run)
+    arguments = (*SHORT, *CASES[case], "megatron.tensor_model_parallel_size=2", "megatron.sequence_parallel=true")
+    ended = forked_ranks.train(tmp_path, found.settings, f"run.dir={run}", *arguments)
+    assert ended.statuses == [0, 0], ended
+    first = SAVED + 1
+    assert check_order(run, case)[:first] == check_order(found.unbroken, case)[:first]
+
+
+def test_replayed_rollouts_give_the_same_order(runs, tmp_path):
+    found, run = runs("paint-adastar-dp2"), tmp_path / "run"
+    replay = ("rollout.engine=replay", f"rollout.path={found.unbroken / 'samples'}")
+    arguments = (f"run.dir={run}", *SHORT, *CASES["paint-adastar-dp2"])
+    ended = forked_ranks.train(tmp_path, found.settings, *arguments, *replay)
+    assert ended.statuses == [0, 0], ended
+    assert metrics(run, without=["sampler_gap/max"]) == metrics(found.unbroken, without=["sampler_gap/max"])
+    rest = shutil.copytree(found.unbroken / "samples", tmp_path / "rest", ignore=lambda *_: ["step_000003.jsonl"])
+    replay = ("rollout.engine=replay", f"rollout.path={rest}")
+    message = forked_ranks.train(tmp_path, found.settings, *arguments, *replay, f"run.dir={tmp_path / 'other'}").message
+    assert "has no rollout for step 3, problem " in message

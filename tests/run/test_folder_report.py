@@ -130,6 +130,7 @@ def test_sample_lines():
         "id": "a",
         "step": 3,
         "sample": 0,
+        "domain": "math",
         "student_prompt_ids": [1, 2],
         "teacher_prompt_ids": [1, 3],
         "response_ids": [5, 6, 7],

@@ -12,6 +12,7 @@ from megatron_paint.run.results import print_results
 
 LIMITS = {
     "reward/equal_groups_share": (1.0, 5, "every group had equal rewards"),
+    "rollout/kept": (0.0, 5, "no response was trained on"),
     "response/truncated_share": (1.0, 5, "every response was cut off"),
     "response/no_answer_share": (1.0, 5, "no response had a final answer"),
     "overlap/mean": (0.0, 10, "no response shared anything with its solution"),

@@ -361,6 +361,40 @@ def test_a_taker_that_is_suspended_does_not_replace_a_newer_lock(tmp_path, monke
     fast.release()
 
 
+def killed_in_release(folder):
+    """Takes the lock and dies between the two files that `release` creates and removes."""
+    lock = RunLock(folder, timing=TIMING)
+    lock.take()
+    unlink = Path.unlink
+
+    def dies(path, **options):
+        if path.name == LOCK:
+            os.kill(os.getpid(), signal.SIGKILL)
+        unlink(path, **options)
+
+    Path.unlink = dies
+    lock.release()
+
+
+@pytest.mark.parametrize("earlier_version", [False, True])
+def test_an_owner_that_was_killed_while_it_released_the_lock(tmp_path, earlier_version):
+    """It leaves its lock and the file of a process that replaces it."""
+    process = FORK.Process(target=killed_in_release, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    dead = from_text((tmp_path / LOCK).read_text(), unreadable="")
+    left = tmp_path / f".{LOCK}.{dead.token}.next"
+    assert from_text(left.read_text(), unreadable="").token != dead.token
+    if earlier_version:  # it wrote the token of its lock
+        left.write_text(to_text(dead))
+    lock = RunLock(tmp_path, timing=TIMING)
+    assert lock.take().endswith("its process is gone")
+    lock.confirm()
+    lock.release()
+    assert not (tmp_path / LOCK).exists()
+
+
 def test_what_the_dead_have_left_is_removed_some_time_later(tmp_path):
     old, new = tmp_path / f".{LOCK}.a.next", tmp_path / f".{LOCK}.b.new"
     for file, age in ((old, 500.0), (new, 1.0)):

@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import IO
 
 from megatron_paint.__main__ import run as command_line
 from tests.support.forks import end_after
@@ -24,13 +25,16 @@ POLL_SECONDS = 0.01
 class ForkedRank:
     """What the launcher uses of `subprocess.Popen`."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | None = None) -> None:
         self.args, self.returncode = command, None
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            end_after(partial(_rank, command, environment))
+            if output is not None:
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+            end_after(partial(_rank, command, environment, closes=output is None))
         os.setpgid(self.pid, self.pid)
 
     def poll(self) -> int | None:
@@ -50,14 +54,19 @@ class ForkedRank:
             os.kill(self.pid, number)
 
 
-def _rank(command: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Runs the command in this fork, as if it were a new Python: nothing of the launcher's is left."""
+def _rank(command: Sequence[str], environment: Mapping[str, str], *, closes: bool) -> None:
+    """Runs the command in this fork, as if it were a new Python: nothing of the launcher's is left.
+
+    closes: close the launcher's files. A search has none that a trial would disturb, and its objects still know the
+    numbers of theirs: they would close what the trial opens under these numbers.
+    """
     os.setpgid(0, 0)
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # such as the store that the launcher listens at
+    if closes:
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # such as the store that the launcher listens at
     weakref.finalize._registry.clear()  # the launcher's temporary folder
     atexit._clear()
     os.environ.clear()
@@ -67,11 +76,18 @@ def _rank(command: Sequence[str], environment: Mapping[str, str]) -> None:
     command_line()
 
 
-def _popen(command: Sequence[str], *, env: Mapping[str, str] | None = None, **options: object):
+def _popen(
+    command: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    stdout: IO[bytes] | None = None,
+    **options: object,
+):
     if list(command[:3]) == [sys.executable, "-m", "megatron_paint"]:
-        assert options == {"stdin": subprocess.DEVNULL, "process_group": 0}, options
-        return ForkedRank(command, os.environ if env is None else env)
-    return POPEN(command, env=env, **options)
+        both = {} if stdout is None else {"stderr": subprocess.STDOUT}
+        assert options == {"stdin": subprocess.DEVNULL, "process_group": 0} | both, options
+        return ForkedRank(command, os.environ if env is None else env, stdout)
+    return POPEN(command, env=env, stdout=stdout, **options)
 
 
 def run() -> None:

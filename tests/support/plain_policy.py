@@ -43,7 +43,15 @@ def kl(logx_NV: Tensor, logy_NV: Tensor) -> Tensor:
     return (logx_NV.exp() * (logx_NV - logy_NV)).sum(-1)
 
 
-def paint_loss(student_NV: Tensor, teacher_NV: Tensor, full_teacher_NV: Tensor, *, key: int, **settings):
+def in_support(logits_NV: Tensor, settings: dict) -> Tensor:
+    """Whether an entry's probability is at least the ratio of the largest one."""
+    p_NV = torch.softmax(logits_NV.detach() / settings["temperature"], -1)
+    return p_NV >= settings["support_ratio"] * p_NV.amax(-1, keepdim=True)
+
+
+def paint_loss(
+    student_NV: Tensor, teacher_NV: Tensor, full_teacher_NV: Tensor, initial_NV: Tensor, *, key: int, **settings
+):
     """(sum over the response of the divergence to the target, number of tokens that carry it)."""
     get = {"partner": "student", "positions": "top_fraction", "elsewhere": "teacher", "control": "none"} | settings
     temperature, weight = get["temperature"], get["weight"]
@@ -55,10 +63,15 @@ def paint_loss(student_NV: Tensor, teacher_NV: Tensor, full_teacher_NV: Tensor, 
         "threshold": lambda: gap > get["threshold_nats"],
         "random": lambda: random_positions(len(gap), get["fraction"], key),
     }[get["positions"]]()
-    partner_NV = {"student": student_NV.detach(), "full_teacher": full_teacher_NV}[get["partner"]]
+    others = {"student": student_NV.detach(), "full_teacher": full_teacher_NV, "initial": initial_NV}
+    partner_NV = others[get["partner"]]
     mixed = F.log_softmax(((1 - weight) * teacher_NV + weight * partner_NV) / temperature, -1)
     if get["control"] == "none":
         logq = torch.where(selected[:, None], mixed, logq)
+    if get.get("support", "none") != "none":
+        inside_NV = in_support(others[get["support"]], get)
+        cut = torch.where(inside_NV, logq.exp(), 0.0)
+        logq = (cut / cut.sum(-1, keepdim=True)).clamp(min=1e-300 if cut.dtype == torch.float64 else 1e-37).log()
     logq = logq.detach()
     if get.get("divergence") == "jsd":
         beta = get["jsd_beta"]
@@ -207,7 +220,8 @@ class PlainPolicy:
                 with torch.no_grad():
                     teacher = response_logits(self.teacher(), teacher_prompt, response)
                     full_teacher = response_logits(self.teacher(), full_prompt, response)
-                loss, carried = paint_loss(student, teacher, full_teacher, key=keys[index], **loss_settings)
+                    initial = response_logits(self.start, student_prompt, response)
+                loss, carried = paint_loss(student, teacher, full_teacher, initial, key=keys[index], **loss_settings)
             losses.append(loss)
             tokens += carried
         (sum(losses) / tokens).backward()

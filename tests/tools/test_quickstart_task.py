@@ -18,6 +18,8 @@ from megatron_paint.records import Problem
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 task = importlib.import_module("quickstart_task")
+rows_of = importlib.import_module("warm_up_rows")
+OWN = importlib.import_module("testbed_variants").VARIANTS["own"]
 QUICKSTART = ROOT / "examples" / "quickstart"
 SUM = task.RunningSum(start=47, operands=(8, -9))
 SOLUTION = "47+8=55\n55-9=46\n\\boxed{46}"
@@ -45,7 +47,7 @@ def text(prompts, ids):
 
 def test_a_solution_has_a_line_a_step_and_the_box():
     assert SUM.text == "47+8-9?"
-    assert task.solve(SUM) == SOLUTION
+    assert OWN.solve(SUM) == SOLUTION
 
 
 @pytest.mark.parametrize(
@@ -62,15 +64,15 @@ def test_a_step_never_leaves_two_digits(value, operand, after):
 
 
 def test_a_mistake_is_carried_on():
-    assert "".join(task.work_out(SUM, forgets=[True, False])) == "47+8=45\n45-9=36\n\\boxed{36}"
+    assert "".join(OWN.task.work_out(SUM, forgets=[True, False])) == "47+8=45\n45-9=36\n\\boxed{36}"
 
 
 def test_drawn_problems_are_sound_and_on_their_side_of_the_split():
     rng = random.Random(3)
     for held_out in (True, False):
         for _ in range(200):
-            drawn = task.draw_sum(rng, held_out=held_out)
-            problem = task.problem_of(drawn, id="x")
+            drawn = OWN.task.draw(rng, held_out=held_out)
+            problem = OWN.problem_of(drawn, id="x")
             assert drawn.is_held_out == held_out
             assert eval(problem.problem.removesuffix("?")) == int(problem.answer)
             assert problem.solution.endswith(f"\\boxed{{{problem.answer}}}")
@@ -80,7 +82,8 @@ def test_drawn_problems_are_sound_and_on_their_side_of_the_split():
 def test_the_problem_files_are_what_the_tool_writes(tmp_path):
     for name, held_out in (("train.jsonl", False), ("held_out.jsonl", True)):
         shipped = records(name)
-        task.write_problems(tmp_path / name, task.draw_problems(len(shipped), held_out=held_out, seed=7))
+        drawn = rows_of.draw_problems(len(shipped), held_out=held_out, seed=7, variant=OWN)
+        rows_of.write_problems(tmp_path / name, drawn)
         assert (tmp_path / name).read_bytes() == (QUICKSTART / name).read_bytes()
 
 
@@ -114,12 +117,12 @@ def test_transformers_reads_the_same_tokenizer(prompts):
     tokenizer = AutoTokenizer.from_pretrained(QUICKSTART / "model")
     assert tuple(tokenizer.encode(SOLUTION, add_special_tokens=False)) == prompts.tokenizer.encode(SOLUTION)
     chat = tokenizer.apply_chat_template([{"role": "user", "content": SUM.text}], add_generation_prompt=True)
-    assert tuple(chat["input_ids"]) == prompts.student_prompt(task.problem_of(SUM, id="x"))
+    assert tuple(chat["input_ids"]) == prompts.student_prompt(OWN.problem_of(SUM, id="x"))
 
 
 def test_prompts(prompts):
-    problem = task.problem_of(SUM, id="x")
-    rows = task.RowMaker(prompts=prompts, rng=random.Random(0))
+    problem = OWN.problem_of(SUM, id="x")
+    rows = rows_of.RowMaker(prompts=prompts, rng=random.Random(0), variant=OWN)
     student = prompts.student_prompt(problem)
     assert text(prompts, student) == "<|im_start|>user47+8-9?<|im_end|><|im_start|>assistant"
     assert len(student) == 12
@@ -132,7 +135,8 @@ def test_prompts(prompts):
 
 
 def test_an_off_track_row_learns_only_what_follows_its_mistakes(prompts):
-    rows = task.RowMaker(prompts=prompts, rng=random.Random(5), off_track_share=1.0, forget_share=1.0, whole_share=1.0)
+    shares = {"off_track_share": 1.0, "forget_share": 1.0, "whole_share": 1.0}
+    rows = rows_of.RowMaker(prompts=prompts, rng=random.Random(5), variant=OWN, **shares)
     for _ in range(50):
         row = rows.reference()
         asked, given = text(prompts, row.student_prompt_ids).split("<|im_start|>assistant")
@@ -156,9 +160,18 @@ def test_the_shipped_model_splits_over_two_stages_and_four_shards():
 
 
 def test_the_tokenizer_fits_the_model_and_ends_responses_as_the_chat_does(prompts):
-    assert prompts.tokenizer.size == len(task.VOCABULARY) <= task.VOCABULARY_ROWS
+    assert prompts.tokenizer.size == len(task.VOCABULARY) <= rows_of.VOCABULARY_ROWS
     assert prompts.tokenizer.stop_ids[0] == task.VOCABULARY.index("<|im_end|>")
     assert (
         prompts.sft_response(Problem(id="x", problem="", solution="46", answer="46"))[-1]
         == prompts.tokenizer.stop_ids[0]
     )
+
+
+def test_the_validation_problems_of_the_search_continue_the_held_out_ones():
+    """One draw of 400 problems: the first 240 are the held-out problems, and the rest is in no other file."""
+    drawn = task.draw_problems(400, held_out=True, seed=7)
+    rows = records("held_out.jsonl") + records("../search/validation.jsonl")
+    assert rows == [{key: getattr(one, key) for key in ("id", "problem", "solution", "answer")} for one in drawn]
+    texts = [row["problem"] for row in (*rows, *records("train.jsonl"))]
+    assert len(set(texts)) == len(texts) == 2400

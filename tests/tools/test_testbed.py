@@ -6,19 +6,27 @@ import math
 import random
 import sys
 from argparse import Namespace
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from megatron_paint.config.load import load_settings
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.data.tokenizers import load_tokenizer
+from tests.support import forked_ranks
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 task = importlib.import_module("quickstart_task")
+strings = importlib.import_module("string_task")
+rows_of = importlib.import_module("warm_up_rows")
+VARIANTS = importlib.import_module("testbed_variants").VARIANTS
 testbed = importlib.import_module("testbed")
 report = importlib.import_module("testbed_report")
+SEVERAL_RESPONSES = ("shortest_correct", "peer_rollout")
 SUM = task.RunningSum(start=47, operands=(8, -9))
 
 
@@ -32,7 +40,7 @@ def prompts():
 
 def reference_rows(prompts, variant, count=300):
     """Returns (prompt, response) texts of reference rows that begin with right steps."""
-    rows = task.RowMaker(prompts=prompts, rng=random.Random(1), variant=task.VARIANTS[variant], off_track_share=0.0)
+    rows = rows_of.RowMaker(prompts=prompts, rng=random.Random(1), variant=VARIANTS[variant], off_track_share=0.0)
     decode = prompts.tokenizer.decode
     made = [rows.reference() for _ in range(count)]
     return [(decode(r.student_prompt_ids, keep_special=True), decode(r.response_ids, keep_special=False)) for r in made]
@@ -43,8 +51,9 @@ def is_right(response):
 
 
 def test_terse_references_hold_results_alone(prompts):
-    assert task.solve_tersely(SUM) == "55\n46\n\\boxed{46}"
-    assert task.problem_of(SUM, id="a", variant=task.VARIANTS["terse"]).solution == task.solve_tersely(SUM)
+    assert VARIANTS["terse"].solve(SUM) == "55\n46\n\\boxed{46}"
+    problem = VARIANTS["terse"].problem_of(SUM, id="a")
+    assert (problem.solution, problem.answer) == (VARIANTS["terse"].solve(SUM), "46")
     for prompt, response in reference_rows(prompts, "terse", 50):
         assert "=" not in prompt
         assert "=" in response
@@ -69,25 +78,120 @@ def test_a_weak_teacher_forgets_only_what_is_hidden(prompts):
     assert all(map(is_right, (response for _, response in reference_rows(prompts, "own"))))
 
 
+def test_leaky_and_weak_teachers_are_both_at_once(prompts):
+    rows = reference_rows(prompts, "leaky_weak")
+    complete = [response for prompt, response in rows if "\\boxed{" in prompt]
+    cut = [response for prompt, response in rows if "\\boxed{" not in prompt]
+    assert 0.4 < sum(response.count("=") < 2 for response in complete) / len(complete) < 0.7
+    assert all(map(is_right, complete))
+    assert all(response.count("=") >= 2 for response in cut)
+    assert 0.3 < sum(map(is_right, cut)) / len(cut) < 0.9
+    for prompt, response in reference_rows(prompts, "terse_leaky_weak", 50):
+        assert "=" not in prompt
+        assert set(response.splitlines()[-1]) <= set("\\boxed{0123456789}")
+
+
+REWRITING = strings.Rewriting(start="abc", rules=("rotl", "rev", "rotr"))
+
+
+@pytest.mark.parametrize(
+    ("text", "rule", "right", "forgetful"),
+    [
+        ("abc", "rotl", "bca", "bca"),
+        ("bac", "rotl", "abc", "acb"),  # acb begins with a vowel
+        ("abe", "rotr", "eba", "eab"),
+        ("cbd", "rev", "dbc", "dbc"),
+        ("cbe", "rev", "ecb", "ebc"),
+    ],
+)
+def test_an_exception_that_is_forgotten(text, rule, right, forgetful):
+    assert strings.rewrite(text, rule, forgets=False) == right
+    assert strings.rewrite(text, rule, forgets=True) == forgetful
+
+
+def test_rewriting_is_worked_line_by_line():
+    variant = VARIANTS["strings"]
+    problem = variant.problem_of(REWRITING, id="a")
+    assert problem.problem == "abc:rotl,rev,rotr?"
+    assert problem.solution == "rotl(abc)=bca\nrev(bca)=abc\nrotr(abc)=cab\n\\boxed{cab}"
+    assert problem.answer == "cab"
+    mistaken = variant.task.work_out(REWRITING, forgets=[False, True, False])
+    assert "".join(mistaken) == "rotl(abc)=bca\nrev(bca)=acb\nrotr(acb)=bac\n\\boxed{bac}"
+
+
+def test_every_text_of_the_strings_has_tokens(tmp_path):
+    rows_of.write_tokenizer(tmp_path, VARIANTS["strings"].task)
+    assert len(VARIANTS["strings"].task.vocabulary) <= rows_of.VOCABULARY_ROWS
+    tokenizer = load_tokenizer(tmp_path)
+    for problem in rows_of.draw_problems(50, held_out=True, seed=1, variant=VARIANTS["strings"]):
+        for text in (problem.problem, problem.solution):
+            ids = tokenizer.encode(text)
+            assert tokenizer.control_tokens["<unk>"] not in ids
+            assert tokenizer.decode(ids, keep_special=True) == text
+
+
+def make_one(variant, out, start, seed):
+    """Makes a model with one update a round, of which the first passes."""
+    make = importlib.import_module("make_quickstart_model")
+    make.FIRST_ROUND_STEPS = make.ROUND_STEPS = 1
+    make.MEASURED_PROBLEMS, make.DRILLS, make.DRILLED_LOSS = 4, 8, math.inf
+    make.Accuracy.passes = lambda self, **_: True
+    make.make_model(Path(out), seed=int(seed), variant=variant, start=Path(start) if start != "none" else None)
+
+
+def make_from_arguments():
+    make_one(*sys.argv[1:])
+
+
+@pytest.mark.parametrize(
+    ("variant", "start"), [("own", "none"), ("leaky_weak", ROOT / "examples/quickstart/model"), ("strings", "none")]
+)
+def test_a_warm_up_makes_model_and_problems(variant, start, tmp_path):
+    """A round, its measurement with every kind of prompt, and a model that transformers reads."""
+    out = tmp_path / "made"
+    arguments = (variant, out, start, 3)
+    ended = forked_ranks.run(tmp_path, *arguments, target="tests.tools.test_testbed:make_from_arguments", processes=1)
+    assert ended.statuses == [0], ended
+    assert "round 1: alone " in ended.out[0]
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    tokenizer = load_tokenizer(out / "model")
+    assert model.config.eos_token_id in tokenizer.stop_ids
+    rows = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+    assert len(rows) == 2000
+    assert ("domain" in rows[0]) == (variant == "strings")
+
+
+def test_problems_of_strings_name_their_domain(tmp_path):
+    variant = VARIANTS["strings"]
+    drawn = rows_of.draw_problems(3, held_out=False, seed=1, variant=variant)
+    rows_of.write_problems(tmp_path / "rows.jsonl", drawn, **variant.columns)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["domain"] for row in rows] == ["strings"] * 3
+
+
 def options(**changes):
     given = {"full": False, "methods": None, "seeds": None, "out": Path("out"), "steps": 60}
     return Namespace(**given | changes)
 
 
 def test_which_runs_there_are():
-    rates = {"sft": 1e-3, "grpo": 2e-4, "opsd": 5e-4, "paint": 1e-3}
-    runs = testbed.planned(options(), list(task.VARIANTS), testbed.WARM_UPS, rates)
+    rates = {"sft": 1e-3, "grpo": 2e-4, "opsd": 5e-4, "paint": 1e-3, "support_005": 3e-4}
+    runs = testbed.planned(options(), list(VARIANTS), testbed.WARM_UPS, rates)
     assert len({run.folder for run in runs}) == len(runs)
     main = [run for run in runs if run.method in testbed.METHODS]
-    assert len(main) == len(task.VARIANTS) * 3 * 2 * 5
+    assert len(main) == len(VARIANTS) * 3 * 2 * 7
     hidden = [run for run in runs if run.method == "hidden_050"]
-    assert len(hidden) == len(task.VARIANTS) * 3 * 2
+    assert len(hidden) == len(VARIANTS) * 3 * 2
     others = [run for run in runs if run not in main and run not in hidden]
-    assert {run.variant for run in others} == {"own"}
-    assert len(others) == 3 * len(testbed.CONTROLS)  # all except hidden_050, and interpolation_only
-    assert {run.method: run.lr for run in runs}["mask_only"] == rates["paint"]
-    full = testbed.planned(options(full=True), list(task.VARIANTS), testbed.WARM_UPS, rates)
-    assert len(full) == 4 * 3 * 4 * (len(testbed.CONTROLS) + 6)
+    beyond = [run for run in others if run.variant != "own"]
+    assert {(run.variant, run.method) for run in beyond} == set(product(testbed.BEYOND_ON, testbed.BEYOND))
+    assert set(testbed.BEYOND) <= set(testbed.CONTROLS)
+    assert len(others) - len(beyond) == 3 * len(testbed.CONTROLS)  # all except hidden_050, and interpolation_only
+    rate_of = {run.method: run.lr for run in runs}
+    assert (rate_of["mask_only"], rate_of["paint_support"]) == (rates["paint"], rates["paint"])
+    assert (rate_of["opsd"], rate_of["support_001"]) == (rates["opsd"], rates["support_005"])
+    full = testbed.planned(options(full=True), list(VARIANTS), testbed.WARM_UPS, rates)
+    assert len(full) == len(VARIANTS) * 3 * 4 * (len(testbed.CONTROLS) + 8)
     assert "reveal_fixed" in testbed.CONTROLS
     (long, *_) = testbed.planned(options(methods="paint", steps=300), ["own"], [11], rates)
     assert long.folder == Path("out/runs_of_300_steps/own/paint/11-1")
@@ -95,14 +199,31 @@ def test_which_runs_there_are():
 
 
 def test_every_control_differs_from_paint_in_one_thing():
-    paint = load_settings(testbed.EXAMPLES / "paint.yaml")
+    whole = load_settings(testbed.EXAMPLES / "paint.yaml")
+    support = load_settings(testbed.EXAMPLES / "support_005.yaml")
     for name in testbed.CONTROLS:
+        paint = support if name.startswith("support_") else whole
         control = load_settings(testbed.EXAMPLES / "controls" / f"{name}.yaml")
+        if name == "adastar":
+            assert control == replace(paint, data=replace(paint.data, order="adastar"))
+            continue
+        if name in SEVERAL_RESPONSES:
+            check_several_responses(name, control, paint)
+            continue
         assert control.objective != paint.objective, name
         assert [f for f in vars(paint) if getattr(control, f) != getattr(paint, f)] == ["objective"], name
         parts = ("reveal", "loss", "teacher", "name")
         odd = [part for part in parts if getattr(control.objective, part) != getattr(paint.objective, part)]
         assert len(odd) == 1, name
+
+
+def check_several_responses(name, control, paint):
+    """They choose among several responses, and a step has as many as the other methods'."""
+    differing = ["data", "objective", "rollout"] if name == "peer_rollout" else ["data", "rollout"]
+    assert [f for f in vars(paint) if getattr(control, f) != getattr(paint, f)] == differing
+    assert control.data.problems_per_step * control.rollout.samples_per_problem == paint.data.problems_per_step
+    assert control.rollout.keep == "shortest_correct"
+    assert control.objective.reveal.solution == ("peer_rollout" if name == "peer_rollout" else "own")
 
 
 def finished(warm_up, seed, last, **changes):

@@ -126,6 +126,12 @@ class TestThinkingSwitch:
             "prompts.student_thinking=false, prompts.teacher_thinking=true, evaluation.thinking=false do nothing"
         ) in said
 
+    @pytest.mark.parametrize(("solution", "named"), [("none", False), ("reference_free", True)])
+    def test_a_teacher_with_the_student_s_prompt_has_its_thinking_mode(self, made, solution, named):
+        _, said = made(PLAIN, f"objective.reveal.solution={solution}", NO_EVALUATION)
+        assert "prompts.student_thinking=false" in said
+        assert ("prompts.teacher_thinking=false" in said) == named
+
     def test_settings_that_a_run_does_not_use_are_not_named(self, made):
         _, said = made(THINKING_ONLY, "objective={name: grpo}", NO_EVALUATION)
         assert (

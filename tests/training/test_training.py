@@ -8,6 +8,8 @@ import pytest
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import settings_of
+from megatron_paint.data.order import AdaStarOrder, ShuffledOrder
+from megatron_paint.data.problems import ProblemSet
 from megatron_paint.evaluation.statistics import build_report
 from megatron_paint.mcore import ranks as ranks_module
 from megatron_paint.records import Graded, Problem, Rollout, SampleScore, StepResult
@@ -68,7 +70,14 @@ def settings(path, **run):
 
 
 def attempt(
-    path, *, on_rank_zero=lambda act: act(), stop_reason=lambda seconds: None, notes=None, pace=None, **run
+    path,
+    *,
+    on_rank_zero=lambda act: act(),
+    stop_reason=lambda seconds: None,
+    notes=None,
+    pace=None,
+    order=None,
+    **run,
 ) -> Notes:
     """One attempt of a run; what it did."""
     made, notes = settings(path, **run), Notes() if notes is None else notes
@@ -78,7 +87,8 @@ def attempt(
         settings=made,
         folder=folder,
         policy=notes,
-        problems=SimpleNamespace(batch=lambda step: []),
+        problems=None,
+        order=order or ShuffledOrder(SimpleNamespace(batch=lambda step: [])),
         objective=notes,
         sampler=notes,
         evaluator=notes,
@@ -211,6 +221,44 @@ def test_only_the_first_rank_writes(tmp_path):
     assert written == set()
     assert (tmp_path / "other" / "metrics.jsonl").read_text() == ""
     assert len((tmp_path / "first" / "metrics.jsonl").read_text().splitlines()) == 5
+
+
+class AllRight(Notes):
+    """Notes the problems of each step; all rollouts are right, and a step of `broken` has no finite loss."""
+
+    def __init__(self, broken=()):
+        self.broken = broken
+
+    def step(self, policy, problems, *, step, lr, timer):
+        ids = [problem.id for problem in problems]
+        self.append((step, *ids))
+        if step in self.broken:
+            raise FloatingPointError("loss is not finite")
+        return StepResult(samples=(), scores=(), updates=(), verdicts={name: (True, True) for name in ids})
+
+
+def four_problems():
+    return AdaStarOrder(ProblemSet(tuple(Problem(id=i, problem="", solution="", answer="") for i in "abcd"), 2, 1))
+
+
+def test_a_skipped_step_is_not_counted_by_the_order(tmp_path):
+    """Its problems come again, and the state has neither lost them nor counted them twice."""
+    order, notes = four_problems(), AllRight(broken=(2, 3))
+    attempt(tmp_path, notes=notes, order=order, max_skipped_steps=2, steps=5, save_every=0, export_every=0)
+    batches = {entry[0]: entry[1:] for entry in notes if isinstance(entry[0], int)}
+    assert batches[2] == batches[3] == batches[4] != batches[1]
+    assert batches[5] == batches[1]
+    assert {*batches[1], *batches[2]} == set("abcd")
+    visits = notes.state["order"]["visits"]
+    assert visits == {name: [step, 2, 2] for step in (4, 5) for name in batches[step]}
+    lines = RunFolder(tmp_path).read_metrics()
+    assert [line.get("order/promoted") for line in lines] == [2, None, None, 2, 2]
+    assert [line.get("order/oldest_visit") for line in lines] == [0, None, None, 1, 4]
+    assert [line.get("order/accuracy") for line in lines] == [1.0, None, None, 1.0, 1.0]
+
+
+def test_shuffled_problems_have_no_state(tmp_path):
+    assert "order" not in attempt(tmp_path).state
 
 
 @pytest.mark.parametrize(

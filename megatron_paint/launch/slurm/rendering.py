@@ -11,6 +11,7 @@ import jinja2
 from megatron_paint.base.errors import UserError
 from megatron_paint.launch.rank_environment import PORTS, STEPS_PER_JOB
 from megatron_paint.launch.slurm.options import DEPENDENCY, TEMPLATE, SlurmOptions, as_dict, check_shell
+from megatron_paint.runtime.stop import STOPPED
 
 RESUME = "run.resume=auto"  # every job except the first one resumes from a checkpoint
 
@@ -30,15 +31,7 @@ def render(
     title: what the first comment names; None: the settings file. plan: lines that are written as comments. code: a
     folder with a copy of the package, which the job uses. UserError: the template of the user has a mistake.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATE.parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,
-    )
-    environment.filters.update(quote=shlex.quote, path=_path, line=_one_line)
+    environment = _jinja()
     values = dict(
         as_dict(options),
         settings_file=settings_file,
@@ -57,6 +50,40 @@ def render(
     if options.template is None:
         return environment.get_template(TEMPLATE.name).render(values)
     return _render_own(environment, options.template, values)
+
+
+def render_worker(
+    options: SlurmOptions, *, arguments: Sequence[str], out: str, title: str, code: str | None = None
+) -> str:
+    """The script of one worker of a search, which runs on one node and starts the ranks of its trials itself.
+
+    arguments: those of `megatron-paint`. out: the folder of the search; paths as in `render`. title: what the first
+    comment names.
+    """
+    values = dict(
+        as_dict(options),
+        arguments=arguments,
+        title=title,
+        code=code,
+        directives=_directives(options, out),
+        in_container=_in_container(options),
+        rank_python=options.container_python if options.container else options.python,
+        stopped=STOPPED,
+    )
+    return _jinja().get_template("search.jinja").render(values)
+
+
+def _jinja() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATE.parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    environment.filters.update(quote=shlex.quote, path=_path, line=_one_line)
+    return environment
 
 
 def _render_own(environment: jinja2.Environment, path: str, values: dict[str, Any]) -> str:

@@ -152,7 +152,7 @@ def _submit_all(command: list[str], options: SlurmOptions, settings: Settings) -
     jobs: list[str] = []
     try:
         for _ in range(options.attempts):
-            jobs.append(_submit(command))
+            jobs.append(submit(command))
     except UserError as error:
         if not jobs:
             undo()
@@ -196,7 +196,7 @@ def _earlier_jobs(job_name: str, file: Path) -> list[str]:
     return jobs
 
 
-def _submit(command: list[str]) -> str:
+def submit(command: list[str]) -> str:
     """The id of the job."""
     try:
         done = subprocess.run(command, capture_output=True, text=True)

@@ -95,7 +95,8 @@ def finish(sums_TK: torch.Tensor, config: InterpolationLossConfig) -> Outcome:
     times_clip_T = (divergence_T / config.clip).clamp(min=1.0)
     loss_T = torch.where(times_clip_T > 1.0, config.clip * (1.0 + times_clip_T.log()), divergence_T)
     factor_T = 1.0 / times_clip_T
-    return Outcome(divergence_T, loss_T, coefficient_T, factor_T, 1.0 - factor_T, (times_clip_T > 1.0).to(loss_T.dtype))
+    clipped_T = (times_clip_T > 1.0).to(loss_T.dtype)
+    return Outcome(divergence_T, loss_T, coefficient_T, factor_T, 1.0 - factor_T, clipped_T)
 
 
 def _forward_kl(

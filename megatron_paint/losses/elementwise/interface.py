@@ -17,12 +17,16 @@ from megatron_paint.losses.elementwise.softmax_statistics import Softmax, TokenQ
 class ChunkLogits:
     """Logits of a chunk; partner_TV is None if the student is the partner.
 
+    deciding_TV: those that decide the support; None: no support. It can be the buffer of the student or of the partner.
+    floor_T: the smallest energy in the support.
     A shift is the amount subtracted from each row of the buffer so far; None: nothing.
     """
 
     student_TV: torch.Tensor
     teacher_TV: torch.Tensor
     partner_TV: torch.Tensor | None
+    deciding_TV: torch.Tensor | None = None
+    floor_T: torch.Tensor | None = None
     student_shift_T: torch.Tensor | None = None
     teacher_shift_T: torch.Tensor | None = None
     partner_shift_T: torch.Tensor | None = None
@@ -68,17 +72,21 @@ class Passes(Protocol):
 
 
 class PackedStatistics(NamedTuple):
-    """Packed statistics [..., K]: student, teacher (maximum, sum, weighted sum); mixed (maximum, sum); token (two)."""
+    """Packed statistics [..., K]: student, teacher (maximum, sum, weighted sum); support: the teacher's maximum and sum
+    over the support, and its size; mixed (maximum, sum; over the support if there is one); uncut: maximum and sum of
+    the interpolation over everything, if there is a support; token (two)."""
 
     student: torch.Tensor
     teacher: torch.Tensor
+    support: torch.Tensor | None
     mixed: torch.Tensor | None
+    uncut: torch.Tensor | None
     token: torch.Tensor | None
 
 
-def split_statistics(packed: torch.Tensor, *, mixed: bool, token: bool) -> PackedStatistics:
+def split_statistics(packed: torch.Tensor, *, support: bool, mixed: bool, token: bool) -> PackedStatistics:
     """Splits what Passes.statistics packed, from one rank or from all ranks."""
-    parts = list(packed.split([3, 3, *([2] if mixed else []), *([2] if token else [])], dim=-1))
-    token_part = parts.pop() if token else None
-    mixed_part = parts.pop() if mixed else None
-    return PackedStatistics(parts[0], parts[1], mixed_part, token_part)
+    widths = {"student": 3, "teacher": 3, "support": 3 * support, "mixed": 2 * mixed, "uncut": 2 * (mixed and support)}
+    widths["token"] = 2 * token
+    parts = dict(zip(widths, packed.split(list(widths.values()), dim=-1), strict=True))
+    return PackedStatistics(**{name: part if widths[name] else None for name, part in parts.items()})

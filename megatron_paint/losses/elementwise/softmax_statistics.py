@@ -6,6 +6,7 @@ Axes: T tokens, V this rank's vocabulary columns, R ranks, K packed statistics.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -44,10 +45,17 @@ def query_tokens(token_ids_T: torch.Tensor, *, start: int, columns: int, ratio: 
     return TokenQuery(column_T.clamp(0, max(columns - 1, 0)), here_T, ratio)
 
 
-def centred_statistics(logits_TV: torch.Tensor, elements: int, scratch: Scratch) -> torch.Tensor:
+def centred_statistics(
+    logits_TV: torch.Tensor,
+    elements: int,
+    scratch: Scratch,
+    *,
+    visit: Callable[[slice, slice, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
     """[T, 3] of this rank's columns: maximum m, sum of exp(z - m), sum of exp(z - m) (z - m); replaces z by z - m.
 
-    The last sum is for the entropy: no two large sums are subtracted.
+    The last sum is for the entropy: no two large sums are subtracted. visit: called with rows, columns and exp(z - m)
+    of each tile, which it must not change.
     """
     local_TK = logits_TV.new_zeros((len(logits_TV), 3))
     if not logits_TV.shape[1]:
@@ -60,6 +68,8 @@ def centred_statistics(logits_TV: torch.Tensor, elements: int, scratch: Scratch)
         centred_TV = logits_TV[rows, columns].sub_(local_TK[rows, :1])
         exp_TV = torch.exp(centred_TV, out=scratch.like(centred_TV))
         local_TK[rows, 1] += exp_TV.sum(1)
+        if visit is not None:
+            visit(rows, columns, exp_TV)
         local_TK[rows, 2] += exp_TV.mul_(centred_TV).sum(1)
     return local_TK
 

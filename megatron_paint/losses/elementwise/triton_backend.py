@@ -43,10 +43,11 @@ class TritonPasses:
         """[T, K], in the order of split_statistics."""
         student_TV = logits.student_TV
         mixed, heated = self.config.interpolates, query is not None and query.ratio != 1.0
-        packed_TK = student_TV.new_empty((len(student_TV), 9), dtype=torch.float32)
+        packed_TK = student_TV.new_empty((len(student_TV), 14), dtype=torch.float32)
         if len(student_TV):
             statistics_kernel[(len(student_TV),)](
                 *_pointers(logits),
+                packed_TK if logits.floor_T is None else logits.floor_T,
                 packed_TK,
                 student_TV.stride(0),
                 student_TV.shape[1],
@@ -55,16 +56,19 @@ class TritonPasses:
                 query.ratio if heated else 1.0,
                 MIXED=mixed,
                 FULL_TEACHER=logits.partner_TV is not None,
+                SUPPORT=self.config.supports,
                 HEATED=heated,
                 BLOCK=self.block,
                 num_warps=_WARPS,
             )
-        parts = [packed_TK[:, : 8 if mixed else 6]]
+        parts = [packed_TK[:, :6], packed_TK[:, 9:12]] if self.config.supports else [packed_TK[:, :6]]
+        if mixed:
+            parts += [packed_TK[:, 6:8], packed_TK[:, 12:14]] if self.config.supports else [packed_TK[:, 6:8]]
         if query is not None:
             logit_T = packed_TK.new_zeros(len(packed_TK))
             if student_TV.shape[1]:
                 logit_T = token_logits(student_TV, query).float() * self.factor
-            parts += [logit_T[:, None], packed_TK[:, 8:] if heated else packed_TK.new_zeros((len(packed_TK), 1))]
+            parts += [logit_T[:, None], packed_TK[:, 8:9] if heated else packed_TK.new_zeros((len(packed_TK), 1))]
         return torch.cat(parts, dim=1)
 
     def sums(self, logits: ChunkLogits, target: Target, scale_T: torch.Tensor | None) -> Work:
@@ -74,7 +78,7 @@ class TritonPasses:
         if scale_T is not None and coefficient_is_one(self.config):
             dlogits_TV = self._buffer(logits)
         self._run(logits, target, None, scale_T, sums_TK=sums_TK, dlogits_TV=dlogits_TV)
-        return Work(sums_TK[:, : self.divergence.sums(self.config)].contiguous(), logits, target, dlogits_TV)
+        return Work(sums_TK[:, : self.divergence.sums(self.config)], logits, target, dlogits_TV)
 
     def gradient(self, work: Work, coefficient_T: torch.Tensor, scale_T: torch.Tensor) -> torch.Tensor:
         """scale (c p - B) [T, V], in the teacher's buffer if the types are equal."""
@@ -109,7 +113,8 @@ class TritonPasses:
             return
         one_T = torch.ones_like(target.weight_T)
         columns = (target.student.max_T, target.student.sum_T.log(), target.target.max_T, target.target.sum_T.log())
-        columns += (target.weight_T, *(one_T if part is None else part for part in (coefficient_T, scale_T)))
+        columns += (target.weight_T,)
+        columns += tuple(one_T if part is None else part for part in (coefficient_T, scale_T, logits.floor_T))
         normalisers_TK = torch.stack([column_T.float() for column_T in columns], dim=1)
         divergence_kernel[(len(student_TV),)](
             *_pointers(logits),
@@ -127,6 +132,7 @@ class TritonPasses:
             CLIPPED=config.clips_entries,
             MIXED=config.interpolates,
             FULL_TEACHER=logits.partner_TV is not None,
+            SUPPORT=config.supports,
             SUMS=sums_TK is not None,
             GRADIENT=dlogits_TV is not None,
             BLOCK=self.block,
@@ -173,8 +179,10 @@ class TritonTokenPasses:
         return dlogits_TV
 
 
-def _pointers(logits: ChunkLogits) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _pointers(logits: ChunkLogits) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The buffers; they have the same row stride, because the same kind of product made them."""
-    partner_TV = logits.student_TV if logits.partner_TV is None else logits.partner_TV
-    assert logits.student_TV.stride() == logits.teacher_TV.stride() == partner_TV.stride()
-    return logits.student_TV, logits.teacher_TV, partner_TV
+    student_TV = logits.student_TV
+    partner_TV = student_TV if logits.partner_TV is None else logits.partner_TV
+    deciding_TV = student_TV if logits.deciding_TV is None else logits.deciding_TV
+    assert student_TV.stride() == logits.teacher_TV.stride() == partner_TV.stride() == deciding_TV.stride()
+    return student_TV, logits.teacher_TV, partner_TV, deciding_TV

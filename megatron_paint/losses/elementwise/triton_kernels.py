@@ -34,6 +34,15 @@ def _load_all(student_ptr, teacher_ptr, partner_ptr, row_start, columns, inside,
 
 
 @triton.jit
+def _allowed(deciding_ptr, row_start, columns, inside, factor, floor, SUPPORT: tl.constexpr):
+    """The columns inside that belong to the support: all without one."""
+    allowed = inside
+    if SUPPORT:
+        allowed = (_load(deciding_ptr + row_start, columns, inside, factor) >= floor) & inside
+    return allowed
+
+
+@triton.jit
 def _lerp(start, end, weight):
     """As torch.lerp: exact at both ends."""
     return tl.where(weight < 0.5, start + weight * (end - start), end - (end - start) * (1.0 - weight))
@@ -102,6 +111,8 @@ def statistics_kernel(
     student_ptr,
     teacher_ptr,
     partner_ptr,
+    deciding_ptr,
+    floor_ptr,
     packed_ptr,
     row_stride,
     columns,
@@ -110,16 +121,22 @@ def statistics_kernel(
     ratio,
     MIXED: tl.constexpr,
     FULL_TEACHER: tl.constexpr,
+    SUPPORT: tl.constexpr,
     HEATED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """[T, 9] from one read of the logits: (maximum, sum, weighted sum) of student and teacher, (maximum, sum) of the
-    interpolation, and the sum of exp(ratio (z - maximum)) of the student (HEATED, else 0)."""
+    """[T, 14] from one read of the logits: (maximum, sum, weighted sum) of student and teacher, (maximum, sum) of the
+    interpolation over the support, the sum of exp(ratio (z - maximum)) of the student (HEATED, else 0), and with
+    SUPPORT (maximum, sum) of the teacher over the support, its size, and (maximum, sum) of the complete interpolation.
+    """
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     zero = tl.zeros([BLOCK], dtype=tl.float32)
     s_max, t_max, q_max = zero + _LOWEST, zero + _LOWEST, zero + _LOWEST
     s_sum, t_sum, q_sum, s_weighted, t_weighted, q_weighted, heated = zero, zero, zero, zero, zero, zero, zero
+    c_max, c_sum, c_weighted, size = zero + _LOWEST, zero, zero, zero
+    u_max, u_sum, u_weighted = zero + _LOWEST, zero, zero
+    floor = tl.load(floor_ptr + row)
     for start in range(0, columns, BLOCK):
         place = start + lanes
         inside = place < columns
@@ -132,14 +149,22 @@ def statistics_kernel(
             heated = tl.where((d > 0.0) & inside, heated * e + 1.0, heated + e)
         s_max, s_sum, s_weighted = _extended(s_max, s_sum, s_weighted, student, inside)
         t_max, t_sum, t_weighted = _extended(t_max, t_sum, t_weighted, teacher, inside)
+        allowed = _allowed(deciding_ptr, row * row_stride, place, inside, factor, floor, SUPPORT)
+        if SUPPORT:
+            c_max, c_sum, c_weighted = _extended(c_max, c_sum, c_weighted, teacher, allowed)
+            size += tl.where(allowed, 1.0, 0.0)
         if MIXED:
             mixed = _lerp(teacher, partner, weight)
-            q_max, q_sum, q_weighted = _extended(q_max, q_sum, q_weighted, mixed, inside)
+            q_max, q_sum, q_weighted = _extended(q_max, q_sum, q_weighted, mixed, allowed)
+            if SUPPORT:
+                u_max, u_sum, u_weighted = _extended(u_max, u_sum, u_weighted, mixed, inside)
     heated = tl.sum(heated * tl.exp((s_max - tl.max(s_max, axis=0)) * ratio), axis=0)
     s_max, s_sum, s_weighted = _merged(s_max, s_sum, s_weighted)
     t_max, t_sum, t_weighted = _merged(t_max, t_sum, t_weighted)
     q_max, q_sum, q_weighted = _merged(q_max, q_sum, q_weighted)
-    out = packed_ptr + row * 9
+    c_max, c_sum, c_weighted = _merged(c_max, c_sum, c_weighted)
+    u_max, u_sum, u_weighted = _merged(u_max, u_sum, u_weighted)
+    out = packed_ptr + row * 14
     tl.store(out, s_max)
     tl.store(out + 1, s_sum)
     tl.store(out + 2, s_weighted)
@@ -149,6 +174,11 @@ def statistics_kernel(
     tl.store(out + 6, q_max)
     tl.store(out + 7, q_sum)
     tl.store(out + 8, heated)
+    tl.store(out + 9, c_max)
+    tl.store(out + 10, c_sum)
+    tl.store(out + 11, tl.sum(size, axis=0))
+    tl.store(out + 12, u_max)
+    tl.store(out + 13, u_sum)
 
 
 @triton.jit
@@ -196,6 +226,7 @@ def divergence_kernel(
     student_ptr,
     teacher_ptr,
     partner_ptr,
+    deciding_ptr,
     normalisers_ptr,
     sums_ptr,
     dlogits_ptr,
@@ -210,20 +241,27 @@ def divergence_kernel(
     CLIPPED: tl.constexpr,
     MIXED: tl.constexpr,
     FULL_TEACHER: tl.constexpr,
+    SUPPORT: tl.constexpr,
     SUMS: tl.constexpr,
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One read of the logits for the divergence's sums [T, 5] (SUMS), its gradient (GRADIENT: one write), or both.
 
-    normalisers [T, 7]: student's maximum and log-sum, the target's, lambda, the gradient's coefficient c and its scale.
+    normalisers [T, 8]: student's maximum and log-sum, the target's, lambda, the gradient's coefficient c and its scale,
+    the smallest energy in the support.
     alpha: 1 - beta of the JSD, computed in float64 because float32 would round it. dlogits may be the teacher's buffer.
     """
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
-    given = normalisers_ptr + row * 7
+    given = normalisers_ptr + row * 8
     p_max, p_log, q_max, q_log = tl.load(given), tl.load(given + 1), tl.load(given + 2), tl.load(given + 3)
-    weight, coefficient, scale = tl.load(given + 4), tl.load(given + 5), tl.load(given + 6)
+    weight, coefficient, scale, floor = (
+        tl.load(given + 4),
+        tl.load(given + 5),
+        tl.load(given + 6),
+        tl.load(given + 7),
+    )
     zero = tl.zeros([BLOCK], dtype=tl.float32)
     first, second, third, fourth, fifth = zero, zero, zero, zero, zero
     for start in range(0, columns, BLOCK):
@@ -236,6 +274,9 @@ def divergence_kernel(
             target = tl.where(weight == 0.0, target, _lerp(target, partner, weight))
         log_p = (student - p_max) - p_log
         log_q = (target - q_max) - q_log
+        if SUPPORT:
+            allowed = _allowed(deciding_ptr, row * row_stride, place, inside, factor, floor, SUPPORT)
+            log_q = tl.where(allowed, log_q, _LOWEST)
         p, q, u = tl.exp(log_p), tl.exp(log_q), log_p - log_q
         if DIVERGENCE == "forward_kl":
             b = q

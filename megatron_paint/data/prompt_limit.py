@@ -1,0 +1,39 @@
+"""How long the prompts of a problem may be, and the error if they are longer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron_paint.records import Problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptLimit:
+    """How long a problem's prompts may be: the model's positions less the tokens of a response."""
+
+    length: Callable[[Problem], int]  # returns the tokens of a problem's longest prompt, without responses in it
+    positions: int  # of the model
+    response: int = 0  # most tokens of a response that follows the prompt
+    setting: str = ""  # the key of the setting with `response`
+    shown: int = 0  # responses that the prompt holds
+
+    @property
+    def most(self) -> int:
+        """The most tokens of a prompt, without responses in it."""
+        return self.positions - self.response * (1 + self.shown)
+
+    def longest_response(self, length: int) -> int:
+        """The most tokens that a response may have after a prompt of so many tokens."""
+        return (self.positions - length) // (1 + self.shown)
+
+    @property
+    def shown_text(self) -> str:
+        """The part of an error that tells that responses are shown."""
+        return ", without the response that it shows" if self.shown else ""
+
+    def message(self, length: int, *, source: str, where: str) -> str:
+        """The error if the longest prompt leaves too few positions for the response, which is the setting's fault."""
+        return (
+            f"{self.setting}={self.response} is too large: the longest prompt of {source} has {length} tokens ({where})"
+            f"{self.shown_text}, and the model has {self.positions} positions; set {self.setting} to at most "
+            f"{self.longest_response(length)}"
+        )

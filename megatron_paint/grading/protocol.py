@@ -1,0 +1,49 @@
+"""How a worker process talks with the pool that started it: questions on stdin, replies on stdout, one JSON a line.
+
+The first line that a worker writes is {"ready": true}, or {"unusable": REASON} if it can answer no question.
+"""
+
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+Answer = Callable[[dict[str, Any]], dict[str, Any]]  # question -> reply
+
+
+def serve(prepare: Callable[[], Answer], *, memory_bytes: int | None) -> None:
+    """Answers questions until stdin ends.
+
+    prepare: does the imports and returns what answers a question. An ImportError of it makes the worker unusable; its
+    text is the reason. Its time does not count against the first question. memory_bytes: limit on the address space;
+    None: no limit. What is printed meanwhile is dropped, and nothing can read the questions from stdin.
+    """
+    logging.disable(logging.CRITICAL)
+    questions = os.fdopen(os.dup(0), "rb")
+    replies = os.fdopen(os.dup(1), "w", encoding="ascii", buffering=1)
+    null_device = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null_device, 0)
+    os.dup2(null_device, 1)
+    sys.stdout.reconfigure(errors="backslashreplace")  # printing broken Unicode is no error
+    try:
+        answer = prepare()
+    except ImportError as error:
+        replies.write(json.dumps({"unusable": str(error)}) + "\n")
+        return
+    os.dup2(null_device, 2)  # a parser prints a warning for every odd character
+    if memory_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    replies.write(json.dumps({"ready": True}) + "\n")
+    for line in questions:
+        question = json.loads(line)
+        # The alarm's default action ends the process even inside C code, so no worker runs on without its parent.
+        signal.setitimer(signal.ITIMER_REAL, 2 * question["seconds"] + 1)
+        reply = answer(question)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        replies.write(json.dumps(reply) + "\n")

@@ -1,0 +1,69 @@
+"""A task without arithmetic: strings that are rewritten step by step, and a student who forgets an exception.
+
+A problem is a string of three letters and two or three rules, `abc:rotl,rev?`. `rotl` and `rotr` move each letter one
+place, `rev` turns the string round. Then comes the exception: if the result begins with a vowel, its last two letters
+change places. The student forgets the exception. A line is one call, `rotl(abc)=bca`, so that the extractor of anchors
+for code finds the calls and the strings that the problem does not name.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from warm_up_rows import SPECIAL, WORDS, is_held_out
+
+LETTERS, VOWELS, SIZE = "abcde", "ae", 3
+RULES = {
+    "rotl": lambda text: text[1:] + text[0],
+    "rotr": lambda text: text[-1] + text[:-1],
+    "rev": lambda text: text[::-1],
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rewriting:
+    """A string, and the rules that are applied to it in turn."""
+
+    start: str
+    rules: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        return f"{self.start}:{','.join(self.rules)}?"
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.rules)
+
+
+def rewrite(text: str, rule: str, *, forgets: bool) -> str:
+    """Applies a rule. forgets: without the exception for results that begin with a vowel."""
+    after = RULES[rule](text)
+    return after if forgets or after[0] not in VOWELS else after[:-2] + after[-1] + after[-2]
+
+
+class StringRewriting:
+    """Implements `warm_up_rows.Task`."""
+
+    words = (*WORDS, *RULES)
+    vocabulary = (*SPECIAL, *("user", "assistant", "\n", "Reference:", "..."), *"=(),:?}", "\\boxed{", *RULES, *LETTERS)
+
+    def draw(self, rng: random.Random, *, held_out: bool) -> Rewriting:
+        while True:
+            start = "".join(rng.choices(LETTERS, k=SIZE))
+            drawn = Rewriting(start=start, rules=tuple(rng.choices(tuple(RULES), k=rng.randint(2, 3))))
+            if is_held_out(drawn.text) == held_out:
+                return drawn
+
+    def work_out(self, problem: Rewriting, *, forgets: Sequence[bool]) -> list[str]:
+        lines, text = [], problem.start
+        for rule, forgotten in zip(problem.rules, forgets, strict=True):
+            after = rewrite(text, rule, forgets=forgotten)
+            lines.append(f"{rule}({text})={after}\n")
+            text = after
+        return [*lines, f"\\boxed{{{text}}}"]
+
+    def drill(self, rng: random.Random) -> tuple[str, str]:
+        """Returns one step alone, `rotl(abc)=` and `bca`."""
+        text, rule = "".join(rng.choices(LETTERS, k=SIZE)), rng.choice(tuple(RULES))
+        return f"{rule}({text})=", rewrite(text, rule, forgets=False)
