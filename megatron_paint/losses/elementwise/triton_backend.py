@@ -78,7 +78,8 @@ class TritonPasses:
         if scale_T is not None and coefficient_is_one(self.config):
             dlogits_TV = self._buffer(logits)
         self._run(logits, target, None, scale_T, sums_TK=sums_TK, dlogits_TV=dlogits_TV)
-        return Work(sums_TK[:, : self.divergence.sums(self.config)], logits, target, dlogits_TV)
+        # Contiguous: a collective would sum other memory of a view.
+        return Work(sums_TK[:, : self.divergence.sums(self.config)].contiguous(), logits, target, dlogits_TV)
 
     def gradient(self, work: Work, coefficient_T: torch.Tensor, scale_T: torch.Tensor) -> torch.Tensor:
         """scale (c p - B) [T, V], in the teacher's buffer if the types are equal."""
