@@ -133,8 +133,7 @@ METRICS: dict[str, Metric] = {
         only="PAINT, OPSD, GRPO",
     ),
     "grad_norm": Metric(
-        meaning="norm of the gradient before clipping; GRPO: mean over the updates. Null without an update: no group of GRPO "
-        "is left, or PAINT or OPSD keep no response",
+        meaning="norm of the gradient before clipping; GRPO: mean over the updates; null in a step without an update",
         unit="-",
     ),
     "lr": Metric(meaning="learning rate", unit="-", healthy="the schedule of the optimizer settings"),
