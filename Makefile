@@ -29,11 +29,11 @@ help:
 quickstart: $(READY)
 	$(BIN)/megatron-paint train examples/quickstart/paint.yaml --processes 4
 
-## make testbed      SFT, GRPO, OPSD, PAINT and PAINT's parts on small models, with a report: some hours
+## make testbed      SFT, GRPO, OPSD, PAINT and PAINT's parts on small models: 540 runs, five hours or more
 testbed: $(READY)
 	$(BIN)/python tools/testbed.py --jobs $(JOBS)
 
-## make testbed-full the same with more seeds, and every control on every kind of teacher: a night
+## make testbed-full the same with more seeds, and every control on every variant: 3,840 runs, a day or more
 testbed-full: $(READY)
 	$(BIN)/python tools/testbed.py --jobs $(JOBS) --full
 

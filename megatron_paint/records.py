@@ -11,7 +11,7 @@ from typing import Literal
 
 TokenIds = tuple[int, ...]
 Verdicts = Mapping[str, Sequence[bool]]  # problem id -> whether each rollout of the problem is right
-# Why a response is not trained on: its answer is not right, a shorter one is right, or no other response is right.
+# Why a response is not trained on: its answer is not right, a shorter one is right, or no other right one can be shown.
 LeftOut = Literal["wrong", "not_shortest", "no_peer"]
 
 

@@ -39,6 +39,7 @@ STEPS = 60
 TUNED, TUNED_ON = ("sft", "grpo", "opsd", "paint", "support_005"), "own"
 TUNING_RATES = (1.0e-4, 2.0e-4, 5.0e-4, 1.0e-3)
 TUNING_SEED = 9
+SCORES = "validation Avg@8"  # key of learning_rates.json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,10 +172,15 @@ def make_models(models: Path, warm_ups: Sequence[int], variants: Sequence[str], 
 
 
 def tune(out: Path, warm_up: int, *, jobs: int) -> dict[str, float]:
-    """Returns the learning rate of each method: the best of four, on problems and a seed that no table uses."""
+    """Returns the learning rate of each method: the best of four, on problems and a seed that no table uses.
+
+    Methods that `learning_rates.json` already has keep their rates.
+    """
     file = out / "learning_rates.json"
-    if file.exists():
-        return json.loads(file.read_text())["chosen"]
+    table = json.loads(file.read_text()) if file.exists() else {"chosen": {}, SCORES: {}}
+    missing = [method for method in TUNED if method not in table["chosen"]]
+    if not missing:
+        return table["chosen"]
     runs = [
         Run(
             variant=TUNED_ON,
@@ -185,14 +191,16 @@ def tune(out: Path, warm_up: int, *, jobs: int) -> dict[str, float]:
             lr=lr,
             problems="validation",
         )
-        for method in TUNED
+        for method in missing
         for lr in TUNING_RATES
     ]
     carry_out(runs, out / "models", jobs=jobs)
-    scores = {method: {run.lr: final_accuracy(run.folder) for run in runs if run.method == method} for method in TUNED}
-    chosen = {method: max(found, key=found.__getitem__) for method, found in scores.items()}
-    file.write_text(json.dumps({"chosen": chosen, "validation Avg@8": scores}, indent=1) + "\n")
-    return chosen
+    for method in missing:
+        found = {run.lr: final_accuracy(run.folder) for run in runs if run.method == method}
+        table["chosen"][method] = max(found, key=found.__getitem__)
+        table[SCORES][method] = found
+    file.write_text(json.dumps(table, indent=1) + "\n")
+    return table["chosen"]
 
 
 def final_accuracy(folder: Path) -> float:

@@ -20,7 +20,7 @@ MOST_OUTSIDE = 8  # tokens listed
 LEFT_OUT = {
     "wrong": "its answer is not right",
     "not_shortest": "a shorter response is right",
-    "no_peer": "no other response is right",
+    "no_peer": "no other right response can be shown",
 }
 HIDDEN, SELECTED, FOUND, MISSING = "dim strike", "bold black on yellow", "green", "red"
 

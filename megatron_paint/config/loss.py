@@ -132,7 +132,7 @@ class InterpolationLossConfig:
         ),
     ] = "uniform"
     token_weight_minimum: Annotated[
-        Number, setting("the smallest weight that token_weight gives; the largest is 1", source=PW_OPSD, ge=0, le=1)
+        Number, setting("lower bound of the weights of token_weight; the upper bound is 1", source=PW_OPSD, ge=0, le=1)
     ] = 0.25
     position_center: Annotated[
         Number,

@@ -3,7 +3,7 @@
 Per chunk: two matrix products compute the student's and the teacher's logits. One collective merges softmax statistics
 and entropies, which determine the selection; a second one merges the divergences. Then dlogits W and dlogits^T h.
 A support needs the maximum of the logits that decide it before the statistics. It joins the second collective of the
-chunk before; only the first chunk of a call takes one more.
+chunk before. The first chunk of a call, and every chunk that is redone, take one small collective more.
 With a sharded vocabulary the second collective of a chunk overlaps with the next chunk's products to logits, and the
 next chunk's first collective overlaps with this chunk's products of the gradient.
 Which tokens are selected is known only after the complete rollout was seen. If a rollout does not fit into one chunk,

@@ -18,7 +18,7 @@ from megatron_paint.runtime.timer import Timer
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveInputs:
-    """What a run builds for its objective. `ObjectiveSettings.needs` decides what is built; the rest is None."""
+    """What a run builds for its objective. `Settings.needs` decides what is built; the rest is None."""
 
     settings: ObjectiveSettings
     prompts: Prompts

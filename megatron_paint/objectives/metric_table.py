@@ -133,7 +133,8 @@ METRICS: dict[str, Metric] = {
         only="PAINT, OPSD, GRPO",
     ),
     "grad_norm": Metric(
-        meaning="norm of the gradient before clipping; GRPO: mean over the updates, null without any", unit="-"
+        meaning="norm of the gradient before clipping; GRPO: mean over the updates; null in a step without an update",
+        unit="-",
     ),
     "lr": Metric(meaning="learning rate", unit="-", healthy="the schedule of the optimizer settings"),
     "sampler_gap/max": Metric(
@@ -164,7 +165,7 @@ METRICS: dict[str, Metric] = {
         meaning="responses on which a grader of yours failed; their reward is 0, and the run warns",
         unit="responses",
         healthy="0",
-        only="GRPO",
+        only=GRADED,
     ),
     "reward/box_in_thought": Metric(
         meaning="responses that are cut inside a thought which holds a box; grading.box_in_thought decides about them",

@@ -146,7 +146,10 @@ def test_a_worked_example(run_dir):
         ({"correct": False}, "2 selected, wrong\n"),
         ({"correct": False, "left_out": "wrong"}, "2 selected, wrong, left out: its answer is not right\n"),
         ({"correct": True, "left_out": "not_shortest"}, "2 selected, right, left out: a shorter response is right\n"),
-        ({"correct": True, "left_out": "no_peer"}, "2 selected, right, left out: no other response is right\n"),
+        (
+            {"correct": True, "left_out": "no_peer"},
+            "2 selected, right, left out: no other right response can be shown\n",
+        ),
     ],
 )
 def test_the_verdict(run_dir, changes, says):

@@ -51,7 +51,7 @@ def test_presets_fit_their_model_and_its_gpus(name, size, tmp_path):
     assert plan.memory.peak < 80e9
     assert plan.warnings() == []
     paint = load_settings(folder / "paint.yaml", [f"model.hf_path={tmp_path}"])
-    assert settings.objective.name == {"support": "paint", "reference_free": "opsd"}.get(name, name)
+    assert settings.objective.name == {"support": "opsd", "reference_free": "opsd"}.get(name, name)
     alone = settings.objective.reveal.solution == "reference_free" and settings.prompts.teacher_thinking
     assert alone == (name == "reference_free")
     assert (settings.model, settings.optimizer, settings.megatron) == (paint.model, paint.optimizer, paint.megatron)

@@ -170,7 +170,7 @@ def test_the_tokenizer_fits_the_model_and_ends_responses_as_the_chat_does(prompt
 
 def test_the_validation_problems_of_the_search_continue_the_held_out_ones():
     """One draw of 400 problems: the first 240 are the held-out problems, and the rest is in no other file."""
-    drawn = task.draw_problems(400, held_out=True, seed=7)
+    drawn = rows_of.draw_problems(400, held_out=True, seed=7, variant=OWN)
     rows = records("held_out.jsonl") + records("../search/validation.jsonl")
     assert rows == [{key: getattr(one, key) for key in ("id", "problem", "solution", "answer")} for one in drawn]
     texts = [row["problem"] for row in (*rows, *records("train.jsonl"))]

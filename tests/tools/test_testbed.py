@@ -198,6 +198,34 @@ def test_which_runs_there_are():
     assert {"run.steps=300", "run.evaluate_every=100"} <= set(long.command(Path("models")))
 
 
+def test_only_methods_without_a_rate_are_tuned(tmp_path, monkeypatch):
+    """A file of an earlier version keeps its rates and scores, and gets the methods that it lacks."""
+    file = tmp_path / "learning_rates.json"
+    earlier = {method: 2e-4 for method in testbed.TUNED if method != "support_005"}
+    scores = {method: {"0.0002": 0.5} for method in earlier}
+    file.write_text(json.dumps({"chosen": earlier, testbed.SCORES: scores}))
+    tuned = []
+
+    def carry_out(runs, models, *, jobs):
+        tuned.extend((run.method, run.lr) for run in runs)
+        for run in runs:
+            (run.folder / "eval").mkdir(parents=True)
+            accuracy = 0.9 if run.lr == 5e-4 else 0.4
+            (run.folder / "eval" / "step_000060.json").write_text(json.dumps({"metrics": {"avg": accuracy}}))
+
+    monkeypatch.setattr(testbed, "carry_out", carry_out)
+    chosen = testbed.tune(tmp_path, 11, jobs=1)
+    assert tuned == [("support_005", lr) for lr in testbed.TUNING_RATES]
+    assert chosen == earlier | {"support_005": 5e-4}
+    table = json.loads(file.read_text())
+    assert table["chosen"] == chosen
+    of_support = {"0.0001": 0.4, "0.0002": 0.4, "0.0005": 0.9, "0.001": 0.4}
+    assert table[testbed.SCORES] == scores | {"support_005": of_support}
+    tuned.clear()
+    assert testbed.tune(tmp_path, 11, jobs=1) == chosen
+    assert tuned == []
+
+
 def test_every_control_differs_from_paint_in_one_thing():
     whole = load_settings(testbed.EXAMPLES / "paint.yaml")
     support = load_settings(testbed.EXAMPLES / "support_005.yaml")
