@@ -59,6 +59,12 @@ def of_shown(objective: ObjectiveSettings, rollout: RolloutSettings) -> Iterator
                 f"objective.reveal.hidden_nats={reveal.hidden_nats} limits what is hidden, and nothing of a worked "
                 "example (objective.reveal.solution=other_example) is hidden: set it to null"
             )
+    if reveal.solution == "reference_free" and (reveal.hide_answer or reveal.hidden_nats is not None):
+        name = "hide_answer" if reveal.hide_answer else "hidden_nats"
+        yield (
+            f"objective.reveal.{name} is about what is hidden of a reference, and objective.reveal.solution="
+            "reference_free shows none: leave it out"
+        )
     if reveal.solution == "peer_rollout":
         samples = rollout.samples_per_problem or 1
         if samples < 2:

@@ -179,6 +179,11 @@ class InterpolationLossConfig:
                 f"support={self.support} makes the target 0 outside the support, where the student is not 0: "
                 "divergence=reverse_kl is infinite there; set divergence to forward_kl or jsd, or support to none"
             )
+        if self.partner == "initial" and self.control == "none" and not self.interpolates:
+            yield (
+                f"partner={self.partner} has no effect, because no target is mixed (positions, fraction or weight); set "
+                "partner to student, or mix targets"
+            )
         if self.control == "reweight" and self.partner != "student":
             yield (
                 f"control={self.control} imitates the scale of the student as partner, but partner={self.partner}; "

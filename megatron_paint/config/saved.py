@@ -51,7 +51,9 @@ MEANING_OF_NULL = {"evaluation.max_new_tokens": LONGEST_ANSWER, "rollout.samples
 IN_CHECKPOINT = {f"optimizer.{name}" for name in ("name", "beta1", "beta2", "eps", "momentum")}
 IN_CHECKPOINT |= {"model.lora", "model.lora.rank", "model.dtype", "model.adapter_path"}
 IN_CHECKPOINT |= {"megatron.use_distributed_optimizer", "objective.name"}
-IN_CHECKPOINT |= {"objective.teacher.weights", "objective.teacher.ema_anchor"}  # which sets of weights it has
+# Which sets of weights it has.
+IN_CHECKPOINT |= {"objective.teacher.weights", "objective.teacher.ema_anchor"}
+IN_CHECKPOINT |= {"objective.loss.support", "objective.loss.partner"}
 DECAY_END = {"optimizer.decay_steps", "run.steps"}
 ABSENT = "(absent)"
 

@@ -129,6 +129,11 @@ class Prompts:
         """Returns the tokens of a solution. `solution_offsets` returns their positions in the text."""
         return self.tokenizer.encode_with_offsets(solution)[0]
 
+    def shown_size(self, text: str) -> int:
+        """Returns the number of tokens of a text as a prompt shows it: control tokens in it stay text."""
+        seam = _seam([text])
+        return len(self._encode(self._protect(text, seam, self.tokenizer.control_tokens), seam))
+
     def response_text(self, ids: TokenIds) -> str:
         """Returns the text of a response without special tokens, and without the token that ends it."""
         ids = ids[:-1] if ids and ids[-1] in self.tokenizer.stop_ids else ids

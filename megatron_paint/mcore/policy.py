@@ -195,12 +195,19 @@ class MegatronPolicy(ModelRunner):
         prompts = {"teacher": (s.teacher_prompt_ids for s in samples)}
         prompts["full"] = (s.full_teacher_prompt_ids for s in samples)
         prompts["initial"] = (s.student_prompt_ids for s in samples)
+        output_weight_VH = teacher.output_weight() if loss.needs_teacher else None
+        initial_output_weight_VH = None
+        if loss.needs_initial:
+            # A second copy of the same weights would be made of those that rest in host memory.
+            is_teachers = teacher is self.teacher and self.settings.objective.teacher.weights == "initial"
+            shared = output_weight_VH is not None and is_teachers
+            initial_output_weight_VH = output_weight_VH if shared else self.teacher.output_weight("initial")
         return TeacherStates(
             hidden_NH=hidden(prompts["teacher"], teacher) if loss.needs_teacher else None,
             full_hidden_NH=hidden(prompts["full"], teacher) if loss.needs_full_teacher else None,
-            output_weight_VH=teacher.output_weight() if loss.needs_teacher else None,
+            output_weight_VH=output_weight_VH,
             initial_hidden_NH=hidden(prompts["initial"], self.teacher, "initial") if loss.needs_initial else None,
-            initial_output_weight_VH=self.teacher.output_weight("initial") if loss.needs_initial else None,
+            initial_output_weight_VH=initial_output_weight_VH,
         )
 
     def backward(self, samples: Sequence[Sample], loss: TokenLoss, states: TeacherStates) -> tuple[SampleScore, ...]:

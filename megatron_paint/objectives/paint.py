@@ -111,7 +111,7 @@ class Paint:
     def may_be_shown(self, rollout: Rollout) -> bool:
         """Whether a response has text, and not more tokens as text than `longest_prompt` counts."""
         text = self.prompts.response_text(rollout.response_ids)
-        return bool(text.strip()) and len(self.prompts.solution_ids(text)) <= self.rollouts.sampling.max_new_tokens
+        return bool(text.strip()) and self.prompts.shown_size(text) <= self.rollouts.sampling.max_new_tokens
 
     def reveals(
         self,

@@ -307,12 +307,17 @@ class StageMemory:
         return 1 + full + objective.needs.initial
 
     def _teacher_results(self) -> float:
-        """The teacher's hidden states of all responses of the replica, on the last stage, and its output layer."""
+        """The teacher's hidden states of all responses of the replica, on the last stage, and its output layer.
+
+        Initial weights beside an average are a second output layer on the device if they rest in host memory.
+        """
         if not self.last or not self._teachers():
             return 0.0
         states = self._sequences() * self._new_tokens() * self.shape.hidden_size * self.width * self._teachers()
         trains_output = self.settings.model.lora is None
-        return states + (self.weights.output * self._passing_bytes() if trains_output else 0)
+        teacher = self.settings.objective.teacher
+        layers = 1 + (self.settings.needs.initial and teacher.offload and teacher.weights == "ema")
+        return states + (layers * self.weights.output * self._passing_bytes() if trains_output else 0)
 
     def _weight_gradient(self) -> float:
         """The gradient of a layer's largest matrix, before Megatron adds it to its buffer. LoRA trains no matrix."""

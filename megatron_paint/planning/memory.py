@@ -36,7 +36,7 @@ class Plan(Layout):
     def lines(self, settings: Settings) -> list[str]:
         """The plan as lines for the console."""
         shape = self.shape
-        problems, responses = settings.data.problems_per_step, settings.rollout.samples_per_problem or 1
+        problems, responses = settings.data.problems_per_step, settings.needs.samples_per_problem
         each = f" with {responses} responses each" if responses > 1 else ""
         layers = shape.num_layers // self.pipeline_parallel
         tokens, asked = micro_batch_tokens(settings, shape), settings.data.micro_batch_tokens

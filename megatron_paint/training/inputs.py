@@ -223,7 +223,14 @@ def _read_problems(settings: Settings, shape: ModelShape, prompts: Prompts) -> t
         )
     if needs.masker:
         check_extractors(problems.problems, settings.domains, default=reveal.anchors)
-        check_partners(problems, reveal.solution, prompts=prompts, limit=limit, steps=settings.run.steps)
+        check_partners(
+            problems,
+            reveal.solution,
+            prompts=prompts,
+            limit=limit,
+            steps=settings.run.steps,
+            order=settings.data.order,
+        )
     if needs.samples_per_problem and settings.rollout.engine == "replay":
         _check_replay(settings, shape, prompts, problems)
     held_out = None

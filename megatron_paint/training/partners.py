@@ -11,16 +11,18 @@ from megatron_paint.data.prompts import Prompts
 from megatron_paint.records import Problem
 
 
-def check_partners(problems: ProblemSet, solution: str, *, prompts: Prompts, limit: PromptLimit, steps: int) -> None:
+def check_partners(
+    problems: ProblemSet, solution: str, *, prompts: Prompts, limit: PromptLimit, steps: int, order: str = "shuffled"
+) -> None:
     """Raises UserError if `objective.reveal.solution` pairs problems of a step that do not fit or do not exist.
 
     solution: the value of that setting; most of them pair nothing. limit: of the prompts with a problem's own texts.
-    steps: how many steps the run has.
+    steps: how many steps the run has. order: data.order.
     """
     if solution == "wrong":
         _check_wrong_solutions(problems.problems, limit)
     if solution == "other_example":
-        _check_steps(problems, steps)
+        _check_steps(problems, steps, order)
         _check_room(_longest_with_example(problems.problems, prompts), solution, limit)
 
 
@@ -45,11 +47,17 @@ def _check_room(length: int, solution: str, limit: PromptLimit) -> None:
     )
 
 
-def _check_steps(problems: ProblemSet, steps: int) -> None:
+def _check_steps(problems: ProblemSet, steps: int, order: str) -> None:
     """Raises UserError for a step without two different problems: one is the worked example of the other."""
     texts = Counter(" ".join(problem.problem.split()) for problem in problems.problems)
     if problems.problems_per_step > max(texts.values()):
         return
+    if order == "adastar":
+        raise UserError(
+            f"objective.reveal.solution=other_example takes another problem of the same step, and with data.order={order}"
+            f" any problems may meet: {max(texts.values())} have the same text; set data.problems_per_step to at least "
+            f"{max(texts.values()) + 1}, or leave such problems out"
+        )
     for step in range(1, steps + 1):
         batch = problems.batch(step)
         if len({" ".join(problem.problem.split()) for problem in batch}) < 2:

@@ -16,6 +16,8 @@ def test_settings_that_no_checkpoint_holds():
         "objective.name",
         "objective.teacher.weights",  # an average would be loaded as the initial weights
         "objective.teacher.ema_anchor",
+        "objective.loss.support",
+        "objective.loss.partner",
         "model.dtype",
         "model.adapter_path",
         "model.lora.rank",

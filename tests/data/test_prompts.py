@@ -391,3 +391,11 @@ class TestTemplates:
         path.write_text("{{ problem }}{{ problem.__class__.__mro__ }}")
         with pytest.raises(UserError, match="cannot be rendered"):
             Prompts(PromptSettings(student_template=str(path)), small).student_prompt(SUM)
+
+
+def test_the_size_of_a_shown_text_counts_control_tokens_as_text(tmp_path):
+    """As a prompt shows them: a tag that is one token in a response has several here."""
+    prompts = Prompts(PromptSettings(), load_tokenizer(write_byte_tokenizer(tmp_path)))
+    tag = next(name for name in prompts.tokenizer.control_tokens if len(name) > 2)
+    assert len(prompts.solution_ids(tag)) == 1
+    assert prompts.shown_size(f"a{tag * 20}b") == 2 + 20 * len(tag.encode())

@@ -30,7 +30,12 @@ def configs(draw) -> InterpolationLossConfig:
     control = draw(st.sampled_from(["none", "reweight"]))
     clip_rule = draw(st.sampled_from(["entry", "token"]))
     has_clip = divergence == "forward_kl" or clip_rule == "token"
-    partners = ["student", "full_teacher", "initial"] if control == "none" else ["student"]
+    weight = draw(st.sampled_from([0.0, 0.1, 0.6, 1.0]))
+    fraction = draw(st.sampled_from([0.0, 0.1, 0.4, 0.8, 1.0]))
+    mixes = weight > 0 and (positions in ("threshold", "all") or (positions != "none" and fraction > 0))
+    partners = ["student"]
+    if control == "none":
+        partners += ["full_teacher", "initial"] if mixes else ["full_teacher"]
     supports = ["none"] if divergence == "reverse_kl" else ["none", "initial", "student"]
     return InterpolationLossConfig(
         divergence=divergence,
@@ -38,12 +43,12 @@ def configs(draw) -> InterpolationLossConfig:
         temperature=draw(st.sampled_from([0.5, 1.1, 2.0])),
         clip=draw(st.sampled_from([None, 0.01, 0.3])) if has_clip else None,
         clip_rule=clip_rule,
-        weight=draw(st.sampled_from([0.0, 0.1, 0.6, 1.0])),
+        weight=weight,
         partner=draw(st.sampled_from(partners)),
         support=draw(st.sampled_from(supports)),
         support_ratio=draw(st.sampled_from([1e-30, 0.05, 0.3, 1.0])),
         positions=positions,
-        fraction=draw(st.sampled_from([0.0, 0.1, 0.4, 0.8, 1.0])),
+        fraction=fraction,
         threshold_nats=0.1 if positions == "threshold" else None,
         mismatch=draw(st.sampled_from(["absolute", "teacher_minus_student", "student_minus_teacher"])),
         elsewhere=draw(st.sampled_from(["teacher", "skip"])),

@@ -56,6 +56,8 @@ from megatron_paint.losses.elementwise.torch_backend import TorchPasses
         ({"threshold_nats": 0.1}, "threshold_nats"),
         ({"control": "reweight", "partner": "full_teacher"}, "control"),
         ({"control": "reweight", "partner": "initial"}, "control"),
+        ({"positions": "none", "partner": "initial"}, "partner"),
+        ({"weight": 0.0, "partner": "initial"}, "partner"),
         ({"support": "teacher"}, "support"),
         ({"support": "initial", "divergence": "reverse_kl"}, "support"),
         ({"support": "student", "divergence": "reverse_kl"}, "support"),

@@ -245,3 +245,38 @@ def test_ranks_of_a_node():
     assert ranks_of_this_node({"LOCAL_WORLD_SIZE": "4", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}) == 4
     assert ranks_of_this_node({"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}) == 8
     assert ranks_of_this_node({}) is None
+
+
+def test_logits_of_a_support_are_a_third_set(tmp_path):
+    changes = ["objective.chunk_bytes=1e12", "data.problems_per_step=16", "rollout.max_new_tokens=64"]
+    plan = plan_of(tmp_path, *changes, "objective.loss.support=initial")
+    # Student, teacher, initial model and Triton's gradient.
+    memory = StageMemory(plan.settings, plan, stage=0, engine=True, triton=True, on_gpus=True)
+    assert memory.logits_bytes() == 4 * 64 * 4 * (151936 / 2) * 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "sets", "layers"),
+    [
+        (("objective.teacher.weights=initial",), 0, 0),  # the teacher is the initial model
+        (("objective.teacher.weights=current",), 1, 0),
+        (("objective.teacher.weights=ema",), 1, 0),
+        (("objective.teacher.weights=ema", "objective.teacher.ema_anchor=0.5"), 0, 0),  # which the anchor has already
+        (("objective.teacher.weights=ema", "objective.teacher.offload=true"), 0, 1),
+        (("objective.teacher.weights=current", "model.lora={rank: 64, alpha: 128}"), 0, 0),
+    ],
+)
+def test_the_initial_weights_of_a_support(changes, sets, layers, tmp_path):
+    """8B at TP 2: `sets` further sets of bfloat16 weights on the GPU, and `layers` further output layers."""
+    found = []
+    for support in ("none", "initial"):
+        more = ("model.lora=null", *changes, f"objective.loss.support={support}")
+        plan = plan_of(tmp_path, *more)
+        found.append(StageMemory(plan.settings, plan, stage=0, engine=True, triton=True, on_gpus=False))
+    without, with_support = (
+        {name: size for peak in part.training() for name, size in peak.parts.items()} for part in found
+    )
+    assert with_support["teacher"] - without["teacher"] == pytest.approx(sets * 8.191e9, rel=1e-3, abs=1)
+    states = found[1]._sequences() * 1024 * 4096 * 2
+    grown = found[1]._teacher_results() - found[0]._teacher_results()
+    assert grown == pytest.approx(states + layers * 151936 * 4096 * 2 / 2)

@@ -30,7 +30,7 @@ WORKED = problem_of("worked", "y", "z" * 80)
 PROBLEMS = (problem_of("a", "xx", "ss"), LONG, problem_of("b", "xxx", "s" * 40), WORKED)
 
 
-def check(prompts, *, positions, problems=PROBLEMS, solution="other_example", per_step=2, steps=5):
+def check(prompts, *, positions, problems=PROBLEMS, solution="other_example", per_step=2, steps=5, order="shuffled"):
     chosen = ObjectiveSettings(reveal=RevealSettings(solution=solution))
     limit = PromptLimit(
         length=lambda problem: Paint.longest_prompt(problem, prompts, chosen, response=100),
@@ -38,7 +38,16 @@ def check(prompts, *, positions, problems=PROBLEMS, solution="other_example", pe
         response=100,
         setting="rollout.max_new_tokens",
     )
-    check_partners(ProblemSet(problems, per_step, seed=1), solution, prompts=prompts, limit=limit, steps=steps)
+    found = ProblemSet(problems, per_step, seed=1)
+    check_partners(found, solution, prompts=prompts, limit=limit, steps=steps, order=order)
+
+
+def test_problems_with_the_same_text_may_meet_in_the_order_of_adastar(prompts):
+    """Which problems meet depends on verdicts, so there must be more in a step than have the same text."""
+    twins = (*PROBLEMS, problem_of("c", "xx"))
+    check(prompts, positions=10_000, problems=twins, per_step=3, order="adastar")
+    with pytest.raises(UserError, match="any problems may meet: 2 have the same text; set .* to at least 3, or leave"):
+        check(prompts, positions=10_000, problems=twins, per_step=2, order="adastar")
 
 
 def longest_pair(prompts):
