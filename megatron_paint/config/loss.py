@@ -181,8 +181,8 @@ class InterpolationLossConfig:
             )
         if self.partner == "initial" and self.control == "none" and not self.interpolates:
             yield (
-                f"partner={self.partner} has no effect, because no target is mixed (positions, fraction or weight); set "
-                "partner to student, or mix targets"
+                f"partner={self.partner} has no effect, because no target is mixed (positions, fraction or weight); "
+                "set partner to student, or mix targets"
             )
         if self.control == "reweight" and self.partner != "student":
             yield (

@@ -54,8 +54,8 @@ def _check_steps(problems: ProblemSet, steps: int, order: str) -> None:
         return
     if order == "adastar":
         raise UserError(
-            f"objective.reveal.solution=other_example takes another problem of the same step, and with data.order={order}"
-            f" any problems may meet: {max(texts.values())} have the same text; set data.problems_per_step to at least "
+            "objective.reveal.solution=other_example takes another problem of the same step, and with data.order="
+            f"{order} any problems may meet: {max(texts.values())} have the same text; set data.problems_per_step to at least "
             f"{max(texts.values()) + 1}, or leave such problems out"
         )
     for step in range(1, steps + 1):

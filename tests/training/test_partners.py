@@ -46,7 +46,7 @@ def test_problems_with_the_same_text_may_meet_in_the_order_of_adastar(prompts):
     """Which problems meet depends on verdicts, so there must be more in a step than have the same text."""
     twins = (*PROBLEMS, problem_of("c", "xx"))
     check(prompts, positions=10_000, problems=twins, per_step=3, order="adastar")
-    with pytest.raises(UserError, match="any problems may meet: 2 have the same text; set .* to at least 3, or leave"):
+    with pytest.raises(UserError, match=r"any problems may meet: 2 have the same text; set .* to at least 3, or leave"):
         check(prompts, positions=10_000, problems=twins, per_step=2, order="adastar")
 
 
