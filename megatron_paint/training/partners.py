@@ -55,7 +55,8 @@ def _check_steps(problems: ProblemSet, steps: int, order: str) -> None:
     if order == "adastar":
         raise UserError(
             "objective.reveal.solution=other_example takes another problem of the same step, and with data.order="
-            f"{order} any problems may meet: {max(texts.values())} have the same text; set data.problems_per_step to at least "
+            f"{order} any problems may meet: {max(texts.values())} have the same text; "
+            "set data.problems_per_step to at least "
             f"{max(texts.values()) + 1}, or leave such problems out"
         )
     for step in range(1, steps + 1):
