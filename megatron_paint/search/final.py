@@ -52,10 +52,11 @@ class FinalComparison:
 def load_problems(space: Space) -> Problems:
     """The problems of a search. UserError: they cannot be read, or a validation problem is a test problem too."""
     evaluation, validation = space.given.evaluation, space.settings.validation
-    problems = load_benchmark(validation.problems, replace(evaluation, limit=validation.limit))
+    domains = space.given.domains
+    problems = load_benchmark(validation.problems, replace(evaluation, limit=validation.limit), domains=domains)
     if evaluation.problems is None:
         return Problems(validation=problems, test=None)
-    test = load_benchmark(evaluation.problems, evaluation)
+    test = load_benchmark(evaluation.problems, evaluation, domains=domains)
     texts = {_plain(problem.problem): problem.id for problem in test.problems}
     both = [problem for problem in problems.problems if _plain(problem.problem) in texts]
     if both:
