@@ -170,6 +170,20 @@ def test_stopped_by_a_signal(tmp_path):
     assert not (out / "claims").exists() or not list((out / "claims").iterdir())
 
 
+def test_stopped_by_slurm(tmp_path):
+    """Slurm sends SIGTERM to every process of a job. A trial of two ranks stops with a checkpoint all the same."""
+    out = tmp_path / "out"
+    running = forked_ranks.start_command(tmp_path, *arguments(tmp_path, out, "--processes", "2"), limit=600)
+    wait_for(trial_folder(out, 0) / "samples" / "step_000001.jsonl", running)
+    (launcher,) = children(running.pid)
+    for pid in (launcher, *children(launcher), launcher, running.pid):
+        os.kill(pid, signal.SIGTERM)
+    ended = running.wait()
+    assert ended.statuses == [75], ended
+    assert RunFolder(trial_folder(out, 0)).latest_checkpoint()
+    assert [trial.state for trial in read_trials(out)] == ["running"]
+
+
 def test_two_trials_side_by_side(tmp_path):
     """--jobs 2: every trial runs once, in a folder and with a claim of its own."""
     out = tmp_path / "out"
