@@ -19,9 +19,9 @@ from megatron_paint.evaluation.summary import read_reports
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.search.folder import read_folder
 from megatron_paint.search.journal import JOURNAL
-from megatron_paint.search.study import read_trials
 from megatron_paint.search.trial_run import trial_folder
 from tests.search.spaces import ROOT, SETTINGS, write_space
+from tests.search.stored import read_trials
 from tests.support import forked_ranks
 from tests.support.processes import children, left_of_session
 from tests.support.results import metrics
@@ -259,9 +259,11 @@ def test_given_settings_that_cannot_train_end_the_search(tmp_path):
     assert ended.statuses == [2], ended
     assert "trial 0, the given settings, fails, and nothing can be compared with it: exit status 2: " in ended.err[0]
     assert "run.sampler_gap_limit=1e-12" in ended.err[0]
-    assert [trial.state for trial in read_trials(out)] == ["failed"]
+    (trial,) = read_trials(out)
+    assert trial.state == "running"
+    assert trial.reason.startswith("exit status 2: ")
     again = search(tmp_path, out, "run.sampler_gap_limit=1e-12")
-    assert (again.statuses, started(again)) == ([2], [])
+    assert (again.statuses, started(again)) == ([2], [0])  # after the cause is gone, this continues
 
 
 def test_another_search_in_the_folder_is_refused(unbroken, tmp_path):
