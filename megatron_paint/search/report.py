@@ -169,7 +169,8 @@ def _importance_lines(report: SearchReport) -> list[str]:
     return [
         *lines,
         "PED-ANOVA (arXiv 2304.10255): where the best tenth of the complete trials lies, compared with all of them. "
-        f"Shares sum to 1. 95 % intervals over {RESAMPLES} resamplings of the trials.",
+        f"Shares sum to 1. 95 % intervals over {RESAMPLES} resamplings of the trials. A setting that not every trial "
+        "varies (`when`) is compared among the trials that have it.",
         "",
         "| setting | importance | interval |",
         "|---|---:|---|",
