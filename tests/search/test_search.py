@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,24 @@ def test_the_best_trial_on_other_problems(unbroken):
     expected = paired_difference(before=default, after=better)
     assert report["final"]["difference"]["mean"] == expected.mean
     assert report["final"]["best_accuracy"]["mean"] == better.metrics["avg"]
+
+
+def test_the_comparison_stops_and_continues(unbroken, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(unbroken, out)
+    shutil.rmtree(out / "final")
+    running = forked_ranks.start_command(tmp_path, *arguments(tmp_path, out), limit=600)
+    wait_for(out / "final" / "0000.log", running)
+    os.kill(running.pid, signal.SIGTERM)
+    ended = running.wait()
+    assert ended.statuses == [75], ended
+    assert "SIGTERM: the final comparison stops" in ended.err[0]
+    assert left_of_session(running.pid) == {}
+    assert "Not compared yet" in (out / "report.md").read_text()
+    again = search(tmp_path, out)
+    assert (again.statuses, started(again)) == ([0], []), again
+    finals = [json.loads((place / "report.json").read_text())["final"] for place in (out, unbroken)]
+    assert finals[0] == finals[1]
 
 
 def test_a_finished_study_is_not_run_again(unbroken, tmp_path):
