@@ -9,9 +9,8 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.cli.ranks import console_mode
 from megatron_paint.cli.search_options import check_search_options
 from megatron_paint.config.load import load_settings
-from megatron_paint.config.settings import Settings
 from megatron_paint.launch.rank_environment import find_rank_environment
-from megatron_paint.planning.layout import check_model
+from megatron_paint.planning.layout import check_layout
 from megatron_paint.planning.local_model import with_local_model
 from megatron_paint.search.folder import open_folder, read_folder
 from megatron_paint.search.space import Space, read_space, search_tree
@@ -30,8 +29,6 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
     """
     _check_options(options)
     settings = load_settings(options.config, options.overrides)
-    local = with_local_model(settings)
-    shape = check_model(local.model, local.megatron, local.rollout)
     space = read_space(options.space, settings)
     out = options.out or Path(f"{settings.run.dir}_search")
     from megatron_paint.search.final import load_problems
@@ -42,16 +39,17 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
     if options.report_only:
         read_folder(out, search_tree(space, seed=options.seed))
         return _report(_open_study(out, space, options), problems, options)
-    for line in _plan_lines(space, problems, out, options):
+    found, gpus = _places(options, space)
+    for line in (*_plan_lines(space, problems, out, options), *_place_lines(found, gpus)):
+        print(line)
+    from megatron_paint.search.checks import check_trials
+
+    for line in check_trials(space, problems, processes=found[0].processes):  # a mistake is found before any trial
         print(line)
     if options.dry_run:
         return 0
-    from megatron_paint.training.inputs import check_inputs
-
-    for line in check_inputs(local, shape, run_folder=False).summary():  # a mistake is found before the first trial
-        print(line)
     open_folder(out, search_tree(space, seed=options.seed))
-    return _search(_open_study(out, space, options), problems, options, settings)
+    return _search(_open_study(out, space, options), problems, options, found)
 
 
 def _check_options(options: argparse.Namespace) -> None:
@@ -95,19 +93,27 @@ def _plan_lines(space: Space, problems: "Problems", out: Path, options: argparse
     ]
 
 
-def _search(study: "SearchStudy", problems: "Problems", options: argparse.Namespace, settings: Settings) -> int:
+def _place_lines(found: "list[Place]", gpus: list[str]) -> list[str]:
+    """Where a trial trains."""
+    each = len(found[0].gpus)
+    left = gpus[each * len(found) :]
+    where = f" on {each} GPUs" if each else f" of {found[0].threads} threads"
+    unused = f"; GPUs {', '.join(left)} stay unused, because all trials get equally many" if left else ""
+    return [f"places     {len(found)}, each with {found[0].processes} ranks{where}{unused}"]
+
+
+def _search(study: "SearchStudy", problems: "Problems", options: argparse.Namespace, places: "list[Place]") -> int:
     from megatron_paint.run.console import Progress
     from megatron_paint.search.final import compare
     from megatron_paint.search.worker import Worker
 
     progress = Progress(console_mode(options), steps=0)
-    places = _places(options, settings)
     worker = Worker(study, study.space, out=study.folder, most=options.trials, places=places, progress=progress)
     try:
         status = worker.work()
         trials = study.trials()
         if status == 0 and all(trial.is_ended for trial in trials):
-            compare(study.folder, study.space, trials, place=places[0], progress=progress)
+            status = compare(study.folder, study.space, trials, place=places[0], progress=progress)
         elif status == 0:
             left = [str(trial.number) for trial in trials if not trial.is_ended]
             progress.note(f"other workers run trials {', '.join(left)}: nothing is left to take")
@@ -116,20 +122,23 @@ def _search(study: "SearchStudy", problems: "Problems", options: argparse.Namesp
     return status
 
 
-def _places(options: argparse.Namespace, settings: Settings) -> "list[Place]":
-    """The places of trials on this machine; its GPUs are divided among them."""
+def _places(options: argparse.Namespace, space: Space) -> "tuple[list[Place], list[str]]":
+    """The places of trials on this machine, and its GPUs, which are divided among them. UserError: they do not fit."""
     import torch
 
+    from megatron_paint.search.checks import check_places, trial_0
     from megatron_paint.search.trial_run import places
 
     count = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     gpus = visible.split(",") if count and visible else [str(number) for number in range(count)]
-    if count and len(gpus) < options.jobs:
-        raise UserError(f"--jobs={options.jobs} is above the number of GPUs here, {len(gpus)}: give at most as many")
-    replica = settings.megatron.tensor_model_parallel_size * settings.megatron.pipeline_model_parallel_size
+    given = with_local_model(trial_0(space))
+    replica = given.megatron.tensor_model_parallel_size * given.megatron.pipeline_model_parallel_size
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return places(jobs=options.jobs, processes=options.processes, gpus=gpus, cores=cores, ranks=replica)
+    found = places(jobs=options.jobs, processes=options.processes, gpus=gpus, cores=cores, ranks=replica)
+    check_places(found, gpus=gpus, asked=options.processes)
+    check_layout(given.model, given.megatron, given.rollout, processes=found[0].processes)
+    return found, gpus
 
 
 def _report(study: "SearchStudy", problems: "Problems", options: argparse.Namespace) -> int:

@@ -6,7 +6,6 @@ imported, never in a rank. Importing this file loads neither torch nor megatron.
 
 import importlib
 import inspect
-import math
 import numbers
 import os
 import re
@@ -20,6 +19,7 @@ from megatron_paint.grading.protocol import Answer, serve
 SEARCH = "megatron_paint.grading.function_worker:last_match"
 LONGEST_REASON = 300  # characters
 CALL = "function(response: str, answer: str, problem: dict)"
+NUMPY_BOOLEANS = ("numpy.bool", "numpy.bool_")  # of numpy 2 and 1
 RETURNS = "True, False or a number from 0 to 1"
 
 
@@ -34,7 +34,10 @@ def last_match(response: str, answer: str, problem: dict[str, Any]) -> str | Non
 def prepare(name: str, folder: str) -> Answer:
     """Imports the function. Raises ImportError if it cannot be imported or cannot be called with three arguments."""
     os.chdir(folder)
-    sys.path[0] = folder  # in place of the entry of `python -m`; PYTHONPATH follows
+    if sys.flags.safe_path:  # PYTHONSAFEPATH: `python -m` has added no entry
+        sys.path.insert(0, folder)
+    else:
+        sys.path[0] = folder  # in place of the entry of `python -m`; PYTHONPATH follows
     module, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)
@@ -64,11 +67,24 @@ def judge(function: Callable[..., Any], question: dict[str, Any]) -> dict[str, A
         return {"error": reason_of(error), "leave": True}  # what it has allocated may remain
     except BaseException as error:  # SystemExit too: the verdict is missing, and the worker continues
         return {"error": reason_of(error)}
+    kind = f"{type(value).__module__}.{type(value).__name__}"
+    if kind in NUMPY_BOOLEANS:  # the only scalar of numpy that is no number for Python
+        value = bool(value)
     if not isinstance(value, numbers.Real):
-        return {"error": f"it returned {type(value).__module__}.{type(value).__name__}; it must return {RETURNS}"}
-    if not (math.isfinite(value) and 0 <= value <= 1):
-        return {"error": f"it returned {float(value):g}; it must return {RETURNS}"}
+        return {"error": f"it returned {kind}; it must return {RETURNS}"}
+    if not 0 <= value <= 1:  # NaN and infinity too
+        return {"error": f"it returned {_number_text(value)}; it must return {RETURNS}"}
     return {"score": float(value)}
+
+
+def _number_text(value: numbers.Real) -> str:
+    """A number in few characters. Python makes no text of integers of more than some thousand digits."""
+    try:
+        return f"{float(value):g}"
+    except OverflowError:
+        return (
+            f"an integer of {value.bit_length()} bits" if isinstance(value, int) else "a number too large for a float"
+        )
 
 
 def reason_of(error: BaseException) -> str:

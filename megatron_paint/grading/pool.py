@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_paint.base.errors import UserError
+from megatron_paint.grading.protocol import OWNER_PIPE
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 120.0  # limit for the imports of a worker on a busy machine
@@ -48,7 +49,14 @@ class Worker:
 
     def __init__(self, program: Sequence[str] = MATH_WORKER) -> None:
         paths = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+        # Only this process holds the write end. The worker reads its end when this process is gone, killed or not.
+        owner, self._owner_pipe = os.pipe()
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "OMP_NUM_THREADS": "1",
+            OWNER_PIPE: str(owner),
+        }
         # Slurm sends its stop signals to all processes of a run. A worker would die in the middle of a question.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
         try:
@@ -58,11 +66,16 @@ class Worker:
                 stdout=subprocess.PIPE,
                 cwd=PACKAGE_ROOT,  # `-m` puts it on the path, so the child imports the same package
                 env=environment,
+                pass_fds=(owner,),
                 bufsize=0,
                 start_new_session=True,  # Ctrl-C reaches only the parent, which closes its workers
             )
+        except BaseException:
+            os.close(self._owner_pipe)
+            raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            os.close(owner)
         os.set_blocking(self.process.stdin.fileno(), False)
         self.ready = False
         self.index: int | None = None
@@ -107,6 +120,7 @@ class Worker:
         self.process.wait()
         self.process.stdin.close()
         self.process.stdout.close()
+        os.close(self._owner_pipe)
 
 
 class WorkerPool:

@@ -9,9 +9,11 @@ import os
 import resource
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
+OWNER_PIPE = "MEGATRON_PAINT_WORKER_PIPE"  # variable with the descriptor of a pipe that ends with the pool's process
 Answer = Callable[[dict[str, Any]], dict[str, Any]]  # question -> reply
 
 
@@ -22,6 +24,7 @@ def serve(prepare: Callable[[], Answer], *, memory_bytes: int | None) -> None:
     text is the reason. Its time does not count against the first question. memory_bytes: limit on the address space;
     None: no limit. What is printed meanwhile is dropped, and nothing can read the questions from stdin.
     """
+    _end_with_owner()
     logging.disable(logging.CRITICAL)
     questions = os.fdopen(os.dup(0), "rb")
     replies = os.fdopen(os.dup(1), "w", encoding="ascii", buffering=1)
@@ -47,3 +50,16 @@ def serve(prepare: Callable[[], Answer], *, memory_bytes: int | None) -> None:
         reply = answer(question)
         signal.setitimer(signal.ITIMER_REAL, 0)
         replies.write(json.dumps(reply) + "\n")
+
+
+def _end_with_owner() -> None:
+    """Kills this process, with all that it has started in its process group, as soon as the pool's process is gone."""
+    if (descriptor := os.environ.pop(OWNER_PIPE, None)) is None:
+        return
+    os.set_inheritable(int(descriptor), False)
+
+    def wait_for_end() -> None:
+        os.read(int(descriptor), 1)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=wait_for_end, name="owner", daemon=True).start()

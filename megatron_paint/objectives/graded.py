@@ -48,8 +48,8 @@ def reward_metrics(grades: Sequence[Grade]) -> dict[str, float]:
 
 
 def grader_warnings(rollouts: Sequence[Rollout], grades: Sequence[Grade], *, step: int) -> tuple[str, ...]:
-    """A warning about verdicts that are missing because a user's function failed."""
-    failure = failure_warning([(one.problem_id, grade) for one, grade in zip(rollouts, grades, strict=False)])
+    """A warning about verdicts that are missing because a user's function failed. grades: one for each rollout."""
+    failure = failure_warning([(one.problem_id, grade) for one, grade in zip(rollouts, grades, strict=True)])
     return (f"step {step}: {failure}",) if failure else ()
 
 

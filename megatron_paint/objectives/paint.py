@@ -73,7 +73,7 @@ class Paint:
             scores=scores_of_all(samples, taught, update.scores if update else ()),
             updates=(update,) if update else (),
             extras=self.extras(rollouts, grades, outcomes),
-            warnings=grader_warnings(rollouts, grades, step=step),
+            warnings=grader_warnings(rollouts, grades, step=step) if grades else (),
             verdicts=verdicts_of(rollouts, grades) if grades else {},
         )
 

@@ -15,9 +15,12 @@ def end_with_launcher() -> None:
     """In a rank of our launcher: the kernel kills this rank as soon as the launcher is gone.
 
     Ctrl-C is the launcher's, which passes it on. Before this rank can stop with a checkpoint, it ends this rank without
-    a traceback. A trial of a search ends with the search in the same way; its ranks do not get that variable.
+    a traceback. A trial of a search ends with the search in the same way; its ranks do not get that variable. A trial
+    ignores SIGTERM: Slurm sends that to the search, to this process and to its ranks, and the search then asks it to
+    stop with SIGUSR1. Two signals would end the ranks without a checkpoint.
     """
     if search := os.environ.pop(SEARCH, None):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         end_with_parent(int(search))
     launcher = os.environ.get(LAUNCHER)
     if launcher is not None:

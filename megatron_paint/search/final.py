@@ -2,6 +2,9 @@
 
 import os
 import signal
+import time
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,11 +22,13 @@ from megatron_paint.evaluation.summary import SUMMARY, read_reports
 from megatron_paint.run.console import Progress
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.runtime.files import write_atomically
+from megatron_paint.runtime.signals import RecordedSignals
+from megatron_paint.runtime.stop import STOPPED, STOPPING
 from megatron_paint.search.journal import Claim
-from megatron_paint.search.space import Space
+from megatron_paint.search.space import Space, Value, with_values
 from megatron_paint.search.study import CLAIMS, TrialRecord
 from megatron_paint.search.trial_run import Place, last_error, start_process, trial_folder
-from megatron_paint.search.worker import best_of
+from megatron_paint.search.worker import POLL_SECONDS, best_of
 
 FINAL = "final"
 ON = "evaluation.problems"  # the setting with the problems of the final comparison
@@ -52,10 +57,11 @@ class FinalComparison:
 def load_problems(space: Space) -> Problems:
     """The problems of a search. UserError: they cannot be read, or a validation problem is a test problem too."""
     evaluation, validation = space.given.evaluation, space.settings.validation
-    problems = load_benchmark(validation.problems, replace(evaluation, limit=validation.limit))
+    domains = space.given.domains
+    problems = load_benchmark(validation.problems, replace(evaluation, limit=validation.limit), domains=domains)
     if evaluation.problems is None:
         return Problems(validation=problems, test=None)
-    test = load_benchmark(evaluation.problems, evaluation)
+    test = load_benchmark(evaluation.problems, evaluation, domains=domains)
     texts = {_plain(problem.problem): problem.id for problem in test.problems}
     both = [problem for problem in problems.problems if _plain(problem.problem) in texts]
     if both:
@@ -68,23 +74,32 @@ def load_problems(space: Space) -> Problems:
     return Problems(validation=problems, test=test)
 
 
-def compare(out: Path, space: Space, trials: list[TrialRecord], *, place: Place, progress: Progress) -> None:
+def compare(out: Path, space: Space, trials: list[TrialRecord], *, place: Place, progress: Progress) -> int:
     """Evaluates trial 0 and the best trial on the test problems, unless that is done, and leaves it in OUT/final.
 
-    Another worker that does so already is left alone. UserError: an evaluation failed.
+    Another worker that does so already is left alone. Returns 0, or 75 if it was asked to stop: by the first Ctrl-C,
+    SIGTERM or SIGUSR1. The answers so far are kept. UserError: an evaluation failed.
     """
-    for number in _compared(space, trials):
-        if _is_evaluated(out, number):
-            continue
-        claim = Claim(out / CLAIMS / f"final_{number:04d}")
-        if not claim.take():
-            progress.note(f"another worker evaluates trial {number} on {ON}")
-            continue
-        try:
-            progress.note(f"final comparison: trial {number} on {ON}={space.given.evaluation.problems}")
-            _evaluate(out, number, space, place)
-        finally:
-            claim.release()
+    with RecordedSignals(STOPPING) as signals:
+        for number in _compared(space, trials):
+            if _is_evaluated(out, number):
+                continue
+            claim = Claim(out / CLAIMS / f"final_{number:04d}")
+            if not claim.take():
+                progress.note(f"another worker evaluates trial {number} on {ON}")
+                continue
+            try:
+                progress.note(f"final comparison: trial {number} on {ON}={space.given.evaluation.problems}")
+                _evaluate(out, number, space, trials[number].chosen, place, signals)
+            finally:
+                claim.release()
+            if signals.count:
+                progress.on_stderr(
+                    f"megatron-paint: {signals.signal.name}: the final comparison stops. {out} keeps the answers so "
+                    "far, and the same command continues"
+                )
+                return STOPPED
+    return 0
 
 
 def read_comparison(out: Path, space: Space, trials: list[TrialRecord]) -> FinalComparison | None:
@@ -121,21 +136,29 @@ def _is_evaluated(out: Path, number: int) -> bool:
     return (_folder(out, number) / SUMMARY).is_file()
 
 
-def _evaluate(out: Path, number: int, space: Space, place: Place) -> None:
-    """`megatron-paint evaluate` of a trial's export, in processes like those of its run."""
+def _evaluate(
+    out: Path, number: int, space: Space, chosen: Mapping[str, Value], place: Place, signals: RecordedSignals
+) -> None:
+    """`megatron-paint evaluate` of a trial's export with its settings, in processes like those of its run.
+
+    A recorded signal ends it. UserError: it failed otherwise.
+    """
     folder = _folder(out, number)
     model = RunFolder(trial_folder(out, number)).hf_folder(space.settings.budget.steps)
     settings = folder.with_suffix(".yaml")
-    write_atomically(settings, to_yaml(settings_tree(space.given)))
+    write_atomically(settings, to_yaml(with_values(settings_tree(space.given), chosen)))
     command = ["evaluate", str(settings), "--model", str(model), "--out", str(folder), *place.options]
     log = folder.with_suffix(".log")
-    process = start_process(command, place, log)
+    process, status = start_process(command, place, log), None
     try:
-        status = process.wait()
-    except KeyboardInterrupt:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise KeyboardInterrupt(f"{out} keeps the answers so far, and the same command continues") from None
-    if status:
+        while (status := process.poll()) is None and not signals.count:
+            time.sleep(POLL_SECONDS)
+    finally:  # each answer is on disk already
+        if status is None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if status and not signals.count:
         raise UserError(f"the evaluation of trial {number} ended with exit status {status}: {last_error(log)} ({log})")
 
 

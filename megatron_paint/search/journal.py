@@ -7,20 +7,24 @@ takes it first removes a line that a crash or a full disk has cut short.
 """
 
 import os
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.run.lock import RunLock
-from megatron_paint.run.lock_owner import process_state
+from megatron_paint.run.lock_owner import Owner, process_state
 from megatron_paint.run.lock_watch import TIMING, InUse, Timing, heartbeat, read_lock, server_time
 from megatron_paint.runtime.files import disk_errors
 
 JOURNAL = "journal.log"
 TAIL = 1 << 16  # bytes that are searched at once for the end of the last complete line
 WAIT_SECONDS = 0.02  # between two tries to take the lock
+SAY_SECONDS = 60.0  # of waiting, after which the holder is named
+
+_held: set[str] = set()  # tokens of the locks that this process holds
 
 
 class StudyLock:
@@ -30,8 +34,15 @@ class StudyLock:
     operations one.
     """
 
-    def __init__(self, folder: Path, *, timing: Timing = TIMING) -> None:
-        self.folder, self.journal, self._timing = folder, folder / JOURNAL, timing
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        timing: Timing = TIMING,
+        say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+    ) -> None:
+        """say: gets a line that names the holder if it keeps the lock for long."""
+        self.folder, self.journal, self._timing, self._say = folder, folder / JOURNAL, timing, say
         self._depth = 0
         self._lock: RunLock | None = None
 
@@ -41,7 +52,12 @@ class StudyLock:
             self._lock.confirm()
         else:
             self._lock = self._taken()
-            repair(self.journal)
+            _held.add(self._lock.owner.token)
+            try:
+                repair(self.journal)
+            except BaseException:  # the disk may work again at the next try
+                self._let_go()
+                raise
         self._depth += 1
         return True
 
@@ -49,8 +65,7 @@ class StudyLock:
         """Gives it back, if this is the outermost `acquire`."""
         self._depth -= 1
         if not self._depth:
-            self._lock.release()
-            self._lock = None
+            self._let_go()
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -61,14 +76,31 @@ class StudyLock:
         finally:
             self.release()
 
+    def _let_go(self) -> None:
+        lock, self._lock = self._lock, None
+        _held.discard(lock.owner.token)
+        lock.release()
+
     def _taken(self) -> RunLock:
+        owner: Owner | None = None
+        say_at = time.monotonic() + SAY_SECONDS
         while True:
-            lock = RunLock(self.folder, timing=self._timing)
+            lock = RunLock(self.folder, timing=self._timing, owner=owner)
             try:
                 lock.take()
                 return lock
             except InUse:
                 time.sleep(WAIT_SECONDS)
+            holder = read_lock(lock.path)
+            owner = holder if holder is not None and _is_left_over(holder) else None
+            if holder is not None and time.monotonic() > say_at:
+                say_at = float("inf")
+                self._say(f"megatron-paint: waiting for the lock of {self.folder}: {holder} has it, and lives")
+
+
+def _is_left_over(holder: Owner) -> bool:
+    """Whether this process has the lock without holding it: a full disk has refused the release."""
+    return holder.pid == os.getpid() and holder.token not in _held and process_state(holder) == "lives"
 
 
 def repair(journal: Path) -> bool:

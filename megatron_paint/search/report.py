@@ -1,10 +1,9 @@
 """The report of a search: report.md for readers, report.json for programs, report.png, and best.yaml for `train`."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -87,7 +86,7 @@ def importances(study: SearchStudy, complete: Sequence[TrialRecord], *, seed: in
 
 def write_report(out: Path, space: Space, report: SearchReport, problems: Problems) -> None:
     """Writes report.md, report.json and report.png and, once a trial is complete, best.yaml."""
-    write_atomically(out / "report.json", to_json(_as_json(report), indent=1) + "\n")
+    write_atomically(out / "report.json", to_json(asdict(report), indent=1) + "\n")
     write_atomically(out / "report.md", markdown(out, space, report, problems))
     if report.best is not None:
         write_atomically(out / BEST, best_yaml(out, space, report.best))
@@ -170,7 +169,8 @@ def _importance_lines(report: SearchReport) -> list[str]:
     return [
         *lines,
         "PED-ANOVA (arXiv 2304.10255): where the best tenth of the complete trials lies, compared with all of them. "
-        f"Shares sum to 1. 95 % intervals over {RESAMPLES} resamplings of the trials.",
+        f"Shares sum to 1. 95 % intervals over {RESAMPLES} resamplings of the trials. A setting that not every trial "
+        "varies (`when`) is compared among the trials that have it.",
         "",
         "| setting | importance | interval |",
         "|---|---:|---|",
@@ -239,8 +239,3 @@ def _from_default(out: Path, number: int, report: EvalReport) -> Interval | None
     if number == 0 or report.step not in default.evaluated_steps():
         return None
     return paired_difference(before=default.read_eval(report.step), after=report)
-
-
-def _as_json(report: SearchReport) -> Mapping[str, Any]:
-    """The report, with accuracies as shares."""
-    return asdict(report)

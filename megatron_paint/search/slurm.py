@@ -17,8 +17,6 @@ from megatron_paint.config.settings import Settings
 from megatron_paint.launch.slurm.options import SlurmOptions, check_run_dir, default_job_name, make_options
 from megatron_paint.launch.slurm.rendering import log_file, render_worker
 from megatron_paint.launch.slurm.submission import submit
-from megatron_paint.planning.layout import check_model
-from megatron_paint.planning.local_model import with_local_model
 from megatron_paint.runtime.files import write_atomically
 from megatron_paint.search.folder import open_folder
 from megatron_paint.search.space import Space, read_space, search_tree
@@ -38,7 +36,7 @@ def launch(given: argparse.Namespace) -> int:
     check_run_dir(str(out))
     options = _options(given, asked, out)
     if given.check:
-        _check_inputs(space)
+        _check_inputs(space, given)
     scripts = {worker: worker_script(given, options, out, worker) for worker in range(1, given.workers + 1)}
     files = {worker: (out / COPIES / f"worker_{worker}.sbatch").absolute() for worker in scripts}
     commands = [["sbatch", "--parsable", str(file)] for file in files.values() for _ in range(given.attempts)]
@@ -85,32 +83,41 @@ def _options(given: argparse.Namespace, settings: Settings, out: Path) -> SlurmO
             "--container: a worker of a search runs in the batch script, without srun, and pyxis needs srun: give "
             "--container-runtime=apptainer"
         )
-    megatron = settings.megatron
-    replica = megatron.tensor_model_parallel_size * megatron.pipeline_model_parallel_size
-    given.processes_per_node = given.gpus_per_node or given.jobs * (given.processes or replica)
+    given.processes_per_node = given.gpus_per_node or given.jobs * (given.processes or _replica(settings))
     given.job_name = given.job_name or default_job_name(str(out))
     return make_options(given, run=settings.run, environ=os.environ)
 
 
 def _check_jobs(given: argparse.Namespace) -> None:
-    """UserError: there are fewer GPUs than trials side by side."""
-    if given.gpus_per_node and given.jobs > given.gpus_per_node:
+    """UserError: there are fewer GPUs than trials side by side, or than ranks of one of them."""
+    gpus = given.gpus_per_node
+    if not gpus:
+        return
+    if given.jobs > gpus:
         raise UserError(
-            f"--jobs={given.jobs} is above --gpus-per-node={given.gpus_per_node}, which the trials of a worker divide: "
-            "give at most as many"
+            f"--jobs={given.jobs} is above --gpus-per-node={gpus}, which the trials of a worker divide: give at most "
+            "as many"
+        )
+    if given.processes is not None and given.processes > (share := gpus // given.jobs):
+        raise UserError(
+            f"--processes={given.processes} is above the number of GPUs of a trial, {share}: --jobs={given.jobs} "
+            f"trials divide --gpus-per-node={gpus}, and each process drives one. Give at most {share}, or fewer --jobs"
         )
 
 
-def _check_inputs(space: Space) -> None:
+def _check_inputs(space: Space, given: argparse.Namespace) -> None:
     """Reads what the trials will read, except the weights themselves."""
+    from megatron_paint.search.checks import check_trials
     from megatron_paint.search.final import load_problems
-    from megatron_paint.training.inputs import check_inputs
 
-    local = with_local_model(space.given)
-    shape = check_model(local.model, local.megatron, local.rollout)
-    load_problems(space)
-    for line in check_inputs(local, shape, run_folder=False).summary():
+    processes = given.processes or given.gpus_per_node // given.jobs or _replica(space.given)
+    for line in check_trials(space, load_problems(space), processes=processes):
         print(f"# {line}")
+
+
+def _replica(settings: Settings) -> int:
+    """Ranks of one replica of the model."""
+    return settings.megatron.tensor_model_parallel_size * settings.megatron.pipeline_model_parallel_size
 
 
 def _write_copies(out: Path, space: Space) -> None:

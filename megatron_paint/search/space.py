@@ -50,9 +50,9 @@ class PrunerSettings:
     rule: Annotated[
         Literal["median", "halving", "none"],
         setting(
-            "median: a trial stops if its best accuracy so far is below the median of the earlier trials at the same "
-            "step; halving: of the trials that reach a rung, one in `factor` continues to the next, which is `factor` "
-            "times as long (successive halving); none: every trial trains to its end"
+            "median: a trial stops if its best accuracy so far is below the median, at the same step, of the trials "
+            "that trained to their end; halving: of the trials that reach a rung, one in `factor` continues to the "
+            "next, which is `factor` times as long (successive halving); none: every trial trains to its end"
         ),
     ] = "median"
     startup_trials: Annotated[
@@ -284,6 +284,11 @@ def _described(key: str, given: Settings) -> describe.SettingDescription:
     """What is known of the setting. UserError: it does not exist, or a search must not vary it."""
     section, _, _ = key.partition(".")
     found = [one for group in describe.find(key) for one in group.settings]
+    if describe.general(key) != key:
+        raise UserError(
+            f"parameters.{key}: a search does not vary settings below a name of yours ({describe.general(key)}): "
+            "leave it out"
+        )
     if len(found) != 1 or found[0].key != key:
         raise UserError(f"parameters.{key}: {key} is a section; name one of its settings, such as {found[0].key}")
     if section in FIXED:

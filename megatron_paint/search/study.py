@@ -35,7 +35,7 @@ class TrialRecord:
     state: State
     chosen: Mapping[str, Value]
     accuracies: Mapping[int, float] = field(default_factory=dict)  # by step, shares in [0, 1]
-    reason: str = ""  # why it failed
+    reason: str = ""  # why it failed, or failed last time
 
     @property
     def is_ended(self) -> bool:
@@ -84,8 +84,6 @@ class SearchStudy:
                 self.give_back(trial.number)  # it ended in the meantime
         with self.lock.held():
             trials = self.trials()
-            if trials[0].state == "failed":  # the worker that ran it has printed why
-                return None
             if all(trial.state != "waiting" for trial in trials) and len(trials) >= most:
                 return None
             waiting = (trial.number for trial in trials if trial.state == "waiting")
@@ -119,8 +117,9 @@ class SearchStudy:
 
         with self.lock.held():
             self._claims[number].confirm()
-            accuracies = self._study.get_trials(deepcopy=False)[number].intermediate_values
-            if reason:
+            stored = self._study.get_trials(deepcopy=False)[number]
+            accuracies = stored.intermediate_values
+            if reason != stored.user_attrs.get(REASON, ""):
                 self._trial(number).set_user_attr(REASON, reason)
             match state:
                 case "complete":
@@ -130,6 +129,12 @@ class SearchStudy:
                 case "failed":
                     self._study.tell(number, state=TrialState.FAIL)
         self.give_back(number)
+
+    def note_failure(self, number: int, reason: str) -> None:
+        """Records why a trial failed that is to be tried again."""
+        with self.lock.held():
+            self._claims[number].confirm()
+            self._trial(number).set_user_attr(REASON, reason)
 
     def give_back(self, number: int) -> None:
         """Leaves a trial to whoever takes it next. It keeps its state."""
@@ -183,15 +188,6 @@ def import_optuna() -> Any:
         raise UserError(NEEDS_OPTUNA) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
-
-
-def read_trials(folder: Path) -> list[TrialRecord]:
-    """All trials in a folder, without a lock. UserError: there is no study."""
-    optuna = import_optuna()
-    if not (folder / JOURNAL).exists():
-        raise UserError(f"{folder} has no study: it has no {JOURNAL}")
-    study = optuna.load_study(study_name=NAME, storage=_storage(folder, StudyLock(folder)))
-    return [_record(trial) for trial in study.get_trials(deepcopy=False)]
 
 
 def importance_of(study: "optuna.Study") -> dict[str, float]:

@@ -81,7 +81,7 @@ class TrialRun:
     def stop(self) -> None:
         """Asks the run to stop after its step, with a checkpoint. The launcher passes the signal to its ranks."""
         with suppress(ProcessLookupError):
-            self.process.send_signal(signal.SIGTERM)
+            self.process.send_signal(signal.SIGUSR1)  # it ignores SIGTERM: see `end_with_launcher`
 
     def kill(self) -> None:
         """Ends the run at once, if it was started. Its ranks end with their launcher."""

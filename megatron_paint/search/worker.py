@@ -51,7 +51,6 @@ class Worker:
         The first Ctrl-C, SIGTERM or SIGUSR1 stops its runs after their step, with a checkpoint; a second one kills
         them. Either way the same command continues them. UserError: trial 0, the given settings, fails.
         """
-        self._refuse_failed()
         with self._signals:
             try:
                 while True:
@@ -168,21 +167,19 @@ class Worker:
         running.run.start()
 
     def _fail(self, number: int, reason: str) -> None:
-        self.study.end(number, "failed", reason=reason)
-        if number:
-            remove_weights(self._running[number].run.path)
-        self._leave(number)
-        self._refuse_failed()
-        self.progress.warn(f"trial {number} failed: {reason}")
-
-    def _refuse_failed(self) -> None:
-        """UserError: trial 0 has failed."""
-        given = self.study.trials()[0]
-        if given.state == "failed":
+        """Ends a trial as failed. Trial 0 stays to be tried again. UserError: it is trial 0."""
+        if number == 0:
+            self.study.note_failure(number, reason)
+            self._leave(number)
             raise UserError(
-                f"trial 0, the given settings, fails, and nothing can be compared with it: {given.reason} "
-                f"({trial_folder(self.out, 0)}). After the cause is gone, search in another --out"
+                f"trial 0, the given settings, fails, and nothing can be compared with it: {reason} "
+                f"({trial_folder(self.out, 0)}). After the cause is gone, the same command tries it again. Other "
+                "settings are another search: give another --out"
             )
+        self.study.end(number, "failed", reason=reason)
+        remove_weights(self._running[number].run.path)
+        self._leave(number)
+        self.progress.warn(f"trial {number} failed: {reason}")
 
     def _leave(self, number: int) -> None:
         """Frees the place of a trial. One that has not ended is left to whoever takes it next."""

@@ -41,15 +41,25 @@ def test_the_page_works(settings):
         "I add:\n```python\ndef double(x):\n    return x + x\n```",
         "```python\ndef double(x):\n    return x * x\n```",
         "double(x) = 2 * x",
+        "```python\nimport sys\nsys.exit(0)\n```",
+        "```python\nimport os\nos._exit(0)\n```",
         "```python\nwhile True:\n    pass\n```",
     ]
     with Graders(settings.domains, workers=1, seconds=5.0) as graders:
         graders.check([problem])
         outcomes = [grade.outcome for grade in graders.grade([(text, problem) for text in responses])]
-    assert outcomes == ["right", "right", "wrong", "wrong", "timeout"]
+    assert outcomes == ["right", "right", "wrong", "wrong", "wrong", "wrong", "timeout"]
     anchors = settings.domains["code"].anchors
     measured = measure_overlap(problem="", solution=problem.solution, rollout=responses[1], anchors=anchors)
     assert [(anchor.text, anchor.found) for anchor in measured.anchors] == [("return 2*x", False), ("double", True)]
+
+
+def test_a_program_sees_no_variable_of_the_run_and_an_empty_folder(settings, monkeypatch):
+    monkeypatch.setenv("TOKEN_OF_THE_RUN", "x")
+    (problem,) = load_problems(settings.data, domains=settings.domains).problems
+    looks = "import os\ndef double(x):\n    return 0 if 'TOKEN_OF_THE_RUN' in os.environ or os.listdir() else 2 * x"
+    with Graders(settings.domains, workers=1) as graders:
+        assert [grade.outcome for grade in graders.grade([(f"```python\n{looks}\n```", problem)])] == ["right"]
 
 
 def test_without_the_file_the_start_names_the_setting(settings, tmp_path):

@@ -2,9 +2,11 @@
 
 import os
 import re
+import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,7 @@ from megatron_paint.grading.graders import Graders, failure_warning
 from megatron_paint.records import Problem
 from tests.support.processes import is_alive
 
+ROOT = Path(__file__).parents[2]
 PROBLEM = Problem(id="p", problem="Q?", solution="It is 7.", answer="7", source="f:1", domain="own")
 MODULE = """
 import os, signal, subprocess, sys, time
@@ -27,8 +30,12 @@ def check(response, answer, problem):
     match response.partition(" ")[0]:
         case "right": return True
         case "wrong": return False
+        case "numpy":
+            import numpy
+            return numpy.bool_(response.endswith("True")) if "." not in response else numpy.float32(response[6:])
         case "score": return float(response.split()[1])
         case "whole": return int(response.split()[1])
+        case "huge": return 10**400
         case "raise": raise ValueError("no verdict on this")
         case "silent": raise KeyError
         case "exit": sys.exit(3)
@@ -95,6 +102,28 @@ def outcome(found, *responses, problem=PROBLEM):
     return [(grade.outcome, grade.reward) for grade in found.grade([(text, problem) for text in responses])]
 
 
+def wait_for_end(pid):
+    for _ in range(200):
+        if not is_alive(pid):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"process {pid} is still running")
+
+
+def parent(pid):
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+OWNER = """
+import sys
+from megatron_paint.config.domains import DomainSettings
+from megatron_paint.grading.graders import Graders
+from megatron_paint.records import Problem
+problem = Problem(id="p", problem="", solution="", answer="7", domain="own")
+Graders({"own": DomainSettings(grader="verdicts:check")}, workers=1, seconds=60.0).grade([(sys.argv[1], problem)])
+"""
+
+
 class TestFunctions:
     def test_verdicts_and_rewards(self, shared):
         found = outcome(shared, "right", "wrong", "score 0.25", "score 1.0", "whole 1", "whole 0", "it is 7", "it is 8")
@@ -102,6 +131,10 @@ class TestFunctions:
             *(("right", 1.0), ("wrong", 0.0), ("wrong", 0.25), ("right", 1.0)),
             *(("right", 1.0), ("wrong", 0.0), ("right", 1.0), ("wrong", 0.0)),
         ]
+
+    def test_scalars_of_numpy(self, shared):
+        found = outcome(shared, "numpy True", "numpy False", "numpy 0.25", "numpy 1.0")
+        assert found == [("right", 1.0), ("wrong", 0.0), ("wrong", 0.25), ("right", 1.0)]
 
     @pytest.mark.parametrize(
         ("response", "reason"),
@@ -115,6 +148,7 @@ class TestFunctions:
             ("score -0.5", r"^it returned -0\.5; "),
             ("score nan", r"^it returned nan; "),
             ("score inf", r"^it returned inf; "),
+            ("huge", r"^it returned an integer of 1329 bits; it must return True, False or a number from 0 to 1$"),
             ("memory", r"^MemoryError"),
             ("die", r"^the process that called it ended"),
         ],
@@ -143,12 +177,23 @@ class TestFunctions:
     def test_what_a_call_has_started_ends_with_it(self, here, tmp_path):
         with graders(seconds=5.0) as found:
             assert outcome(found, f"child {tmp_path}/pid") == [("timeout", 0.0)]
-        pid = int((tmp_path / "pid").read_text())
-        for _ in range(200):
-            if not is_alive(pid):
-                return
+        wait_for_end(int((tmp_path / "pid").read_text()))
+
+    def test_what_a_call_has_started_ends_with_the_killed_owner_of_the_pool(self, here, tmp_path):
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        owner = subprocess.Popen([sys.executable, "-P", "-c", OWNER, f"child {tmp_path}/pid"], env=environment)
+        pid = tmp_path / "pid"
+        for _ in range(600):
+            if pid.exists() and pid.read_text():
+                break
             time.sleep(0.05)
-        raise AssertionError(f"process {pid} is still running")
+        child = int(pid.read_text())
+        worker = parent(child)
+        assert parent(worker) == owner.pid
+        owner.kill()
+        owner.wait()
+        wait_for_end(child)
+        wait_for_end(worker)
 
     def test_what_a_call_sees(self, shared, folder):
         problem = replace(PROBLEM, choices=("a", "b"))
@@ -172,6 +217,16 @@ class TestFunctions:
         (tmp_path / "library" / "elsewhere.py").write_text(MODULE)
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("PYTHONPATH", "library")
+        with graders("elsewhere:check") as found:
+            assert outcome(found, "right") == [("right", 1.0)]
+
+    def test_a_path_without_the_current_folder(self, tmp_path, monkeypatch):
+        """PYTHONSAFEPATH: `python -m` adds no entry to the path, so the first one is of PYTHONPATH and must stay."""
+        (tmp_path / "library").mkdir()
+        (tmp_path / "library" / "elsewhere.py").write_text(MODULE)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("PYTHONSAFEPATH", "1")
+        monkeypatch.setenv("PYTHONPATH", f"library:{ROOT}")
         with graders("elsewhere:check") as found:
             assert outcome(found, "right") == [("right", 1.0)]
 

@@ -2,8 +2,11 @@
 
 from types import SimpleNamespace
 
+import pytest
+
+from megatron_paint.grading.grade import Grade
 from megatron_paint.grading.graders import Graders
-from megatron_paint.objectives.graded import grade_rollouts, reward_metrics, verdicts_of
+from megatron_paint.objectives.graded import grade_rollouts, grader_warnings, reward_metrics, verdicts_of
 from megatron_paint.records import Problem, Rollout
 from megatron_paint.runtime.rank_zero import directly
 
@@ -28,3 +31,11 @@ def test_verdicts_by_problem():
 def test_other_ranks_get_what_rank_zero_found():
     found = grade_rollouts(PROBLEMS, ROLLOUTS, prompts=PROMPTS, graders=None, on_rank_zero=lambda act: "of rank 0")
     assert found == "of rank 0"
+
+
+def test_a_warning_needs_a_grade_for_each_rollout():
+    failed = Grade(correct=False, extracted=None, outcome="error", error="ValueError: x")
+    (warning,) = grader_warnings(ROLLOUTS, [failed] * 4, step=7)
+    assert warning.startswith("step 7: 4 of 4 responses have no verdict")
+    with pytest.raises(ValueError, match="shorter"):
+        grader_warnings(ROLLOUTS, [failed], step=7)

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 from optuna.storages.journal import JournalFileBackend
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.run.lock import RunLock
 from megatron_paint.run.lock_owner import this_process
-from megatron_paint.run.lock_watch import LOCK, Timing
+from megatron_paint.run.lock_watch import LOCK, InUse, Timing, read_lock
+from megatron_paint.search import journal
 from megatron_paint.search.journal import JOURNAL, Claim, StudyLock, repair
 
 ROOT = Path(__file__).parents[2]
@@ -126,6 +128,47 @@ def test_the_lock_of_a_silent_owner_elsewhere_is_taken_after_a_while(tmp_path):
     started = time.monotonic()
     with StudyLock(tmp_path, timing=FAST).held():
         assert FAST.look <= time.monotonic() - started < 10
+
+
+def test_an_error_of_the_disk_does_not_keep_the_lock(tmp_path):
+    (tmp_path / JOURNAL).mkdir()
+    lock = StudyLock(tmp_path)
+    with pytest.raises(UserError, match=JOURNAL):
+        lock.acquire()
+    assert not (tmp_path / LOCK).exists()
+    (tmp_path / JOURNAL).rmdir()
+    with lock.held(), pytest.raises(InUse):
+        RunLock(tmp_path).take()
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_a_lock_that_this_process_could_not_give_back_is_its_own(tmp_path):
+    """On a full disk, the release writes nothing and leaves the file."""
+    left = RunLock(tmp_path)
+    left.take()
+    left.stop()
+    with StudyLock(tmp_path).held():
+        assert read_lock(tmp_path / LOCK).token == left.owner.token
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_the_holder_is_named_after_a_while(tmp_path, monkeypatch):
+    code = "import sys; from pathlib import Path; from megatron_paint.search.journal import StudyLock\n"
+    code += "lock = StudyLock(Path(sys.argv[1])); lock.acquire(); print(); sys.stdin.read(); lock.release()"
+    command, environment = [sys.executable, "-uc", code, str(tmp_path)], os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"\n"
+        monkeypatch.setattr(journal, "SAY_SECONDS", 0.1)
+        lines = []
+
+        def say(line):
+            lines.append(line)
+            other.stdin.close()  # now the other process gives it back
+
+        with StudyLock(tmp_path, say=say).held():
+            pass
+    (line,) = lines
+    assert line.startswith(f"megatron-paint: waiting for the lock of {tmp_path}: process {other.pid} on ")
 
 
 def test_held_is_one_operation(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +20,9 @@ from megatron_paint.evaluation.summary import read_reports
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.search.folder import read_folder
 from megatron_paint.search.journal import JOURNAL
-from megatron_paint.search.study import read_trials
 from megatron_paint.search.trial_run import trial_folder
 from tests.search.spaces import ROOT, SETTINGS, write_space
+from tests.search.stored import read_trials
 from tests.support import forked_ranks
 from tests.support.processes import children, left_of_session
 from tests.support.results import metrics
@@ -118,6 +119,24 @@ def test_the_best_trial_on_other_problems(unbroken):
     assert report["final"]["best_accuracy"]["mean"] == better.metrics["avg"]
 
 
+def test_the_comparison_stops_and_continues(unbroken, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(unbroken, out)
+    shutil.rmtree(out / "final")
+    running = forked_ranks.start_command(tmp_path, *arguments(tmp_path, out), limit=600)
+    wait_for(out / "final" / "0000.log", running)
+    os.kill(running.pid, signal.SIGTERM)
+    ended = running.wait()
+    assert ended.statuses == [75], ended
+    assert "SIGTERM: the final comparison stops" in ended.err[0]
+    assert left_of_session(running.pid) == {}
+    assert "Not compared yet" in (out / "report.md").read_text()
+    again = search(tmp_path, out)
+    assert (again.statuses, started(again)) == ([0], []), again
+    finals = [json.loads((place / "report.json").read_text())["final"] for place in (out, unbroken)]
+    assert finals[0] == finals[1]
+
+
 def test_a_finished_study_is_not_run_again(unbroken, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (unbroken / "trials").rglob("*")}
     journal = (unbroken / JOURNAL).read_bytes()
@@ -168,6 +187,20 @@ def test_stopped_by_a_signal(tmp_path):
     assert RunFolder(trial_folder(out, 0)).latest_checkpoint()
     assert [trial.state for trial in read_trials(out)] == ["running"]
     assert not (out / "claims").exists() or not list((out / "claims").iterdir())
+
+
+def test_stopped_by_slurm(tmp_path):
+    """Slurm sends SIGTERM to every process of a job. A trial of two ranks stops with a checkpoint all the same."""
+    out = tmp_path / "out"
+    running = forked_ranks.start_command(tmp_path, *arguments(tmp_path, out, "--processes", "2"), limit=600)
+    wait_for(trial_folder(out, 0) / "samples" / "step_000001.jsonl", running)
+    (launcher,) = children(running.pid)
+    for pid in (launcher, *children(launcher), launcher, running.pid):
+        os.kill(pid, signal.SIGTERM)
+    ended = running.wait()
+    assert ended.statuses == [75], ended
+    assert RunFolder(trial_folder(out, 0)).latest_checkpoint()
+    assert [trial.state for trial in read_trials(out)] == ["running"]
 
 
 def test_two_trials_side_by_side(tmp_path):
@@ -245,9 +278,11 @@ def test_given_settings_that_cannot_train_end_the_search(tmp_path):
     assert ended.statuses == [2], ended
     assert "trial 0, the given settings, fails, and nothing can be compared with it: exit status 2: " in ended.err[0]
     assert "run.sampler_gap_limit=1e-12" in ended.err[0]
-    assert [trial.state for trial in read_trials(out)] == ["failed"]
+    (trial,) = read_trials(out)
+    assert trial.state == "running"
+    assert trial.reason.startswith("exit status 2: ")
     again = search(tmp_path, out, "run.sampler_gap_limit=1e-12")
-    assert (again.statuses, started(again)) == ([2], [])
+    assert (again.statuses, started(again)) == ([2], [0])  # after the cause is gone, this continues
 
 
 def test_another_search_in_the_folder_is_refused(unbroken, tmp_path):

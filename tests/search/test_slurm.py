@@ -140,6 +140,8 @@ def test_submission(place, capsys):
     ("arguments", "message"),
     [
         (["--gpus-per-node=4", "--jobs=8"], "--jobs=8 is above --gpus-per-node=4"),
+        (["--gpus-per-node=4", "--processes=3"], "--processes=3 is above the number of GPUs of a trial, 2"),
+        (["--processes=3", "megatron.tensor_model_parallel_size=2"], "3 processes cannot be laid out as tensor_model_"),
         (["--workers=0"], "--workers must be at least 1, got 0"),
         (["--time=1:00"], "--time=1:00 is 60 s, but --signal-seconds=300"),
         (["--trials=0"], "--trials must be at least 1, got 0"),

@@ -63,6 +63,11 @@ def with_parameter(key: str, values: object) -> dict:
     [
         ("optimizer.lrr", {"low": 1, "high": 2}, "unknown setting optimizer.lrr: did you mean optimizer.lr?"),
         ("optimizer", {"choices": [1, 2]}, "optimizer is a section; name one of its settings"),
+        (
+            "domains.code.grader",
+            {"choices": ["exact", "math"]},
+            "a search does not vary settings below a name of yours (domains.NAME.grader)",
+        ),
         ("run.seed", {"choices": [1, 2]}, "a search does not vary the section run"),
         ("evaluation.samples", {"choices": [1, 2]}, "a search does not vary the section evaluation"),
         ("model.lora.rank", {"choices": [1, 2]}, "the settings have no section model.lora, which is null there"),

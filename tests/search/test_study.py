@@ -11,10 +11,10 @@ import numpy as np
 import optuna
 import pytest
 
-from megatron_paint.base.errors import UserError
 from megatron_paint.search.journal import JOURNAL
-from megatron_paint.search.study import SearchStudy, read_trials
+from megatron_paint.search.study import SearchStudy
 from tests.search.spaces import ROOT, space
+from tests.search.stored import read_trials
 
 STEPS, EVERY = 4, 2
 
@@ -226,6 +226,18 @@ def test_the_end_of_trials(tmp_path):
     assert not (tmp_path / "claims" / "0000").exists()
 
 
+def test_trial_0_is_tried_again(tmp_path):
+    study = opened(tmp_path)
+    study.take(most=2, patient=True)
+    study.note_failure(0, "exit status 2: no such file")
+    study.give_back(0)
+    again = opened(tmp_path)
+    assert [(trial.state, trial.reason) for trial in again.trials()] == [("running", "exit status 2: no such file")]
+    assert run_one(again, most=2) == 0
+    assert [(trial.state, trial.reason) for trial in again.trials()] == [("complete", "")]
+    assert run_one(again, most=2) == 1
+
+
 def test_importance(tmp_path):
     """The accuracy depends on two of the parameters, and an irrelevant one gets less than either of them."""
     run_all(tmp_path, 40, pruner={"rule": "none"}, sampler={"startup_trials": 40})
@@ -233,8 +245,3 @@ def test_importance(tmp_path):
     assert sum(found.values()) == pytest.approx(1)
     assert max(found, key=found.get) in ("optimizer.lr", "objective.reveal.minimum")
     assert found["optimizer.lr"] + found["objective.reveal.minimum"] > 0.6
-
-
-def test_no_study(tmp_path):
-    with pytest.raises(UserError, match="has no study"):
-        read_trials(tmp_path)

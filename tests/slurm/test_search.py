@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from megatron_paint.run.folder import RunFolder
-from megatron_paint.search.study import read_trials
 from megatron_paint.search.trial_run import trial_folder
 from tests.search.spaces import SETTINGS, write_space
+from tests.search.stored import read_trials
 from tests.slurm.job import Job
 from tests.slurm.shipped import ENVIRONMENT, MINUTES, ROOT
 from tests.slurm.until import until
