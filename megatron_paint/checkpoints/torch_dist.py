@@ -56,8 +56,15 @@ class _Ignored:
         pass
 
 
+def _member(owner: Any, name: str) -> Any:
+    """In place of `getattr`, by which Python 3.11.2 stores the member of an enumeration."""
+    return metadata._MEM_FORMAT_ENCODING[name] if owner is metadata._MEM_FORMAT_ENCODING else _Ignored()
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         return _KNOWN.get((module, name), _Ignored)

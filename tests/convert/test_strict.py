@@ -1,5 +1,6 @@
 """What a converter must refuse: mixed types, sources that change, damage of every kind, numbers that are lost."""
 
+import enum
 import json
 import os
 import pickle
@@ -259,3 +260,24 @@ def test_a_description_of_a_few_bytes_takes_no_memory(model, tmp_path):
     with pytest.raises(UserError, match="memo index 200000000 in 7 bytes"):
         CheckpointReader(megatron)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB; 3 GiB before
+
+
+class _OfPython3112(pickle.Pickler):
+    """Stores members of enumerations as Python 3.11.2 does: as an attribute of their class."""
+
+    def reducer_override(self, value):
+        if isinstance(value, enum.Enum):
+            return getattr, (type(value), value.name)
+        return NotImplemented
+
+
+def test_a_checkpoint_that_python_3_11_2_wrote(model, tmp_path):
+    shutil.copytree(model / "megatron", tmp_path / "megatron")
+    file = tmp_path / "megatron" / METADATA
+    wanted = CheckpointReader(tmp_path / "megatron").tensors
+    with file.open("rb") as stream:
+        stored = pickle.load(stream)
+    with file.open("wb") as stream:
+        _OfPython3112(stream).dump(stored)
+    assert b"getattr" in file.read_bytes()
+    assert CheckpointReader(tmp_path / "megatron").tensors == wanted
