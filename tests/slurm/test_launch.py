@@ -15,7 +15,7 @@ from megatron_paint.launch.slurm.options import default_job_name
 from megatron_paint.run.folder import RunFolder
 from tests.slurm.scripts import SHAPES, write_config
 
-TEMPLATES = ("student", "teacher", "evaluation")
+TEMPLATES = ("student", "teacher", "evaluation", "example")
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 CPU = ["--nodes=2", "--gpus-per-node=0", "--processes-per-node=2"]
 STUBS = {
