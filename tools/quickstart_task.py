@@ -7,10 +7,9 @@ prompt shows a complete or cut reference solution of the same problem. This is t
 """
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from warm_up_rows import WORDS, is_held_out
+from warm_up_rows import Task, is_held_out
 
 VOCABULARY = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>", "user", "assistant", "\n", "Reference:", "..."),
@@ -35,8 +34,8 @@ class RunningSum:
         return is_held_out(self.text)
 
     @property
-    def num_steps(self) -> int:
-        return len(self.operands)
+    def steps(self) -> tuple[int, ...]:
+        return self.operands
 
 
 def result(value: int, operand: int, *, forgets: bool) -> int:
@@ -51,10 +50,10 @@ def result(value: int, operand: int, *, forgets: bool) -> int:
     return right
 
 
-class RunningSums:
-    """Implements `warm_up_rows.Task`."""
+class RunningSums(Task):
+    """The task of running sums. A step is an operand."""
 
-    vocabulary, words = VOCABULARY, WORDS
+    vocabulary = VOCABULARY
 
     def draw(self, rng: random.Random, *, held_out: bool) -> RunningSum:
         """Draws a problem of one side of the split. Every right partial result is in 10..99."""
@@ -65,18 +64,14 @@ class RunningSums:
             if drawn.is_held_out == held_out and all(10 <= value <= 99 for value in partial):
                 return drawn
 
-    def work_out(self, problem: RunningSum, *, forgets: Sequence[bool]) -> list[str]:
-        """Returns the lines of a solution and its box. forgets: for each step, whether its carry is forgotten."""
-        lines, value = [], problem.start
-        for operand, forgotten in zip(problem.operands, forgets, strict=True):
-            after = result(value, operand, forgets=forgotten)
-            lines.append(f"{value}{operand:+d}={after}\n")
-            value = after
-        return [*lines, f"\\boxed{{{value}}}"]
-
-    def drill(self, rng: random.Random) -> tuple[str, str]:
-        """Returns one step alone, `47+8=` and `55`."""
-        value, operand = rng.randint(10, 99), rng.choice((1, -1)) * rng.randint(1, 9)
-        while not 10 <= value + operand <= 99:
+    def draw_step(self, rng: random.Random) -> tuple[int, int]:
+        while True:
             value, operand = rng.randint(10, 99), rng.choice((1, -1)) * rng.randint(1, 9)
-        return f"{value}{operand:+d}=", str(value + operand)
+            if 10 <= value + operand <= 99:
+                return value, operand
+
+    def apply(self, value: int, step: int, *, forgets: bool) -> int:
+        return result(value, step, forgets=forgets)
+
+    def step_text(self, value: int, step: int) -> str:
+        return f"{value}{step:+d}"

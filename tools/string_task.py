@@ -7,10 +7,9 @@ for code finds the calls and the strings that the problem does not name.
 """
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from warm_up_rows import SPECIAL, WORDS, is_held_out
+from warm_up_rows import SPECIAL, WORDS, Task, is_held_out
 
 LETTERS, VOWELS, SIZE = "abcde", "ae", 3
 RULES = {
@@ -32,8 +31,8 @@ class Rewriting:
         return f"{self.start}:{','.join(self.rules)}?"
 
     @property
-    def num_steps(self) -> int:
-        return len(self.rules)
+    def steps(self) -> tuple[str, ...]:
+        return self.rules
 
 
 def rewrite(text: str, rule: str, *, forgets: bool) -> str:
@@ -42,8 +41,8 @@ def rewrite(text: str, rule: str, *, forgets: bool) -> str:
     return after if forgets or after[0] not in VOWELS else after[:-2] + after[-1] + after[-2]
 
 
-class StringRewriting:
-    """Implements `warm_up_rows.Task`."""
+class StringRewriting(Task):
+    """The task of strings. A step is a rule."""
 
     words = (*WORDS, *RULES)
     vocabulary = (*SPECIAL, *("user", "assistant", "\n", "Reference:", "..."), *"=(),:?}", "\\boxed{", *RULES, *LETTERS)
@@ -55,15 +54,11 @@ class StringRewriting:
             if is_held_out(drawn.text) == held_out:
                 return drawn
 
-    def work_out(self, problem: Rewriting, *, forgets: Sequence[bool]) -> list[str]:
-        lines, text = [], problem.start
-        for rule, forgotten in zip(problem.rules, forgets, strict=True):
-            after = rewrite(text, rule, forgets=forgotten)
-            lines.append(f"{rule}({text})={after}\n")
-            text = after
-        return [*lines, f"\\boxed{{{text}}}"]
+    def draw_step(self, rng: random.Random) -> tuple[str, str]:
+        return "".join(rng.choices(LETTERS, k=SIZE)), rng.choice(tuple(RULES))
 
-    def drill(self, rng: random.Random) -> tuple[str, str]:
-        """Returns one step alone, `rotl(abc)=` and `bca`."""
-        text, rule = "".join(rng.choices(LETTERS, k=SIZE)), rng.choice(tuple(RULES))
-        return f"{rule}({text})=", rewrite(text, rule, forgets=False)
+    def apply(self, value: str, step: str, *, forgets: bool) -> str:
+        return rewrite(value, step, forgets=forgets)
+
+    def step_text(self, value: str, step: str) -> str:
+        return f"{step}({value})"

@@ -9,10 +9,11 @@ import json
 import random
 import re
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.masker.reveal import cut_solution
@@ -29,28 +30,51 @@ CHAT_TEMPLATE = (
 
 
 class Drawn(Protocol):
-    """A problem of a task."""
+    """A problem of a task: a value, and the steps that change it in turn."""
 
     @property
     def text(self) -> str: ...
     @property
-    def num_steps(self) -> int: ...
+    def start(self) -> Any: ...
+    @property
+    def steps(self) -> Sequence[Any]: ...
 
 
-class Task(Protocol):
+class Task(ABC):
     """Problems that are solved in steps, and a mistake that a step may have."""
 
     vocabulary: tuple[str, ...]
-    words: tuple[str, ...]  # the tokens of several characters
+    words: tuple[str, ...] = WORDS  # the tokens of several characters
 
+    @abstractmethod
     def draw(self, rng: random.Random, *, held_out: bool) -> Drawn:
         """Draws a problem of one side of the split."""
 
+    @abstractmethod
+    def draw_step(self, rng: random.Random) -> tuple[Any, Any]:
+        """Draws a value and a step that can be done from it."""
+
+    @abstractmethod
+    def apply(self, value: Any, step: Any, *, forgets: bool) -> Any:
+        """Does a step. forgets: with the student's mistake."""
+
+    @abstractmethod
+    def step_text(self, value: Any, step: Any) -> str:
+        """Returns a step as text, which the line of a solution begins with."""
+
     def work_out(self, problem: Drawn, *, forgets: Sequence[bool]) -> list[str]:
         """Returns a line for each step, `...=RESULT`, and the box. forgets: the steps with the student's mistake."""
+        lines, value = [], problem.start
+        for step, forgotten in zip(problem.steps, forgets, strict=True):
+            after = self.apply(value, step, forgets=forgotten)
+            lines.append(f"{self.step_text(value, step)}={after}\n")
+            value = after
+        return [*lines, f"\\boxed{{{value}}}"]
 
     def drill(self, rng: random.Random) -> tuple[str, str]:
         """Returns one right step alone, as a prompt and its response."""
+        value, step = self.draw_step(rng)
+        return f"{self.step_text(value, step)}=", str(self.apply(value, step, forgets=False))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +96,7 @@ class Variant:
 
     def right_lines(self, problem: Drawn) -> list[str]:
         """Returns the right steps and the box."""
-        return self.task.work_out(problem, forgets=[False] * problem.num_steps)
+        return self.task.work_out(problem, forgets=[False] * len(problem.steps))
 
     def solve(self, problem: Drawn) -> str:
         """Returns the reference."""
@@ -145,12 +169,12 @@ class RowMaker:
         drawn, share = self._draw(), self._share()
         reference = self.variant.solve(drawn)
         prompt = self.reference_prompt(self.variant.problem_of(drawn, id=""), reference, share)
-        steps = range(drawn.num_steps)
+        steps = range(len(drawn.steps))
         forgets = [self._forgets_hidden(step, reference, share) for step in steps]
         if self.rng.random() >= self.off_track_share:
             lines = self.variant.task.work_out(drawn, forgets=forgets)
             return _row(prompt, self._response(self._jumping(lines, drawn, share)))
-        wrong = self.rng.randint(1, drawn.num_steps)
+        wrong = self.rng.randint(1, len(drawn.steps))
         slips = [self.rng.random() < self.forget_share for _ in steps]
         forgets = [slips[step] if step < wrong else forgets[step] for step in steps]
         lines = self.variant.task.work_out(drawn, forgets=forgets)
@@ -197,7 +221,7 @@ class RowMaker:
         return self.smallest_cut + (1 - self.smallest_cut) * self.rng.random() ** 2
 
     def _forgetful(self, drawn: Drawn) -> list[str]:
-        forgets = [self.rng.random() < self.forget_share for _ in range(drawn.num_steps)]
+        forgets = [self.rng.random() < self.forget_share for _ in range(len(drawn.steps))]
         return self.variant.task.work_out(drawn, forgets=forgets)
 
     def _response(self, lines: Sequence[str]) -> TokenIds:
