@@ -6,7 +6,7 @@ of a setting or of the file, and the error says so.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -281,10 +281,14 @@ def _load(
     has_ids = "id" in columns.found
     if not has_ids and columns.names["id"] is not None:
         notes.append(f"{source}: no row has a column {columns.names['id']!r}; file name and line are used as id")
-    reader = _RowReader(columns=columns, domains=checks.domains, domain=settings.domain, has_ids=has_ids)
+    reader = _RowReader(
+        columns=columns,
+        domains=checks.domains,
+        domain=settings.domain,
+        has_ids=has_ids,
+        shows_answer=view == "answer",
+    )
     read = [reader(row) for row in rows]
-    if view == "answer":
-        read = [one if isinstance(one, BadRow) else (_with_answer_view(one[0]), *one[1:]) for one in read]
     found = _Found(checks, checks.verdicts(one[0] for one in read if not isinstance(one, BadRow)))
     for row, one in zip(rows, read, strict=True):
         found.add(row, one)
@@ -313,6 +317,7 @@ class _RowReader:
     domains: Mapping[str, DomainSettings]
     domain: str  # of a row that names none
     has_ids: bool
+    shows_answer: bool  # the view is the answer
 
     def __call__(self, row: Row) -> tuple[Problem, Form, str] | BadRow:
         """Returns the problem, the form of its answer and the text of its system message, or why there is none."""
@@ -337,6 +342,8 @@ class _RowReader:
             answer, form = answer_of(cells["answer"])
         else:  # what the function takes as the answer is its own affair: a test program may contain "####"
             answer, form = answer_for_function(cells["answer"]), "text"
+        if self.shows_answer:
+            view = f"\\boxed{{{answer}}}"
         read = Problem(
             id=problem_id,
             problem=problem,
@@ -355,10 +362,6 @@ def _no_choice(problem: Problem) -> str:
         last = chr(ord("A") + len(problem.choices) - 1)
         return f"answer {problem.answer!r} is neither a letter from A to {last} nor the text of one of the choices"
     return f"answer {problem.answer!r} is not the letter of a choice; for its text, name data.columns.choices"
-
-
-def _with_answer_view(problem: Problem) -> Problem:
-    return replace(problem, view=f"\\boxed{{{problem.answer}}}")
 
 
 def _needed_text(cell: Cell, needed_by: str) -> str:

@@ -76,11 +76,11 @@ def reveal_step(
         Pair(problem.problem, problem.reference if own else reference.text, rollout)
         for problem, reference, rollout in zip(problems, references, rollout_texts, strict=True)
     ]
-    extractors = [
-        anchors_of(problem.domain if own else reference.domain, domains or {}, default=settings.anchors)
-        for problem, reference in zip(problems, references, strict=True)
-    ]
-    overlaps = measure_overlaps(pairs, anchors=extractors, pool=pool)
+    of_references, of_problems = (
+        [anchors_of(one.domain, domains or {}, default=settings.anchors) for one in every]
+        for every in (references, problems)
+    )
+    overlaps = measure_overlaps(pairs, anchors=of_problems if own else of_references, pool=pool)
     if settings.solution in ("none", "reference_free"):
         nothing = Reveal(
             overlap=Overlap(score=0.0, anchors=()),
@@ -94,13 +94,14 @@ def reveal_step(
         )
         return [dataclasses.replace(nothing, overlap=overlap) for overlap in overlaps]
     shares = _shares(problems, overlaps, settings=settings, keys=keys)
-    uncut = [
-        _uncut(overlap, reference, settings, anchors_of(reference.domain, domains or {}, default=settings.anchors))
-        for overlap, reference in zip(overlaps, references, strict=True)
-    ]
     return [
-        _cut(reveal, share, settings=settings, offsets=token_offsets(reveal.reference))
-        for reveal, share in zip(uncut, shares, strict=True)
+        _cut(
+            _uncut(overlap, reference, settings, anchors),
+            share,
+            settings=settings,
+            offsets=token_offsets(reference.text),
+        )
+        for overlap, reference, anchors, share in zip(overlaps, references, of_references, shares, strict=True)
     ]
 
 

@@ -23,10 +23,12 @@ def grade_rollouts(
     """Verdicts in the order of the rollouts. Rank 0 grades for all ranks. graders: None on every other rank."""
     problem_of = {problem.id: problem for problem in problems}
     text = prompts.response_text
-    responses = [
-        (continued(text(r.prompt_ids[-PROMPT_TAIL:]), text(r.response_ids)), problem_of[r.problem_id]) for r in rollouts
-    ]
-    return on_rank_zero(lambda: graders.grade(responses))
+    return on_rank_zero(
+        lambda: graders.grade(
+            (continued(text(r.prompt_ids[-PROMPT_TAIL:]), text(r.response_ids)), problem_of[r.problem_id])
+            for r in rollouts
+        )
+    )
 
 
 def verdicts_of(rollouts: Sequence[Rollout], grades: Sequence[Grade]) -> Verdicts:

@@ -56,16 +56,21 @@ class TorchPasses:
         packed_TK = torch.cat(blocks)
         logits.student_shift_T, logits.teacher_shift_T = packed_TK[:, 0].clone(), packed_TK[:, 3].clone()
         parts = split_statistics(packed_TK, support=self.config.supports, mixed=self.config.interpolates, token=False)
-        # Without any entry in the support a row has the maximum over no columns: a bound could be above all others.
-        empty_T = torch.zeros_like(packed_TK[:, 0]) if parts.support is None else parts.support[:, 2] == 0.0
-        for part_TK, weight in ((parts.support, 0.0), (parts.mixed, self.config.target_weight)):
-            if part_TK is not None:
-                part_TK[:, 0].masked_fill_(empty_T.bool(), EMPTY_MAX)
-                vanished_T = (part_TK[:, 1] < _SMALLEST_SUM) & ~empty_T.bool()
-                self._repair_vanished(logits, part_TK, vanished_T, weight=weight, cut=self.config.supports)
-        if parts.uncut is not None:
-            vanished_T = parts.uncut[:, 1] < _SMALLEST_SUM
-            self._repair_vanished(logits, parts.uncut, vanished_T, weight=self.config.target_weight, cut=False)
+        for part_TK, weight, over_support in (
+            (parts.support, 0.0, True),
+            (parts.mixed, self.config.target_weight, self.config.supports),
+            (parts.uncut, self.config.target_weight, False),
+        ):
+            if part_TK is None:
+                continue
+            vanished_T = part_TK[:, 1] < _SMALLEST_SUM
+            if (
+                over_support
+            ):  # without an entry in the support a row has the maximum over no columns: a bound could be larger
+                empty_T = parts.support[:, 2] == 0.0
+                part_TK[:, 0].masked_fill_(empty_T, EMPTY_MAX)
+                vanished_T &= ~empty_T
+            self._repair_vanished(logits, part_TK, vanished_T, weight=weight, over_support=over_support)
         return packed_TK if query is None else torch.cat((packed_TK, token_TK), dim=1)
 
     def sums(self, logits: ChunkLogits, target: Target, scale_T: torch.Tensor | None) -> Work:
@@ -179,18 +184,24 @@ class TorchPasses:
         return torch.cat((*parts, mixed_TK), dim=1)
 
     def _repair_vanished(
-        self, logits: ChunkLogits, packed_TK: torch.Tensor, vanished_T: torch.Tensor, *, weight: float, cut: bool
+        self,
+        logits: ChunkLogits,
+        packed_TK: torch.Tensor,
+        vanished_T: torch.Tensor,
+        *,
+        weight: float,
+        over_support: bool,
     ) -> None:
         """Far below the bound the sum vanishes. Such rows, of extreme logits, use their true maximum instead.
 
-        packed_TK: bound and sum of the interpolation with this weight, with `cut` over the support.
+        packed_TK: bound and sum of the interpolation with this weight, over the support or over everything.
         """
         partner_TV, _ = self._partner(logits)
         if not partner_TV.shape[1]:
             return
         for row in vanished_T.nonzero().flatten().tolist():
             row_V = torch.lerp(logits.teacher_TV[row], partner_TV[row], weight)
-            if cut:
+            if over_support:
                 here = slice(row, row + 1)
                 decider = self._decider(logits, here, student_shift_T=logits.student_shift_T[here])
                 row_V = row_V[decider.energies_TV[0] >= decider.floor_T]
