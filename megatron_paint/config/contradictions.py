@@ -15,7 +15,7 @@ from megatron_paint.config.settings import (
     RolloutSettings,
 )
 
-BUILT_IN_VIEWS = ("full", "answer")  # of every problem, without a column of its own
+BUILT_IN_VIEWS = ("full", "answer")  # every problem has them, without a further column
 
 
 def of_data(data: DataSettings, objective: ObjectiveSettings) -> Iterator[str]:

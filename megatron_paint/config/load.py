@@ -6,6 +6,7 @@ A file may begin with `base: OTHER.yaml`, a path relative to itself. It then hol
 import dataclasses
 import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,12 @@ def settings_of(tree: Mapping[str, Any]) -> Settings:
     objective, rollout = _one_group_size(_resolved_objective(settings.objective, tree), settings.rollout, tree)
     settings = dataclasses.replace(settings, objective=objective, rollout=rollout)
     check_allow_changes(settings.run.allow_changes)
-    if found := list(contradictions.of_views(settings.objective, settings.data, settings.evaluation)):
-        raise UserError("\n".join(found))
-    _refuse_contradictions(
-        settings.model, settings.objective, settings.rollout, settings.optimizer, settings.megatron, data=settings.data
+    _refuse(
+        contradictions.of_views(objective, settings.data, settings.evaluation),
+        contradictions.of_data(settings.data, objective),
+        _contradictions(settings.model, objective, rollout, settings.optimizer, settings.megatron),
+        _of_domains(settings.domains, data=settings.data.domain, evaluation=settings.evaluation.domain),
     )
-    _check_domains(settings.domains, data=settings.data.domain, evaluation=settings.evaluation.domain)
     return settings
 
 
@@ -79,8 +80,10 @@ def evaluate_settings_of(tree: Mapping[str, Any]) -> EvaluateSettings:
     used = {name: _section_of(tree, name) for name in names}
     objective = _resolved_objective(_section_of(tree, "objective"), tree)
     optimizer = _section_of(tree, "optimizer")
-    _refuse_contradictions(used["model"], objective, used["rollout"], optimizer, used["megatron"])
-    _check_domains(used["domains"], evaluation=used["evaluation"].domain)
+    _refuse(
+        _contradictions(used["model"], objective, used["rollout"], optimizer, used["megatron"]),
+        _of_domains(used["domains"], evaluation=used["evaluation"].domain),
+    )
     return EvaluateSettings(
         **used,
         seed=tree.get("run", {}).get("seed", RunSettings.seed),
@@ -102,14 +105,19 @@ def grading_section_of(tree: Mapping[str, Any]) -> GradingSettings:
 def domains_of(tree: Mapping[str, Any]) -> dict[str, DomainSettings]:
     """The section `domains` of a tree that `evaluation_section_of` has checked. UserError: settings contradict."""
     domains = _section_of(tree, "domains")
-    _check_domains(domains, evaluation=_section_of(tree, "evaluation").domain)
+    _refuse(_of_domains(domains, evaluation=_section_of(tree, "evaluation").domain))
     return domains
 
 
-def _check_domains(domains: Mapping[str, DomainSettings], **defaults: str) -> None:
+def _of_domains(domains: Mapping[str, DomainSettings], **defaults: str) -> Iterator[str]:
     """defaults: the domain of rows that name none, by their section."""
-    if found := list(contradictions_of(domains, {f"{section}.domain": name for section, name in defaults.items()})):
-        raise UserError("\n".join(found))
+    return contradictions_of(domains, {f"{section}.domain": name for section, name in defaults.items()})
+
+
+def _refuse(*found: Iterable[str]) -> None:
+    """UserError with a line for each contradiction, if there is one."""
+    if lines := list(chain(*found)):
+        raise UserError("\n".join(lines))
 
 
 def _check(tree: Mapping[str, Any], *, may_be_incomplete: Collection[str]) -> None:
@@ -173,30 +181,14 @@ def _one_group_size(
     return dataclasses.replace(objective, grpo=group), dataclasses.replace(rollout, samples_per_problem=None)
 
 
-def _refuse_contradictions(
-    model: ModelSettings,
-    objective: ObjectiveSettings,
-    rollout: RolloutSettings,
-    optimizer: OptimizerSettings,
-    megatron: MegatronSettings,
-    *,
-    data: DataSettings | None = None,
-) -> None:
-    """The checks that need several settings at once. data: None for an evaluation, which has no training problems."""
-    if found := list(_contradictions(model, objective, rollout, optimizer, megatron, data)):
-        raise UserError("\n".join(found))
-
-
 def _contradictions(
     model: ModelSettings,
     objective: ObjectiveSettings,
     rollout: RolloutSettings,
     optimizer: OptimizerSettings,
     megatron: MegatronSettings,
-    data: DataSettings | None,
 ) -> Iterator[str]:
-    if data is not None:
-        yield from contradictions.of_data(data, objective)
+    """The checks that need several settings at once, of a run and of an evaluation alike."""
     yield from contradictions.of_reveal(objective.reveal)
     yield from contradictions.of_shown(objective, rollout)
     yield from contradictions.of_kept(objective, rollout)

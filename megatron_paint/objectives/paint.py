@@ -117,7 +117,7 @@ class Paint:
         self,
         problems: Sequence[Problem],
         rollouts: Sequence[Rollout],
-        outcomes: Sequence[Outcome] | None = None,
+        outcomes: Sequence[Outcome],
         *,
         step: int,
     ) -> list[Reveal | None]:
@@ -125,7 +125,6 @@ class Paint:
 
         Partners of a complete step (`wrong`, `other_example`, `shuffled`) do not depend on which responses are kept.
         """
-        outcomes = outcomes or [Outcome()] * len(rollouts)
         text = self.prompts.response_text
         # A response without a peer has no reference. Peers pair no problems, so they need no complete step.
         measured = [i for i, outcome in enumerate(outcomes) if outcome.peer is not None or not self.shows_peers]
@@ -175,12 +174,11 @@ class Paint:
         problems: Sequence[Problem],
         rollouts: Sequence[Rollout],
         reveals: Sequence[Reveal | None],
-        outcomes: Sequence[Outcome] | None = None,
+        outcomes: Sequence[Outcome],
         *,
         step: int,
     ) -> tuple[Sample, ...]:
         """Each rollout with what the teacher is shown for it; one that is left out has no teacher."""
-        outcomes = outcomes or [Outcome()] * len(rollouts)
         samples = []
         for problem, rollout, reveal, outcome in zip(problems, rollouts, reveals, outcomes, strict=True):
             full = reveal is not None and self.loss.needs_full_teacher

@@ -1,4 +1,4 @@
-"""Views: another text of a problem in place of its solution, from a column of its own or from the answer."""
+"""Views: a text of a problem takes the place of its solution. It comes from a further column, or is the answer."""
 
 import pandas as pd
 import pytest

@@ -121,7 +121,7 @@ def test_the_temperature_of_the_loss_widens_the_support():
 
 
 def test_a_teacher_outside_the_support_still_teaches_within_it():
-    """The teacher puts all but e^-200 outside S; what is left is renormalised, and nothing overflows."""
+    """The teacher puts all its mass but e^-200 outside S. The rest is renormalised. Nothing overflows."""
     for dtype in (torch.float32, torch.float64):
         hidden_TH = torch.zeros(1, 3, dtype=dtype, requires_grad=True)
         output = fused_interpolation_loss(

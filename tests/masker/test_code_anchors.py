@@ -68,7 +68,7 @@ def test_anchors_of_javascript_by_hand():
     ("language", "code", "returned"),
     [
         ("py", "return a + b", "return a+b"),
-        ("py", "return a; b = c", None),  # one name is an anchor of its own
+        ("py", "return a; b = c", None),  # one name alone is an anchor already
         ("py", "return f(a,\n  b)[0]\nc", "return f(a,b)[0]"),
         ("py", "return 'x y' if a else None", "return 'x y'if a else None"),
         ("py", "return not a", "return not a"),

@@ -56,9 +56,12 @@ def limited(model, *, nats, rollouts, hidden_nats=1.0):
         )
         for problem, text in zip(problems, rollouts, strict=True)
     ]
-    reveals = paint.reveals(problems, sampled, step=1)
+    outcomes = paint.outcomes(sampled, [])
+    reveals = paint.reveals(problems, sampled, outcomes, step=1)
     less_hidden = paint.limit_hidden(teacher, problems, reveals)
-    before, after = (list(paint.samples(problems, sampled, shown, step=1)) for shown in (reveals, less_hidden))
+    before, after = (
+        list(paint.samples(problems, sampled, shown, outcomes, step=1)) for shown in (reveals, less_hidden)
+    )
     return before, after, teacher.asked, prompts
 
 

@@ -204,7 +204,7 @@ def test_stopped_by_slurm(tmp_path):
 
 
 def test_two_trials_side_by_side(tmp_path):
-    """--jobs 2: every trial runs once, in a folder and with a claim of its own."""
+    """--jobs 2: every trial runs once. Each has a folder and a claim."""
     out = tmp_path / "out"
     ended = search(tmp_path, out, "--jobs", "2")
     assert ended.statuses == [0], ended
@@ -219,7 +219,7 @@ def test_two_trials_side_by_side(tmp_path):
 
 @pytest.mark.long
 def test_two_commands_share_the_trials(tmp_path):
-    """The same command twice at the same time, each a worker of its own."""
+    """The same command twice at the same time: two workers."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "megatron_paint", *map(str, arguments(tmp_path, out))]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -199,7 +199,7 @@ def test_which_runs_there_are():
 
 
 def test_only_methods_without_a_rate_are_tuned(tmp_path, monkeypatch):
-    """A file of an earlier version keeps its rates and scores, and gets the methods that it lacks."""
+    """A file of an earlier version keeps its rates and scores. The missing methods are added."""
     file = tmp_path / "learning_rates.json"
     earlier = {method: 2e-4 for method in testbed.TUNED if method != "support_005"}
     scores = {method: {"0.0002": 0.5} for method in earlier}
