@@ -53,10 +53,15 @@ setup(
             "triton>=3; platform_system == 'Linux' and python_version < '3.12'",  # beside newer torch it is already
             "tensorboard>=2.16",
             "optuna>=5,<6",
+            "httpx>=0.27",
         ],
         "gpu": ["transformer-engine[pytorch,core_cu13]>=2.14", "triton>=3"],
         "tensorboard": ["tensorboard>=2.16"],
         "search": ["optuna>=5,<6"],
+        "vllm": ["httpx>=0.27"],  # vLLM itself may be in an environment of its own, with this package beside it
     },
-    entry_points={"console_scripts": ["megatron-paint = megatron_paint.__main__:run"]},
+    entry_points={
+        "console_scripts": ["megatron-paint = megatron_paint.__main__:run"],
+        "vllm.general_plugins": ["megatron_paint = megatron_paint.rollouts.vllm.plugin:register"],
+    },
 )

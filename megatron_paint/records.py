@@ -35,6 +35,25 @@ class Problem:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WeightSpan:
+    """Tokens of a response that were sampled with the same weights."""
+
+    version: str
+    start: int  # first token, from 0
+    end: int  # behind the last token
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutOrigin:
+    """Where an engine outside of this process sampled a response."""
+
+    engine: str
+    server: str  # its address
+    weights: tuple[WeightSpan, ...]
+    finish_reason: str  # in the engine's words
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
     """One response to one problem: sampled from the student, read from a file, or given (SFT)."""
 
@@ -45,6 +64,7 @@ class Rollout:
     # Of sampled tokens, in nats at the sampling temperature, before top-k and top-p; None: not known.
     logprobs: tuple[float, ...] | None = None
     finished: bool | None = None  # True: ended by a stop token; False: cut at the length limit; None: not sampled
+    origin: RolloutOrigin | None = None  # None: sampled in this process, read from a file, or given
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,6 +14,7 @@ from megatron_paint.config.settings import (
     OptimizerSettings,
     RolloutSettings,
 )
+from megatron_paint.config.vllm import VllmSettings
 
 BUILT_IN_VIEWS = ("full", "answer")  # every problem has them, without a further column
 
@@ -136,6 +137,34 @@ def of_rollout(rollout: RolloutSettings) -> Iterator[str]:
         yield "rollout.path is not set: engine=replay reads rollouts from this file"
     if rollout.engine != "replay" and rollout.path is not None:
         yield f"rollout.path belongs to engine=replay, but engine={rollout.engine}; leave it out"
+    yield from of_vllm(rollout)
+
+
+def of_vllm(rollout: RolloutSettings) -> Iterator[str]:
+    vllm = rollout.vllm
+    if rollout.engine != "vllm":
+        if vllm != VllmSettings():
+            yield f"the section rollout.vllm belongs to engine=vllm, but rollout.engine={rollout.engine}; leave it out"
+        return
+    ours = {"servers": 1, "command": None, "devices": (), "environment": {}, "extra_args": (), "max_model_len": None}
+    for name, default in ours.items():
+        if vllm.urls and getattr(vllm, name) != default:
+            yield (
+                f"rollout.vllm.{name} is about servers that the run starts, and rollout.vllm.urls names servers that "
+                "already run: leave one of them out"
+            )
+    for url in vllm.urls:
+        if not url.startswith(("http://", "https://")):
+            yield f"rollout.vllm.urls holds {url!r}; an address begins with http://, such as http://{url}"
+    if len(set(vllm.urls)) != len(vllm.urls):
+        yield "rollout.vllm.urls names a server twice; name each once"
+    if vllm.devices and len(vllm.devices) != vllm.servers:
+        yield (
+            f"rollout.vllm.devices has {len(vllm.devices)} entries for rollout.vllm.servers={vllm.servers}: give the "
+            "GPUs of each server, such as ['6', '7']"
+        )
+    if vllm.transfer_folder is not None and vllm.transfer != "file":
+        yield f"rollout.vllm.transfer_folder belongs to transfer=file, but transfer={vllm.transfer}; leave it out"
 
 
 def of_grpo(objective: ObjectiveSettings, rollout: RolloutSettings) -> Iterator[str]:

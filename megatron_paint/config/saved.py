@@ -11,6 +11,7 @@ from ruamel.yaml.error import YAMLError
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import LONGEST_ANSWER, DataSettings, ModelSettings, RunSettings, Settings
+from megatron_paint.config.vllm import VllmSettings
 
 # What a resumed run may change: how long, how often and where. None of these changes what a step computes, except
 # run.steps where a decay ends there; `moved_decay_end` checks this.
@@ -43,6 +44,9 @@ MAY_CHANGE = {f"run.{name}" for name in MAY_CHANGE_IN_RUN} | {
     "objective.teacher.offload",
     "rollout.batch_size",
     "rollout.cache_bytes",
+    # Where the servers are and how weights reach them.
+    "rollout.transfer_bytes",
+    *(f"rollout.vllm.{name}" for name in dataclasses.asdict(VllmSettings())),
     "optimizer.decay_steps",  # `moved_decay_end` compares it together with run.steps
 }
 # What null means. A run accepts this length of an answer only if it fits, and null is this length wherever it fits.

@@ -23,6 +23,7 @@ from megatron_paint.config.dialect import (
 )
 from megatron_paint.config.domains import DEFAULT_DOMAIN, DomainSettings
 from megatron_paint.config.objective import Needs, ObjectiveSettings
+from megatron_paint.config.vllm import VllmSettings
 
 LONGEST_ANSWER = 38912  # tokens; OPSD's limit in evaluations
 Format = Literal["auto", "json", "jsonl", "csv", "parquet", "datasets"]
@@ -145,7 +146,8 @@ class RolloutSettings:
     """How responses are sampled for training."""
 
     engine: Annotated[
-        Literal["megatron", "replay"], setting("where responses come from: sampled here, or read from a file")
+        Literal["megatron", "replay", "vllm"],
+        setting("where responses come from: sampled here, read from a file, or sampled by vLLM servers"),
     ] = "megatron"
     path: Annotated[Text | None, setting("file or folder of rollouts for engine=replay")] = None
     samples_per_problem: Annotated[
@@ -168,6 +170,10 @@ class RolloutSettings:
     top_k: Annotated[Whole, setting("sample from this many most likely tokens; 0: from all", source=OPSD, ge=0)] = 20
     batch_size: Annotated[Count, setting("most responses that one data-parallel replica decodes together")] = 64
     cache_bytes: Annotated[Positive, setting("bytes of keys and values that a rank may hold while it samples")] = 2.0e10
+    transfer_bytes: Annotated[
+        Positive, setting("bytes of weights in one message to the servers of engine=vllm, or one module")
+    ] = 2.56e8
+    vllm: VllmSettings = field(default_factory=VllmSettings)
 
 
 @settings_class

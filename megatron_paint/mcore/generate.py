@@ -80,6 +80,10 @@ class MegatronSampler:
     def sync_weights(self, step: int) -> None:
         """Does nothing: sampler and trainer share their weights."""
 
+    def metrics(self) -> dict[str, float]:
+        """Empty."""
+        return {}
+
     @torch.no_grad()
     def generate_on_replica(self, requests: Sequence[GenerationRequest], sampling: SamplingParameters) -> list[Rollout]:
         """One rollout per request, in order, on the ranks of this data-parallel replica, which call together.

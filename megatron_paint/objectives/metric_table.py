@@ -137,6 +137,17 @@ METRICS: dict[str, Metric] = {
         unit="-",
     ),
     "lr": Metric(meaning="learning rate", unit="-", healthy="the schedule of the optimizer settings"),
+    "rollout/update_seconds": Metric(
+        meaning="time of sending the weights to the servers, before the step samples",
+        unit="seconds",
+        only="rollout.engine=vllm",
+    ),
+    "rollout/spot_check_gap": Metric(
+        meaning="largest difference between a server's and the trainer's log-probability, in the check after an update",
+        unit="nats",
+        healthy="float32: below 1e-3; bfloat16: below 0.3",
+        only="rollout.engine=vllm",
+    ),
     "sampler_gap/max": Metric(
         meaning="largest difference between sampler's and trainer's log-probability of a sampled token",
         unit="nats",

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from megatron_paint.config.domains import BOXED_GRADERS, DomainSettings, domain_of
@@ -89,7 +90,8 @@ def sample_lines(report: StepReport, *, decode: Callable[[Sequence[int]], str]) 
     token does. A sample without a reveal has null in `overlap` and `reveal`, and no `anchors`. `finished` is null for a
     response that was not sampled. `advantage` is null except under GRPO. With a support `outside_mass` and
     `support_size` have a value for each response token. Where PAINT and OPSD grade, `correct` is the verdict, and
-    `left_out` is there for a response that is not trained on. A file of these lines, or a folder of such files, can be
+    `left_out` is there for a response that is not trained on. `origin` says where, and with which weights, an engine
+    outside of the run sampled the response. A file of these lines, or a folder of such files, can be
     replayed.
     """
     return [
@@ -111,6 +113,7 @@ def sample_lines(report: StepReport, *, decode: Callable[[Sequence[int]], str]) 
             "advantage": sample.advantage,
             **({} if sample.correct is None else {"correct": sample.correct}),
             **({} if sample.left_out is None else {"left_out": sample.left_out}),
+            **({} if sample.rollout.origin is None else {"origin": asdict(sample.rollout.origin)}),
             **{name: [round(value, 6) for value in values] for name, values in score.per_token.items()},
         }
         for sample, score in zip(report.samples, report.scores, strict=True)

@@ -62,3 +62,6 @@ class Sampler(Protocol):
 
     def sync_weights(self, step: int) -> None:
         """Makes the engine sample with the weights that training step `step` starts from; called before it samples."""
+
+    def metrics(self) -> dict[str, float]:
+        """What the engine measured since the last call, by the keys of metrics.jsonl; the same on every rank."""

@@ -58,6 +58,10 @@ class ReplaySampler:
     def sync_weights(self, step: int) -> None:
         """Does nothing: recorded rollouts are of no weights."""
 
+    def metrics(self) -> dict[str, float]:
+        """Empty."""
+        return {}
+
     def check(self, requests: Sequence[GenerationRequest], *, max_tokens: int, vocab_size: int | None = None) -> None:
         """Raises UserError that names what the file does not have, or a response that cannot be this model's.
 

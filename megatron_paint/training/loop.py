@@ -83,7 +83,7 @@ class Run:
                 with timer("step"):
                     result = self.objective.step(self.policy, self.order.batch(step), step=step, lr=lr, timer=timer)
                 metrics = metrics_of(result, step=step, lr=lr, seconds=timer.seconds)
-                metrics |= self.order.record(step, result.verdicts)
+                metrics |= self.order.record(step, result.verdicts) | self.sampler.metrics()
                 report = StepReport(
                     step=step,
                     metrics=metrics,
@@ -190,5 +190,6 @@ class Run:
     def evaluate(self, step: int) -> None:
         """Evaluates the current weights if there are held-out problems."""
         if self.evaluator is not None:
+            self.sampler.sync_weights(step + 1)
             answers = self.evaluator.sample(self.sampler)
             self.on_rank_zero(lambda: self.recorder.evaluation(self.evaluator, answers, step))

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import Settings
 from megatron_paint.data.order import ProblemOrder, problem_order
-from megatron_paint.data.prompts import Prompts
 from megatron_paint.evaluation.evaluator import Evaluator
 from megatron_paint.grading.grade import Rules
 from megatron_paint.grading.graders import Graders
@@ -25,7 +24,6 @@ from megatron_paint.planning.hardware import ranks_of_this_node
 from megatron_paint.planning.local_model import with_local_model
 from megatron_paint.planning.memory import make_plan
 from megatron_paint.policy import Policy
-from megatron_paint.rollouts.engine import Sampler
 from megatron_paint.run.console import Mode, Progress
 from megatron_paint.run.console_log import ConsoleLog
 from megatron_paint.run.folder import RunFolder
@@ -33,15 +31,16 @@ from megatron_paint.run.lock import RunLock
 from megatron_paint.run.tensorboard import open_tensorboard
 from megatron_paint.runtime.heartbeat import LONG, Watchdog, mark_progress, start_watchdog, stop_watchdog
 from megatron_paint.runtime.stop import StopRequest, job_end
-from megatron_paint.training.inputs import Inputs, load_inputs, replay_sampler, rollout_source
+from megatron_paint.training.engines import start_servers, training_samplers
+from megatron_paint.training.inputs import Inputs, load_inputs, rollout_source
 from megatron_paint.training.loop import Run
 from megatron_paint.training.ownership import OwnedRun, owned_run
 from megatron_paint.training.recorder import Recorder
 from megatron_paint.training.self_check import self_check
 
 if TYPE_CHECKING:
-    from megatron_paint.mcore.policy import MegatronPolicy
     from megatron_paint.mcore.ranks import Ranks
+    from megatron_paint.rollouts.vllm.fleet import Fleet
 
 
 MOST_MASKER_WORKERS = 8  # ours: a step of 512 problems then takes a tenth of a second
@@ -79,6 +78,7 @@ def train(
             return True
         own = partial(owned_run, settings, ranks, lock=lock, log=log)
         run = prepare(settings, ranks, inputs, own, mode=mode, prints_plan=prints_plan, stack=stack, request=request)
+        run.sampler.sync_weights(run.start + 1)
         self_check(settings, run.policy, run.sampler, run.problems, run.recorder.prompts, run.progress)
         return run.train()
 
@@ -130,6 +130,8 @@ def prepare(
     progress = _open_console(settings, folder, mode=mode if first else "silent", start=start, log=owned.log)
     notes = [*plan.lines(settings), *inputs.notes] if prints_plan else []
     _print_start(progress, notes, [*([*plan.warnings(), *inputs.warnings] if prints_plan else []), *warnings])
+    fleets: list[Fleet] = []  # one on rank 0, if the run has servers
+    on_rank_zero(lambda: fleets.extend(start_servers(settings, plan.shape, note=progress.note, stack=stack)))
     policy = MegatronPolicy(settings, plan.shape, ranks)
     for note in policy.notes:
         progress.note(note)
@@ -139,10 +141,13 @@ def prepare(
     for change in changed:
         progress.result(change)
     graders = _graders(settings, inputs, stack) if first else None
+    sampler, evaluation_sampler = training_samplers(
+        settings, inputs.prompts, policy, ranks, next(iter(fleets), None), stack
+    )
     objective_inputs = ObjectiveInputs(
         settings=settings.objective,
         prompts=inputs.prompts,
-        rollouts=rollout_source(settings, inputs.prompts, _training_sampler(settings, inputs.prompts, policy)),
+        rollouts=rollout_source(settings, inputs.prompts, sampler),
         masker=_masker_pool(stack) if first and settings.needs.masker else None,
         grades_rollouts=settings.needs.graders,
         graders=graders,
@@ -156,7 +161,7 @@ def prepare(
         problems=inputs.problems,
         order=order,
         objective=OBJECTIVES[settings.objective.name](objective_inputs),
-        sampler=policy.sampler,
+        sampler=evaluation_sampler,
         evaluator=_evaluator(settings, inputs),
         recorder=Recorder(settings=settings, folder=folder, progress=progress, prompts=inputs.prompts, graders=graders),
         progress=progress,
@@ -192,13 +197,6 @@ def _open_console(settings: Settings, folder: RunFolder, *, mode: Mode, start: i
     if note:
         progress.note(note)
     return progress
-
-
-def _training_sampler(settings: Settings, prompts: Prompts, policy: "MegatronPolicy") -> Sampler:
-    """The engine of `rollout.engine`; evaluations and the self-check always sample from the model itself."""
-    if settings.rollout.engine == "replay" and settings.needs.samples_per_problem:
-        return replay_sampler(settings, prompts)
-    return policy.sampler
 
 
 def set_damaged_aside(folder: RunFolder, ranks: "Ranks") -> list[str]:

@@ -1,0 +1,72 @@
+"""The command line and environment of a vLLM server: ours, or one that a user starts for `rollout.vllm.urls`."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_paint.config.vllm import VllmSettings
+
+FILE_BACKEND = "megatron_paint_file"  # the name under which plugin.py registers its engine in vLLM
+# What torchrun, srun's scripts and our launcher set for a rank. A server that reads it takes itself for a rank.
+RANK_VARIABLES = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT", "ROLE_NAME", "ROLE_WORLD_SIZE", "CUDA_DEVICE_MAX_CONNECTIONS"),
+)
+RANK_PREFIXES = ("TORCHELASTIC_", "SLURM_", "MEGATRON_PAINT_", "PMI_")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """What a server is started with besides its model."""
+
+    settings: VllmSettings
+    dtype: str
+    logprobs_mode: str
+    lora_rank: int | None = None  # adapters are loaded while it runs; None: it has none
+    on_gpus: bool = True
+    remove: Path | None = None  # a folder that goes when the run's process dies
+
+
+def server_command(engine: Engine, model: Path, port: int) -> list[str]:
+    """The command of a server of `model` on the loopback interface."""
+    settings = engine.settings
+    program = settings.command or (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
+    backend = FILE_BACKEND if settings.transfer == "file" else settings.transfer
+    command = [
+        *program,
+        *("--model", str(model), "--host", "127.0.0.1", "--port", str(port), "--dtype", engine.dtype),
+        *("--skip-tokenizer-init", "--generation-config", "vllm", "--enable-scale-out"),
+        *("--tensor-parallel-size", str(settings.tensor_parallel), "--logprobs-mode", engine.logprobs_mode),
+        *("--weight-transfer-config", json.dumps({"backend": backend})),
+    ]
+    if settings.max_model_len is not None:
+        command += ["--max-model-len", str(settings.max_model_len)]
+    if engine.on_gpus:
+        command += ["--gpu-memory-utilization", str(settings.gpu_memory)]
+    else:
+        command += ["--enforce-eager"]  # compiling costs minutes, and nothing is gained without a GPU
+    if settings.transfer == "ipc":
+        command += ["--enable-sleep-mode"]
+    if engine.lora_rank is not None:
+        command += ["--enable-lora", "--max-lora-rank", str(engine.lora_rank), "--max-loras", "2"]
+    return [*command, *settings.extra_args]
+
+
+def server_environment(engine: Engine, number: int, base: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment of server `number`: that of this process without what makes a process a rank."""
+    base = os.environ if base is None else base
+    kept = {
+        key: value for key, value in base.items() if key not in RANK_VARIABLES and not key.startswith(RANK_PREFIXES)
+    }
+    kept |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    if engine.settings.transfer == "ipc":
+        kept["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    if not engine.on_gpus:
+        # A share of the cores is the kernel's to give: a pinned server stands still behind the ranks on its cores.
+        kept |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_TARGET_DEVICE": "cpu"}
+    if engine.settings.devices:
+        kept["CUDA_VISIBLE_DEVICES"] = engine.settings.devices[number]
+    return kept | engine.settings.environment

@@ -1,0 +1,291 @@
+"""The vLLM servers of a run: sampling on all of them, updates of all of them, and what happens when one fails.
+
+Only rank 0 has a fleet. Its event loop has its own thread, so that it samples while the trainer computes.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatron_paint.base.errors import UserError
+from megatron_paint.records import Rollout
+from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
+from megatron_paint.rollouts.vllm.balance import balanced
+from megatron_paint.rollouts.vllm.client import Client, ServerError, check_requests
+from megatron_paint.rollouts.vllm.command import Engine, server_command, server_environment
+from megatron_paint.rollouts.vllm.process import ServerProcess, free_port
+from megatron_paint.runtime.heartbeat import mark_progress
+
+T = TypeVar("T")
+
+POLL_SECONDS = 0.5
+
+
+@dataclass
+class Server:
+    """One server, and whether it can be used."""
+
+    number: int
+    client: Client
+    process: ServerProcess | None  # None: given by a URL
+    failed: str | None = None  # why it is not used any more
+    longest: int = 0  # most tokens of a prompt and its response
+
+    @property
+    def name(self) -> str:
+        return f"vLLM server {self.number} ({self.client.url})"
+
+
+class Fleet:
+    """Starts or finds the servers. Every method blocks until its work is done."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        vocab_size: int,
+        logs: Path,
+        note: Callable[[str], None],
+    ):
+        """logs: folder of what our servers print. note: shows a line to the user."""
+        self.engine, self.settings = engine, engine.settings
+        self.vocab_size, self.logs, self.note = vocab_size, logs, note
+        self.init_info: Mapping[str, Any] | None = None
+        self.restarts_left = self.settings.restarts
+        self._servers: dict[int, Server] = {}
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
+        self._thread.start()
+
+    @property
+    def live(self) -> list[Server]:
+        """The servers that can be used."""
+        return [server for server in self._servers.values() if server.failed is None]
+
+    @property
+    def failed(self) -> list[Server]:
+        return [server for server in self._servers.values() if server.failed is not None]
+
+    def start(self, model: Path) -> None:
+        """Starts our servers with the model in this folder. They load it while the caller goes on."""
+        urls = self.settings.urls
+        count = len(urls) or self.settings.servers
+        for number in range(count):
+            self._servers[number] = self._connect(number, urls[number]) if urls else self._started(number, model)
+
+    def wait_until_ready(self, init_info: Mapping[str, Any] | None = None) -> None:
+        """Waits for the servers that were started. UserError: one did not become ready; it holds what it printed.
+
+        init_info: what the servers' weight transfer is initialised with; None: weights are never transferred.
+        """
+        self.init_info = init_info
+        self.run(self._each(self.live, self._make_ready))
+        if self.failed:
+            server = self.failed[0]
+            hint = f". What it printed is in {server.process.log}" if server.process else ""
+            raise UserError(f"{server.name} does not start: {server.failed}{hint}")
+
+    def sample(
+        self,
+        requests: Sequence[GenerationRequest],
+        sampling: SamplingParameters,
+        *,
+        version: str | None,
+        wants_logprobs: bool,
+        found: dict[int, Rollout] | None = None,
+    ) -> dict[int, Rollout]:
+        """Rollouts by the number of their request; some are missing only if no server lives any more.
+
+        found: those that exist already. version: of the weights that each token must be of; None: not checked.
+        """
+        return self.run(self.sampled(requests, sampling, version=version, wants_logprobs=wants_logprobs, found=found))
+
+    async def sampled(
+        self,
+        requests: Sequence[GenerationRequest],
+        sampling: SamplingParameters,
+        *,
+        version: str | None,
+        wants_logprobs: bool,
+        found: dict[int, Rollout] | None = None,
+    ) -> dict[int, Rollout]:
+        """`sample` as a coroutine of the fleet's loop."""
+        found = {} if found is None else found
+        longest = min((server.longest for server in self.live), default=0)
+        if self.live:
+            check_requests(requests, sampling, vocab_size=self.vocab_size, max_model_len=longest)
+        while self.live and (missing := {i: request for i, request in enumerate(requests) if i not in found}):
+            servers = self.live
+            parts = balanced(missing, len(servers), response=sampling.max_new_tokens)
+
+            async def ask(server: Server, part: Sequence[int]) -> None:
+                slots = asyncio.Semaphore(self.settings.requests)
+
+                async def one(number: int) -> None:
+                    async with slots:
+                        found[number] = await server.client.generate(
+                            requests[number], sampling, version=version, wants_logprobs=wants_logprobs
+                        )
+                    mark_progress()
+
+                async with server.client.watched():
+                    await all_of(one(number) for number in part)
+
+            await asyncio.gather(
+                *(
+                    self._guarded(server, ask(server, part), "sampling")
+                    for server, part in zip(servers, parts, strict=True)
+                    if part
+                )
+            )
+        return found
+
+    def begin_update(self) -> None:
+        """Waits until no server samples any more, and opens the update of all of them."""
+
+        async def begin(server: Server) -> None:
+            await server.client.call("POST", "/pause", params={"mode": "wait"})
+            await server.client.call("POST", "/start_weight_update")
+
+        self.run(self._each(self.live, begin, "beginning an update"))
+
+    def send(self, update_info: Mapping[str, Any]) -> Future:
+        """Starts one message of an update on all servers, and returns at once. The result is None."""
+
+        async def send(server: Server) -> None:
+            await server.client.call("POST", "/update_weights", json={"update_info": dict(update_info)})
+            mark_progress()
+
+        return self.submit(self._each(self.live, send, "updating weights"))
+
+    def finish_update(self, version: str) -> None:
+        """Closes the update. Afterwards every live server samples with the weights `version` and old keys are gone."""
+
+        async def finish(server: Server) -> None:
+            call = server.client.call
+            await call("POST", "/finish_weight_update", json={"weight_version": version})
+            await self._forget_prefixes(server)
+            if (held := await server.client.weight_version()) != version:
+                raise ServerError(f"it holds weights {held} after an update to {version}")
+            await call("POST", "/resume")
+
+        self.run(self._each(self.live, finish, "finishing an update"))
+
+    def call_each(self, act: Callable[[Server], Awaitable[None]], what: str) -> None:
+        """Does something with every live server; one that fails is not used any more."""
+        self.run(self._each(self.live, act, what))
+
+    def restart_failed(self, model: Path, *, version: str | None) -> None:
+        """Starts our failed servers again, with the weights in this folder, until one lives and none of ours is failed.
+
+        Those of URLs are left out for good. UserError: no server is left, or ours failed more often than
+        `rollout.vllm.restarts`.
+        """
+        while self.failed:
+            reasons = "; ".join(f"{server.name}: {server.failed}" for server in self.failed)
+            ours = [server for server in self.failed if server.process is not None]
+            if len(ours) > self.restarts_left:
+                limit = f"rollout.vllm.restarts={self.settings.restarts} allows no more restarts"
+                raise UserError(f"{reasons}. {limit}; what the servers printed is in {self.logs}")
+            if not (ours or self.live):
+                raise UserError(f"{reasons}. No server of rollout.vllm.urls is left")
+            self.restarts_left -= len(ours)
+            for server in self.failed:
+                done = "is left out" if server.process is None else "is started again"
+                self.note(f"{server.name} {done}, because it failed: {server.failed}")
+                del self._servers[server.number]
+            fresh = [self._started(server.number, model) for server in ours]
+            self._servers |= {server.number: server for server in fresh}
+            self.run(self._each(fresh, self._make_ready))
+            if version is not None:
+                named = [server for server in fresh if server.failed is None]
+                self.run(self._each(named, lambda server: self._name_version(server, version)))
+
+    def close(self) -> None:
+        """Ends the servers that this run started, and the thread."""
+        for server in self._servers.values():
+            if server.process is not None:
+                server.process.kill()
+            with suppress(Exception):
+                self.run(server.client.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
+        """Starts work in the fleet's loop."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of work in the fleet's loop."""
+        return self.submit(work).result()
+
+    def _connect(self, number: int, url: str) -> Server:
+        return Server(number, Client(url, timeout=self.settings.hang_timeout_s), None)
+
+    def _started(self, number: int, model: Path) -> Server:
+        port = free_port()
+        process = ServerProcess(
+            server_command(self.engine, model, port),
+            server_environment(self.engine, number),
+            self.logs / f"vllm_server_{number}.log",
+            remove=self.engine.remove,
+        )
+        client = Client(f"http://127.0.0.1:{port}", timeout=self.settings.hang_timeout_s)
+        return Server(number, client, process)
+
+    async def _make_ready(self, server: Server) -> None:
+        end = time.monotonic() + self.settings.start_timeout_s
+        while not await server.client.is_ready():
+            if server.process is not None and not server.process.runs:
+                raise ServerError(server.process.last_words() or "its process ended without a word")
+            if time.monotonic() > end:
+                limit = f"rollout.vllm.start_timeout_s={self.settings.start_timeout_s:g}"
+                raise ServerError(f"it did not answer within {limit}")
+            mark_progress()
+            await asyncio.sleep(POLL_SECONDS)
+        server.longest = await server.client.max_model_len()
+        if self.init_info is not None:
+            await server.client.call("POST", "/init_weight_transfer_engine", json={"init_info": dict(self.init_info)})
+
+    async def _name_version(self, server: Server, version: str) -> None:
+        await server.client.call("POST", "/update_weight_version", json={"new_version": version})
+
+    async def _forget_prefixes(self, server: Server) -> None:
+        """An update leaves the keys and values of old weights in the prefix cache; the next prompt would read them."""
+        answer = await server.client.call("POST", "/reset_prefix_cache")
+        if not answer.get("success"):
+            raise ServerError("its prefix cache was not reset: requests still hold blocks")
+
+    async def _each(
+        self, servers: Sequence[Server], act: Callable[[Server], Awaitable[None]], what: str = "starting"
+    ) -> None:
+        await asyncio.gather(*(self._guarded(server, act(server), what) for server in servers))
+
+    async def _guarded(self, server: Server, work: Awaitable[None], what: str) -> None:
+        """Awaits work of one server. If it fails, the server is killed, because what it holds is not known."""
+        try:
+            await work
+        except ServerError as error:
+            server.failed = f"{what}: {error}"
+            if server.process is not None:
+                words = server.process.last_words() if not server.process.runs else ""
+                server.failed += f" ({words})" if words else ""
+                await asyncio.to_thread(server.process.kill)
+
+
+async def all_of(work: Sequence[Coroutine[Any, Any, None]] | Any) -> None:
+    """Awaits all of it; after a failure the rest is cancelled."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,67 @@
+"""The process of one vLLM server that this run has started."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from megatron_paint.runtime import guard
+from megatron_paint.runtime.files import disk_errors
+
+TAIL_BYTES = 20_000
+TAIL_LINES = 3
+
+
+class ServerProcess:
+    """A server under a guard (runtime/guard.py). It ends with this process, whatever ends that."""
+
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], log: Path, *, remove: Path | None = None
+    ):
+        """Starts the command. log: the file that what it prints is added to. UserError: it cannot be written.
+
+        remove: a folder that is removed when this process dies.
+        """
+        self.log = log
+        with disk_errors(log):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with open(log, "ab") as file:
+                file.write(f"$ {' '.join(command)}\n".encode())
+                file.flush()
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", guard.__name__, str(os.getpid()), str(remove or ""), *command],
+                    env=dict(environment),
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+
+    @property
+    def runs(self) -> bool:
+        """Whether it still runs. vLLM's own exit status says nothing: it is 0 after a fault."""
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        """Kills all processes of the server, also suspended ones, and waits for their end."""
+        self._process.terminate()  # the guard kills the server's group, and takes away its shared memory
+        self._process.wait()
+
+    def last_words(self) -> str:
+        """The last lines that name an error, or the last lines, of what the server printed."""
+        with suppress(OSError), open(self.log, "rb") as file:
+            file.seek(max(0, self.log.stat().st_size - TAIL_BYTES))
+            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+            errors = [line for line in lines if "Error" in line]
+            return " | ".join(line[-300:] for line in (errors or lines)[-TAIL_LINES:])
+        return ""
+
+
+def free_port() -> int:
+    """A port of the loopback interface that is free now."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]

@@ -1,0 +1,123 @@
+"""The rollout engine `vllm`: rank 0 talks to the servers, and every rank gets the rollouts."""
+
+import shutil
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_paint.records import Rollout
+from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
+from megatron_paint.rollouts.vllm.file_transfer import FileTransfer
+from megatron_paint.rollouts.vllm.fleet import Fleet
+from megatron_paint.rollouts.vllm.spot_check import SpotCheck
+from megatron_paint.rollouts.vllm.weights import WeightSource
+from megatron_paint.runtime.rank_zero import OnRankZero
+
+
+class VllmSampler:
+    """Implements `Sampler`. Every rank has one; only that of rank 0 has the fleet.
+
+    After each update of the weights, and before anything is sampled with them, a spot check compares log-probabilities
+    of the servers with the trainer's. A server that fails is killed, its prompts are sampled by the others, and it is
+    started again from an export of the current weights.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet | None,
+        *,
+        weights: WeightSource | None,
+        transfer: FileTransfer | None,
+        spot_check: SpotCheck | None,
+        start_model: Path,
+        exports: Path,
+        on_rank_zero: OnRankZero,
+    ):
+        """weights, transfer, spot_check: None for a model that does not change (an evaluation).
+
+        start_model: the Hugging Face folder that the servers start with. exports: folder for those that they are
+        started with again.
+        """
+        self.fleet, self.weights, self.transfer, self.spot_check = fleet, weights, transfer, spot_check
+        self.start_model, self.exports, self.on_rank_zero = start_model, exports, on_rank_zero
+        # Of this start of this run: another run at the same servers, or an earlier start, has other versions.
+        self.nonce = on_rank_zero(lambda: uuid.uuid4().hex[:8])
+        self.version: str | None = None
+        self.checked = True
+        self._measured: dict[str, float] = {}
+
+    def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParameters) -> list[Rollout]:
+        """One rollout per request, in order, on every rank."""
+        self._check_weights(requests)
+        found: dict[int, Rollout] = {}
+        while True:
+            found = self.on_rank_zero(lambda found=found: self._sample(requests, sampling, found))
+            if len(found) == len(requests):
+                return [found[number] for number in range(len(requests))]
+            self._revive()
+
+    def sync_weights(self, step: int) -> None:
+        """Sends the weights that training step `step` starts from to all servers, unless they have them."""
+        version = f"{self.nonce}/{step - 1}"
+        if self.weights is None or version == self.version:
+            return
+        start = time.perf_counter()
+        self._revive(before=True)
+        self.transfer.send(self.fleet, version)
+        self.version, self.checked = version, False
+        self._revive()
+        self._measured["rollout/update_seconds"] = time.perf_counter() - start
+
+    def metrics(self) -> dict[str, float]:
+        """What was measured since the last call."""
+        measured, self._measured = self._measured, {}
+        return measured
+
+    def close(self) -> None:
+        """Removes what this engine has written for its servers."""
+        if self.fleet is not None:
+            if self.transfer is not None:
+                self.transfer.close()
+            shutil.rmtree(self.exports, ignore_errors=True)
+
+    def has_logprobs(self, sampling: SamplingParameters) -> bool:
+        """Whether the servers' log-probabilities are those of a `Rollout`: at the temperature, before top-k and top-p.
+
+        vLLM reports them either without the temperature, or after the cut.
+        """
+        if sampling.temperature == 0:
+            return False
+        if self.fleet.engine.logprobs_mode == "raw_logprobs":
+            return sampling.temperature == 1
+        return sampling.top_p == 1 and sampling.top_k == 0
+
+    def _sample(
+        self, requests: Sequence[GenerationRequest], sampling: SamplingParameters, found: dict[int, Rollout]
+    ) -> dict[int, Rollout]:
+        wants = self.has_logprobs(sampling)
+        return self.fleet.sample(requests, sampling, version=self.version, wants_logprobs=wants, found=found)
+
+    def _check_weights(self, requests: Sequence[GenerationRequest]) -> None:
+        """The spot check, once after each update. Servers that fail in it are started again, and checked as well."""
+        while not self.checked and self.spot_check is not None:
+            found = self.on_rank_zero(lambda: self.spot_check.sample(self.fleet, requests, version=self.version))
+            gap = self.spot_check.gap(found)
+            self._measured["rollout/spot_check_gap"] = gap
+            if not self._revive():
+                self.checked = True
+
+    def _revive(self, *, before: bool = False) -> bool:
+        """Starts failed servers again, from an export of the current weights. Returns whether there were any.
+
+        before: an update follows, which sends the weights.
+        """
+        if not self.on_rank_zero(lambda: bool(self.fleet.failed)):
+            return False
+        model = self.start_model
+        if self.weights is not None:
+            model = self.exports / (self.version or "start").replace("/", "-")
+            self.weights.export(model)
+        version = None if before else self.version
+        self.on_rank_zero(lambda: self.fleet.restart_failed(model, version=version))
+        return True

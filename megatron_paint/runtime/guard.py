@@ -1,0 +1,74 @@
+"""Runs a command whose processes all end with the process that started this one, whatever ended that.
+
+`python -m megatron_paint.runtime.guard PARENT FOLDER COMMAND...`. The kernel kills only direct children of a process that
+died. The command's own children would stay, and hold their GPUs. So this process waits for the command, and kills the
+command's process group at SIGTERM: the kernel sends it when PARENT dies, and `end` sends it before. Python's shared
+memory of killed processes stays in /dev/shm, so it is removed as well. FOLDER, unless it is empty text, is removed when
+PARENT has died.
+"""
+
+import ctypes
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from megatron_paint.runtime.processes import SET_PARENT_DEATH_SIGNAL
+
+# The names that Python's multiprocessing gives to shared memory and semaphores.
+SHARED_MEMORY = re.compile(rb"/dev/shm/(?:psm_|sem\.mp-)[\w-]+")
+
+
+def main() -> int:
+    """Returns the exit status of the command; 128 + N if signal N ended it."""
+    parent, folder, command = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, int(signal.SIGTERM))
+    process = subprocess.Popen(command, start_new_session=True)
+
+    def end(number: int, frame: object) -> None:
+        kill_group(process.pid)
+        if folder and os.getppid() != parent:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    signal.signal(signal.SIGTERM, end)
+    if os.getppid() != parent:  # the parent died before the kernel was asked
+        end(signal.SIGTERM, None)
+    status = process.wait()
+    kill_group(process.pid)  # what it has left
+    return status if status >= 0 else 128 - status
+
+
+def kill_group(group: int) -> None:
+    """Kills all processes of a group, and removes the shared memory that they had in common."""
+    shared = {name for pid in members_of(group) for name in shared_memory_of(pid)}
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)
+    for name in shared:
+        Path(name).unlink(missing_ok=True)
+
+
+def members_of(group: int) -> list[int]:
+    """The processes of a group."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, IndexError, ValueError):
+            # The name in parentheses may hold spaces and parentheses; the third field behind it is the group.
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[2]) == group:
+                found.append(int(folder.name))
+    return found
+
+
+def shared_memory_of(pid: int) -> set[str]:
+    """The paths of Python's shared memory that a process has mapped."""
+    with suppress(OSError):
+        return {name.decode() for name in SHARED_MEMORY.findall(Path(f"/proc/{pid}/maps").read_bytes())}
+    return set()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""The rollout engine of a run, by `rollout.engine`."""
+
+import hashlib
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_paint.config.settings import RolloutSettings, Settings
+from megatron_paint.data.prompts import Prompts
+from megatron_paint.models.shape import ModelShape
+from megatron_paint.rollouts.engine import Sampler
+from megatron_paint.training.inputs import replay_sampler
+
+if TYPE_CHECKING:
+    from megatron_paint.mcore.policy import MegatronPolicy
+    from megatron_paint.mcore.ranks import Ranks
+    from megatron_paint.rollouts.vllm.fleet import Fleet
+
+MEMORY = Path("/dev/shm")
+
+
+def start_servers(
+    settings: Settings, shape: ModelShape, *, note: Callable[[str], None], stack: ExitStack
+) -> "list[Fleet]":
+    """Starts the servers of `rollout.engine: vllm`, on rank 0. They load while the trainer builds its model.
+
+    Returns their fleet; empty for other engines.
+    """
+    if settings.rollout.engine != "vllm" or not settings.needs.samples_per_problem:
+        return []
+    run_folder = Path(settings.run.dir)
+    fleet = new_fleet(
+        settings.rollout,
+        shape,
+        dtype=settings.model.dtype,
+        logs=run_folder / "logs",
+        remove=transfer_folder(settings.rollout, run_folder),
+        note=note,
+    )
+    stack.callback(fleet.close)
+    fleet.start(Path(settings.model.hf_path).resolve())
+    return [fleet]
+
+
+def new_fleet(
+    rollout: RolloutSettings,
+    shape: ModelShape,
+    *,
+    dtype: str,
+    logs: Path,
+    note: Callable[[str], None],
+    remove: Path | None = None,
+    temperature: float | None = None,
+) -> "Fleet":
+    """A fleet without servers. remove: a folder that goes when this process dies. temperature: default: rollout's."""
+    import torch
+
+    from megatron_paint.rollouts.vllm.command import Engine
+    from megatron_paint.rollouts.vllm.fleet import Fleet
+
+    at_one = (rollout.temperature if temperature is None else temperature) == 1
+    engine = Engine(
+        settings=rollout.vllm,
+        dtype=dtype,
+        # At temperature 1 the raw values are right also under top-k and top-p; at others, only without them.
+        logprobs_mode="raw_logprobs" if at_one else "processed_logprobs",
+        on_gpus=torch.cuda.is_available(),
+        remove=remove,
+    )
+    return Fleet(engine, vocab_size=shape.vocab_size, logs=logs, note=note)
+
+
+def transfer_folder(rollout: RolloutSettings, run_folder: Path) -> Path:
+    """The folder of this run alone through which weights reach the servers."""
+    name = f"megatron_paint_{hashlib.sha256(str(run_folder.resolve()).encode()).hexdigest()[:12]}"
+    folder = rollout.vllm.transfer_folder
+    return (MEMORY if folder is None else Path(folder)) / name
+
+
+def training_samplers(
+    settings: Settings,
+    prompts: Prompts,
+    policy: "MegatronPolicy",
+    ranks: "Ranks",
+    fleet: "Fleet | None",
+    stack: ExitStack,
+) -> tuple[Sampler, Sampler]:
+    """The sampler of the objective, and that of evaluations and the self-check; `fleet` is only on rank 0."""
+    if not settings.needs.samples_per_problem:
+        return policy.sampler, policy.sampler
+    match settings.rollout.engine:
+        case "replay":
+            return replay_sampler(settings, prompts), policy.sampler
+        case "vllm":
+            sampler = _vllm_sampler(settings, policy, ranks, fleet)
+            stack.callback(sampler.close)
+            return sampler, sampler
+    return policy.sampler, policy.sampler
+
+
+def _vllm_sampler(settings: Settings, policy: "MegatronPolicy", ranks: "Ranks", fleet: "Fleet | None") -> Sampler:
+    from megatron_paint.mcore.collectives import all_ranks_do, rank_zero_does
+    from megatron_paint.mcore.weight_source import StageWeights
+    from megatron_paint.rollouts.vllm.file_transfer import FileTransfer
+    from megatron_paint.rollouts.vllm.sampler import VllmSampler
+    from megatron_paint.rollouts.vllm.spot_check import SpotCheck
+
+    rollout, run_folder, on_rank_zero = settings.rollout, Path(settings.run.dir), partial(rank_zero_does, ranks)
+    weights = StageWeights(policy.stage, policy.shape, ranks, settings.model)
+    transfer = FileTransfer(
+        weights,
+        rank=ranks.rank,
+        message_bytes=int(rollout.transfer_bytes),
+        folder=transfer_folder(rollout, run_folder),
+        in_memory=rollout.vllm.transfer_folder is None,
+        on_rank_zero=on_rank_zero,
+        everyone=partial(all_ranks_do, ranks),
+    )
+    on_rank_zero(lambda: fleet.wait_until_ready(transfer.init_info))
+    return VllmSampler(
+        fleet,
+        weights=weights,
+        transfer=transfer,
+        spot_check=SpotCheck(partial(policy.logprobs, weights="current"), limit=settings.run.sampler_gap_limit),
+        start_model=Path(settings.model.hf_path).resolve(),
+        exports=run_folder / "vllm",
+        on_rank_zero=on_rank_zero,
+    )
