@@ -1,10 +1,10 @@
 """Runs a command whose processes all end with the process that started this one, whatever ended that.
 
-`python -m megatron_paint.runtime.guard PARENT FOLDER COMMAND...`. The kernel kills only direct children of a process that
-died. The command's own children would stay, and hold their GPUs. So this process waits for the command, and kills the
-command's process group at SIGTERM: the kernel sends it when PARENT dies, and `end` sends it before. Python's shared
-memory of killed processes stays in /dev/shm, so it is removed as well. FOLDER, unless it is empty text, is removed when
-PARENT has died.
+`python -m megatron_paint.runtime.guard PARENT FOLDER COMMAND...`. The kernel kills only direct children of a process
+that died. The command's own children would stay, and hold their GPUs. So this process waits for the command, and kills
+the command's process group at SIGTERM. The kernel sends that signal when PARENT dies; PARENT sends it to end the
+command. Python's shared memory of killed processes would stay in /dev/shm, so it is removed as well. FOLDER, unless it
+is empty text, is removed when PARENT has died.
 """
 
 import ctypes

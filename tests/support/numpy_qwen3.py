@@ -1,0 +1,67 @@
+"""A dense Qwen3 in float64 numpy, from a Hugging Face folder: the logits after a sequence's last token."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+
+class NumpyQwen3:
+    """weights: by Hugging Face name, float64; they may be replaced."""
+
+    def __init__(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        self.config = config = json.loads((folder / "config.json").read_text())
+        self.weights = {
+            name: value.astype(np.float64)
+            for file in sorted(folder.glob("*.safetensors"))
+            for name, value in load_file(file).items()
+        }
+        theta = (config.get("rope_parameters") or config)["rope_theta"]
+        self.head = config["head_dim"]
+        self.inverse_frequencies = theta ** -(np.arange(0, self.head, 2) / self.head)
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        """The logits [V] after the last token."""
+        weights, config = self.weights, self.config
+        x = weights["model.embed_tokens.weight"][list(ids)]
+        angles = np.outer(np.arange(len(ids)), self.inverse_frequencies)
+        angles = np.concatenate((angles, angles), axis=1)[:, None]
+        cos, sin = np.cos(angles), np.sin(angles)
+        mask = np.triu(np.full((len(ids), len(ids)), -np.inf), 1)
+        for layer in range(config["num_hidden_layers"]):
+            name = f"model.layers.{layer}."
+            x = x + self._attention(name, self._norm(x, name + "input_layernorm"), cos, sin, mask)
+            y = self._norm(x, name + "post_attention_layernorm")
+            gate, up = (y @ weights[f"{name}mlp.{which}_proj.weight"].T for which in ("gate", "up"))
+            x = x + (gate / (1 + np.exp(-gate)) * up) @ weights[name + "mlp.down_proj.weight"].T
+        head = "model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"
+        return self._norm(x[-1], "model.norm") @ weights[head].T
+
+    def _attention(self, name: str, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        def heads(which: str) -> np.ndarray:
+            return (x @ self.weights[f"{name}self_attn.{which}_proj.weight"].T).reshape(len(x), -1, self.head)
+
+        def rotated(y: np.ndarray) -> np.ndarray:
+            half = self.head // 2
+            return y * cos + np.concatenate((-y[..., half:], y[..., :half]), axis=-1) * sin
+
+        q = rotated(self._norm(heads("q"), name + "self_attn.q_norm"))
+        k = rotated(self._norm(heads("k"), name + "self_attn.k_norm"))
+        repeats = q.shape[1] // k.shape[1]
+        k, v = (np.repeat(y, repeats, axis=1) for y in (k, heads("v")))
+        scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(self.head) + mask
+        scores = np.exp(scores - scores.max(-1, keepdims=True))
+        mixed = np.einsum("hqk,khd->qhd", scores / scores.sum(-1, keepdims=True), v)
+        return mixed.reshape(len(x), -1) @ self.weights[name + "self_attn.o_proj.weight"].T
+
+    def _norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        scaled = x / np.sqrt((x * x).mean(-1, keepdims=True) + self.config["rms_norm_eps"])
+        return scaled * self.weights[name + ".weight"]
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Of one row."""
+    shifted = logits - logits.max()
+    return shifted - np.log(np.exp(shifted).sum())

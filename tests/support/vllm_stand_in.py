@@ -1,0 +1,203 @@
+"""A server with the endpoints of vLLM 0.32 that a run uses, over a model in numpy, and with faults on demand.
+
+It keeps vLLM's traps: an update leaves the prefix cache, a failed update leaves the server useless, status 200 for a
+response that was aborted, exit status 0 after a fault. STAND_IN_FAULT is JSON: {"path", "count", "do", "marker"}: at the
+count-th request to this path it does so, unless the file `marker` exists, which it makes. What it can do: exit, hang,
+status (500), abort, stale (forget an update), kept (leave the prefix cache), truncate (a file before it is read).
+"""
+
+import argparse
+import json
+import os
+import signal
+import threading
+import time
+from contextlib import nullcontext
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from tests.support.numpy_qwen3 import NumpyQwen3, log_softmax
+
+BLOCK = 16  # tokens; complete blocks of a prompt are cached
+
+
+class Engine:
+    """The model, its weight version, and a "prefix cache": the last logits of the prompts that it has seen."""
+
+    def __init__(self, model: str, *, raw: bool, longest: int | None) -> None:
+        self.model = NumpyQwen3(model)
+        self.raw, self.longest = raw, longest or self.model.config["max_position_embeddings"]
+        self.version, self.paused, self.updating = "default", False, False
+        self.cache: dict[tuple[int, ...], np.ndarray] = {}
+        self.lock = threading.Lock()
+        self.loaded: set[str] = set()
+
+    def sample(self, prompt: list[int], asked: dict) -> dict:
+        random = np.random.default_rng(asked["seed"])
+        tokens, logprobs, reason = [], [], "length"
+        while len(tokens) < min(asked["max_tokens"], self.longest - len(prompt)):
+            logits = self.logits((*prompt, *tokens), is_prompt=not tokens)
+            kept = log_softmax(logits / (asked["temperature"] or 1.0))
+            if asked["top_k"]:
+                kept[kept < np.sort(kept)[-asked["top_k"]]] = -np.inf
+            order = np.argsort(-kept)
+            before = np.cumsum(np.exp(kept[order])) - np.exp(kept[order])
+            kept[order[before >= asked["top_p"]]] = -np.inf
+            kept = log_softmax(kept)
+            greedy = asked["temperature"] == 0
+            token = int(logits.argmax() if greedy else random.choice(len(kept), p=np.exp(kept)))
+            tokens.append(token)
+            logprobs.append(float((log_softmax(logits) if self.raw else kept)[token]))
+            if token in asked["stop_token_ids"]:
+                reason = "stop"
+                break
+        spans = [{"version": self.version, "start": 0, "end": len(tokens)}]
+        content = [{"token_id": t, "logprob": v, "rank": 1} for t, v in zip(tokens, logprobs, strict=True)]
+        return {
+            "index": 0,
+            "token_ids": tokens,
+            "finish_reason": reason,
+            "logprobs": None if asked["logprobs"] is None else {"content": content},
+            "weight_versions": spans,
+        }
+
+    def logits(self, ids: tuple[int, ...], *, is_prompt: bool) -> np.ndarray:
+        if not is_prompt or len(ids) < BLOCK:
+            return self.model.logits(ids)
+        if ids not in self.cache:
+            self.cache[ids] = self.model.logits(ids)
+        return self.cache[ids]
+
+    def update(self, files: dict) -> None:
+        if not self.updating:
+            raise RuntimeError("no update was started")
+        for path, (size, names) in files.items():
+            if os.path.getsize(path) != size:
+                raise ValueError(f"{path} has {os.path.getsize(path)} bytes, and {size} were written")
+            tensors = load_file(path)
+            assert sorted(tensors) == sorted(names)
+            for name, tensor in tensors.items():
+                assert self.model.weights.get(name, tensor).shape == tensor.shape
+                self.model.weights[name] = tensor.astype(np.float64)
+                self.loaded.add(name)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request."""
+
+    protocol_version = "HTTP/1.1"
+    engine: Engine
+    fault: dict
+    broken = False  # after a failed update
+    seen: dict[str, int] = {}
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def do_POST(self) -> None:
+        self.answer()
+
+    def answer(self) -> None:
+        length = int(self.headers.get("Content-Length") or 0)
+        body = json.loads(self.rfile.read(length) or b"{}")
+        path, engine = urlsplit(self.path).path, self.engine
+        self.seen[path] = self.seen.get(path, 0) + 1
+        does = self.does(path)
+        if does == "exit":
+            os._exit(0)
+        if does == "hang":
+            os.killpg(0, signal.SIGSTOP)
+            time.sleep(0.1)
+        if does == "status" or self.broken:
+            return self.send(500, {"error": "EngineCore encountered an issue"})
+        try:
+            with nullcontext() if path == "/is_paused" else engine.lock:
+                found = self.act(path, body, does)
+        except Exception as error:
+            type(self).broken = True
+            found = None
+            print(f"RuntimeError: {error}", flush=True)
+        return self.send(200, found) if found is not None else self.send(500, {"error": "failed"})
+
+    def act(self, path: str, body: dict, does: str | None) -> dict:
+        engine = self.engine
+        match path:
+            case "/is_paused":
+                return {"is_paused": engine.paused}
+            case "/v1/models":
+                return {"data": [{"id": "model", "max_model_len": engine.longest}]}
+            case "/weight_info":
+                return {"weight_version": engine.version}
+            case "/inference/v1/generate":
+                assert not engine.updating and not engine.paused
+                choice = engine.sample(body["token_ids"], body["sampling_params"])
+                if does == "abort":
+                    choice |= {"finish_reason": "abort"}
+                return {"choices": [choice]}
+            case "/pause":
+                engine.paused = True
+            case "/resume":
+                engine.paused = False
+            case "/init_weight_transfer_engine":
+                self.seen["tensors"] = body["init_info"]["tensors"]
+            case "/start_weight_update":
+                assert not engine.updating
+                engine.updating, engine.loaded = True, set()
+            case "/update_weights":
+                files = body["update_info"]["files"]
+                if does == "truncate":
+                    os.truncate(next(iter(files)), 100)
+                if does == "stale":
+                    engine.loaded |= {name for _, names in files.values() for name in names}
+                else:
+                    engine.update(files)
+            case "/finish_weight_update":
+                assert len(engine.loaded) == self.seen["tensors"]
+                engine.updating, engine.version = False, body["weight_version"]
+            case "/update_weight_version":
+                engine.version = body["new_version"]
+            case "/reset_prefix_cache":
+                if does != "kept":
+                    engine.cache.clear()
+                return {"success": True}
+            case _:
+                raise ValueError(path)
+        return {"message": "done"}
+
+    def does(self, path: str) -> str | None:
+        fault = self.fault
+        if fault.get("path") != path or self.seen[path] != fault["count"] or os.path.exists(fault["marker"]):
+            return None
+        Path(fault["marker"]).touch()
+        return fault["do"]
+
+    def send(self, status: int, content: dict) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *arguments: object) -> None:
+        """Prints nothing."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name in ("--model", "--logprobs-mode"):
+        parser.add_argument(name)
+    for name in ("--port", "--max-model-len"):
+        parser.add_argument(name, type=int)
+    options, _ = parser.parse_known_args()
+    raw = options.logprobs_mode == "raw_logprobs"
+    Handler.engine = Engine(options.model, raw=raw, longest=options.max_model_len)
+    Handler.fault = json.loads(os.environ.get("STAND_IN_FAULT", "{}"))
+    ThreadingHTTPServer(("127.0.0.1", options.port), Handler).serve_forever()
+
+
+if __name__ == "__main__":
+    main()
