@@ -25,6 +25,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
         base=options.base,
         benchmarks=options.benchmarks,
         samples=options.samples,
+        engine=options.engine,
         out=options.out,
         overrides=options.overrides,
     )

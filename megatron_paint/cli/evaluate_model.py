@@ -2,10 +2,12 @@
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.cli.evaluate_options import Requested
 from megatron_paint.config.settings import EvaluateSettings
 from megatron_paint.evaluation.answer_file import AnswerFile
@@ -17,8 +19,10 @@ from megatron_paint.grading.graders import Graders
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.layout import cache_bytes_per_token, check_layout
 from megatron_paint.records import EvalReport, Problem, Rollout
+from megatron_paint.rollouts.engine import Sampler
 from megatron_paint.run.console import Mode, Progress
 from megatron_paint.runtime.rank_zero import OnRankZero, directly
+from megatron_paint.training.engines import evaluation_servers
 from megatron_paint.training.inputs import fit_answers, load_prompts, shorter_answers
 from megatron_paint.training.turn_notes import thinking_without_effect, turn_notes
 
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from megatron_paint.mcore.ranks import Ranks
 
 CONFIGS = ("config.json", "adapter_config.json")
+SAVED_AFTER = 4  # full loads of all servers after which their answers are saved; ours
 PROBED = 2**16  # bytes that are read at a file's beginning, middle and end
 
 
@@ -94,7 +99,6 @@ def evaluate(asked: Requested, *, mode: Mode = "normal") -> None:
 def _evaluate(asked: Requested, ranks: "Ranks", shape: ModelShape, *, mode: Mode) -> None:
     """Rank 0 reads, writes, grades and prints."""
     from megatron_paint.mcore.collectives import rank_zero_does
-    from megatron_paint.mcore.runner import ModelRunner
 
     on_rank_zero = partial(rank_zero_does, ranks)
     progress = Progress(mode if ranks.rank == 0 else "silent", steps=0)
@@ -104,6 +108,35 @@ def _evaluate(asked: Requested, ranks: "Ranks", shape: ModelShape, *, mode: Mode
     settings = asked.settings
     for note in notes(asked, shape, evaluators):
         progress.note(note)
+    found: dict[str, Answers] = {}
+    with ExitStack() as stack:
+        of_engine = _servers if settings.rollout.engine == "vllm" else _own_model
+        sampler, at_once = of_engine(asked, ranks, shape, evaluators, progress, stack)
+        for name, evaluator in evaluators:
+            counted = _Counted(progress, name, total=evaluator.count, there=len(done[name]))
+            found[name] = evaluator.sample(
+                sampler,
+                done=done[name],
+                save=lambda rollouts, name=name, counted=counted: on_rank_zero(
+                    lambda: (files[name].add(rollouts), counted.add(rollouts))
+                ),
+                at_once=at_once,
+            )
+    on_rank_zero(lambda: _report(asked, evaluators, found, files, progress))
+
+
+def _own_model(
+    asked: Requested,
+    ranks: "Ranks",
+    shape: ModelShape,
+    evaluators: Sequence[tuple[str, Evaluator]],
+    progress: Progress,
+    stack: ExitStack,
+) -> tuple[Sampler, int]:
+    """The model in the ranks, and how many answers it samples between two saves."""
+    from megatron_paint.mcore.runner import ModelRunner
+
+    settings = asked.settings
     runner = ModelRunner(
         shape,
         ranks,
@@ -117,18 +150,29 @@ def _evaluate(asked: Requested, ranks: "Ranks", shape: ModelShape, *, mode: Mode
         progress.note(note)
     rows = rows_at_once(settings, shape, evaluators)
     progress.note(f"a replica decodes {rows} answers together (rollout.batch_size, rollout.cache_bytes)", rows=rows)
-    found: dict[str, Answers] = {}
-    for name, evaluator in evaluators:
-        counted = _Counted(progress, name, total=evaluator.count, there=len(done[name]))
-        found[name] = evaluator.sample(
-            runner.sampler,
-            done=done[name],
-            save=lambda rollouts, name=name, counted=counted: on_rank_zero(
-                lambda: (files[name].add(rollouts), counted.add(rollouts))
-            ),
-            at_once=rows * ranks.dp_size,
+    return runner.sampler, rows * ranks.dp_size
+
+
+def _servers(
+    asked: Requested,
+    ranks: "Ranks",
+    shape: ModelShape,
+    evaluators: Sequence[tuple[str, Evaluator]],
+    progress: Progress,
+    stack: ExitStack,
+) -> tuple[Sampler, int]:
+    """vLLM servers of the model, and how many answers they sample between two saves."""
+    settings = asked.settings
+    if ranks.size > 1:
+        raise UserError(
+            f"rollout.engine=vllm samples on its servers, and {ranks.size} processes were started: give --processes 1; "
+            "rollout.vllm.servers and rollout.vllm.tensor_parallel say how many GPUs are used"
         )
-    on_rank_zero(lambda: _report(asked, evaluators, found, files, progress))
+    sampler = evaluation_servers(settings, shape, logs=asked.out / "logs", note=progress.note, stack=stack)
+    vllm = settings.rollout.vllm
+    servers = len(vllm.urls) or vllm.servers
+    progress.note(f"{servers} vLLM servers sample the answers", servers=servers)
+    return sampler, SAVED_AFTER * servers * vllm.requests
 
 
 def notes(asked: Requested, shape: ModelShape, evaluators: Sequence[tuple[str, Evaluator]]) -> list[str]:
@@ -200,6 +244,8 @@ def sampled_with(asked: Requested, evaluator: Evaluator, shape: ModelShape) -> d
         "stop_ids": sorted(evaluator.prompts.tokenizer.stop_ids),
         "seed": settings.seed,
         **({"yarn": vars(shape.yarn)} if shape.yarn is not None else {}),
+        # Two engines draw other tokens from the same distribution.
+        **({"engine": "vllm"} if settings.rollout.engine == "vllm" else {}),
     }
 
 

@@ -36,6 +36,7 @@ def requested(
     base: Path | None = None,
     benchmarks: str | None,
     samples: int | None,
+    engine: str | None = None,
     out: Path | None,
     overrides: list[str],
 ) -> Requested:
@@ -54,6 +55,8 @@ def requested(
         raise UserError("--base is the model that an adapter or a Megatron checkpoint belongs to: give --model too")
     if samples is not None:
         overrides = [*overrides, f"evaluation.samples={samples}"]
+    if engine is not None:
+        overrides = [*overrides, f"rollout.engine={engine}"]
     override_tree(tree, overrides)
     if model is not None and not tree["model"].get("hf_path"):
         raise UserError(
@@ -62,6 +65,8 @@ def requested(
         )
     settings = with_local_model(evaluate_settings_of(tree))
     held_out = settings.evaluation.problems
+    if settings.rollout.engine == "vllm":
+        _check_for_servers(settings.model)
     names = names_in(benchmarks or "")
     if not names and held_out is None:
         raise UserError("evaluation.problems is not set: give --benchmarks aime24,FILE,..., or the file of problems")
@@ -73,6 +78,16 @@ def requested(
         benchmarks=names or (held_out,),
         out=out or Path(DEFAULT_OUT) / Path(name).resolve().name,
     )
+
+
+def _check_for_servers(model: ModelSettings) -> None:
+    """UserError: servers of vLLM cannot load the model as it is."""
+    if (part := model.megatron_path or model.adapter_path) is not None:
+        converted = "convert it first (megatron-paint convert to-hf), or " if model.megatron_path else ""
+        raise UserError(
+            f"rollout.engine=vllm loads complete Hugging Face folders, and {part} is none: {converted}evaluate it with "
+            "--engine megatron"
+        )
 
 
 def _folders(model: ModelSettings) -> tuple[Path, ...]:

@@ -98,6 +98,9 @@ def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
         "--benchmarks", help="names or files, with commas: aime24,aime25,hmmt25,math500,gsm8k,held_out.jsonl"
     )
     evaluate.add_argument("--n", type=int, dest="samples", help="samples per problem (evaluation.samples)")
+    evaluate.add_argument(
+        "--engine", choices=("megatron", "vllm"), help="what samples: this program, or vLLM servers (rollout.engine)"
+    )
     evaluate.add_argument("--responses", type=Path, help="grade these recorded responses (JSONL); needs no model")
     evaluate.add_argument("--out", type=Path, help="folder of the results; default: evaluations/MODEL")
     evaluate.set_defaults(run=_run("evaluate"))

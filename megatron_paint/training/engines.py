@@ -7,10 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_paint.config.settings import RolloutSettings, Settings
+from megatron_paint.config.settings import EvaluateSettings, RolloutSettings, Settings
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.rollouts.engine import Sampler
+from megatron_paint.runtime.rank_zero import directly
 from megatron_paint.training.inputs import replay_sampler
 
 if TYPE_CHECKING:
@@ -70,6 +71,31 @@ def new_fleet(
         remove=remove,
     )
     return Fleet(engine, vocab_size=shape.vocab_size, logs=logs, note=note)
+
+
+def evaluation_servers(
+    settings: EvaluateSettings, shape: ModelShape, *, logs: Path, note: Callable[[str], None], stack: ExitStack
+) -> Sampler:
+    """Servers of a model that does not change, in the only process of an evaluation."""
+    from megatron_paint.rollouts.vllm.sampler import VllmSampler
+
+    model = Path(settings.model.hf_path).resolve()
+    temperature = settings.evaluation.temperature
+    fleet = new_fleet(
+        settings.rollout, shape, dtype=settings.model.dtype, logs=logs, note=note, temperature=temperature
+    )
+    stack.callback(fleet.close)
+    fleet.start(model)
+    fleet.wait_until_ready()
+    return VllmSampler(
+        fleet,
+        weights=None,
+        transfer=None,
+        spot_check=None,
+        start_model=model,
+        exports=None,
+        on_rank_zero=directly,
+    )
 
 
 def transfer_folder(rollout: RolloutSettings, run_folder: Path) -> Path:

@@ -2,15 +2,11 @@
 
 import json
 import os
-import signal
-import socket
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from megatron_paint.__main__ import run as command
 from tests.support import forked_ranks, tiny
 from tests.support.results import metrics
 
@@ -31,7 +27,11 @@ def write_settings(folder: Path, model: tuple[Path, Path], *, layout: str = "", 
     """Settings of a short run with two servers. fault: of the first server that meets it."""
     settings = tiny.make_settings(folder, *model, layout=layout)
     fault = fault and json.dumps(fault | {"marker": str(folder / "marker")})
-    environment = {"PYTHONPATH": os.environ.get("PYTHONPATH", ""), "OMP_NUM_THREADS": "1", **({"STAND_IN_FAULT": fault} if fault else {})}
+    environment = {
+        "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
+        "OMP_NUM_THREADS": "1",
+        **({"STAND_IN_FAULT": fault} if fault else {}),
+    }
     ours = f"engine: vllm, transfer_bytes: 20000, vllm: {{servers: 2, hang_timeout_s: 6.0, command: {STAND_IN}"
     text = settings.read_text().replace("rollout: {", f"rollout: {{{ours}, environment: {json.dumps(environment)}}}, ")
     settings.write_text(

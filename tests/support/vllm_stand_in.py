@@ -1,9 +1,9 @@
 """A server with the endpoints of vLLM 0.32 that a run uses, over a model in numpy, and with faults on demand.
 
 It keeps vLLM's traps: an update leaves the prefix cache, a failed update leaves the server useless, status 200 for a
-response that was aborted, exit status 0 after a fault. STAND_IN_FAULT is JSON: {"path", "count", "do", "marker"}: at the
-count-th request to this path it does so, unless the file `marker` exists, which it makes. What it can do: exit, hang,
-status (500), abort, stale (forget an update), kept (leave the prefix cache), truncate (a file before it is read).
+response that was aborted, exit status 0 after a fault. STAND_IN_FAULT is JSON: {"path", "count", "do", "marker"}. At the
+count-th request to this path the server does so, unless the file `marker` exists, which it makes. What it can do: exit,
+hang, status (500), abort, stale (forget an update), kept (leave the prefix cache), truncate (a file before it is read).
 """
 
 import argparse
@@ -15,6 +15,7 @@ import time
 from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -93,7 +94,7 @@ class Handler(BaseHTTPRequestHandler):
     engine: Engine
     fault: dict
     broken = False  # after a failed update
-    seen: dict[str, int] = {}
+    seen: ClassVar[dict[str, int]] = {}
 
     def do_GET(self) -> None:
         self.answer()
@@ -133,7 +134,8 @@ class Handler(BaseHTTPRequestHandler):
             case "/weight_info":
                 return {"weight_version": engine.version}
             case "/inference/v1/generate":
-                assert not engine.updating and not engine.paused
+                assert not engine.updating
+                assert not engine.paused
                 choice = engine.sample(body["token_ids"], body["sampling_params"])
                 if does == "abort":
                     choice |= {"finish_reason": "abort"}

@@ -31,7 +31,7 @@ class VllmSampler:
         transfer: FileTransfer | None,
         spot_check: SpotCheck | None,
         start_model: Path,
-        exports: Path,
+        exports: Path | None,
         on_rank_zero: OnRankZero,
     ):
         """weights, transfer, spot_check: None for a model that does not change (an evaluation).
@@ -76,9 +76,8 @@ class VllmSampler:
 
     def close(self) -> None:
         """Removes what this engine has written for its servers."""
-        if self.fleet is not None:
-            if self.transfer is not None:
-                self.transfer.close()
+        if self.fleet is not None and self.transfer is not None:
+            self.transfer.close()
             shutil.rmtree(self.exports, ignore_errors=True)
 
     def has_logprobs(self, sampling: SamplingParameters) -> bool:
