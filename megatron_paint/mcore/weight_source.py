@@ -59,10 +59,10 @@ class StageWeights:
             return {}
         tensors = {}
         for parameter, shards in gathered.items():
-            for name, tensor in self._rule(parameter).unload(shards).items():
-                tensors[name] = self._checked(name, tensor.cpu())
-        if self.shape.tied and EMBEDDING in tensors:
-            tensors[HEAD] = tensors[EMBEDDING]
+            found = self._rule(parameter).unload(shards)
+            tensors |= {name: self._checked(name, tensor.cpu()) for name, tensor in found.items()}
+            if self.shape.tied and EMBEDDING in found:
+                tensors[HEAD] = tensors[EMBEDDING]
         return tensors
 
     def export(self, folder: Path) -> None:
