@@ -1,9 +1,10 @@
 """A server with the endpoints of vLLM 0.32 that a run uses, over a model in numpy, and with faults on demand.
 
 It keeps vLLM's traps: an update leaves the prefix cache, a failed update leaves the server useless, status 200 for a
-response that was aborted, exit status 0 after a fault. STAND_IN_FAULT is JSON: {"path", "count", "do", "marker"}. At the
-count-th request to this path the server does so, unless the file `marker` exists, which it makes. What it can do: exit,
-hang, status (500), abort, stale (forget an update), kept (leave the prefix cache), truncate (a file before it is read).
+response that was aborted, exit status 0 after a fault. STAND_IN_FAULT is JSON: {"path", "count", "do", "marker"}.
+At the count-th request to this path it does so, unless the file `marker` exists, which it makes. What it can do: exit,
+hang, status (500), abort, stale (forget an update), kept (leave the prefix cache), truncate (a file before it is
+read).
 """
 
 import argparse

@@ -1,0 +1,83 @@
+"""A guarded command ends with the process that started it, with its own children and their shared memory."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megatron_paint.runtime import guard
+
+# A command with a child; both hold a piece of Python's shared memory, and ignore SIGTERM.
+COMMAND = """
+import os, signal, sys, time
+from multiprocessing.shared_memory import SharedMemory
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+memory = SharedMemory(create=True, size=1000)
+if os.fork() == 0:
+    open(sys.argv[1] + "/child", "w").write(f"{os.getpid()} {memory.name}")
+time.sleep(600)
+"""
+STARTS = """
+import os, subprocess, sys, time
+subprocess.Popen([sys.executable, "-m", "megatron_paint.runtime.guard", str(os.getpid()), *sys.argv[1:]])
+time.sleep(600)
+"""
+
+
+def wait_for(seen) -> None:
+    deadline = time.monotonic() + 60
+    while not seen():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def child_of(folder: Path) -> tuple[int, Path]:
+    wait_for(lambda: (folder / "child").exists() and (folder / "child").read_text().count(" ") == 1)
+    pid, name = (folder / "child").read_text().split()
+    assert Path("/dev/shm", name).exists()
+    return int(pid), Path("/dev/shm", name)
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_the_parent_is_killed(tmp_path):
+    removed = tmp_path / "removed"
+    removed.mkdir()
+    (removed / "file").touch()
+    parent = subprocess.Popen([sys.executable, "-c", STARTS, removed, sys.executable, "-c", COMMAND, tmp_path])
+    pid, memory = child_of(tmp_path)
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: is_gone(pid) and not memory.exists() and not removed.exists())
+
+
+def test_the_parent_ends_it(tmp_path):
+    """A suspended process is killed too. The folder is the parent's to remove."""
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    command = [sys.executable, "-m", guard.__name__, str(os.getpid()), kept, sys.executable, "-c", COMMAND, tmp_path]
+    process = subprocess.Popen(command)
+    pid, memory = child_of(tmp_path)
+    os.kill(pid, signal.SIGSTOP)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGKILL
+    wait_for(lambda: is_gone(pid))
+    assert not memory.exists()
+    assert kept.exists()
+
+
+def test_its_status_is_that_of_the_command():
+    command = [sys.executable, "-m", guard.__name__, str(os.getpid()), "", sys.executable, "-c", "exit(7)"]
+    assert subprocess.run(command).returncode == 7
+
+
+def test_a_parent_that_died_before():
+    command = [sys.executable, "-m", guard.__name__, "1", "", sys.executable, "-c", "import time; time.sleep(600)"]
+    assert subprocess.run(command, timeout=60).returncode == 128 + signal.SIGKILL
