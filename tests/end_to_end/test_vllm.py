@@ -2,11 +2,18 @@
 
 import json
 import os
+import signal
+import socket
 import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from megatron_paint.config.settings import RolloutSettings
+from megatron_paint.training.engines import transfer_folder
 from tests.support import forked_ranks, tiny
 from tests.support.results import metrics
 
@@ -61,19 +68,23 @@ def check(run: Path) -> None:
         assert step["rollout/spot_check_gap"] < 1e-4
 
 
-def nothing_is_left(folder: Path) -> bool:
-    """No process of the servers, and none of their files."""
-    running = [
+def servers_of(folder: Path) -> list[Path]:
+    """The processes whose command names something below the folder."""
+    return [
         entry
         for entry in Path("/proc").glob("[0-9]*/cmdline")
-        if entry.exists() and str(folder).encode() in entry.read_bytes()
+        if b"vllm_stand_in" in contents(entry) and str(folder).encode() in contents(entry)
     ]
-    return not running and not [path for path in Path("/dev/shm").glob("megatron_paint_*") if folder_of(path) == folder]
 
 
-def folder_of(path: Path) -> Path | None:
-    marker = path / "run"
-    return Path(marker.read_text()) if marker.exists() else None
+def contents(entry: Path) -> bytes:
+    with suppress(OSError):
+        return entry.read_bytes()
+    return b""
+
+
+def transfer_of(run: Path) -> Path:
+    return transfer_folder(RolloutSettings(), run)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -86,6 +97,9 @@ def test_a_run(layout, model, tmp_path):
     servers = {sample["origin"]["server"] for sample in samples_of(tmp_path / "run")}
     assert len(servers) == 2
     assert len(list((tmp_path / "run" / "eval").glob("*.json"))) == 2
+    assert not servers_of(model[0])
+    assert not transfer_of(tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "vllm").exists()
 
 
 @pytest.mark.parametrize("do", SERVER_ENDS)
@@ -109,3 +123,121 @@ def test_a_server_fails(path, count, do, model, tmp_path):
     notes = [json.loads(line) for line in ended.out[0].splitlines()]
     (note,) = [note["message"] for note in notes if "is started again" in note.get("message", "")]
     assert note.startswith("vLLM server ")
+
+
+@pytest.mark.parametrize(
+    ("path", "count", "do"), [("/inference/v1/generate", 9, "abort"), ("/update_weights", 4, "truncate")]
+)
+def test_wrong_answers(path, count, do, model, tmp_path):
+    settings = write_settings(tmp_path, model, fault={"path": path, "count": count, "do": do})
+    ended = forked_ranks.train(tmp_path, settings)
+    assert ended.statuses == [0, 0], ended
+    assert (tmp_path / "marker").exists()
+    check(tmp_path / "run")
+
+
+@pytest.mark.parametrize(("path", "count", "do"), [("/update_weights", 8, "stale"), ("/reset_prefix_cache", 2, "kept")])
+def test_stale_weights(path, count, do, model, tmp_path):
+    """The server says that it has the new weights. Its log-probabilities say that it has the old ones."""
+    settings = write_settings(tmp_path, model, fault={"path": path, "count": count, "do": do})
+    message = forked_ranks.train(tmp_path, settings, "run.sampler_gap_limit=1e-4").message
+    assert "differ by" in message
+    assert message.endswith("the server does not sample with the weights of the trainer")
+
+
+def test_a_full_folder(model, tmp_path):
+    settings = write_settings(tmp_path, model)
+    folder = tmp_path / "shared"
+    message = forked_ranks.train(
+        tmp_path, settings, f"rollout.vllm.transfer_folder={folder}", file_size={0: 15_000}
+    ).message
+    assert "Cannot write" in message
+    assert str(folder) in message
+    assert "write to another disk" in message
+
+
+def test_a_shared_folder(model, tmp_path):
+    """Files have new names in every update, and none is left."""
+    settings = write_settings(tmp_path, model)
+    ended = forked_ranks.train(tmp_path, settings, f"rollout.vllm.transfer_folder={tmp_path / 'shared'}")
+    assert ended.statuses == [0, 0], ended
+    check(tmp_path / "run")
+    assert not list((tmp_path / "shared").iterdir())
+
+
+def test_a_port_that_answers_nothing(model, tmp_path):
+    settings = write_settings(tmp_path, model)
+    text = settings.read_text()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        ours = text[text.index("vllm: {") : text.index("max_new_tokens: 16")]
+        theirs = f"vllm: {{urls: ['{url}'], start_timeout_s: 1.0, hang_timeout_s: 0.5}}, "
+        settings.write_text(text.replace(ours, theirs))
+        message = forked_ranks.train(tmp_path, settings).message
+    assert f"vLLM server 0 ({url}) does not start: " in message
+    assert "start_timeout_s=1" in message
+
+
+def test_a_server_that_does_not_start(model, tmp_path):
+    settings = write_settings(tmp_path, model)
+    message = forked_ranks.train(
+        tmp_path, settings, "rollout.vllm.command=[python3,-c,raise SystemError('no GPU')]"
+    ).message
+    assert "does not start" in message
+    assert "SystemError: no GPU" in message
+    assert "vllm_server_0.log" in message
+
+
+def test_restarts_have_an_end(model, tmp_path):
+    settings = write_settings(tmp_path, model, fault={"path": "/update_weights", "count": 4, "do": "exit"})
+    message = forked_ranks.train(tmp_path, settings, "rollout.vllm.restarts=0").message
+    assert "updating weights: " in message
+    assert "rollout.vllm.restarts=0 allows no more restarts" in message
+
+
+@pytest.mark.parametrize("what", ["start", "run"])
+def test_a_killed_run_leaves_nothing(what, model, tmp_path):
+    """SIGKILL of all ranks, while servers start or while they sample."""
+    settings = write_settings(tmp_path, model)
+    running = forked_ranks.start(tmp_path, "train", settings, "run.steps=1000", "--json")
+    run = tmp_path / "run"
+    wait_for(lambda: servers_of(model[0]) if what == "start" else (run / "samples" / "step_000001.jsonl").exists())
+    for pid in running.pids:
+        os.kill(pid, signal.SIGKILL)
+    running.wait()
+    wait_for(lambda: not servers_of(model[0]) and not transfer_of(run).exists())
+
+
+def test_a_killed_run_goes_on(model, tmp_path):
+    settings = write_settings(tmp_path, model)
+    running = forked_ranks.start(tmp_path, "train", settings, "--json")
+    run = tmp_path / "run"
+    wait_for(lambda: (run / "checkpoints" / "step_000002" / "complete").exists())
+    for pid in running.pids:
+        os.kill(pid, signal.SIGKILL)
+    running.wait()
+    ended = forked_ranks.train(tmp_path, settings, "run.resume=auto")
+    assert ended.statuses == [0, 0], ended
+    check(run)
+
+
+def wait_for(seen: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 200
+    while not seen():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_evaluations(model, tmp_path):
+    """Greedy answers of the servers are those of the trainer's own sampler; a second call samples nothing again."""
+    settings = write_settings(tmp_path, model)
+    answers = {}
+    for engine in ("megatron", "vllm"):
+        arguments = ("evaluate", settings, "--engine", engine, "--out", tmp_path / engine, "--processes", "1")
+        ended = forked_ranks.run(tmp_path, *arguments, processes=1)
+        assert ended.statuses == [0], ended
+        lines = [json.loads(line) for line in (tmp_path / engine / "problems.answers.jsonl").read_text().splitlines()]
+        answers[engine] = {line["id"]: line["response_ids"] for line in lines if line.get("sample") == -1}
+    assert answers["vllm"] == answers["megatron"]
+    assert len(answers["vllm"]) == 3
+    assert not servers_of(model[0])
