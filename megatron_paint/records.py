@@ -133,6 +133,16 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SamplerGap:
+    """How far the sampler's log-probabilities of a response are from the trainer's, in nats."""
+
+    largest: float
+    position: int  # of the largest one in the response, from 0
+    total: float  # over its tokens
+    above: int  # tokens with more than 0.1 nats
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SampleScore:
     """What the loss measured on one sample. Sums run over its response tokens, in nats unless noted otherwise.
 
@@ -155,7 +165,7 @@ class SampleScore:
     sums: dict[str, float] = field(default_factory=dict)
     per_token: dict[str, tuple[float, ...]] = field(default_factory=dict)
     token_logprobs: tuple[float, ...] | None = None  # of the response, where the loss asks for them
-    sampler_gap_max: float | None = None  # max |sampler log-prob - trainer log-prob|; None: no sampler log-probs
+    sampler_gap: SamplerGap | None = None  # None: no log-probabilities of the sampler
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

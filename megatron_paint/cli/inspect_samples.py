@@ -17,6 +17,7 @@ from megatron_paint.run.folder import RunFolder
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # decoding returns it for an incomplete character
 LONGEST_CHARACTER = 4  # tokens
 MOST_OUTSIDE = 8  # tokens listed
+MOST_GAPS = 3  # responses listed
 LEFT_OUT = {
     "wrong": "its answer is not right",
     "not_shortest": "a shorter response is right",
@@ -48,9 +49,10 @@ def inspect_sample(
     tokens of the response are not marked. On a terminal colours mark hidden, selected, found and missing parts. In a
     file the marks are [hidden: ...], [[...]], + and -. UserError: no such step, sample or problem.
     """
-    sample = _find(run_dir, step, index=index, id=id)
+    samples = RunFolder(run_dir).read_samples(step)
+    sample = _find(samples, run_dir, step, index=index, id=id)
     parts = [_head(sample), *_solution(sample), *_anchors(sample), *_response(sample, tokenizer_decode)]
-    parts += _outside(sample, tokenizer_decode)
+    parts += [*_outside(sample, tokenizer_decode), *_gaps(samples)]
     plain = "\n".join(_to_plain(part) for part in parts)
     console = console or Console(highlight=False)
     if console.is_terminal:
@@ -61,8 +63,9 @@ def inspect_sample(
     return plain
 
 
-def _find(run_dir: str | Path, step: int, *, index: int, id: str | None) -> dict[str, Any]:
-    samples = RunFolder(run_dir).read_samples(step)
+def _find(
+    samples: Sequence[dict[str, Any]], run_dir: str | Path, step: int, *, index: int, id: str | None
+) -> dict[str, Any]:
     chosen = samples if id is None else [sample for sample in samples if sample["id"] == id]
     if not chosen:
         there = ", ".join(dict.fromkeys(str(sample["id"]) for sample in samples[:5]))
@@ -159,6 +162,22 @@ def _outside(sample: dict[str, Any], decode: Decode | None) -> list[Text]:
         text = f"token {token}" if decode is None else repr(decode([token]))
         lines.append(
             Text(f"  {masses[position]:.3f} at position {position}, {sizes[position]:.0f} plausible; sampled: {text}")
+        )
+    return lines
+
+
+def _gaps(samples: Sequence[dict[str, Any]]) -> list[Text]:
+    """The responses of the step whose log-probabilities differ most; nothing if the sampler has none."""
+    known = [sample for sample in samples if "sampler_gap" in sample]
+    worst = sorted(known, key=lambda sample: -sample["sampler_gap"]["largest"])[:MOST_GAPS]
+    lines = [_title("Largest differences of this step between sampler and trainer")] if worst else []
+    for sample in worst:
+        gap, where = sample["sampler_gap"], sample.get("origin", {}).get("server", "this run")
+        lines.append(
+            Text(
+                f"  {gap['largest']:.2e} nats at position {gap['position']} of problem {sample['id']}, sample "
+                f"{sample['sample']}, from {where}; {gap['above']} of {len(sample['response_ids'])} tokens above 0.1"
+            )
         )
     return lines
 

@@ -180,6 +180,13 @@ def of_grpo(objective: ObjectiveSettings, rollout: RolloutSettings) -> Iterator[
             f"objective.grpo.importance_limit={grpo.importance_limit} needs the sampler's log-probabilities, and "
             "rollouts read from a file have none: set it to null"
         )
+    if rollout.engine == "vllm" and grpo.importance_limit is not None and not rollout.vllm_has_logprobs:
+        yield (
+            f"objective.grpo.importance_limit={grpo.importance_limit} needs log-probabilities at the temperature, but "
+            f"before top-k and top-p. vLLM has none with rollout.temperature={rollout.temperature:g}, top_p="
+            f"{rollout.top_p:g}, top_k={rollout.top_k}: set the temperature to 1, or top_p to 1 and top_k to 0, or the "
+            "limit to null"
+        )
     if grpo.kl_weight > 0 and objective.teacher.weights == "current":
         yield (
             f"objective.grpo.kl_weight={grpo.kl_weight} keeps the model near the weights of objective.teacher, and "

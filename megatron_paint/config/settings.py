@@ -175,6 +175,11 @@ class RolloutSettings:
     ] = 2.56e8
     vllm: VllmSettings = field(default_factory=VllmSettings)
 
+    @property
+    def vllm_has_logprobs(self) -> bool:
+        """Whether vLLM's log-probabilities are those of a `Rollout` at these settings."""
+        return self.temperature == 1 or (self.temperature > 0 and self.top_p == 1 and self.top_k == 0)
+
 
 @settings_class
 class OptimizerSettings:

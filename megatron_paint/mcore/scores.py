@@ -10,7 +10,9 @@ import torch
 
 from megatron_paint.losses import LossOutput
 from megatron_paint.mcore.batch import MicroBatch
-from megatron_paint.records import Sample, SampleScore
+from megatron_paint.records import Sample, SamplerGap, SampleScore
+
+NOTICED = 0.1  # nats: tokens above it are counted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +47,7 @@ def score_samples(
             continue
         gap = None
         if logps is not None and sample.rollout.logprobs is not None:
-            gap = float((logps[place] - torch.tensor(sample.rollout.logprobs)).abs().max())
+            gap = _gap((logps[place] - torch.tensor(sample.rollout.logprobs)).abs())
         scores[index] = SampleScore(
             loss_sum=_sum(losses[place]),
             num_tokens=len(losses[place]),
@@ -54,9 +56,18 @@ def score_samples(
             sums={name: _sum(parts[place]) for name, parts in sums.items()},
             per_token={name: tuple(parts[place].tolist()) for name, parts in per_token.items()},
             token_logprobs=tuple(logps[place].tolist()) if keep_logprobs else None,
-            sampler_gap_max=gap,
+            sampler_gap=gap,
         )
     return scores
+
+
+def _gap(gap_N: torch.Tensor) -> SamplerGap:
+    return SamplerGap(
+        largest=float(gap_N.max()),
+        position=int(gap_N.argmax()),
+        total=_sum(gap_N),
+        above=int((gap_N > NOTICED).sum()),
+    )
 
 
 def _sum(values_N: torch.Tensor) -> float:

@@ -137,6 +137,16 @@ METRICS: dict[str, Metric] = {
         unit="-",
     ),
     "lr": Metric(meaning="learning rate", unit="-", healthy="the schedule of the optimizer settings"),
+    "sampler_gap/mean": Metric(
+        meaning="mean difference between sampler's and trainer's log-probability of a sampled token",
+        unit="nats",
+        healthy="float32: below 1e-5; bfloat16: below 0.02",
+    ),
+    "sampler_gap/above_share": Metric(
+        meaning="share of sampled tokens whose log-probabilities differ by more than 0.1 nats",
+        unit="0 to 1",
+        healthy="float32: 0; bfloat16: below 0.02",
+    ),
     "rollout/update_seconds": Metric(
         meaning="time of sending the weights to the servers, before the step samples",
         unit="seconds",

@@ -67,11 +67,22 @@ def metrics_of(result: StepResult, *, step: int, lr: float, seconds: Mapping[str
         "response/truncated_share": ratio(sum(not rollout.finished for rollout in sampled), len(sampled)),
         "grad_norm": ratio(sum(update.grad_norm for update in result.updates), len(result.updates)),
         "lr": lr,
-        "sampler_gap/max": max((s.sampler_gap_max for s in scores if s.sampler_gap_max is not None), default=math.nan),
+        **_sampler_gap(scores),
         **{f"time/{phase}_s": took for phase, took in phases.items()},
         "tokens_per_second": ratio(tokens, sum(phases.values()) if total is None else total),
         **_support_metrics(scores),
         **result.extras,
+    }
+
+
+def _sampler_gap(scores: Sequence[SampleScore]) -> dict[str, float]:
+    """Over the responses whose sampler has log-probabilities; NaN without any."""
+    known = [score for score in scores if score.sampler_gap is not None]
+    tokens = sum(score.num_tokens for score in known)
+    return {
+        "sampler_gap/max": max((score.sampler_gap.largest for score in known), default=math.nan),
+        "sampler_gap/mean": ratio(sum(score.sampler_gap.total for score in known), tokens),
+        "sampler_gap/above_share": ratio(sum(score.sampler_gap.above for score in known), tokens),
     }
 
 
@@ -90,8 +101,9 @@ def sample_lines(report: StepReport, *, decode: Callable[[Sequence[int]], str]) 
     token does. A sample without a reveal has null in `overlap` and `reveal`, and no `anchors`. `finished` is null for a
     response that was not sampled. `advantage` is null except under GRPO. With a support `outside_mass` and
     `support_size` have a value for each response token. Where PAINT and OPSD grade, `correct` is the verdict, and
-    `left_out` is there for a response that is not trained on. `origin` says where, and with which weights, an engine
-    outside of the run sampled the response. A file of these lines, or a folder of such files, can be
+    `left_out` is there for a response that is not trained on. `sampler_gap` compares the
+    log-probabilities of sampler and trainer, where the sampler has them. `origin` says where, and with which weights,
+    an engine outside of the run sampled the response. A file of these lines, or a folder of such files, can be
     replayed.
     """
     return [
@@ -114,6 +126,7 @@ def sample_lines(report: StepReport, *, decode: Callable[[Sequence[int]], str]) 
             **({} if sample.correct is None else {"correct": sample.correct}),
             **({} if sample.left_out is None else {"left_out": sample.left_out}),
             **({} if sample.rollout.origin is None else {"origin": asdict(sample.rollout.origin)}),
+            **({} if score.sampler_gap is None else {"sampler_gap": asdict(score.sampler_gap)}),
             **{name: [round(value, 6) for value in values] for name, values in score.per_token.items()},
         }
         for sample, score in zip(report.samples, report.scores, strict=True)

@@ -44,7 +44,7 @@ def self_check(
     except FloatingPointError as error:
         raise UserError(f"self-check: {error}. The weights of {settings.model.hf_path} are damaged") from error
     floor = sum(score.loss_sum for score in scores) / sum(score.num_tokens for score in scores)
-    gap = max(score.sampler_gap_max for score in scores)
+    gap = max(score.sampler_gap.largest for score in scores)
     run = settings.run
     progress.note(
         f"self-check: loss of the model against itself {floor:.2e} nats a token (limit {run.self_check_limit:g}); "

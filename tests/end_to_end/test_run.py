@@ -17,10 +17,11 @@ from megatron_paint.run.lock_watch import LOCK, read_lock
 from tests.support import forked_ranks, tiny
 from tests.support.exports import same, weights_of_step
 from tests.support.processes import left_of_session
-from tests.support.results import metrics
+from tests.support.results import SAMPLER, metrics
 
 METRICS = {
-    *("step", "loss", "num_tokens", "loss_tokens", "grad_norm", "lr", "tokens_per_second", "sampler_gap/max"),
+    *("step", "loss", "num_tokens", "loss_tokens", "grad_norm", "lr", "tokens_per_second"),
+    *("sampler_gap/max", "sampler_gap/mean", "sampler_gap/above_share"),
     *("overlap/mean", "reveal/mean", "anchors/none_share", "entropy/student_mean", "entropy/teacher_mean"),
     *("selected/share", "divergence/selected_mean", "divergence/other_mean", "clip/share", "clip/entries"),
     *(
@@ -151,13 +152,13 @@ def test_replay_repeats_the_run(trained, tmp_path):
                 sample = json.loads(line)
                 record = {"id": sample["id"], "step": step, "sample": 0, "response_ids": sample["response_ids"]}
                 file.write(json.dumps(record) + "\n")
-    wanted = metrics(unbroken, without=("sampler_gap/max",))
+    wanted = metrics(unbroken, without=SAMPLER)
     assert 0 < min(line["response/truncated_share"] for line in wanted) < 1, "some responses end by themselves"
     for name, path in (("folder", unbroken / "samples"), ("file", bare)):
         replay = ("rollout.engine=replay", f"rollout.path={path}", "evaluation.problems=null")
         ended = forked_ranks.train(tmp_path, trained.settings, f"run.dir={tmp_path / name}", *replay)
         assert ended.statuses == [0, 0], ended
-        assert metrics(tmp_path / name, without=("sampler_gap/max",)) == wanted
+        assert metrics(tmp_path / name, without=SAMPLER) == wanted
 
 
 def test_the_evaluate_command_gives_the_run_s_own_evaluation(trained, tmp_path):

@@ -132,7 +132,7 @@ def test_sampler_and_trainer_agree(folder, ranks, implementation):
     ]
     rollouts = policy.sampler.generate(requests, sampling)
     scored = [replace(s, rollout=r) for s, r in zip(samples(), rollouts, strict=True)]
-    assert max(score.sampler_gap_max for score in policy.evaluate_loss(scored, LOSS)) < 0.3
+    assert max(score.sampler_gap.largest for score in policy.evaluate_loss(scored, LOSS)) < 0.3
 
 
 LOSSES = options(clip=0.05) | {"full-teacher": {"partner": "full_teacher", "clip": 0.05}}

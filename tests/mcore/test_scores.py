@@ -10,7 +10,7 @@ from megatron_paint.losses import LossOutput
 from megatron_paint.mcore.batch import make_micro_batches
 from megatron_paint.mcore.scores import NonFinite, score_samples
 from megatron_paint.policy import ScoredSequence
-from megatron_paint.records import Problem, Rollout, Sample
+from megatron_paint.records import Problem, Rollout, Sample, SamplerGap
 
 
 def sample(name: str, *logprobs: float) -> Sample:
@@ -47,8 +47,8 @@ def test_sums_are_added_up_by_name():
     assert found[0].sums == {"anything": 0.25, "counted": 0.0}
     assert (found[1].loss_sum, found[1].num_tokens, found[1].loss_tokens, found[1].selected) == (5.0, 3, 2, (1, 2))
     assert (found[0].loss_sum, found[0].num_tokens, found[0].loss_tokens, found[0].selected) == (0.5, 1, 1, ())
-    assert found[1].sampler_gap_max == 0.25
-    assert found[0].sampler_gap_max == 0.5
+    assert found[1].sampler_gap == SamplerGap(largest=0.25, position=1, total=0.25, above=1)
+    assert found[0].sampler_gap == SamplerGap(largest=0.5, position=0, total=0.5, above=1)
     assert found[1].token_logprobs is None
     assert scores(OUTPUT, keep_logprobs=True)[1].token_logprobs == (-1.0, -2.25, -3.0)
 

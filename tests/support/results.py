@@ -7,6 +7,9 @@ from pathlib import Path
 from tests.support.exports import weights
 from tests.support.forked_ranks import Ended
 
+# Metrics that only a step has whose rollouts were sampled, and not read from a file.
+SAMPLER = ("sampler_gap/max", "sampler_gap/mean", "sampler_gap/above_share")
+
 
 def metrics(run: Path, *, without: Collection[str] = ()) -> list[dict]:
     """The lines of metrics.jsonl, without times and without the keys that are named."""

@@ -12,7 +12,7 @@ from megatron_paint.data.order import AdaStarOrder, ShuffledOrder
 from megatron_paint.data.problems import ProblemSet
 from megatron_paint.evaluation.statistics import build_report
 from megatron_paint.mcore import ranks as ranks_module
-from megatron_paint.records import Graded, Problem, Rollout, SampleScore, StepResult
+from megatron_paint.records import Graded, Problem, Rollout, SamplerGap, SampleScore, StepResult
 from megatron_paint.run.console import Progress
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.runtime.files import NewFolder
@@ -54,7 +54,14 @@ class Notes(list):
     def sample(self, sampler):
         return "answers"
 
+    def sync_weights(self, step):
+        self.synced = step
+
+    def metrics(self):
+        return {}
+
     def report(self, answers, *, step, benchmark, graders):
+        assert self.synced == step + 1  # it samples with the weights after this step
         self.append(("evaluate", step))
         return build_report(step, benchmark, [ANSWER])
 
@@ -272,7 +279,13 @@ def test_groups_are_taken_down_where_nobody_can_be_waited_for(monkeypatch, ranks
             raise fails
         recorder = SimpleNamespace(prompts=None)
         return SimpleNamespace(
-            policy=None, sampler=None, problems=None, recorder=recorder, progress=None, train=lambda: None
+            policy=None,
+            sampler=SimpleNamespace(sync_weights=lambda step: None),
+            problems=None,
+            recorder=recorder,
+            progress=None,
+            start=0,
+            train=lambda: None,
         )
 
     monkeypatch.setattr(ranks_module, "start_ranks", lambda *_, **__: SimpleNamespace(size=ranks))
@@ -297,7 +310,8 @@ def check(tmp_path, evaluate_loss):
 
 
 def scores(loss=0.0, gap=0.0):
-    score = SampleScore(loss_sum=loss, num_tokens=2, loss_tokens=2, sampler_gap_max=gap)
+    differs = SamplerGap(largest=gap, position=0, total=gap, above=0)
+    score = SampleScore(loss_sum=loss, num_tokens=2, loss_tokens=2, sampler_gap=differs)
     return lambda samples, *_, **__: [score] * len(samples)
 
 
