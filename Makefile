@@ -20,7 +20,7 @@ PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=25 $(OP
 STARTS = end_to_end reliability slurm gpu convert mcore losses/test_losses_parallel.py losses/test_losses_triton.py \
     search/test_search.py
 
-.PHONY: help quickstart testbed testbed-full test check test-all test-slurm soak test-gpu bench install
+.PHONY: help quickstart testbed testbed-full test check test-all test-slurm test-vllm soak test-gpu bench install
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -55,6 +55,11 @@ test-all: $(READY)
 ## make test-slurm   everything about Slurm, on a cluster that it starts, as root: half an hour
 test-slurm: $(READY)
 	$(PYTEST) -n 0 -rP $(OPTIONS) tests/slurm
+
+## make test-vllm VLLM=PYTHON   the tests that talk to vLLM itself, in the environment of this Python (docs/vllm.md)
+test-vllm: $(READY)
+	$(VLLM) -m pip install -q --no-deps -e .
+	MEGATRON_PAINT_VLLM=$(VLLM) $(PYTEST) -m vllm -n 0 $(OPTIONS) tests/rollouts
 
 ## make soak         a run whose ranks are killed 100 times, and which resumes each time
 soak: $(READY)

@@ -57,6 +57,8 @@ def requested(
         overrides = [*overrides, f"evaluation.samples={samples}"]
     if engine is not None:
         overrides = [*overrides, f"rollout.engine={engine}"]
+        if engine != "vllm":
+            (tree.get("rollout") or {}).pop("vllm", None)
     override_tree(tree, overrides)
     if model is not None and not tree["model"].get("hf_path"):
         raise UserError(

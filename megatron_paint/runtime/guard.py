@@ -2,9 +2,9 @@
 
 `python -m megatron_paint.runtime.guard PARENT FOLDER COMMAND...`. The kernel kills only direct children of a process
 that died. The command's own children would stay, and hold their GPUs. So this process waits for the command, and kills
-the command's process group at SIGTERM. The kernel sends that signal when PARENT dies; PARENT sends it to end the
-command. Python's shared memory of killed processes would stay in /dev/shm, so it is removed as well. FOLDER, unless it
-is empty text, is removed when PARENT has died.
+the command's process group at SIGTERM, or when PARENT is gone. The kernel sends that signal when PARENT dies; PARENT
+sends it to end the command. Python's shared memory of killed processes would stay in /dev/shm, so it is removed too.
+FOLDER, unless it is empty text, is removed when PARENT has died.
 """
 
 import ctypes
@@ -14,11 +14,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
 from megatron_paint.runtime.processes import SET_PARENT_DEATH_SIGNAL
 
+POLL_SECONDS = 1.0
+REMOVE_SECONDS = 30.0
 # The names that Python's multiprocessing gives to shared memory and semaphores.
 SHARED_MEMORY = re.compile(rb"/dev/shm/(?:psm_|sem\.mp-)[\w-]+")
 
@@ -26,21 +30,27 @@ SHARED_MEMORY = re.compile(rb"/dev/shm/(?:psm_|sem\.mp-)[\w-]+")
 def main() -> int:
     """Returns the exit status of the command; 128 + N if signal N ended it."""
     parent, folder, command = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    asked_to_end = threading.Event()
+    signal.signal(signal.SIGTERM, lambda number, frame: asked_to_end.set())
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, int(signal.SIGTERM))
     process = subprocess.Popen(command, start_new_session=True)
-
-    def end(number: int, frame: object) -> None:
-        kill_group(process.pid)
-        if folder and os.getppid() != parent:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    signal.signal(signal.SIGTERM, end)
-    if os.getppid() != parent:  # the parent died before the kernel was asked
-        end(signal.SIGTERM, None)
+    threading.Thread(target=lambda: (process.wait(), asked_to_end.set()), daemon=True).start()
+    while not asked_to_end.wait(POLL_SECONDS) and os.getppid() == parent:
+        pass
+    kill_group(process.pid)  # also what a command that has ended left behind
     status = process.wait()
-    kill_group(process.pid)  # what it has left
+    if folder and os.getppid() != parent:
+        remove(Path(folder))
     return status if status >= 0 else 128 - status
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder into which other processes of the run may still write until they end."""
+    deadline = time.monotonic() + REMOVE_SECONDS
+    while folder.exists() and time.monotonic() < deadline:
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(POLL_SECONDS / 10)
 
 
 def kill_group(group: int) -> None:

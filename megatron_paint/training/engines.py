@@ -120,13 +120,14 @@ def training_samplers(
         case "replay":
             return replay_sampler(settings, prompts), policy.sampler
         case "vllm":
-            sampler = _vllm_sampler(settings, policy, ranks, fleet)
-            stack.callback(sampler.close)
+            sampler = _vllm_sampler(settings, policy, ranks, fleet, stack)
             return sampler, sampler
     return policy.sampler, policy.sampler
 
 
-def _vllm_sampler(settings: Settings, policy: "MegatronPolicy", ranks: "Ranks", fleet: "Fleet | None") -> Sampler:
+def _vllm_sampler(
+    settings: Settings, policy: "MegatronPolicy", ranks: "Ranks", fleet: "Fleet | None", stack: ExitStack
+) -> Sampler:
     from megatron_paint.mcore.collectives import all_ranks_do, rank_zero_does
     from megatron_paint.mcore.weight_source import StageWeights
     from megatron_paint.rollouts.vllm.file_transfer import FileTransfer
@@ -144,8 +145,10 @@ def _vllm_sampler(settings: Settings, policy: "MegatronPolicy", ranks: "Ranks", 
         on_rank_zero=on_rank_zero,
         everyone=partial(all_ranks_do, ranks),
     )
+    if ranks.rank == 0:
+        stack.callback(transfer.close)
     on_rank_zero(lambda: fleet.wait_until_ready(transfer.init_info))
-    return VllmSampler(
+    sampler = VllmSampler(
         fleet,
         weights=weights,
         transfer=transfer,
@@ -154,3 +157,6 @@ def _vllm_sampler(settings: Settings, policy: "MegatronPolicy", ranks: "Ranks", 
         exports=run_folder / "vllm",
         on_rank_zero=on_rank_zero,
     )
+    if ranks.rank == 0:
+        stack.callback(sampler.close)
+    return sampler

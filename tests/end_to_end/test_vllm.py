@@ -21,7 +21,6 @@ STAND_IN = f"[{sys.executable},-m,tests.support.vllm_stand_in]"
 STEPS, SAMPLES = 3, 4
 TP, PP = "tensor_model_parallel_size: 2, sequence_parallel: true", "pipeline_model_parallel_size: 2"
 LAYOUTS = {"dp2": (2, ""), "tp2": (2, TP), "tp2-pp2": (4, f"{TP}, {PP}")}
-SERVER_ENDS = ("exit", "hang", "status")
 
 
 @pytest.fixture(scope="module")
@@ -102,17 +101,23 @@ def test_a_run(layout, model, tmp_path):
     assert not (tmp_path / "run" / "vllm").exists()
 
 
-@pytest.mark.parametrize("do", SERVER_ENDS)
-@pytest.mark.parametrize(
-    ("path", "count"),
-    [
-        ("/inference/v1/generate", 9),
-        ("/start_weight_update", 2),
-        ("/update_weights", 4),
-        ("/finish_weight_update", 2),
-        ("/reset_prefix_cache", 2),
-    ],
-)
+def failures() -> list:
+    """(path, count, what the server does). `make test` has each path and each kind of failure once or twice."""
+    places = {
+        "/inference/v1/generate": (9, "exit"),
+        "/start_weight_update": (2, "status"),
+        "/update_weights": (4, "hang"),
+        "/finish_weight_update": (2, "exit"),
+        "/reset_prefix_cache": (2, "status"),
+    }
+    return [
+        pytest.param(path, count, do, marks=() if do == short else pytest.mark.long, id=f"{do}{path}")
+        for path, (count, short) in places.items()
+        for do in ("exit", "hang", "status")
+    ]
+
+
+@pytest.mark.parametrize(("path", "count", "do"), failures())
 def test_a_server_fails(path, count, do, model, tmp_path):
     """The run ends as if nothing had happened. The server was started again with the weights of that moment."""
     settings = write_settings(tmp_path, model, fault={"path": path, "count": count, "do": do})
@@ -136,7 +141,9 @@ def test_wrong_answers(path, count, do, model, tmp_path):
     check(tmp_path / "run")
 
 
-@pytest.mark.parametrize(("path", "count", "do"), [("/update_weights", 8, "stale"), ("/reset_prefix_cache", 2, "kept")])
+@pytest.mark.parametrize(
+    ("path", "count", "do"), [("/update_weights", 12, "stale"), ("/reset_prefix_cache", 2, "kept")]
+)
 def test_stale_weights(path, count, do, model, tmp_path):
     """The server says that it has the new weights. Its log-probabilities say that it has the old ones."""
     settings = write_settings(tmp_path, model, fault={"path": path, "count": count, "do": do})

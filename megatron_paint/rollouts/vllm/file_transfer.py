@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,14 @@ class Written:
     path: str
     size: int  # bytes of the file
     names: tuple[str, ...]
+
+
+@dataclass
+class Sending:
+    """The message that the servers read now."""
+
+    message: Future | None = None
+    files: list[str] = field(default_factory=list)
 
 
 class FileTransfer:
@@ -83,7 +91,7 @@ class FileTransfer:
 
         fleet: None on all ranks but 0. UserError: the folder refuses a file, or a weight is not finite.
         """
-        on_rank_zero, sending = self.on_rank_zero, []
+        on_rank_zero, sending = self.on_rank_zero, Sending()
         on_rank_zero(lambda: fleet.begin_update())
         for number in range(self.messages):
             written = self.everyone(lambda number=number: self._write(number, version))
@@ -107,7 +115,7 @@ class FileTransfer:
             size = write_message(path, tensors)
         return Written(rank=self.rank, path=str(path), size=size, names=tuple(tensors))
 
-    def _send(self, fleet: Fleet, files: list[Written], sending: list[Future]) -> bool:
+    def _send(self, fleet: Fleet, files: list[Written], sending: "Sending") -> bool:
         """Starts the message of a round, once the one before is read. False: no server lives any more."""
         for message in files:
             if not os.path.exists(message.path) or os.path.getsize(message.path) != message.size:
@@ -117,19 +125,21 @@ class FileTransfer:
                 )
         self._wait(sending)
         if fleet.live:
-            sending.append(fleet.send({"files": {one.path: [one.size, list(one.names)] for one in files}}))
+            sending.files = [message.path for message in files]
+            sending.message = fleet.send({"files": {one.path: [one.size, list(one.names)] for one in files}})
         return bool(fleet.live)
 
-    def _finish(self, fleet: Fleet, version: str, sending: list[Future]) -> None:
+    def _finish(self, fleet: Fleet, version: str, sending: "Sending") -> None:
         self._wait(sending)
         fleet.finish_update(version)
 
-    def _wait(self, sending: list[Future]) -> None:
-        while sending:
-            sending.pop().result()
-        if not self.in_memory:
-            for file in self.folder.glob("*.safetensors"):
-                file.unlink(missing_ok=True)
+    def _wait(self, sending: "Sending") -> None:
+        """Waits until the servers have read the message that is under way."""
+        if sending.message is not None:
+            sending.message.result()
+        for file in () if self.in_memory else sending.files:
+            Path(file).unlink(missing_ok=True)
+        sending.message, sending.files = None, []
 
 
 def write_message(path: Path, tensors: "Mapping[str, Tensor]") -> int:

@@ -75,9 +75,8 @@ class VllmSampler:
         return measured
 
     def close(self) -> None:
-        """Removes what this engine has written for its servers."""
-        if self.fleet is not None and self.transfer is not None:
-            self.transfer.close()
+        """Removes the exports that servers were started with again; called on rank 0."""
+        if self.exports is not None:
             shutil.rmtree(self.exports, ignore_errors=True)
 
     def has_logprobs(self, sampling: SamplingParameters) -> bool:
