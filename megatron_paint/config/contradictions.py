@@ -140,6 +140,20 @@ def of_rollout(rollout: RolloutSettings) -> Iterator[str]:
     yield from of_vllm(rollout)
 
 
+def of_lora_transfer(rollout: RolloutSettings, model: ModelSettings) -> Iterator[str]:
+    if rollout.lora_transfer == "merged":
+        return
+    if rollout.engine != "vllm":
+        yield f"rollout.lora_transfer belongs to engine=vllm, but rollout.engine={rollout.engine}; leave it out"
+    if model.lora is None:
+        yield "rollout.lora_transfer=adapter sends the adapters of model.lora, which is not set: leave one of them out"
+    if model.megatron_path is not None:
+        yield (
+            "rollout.lora_transfer=adapter sends no weights, and the servers would sample from model.hf_path and not "
+            "from model.megatron_path: set it to merged, or convert the checkpoint and name that folder as hf_path"
+        )
+
+
 def of_vllm(rollout: RolloutSettings) -> Iterator[str]:
     vllm = rollout.vllm
     if rollout.engine != "vllm":

@@ -194,6 +194,7 @@ def _contradictions(
     yield from contradictions.of_kept(objective, rollout)
     yield from contradictions.of_teacher(objective.teacher)
     yield from contradictions.of_rollout(rollout)
+    yield from contradictions.of_lora_transfer(rollout, model)
     if objective.name == "grpo":
         yield from contradictions.of_grpo(objective, rollout)
     yield from contradictions.of_optimizer(optimizer)

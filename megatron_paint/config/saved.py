@@ -46,6 +46,7 @@ MAY_CHANGE = {f"run.{name}" for name in MAY_CHANGE_IN_RUN} | {
     "rollout.cache_bytes",
     # Where the servers are and how weights reach them.
     "rollout.transfer_bytes",
+    "rollout.lora_transfer",
     *(f"rollout.vllm.{name}" for name in dataclasses.asdict(VllmSettings())),
     "optimizer.decay_steps",  # `moved_decay_end` compares it together with run.steps
 }

@@ -173,6 +173,13 @@ class RolloutSettings:
     transfer_bytes: Annotated[
         Positive, setting("bytes of weights in one message to the servers of engine=vllm, or one module")
     ] = 2.56e8
+    lora_transfer: Annotated[
+        Literal["merged", "adapter"],
+        setting(
+            "what the servers of engine=vllm get with model.lora: complete weights with the adapters merged, or the "
+            "adapters alone, under a new name in each step"
+        ),
+    ] = "merged"
     vllm: VllmSettings = field(default_factory=VllmSettings)
 
     @property

@@ -39,6 +39,7 @@ def start_servers(
         logs=run_folder / "logs",
         remove=transfer_folder(settings.rollout, run_folder),
         note=note,
+        lora_rank=settings.model.lora.rank if settings.rollout.lora_transfer == "adapter" else None,
     )
     stack.callback(fleet.close)
     fleet.start(Path(settings.model.hf_path).resolve())
@@ -54,8 +55,13 @@ def new_fleet(
     note: Callable[[str], None],
     remove: Path | None = None,
     temperature: float | None = None,
+    lora_rank: int | None = None,
 ) -> "Fleet":
-    """A fleet without servers. remove: a folder that goes when this process dies. temperature: default: rollout's."""
+    """A fleet without servers.
+
+    remove: a folder that goes when this process dies. temperature: of the sampling; None: rollout's. lora_rank: of the
+    adapters that servers load; None: they load none.
+    """
     import torch
 
     from megatron_paint.rollouts.vllm.command import Engine
@@ -69,6 +75,7 @@ def new_fleet(
         logprobs_mode="raw_logprobs" if at_one else "processed_logprobs",
         on_gpus=torch.cuda.is_available(),
         remove=remove,
+        lora_rank=lora_rank,
     )
     return Fleet(engine, vocab_size=shape.vocab_size, logs=logs, note=note)
 
@@ -130,21 +137,26 @@ def _vllm_sampler(
 ) -> Sampler:
     from megatron_paint.mcore.collectives import all_ranks_do, rank_zero_does
     from megatron_paint.mcore.weight_source import StageWeights
+    from megatron_paint.rollouts.vllm.adapter_transfer import AdapterTransfer
     from megatron_paint.rollouts.vllm.file_transfer import FileTransfer
     from megatron_paint.rollouts.vllm.sampler import VllmSampler
     from megatron_paint.rollouts.vllm.spot_check import SpotCheck
 
     rollout, run_folder, on_rank_zero = settings.rollout, Path(settings.run.dir), partial(rank_zero_does, ranks)
     weights = StageWeights(policy.stage, policy.shape, ranks, settings.model)
-    transfer = FileTransfer(
-        weights,
-        rank=ranks.rank,
-        message_bytes=int(rollout.transfer_bytes),
-        folder=transfer_folder(rollout, run_folder),
-        in_memory=rollout.vllm.transfer_folder is None,
-        on_rank_zero=on_rank_zero,
-        everyone=partial(all_ranks_do, ranks),
-    )
+    folder = transfer_folder(rollout, run_folder)
+    if rollout.lora_transfer == "adapter":
+        transfer = AdapterTransfer(weights, folder=folder, on_rank_zero=on_rank_zero)
+    else:
+        transfer = FileTransfer(
+            weights,
+            rank=ranks.rank,
+            message_bytes=int(rollout.transfer_bytes),
+            folder=folder,
+            in_memory=rollout.vllm.transfer_folder is None,
+            on_rank_zero=on_rank_zero,
+            everyone=partial(all_ranks_do, ranks),
+        )
     if ranks.rank == 0:
         stack.callback(transfer.close)
     on_rank_zero(lambda: fleet.wait_until_ready(transfer.init_info))

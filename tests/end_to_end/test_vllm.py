@@ -130,6 +130,23 @@ def test_a_server_fails(path, count, do, model, tmp_path):
     assert note.startswith("vLLM server ")
 
 
+LORA = "model.lora={rank: 4, alpha: 8.0}"
+
+
+@pytest.mark.parametrize("transfer", ["merged", "adapter"])
+@pytest.mark.parametrize("layout", ["tp2", "tp2-pp2"])
+def test_adapters(layout, transfer, model, tmp_path):
+    """Both ways give the same tokens. One server fails on the way."""
+    processes, megatron = LAYOUTS[layout]
+    fault = {"path": "/inference/v1/generate", "count": 12, "do": "exit"}
+    settings = write_settings(tmp_path, model, layout=megatron, fault=fault)
+    ended = forked_ranks.train(tmp_path, settings, LORA, f"rollout.lora_transfer={transfer}", processes=processes)
+    assert ended.statuses == [0] * processes, ended
+    assert (tmp_path / "marker").exists()
+    check(tmp_path / "run")
+    assert not transfer_of(tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("path", "count", "do"), [("/inference/v1/generate", 9, "abort"), ("/update_weights", 4, "truncate")]
 )

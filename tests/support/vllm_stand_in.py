@@ -8,6 +8,7 @@ read).
 """
 
 import argparse
+import copy
 import json
 import os
 import signal
@@ -34,15 +35,29 @@ class Engine:
         self.model = NumpyQwen3(model)
         self.raw, self.longest = raw, longest or self.model.config["max_position_embeddings"]
         self.version, self.paused, self.updating = "default", False, False
-        self.cache: dict[tuple[int, ...], np.ndarray] = {}
+        self.cache: dict[tuple, np.ndarray] = {}
+        self.adapters: dict[str, NumpyQwen3] = {}
         self.lock = threading.Lock()
         self.loaded: set[str] = set()
 
-    def sample(self, prompt: list[int], asked: dict) -> dict:
+    def load_adapter(self, name: str, path: str) -> None:
+        """A copy of the model with the adapter merged. The files must exist as long as it is loaded."""
+        config = json.loads((Path(path) / "adapter_config.json").read_text())
+        scale = config["lora_alpha"] / config["r"]
+        tensors = load_file(Path(path) / "adapter_model.safetensors")
+        merged = copy.copy(self.model)
+        merged.weights = dict(self.model.weights)
+        for key in [key for key in tensors if key.endswith("lora_A.weight")]:
+            weight = key.removeprefix("base_model.model.").replace(".lora_A", "")
+            a, b = (tensors[key.replace("lora_A", side)].astype(np.float64) for side in ("lora_A", "lora_B"))
+            merged.weights[weight] = merged.weights[weight] + scale * b @ a
+        self.adapters[name] = merged
+
+    def sample(self, prompt: list[int], asked: dict, name: str | None) -> dict:
         random = np.random.default_rng(asked["seed"])
         tokens, logprobs, reason = [], [], "length"
         while len(tokens) < min(asked["max_tokens"], self.longest - len(prompt)):
-            logits = self.logits((*prompt, *tokens), is_prompt=not tokens)
+            logits = self.logits((*prompt, *tokens), name, is_prompt=not tokens)
             kept = log_softmax(logits / (asked["temperature"] or 1.0))
             if asked["top_k"]:
                 kept[kept < np.sort(kept)[-asked["top_k"]]] = -np.inf
@@ -67,12 +82,13 @@ class Engine:
             "weight_versions": spans,
         }
 
-    def logits(self, ids: tuple[int, ...], *, is_prompt: bool) -> np.ndarray:
+    def logits(self, ids: tuple[int, ...], name: str | None, *, is_prompt: bool) -> np.ndarray:
+        model = self.model if name is None else self.adapters[name]
         if not is_prompt or len(ids) < BLOCK:
-            return self.model.logits(ids)
-        if ids not in self.cache:
-            self.cache[ids] = self.model.logits(ids)
-        return self.cache[ids]
+            return model.logits(ids)
+        if (name, ids) not in self.cache:
+            self.cache[name, ids] = model.logits(ids)
+        return self.cache[name, ids]
 
     def update(self, files: dict) -> None:
         if not self.updating:
@@ -137,7 +153,7 @@ class Handler(BaseHTTPRequestHandler):
             case "/inference/v1/generate":
                 assert not engine.updating
                 assert not engine.paused
-                choice = engine.sample(body["token_ids"], body["sampling_params"])
+                choice = engine.sample(body["token_ids"], body["sampling_params"], body.get("model"))
                 if does == "abort":
                     choice |= {"finish_reason": "abort"}
                 return {"choices": [choice]}
@@ -161,6 +177,10 @@ class Handler(BaseHTTPRequestHandler):
             case "/finish_weight_update":
                 assert len(engine.loaded) == self.seen["tensors"]
                 engine.updating, engine.version = False, body["weight_version"]
+            case "/v1/load_lora_adapter":
+                engine.load_adapter(body["lora_name"], body["lora_path"])
+            case "/v1/unload_lora_adapter":
+                del engine.adapters[body["lora_name"]]
             case "/update_weight_version":
                 engine.version = body["new_version"]
             case "/reset_prefix_cache":

@@ -7,11 +7,15 @@ somebody else. So liveness is asked of the engine (`/is_paused`), and every answ
 import asyncio
 from collections.abc import Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.records import Rollout, RolloutOrigin, WeightSpan
 from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
+
+if TYPE_CHECKING:
+    import httpx
 
 PROBES = 4  # questions to the engine within `hang_timeout_s`; ours
 
@@ -38,18 +42,27 @@ class Client:
     async def close(self) -> None:
         await self._http.aclose()
 
-    async def call(self, method: str, path: str, *, timeout: float | None = -1.0, **arguments: Any) -> Any:
-        """The JSON answer of the server. timeout: in seconds; None: no limit; default: that of the client."""
-        limit = {} if timeout == -1.0 else {"timeout": timeout}
+    async def call(self, method: str, path: str, *, limited: bool = True, **arguments: Any) -> Any:
+        """The JSON answer of the server. limited: the time of the client is the limit; otherwise there is none."""
+        response = await self._response(method, path, limited=limited, **arguments)
         try:
-            response = await self._http.request(method, path, **limit, **arguments)
-            if response.status_code != 200:
-                raise ServerError(f"{path} was answered with status {response.status_code}: {response.text[:300]}")
             return response.json()
-        except self._errors as error:
-            raise ServerError(f"{path} got no answer ({type(error).__name__}: {error})") from error
         except ValueError as error:
             raise ServerError(f"{path} was not answered with JSON ({error})") from error
+
+    async def call_text(self, path: str, **arguments: Any) -> str:
+        """The answer to a POST that is no JSON."""
+        return (await self._response("POST", path, limited=True, **arguments)).text
+
+    async def _response(self, method: str, path: str, *, limited: bool, **arguments: Any) -> "httpx.Response":
+        limit = {} if limited else {"timeout": None}
+        try:
+            response = await self._http.request(method, path, **limit, **arguments)
+        except self._errors as error:
+            raise ServerError(f"{path} got no answer ({type(error).__name__}: {error})") from error
+        if response.status_code != 200:
+            raise ServerError(f"{path} was answered with status {response.status_code}: {response.text[:300]}")
+        return response
 
     async def is_ready(self) -> bool:
         """Whether the engine answers. A server that still starts refuses the connection."""
@@ -95,15 +108,30 @@ class Client:
             watcher.cancel()
 
     async def generate(
-        self, request: GenerationRequest, sampling: SamplingParameters, *, version: str | None, wants_logprobs: bool
+        self,
+        request: GenerationRequest,
+        sampling: SamplingParameters,
+        *,
+        version: str | None,
+        adapter: str | None = None,
+        wants_logprobs: bool,
     ) -> Rollout:
-        """Samples one response. version: what the weights of each token must be; None: not checked."""
+        """Samples one response.
+
+        version: what the weights of each token must be; None: not checked. adapter: the name of the one to sample with.
+        """
         body = {
             "token_ids": list(request.prompt_ids),
             "sampling_params": sampling_params(request, sampling, wants_logprobs=wants_logprobs),
+            **({} if adapter is None else {"model": adapter}),
         }
-        answer = await self.call("POST", "/inference/v1/generate", json=body, timeout=None)
-        return self._rollout(request, sampling, field_of(answer, "choices", 0), version, wants_logprobs)
+        answer = await self.call("POST", "/inference/v1/generate", json=body, limited=False)
+        rollout = self._rollout(request, sampling, field_of(answer, "choices", 0), version, wants_logprobs)
+        if adapter is None:
+            return rollout
+        # vLLM's versions are those of the base weights.
+        span = WeightSpan(version=adapter, start=0, end=len(rollout.response_ids))
+        return replace(rollout, origin=replace(rollout.origin, weights=(span,)))
 
     def _rollout(
         self,

@@ -15,6 +15,7 @@ RANK_VARIABLES = (
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"),
     *("MASTER_ADDR", "MASTER_PORT", "ROLE_NAME", "ROLE_WORLD_SIZE", "CUDA_DEVICE_MAX_CONNECTIONS"),
 )
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank may be
 RANK_PREFIXES = ("TORCHELASTIC_", "SLURM_", "MEGATRON_PAINT_", "PMI_")
 
 
@@ -51,7 +52,8 @@ def server_command(engine: Engine, model: Path, port: int) -> list[str]:
     if settings.transfer == "ipc":
         command += ["--enable-sleep-mode"]
     if engine.lora_rank is not None:
-        command += ["--enable-lora", "--max-lora-rank", str(engine.lora_rank), "--max-loras", "2"]
+        rank = next((rank for rank in LORA_RANKS if rank >= engine.lora_rank), engine.lora_rank)
+        command += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", "2"]
     return [*command, *settings.extra_args]
 
 

@@ -42,6 +42,14 @@ class Server:
         return f"vLLM server {self.number} ({self.client.url})"
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """A PEFT folder, and the name under which servers know it. The folder must stay as long as it is loaded."""
+
+    name: str
+    folder: Path
+
+
 class Fleet:
     """Starts or finds the servers. Every method blocks until its work is done."""
 
@@ -57,6 +65,7 @@ class Fleet:
         self.engine, self.settings = engine, engine.settings
         self.vocab_size, self.logs, self.note = vocab_size, logs, note
         self.init_info: Mapping[str, Any] | None = None
+        self.adapter: Adapter | None = None  # the one that is sampled with
         self.restarts_left = self.settings.restarts
         self._servers: dict[int, Server] = {}
         self._loop = asyncio.new_event_loop()
@@ -129,8 +138,8 @@ class Fleet:
 
                 async def one(number: int) -> None:
                     async with slots:
-                        found[number] = await server.client.generate(
-                            requests[number], sampling, version=version, wants_logprobs=wants_logprobs
+                        found[number] = await self.generate(
+                            server, requests[number], sampling, version=version, wants_logprobs=wants_logprobs
                         )
                     mark_progress()
 
@@ -145,6 +154,26 @@ class Fleet:
                 )
             )
         return found
+
+    async def generate(self, server: Server, *asked: Any, version: str | None, wants_logprobs: bool) -> Rollout:
+        """One response of a server, with the current adapter if there is one."""
+        if self.adapter is None:
+            return await server.client.generate(*asked, version=version, wants_logprobs=wants_logprobs)
+        name = self.adapter.name
+        return await server.client.generate(*asked, version=None, adapter=name, wants_logprobs=wants_logprobs)
+
+    def load_adapter(self, adapter: Adapter) -> None:
+        """Makes every live server sample with an adapter. The one before is not needed any more afterwards."""
+        before = self.adapter
+        self.adapter = adapter
+
+        async def load(server: Server) -> None:
+            await self._load_adapter(server)
+            if before is not None:
+                await server.client.call_text("/v1/unload_lora_adapter", json={"lora_name": before.name})
+            await self._forget_prefixes(server)
+
+        self.run(self._each(self.live, load, "loading an adapter"))
 
     def begin_update(self) -> None:
         """Waits until no server samples any more, and opens the update of all of them."""
@@ -203,7 +232,10 @@ class Fleet:
             fresh = [self._started(server.number, model) for server in ours]
             self._servers |= {server.number: server for server in fresh}
             self.run(self._each(fresh, self._make_ready))
-            if version is not None:
+            if self.adapter is not None:
+                loading = [server for server in fresh if server.failed is None]
+                self.run(self._each(loading, self._load_adapter, "loading an adapter"))
+            elif version is not None:
                 named = [server for server in fresh if server.failed is None]
                 self.run(self._each(named, lambda server: self._name_version(server, version)))
 
@@ -253,6 +285,10 @@ class Fleet:
         server.longest = await server.client.max_model_len()
         if self.init_info is not None:
             await server.client.call("POST", "/init_weight_transfer_engine", json={"init_info": dict(self.init_info)})
+
+    async def _load_adapter(self, server: Server) -> None:
+        loaded = {"lora_name": self.adapter.name, "lora_path": str(self.adapter.folder)}
+        await server.client.call_text("/v1/load_lora_adapter", json=loaded)
 
     async def _name_version(self, server: Server, version: str) -> None:
         await server.client.call("POST", "/update_weight_version", json={"new_version": version})

@@ -5,14 +5,21 @@ import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from megatron_paint.records import Rollout
 from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
-from megatron_paint.rollouts.vllm.file_transfer import FileTransfer
 from megatron_paint.rollouts.vllm.fleet import Fleet
 from megatron_paint.rollouts.vllm.spot_check import SpotCheck
 from megatron_paint.rollouts.vllm.weights import WeightSource
 from megatron_paint.runtime.rank_zero import OnRankZero
+
+
+class Transfer(Protocol):
+    """How the trainer's weights reach the servers."""
+
+    def send(self, fleet: Fleet | None, version: str) -> None:
+        """One update of all live servers. All ranks call together; `fleet` is None on all ranks but 0."""
 
 
 class VllmSampler:
@@ -28,7 +35,7 @@ class VllmSampler:
         fleet: Fleet | None,
         *,
         weights: WeightSource | None,
-        transfer: FileTransfer | None,
+        transfer: Transfer | None,
         spot_check: SpotCheck | None,
         start_model: Path,
         exports: Path | None,
@@ -113,7 +120,7 @@ class VllmSampler:
         if not self.on_rank_zero(lambda: bool(self.fleet.failed)):
             return False
         model = self.start_model
-        if self.weights is not None:
+        if self.weights is not None and not self.on_rank_zero(lambda: self.fleet.adapter is not None):
             model = self.exports / (self.version or "start").replace("/", "-")
             self.weights.export(model)
         version = None if before else self.version

@@ -40,7 +40,7 @@ class SpotCheck:
         async def ask(server: Server) -> None:
             async with server.client.watched():
                 found[server.name] = [
-                    await server.client.generate(request, plain, version=version, wants_logprobs=True)
+                    await fleet.generate(server, request, plain, version=version, wants_logprobs=True)
                     for request in self._requests
                 ]
 

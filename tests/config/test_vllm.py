@@ -1,0 +1,84 @@
+"""Settings of the engine vllm that contradict each other."""
+
+import pytest
+
+from megatron_paint.base.errors import UserError
+from megatron_paint.config.load import settings_of
+
+URLS = ["http://a:1", "http://b:1"]
+LORA = {"rank": 8, "alpha": 16.0}
+
+
+def settings(rollout=None, model=None, objective=None):
+    return settings_of(
+        {
+            "model": {"hf_path": "m", **(model or {})},
+            "data": {"train": "p.jsonl"},
+            "run": {"dir": "r"},
+            "rollout": rollout or {},
+            "objective": objective or {},
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("rollout", "model", "message"),
+    [
+        ({"vllm": {"servers": 2}}, {}, "the section rollout.vllm belongs to engine=vllm"),
+        (
+            {"engine": "vllm", "vllm": {"urls": URLS, "devices": ["1"]}},
+            {},
+            "rollout.vllm.devices is about servers that",
+        ),
+        ({"engine": "vllm", "vllm": {"urls": ["node:1"]}}, {}, "begins with http://, such as http://node:1"),
+        ({"engine": "vllm", "vllm": {"urls": URLS[:1] * 2}}, {}, "names a server twice"),
+        ({"engine": "vllm", "vllm": {"servers": 2, "devices": ["1"]}}, {}, "has 1 entries for rollout.vllm.servers=2"),
+        (
+            {"engine": "vllm", "vllm": {"transfer": "nccl", "transfer_folder": "/x"}},
+            {},
+            "rollout.vllm.transfer_folder belongs to transfer=file",
+        ),
+        ({"lora_transfer": "adapter"}, {"lora": LORA}, "rollout.lora_transfer belongs to engine=vllm"),
+        ({"engine": "vllm", "lora_transfer": "adapter"}, {}, "the adapters of model.lora, which is not set"),
+        (
+            {"engine": "vllm", "lora_transfer": "adapter"},
+            {"lora": LORA, "megatron_path": "c"},
+            "from model.hf_path and not from model.megatron_path",
+        ),
+        ({"engine": "vllm", "vllm": {"server": 2}}, {}, "rollout.vllm.server"),
+        ({"engine": "vllm", "vllm": {"servers": 0}}, {}, "rollout.vllm.servers"),
+    ],
+)
+def test_mistakes(rollout, model, message):
+    with pytest.raises(UserError) as told:
+        settings(rollout, model)
+    assert message in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "known"),
+    [
+        ({"temperature": 1.0, "top_p": 0.9, "top_k": 5}, True),
+        ({"temperature": 0.7, "top_p": 1.0, "top_k": 0}, True),
+        ({"temperature": 0.7, "top_p": 0.9, "top_k": 0}, False),
+        ({"temperature": 0.7, "top_p": 1.0, "top_k": 5}, False),
+    ],
+)
+def test_grpo_needs_log_probabilities_where_vllm_has_them(sampling, known):
+    rollout = {"engine": "vllm", **sampling}
+    assert settings(rollout).rollout.vllm_has_logprobs == known
+    objective = {"name": "grpo", "grpo": {"importance_limit": 2.0}}
+    if known:
+        settings(rollout, objective=objective)
+        return
+    with pytest.raises(UserError, match=r"objective\.grpo\.importance_limit=2\.0 needs log-probabilities"):
+        settings(rollout, objective=objective)
+    settings(rollout, objective={"name": "grpo", "grpo": {"importance_limit": None}})
+
+
+def test_where_the_servers_are_may_change():
+    from megatron_paint.config.saved import changes, settings_tree
+
+    old, new = settings({"engine": "vllm"}), settings({"engine": "vllm", "transfer_bytes": 1e6, "vllm": {"urls": URLS}})
+    assert not changes(old=settings_tree(old), new=settings_tree(new))
+    assert changes(old=settings_tree(old), new=settings_tree(settings())) == {"rollout.engine": ("vllm", "megatron")}
