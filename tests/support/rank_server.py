@@ -19,7 +19,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-import transformers  # noqa: F401
+from transformers import Qwen3ForCausalLM, Qwen3MoeForCausalLM  # noqa: F401 - these two import much more
 
 import megatron_paint.cli
 import megatron_paint.mcore.policy
