@@ -9,7 +9,7 @@ from functools import wraps
 
 import torch
 
-# Functions that make tensors. A `TorchFunctionMode` would see all functions, but doubles the time of a small model.
+# Functions that make tensors. A `TorchFunctionMode` sees all functions: a sixth of a small model's CPU time.
 _FACTORIES = (
     *("arange", "as_tensor", "empty", "empty_like", "full", "full_like", "ones", "ones_like"),
     *("rand", "randint", "randn", "tensor", "zeros", "zeros_like"),
