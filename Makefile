@@ -16,9 +16,9 @@ OPTIONS ?=
 PYTEST = $(BIN)/python -m pytest
 # A file stays with one worker. tests/conftest.py puts the longest files first.
 PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=25 $(OPTIONS)
-# `make check` leaves out the folders and files that start ranks, nodes or compilers.
+# `make check` leaves out the folders and files that start ranks, nodes or compilers, or that train.
 STARTS = end_to_end reliability slurm gpu convert mcore losses/test_losses_parallel.py losses/test_losses_triton.py \
-    search/test_search.py
+    objectives/test_add_an_objective.py planning/test_measured.py search/test_search.py tools/test_testbed.py
 
 .PHONY: help quickstart testbed testbed-full test check test-all test-slurm test-vllm soak test-gpu bench install
 

@@ -4,19 +4,17 @@ Megatron-Core 0.16 and 0.19 assume CUDA in a handful of places: device queries, 
 keywords, tensor type names, the CUDA random state. Only this file redirects each to its CPU counterpart.
 """
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
-from torch.overrides import TorchFunctionMode
 
-_redirected: "_CudaKeywordsToCpu | None" = None
-
-
-class _CudaKeywordsToCpu(TorchFunctionMode):
-    """Turns `device="cuda"` keywords into CPU: pipeline schedules allocate their buffers with it."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if kwargs and (device := kwargs.get("device")) is not None and torch.device(device).type == "cuda":
-            kwargs = {**kwargs, "device": "cpu"}
-        return func(*args, **(kwargs or {}))
+# Functions that make tensors. A `TorchFunctionMode` sees all functions: a sixth of a small model's CPU time.
+_FACTORIES = (
+    *("arange", "as_tensor", "empty", "empty_like", "full", "full_like", "ones", "ones_like"),
+    *("rand", "randint", "randn", "tensor", "zeros", "zeros_like"),
+)
+_is_redirected = False
 
 
 class _NoEvent:
@@ -60,14 +58,32 @@ class _NoStream:
 
 def redirect_cuda_to_cpu() -> None:
     """Makes Megatron-Core's CUDA calls use the CPU. Does nothing if there is a GPU, or at a second call."""
-    global _redirected
-    if torch.cuda.is_available() or _redirected is not None:
+    global _is_redirected
+    if torch.cuda.is_available() or _is_redirected:
         return
     _redirect_torch_cuda()
+    _redirect_device_keywords()
     _redirect_random_state()
     _redirect_experts()
-    _redirected = _CudaKeywordsToCpu()
-    _redirected.__enter__()
+    _is_redirected = True
+
+
+def _redirect_device_keywords() -> None:
+    """Turns `device="cuda"` keywords into CPU: pipeline schedules allocate their buffers with it."""
+    with torch.device("cpu"):
+        torch.empty(0)  # torch.device, as a context, now knows the functions themselves
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+
+def _on_cpu(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @wraps(make)
+    def made(*args, **kwargs):
+        if (device := kwargs.get("device")) is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = "cpu"
+        return make(*args, **kwargs)
+
+    return made
 
 
 def _redirect_torch_cuda() -> None:

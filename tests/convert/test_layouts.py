@@ -24,7 +24,12 @@ def family(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+# `make test` leaves out the layouts of one kind of parallelism: others combine it with a second kind.
+LONG = ("tp2", "pp2", "ep2")
+MARKED = [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in LAYOUTS]
+
+
+@pytest.fixture(scope="module", params=MARKED)
 def layout(request, family, tmp_path_factory):
     """Returns the results of one layout."""
     out = tmp_path_factory.mktemp(request.param)

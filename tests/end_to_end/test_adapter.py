@@ -29,7 +29,7 @@ def trained(tmp_path_factory):
 def answers(folder, model, out):
     """The greedy answers of `megatron-paint evaluate --model`."""
     arguments = ("--benchmarks", folder / "problems.jsonl", "--n", "1", "--out", out, "evaluation.limit=4")
-    arguments += ("evaluation.max_new_tokens=12", "evaluation.thinking=false", "evaluation.greedy=true")
+    arguments += ("evaluation.max_new_tokens=8", "evaluation.thinking=false", "evaluation.greedy=true")
     ended = forked_ranks.run(out.parent, "evaluate", "--model", model, *arguments, "model.dtype=float32", processes=1)
     assert ended.statuses == [0], ended
     return json.loads((out / "problems.json").read_text())["answers"], ended.out[0]

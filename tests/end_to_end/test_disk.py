@@ -58,7 +58,9 @@ def pages(folder: Path) -> int:
     return sum(-(-len(content) // PAGE) for content in files(folder).values())
 
 
-@pytest.mark.parametrize("waits", [True, False], ids=["waits", "goes_on"])
+@pytest.mark.parametrize(
+    "waits", [pytest.param(True, marks=pytest.mark.long, id="waits"), pytest.param(False, id="goes_on")]
+)
 def test_a_full_disk_ends_the_run_wherever_it_is_met(trained, tmp_path, disk, waits):
     """A run that waits for its checkpoint meets it there; in one that continues, the export may take the room first."""
     mounted = disk(4_000_000)

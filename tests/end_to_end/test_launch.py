@@ -284,6 +284,7 @@ def test_training_joins_the_ranks_of_torchrun(settings, tmp_path):
     assert out.count("self-check: ") == 1
 
 
+@pytest.mark.long
 def test_an_error_inside_torchrun_is_one_line(settings):
     status, _, err = torchrun("train", settings, "optimizer.lrr=1")
     assert status == 1  # torchrun's own, whatever a rank's is

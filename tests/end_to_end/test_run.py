@@ -182,7 +182,7 @@ def test_a_checkpoint_is_evaluated_as_its_run_did(lora, trained, tmp_path):
         tmp_path,
         *("evaluate", "--model", run_dir / "checkpoints" / "step_000002"),
         *("--benchmarks", trained.folder / "problems.jsonl", "--n", "2", "--out", tmp_path / "out"),
-        *("--processes", "1", "evaluation.limit=3", "evaluation.max_new_tokens=12", "evaluation.thinking=false"),
+        *("--processes", "1", "evaluation.limit=3", "evaluation.max_new_tokens=8", "evaluation.thinking=false"),
         *("evaluation.greedy=true", "rollout.batch_size=2"),
     ).wait()
     assert ended.statuses == [0], ended

@@ -24,7 +24,7 @@ def greedy_of_transformers(model: Path, settings: Path) -> dict[str, list[int]]:
         prompt = torch.tensor([list(evaluator.prompt(problem))])
         assert prompt.size(1) > 64, "the prompt must be longer than the original length"
         stops = sorted(evaluator.prompts.tokenizer.stop_ids)
-        ids = loaded.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=stops, pad_token_id=256)
+        ids = loaded.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=stops, pad_token_id=256)
         answers[problem.id] = ids[0, prompt.size(1) :].tolist()
     return answers
 

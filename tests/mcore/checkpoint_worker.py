@@ -18,7 +18,7 @@ from tests.mcore import parity_cases as parity
 from tests.mcore.layouts import LAYOUTS
 from tests.mcore.parity_worker import records, set_adapters, settings_of
 
-HALF = 3
+HALF = 2
 CASES = (
     parity.Case(
         name="full-initial", tied=False, teacher="initial", optimizer="adam", distributed_optimizer=True, eps=1e-8

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -151,12 +151,12 @@ def optimizer_storages(policy: MegatronPolicy) -> dict[int, int]:
     return own_storages(tensors)
 
 
-def sample(policy: MegatronPolicy, settings: Settings) -> None:
+def sample(policy: MegatronPolicy, settings: Settings, *, stop_ids: Collection[int] = ()) -> None:
     """Samples a batch with the longest prompts and responses that fit."""
     prompt = tuple(range(5, 5 + settings.data.micro_batch_tokens // settings.rollout.batch_size))
     requests = [GenerationRequest(problem_id=str(i), sample_index=0, prompt_ids=prompt, key=i) for i in range(2)]
     sampling = SamplingParameters(
-        max_new_tokens=settings.rollout.max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, stop_ids=()
+        max_new_tokens=settings.rollout.max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, stop_ids=stop_ids
     )
     policy.sampler.generate_on_replica(requests, sampling)
 
@@ -177,8 +177,8 @@ def measure(settings: Settings, ranks: Ranks) -> dict[str, float]:
     results = [*(states.hidden_NH or {}).values()]
     if states.output_weight_VH is not None and states.output_weight_VH.data_ptr() not in weights | taught:
         results.append(states.output_weight_VH)  # a copy in the student's type
-    with caches() as cache:
-        sample(policy, settings)
+    with caches() as cache:  # made for the complete responses; that each ends with its first token saves time
+        sample(policy, settings, stop_ids=range(policy.shape.vocab_size))
     return {
         "weights": sum(weights.values()),
         "gradients": sum(gradients.values()),

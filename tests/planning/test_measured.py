@@ -79,17 +79,22 @@ def expected(settings, *, processes: int, stage: int) -> dict[str, float]:
     }
 
 
-# Short lists: every case of four ranks takes some seconds.
-RECOMPUTED = ["full selective", "full recompute", "lora", "lora recompute"]
+# Short lists: every case of four ranks takes some seconds. `make test` runs every case and every layout once at least.
 CASES = {
     "all weights": ("one process", False, ["full", "full selective", "full recompute"]),
     "teacher and type": ("one process", False, ["ema", "bfloat16"]),
     "adapters": ("one process", False, ["lora", "lora recompute"]),
-    "stages": ("pipeline 2", False, RECOMPUTED),
+    "stages": ("pipeline 2", False, ["full selective", "lora recompute"]),
+    "more of stages": ("pipeline 2", False, ["full recompute", "lora"]),
     "tied stages": ("pipeline 2", True, ["full"]),
     "stages and shards": ("tensor 2 x pipeline 2, sequence parallel", False, ["full recompute", "lora"]),
-    "shards and replicas": ("tensor 2 x data 2", True, ["full selective", "full recompute", "lora", "ema"]),
+    "shards and replicas": ("tensor 2 x data 2", True, ["full selective", "ema"]),
+    "more of shards and replicas": ("tensor 2 x data 2", True, ["full recompute", "lora"]),
 }
+MARKED = [
+    pytest.param(*case, id=name, marks=pytest.mark.long if name.startswith("more") else ())
+    for name, case in CASES.items()
+]
 
 
 def measure(what: str, folder: Path, name: str, *, tied: bool, cases: list[str]) -> tuple[Path, list[dict]]:
@@ -103,7 +108,7 @@ def measure(what: str, folder: Path, name: str, *, tied: bool, cases: list[str])
     return settings, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
 
 
-@pytest.mark.parametrize(("name", "tied", "cases"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(("name", "tied", "cases"), MARKED)
 def test_estimate_is_what_is_allocated(name, tied, cases, tmp_path):
     settings, ranks = measure("parts", tmp_path, name, tied=tied, cases=cases)
     off = []
@@ -119,9 +124,11 @@ def test_estimate_is_what_is_allocated(name, tied, cases, tmp_path):
     assert not off, "\n".join(off)
 
 
-def test_the_peaks_are_those_of_all_tensors(tmp_path):
+@pytest.mark.parametrize(
+    "cases", [["full", "lora recompute"], pytest.param(["full recompute", "lora"], marks=pytest.mark.long)]
+)
+def test_the_peaks_are_those_of_all_tensors(cases, tmp_path):
     """Temporaries included, which the estimate counts only roughly."""
-    cases = ["full", "full recompute", "lora", "lora recompute"]
     settings, (measured,) = measure("peaks", tmp_path, "one process", tied=False, cases=cases)
     for case, peaks in measured["cases"].items():
         asked = load_settings(settings, CHANGES[case])

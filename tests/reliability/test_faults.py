@@ -110,7 +110,12 @@ def remove(file: Path) -> str:
 
 @pytest.mark.parametrize(
     ("name", "spoil"),
-    [("__1_0.distcp", truncate), ("__0_0.distcp", flip), (".metadata", remove), (CHECKSUMS, remove)],
+    [
+        pytest.param("__1_0.distcp", truncate, marks=pytest.mark.long),
+        ("__0_0.distcp", flip),
+        (".metadata", remove),
+        pytest.param(CHECKSUMS, remove, marks=pytest.mark.long),
+    ],
 )
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(trained, tmp_path, name, spoil):
     run = tmp_path / "run"

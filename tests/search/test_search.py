@@ -119,6 +119,7 @@ def test_the_best_trial_on_other_problems(unbroken):
     assert report["final"]["best_accuracy"]["mean"] == better.metrics["avg"]
 
 
+@pytest.mark.long
 def test_the_comparison_stops_and_continues(unbroken, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(unbroken, out)
@@ -189,6 +190,7 @@ def test_stopped_by_a_signal(tmp_path):
     assert not (out / "claims").exists() or not list((out / "claims").iterdir())
 
 
+@pytest.mark.long
 def test_stopped_by_slurm(tmp_path):
     """Slurm sends SIGTERM to every process of a job. A trial of two ranks stops with a checkpoint all the same."""
     out = tmp_path / "out"
@@ -203,6 +205,7 @@ def test_stopped_by_slurm(tmp_path):
     assert [trial.state for trial in read_trials(out)] == ["running"]
 
 
+@pytest.mark.long
 def test_two_trials_side_by_side(tmp_path):
     """--jobs 2: every trial runs once. Each has a folder and a claim."""
     out = tmp_path / "out"

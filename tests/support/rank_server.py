@@ -19,7 +19,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-import transformers  # noqa: F401
+from transformers import Qwen3ForCausalLM, Qwen3MoeForCausalLM  # noqa: F401 - these two import much more
 
 import megatron_paint.cli
 import megatron_paint.mcore.policy
@@ -28,6 +28,7 @@ import megatron_paint.training.start
 from megatron_paint.config.load import load_settings
 from megatron_paint.data.tokenizers import load_tokenizer
 from tests.support.forks import end_after
+from tests.support.shared_device import share_gloo_device
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 EVENTS = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate"}
@@ -38,6 +39,7 @@ def main() -> None:
         importlib.import_module(f"megatron_paint.cli.{command.name}")
     load_settings(QUICKSTART / "paint.yaml")  # these two import what they need when they are first called
     load_tokenizer(QUICKSTART / "model")
+    share_gloo_device()
     gc.collect()
     gc.freeze()  # the ranks' garbage collectors skip what is imported, and copy no page of it
     for line in sys.stdin:

@@ -72,10 +72,10 @@ model: {{hf_path: {model}, dtype: float32}}
 data: {{train: {problems}, problems_per_step: 4, micro_batch_tokens: 1200}}
 prompts: {{teacher_thinking: false}}
 objective: {{loss: {{fraction: 0.2}}}}
-rollout: {{max_new_tokens: 16, temperature: 1.0, top_p: 1.0, top_k: 0}}
+rollout: {{max_new_tokens: 8, temperature: 1.0, top_p: 1.0, top_k: 0}}
 optimizer: {{lr: 1e-3, clip_grad: 1.0}}
 megatron: {{{layout}}}
-evaluation: {{problems: {problems}, limit: 3, samples: 2, max_new_tokens: 12, thinking: false, greedy: true}}
+evaluation: {{problems: {problems}, limit: 3, samples: 2, max_new_tokens: 8, thinking: false, greedy: true}}
 run: {{dir: {folder / "run"}, steps: 4, save_every: 2, evaluate_every: 2}}
 """
     )
