@@ -2,9 +2,8 @@
 
 `python -m megatron_paint.runtime.guard PARENT FOLDER COMMAND...`. The kernel kills only direct children of a process
 that died. The command's own children would stay, and hold their GPUs. So this process waits for the command, and kills
-the command's process group at SIGTERM, or when PARENT is gone. The kernel sends that signal when PARENT dies; PARENT
-sends it to end the command. Python's shared memory of killed processes would stay in /dev/shm, so it is removed too.
-FOLDER, unless it is empty text, is removed when PARENT has died.
+the command's process group at SIGTERM, or when PARENT is gone. Python's shared memory of killed processes would stay in
+/dev/shm, so it is removed too. FOLDER, unless it is empty text, is removed when PARENT has died.
 """
 
 import ctypes
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from megatron_paint.runtime.processes import SET_PARENT_DEATH_SIGNAL
 
+PARENT_DIED = signal.SIGHUP  # from the kernel
 POLL_SECONDS = 1.0
 REMOVE_SECONDS = 30.0
 # The names that Python's multiprocessing gives to shared memory and semaphores.
@@ -30,17 +30,19 @@ SHARED_MEMORY = re.compile(rb"/dev/shm/(?:psm_|sem\.mp-)[\w-]+")
 def main() -> int:
     """Returns the exit status of the command; 128 + N if signal N ended it."""
     parent, folder, command = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
-    asked_to_end = threading.Event()
-    signal.signal(signal.SIGTERM, lambda number, frame: asked_to_end.set())
+    ends, died = threading.Event(), threading.Event()
+    signal.signal(signal.SIGTERM, lambda number, frame: ends.set())
+    signal.signal(PARENT_DIED, lambda number, frame: (died.set(), ends.set()))
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, int(signal.SIGTERM))
+        ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, int(PARENT_DIED))
     process = subprocess.Popen(command, start_new_session=True)
-    threading.Thread(target=lambda: (process.wait(), asked_to_end.set()), daemon=True).start()
-    while not asked_to_end.wait(POLL_SECONDS) and os.getppid() == parent:
+    threading.Thread(target=lambda: (process.wait(), ends.set()), daemon=True).start()
+    while not ends.wait(POLL_SECONDS) and os.getppid() == parent:
         pass
     kill_group(process.pid)  # also what a command that has ended left behind
     status = process.wait()
-    if folder and os.getppid() != parent:
+    # The kernel sends its signal when the parent's main thread dies. Its other threads may still die after it.
+    if folder and (died.is_set() or os.getppid() != parent):
         remove(Path(folder))
     return status if status >= 0 else 128 - status
 
