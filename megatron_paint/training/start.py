@@ -6,7 +6,7 @@ Every rank runs it. Rank 0 writes and prints.
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +36,7 @@ from megatron_paint.runtime.stop import StopRequest, job_end
 from megatron_paint.training.inputs import Inputs, load_inputs, replay_sampler, rollout_source
 from megatron_paint.training.loop import Run
 from megatron_paint.training.ownership import OwnedRun, owned_run
+from megatron_paint.training.profiler import StepProfiler
 from megatron_paint.training.recorder import Recorder
 from megatron_paint.training.self_check import self_check
 
@@ -164,7 +165,28 @@ def prepare(
         on_rank_zero=on_rank_zero,
         stop_reason=lambda seconds: first_reason(ranks, request.reason(next_seconds=seconds)),
         confirm_owner=owned.confirm,
+        profiled=_profiler(settings, folder, ranks, progress, owned.confirm, start=start),
     )
+
+
+def _profiler(
+    settings: Settings,
+    folder: RunFolder,
+    ranks: "Ranks",
+    progress: Progress,
+    confirm_owner: Callable[[], None],
+    *,
+    start: int,
+) -> Callable[[int], AbstractContextManager[None]]:
+    """What profiles the steps of `run.profile`. It warns if this start has none of them."""
+    profile = settings.run.profile
+    if profile is None:
+        return lambda step: nullcontext()
+    if max(profile.steps) <= start < settings.run.steps:
+        progress.warn(
+            f"run.profile.steps={list(profile.steps)}: no step is profiled, because the run resumes after step {start}"
+        )
+    return StepProfiler(settings=profile, folder=folder, ranks=ranks, progress=progress, confirm_owner=confirm_owner)
 
 
 def _changes(folder: RunFolder, settings: Settings) -> list[str]:
