@@ -110,12 +110,13 @@ class StepProfiler:
             one.moved(since_1970 - offsets[rank].seconds, error=offsets[rank].error) for rank, (one, _) in found.items()
         ]
         problems = [problem for _, problem in found.values() if problem]
+        for message in problems:
+            self.progress.warn(f"the profile of step {step} is not complete: {message}")
         try:
             self._timeline().with_step(everyone).write(self.folder.timeline_file)
         except UserError as error:
-            problems.append(str(error))
-        for message in problems:
-            self.progress.warn(f"the profile of step {step} is not complete: {message}")
+            self.progress.warn(f"the profile of step {step} is not complete: {error}")
+            return
         self.progress.note(
             f"profile of step {step} is in {self.folder.profile}: `megatron-paint inspect profile {self.folder.path}` "
             "prints where the time went"
@@ -186,7 +187,8 @@ class Recorder:
         if self._traced is not None:
             import torch
 
-            torch.cuda.synchronize()  # so that the range begins with the time of the phase; nothing without a GPU
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # the range has only the work of its own phase
             annotation = torch.profiler.record_function(phase)
             annotation.__enter__()
         return Begun(phase, annotation, starts)
