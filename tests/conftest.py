@@ -23,6 +23,7 @@ LONGEST = (
     "convert/test_layouts.py",
     "mcore/test_checkpoint.py",
     "end_to_end/test_shown.py",
+    "end_to_end/test_profile.py",
     "search/test_search.py",
     "end_to_end/test_mistakes.py",
     "mcore/test_generation.py",

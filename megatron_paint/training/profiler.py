@@ -89,7 +89,6 @@ class StepProfiler:
             activities=[ProfilerActivity.CPU, *gpu],
             profile_memory=self.settings.memory,
             with_stack=self.settings.stacks,
-            acc_events=True,  # it has one cycle, of which all events are kept; without this it warns about others
         )
 
     def _write(self, step: int, recorder: "Recorder") -> None:
@@ -124,14 +123,16 @@ class StepProfiler:
 
     def _write_trace(self, step: int, recorder: "Recorder") -> tuple[TraceSummary | None, str]:
         """Returns what the trace says about operators, and a message if it could not be written."""
-        if not recorder.traces:  # it is not traced, or no phase that is traced took place
-            return None, ""
+        if recorder.problem or not recorder.traces:  # or it is not traced, or no phase that is traced took place
+            return None, recorder.problem
         path = self.folder.trace_file(step, self.ranks.rank)
         phases = {span.phase for span in recorder.spans} - {STEP}
         try:
             summary = write_trace(recorder.traces, path, phases=phases)
         except UserError as error:
             return None, str(error)
+        except RuntimeError as error:
+            return None, f"torch's profiler has failed: {error!r}"
         if self.ranks.device.type == "cuda" and not summary.gpu:
             return summary, (
                 f"{path} has no work of the GPU. Set KINETO_LOG_LEVEL=1 in the environment to see why: often the "
@@ -157,6 +158,7 @@ class Recorder:
     def __init__(self, make_trace: "Callable[[], profile] | None", phases: Collection[str] | None) -> None:
         self.spans: list[Span] = []
         self.traces: list[profile] = []  # in the order of time
+        self.problem = ""  # why a trace is missing
         self._make_trace, self._phases = make_trace, phases
         self._traced: profile | None = None  # it runs
         self._started = self._ended = 0.0
@@ -180,11 +182,12 @@ class Recorder:
 
     def begin(self, phase: str) -> "Begun":
         """Called by a timer before a phase."""
-        starts = self.is_traced and phase in (self._phases or ()) and self._traced is None and _in_main_thread()
+        in_main_thread = threading.current_thread() is threading.main_thread()  # torch records this one
+        starts = in_main_thread and self.is_traced and phase in (self._phases or ()) and self._traced is None
         if starts:
             self._start_trace()
         annotation = None
-        if self._traced is not None:
+        if in_main_thread and self._traced is not None:
             import torch
 
             if torch.cuda.is_available():
@@ -207,10 +210,15 @@ class Recorder:
         self._traced.start()
 
     def _stop_trace(self) -> None:
-        if self._traced is not None:
-            self._traced.stop()
-            self.traces.append(self._traced)
-            self._traced = None
+        if self._traced is None:
+            return
+        trace, self._traced = self._traced, None
+        try:
+            trace.stop()
+        except Exception as error:  # of any kind: what torch makes of its records ends no run
+            self.problem = f"torch's profiler has failed: {error!r}"
+        else:
+            self.traces.append(trace)
 
     def times(self, *, step: int, rank: int, operators: TraceSummary | None) -> RankTimes:
         """The step on this rank, by the clock of this rank."""
@@ -232,8 +240,3 @@ class Begun:
     phase: str
     annotation: Any  # its range in the trace; None without a trace
     starts_trace: bool  # whether the trace ends with it
-
-
-def _in_main_thread() -> bool:
-    """torch records the thread that starts its profiler."""
-    return threading.current_thread() is threading.main_thread()

@@ -20,6 +20,7 @@ from megatron_paint.grading.grade import Rules
 from megatron_paint.grading.graders import Graders
 from megatron_paint.launch.failure_notes import leave_failure_note
 from megatron_paint.masker.overlap import MaskerPool
+from megatron_paint.models.shape import ModelShape
 from megatron_paint.objectives import OBJECTIVES, ObjectiveInputs
 from megatron_paint.planning.hardware import ranks_of_this_node
 from megatron_paint.planning.local_model import with_local_model
@@ -36,6 +37,7 @@ from megatron_paint.runtime.stop import StopRequest, job_end
 from megatron_paint.training.inputs import Inputs, load_inputs, replay_sampler, rollout_source
 from megatron_paint.training.loop import Run
 from megatron_paint.training.ownership import OwnedRun, owned_run
+from megatron_paint.training.profile_warnings import profile_warnings
 from megatron_paint.training.profiler import StepProfiler
 from megatron_paint.training.recorder import Recorder
 from megatron_paint.training.self_check import self_check
@@ -165,7 +167,7 @@ def prepare(
         on_rank_zero=on_rank_zero,
         stop_reason=lambda seconds: first_reason(ranks, request.reason(next_seconds=seconds)),
         confirm_owner=owned.confirm,
-        profiled=_profiler(settings, folder, ranks, progress, owned.confirm, start=start),
+        profiled=_profiler(settings, folder, ranks, progress, owned.confirm, start=start, shape=plan.shape),
     )
 
 
@@ -177,15 +179,15 @@ def _profiler(
     confirm_owner: Callable[[], None],
     *,
     start: int,
+    shape: ModelShape,
 ) -> Callable[[int], AbstractContextManager[None]]:
-    """What profiles the steps of `run.profile`. It warns if this start has none of them."""
+    """What profiles the steps of `run.profile`."""
     profile = settings.run.profile
     if profile is None:
         return lambda step: nullcontext()
-    if max(profile.steps) <= start < settings.run.steps:
-        progress.warn(
-            f"run.profile.steps={list(profile.steps)}: no step is profiled, because the run resumes after step {start}"
-        )
+    layers = shape.num_layers // settings.megatron.pipeline_model_parallel_size
+    for warning in profile_warnings(settings, start=start, layers=layers):
+        progress.warn(warning)
     return StepProfiler(settings=profile, folder=folder, ranks=ranks, progress=progress, confirm_owner=confirm_owner)
 
 

@@ -191,3 +191,24 @@ def test_a_disk_that_refuses_is_a_warning(profiler):
             f"the profile of step 2 is not complete: Cannot write {profiler.folder.profile}/{file}"
         )
     assert not any(kind == "note" for kind, _ in profiler.progress)
+
+
+@pytest.mark.parametrize("method", ["stop", "export_chrome_trace"])
+def test_torch_s_own_failures_are_warnings(profiler, monkeypatch, method):
+    def fails(self, *arguments):
+        if method == "stop":
+            stop(self)
+        raise (UnicodeDecodeError("utf-8", b"\x9a", 0, 1, "invalid") if method == "stop" else RuntimeError("no trace"))
+
+    profiler = profiler()
+    profiler._is_warm = True
+    stop = torch.profiler.profile.stop
+    monkeypatch.setattr(torch.profiler.profile, method, fails)
+    with profiler(2):
+        work(Timer())
+    (warning,) = (message for kind, message in profiler.progress if kind == "warning")
+    assert warning.startswith("the profile of step 2 is not complete: torch's profiler has failed: ")
+    ((one,),) = read_timeline(profiler.folder.timeline_file).steps.values()
+    assert one.operators is None
+    assert {span.phase for span in one.spans} == {"step", "teacher", "student", "checkpoint"}
+    assert [file.name for file in profiler.folder.profile.iterdir()] == ["timeline.json"]
