@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from megatron_paint.mcore.ranks import Ranks
 
+GPU_PHASES = {"rollout", "teacher", "student", "optimizer", "evaluation"}  # those that always work on a GPU
+
 
 @dataclass(kw_only=True)
 class StepProfiler:
@@ -69,8 +71,8 @@ class StepProfiler:
         is_traced = self.ranks.rank in self.settings.ranks
         if is_traced and not self._is_warm:
             self._is_warm = True
-            with self._torch_profile():  # the first one takes seconds: it loads the profiler
-                pass
+            with suppress(Exception), self._torch_profile():  # the first one takes seconds: it loads the profiler
+                pass  # if this fails, so does the next one, which says why
         recorder = Recorder(self._torch_profile if is_traced else None, self.settings.phases)
         self.confirm_owner()
         if self.ranks.rank == 0:
@@ -133,7 +135,8 @@ class StepProfiler:
             return None, str(error)
         except RuntimeError as error:
             return None, f"torch's profiler has failed: {error!r}"
-        if self.ranks.device.type == "cuda" and not summary.gpu:
+        is_expected = self.settings.phases is None or GPU_PHASES & phases & {*self.settings.phases}
+        if self.ranks.device.type == "cuda" and is_expected and not summary.gpu:
             return summary, (
                 f"{path} has no work of the GPU. Set KINETO_LOG_LEVEL=1 in the environment to see why: often the "
                 "driver lets only root profile"
@@ -206,8 +209,13 @@ class Recorder:
         self.spans.append(Span(phase=begun.phase, start=started, seconds=ended - started))
 
     def _start_trace(self) -> None:
-        self._traced = self._make_trace()
-        self._traced.start()
+        try:
+            trace = self._make_trace()
+            trace.start()
+        except Exception as error:  # of any kind, such as another profiler that runs: it ends no run
+            self.problem = f"torch's profiler does not start: {error!r}"
+        else:
+            self._traced = trace
 
     def _stop_trace(self) -> None:
         if self._traced is None:

@@ -193,22 +193,43 @@ def test_a_disk_that_refuses_is_a_warning(profiler):
     assert not any(kind == "note" for kind, _ in profiler.progress)
 
 
-@pytest.mark.parametrize("method", ["stop", "export_chrome_trace"])
-def test_torch_s_own_failures_are_warnings(profiler, monkeypatch, method):
+@pytest.mark.parametrize(
+    ("method", "error"),
+    [
+        ("start", RuntimeError("another one runs")),
+        ("stop", UnicodeDecodeError("utf-8", b"\x9a", 0, 1, "invalid")),
+        ("export_chrome_trace", RuntimeError("no trace")),
+    ],
+)
+def test_torch_s_own_failures_are_warnings(profiler, monkeypatch, method, error):
     def fails(self, *arguments):
         if method == "stop":
             stop(self)
-        raise (UnicodeDecodeError("utf-8", b"\x9a", 0, 1, "invalid") if method == "stop" else RuntimeError("no trace"))
+        raise error
 
     profiler = profiler()
-    profiler._is_warm = True
     stop = torch.profiler.profile.stop
     monkeypatch.setattr(torch.profiler.profile, method, fails)
     with profiler(2):
         work(Timer())
     (warning,) = (message for kind, message in profiler.progress if kind == "warning")
-    assert warning.startswith("the profile of step 2 is not complete: torch's profiler has failed: ")
+    assert warning.startswith("the profile of step 2 is not complete: torch's profiler ")
+    assert warning.endswith(repr(error))
     ((one,),) = read_timeline(profiler.folder.timeline_file).steps.values()
     assert one.operators is None
     assert {span.phase for span in one.spans} == {"step", "teacher", "student", "checkpoint"}
     assert [file.name for file in profiler.folder.profile.iterdir()] == ["timeline.json"]
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@pytest.mark.parametrize(("phases", "warns"), [(None, True), (("student",), True), (("checkpoint",), False)])
+def test_a_trace_without_work_of_the_gpu(profiler, phases, warns):
+    """Here the GPU is one in name only, so that no trace has its work."""
+    profiler = profiler(phases=phases)
+    profiler.ranks.device = torch.device("cuda")
+    with profiler(2):
+        work(Timer())
+    assert trace(profiler, 2)
+    warnings = [message for kind, message in profiler.progress if kind == "warning"]
+    assert len(warnings) == int(warns)
+    assert all("rank_0000.trace.json.gz has no work of the GPU. Set KINETO_LOG_LEVEL=1" in text for text in warnings)
