@@ -16,6 +16,8 @@ LONGEST = (
     "mcore/test_checkpoint.py",
     "end_to_end/test_launch.py",
     "reliability/test_exactness.py",
+    "end_to_end/test_profile.py",
+    "end_to_end/test_vllm.py",
     "search/test_search.py",
     "reliability/test_preflight.py",
     "mcore/test_vocabulary.py",

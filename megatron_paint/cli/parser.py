@@ -34,12 +34,10 @@ def make_parser() -> argparse.ArgumentParser:
     _add_compare(
         commands.add_parser("compare", help="compare two evaluations, paired by problem, with intervals and p-values")
     )
-    inspect = commands.add_parser("inspect", help="show samples of a run")
-    _add_samples(
-        inspect.add_subparsers(required=True, metavar="WHAT").add_parser(
-            "samples", help="one sample of a step: what was hidden, found and selected"
-        )
-    )
+    inspect = commands.add_parser("inspect", help="show samples or the profile of a run")
+    kinds = inspect.add_subparsers(required=True, metavar="WHAT")
+    _add_samples(kinds.add_parser("samples", help="one sample of a step: what was hidden, found and selected"))
+    _add_profile(kinds.add_parser("profile", help="where the time of profiled steps went: phases and operators"))
     _add_status(commands.add_parser("status", help="the state of a run, also while it runs"))
     convert = commands.add_parser("convert", help="Qwen3 checkpoints between Hugging Face and Megatron")
     add_convert_commands(convert.add_subparsers(required=True, metavar="ACTION"))
@@ -120,6 +118,15 @@ def _add_samples(samples: argparse.ArgumentParser) -> None:
     samples.add_argument("--index", type=int, default=0, help="number of the sample in the step, from 0")
     samples.add_argument("--id", help="the sample of this problem instead")
     samples.set_defaults(run=_run("inspect_samples"))
+
+
+def _add_profile(profile: argparse.ArgumentParser) -> None:
+    profile.add_argument("run_dir", type=Path, metavar="RUN")
+    profile.add_argument("--step", type=int, help="this step alone; default: all profiled steps")
+    profile.add_argument("--rank", type=int, help="operators of this rank; default: the first one that has a trace")
+    profile.add_argument("--top", type=int, default=5, help="operators of each phase, at most 12; default: 5")
+    profile.add_argument("--json", action="store_true", help="print JSON")
+    profile.set_defaults(run=_run("inspect_profile"))
 
 
 def _add_status(status: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config import contradictions
+from megatron_paint.config import contradictions, profile
 from megatron_paint.config.allow_changes import check_allow_changes
 from megatron_paint.config.domains import DomainSettings, contradictions_of
 from megatron_paint.config.mistakes import mistakes, user_error
@@ -63,6 +63,7 @@ def settings_of(tree: Mapping[str, Any]) -> Settings:
     _refuse(
         contradictions.of_views(objective, settings.data, settings.evaluation),
         contradictions.of_data(settings.data, objective),
+        profile.contradictions_of(settings.run.profile, steps=settings.run.steps),
         _contradictions(settings.model, objective, rollout, settings.optimizer, settings.megatron),
         _of_domains(settings.domains, data=settings.data.domain, evaluation=settings.evaluation.domain),
     )

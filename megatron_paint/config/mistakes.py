@@ -77,6 +77,8 @@ def _explain(error: Mapping[str, Any], root: type, prefix: str) -> str:
         return f"{key} is a section of settings, got {got!r}"
     if kind == "finite_number":
         return f"{key}{meaning}: got {got!r}; it must be a finite number"
+    if kind == "tuple_type":
+        return f"{key}{meaning}: got {got!r}; it must be a list, such as [{got}]"
     nearest = next((f"; the nearest valid value is {limits[k]}" for k in ("ge", "le") if k in limits), "")
     requirement = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return f"{key}{meaning}: got {got!r}; it must be {requirement}{nearest}"

@@ -10,6 +10,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from megatron_paint.base.errors import UserError
+from megatron_paint.config.profile import ProfileSettings
 from megatron_paint.config.settings import LONGEST_ANSWER, DataSettings, ModelSettings, RunSettings, Settings
 from megatron_paint.config.vllm import VllmSettings
 
@@ -28,6 +29,7 @@ MAY_CHANGE_IN_RUN = {
 }
 MAY_CHANGE_IN_RUN |= {"keep_last", "keep_every", "exit_before_limit_s", "hang_timeout_s", "max_skipped_steps"}
 MAY_CHANGE_IN_RUN |= {"sampler_gap_limit", "self_check_limit"}
+MAY_CHANGE_IN_RUN |= {"profile", *(f"profile.{field.name}" for field in dataclasses.fields(ProfileSettings))}
 MAY_CHANGE = {f"run.{name}" for name in MAY_CHANGE_IN_RUN} | {
     "megatron.tensor_model_parallel_size",
     "megatron.pipeline_model_parallel_size",

@@ -23,6 +23,7 @@ from megatron_paint.config.dialect import (
 )
 from megatron_paint.config.domains import DEFAULT_DOMAIN, DomainSettings
 from megatron_paint.config.objective import Needs, ObjectiveSettings
+from megatron_paint.config.profile import ProfileSettings
 from megatron_paint.config.vllm import VllmSettings
 
 LONGEST_ANSWER = 38912  # tokens; OPSD's limit in evaluations
@@ -349,7 +350,7 @@ class RunSettings:
         Positive | None,
         setting(
             "limit on the time without progress, in seconds, after which a run is ended as hung; ten times as long at "
-            "the start and in a save, an export or an evaluation; null: no limit"
+            "the start, in a save, an export or an evaluation, and while a profile is written; null: no limit"
         ),
     ] = 600.0
     max_skipped_steps: Annotated[
@@ -368,6 +369,9 @@ class RunSettings:
         setting("settings that this start may change in a run that it resumes, such as [optimizer.lr]"),
     ] = ()
     tensorboard: Annotated[Flag, setting("write TensorBoard files")] = True
+    profile: Annotated[
+        ProfileSettings | None, setting("where the time of chosen steps goes (docs/debugging.md); null: no profile")
+    ] = None
     sampler_gap_limit: Annotated[
         Positive,
         setting("the run does not start if a log-probability differs by more between sampler and trainer, in nats"),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_paint.base.errors import UserError, about
+from megatron_paint.config.profile import ProfileSettings
 from megatron_paint.config.settings import MegatronSettings, ModelSettings, RolloutSettings
 from megatron_paint.models.qwen3.shape import read_shape
 from megatron_paint.models.shape import ModelShape
@@ -41,6 +42,13 @@ def check_layout(
         data_parallel=data_parallel,
         uses_engine=use_transformer_engine(megatron),
     )
+
+
+def check_profiled_ranks(profile: ProfileSettings | None, *, processes: int) -> None:
+    """Raises UserError if `run.profile.ranks` names a rank that the run does not have."""
+    if profile is not None and (beyond := [rank for rank in profile.ranks if rank >= processes]):
+        there = "1 rank: choose rank 0" if processes == 1 else f"{processes} ranks: choose from 0 to {processes - 1}"
+        raise UserError(f"run.profile.ranks has rank {min(beyond)}, but the run has {there}")
 
 
 def check_model(model: ModelSettings, megatron: MegatronSettings, rollout: RolloutSettings) -> ModelShape:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from megatron_paint.config.settings import Settings
 from megatron_paint.planning.estimate import MemoryEstimate, Peak, checkpoint_bytes, estimate, micro_batch_tokens
 from megatron_paint.planning.hardware import gpu_bytes
-from megatron_paint.planning.layout import Layout, check_layout, common_tensor_parallel_size
+from megatron_paint.planning.layout import Layout, check_layout, check_profiled_ranks, common_tensor_parallel_size
 
 __all__ = ["Plan", "checkpoint_bytes", "make_plan"]
 
@@ -131,6 +131,7 @@ def make_plan(
     run is for other nodes with GPUs or without; None: for this machine. ranks_per_node: None: all are on one node.
     """
     layout = check_layout(settings.model, settings.megatron, settings.rollout, processes=processes)
+    check_profiled_ranks(settings.run.profile, processes=processes)
     # Imports torch, which a mistake in the settings must not wait for.
     from megatron_paint.losses.elementwise.choose import loss_kernel, missing_for_triton
 

@@ -1,7 +1,8 @@
 """The run folder: its layout, how a run starts in it, and how it resumes.
 
 config.yaml, metrics.jsonl, samples/step_000001.jsonl, eval/step_000100.json, checkpoints/step_000025/, hf/step_000100/,
-logs/; on Slurm attempts.jsonl. Only one process, rank 0, writes; any process may read.
+logs/; on Slurm attempts.jsonl; with run.profile profile/. Only one process, rank 0, writes, except traces in profile/;
+any process may read.
 """
 
 import dataclasses
@@ -57,6 +58,8 @@ class RunFolder:
         self.metrics_file = self.path / "metrics.jsonl"
         self.logs = self.path / "logs"
         self.heartbeats = self.logs / "heartbeats"
+        self.profile = self.path / "profile"
+        self.timeline_file = self.profile / "timeline.json"
 
     # Starting
 
@@ -144,7 +147,7 @@ class RunFolder:
             raise UserError(f"{moved}; or start again in another run.dir than {self.path}")
 
     def _take_back(self, step: int) -> None:
-        for folder in (self.path, *(self.path / kind for kind in ("samples", "eval", "checkpoints", "hf"))):
+        for folder in (self.path, *(self.path / kind for kind in ("samples", "eval", "checkpoints", "hf", "profile"))):
             clear_left_overs(folder)
         clear_heartbeats(self.heartbeats)
         kept = [line for line, at in self._metric_lines() if at <= step]
@@ -212,6 +215,17 @@ class RunFolder:
     def evaluated_steps(self) -> list[int]:
         """Steps that have an evaluation, in ascending order."""
         return [at for at, _ in _steps(self.path / "eval", ".json")]
+
+    def trace_file(self, step: int, rank: int) -> Path:
+        """The trace of one step on one rank, where `run.profile` asks for it."""
+        return self.profile / f"{step_name(step)}_rank_{rank:04d}.trace.json.gz"
+
+    def remove_traces(self, step: int) -> None:
+        """Removes the traces of one step, complete or not. They are of an earlier attempt, maybe one of more ranks."""
+        with disk_errors(self.profile):
+            for name in (step_name(step), f".{step_name(step)}"):
+                for file in self.profile.glob(f"{name}_rank_*.trace.json*"):
+                    file.unlink(missing_ok=True)
 
     # Checkpoints and exports
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from megatron_paint.runtime.files import disk_errors
 
-LONG_PHASES = ("start", "checkpoint", "export", "evaluation")
+LONG_PHASES = ("start", "checkpoint", "export", "evaluation", "profile")
 LONG = 10  # factor by which the limit is longer in these phases; ours
 WRITE_SECONDS = 10.0
 SETTLE_SECONDS = 3.0  # time for all ranks to notice a hang, in addition to one check interval

@@ -1,6 +1,7 @@
 """The training loop: steps, and what is due after each. Every rank runs it; rank 0 writes and prints."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from megatron_paint.base.errors import UserError
@@ -44,6 +45,8 @@ class Run:
     # Why to stop, on all ranks together; given the seconds until the next question.
     stop_reason: Callable[[float], str | None] = lambda seconds: None
     confirm_owner: Callable[[], None] = lambda: None  # raises UserError if another process owns the folder now
+    # Profiles a step and what follows it, if run.profile names the step.
+    profiled: Callable[[int], AbstractContextManager[None]] = lambda step: nullcontext()
     pace: Pace = field(default_factory=Pace)
 
     def train(self) -> bool:
@@ -60,8 +63,9 @@ class Run:
             self.follow_up(self.start)
             self.progress.start_clock()
             for step in range(self.start + 1, self.settings.run.steps + 1):
-                self.step(step)
-                self.follow_up(step)
+                with self.profiled(step):
+                    self.step(step)
+                    self.follow_up(step)
         except StopRequested as request:
             self.stop(request)
             return False
@@ -112,7 +116,7 @@ class Run:
             if not is_done:
                 mark_progress(task, step)
                 self.confirm_owner()
-                with self.pace.timed(task):
+                with self.pace.timed(task), Timer()(task):
                     tasks[task](step)
         self.check_stop(step, ["step"])
 

@@ -6,7 +6,7 @@ Every rank runs it. Rank 0 writes and prints.
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from megatron_paint.grading.grade import Rules
 from megatron_paint.grading.graders import Graders
 from megatron_paint.launch.failure_notes import leave_failure_note
 from megatron_paint.masker.overlap import MaskerPool
+from megatron_paint.models.shape import ModelShape
 from megatron_paint.objectives import OBJECTIVES, ObjectiveInputs
 from megatron_paint.planning.hardware import ranks_of_this_node
 from megatron_paint.planning.local_model import with_local_model
@@ -35,6 +36,8 @@ from megatron_paint.training.engines import start_servers, training_samplers
 from megatron_paint.training.inputs import Inputs, load_inputs, rollout_source
 from megatron_paint.training.loop import Run
 from megatron_paint.training.ownership import OwnedRun, owned_run
+from megatron_paint.training.profile_warnings import profile_warnings
+from megatron_paint.training.profiler import StepProfiler
 from megatron_paint.training.recorder import Recorder
 from megatron_paint.training.self_check import self_check
 
@@ -169,7 +172,28 @@ def prepare(
         on_rank_zero=on_rank_zero,
         stop_reason=lambda seconds: first_reason(ranks, request.reason(next_seconds=seconds)),
         confirm_owner=owned.confirm,
+        profiled=_profiler(settings, folder, ranks, progress, owned.confirm, start=start, shape=plan.shape),
     )
+
+
+def _profiler(
+    settings: Settings,
+    folder: RunFolder,
+    ranks: "Ranks",
+    progress: Progress,
+    confirm_owner: Callable[[], None],
+    *,
+    start: int,
+    shape: ModelShape,
+) -> Callable[[int], AbstractContextManager[None]]:
+    """What profiles the steps of `run.profile`."""
+    profile = settings.run.profile
+    if profile is None:
+        return lambda step: nullcontext()
+    layers = shape.num_layers // settings.megatron.pipeline_model_parallel_size
+    for warning in profile_warnings(settings, start=start, layers=layers):
+        progress.warn(warning)
+    return StepProfiler(settings=profile, folder=folder, ranks=ranks, progress=progress, confirm_owner=confirm_owner)
 
 
 def _changes(folder: RunFolder, settings: Settings) -> list[str]:

@@ -13,15 +13,17 @@ from megatron_paint.config.saved import dotted, settings_tree
 
 SMALLEST = {"model": {"hf_path": "m", "lora": {}}, "data": {"train": "p.jsonl"}, "run": {"dir": "r"}}
 ENVIRONMENT = "rollout.vllm.environment"
+SMALLEST["run"]["profile"] = {"steps": [1]}
 SMALLEST |= {"domains": {"NAME": {}}}
 KNOWN = {setting.key: setting for section in describe.sections() for setting in section.settings}
 
 
 def test_every_setting_is_described_with_its_default():
     resolved = dotted(settings_tree(settings_of(SMALLEST)))
-    assert set(KNOWN) == {*resolved, "model.lora", "data.columns.views", "evaluation.columns.views", ENVIRONMENT}
+    mappings = {"data.columns.views", "evaluation.columns.views", ENVIRONMENT}
+    assert set(KNOWN) == {*resolved, "model.lora", "run.profile", *mappings}
     for key, value in resolved.items():
-        assert KNOWN[key].needed == (key in ("model.hf_path", "data.train", "run.dir"))
+        assert KNOWN[key].needed == (key in ("model.hf_path", "data.train", "run.dir", "run.profile.steps"))
         assert KNOWN[key].needed or KNOWN[key].default == value, key
 
 
