@@ -328,13 +328,14 @@ class StageMemory:
         return 0.0 if self.settings.model.lora else float(self.weights.output * FLOAT32)
 
     def _sampled(self) -> list[tuple[str, int, int, bool]]:
-        """What is sampled: moment, rows of a batch, new tokens, whether top-p sorts the complete vocabulary."""
+        """What ranks sample: moment, rows of a batch, new tokens, whether top-p sorts the complete vocabulary."""
         rollout, evaluation = self.settings.rollout, self.settings.evaluation
         found = []
         if self.settings.needs.samples_per_problem and rollout.engine == "megatron":
             rows = min(rollout.batch_size, self._sampled_sequences())
             found.append(("rollouts", rows, rollout.max_new_tokens, rollout.top_k == 0 and rollout.top_p < 1))
-        if evaluation.problems is not None:
+        by_servers = self.settings.needs.samples_per_problem and rollout.engine == "vllm"
+        if evaluation.problems is not None and not by_servers:
             new_tokens = min(evaluation.longest_answer, self.shape.max_positions - 1)
             nucleus = evaluation.top_k == 0 and evaluation.top_p < 1
             found.append(("evaluation", rollout.batch_size, new_tokens, nucleus))

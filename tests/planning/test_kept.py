@@ -38,6 +38,15 @@ def test_responses_of_a_replica(tmp_path, changes, sampled, trained):
     )
 
 
+def test_ranks_sample_nothing_where_servers_do(tmp_path):
+    peaks, _ = parts_of(tmp_path, "evaluation.problems=held_out.jsonl")
+    assert {"rollouts", "evaluation"} <= peaks.keys()
+    by_servers, _ = parts_of(
+        tmp_path, "evaluation.problems=held_out.jsonl", "rollout.engine=vllm", "rollout.cache_bytes=1"
+    )
+    assert not {"rollouts", "evaluation"} & by_servers.keys()
+
+
 @pytest.mark.parametrize("new_tokens", [1024, 8192, 12000, 20000, 30000])
 def test_a_teacher_that_sees_a_response_has_longer_sequences(tmp_path, new_tokens):
     """A response and one before it are a micro-batch alone if they exceed 16,384 tokens, up to all positions."""
