@@ -177,8 +177,6 @@ def of_vllm(rollout: RolloutSettings) -> Iterator[str]:
             f"rollout.vllm.devices has {len(vllm.devices)} entries for rollout.vllm.servers={vllm.servers}: give the "
             "GPUs of each server, such as ['6', '7']"
         )
-    if vllm.transfer_folder is not None and vllm.transfer != "file":
-        yield f"rollout.vllm.transfer_folder belongs to transfer=file, but transfer={vllm.transfer}; leave it out"
 
 
 def of_grpo(objective: ObjectiveSettings, rollout: RolloutSettings) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Settings of vLLM as a rollout engine: where its servers are, how ours are started, and how weights reach them."""
 
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated
 
 from megatron_paint.config.dialect import Count, Number, Positive, Text, Whole, setting, settings_class
 
@@ -47,13 +47,10 @@ class VllmSettings:
     restarts: Annotated[
         Whole, setting("how often the run may restart servers that died; it cannot restart those of urls", ge=0)
     ] = 3
-    transfer: Annotated[
-        Literal["file", "nccl", "ipc"],
-        setting(
-            "how weights reach the servers: file: safetensors in a folder that both see; nccl: over the network to "
-            "servers on other GPUs; ipc: through the memory of GPUs that servers share with ranks"
-        ),
-    ] = "file"
     transfer_folder: Annotated[
-        Text | None, setting("folder for transfer=file; null: /dev/shm, which only this machine sees")
+        Text | None,
+        setting(
+            "folder through which weights reach the servers, which ranks and servers see; null: /dev/shm, which is of "
+            "one machine"
+        ),
     ] = None

@@ -33,11 +33,6 @@ def settings(rollout=None, model=None, objective=None):
         ({"engine": "vllm", "vllm": {"urls": ["node:1"]}}, {}, "begins with http://, such as http://node:1"),
         ({"engine": "vllm", "vllm": {"urls": URLS[:1] * 2}}, {}, "names a server twice"),
         ({"engine": "vllm", "vllm": {"servers": 2, "devices": ["1"]}}, {}, "has 1 entries for rollout.vllm.servers=2"),
-        (
-            {"engine": "vllm", "vllm": {"transfer": "nccl", "transfer_folder": "/x"}},
-            {},
-            "rollout.vllm.transfer_folder belongs to transfer=file",
-        ),
         ({"lora_transfer": "adapter"}, {"lora": LORA}, "rollout.lora_transfer belongs to engine=vllm"),
         ({"engine": "vllm", "lora_transfer": "adapter"}, {}, "the adapters of model.lora, which is not set"),
         (

@@ -35,13 +35,12 @@ def server_command(engine: Engine, model: Path, port: int) -> list[str]:
     """The command of a server of `model` on the loopback interface."""
     settings = engine.settings
     program = settings.command or (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
-    backend = FILE_BACKEND if settings.transfer == "file" else settings.transfer
     command = [
         *program,
         *("--model", str(model), "--host", "127.0.0.1", "--port", str(port), "--dtype", engine.dtype),
         *("--skip-tokenizer-init", "--generation-config", "vllm", "--enable-scale-out"),
         *("--tensor-parallel-size", str(settings.tensor_parallel), "--logprobs-mode", engine.logprobs_mode),
-        *("--weight-transfer-config", json.dumps({"backend": backend})),
+        *("--weight-transfer-config", json.dumps({"backend": FILE_BACKEND})),
     ]
     if settings.max_model_len is not None:
         command += ["--max-model-len", str(settings.max_model_len)]
@@ -49,8 +48,6 @@ def server_command(engine: Engine, model: Path, port: int) -> list[str]:
         command += ["--gpu-memory-utilization", str(settings.gpu_memory)]
     else:
         command += ["--enforce-eager"]  # compiling costs minutes, and nothing is gained without a GPU
-    if settings.transfer == "ipc":
-        command += ["--enable-sleep-mode"]
     if engine.lora_rank is not None:
         rank = next((rank for rank in LORA_RANKS if rank >= engine.lora_rank), engine.lora_rank)
         command += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", "2"]
@@ -64,8 +61,6 @@ def server_environment(engine: Engine, number: int, base: Mapping[str, str] | No
         key: value for key, value in base.items() if key not in RANK_VARIABLES and not key.startswith(RANK_PREFIXES)
     }
     kept |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-    if engine.settings.transfer == "ipc":
-        kept["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     if not engine.on_gpus:
         # A share of the cores is the kernel's to give: a pinned server stands still behind the ranks on its cores.
         kept |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_TARGET_DEVICE": "cpu"}
