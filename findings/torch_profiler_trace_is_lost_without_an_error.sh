@@ -20,13 +20,15 @@ import sys
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-folder = sys.argv[1]
-with profile(activities=[ProfilerActivity.CPU]) as profiled:
-    for _ in range(200):
-        torch.ones(10).sum()
+folder, names, profiles = sys.argv[1], ("trace.json", "trace.json.gz"), []
+for _ in names:
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        for _ in range(200):
+            torch.ones(10).sum()
+    profiles.append(profiled)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
 print("torch", torch.__version__.split("+")[0])
-for name in ("trace.json", "trace.json.gz"):
+for name, profiled in zip(names, profiles):
     path = os.path.join(folder, name)
     print(name, "returned", profiled.export_chrome_trace(path), "exists", os.path.exists(path), flush=True)
     if name.endswith(".gz"):
