@@ -36,18 +36,18 @@ class DecodedRows:
         self._logp_RN = torch.zeros(shape, dtype=torch.float64, device=device)
 
     @property
-    def uniform_L(self) -> Tensor:
-        """The random numbers of the next tokens: float64."""
+    def uniform(self) -> Tensor:
+        """The random numbers [L] of the next tokens: float64."""
         return self._uniform_LN[:, self.step]
 
     @property
-    def input_L(self) -> Tensor:
-        """The last token of each row. A finished row repeats it until it is dropped; nothing reads the result."""
+    def inputs(self) -> Tensor:
+        """The last token of each row: [L]. A finished row repeats it until it is dropped; nothing reads the result."""
         return self._last_L
 
     @property
-    def position_L(self) -> Tensor:
-        """The position of `input_L` in each row."""
+    def positions(self) -> Tensor:
+        """The positions [L] of `inputs`."""
         return self._prompt_L + (self.step - 1)
 
     @property

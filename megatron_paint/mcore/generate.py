@@ -107,7 +107,7 @@ class MegatronSampler:
         batch = DecodedRows(requests, sampling, self.ranks.device)
         logits_LV = self._prefill(requests, cache, logits)
         while True:
-            batch.add(*self._choose(logits_LV, batch.uniform_L, sampling))
+            batch.add(*self._choose(logits_LV, batch.uniform, sampling))
             if batch.step == sampling.max_new_tokens:
                 break
             if batch.step % self.look_every == 0:
@@ -133,8 +133,8 @@ class MegatronSampler:
         """The logits after the last tokens of the rows, which it writes to the cache."""
         count = len(batch.live)
         padding = -count % self.token_multiple
-        rows = next_token_rows(batch.position_L, end=batch.end, padding=padding, cache=cache)
-        return logits.after_tokens(self._run_stages(F.pad(batch.input_L, (0, padding)), rows), count)
+        rows = next_token_rows(batch.positions, end=batch.end, padding=padding, cache=cache)
+        return logits.after_tokens(self._run_stages(F.pad(batch.inputs, (0, padding)), rows), count)
 
     def _run_stages(self, ids_T: Tensor, rows: TokenRows) -> Tensor:
         """Hidden states [T, 1, H] of this stage, which it also sends to the next one."""

@@ -38,7 +38,7 @@ def _choose(logits_RV: Tensor, uniform_R: Tensor, sampling: SamplingParameters) 
     token_R = logits_RV.argmax(-1) if greedy else None
     if not greedy and sampling.temperature != 1:
         logits_RV /= sampling.temperature
-    logp_RV = torch.log_softmax(logits_RV, dim=-1, out=logits_RV)
+    logp_RV = torch.log_softmax(logits_RV, dim=-1, out=None if logits_RV.is_cuda else logits_RV)
     if token_R is None:
         # top-k leaves little to sort, and so does a small vocabulary. The fast draws look at their results.
         sort = sampling.top_k > 0 or logp_RV.size(1) < LARGEST * GROUP or logp_RV.is_cuda
