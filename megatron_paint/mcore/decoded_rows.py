@@ -56,7 +56,7 @@ class DecodedRows:
         return max(len(self.requests[row].prompt_ids) for row in self.live) + self.step
 
     def add(self, token_L: Tensor, logp_L: Tensor) -> None:
-        """Adds one token to each row."""
+        """Adds one token to each row: ids, and log-probabilities in float64."""
         self._last_L = torch.where(self._finished_L, self._last_L, token_L)
         self._token_RN[self._live_L, self.step] = self._last_L
         self._logp_RN[self._live_L, self.step] = logp_L
