@@ -25,7 +25,7 @@ from megatron_paint.grading.boxes import last_box
 from megatron_paint.grading.grade import GradingPool
 from megatron_paint.mcore.ranks import start_ranks, stop_ranks
 from megatron_paint.models.qwen3.shape import read_shape
-from megatron_paint.policy import GenerationRequest, SamplingParameters
+from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
 
 VOCABULARY, NEVER = 4096, 4095  # NEVER is the stop id of both; it is never sampled
 

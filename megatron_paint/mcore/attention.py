@@ -77,36 +77,44 @@ class TokenRows:
 
 
 def token_rows(
-    lengths: Sequence[int],
-    *,
-    device: torch.device,
-    padding: int = 0,
-    starts: Sequence[int] | None = None,
-    cache: KeyValueCache | None = None,
+    lengths: Sequence[int], *, device: torch.device, padding: int = 0, cache: KeyValueCache | None = None
 ) -> TokenRows:
-    """Rows with the given numbers of new tokens. starts: cached tokens of each row; None: the cache is empty."""
+    """Rows that begin with the call: the numbers of their tokens. A cache must be empty."""
     packed_R = torch.tensor((*lengths, padding) if padding else lengths, dtype=torch.int64)
     row_T = torch.repeat_interleave(torch.arange(len(packed_R)), packed_R)
     begin_R = packed_R.cumsum(0) - packed_R
-    slot_T = torch.arange(len(row_T)) - begin_R[row_T]
-    start_R = torch.tensor((*(starts or [0] * len(lengths)), 0), dtype=torch.int64)
-    position_T = slot_T + start_R[row_T]
-    tokens = len(row_T) - padding
-    end = int(position_T[:tokens].max()) + 1 if tokens else 0
-    visible_RSK = None
-    if starts is not None:
-        last_RS = start_R[:-1, None] + torch.arange(max(lengths))
-        visible_RSK = (torch.arange(end) <= last_RS[..., None]).to(device)
+    slot_T = (torch.arange(len(row_T)) - begin_R[row_T]).to(device)
     return TokenRows(
         lengths=tuple(lengths),
         padding=padding,
         row_T=row_T.to(device),
-        slot_T=slot_T.to(device),
-        position_T=position_T.to(device),
+        slot_T=slot_T,
+        position_T=slot_T,
         begins=torch.cat((begin_R, torch.tensor([len(row_T)]))).to(device, torch.int32),
+        end=max(lengths, default=0),
+        cache=cache,
+    )
+
+
+def next_token_rows(position_R: Tensor, *, end: int, cache: KeyValueCache, padding: int = 0) -> TokenRows:
+    """One token for each row of the cache, at the given positions. end: one past the largest of them.
+
+    The positions stay on their device, and nothing waits for it.
+    """
+    count, device = len(position_R), position_R.device
+    row_T = torch.arange(count + padding, device=device)
+    begins = torch.arange(count + 1, device=device)
+    slot_T = (row_T - count).clamp_min_(0)
+    return TokenRows(
+        lengths=(1,) * count,
+        padding=padding,
+        row_T=row_T.clamp_max(count),
+        slot_T=slot_T,
+        position_T=torch.cat((position_R, slot_T[count:])),
+        begins=(F.pad(begins, (0, 1), value=count + padding) if padding else begins).int(),
         end=end,
         cache=cache,
-        visible_RSK=visible_RSK,
+        visible_RSK=torch.arange(end, device=device) <= position_R[:, None, None],
     )
 
 
@@ -126,7 +134,8 @@ def attend_rows(
         if rows.visible_RSK is not None:
             keys_RKGD, values_RKGD = (kept[: len(lengths), : rows.end] for kept in held)
     out_RSND = _attend_grouped(query_RSND, keys_RKGD, values_RKGD, rows.visible_RSK, scale)
-    out_TND = out_RSND[rows.row_T[:count], rows.slot_T[:count]]
+    one_each = out_RSND.size(1) == 1
+    out_TND = out_RSND[:, 0] if one_each else out_RSND[rows.row_T[:count], rows.slot_T[:count]]
     return out_TND if count == len(query_TND) else torch.cat((out_TND, torch.zeros_like(query_TND[count:])))
 
 

@@ -2,21 +2,22 @@
 
 Every stage runs the same loop. Hidden states travel from stage to stage. The last stage sends the chosen tokens back.
 
-Axes: R rows of a batch, T tokens of a call, H hidden size, V vocabulary.
+Axes: R rows of a batch, L rows of it that are still decoded, T tokens of a call, H hidden size, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_paint.base.keys import uniforms
-from megatron_paint.mcore.attention import KeyValueCache, TokenRows, token_rows
+from megatron_paint.mcore.attention import KeyValueCache, TokenRows, next_token_rows, token_rows
 from megatron_paint.mcore.batch import assign_replicas
 from megatron_paint.mcore.collectives import gather_entries
+from megatron_paint.mcore.decoded_rows import DecodedRows
 from megatron_paint.mcore.model import Stage
 from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.mcore.response_rows import response_rows
@@ -26,27 +27,7 @@ from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
 from megatron_paint.runtime.heartbeat import mark_progress
 
 COMPACT_AT = 0.25  # fraction of finished rows at which a batch drops them; ours
-
-
-@dataclass
-class _Row:
-    """A response that is being decoded."""
-
-    request: GenerationRequest
-    uniform: list[float]
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finished: bool = False  # by a stop token
-
-    def rollout(self) -> Rollout:
-        return Rollout(
-            problem_id=self.request.problem_id,
-            sample_index=self.request.sample_index,
-            prompt_ids=self.request.prompt_ids,
-            response_ids=tuple(self.tokens),
-            logprobs=tuple(self.logprobs),
-            finished=self.finished,
-        )
+LOOK_EVERY = 16  # tokens between two looks at a GPU: is a row finished? Ours. A look at a CPU is free
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +47,7 @@ class MegatronSampler:
         self.ranks = ranks
         self.token_multiple = token_multiple  # layout and FP8 require calls of a multiple of this many tokens
         self.limits = limits
+        self.look_every = LOOK_EVERY if ranks.device.type == "cuda" else 1
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParameters) -> list[Rollout]:
         """One rollout per request, in order, on every rank."""
@@ -101,9 +83,8 @@ class MegatronSampler:
         by_length = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
         rollouts: dict[int, Rollout] = {}
         for batch in self._batches([(i, requests[i]) for i in by_length], sampling.max_new_tokens):
-            rows = [_Row(request, uniforms(request.key, sampling.max_new_tokens).tolist()) for _, request in batch]
-            self._decode(rows, sampling)
-            rollouts |= {index: row.rollout() for (index, _), row in zip(batch, rows, strict=True)}
+            decoded = self._decode([request for _, request in batch], sampling)
+            rollouts |= {index: rollout for (index, _), rollout in zip(batch, decoded, strict=True)}
         return [rollouts[i] for i in range(len(requests))]
 
     def _batches(
@@ -121,48 +102,47 @@ class MegatronSampler:
             batches[-1].append(item)
         return batches
 
-    def _decode(self, rows: list[_Row], sampling: SamplingParameters) -> None:
-        """Fills the rows with tokens."""
-        live = list(rows)
-        prompts = [row.request.prompt_ids for row in rows]
+    def _decode(self, requests: list[GenerationRequest], sampling: SamplingParameters) -> list[Rollout]:
+        """One rollout per request of a batch."""
+        lengths = [len(request.prompt_ids) for request in requests]
         # The last token is never an input, so the cache has no place for it.
-        cache = KeyValueCache(rows=len(rows), length=max(map(len, prompts)) + sampling.max_new_tokens - 1)
-        logits_RV = self._call(
-            [token for prompt in prompts for token in prompt], [len(p) for p in prompts], None, cache
-        )
-        for step in range(sampling.max_new_tokens):
-            token_R, logp_R = self._choose(logits_RV, [row.uniform[step] for row in live], sampling)
-            for row, token, logp in zip(live, token_R, logp_R, strict=True):
-                if not row.finished:
-                    row.tokens.append(token)
-                    row.logprobs.append(logp)
-                    row.finished = token in sampling.stop_ids
-            unfinished = [i for i, row in enumerate(live) if not row.finished]
-            if not unfinished or step + 1 == sampling.max_new_tokens:
+        cache = KeyValueCache(rows=len(requests), length=max(lengths) + sampling.max_new_tokens - 1)
+        logits = _Logits(self.stage, self.ranks, rows=len(requests))
+        batch = DecodedRows(requests, sampling, self.ranks.device)
+        logits_LV = self._prefill(requests, cache, logits)
+        while True:
+            batch.add(*self._choose(logits_LV, batch.uniform, sampling))
+            if batch.step == sampling.max_new_tokens:
                 break
-            if len(live) - len(unfinished) >= COMPACT_AT * len(live):
-                cache.keep_rows(unfinished)
-                live = [live[i] for i in unfinished]
-            # A finished row repeats its last token until it is dropped; nothing reads the result.
-            starts = [len(row.request.prompt_ids) + step for row in live]
-            logits_RV = self._call([row.tokens[-1] for row in live], [1] * len(live), starts, cache)
+            if batch.step % self.look_every == 0:
+                unfinished = batch.unfinished()
+                if not unfinished:
+                    break
+                if len(batch.live) - len(unfinished) >= COMPACT_AT * len(batch.live):
+                    cache.keep_rows(unfinished)
+                    batch.keep(unfinished)
+            logits_LV = self._next(batch, cache, logits)
+        return batch.rollouts()
 
-    def _call(self, tokens: list[int], lengths: list[int], starts: list[int] | None, cache: KeyValueCache):
-        """Runs the stages on new tokens.
-
-        Returns float32 logits [R, V] after each row's last token on the rank that draws tokens; None on the others.
-        """
-        mark_progress()
+    def _prefill(self, requests: list[GenerationRequest], cache: KeyValueCache, logits: "_Logits") -> Tensor | None:
+        """The logits after the prompts, which it writes to the cache."""
+        tokens = [token for request in requests for token in request.prompt_ids]
+        lengths = [len(request.prompt_ids) for request in requests]
         padding = -len(tokens) % self.token_multiple
-        rows = token_rows(lengths, padding=padding, device=self.ranks.device, starts=starts, cache=cache)
-        ids_T = torch.tensor(tokens + [0] * padding, device=self.ranks.device)
-        hidden_T1H = self._run_stages(ids_T, rows)
-        if not self.ranks.is_last_stage:
-            return None
-        last_R = torch.tensor(lengths, device=self.ranks.device).cumsum(0) - 1
-        return self._logits(hidden_T1H, last_R)
+        rows = token_rows(lengths, padding=padding, device=self.ranks.device, cache=cache)
+        hidden_T1H = self._run_stages(torch.tensor(tokens + [0] * padding, device=self.ranks.device), rows)
+        return logits.after_prompts(hidden_T1H, torch.tensor(lengths, device=self.ranks.device).cumsum(0) - 1)
+
+    def _next(self, batch: DecodedRows, cache: KeyValueCache, logits: "_Logits") -> Tensor | None:
+        """The logits after the last tokens of the rows, which it writes to the cache."""
+        count = len(batch.live)
+        padding = -count % self.token_multiple
+        rows = next_token_rows(batch.positions, end=batch.end, padding=padding, cache=cache)
+        return logits.after_tokens(self._run_stages(F.pad(batch.inputs, (0, padding)), rows), count)
 
     def _run_stages(self, ids_T: Tensor, rows: TokenRows) -> Tensor:
+        """Hidden states [T, 1, H] of this stage, which it also sends to the next one."""
+        mark_progress()
         ranks, config = self.ranks, self.stage.config
         if not ranks.is_first_stage:
             tokens = len(ids_T) // (ranks.tp_size if config.sequence_parallel else 1)
@@ -178,35 +158,70 @@ class MegatronSampler:
             )
         return hidden_T1H
 
-    def _logits(self, hidden_T1H: Tensor, last_R: Tensor) -> Tensor | None:
-        """The logits of the complete vocabulary, on tensor-parallel rank 0; None on the others."""
-        group = self.ranks.tp_group if self.stage.config.sequence_parallel else None
-        local_RV = float32_product(response_rows(hidden_T1H, last_R, group), self.stage.output_weight())
-        if self.ranks.tp_size == 1:
-            return local_RV
-        parts = [torch.empty_like(local_RV) for _ in range(self.ranks.tp_size)] if self.ranks.tp_rank == 0 else None
-        dist.gather(local_RV, parts, group_dst=0, group=self.ranks.tp_group)
-        return torch.cat(parts, dim=1)[:, : self.stage.valid_vocab_size] if parts else None
-
-    def _choose(self, logits_RV: Tensor | None, uniform: list[float], sampling: SamplingParameters):
+    def _choose(
+        self, logits_LV: Tensor | None, uniform_L: Tensor, sampling: SamplingParameters
+    ) -> tuple[Tensor, Tensor]:
         """Tokens and log-probabilities of the rows, the same on every rank of the replica.
 
         One rank draws. The same arithmetic on another rank could round differently, and the ranks would diverge.
         """
         ranks = self.ranks
-        chosen_2R = torch.empty((2, len(uniform)), dtype=torch.float64, device=ranks.device)
-        if logits_RV is not None:
-            uniform_R = torch.tensor(uniform, dtype=torch.float64, device=ranks.device)
-            token_R, logp_R = choose_tokens(logits_RV, uniform_R=uniform_R, sampling=sampling)
-            chosen_2R = torch.stack((token_R.double(), logp_R.double()))
+        chosen_2L = torch.empty((2, len(uniform_L)), dtype=torch.float64, device=ranks.device)
+        if logits_LV is not None:
+            token_L, logp_L = choose_tokens(logits_LV, uniform_R=uniform_L, sampling=sampling)
+            chosen_2L = torch.stack((token_L.double(), logp_L.double()))
         if ranks.replica_size > 1:
-            dist.broadcast(chosen_2R, group_src=(ranks.pp_size - 1) * ranks.tp_size, group=ranks.replica_group)
-        token_R, logp_R = chosen_2R.tolist()
-        return [int(token) for token in token_R], logp_R
+            dist.broadcast(chosen_2L, group_src=(ranks.pp_size - 1) * ranks.tp_size, group=ranks.replica_group)
+        return chosen_2L[0].long(), chosen_2L[1]
 
 
-def float32_product(hidden_RH: Tensor, weight_VH: Tensor) -> Tensor:
+class _Logits:
+    """The output layer of a batch. Logits are float32 [R, V] on the rank that draws tokens, None on the others.
+
+    A call overwrites the logits of the last one.
+    """
+
+    def __init__(self, stage: Stage, ranks: Ranks, *, rows: int) -> None:
+        self.ranks = ranks
+        self.sequence_parallel = stage.config.sequence_parallel
+        self.vocabulary = stage.valid_vocab_size
+        self.weight_VH = stage.output_weight() if ranks.is_last_stage else None
+        self.buffer_RV: Tensor | None = None
+        if self.weight_VH is not None and not self.weight_VH.is_cuda:
+            # A CPU takes longer to get new memory of this size from the system than to fill it.
+            self.weight_VH = self.weight_VH.float()
+            self.buffer_RV = self.weight_VH.new_empty((rows, len(self.weight_VH)))
+
+    def after_prompts(self, hidden_T1H: Tensor, last_R: Tensor) -> Tensor | None:
+        """last_R: where each row ends in T."""
+        if self.weight_VH is None:
+            return None
+        return self._of(response_rows(hidden_T1H, last_R, self.ranks.tp_group if self.sequence_parallel else None))
+
+    def after_tokens(self, hidden_T1H: Tensor, rows: int) -> Tensor | None:
+        """T begins with one token for each row."""
+        if self.weight_VH is None:
+            return None
+        if self.sequence_parallel:
+            parts_L1H = hidden_T1H.contiguous()
+            hidden_T1H = parts_L1H.new_empty((self.ranks.tp_size * len(parts_L1H), *parts_L1H.shape[1:]))
+            dist.all_gather_into_tensor(hidden_T1H, parts_L1H, group=self.ranks.tp_group)
+        return self._of(hidden_T1H[:rows, 0])
+
+    def _of(self, hidden_RH: Tensor) -> Tensor | None:
+        """The logits of the complete vocabulary, on tensor-parallel rank 0; None on the others."""
+        ranks = self.ranks
+        buffer_RV = None if self.buffer_RV is None else self.buffer_RV[: len(hidden_RH)]
+        local_RV = float32_product(hidden_RH, self.weight_VH, out=buffer_RV)
+        if ranks.tp_size == 1:
+            return local_RV
+        parts = [torch.empty_like(local_RV) for _ in range(ranks.tp_size)] if ranks.tp_rank == 0 else None
+        dist.gather(local_RV, parts, group_dst=0, group=ranks.tp_group)
+        return torch.cat(parts, dim=1)[:, : self.vocabulary] if parts else None
+
+
+def float32_product(hidden_RH: Tensor, weight_VH: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Logits in float32 from weights of any type. Rounding them to bfloat16 would change the draws."""
     if hidden_RH.is_cuda and hidden_RH.dtype != torch.float32:
         return torch.mm(hidden_RH, weight_VH.t(), out_dtype=torch.float32)
-    return hidden_RH.float() @ weight_VH.float().t()
+    return torch.mm(hidden_RH.float(), weight_VH.float().t(), out=out)

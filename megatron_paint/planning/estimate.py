@@ -342,7 +342,7 @@ class StageMemory:
         return found
 
     def _sampling_logits(self, rows: int, nucleus: bool) -> float:
-        """On the rank that draws: float32 logits, scaled ones and log-probabilities; top-p sorts them in float64."""
+        """On the rank that draws: float32 logits, log-probabilities and one copy; on a GPU top-p sorts in float64."""
         gathered = 2 + 1 / self.tp if self.tp > 1 else 1
         drawing = 15 if nucleus else 3
         return rows * self.shape.vocab_size * FLOAT32 * max(gathered, drawing)

@@ -24,10 +24,13 @@ from megatron_paint.losses import (
     token_logprobs,
 )
 from megatron_paint.losses.objectives import DistillationLoss
+from megatron_paint.mcore.decoded_rows import DecodedRows
+from megatron_paint.mcore.sampling import choose_tokens
 from megatron_paint.planning.hardware import missing_for_engine
 from megatron_paint.records import Problem, Rollout, Sample
 from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
 from tests.losses.losses_cases import options
+from tests.mcore.sampling_cases import normal
 
 pytestmark = [
     pytest.mark.gpu,
@@ -133,6 +136,25 @@ def test_sampler_and_trainer_agree(folder, ranks, implementation):
     rollouts = policy.sampler.generate(requests, sampling)
     scored = [replace(s, rollout=r) for s, r in zip(samples(), rollouts, strict=True)]
     assert max(score.sampler_gap.largest for score in policy.evaluate_loss(scored, LOSS)) < 0.3
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.95, 0), (0.95, 20)])
+def test_a_gpu_draws_the_tokens_of_a_cpu_and_nothing_waits_for_it(top_p, top_k):
+    sampling = SamplingParameters(
+        max_new_tokens=3, temperature=1.1, top_p=top_p, top_k=top_k, stop_ids=frozenset({5, 6})
+    )
+    requests = [GenerationRequest(problem_id=str(i), sample_index=0, prompt_ids=(1,), key=i) for i in range(16)]
+    steps = [normal(16, 20_000, spread=5.0, seed=step) for step in range(3)]
+    rollouts = {}
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        rows, logits = DecodedRows(requests, sampling, device), [step.to(device, copy=True) for step in steps]
+        torch.cuda.set_sync_debug_mode("error")
+        for logits_RV in logits:
+            token_R, logp_R = choose_tokens(logits_RV, uniform_R=rows.uniform, sampling=sampling)
+            rows.add(token_R, logp_R.double())
+        torch.cuda.set_sync_debug_mode("default")
+        rollouts[device.type] = [(rollout.response_ids, rollout.finished) for rollout in rows.rollouts()]
+    assert rollouts["cuda"] == rollouts["cpu"]
 
 
 LOSSES = options(clip=0.05) | {"full-teacher": {"partner": "full_teacher", "clip": 0.05}}

@@ -12,6 +12,8 @@ SAMPLING = {
     "nucleus": SamplingParameters(max_new_tokens=10, temperature=1.1, top_p=0.8, top_k=0, stop_ids=frozenset({STOP})),
     "top-k": SamplingParameters(max_new_tokens=10, temperature=1.1, top_p=0.95, top_k=5, stop_ids=frozenset({STOP})),
 }
+# By name: rows that are decoded together, and the tokens between two looks at which rows are finished.
+BATCHES = {"64": (64, 1), "2": (2, 1), "64 seldom": (64, 5)}
 
 
 def requests() -> list[GenerationRequest]:

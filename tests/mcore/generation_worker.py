@@ -16,7 +16,7 @@ from megatron_paint.config.settings import (
 from megatron_paint.mcore.policy import MegatronPolicy
 from megatron_paint.mcore.ranks import start_ranks, stop_ranks
 from megatron_paint.models.qwen3.shape import read_shape
-from tests.mcore.generation_cases import SAMPLING, requests
+from tests.mcore.generation_cases import BATCHES, SAMPLING, requests
 from tests.mcore.layouts import LAYOUTS
 
 
@@ -26,7 +26,7 @@ def main() -> None:
     megatron = MegatronSettings(**layout.megatron)
     ranks = start_ranks(megatron)
     rollouts = {}
-    for batch_size in (64, 2):
+    for name, (batch_size, look_every) in BATCHES.items():
         settings = Settings(
             model=ModelSettings(hf_path=hf_path, dtype="float32"),
             data=DataSettings(train="unused", micro_batch_tokens=64),
@@ -35,10 +35,11 @@ def main() -> None:
             megatron=megatron,
         )
         policy = MegatronPolicy(settings, read_shape(hf_path), ranks)
-        for name, sampling in SAMPLING.items():
-            rollouts[f"{name}-{batch_size}"] = policy.sampler.generate(requests(), sampling)
+        policy.sampler.look_every = look_every
+        for case, sampling in SAMPLING.items():
+            rollouts[f"{case}-{name}"] = policy.sampler.generate(requests(), sampling)
         # Another key, another draw; and the answer to one request does not depend on the others.
-        rollouts[f"alone-{batch_size}"] = policy.sampler.generate(requests()[2:3], SAMPLING["plain"])
+        rollouts[f"alone-{name}"] = policy.sampler.generate(requests()[2:3], SAMPLING["plain"])
     if ranks.rank == 0:
         torch.save(rollouts, out)
     stop_ranks()

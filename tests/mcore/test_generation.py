@@ -5,7 +5,7 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from tests.mcore import parity_cases as parity
-from tests.mcore.generation_cases import SAMPLING, STOP, requests
+from tests.mcore.generation_cases import BATCHES, SAMPLING, STOP, requests
 from tests.mcore.layouts import LAYOUTS, run_worker
 
 
@@ -63,9 +63,9 @@ def greedy_of_transformers(model_folder):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("batch_size", [64, 2])
-def test_greedy_equals_transformers(layout, batch_size, rollouts, wanted_greedy):
-    for wanted, rollout in zip(wanted_greedy, rollouts[layout][f"greedy-{batch_size}"], strict=True):
+@pytest.mark.parametrize("batch", BATCHES)
+def test_greedy_equals_transformers(layout, batch, rollouts, wanted_greedy):
+    for wanted, rollout in zip(wanted_greedy, rollouts[layout][f"greedy-{batch}"], strict=True):
         assert rollout.response_ids == wanted
         assert rollout.finished == (rollout.response_ids[-1] == STOP)
 
@@ -74,8 +74,8 @@ def test_greedy_equals_transformers(layout, batch_size, rollouts, wanted_greedy)
 @pytest.mark.parametrize("case", SAMPLING)
 def test_same_at_every_layout_and_batch(layout, case, rollouts):
     wanted = rollouts["tp1"][f"{case}-64"]
-    for batch_size in (64, 2):
-        found = rollouts[layout][f"{case}-{batch_size}"]
+    for batch in BATCHES:
+        found = rollouts[layout][f"{case}-{batch}"]
         assert [r.response_ids for r in found] == [r.response_ids for r in wanted]
         assert [r.problem_id for r in found] == [r.problem_id for r in requests()]
         for one, other in zip(found, wanted, strict=True):
@@ -95,10 +95,10 @@ def test_logprobs_are_the_models(case, rollouts, model_folder):
 
 def test_with_yarn(yarn_rollouts, yarn_folder):
     wanted = greedy_of_transformers(yarn_folder)
-    for batch_size in (64, 2):
-        assert [rollout.response_ids for rollout in yarn_rollouts[f"greedy-{batch_size}"]] == wanted
+    for batch in BATCHES:
+        assert [rollout.response_ids for rollout in yarn_rollouts[f"greedy-{batch}"]] == wanted
         for case in ("plain", "nucleus", "top-k"):
-            check_logprobs(yarn_rollouts[f"{case}-{batch_size}"], SAMPLING[case], yarn_folder, atol=1e-5)
+            check_logprobs(yarn_rollouts[f"{case}-{batch}"], SAMPLING[case], yarn_folder, atol=1e-5)
 
 
 def check_logprobs(rollouts, sampling, model_folder, *, atol):
