@@ -34,6 +34,7 @@ def polling():
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/meet", rank=0, world_size=1)
 for _ in range(GROUPS - 1):
     dist.new_group([0])
+time.sleep(1)  # the threads name themselves
 before = polling()
 time.sleep(SECONDS)
 after = polling()
