@@ -30,6 +30,8 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
         overrides=options.overrides,
     )
     settings = asked.settings
+    if settings.rollout.engine == "vllm" and environment is None and options.processes is None:
+        options.processes = 1  # the servers have the GPUs
     processes = number_of_ranks(settings.megatron, options, environment)
     layout = check_layout(settings.model, settings.megatron, settings.rollout, processes=processes)
     from megatron_paint.cli.evaluate_model import answer_file, evaluate, load_evaluators  # they import torch

@@ -226,6 +226,7 @@ def sampled_with(asked: Requested, evaluator: Evaluator, shape: ModelShape) -> d
     YaRN is in the config and not in the weights, so it is recorded beside them.
     """
     settings, evaluation = asked.settings, evaluator.settings
+    by_servers = settings.rollout.engine == "vllm"
     frame = evaluator.prompt(Problem(id="", problem="", solution="", answer=""))
     weights = [fingerprint(folder) for folder in asked.folders]
     if (base := Path(settings.model.hf_path)) not in asked.folders:  # a Megatron checkpoint has its configs there
@@ -234,7 +235,7 @@ def sampled_with(asked: Requested, evaluator: Evaluator, shape: ModelShape) -> d
         "model": str(asked.folders[0].resolve()),
         "weights": "+".join(weights),
         "dtype": settings.model.dtype,
-        "fp8": settings.megatron.fp8 and settings.megatron.fp8_recipe,
+        "fp8": None if by_servers else settings.megatron.fp8 and settings.megatron.fp8_recipe,
         "temperature": evaluation.temperature,
         "top_p": evaluation.top_p,
         "top_k": evaluation.top_k,
@@ -245,7 +246,7 @@ def sampled_with(asked: Requested, evaluator: Evaluator, shape: ModelShape) -> d
         "seed": settings.seed,
         **({"yarn": vars(shape.yarn)} if shape.yarn is not None else {}),
         # Two engines draw other tokens from the same distribution.
-        **({"engine": "vllm"} if settings.rollout.engine == "vllm" else {}),
+        **({"engine": "vllm", "vllm_args": list(settings.rollout.vllm.extra_args)} if by_servers else {}),
     }
 
 

@@ -1,7 +1,7 @@
 """The request of `megatron-paint evaluate`: settings, benchmarks and the folder of the results."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ def requested(
         overrides = [*overrides, f"rollout.engine={engine}"]
         if engine != "vllm":
             (tree.get("rollout") or {}).pop("vllm", None)
+    (tree.get("rollout") or {}).pop("lora_transfer", None)  # of a training run
     override_tree(tree, overrides)
     if model is not None and not tree["model"].get("hf_path"):
         raise UserError(
@@ -68,7 +69,9 @@ def requested(
     settings = with_local_model(evaluate_settings_of(tree))
     held_out = settings.evaluation.problems
     if settings.rollout.engine == "vllm":
-        _check_for_servers(settings.model)
+        _check_for_servers(settings)
+        one = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "expert_model_parallel_size": 1}
+        settings = replace(settings, megatron=replace(settings.megatron, **one, sequence_parallel=False))
     names = names_in(benchmarks or "")
     if not names and held_out is None:
         raise UserError("evaluation.problems is not set: give --benchmarks aime24,FILE,..., or the file of problems")
@@ -82,8 +85,14 @@ def requested(
     )
 
 
-def _check_for_servers(model: ModelSettings) -> None:
-    """UserError: servers of vLLM cannot load the model as it is."""
+def _check_for_servers(settings: EvaluateSettings) -> None:
+    """UserError: servers of vLLM cannot load the model as it is, or may hold another one."""
+    model = settings.model
+    if settings.rollout.vllm.urls:
+        raise UserError(
+            "rollout.vllm.urls names servers that already run, and they may hold the weights of a training run: leave "
+            "it out, and the evaluation starts servers of its model"
+        )
     if (part := model.megatron_path or model.adapter_path) is not None:
         converted = "convert it first (megatron-paint convert to-hf), or " if model.megatron_path else ""
         raise UserError(

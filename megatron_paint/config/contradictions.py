@@ -161,6 +161,7 @@ def of_vllm(rollout: RolloutSettings) -> Iterator[str]:
             yield f"the section rollout.vllm belongs to engine=vllm, but rollout.engine={rollout.engine}; leave it out"
         return
     ours = {"servers": 1, "command": None, "devices": (), "environment": {}, "extra_args": (), "max_model_len": None}
+    ours |= {"tensor_parallel": 1, "gpu_memory": VllmSettings.gpu_memory}
     for name, default in ours.items():
         if vllm.urls and getattr(vllm, name) != default:
             yield (

@@ -12,7 +12,6 @@ from ruamel.yaml.error import YAMLError
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.profile import ProfileSettings
 from megatron_paint.config.settings import LONGEST_ANSWER, DataSettings, ModelSettings, RunSettings, Settings
-from megatron_paint.config.vllm import VllmSettings
 
 # What a resumed run may change: how long, how often and where. None of these changes what a step computes, except
 # run.steps where a decay ends there; `moved_decay_end` checks this.
@@ -46,12 +45,12 @@ MAY_CHANGE = {f"run.{name}" for name in MAY_CHANGE_IN_RUN} | {
     "objective.teacher.offload",
     "rollout.batch_size",
     "rollout.cache_bytes",
-    # Where the servers are and how weights reach them.
+    # How weights reach the servers; where these are is in `rollout.vllm`.
     "rollout.transfer_bytes",
     "rollout.lora_transfer",
-    *(f"rollout.vllm.{name}" for name in dataclasses.asdict(VllmSettings())),
     "optimizer.decay_steps",  # `moved_decay_end` compares it together with run.steps
 }
+MAY_CHANGE_ALL = ("rollout.vllm.",)  # sections
 # What null means. A run accepts this length of an answer only if it fits, and null is this length wherever it fits.
 MEANING_OF_NULL = {"evaluation.max_new_tokens": LONGEST_ANSWER, "rollout.samples_per_problem": 1}
 # What a checkpoint itself holds: another value would be ignored, or the checkpoint would not fit.
@@ -120,7 +119,7 @@ def changes(*, old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tupl
     A setting that the version of the old run did not have counts as its default.
     """
     before, after, defaults = dotted(old), dotted(new), _defaults()
-    names = [name for name in {**before, **after} if name not in MAY_CHANGE]
+    names = [name for name in {**before, **after} if name not in MAY_CHANGE and not name.startswith(MAY_CHANGE_ALL)]
     pairs = {name: (before.get(name, defaults.get(name, ABSENT)), after.get(name, ABSENT)) for name in names}
     return {name: (was, now) for name, (was, now) in pairs.items() if _meant(name, was) != _meant(name, now)}
 

@@ -60,10 +60,17 @@ class StageWeights:
         tensors = {}
         for parameter, shards in gathered.items():
             found = self._rule(parameter).unload(shards)
-            tensors |= {name: self._checked(name, tensor.cpu()) for name, tensor in found.items()}
+            tensors |= {name: tensor.cpu().contiguous() for name, tensor in found.items()}
             if self.shape.tied and EMBEDDING in found:
                 tensors[HEAD] = tensors[EMBEDDING]
         return tensors
+
+    @torch.no_grad()
+    def check_finite(self) -> None:
+        # A sum finds NaN and infinity in one pass. Only a sum that is not finite needs the second look.
+        for name, tensor in self.stage.named_parameters():
+            if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+                raise UserError(f"{name} is not finite: the training diverged. No server gets these weights")
 
     def export(self, folder: Path) -> None:
         export_stage(
@@ -122,9 +129,3 @@ class StageWeights:
         parts = [torch.empty_like(value) for _ in range(ranks.tp_size)] if self._owns(number) else None
         dist.gather(value.contiguous(), parts, group_dst=number % ranks.tp_size, group=ranks.tp_group)
         return parts or []
-
-    def _checked(self, name: str, tensor: Tensor) -> Tensor:
-        # A sum finds NaN and infinity in one pass. Only a sum that is not finite needs the second look.
-        if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
-            raise UserError(f"{name} is not finite: the training diverged. No server gets these weights")
-        return tensor.contiguous()

@@ -64,4 +64,4 @@ class Sampler(Protocol):
         """Makes the engine sample with the weights that training step `step` starts from; called before it samples."""
 
     def metrics(self) -> dict[str, float]:
-        """What the engine measured since the last call, by the keys of metrics.jsonl; the same on every rank."""
+        """What the engine measured since the last call, by the keys of metrics.jsonl; those of rank 0 are recorded."""

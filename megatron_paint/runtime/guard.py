@@ -1,12 +1,14 @@
 """Runs a command whose processes all end with the process that started this one, whatever ended that.
 
-`python -m megatron_paint.runtime.guard PARENT FOLDER COMMAND...`. The kernel kills only direct children of a process
-that died. The command's own children would stay, and hold their GPUs. So this process waits for the command, and kills
-the command's process group at SIGTERM, or when PARENT is gone. Python's shared memory of killed processes would stay in
-/dev/shm, so it is removed too. FOLDER, unless it is empty text, is removed when PARENT has died.
+`python -m megatron_paint.runtime.guard PARENT FOLDER COMMAND...`, with a pipe as its standard input. The kernel kills
+only direct children of a process that died. The command's own children would stay, and hold their GPUs. So this process
+waits for the command, and kills the command's process group when PARENT closes the pipe or is gone. Signals do not end
+it, nor the command, unless it handles them itself. Python's shared memory of killed processes would stay in /dev/shm,
+so it is removed too. FOLDER, unless it is empty text, is removed when PARENT has died.
 """
 
 import ctypes
+import json
 import os
 import re
 import shutil
@@ -21,6 +23,7 @@ from pathlib import Path
 from megatron_paint.runtime.processes import SET_PARENT_DEATH_SIGNAL
 
 PARENT_DIED = signal.SIGHUP  # from the kernel
+ENVIRONMENT = "MEGATRON_PAINT_GUARDED"  # variable with the command's environment as JSON; without it, it is inherited
 POLL_SECONDS = 1.0
 REMOVE_SECONDS = 30.0
 # The names that Python's multiprocessing gives to shared memory and semaphores.
@@ -30,13 +33,18 @@ SHARED_MEMORY = re.compile(rb"/dev/shm/(?:psm_|sem\.mp-)[\w-]+")
 def main() -> int:
     """Returns the exit status of the command; 128 + N if signal N ended it."""
     parent, folder, command = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    environment = json.loads(os.environ.pop(ENVIRONMENT, "null"))
     ends, died = threading.Event(), threading.Event()
-    signal.signal(signal.SIGTERM, lambda number, frame: ends.set())
-    signal.signal(PARENT_DIED, lambda number, frame: (died.set(), ends.set()))
+    # A batch system sends the signals that ask a run to stop to every process of the job. The command ignores them too,
+    # because it inherits this.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, int(PARENT_DIED))
-    process = subprocess.Popen(command, start_new_session=True)
-    threading.Thread(target=lambda: (process.wait(), ends.set()), daemon=True).start()
+    process = subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL, env=environment)
+    signal.signal(PARENT_DIED, lambda number, frame: (died.set(), ends.set()))
+    for ended in (process.wait, lambda: os.read(0, 1)):
+        threading.Thread(target=lambda ended=ended: (ended(), ends.set()), daemon=True).start()
     while not ends.wait(POLL_SECONDS) and os.getppid() == parent:
         pass
     kill_group(process.pid)  # also what a command that has ended left behind

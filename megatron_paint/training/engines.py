@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import EvaluateSettings, RolloutSettings, Settings
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.models.shape import ModelShape
@@ -64,16 +65,22 @@ def new_fleet(
     """
     import torch
 
-    from megatron_paint.rollouts.vllm.command import Engine
+    from megatron_paint.rollouts.vllm.command import ServerOptions
     from megatron_paint.rollouts.vllm.fleet import Fleet
 
+    vllm, on_gpus = rollout.vllm, torch.cuda.is_available()
+    if on_gpus and not vllm.urls and not vllm.devices:
+        raise UserError(
+            "rollout.vllm.devices is not set, and the servers would take the GPUs of the ranks: give the GPUs of each "
+            "server, such as ['6', '7'], and start fewer ranks"
+        )
     at_one = (rollout.temperature if temperature is None else temperature) == 1
-    engine = Engine(
+    engine = ServerOptions(
         settings=rollout.vllm,
         dtype=dtype,
         # At temperature 1 the raw values are right also under top-k and top-p; at others, only without them.
         logprobs_mode="raw_logprobs" if at_one else "processed_logprobs",
-        on_gpus=torch.cuda.is_available(),
+        on_gpus=on_gpus,
         remove=remove,
         lora_rank=lora_rank,
     )

@@ -75,5 +75,8 @@ def test_where_the_servers_are_may_change():
     from megatron_paint.config.saved import changes, settings_tree
 
     old, new = settings({"engine": "vllm"}), settings({"engine": "vllm", "transfer_bytes": 1e6, "vllm": {"urls": URLS}})
+    assert not changes(
+        old=settings_tree(old), new=settings_tree(settings({"engine": "vllm", "vllm": {"environment": {"A": "b"}}}))
+    )
     assert not changes(old=settings_tree(old), new=settings_tree(new))
     assert changes(old=settings_tree(old), new=settings_tree(settings())) == {"rollout.engine": ("vllm", "megatron")}

@@ -394,7 +394,7 @@ def test_replay_of_another_model(capsys, setup, tmp_path):
     rollouts.write_text(whole.replace("[65, 258]", f"[65, {tiny.ROWS}]", 1))
     assert f"rollouts.jsonl:1: response_ids holds {tiny.ROWS}" in refused(capsys, settings, *replay)
     rollouts.write_text(whole.replace("[65, 258]", f"[{', '.join(['65'] * 17)}]", 1))
-    assert "17 tokens, more than rollout.max_new_tokens=16" in refused(capsys, settings, *replay)
+    assert "17 tokens, more than rollout.max_new_tokens=8" in refused(capsys, settings, *replay)
 
 
 def test_replay_needs_only_what_is_still_to_be_done(capsys, setup, tmp_path):

@@ -86,6 +86,8 @@ def test_the_layout_does_not_change_the_step(unbroken, processes, layout, tmp_pa
     found = train(tmp_path, tmp_path / "run", "run.steps=1", *OASIS, processes=processes, layout=layout)
     for other, sample in zip(samples_of(tmp_path / "run", 1), samples_of(run_dir, 1), strict=True):
         assert other.pop("loss") == pytest.approx(sample.pop("loss"), rel=1e-4, abs=1e-7)
+        gaps = [line.pop("sampler_gap")["largest"] for line in (other, sample) if "sampler_gap" in line]
+        assert max(gaps, default=0.0) < 1e-4
         assert other == sample
     for name in ("loss", "grad_norm", "overlap/mean", "reveal/mean", "rollout/kept", "reveal/without_peer"):
         assert found[0][name] == pytest.approx(lines[0][name], rel=1e-4), name

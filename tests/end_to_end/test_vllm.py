@@ -17,6 +17,7 @@ from megatron_paint.training.engines import transfer_folder
 from tests.support import forked_ranks, tiny
 from tests.support.results import metrics
 
+ROOT = Path(__file__).parents[2]
 STAND_IN = f"[{sys.executable},-m,tests.support.vllm_stand_in]"
 STEPS, SAMPLES = 3, 4
 TP, PP = "tensor_model_parallel_size: 2, sequence_parallel: true", "pipeline_model_parallel_size: 2"

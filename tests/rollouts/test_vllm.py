@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qw
 from megatron_paint.config.vllm import VllmSettings
 from megatron_paint.models.qwen3.shape import read_shape
 from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
-from megatron_paint.rollouts.vllm.command import Engine
+from megatron_paint.rollouts.vllm.command import ServerOptions
 from megatron_paint.rollouts.vllm.file_transfer import FileTransfer
 from megatron_paint.rollouts.vllm.fleet import Fleet
 from megatron_paint.rollouts.vllm.sampler import VllmSampler
@@ -110,7 +110,7 @@ def started(tmp_path_factory):
             environment={"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"},
             max_model_len=256,
         )
-        engine = Engine(settings=settings, dtype="float32", logprobs_mode="raw_logprobs", on_gpus=False)
+        engine = ServerOptions(settings=settings, dtype="float32", logprobs_mode="raw_logprobs", on_gpus=False)
         fleets[kind] = Fleet(engine, vocab_size=264, logs=folder / "logs" / kind, note=print)
         fleets[kind].start(folder / f"{kind}-0")
     yield folder, fleets

@@ -13,7 +13,7 @@ from megatron_paint.records import WeightSpan
 from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
 from megatron_paint.rollouts.vllm.balance import balanced
 from megatron_paint.rollouts.vllm.client import Client, ServerError, check_requests
-from megatron_paint.rollouts.vllm.command import Engine, server_command, server_environment
+from megatron_paint.rollouts.vllm.command import ServerOptions, server_command, server_environment
 
 REQUEST = GenerationRequest(problem_id="p", sample_index=2, prompt_ids=(5, 6), key=2**62 + 1)
 SAMPLING = SamplingParameters(max_new_tokens=3, temperature=1.1, top_p=0.95, top_k=20, stop_ids=frozenset({9, 4}))
@@ -105,6 +105,8 @@ def test_a_hung_engine_ends_what_waits_for_it():
             return httpx.Response(200, json={"is_paused": False})
         if request.url.path == "/is_paused":
             raise httpx.ReadTimeout("slow", request=request)
+        if request.url.path == "/metrics":
+            return httpx.Response(200, text="")
         await asyncio.sleep(60)
         raise AssertionError
 
@@ -118,13 +120,40 @@ def test_a_hung_engine_ends_what_waits_for_it():
         asyncio.run(ask())
 
 
+@pytest.mark.parametrize("counts", [True, False])
+def test_an_engine_that_computes_nothing_counts_as_hung(counts):
+    """It answers, but a response never comes. As long as it computes tokens, the response is waited for."""
+    computed = itertools.count(5)
+
+    async def respond(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/metrics":
+            seen = next(computed) if counts else 5
+            return httpx.Response(200, text=f'a 1\nvllm:iteration_tokens_total_sum{{engine="0"}} {seen}.0\n')
+        if request.url.path == "/is_paused":
+            return httpx.Response(200, json={"is_paused": False})
+        await asyncio.sleep(1.2)
+        return httpx.Response(200, json={"choices": [CHOICE]})
+
+    async def ask():
+        client = Client("http://server:1", timeout=0.3)
+        client._http = httpx.AsyncClient(base_url=client.url, transport=httpx.MockTransport(respond))
+        async with client.watched():
+            return await client.generate(REQUEST, SAMPLING, version="v", wants_logprobs=True)
+
+    if counts:
+        assert asyncio.run(ask()).response_ids == (1, 2, 9)
+        return
+    with pytest.raises(ServerError, match=r"has computed no token for 0\.3 s, with open requests"):
+        asyncio.run(ask())
+
+
 def test_requests_are_checked_before_they_are_sent():
     limits = {"vocab_size": 7, "max_model_len": 5}
     check_requests([REQUEST], SAMPLING, **limits)
     with pytest.raises(UserError, match="holds id 6, and the model has ids 0 to 5"):
         check_requests([REQUEST], SAMPLING, vocab_size=6, max_model_len=5)
     with pytest.raises(
-        UserError, match=r"may have 5 tokens, and the vLLM server takes 4: raise rollout\.vllm\.max_model"
+        UserError, match=r"may have 5 tokens, and the vLLM server takes 4: raise that"
     ):
         check_requests([REQUEST], SAMPLING, vocab_size=7, max_model_len=4)
     empty = GenerationRequest(problem_id="e", sample_index=0, prompt_ids=(), key=1)
@@ -169,7 +198,7 @@ def test_the_command_and_environment_of_a_server(tmp_path):
         environment={"A": "b"},
         max_model_len=100,
     )
-    engine = Engine(settings=settings, dtype="bfloat16", logprobs_mode="raw_logprobs")
+    engine = ServerOptions(settings=settings, dtype="bfloat16", logprobs_mode="raw_logprobs")
     command = server_command(engine, tmp_path, 8123)
     assert command[:6] == ["vllm", "serve", "--model", str(tmp_path), "--host", "127.0.0.1"]
     text = " ".join(command)

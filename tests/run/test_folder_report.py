@@ -154,6 +154,7 @@ def test_sample_lines():
         "loss": 1.5,
         "selected": [1],
         "advantage": None,
+        "sampler_gap": {"largest": 0.01, "position": 1, "total": 0.02, "above": 0},
     }
     assert second["id"] == "b"
     assert second["finished"] is False

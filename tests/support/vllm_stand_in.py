@@ -39,6 +39,7 @@ class Engine:
         self.adapters: dict[str, NumpyQwen3] = {}
         self.lock = threading.Lock()
         self.loaded: set[str] = set()
+        self.computed = 0.0
 
     def load_adapter(self, name: str, path: str) -> None:
         """A copy of the model with the adapter merged. The files must exist as long as it is loaded."""
@@ -68,6 +69,7 @@ class Engine:
             greedy = asked["temperature"] == 0
             token = int(logits.argmax() if greedy else random.choice(len(kept), p=np.exp(kept)))
             tokens.append(token)
+            self.computed += 1
             logprobs.append(float((log_softmax(logits) if self.raw else kept)[token]))
             if token in asked["stop_token_ids"]:
                 reason = "stop"
@@ -133,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
         if does == "status" or self.broken:
             return self.send(500, {"error": "EngineCore encountered an issue"})
         try:
-            with nullcontext() if path == "/is_paused" else engine.lock:
+            with nullcontext() if path in ("/is_paused", "/metrics") else engine.lock:
                 found = self.act(path, body, does)
         except Exception as error:
             type(self).broken = True
@@ -141,11 +143,13 @@ class Handler(BaseHTTPRequestHandler):
             print(f"RuntimeError: {error}", flush=True)
         return self.send(200, found) if found is not None else self.send(500, {"error": "failed"})
 
-    def act(self, path: str, body: dict, does: str | None) -> dict:
+    def act(self, path: str, body: dict, does: str | None) -> dict | str:
         engine = self.engine
         match path:
             case "/is_paused":
                 return {"is_paused": engine.paused}
+            case "/metrics":
+                return f'vllm:iteration_tokens_total_sum{{engine="0"}} {engine.computed}\n'
             case "/v1/models":
                 return {"data": [{"id": "model", "max_model_len": engine.longest}]}
             case "/weight_info":
@@ -198,8 +202,8 @@ class Handler(BaseHTTPRequestHandler):
         Path(fault["marker"]).touch()
         return fault["do"]
 
-    def send(self, status: int, content: dict) -> None:
-        data = json.dumps(content).encode()
+    def send(self, status: int, content: dict | str) -> None:
+        data = (content if isinstance(content, str) else json.dumps(content)).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()

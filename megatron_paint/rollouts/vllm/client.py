@@ -5,6 +5,7 @@ somebody else. So liveness is asked of the engine (`/is_paused`), and every answ
 """
 
 import asyncio
+import time
 from collections.abc import Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -13,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 from megatron_paint.base.errors import UserError
 from megatron_paint.records import Rollout, RolloutOrigin, WeightSpan
 from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
+from megatron_paint.runtime.heartbeat import mark_progress
 
 if TYPE_CHECKING:
     import httpx
 
+COUNTED = "vllm:iteration_tokens_total_sum"
 PROBES = 4  # questions to the engine within `hang_timeout_s`; ours
 
 
@@ -34,8 +37,10 @@ class Client:
         except ImportError as error:
             raise UserError("rollout.engine=vllm needs httpx: pip install 'megatron-paint[vllm]'") from error
         self.url, self.timeout = url.rstrip("/"), timeout
+        self.not_ready = ""  # what was seen instead of an answer
         self._errors = (httpx.HTTPError, httpx.InvalidURL)
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        # Servers close idle connections after 5 s by default; ours must be gone before.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=1.0)
         # A proxy of the environment is for the internet, not for the servers of a run.
         self._http = httpx.AsyncClient(base_url=self.url, timeout=timeout, limits=limits, trust_env=False)
 
@@ -65,12 +70,19 @@ class Client:
         return response
 
     async def is_ready(self) -> bool:
-        """Whether the engine answers. A server that still starts refuses the connection."""
+        """Whether the engine answers. A server that still starts refuses the connection, or answers with status 503."""
         try:
-            await self.call("GET", "/is_paused")
-        except ServerError:
+            response = await self._http.request("GET", "/is_paused")
+        except self._errors as error:
+            self.not_ready = f"{type(error).__name__}: {error}"
             return False
-        return True
+        if response.status_code == 404:
+            raise ServerError(
+                "it has no /is_paused: start it with VLLM_SERVER_DEV_MODE=1, and give its address without a path, such "
+                "as http://node7:8000"
+            )
+        self.not_ready = f"status {response.status_code}"
+        return response.status_code == 200
 
     async def max_model_len(self) -> int:
         """Most tokens of a prompt and its response."""
@@ -80,17 +92,34 @@ class Client:
         """The version of the weights that the engine samples with."""
         return str(field_of(await self.call("GET", "/weight_info"), "weight_version"))
 
+    async def tokens(self) -> float:
+        """How many tokens the engine has computed; 0 if the server does not count them."""
+        lines = (await self._response("GET", "/metrics", limited=True)).text.splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(COUNTED))
+
     @asynccontextmanager
     async def watched(self):
-        """Raises ServerError inside if the engine stops answering. Requests inside need no time limit of their own."""
+        """Raises ServerError inside if the engine stops answering, or computes no token for the client's time.
+
+        Requests inside need no time limit of their own. As long as tokens are computed, the run makes progress.
+        """
         body = asyncio.current_task()
         failure: list[ServerError] = []
 
         async def watch() -> None:
+            counted, moved = -1.0, time.monotonic()
             while True:
                 await asyncio.sleep(self.timeout / PROBES)
                 try:
                     await self.call("GET", "/is_paused")
+                    before, counted = counted, await self.tokens()
+                    if counted != before:
+                        moved = time.monotonic()
+                        mark_progress()
+                    elif time.monotonic() - moved > self.timeout:
+                        raise ServerError(
+                            f"its engine has computed no token for {self.timeout:g} s, with open requests"
+                        )
                 except ServerError as error:
                     failure.append(error)
                     body.cancel()
@@ -227,5 +256,6 @@ def check_requests(
         if (needed := len(request.prompt_ids) + sampling.max_new_tokens) > max_model_len:
             raise UserError(
                 f"problem {request.problem_id!r}: prompt and response may have {needed} tokens, and the vLLM server "
-                f"takes {max_model_len}: raise rollout.vllm.max_model_len or lower max_new_tokens"
+                f"takes {max_model_len}: raise that (rollout.vllm.max_model_len, --max-model-len), or lower "
+                "max_new_tokens"
             )

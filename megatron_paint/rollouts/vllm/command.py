@@ -16,11 +16,13 @@ RANK_VARIABLES = (
     *("MASTER_ADDR", "MASTER_PORT", "ROLE_NAME", "ROLE_WORLD_SIZE", "CUDA_DEVICE_MAX_CONNECTIONS"),
 )
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank may be
+# What is right for the Python of the trainer alone.
+OWN_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "OMP_NUM_THREADS")
 RANK_PREFIXES = ("TORCHELASTIC_", "SLURM_", "MEGATRON_PAINT_", "PMI_")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Engine:
+class ServerOptions:
     """What a server is started with besides its model."""
 
     settings: VllmSettings
@@ -31,7 +33,7 @@ class Engine:
     remove: Path | None = None  # a folder that goes when the run's process dies
 
 
-def server_command(engine: Engine, model: Path, port: int) -> list[str]:
+def server_command(engine: ServerOptions, model: Path, port: int) -> list[str]:
     """The command of a server of `model` on the loopback interface."""
     settings = engine.settings
     program = settings.command or (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
@@ -54,13 +56,14 @@ def server_command(engine: Engine, model: Path, port: int) -> list[str]:
     return [*command, *settings.extra_args]
 
 
-def server_environment(engine: Engine, number: int, base: Mapping[str, str] | None = None) -> dict[str, str]:
+def server_environment(engine: ServerOptions, number: int, base: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment of server `number`: that of this process without what makes a process a rank."""
     base = os.environ if base is None else base
-    kept = {
-        key: value for key, value in base.items() if key not in RANK_VARIABLES and not key.startswith(RANK_PREFIXES)
-    }
+    left_out = {*RANK_VARIABLES, *OWN_VARIABLES}
+    kept = {key: value for key, value in base.items() if key not in left_out and not key.startswith(RANK_PREFIXES)}
     kept |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    # A server that closes an idle connection while a request is on its way looks like one that died.
+    kept["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] = "600"
     if not engine.on_gpus:
         # A share of the cores is the kernel's to give: a pinned server stands still behind the ranks on its cores.
         kept |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_TARGET_DEVICE": "cpu"}

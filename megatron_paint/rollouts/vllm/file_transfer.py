@@ -92,6 +92,7 @@ class FileTransfer:
         fleet: None on all ranks but 0. UserError: the folder refuses a file, or a weight is not finite.
         """
         on_rank_zero, sending = self.on_rank_zero, Sending()
+        self.everyone(self.weights.check_finite)
         on_rank_zero(lambda: fleet.begin_update())
         for number in range(self.messages):
             written = self.everyone(lambda number=number: self._write(number, version))
@@ -111,8 +112,12 @@ class FileTransfer:
             return None
         kept = f"slot{number % SLOTS}" if self.in_memory else f"{version.replace('/', '-')}-{number:05d}"
         path = self.folder / f"rank{self.rank:05d}-{kept}.safetensors"
-        with disk_errors(path):
-            size = write_message(path, tensors)
+        try:
+            with disk_errors(path):
+                self.folder.mkdir(parents=True, exist_ok=True)  # on the machine of this rank
+                size = write_message(path, tensors)
+        except UserError as error:
+            raise UserError(f"{error}. rollout.vllm.transfer_folder chooses another folder for the weights") from error
         return Written(rank=self.rank, path=str(path), size=size, names=tuple(tensors))
 
     def _send(self, fleet: Fleet, files: list[Written], sending: "Sending") -> bool:

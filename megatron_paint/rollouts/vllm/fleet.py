@@ -18,7 +18,7 @@ from megatron_paint.records import Rollout
 from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
 from megatron_paint.rollouts.vllm.balance import balanced
 from megatron_paint.rollouts.vllm.client import Client, ServerError, check_requests
-from megatron_paint.rollouts.vllm.command import Engine, server_command, server_environment
+from megatron_paint.rollouts.vllm.command import ServerOptions, server_command, server_environment
 from megatron_paint.rollouts.vllm.process import ServerProcess, free_port
 from megatron_paint.runtime.heartbeat import mark_progress
 
@@ -55,7 +55,7 @@ class Fleet:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: ServerOptions,
         *,
         vocab_size: int,
         logs: Path,
@@ -228,6 +228,7 @@ class Fleet:
             for server in self.failed:
                 done = "is left out" if server.process is None else "is started again"
                 self.note(f"{server.name} {done}, because it failed: {server.failed}")
+                self.run(server.client.close())
                 del self._servers[server.number]
             fresh = [self._started(server.number, model) for server in ours]
             self._servers |= {server.number: server for server in fresh}
@@ -279,9 +280,11 @@ class Fleet:
                 raise ServerError(server.process.last_words() or "its process ended without a word")
             if time.monotonic() > end:
                 limit = f"rollout.vllm.start_timeout_s={self.settings.start_timeout_s:g}"
-                raise ServerError(f"it did not answer within {limit}")
+                raise ServerError(f"it did not answer within {limit} ({server.client.not_ready})")
             mark_progress()
             await asyncio.sleep(POLL_SECONDS)
+        if server.process is not None and not server.process.runs:  # another server answers at its port
+            raise ServerError(server.process.last_words() or "its process ended without a word")
         server.longest = await server.client.max_model_len()
         if self.init_info is not None:
             await server.client.call("POST", "/init_weight_transfer_engine", json={"init_info": dict(self.init_info)})

@@ -85,7 +85,8 @@ def _engine_class() -> type:
                 if name in self.names:
                     raise ValueError(f"{name} came twice in one update")
                 self.names.add(name)
-                yield name, file.get_tensor(name)
+                # A copy: vLLM keeps the tensors of an incomplete layer, and the file is written again before that.
+                yield name, file.get_tensor(name).clone()
 
         def finish_weight_update(self) -> None:
             if len(self.names) != self.tensors:

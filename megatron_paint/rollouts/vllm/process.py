@@ -1,5 +1,6 @@
 """The process of one vLLM server that this run has started."""
 
+import json
 import os
 import socket
 import subprocess
@@ -33,8 +34,9 @@ class ServerProcess:
                 file.flush()
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", guard.__name__, str(os.getpid()), str(remove or ""), *command],
-                    env=dict(environment),
-                    stdin=subprocess.DEVNULL,
+                    # The guard itself needs this process's own environment.
+                    env=os.environ | {guard.ENVIRONMENT: json.dumps(dict(environment))},
+                    stdin=subprocess.PIPE,
                     stdout=file,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
@@ -47,7 +49,8 @@ class ServerProcess:
 
     def kill(self) -> None:
         """Kills all processes of the server, also suspended ones, and waits for their end."""
-        self._process.terminate()  # the guard kills the server's group, and takes away its shared memory
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()  # the guard kills the server's group, and removes its shared memory
         self._process.wait()
 
     def last_words(self) -> str:

@@ -56,9 +56,10 @@ class VllmSampler:
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParameters) -> list[Rollout]:
         """One rollout per request, in order, on every rank."""
-        self._check_weights(requests)
+        self._revive()
         found: dict[int, Rollout] = {}
         while True:
+            self._check_weights(requests)
             found = self.on_rank_zero(lambda found=found: self._sample(requests, sampling, found))
             if len(found) == len(requests):
                 return [found[number] for number in range(len(requests))]
@@ -107,10 +108,9 @@ class VllmSampler:
         """The spot check, once after each update. Servers that fail in it are started again, and checked as well."""
         while not self.checked and self.spot_check is not None:
             found = self.on_rank_zero(lambda: self.spot_check.sample(self.fleet, requests, version=self.version))
-            gap = self.spot_check.gap(found)
-            self._measured["rollout/spot_check_gap"] = gap
-            if not self._revive():
-                self.checked = True
+            self._measured["rollout/spot_check_gap"] = self.spot_check.gap(found)
+            self.checked = True
+            self._revive()  # a server that failed in the check; it is checked as well
 
     def _revive(self, *, before: bool = False) -> bool:
         """Starts failed servers again, from an export of the current weights. Returns whether there were any.
@@ -121,8 +121,11 @@ class VllmSampler:
             return False
         model = self.start_model
         if self.weights is not None and not self.on_rank_zero(lambda: self.fleet.adapter is not None):
-            model = self.exports / (self.version or "start").replace("/", "-")
+            model = self.exports / "restart"
             self.weights.export(model)
         version = None if before else self.version
         self.on_rank_zero(lambda: self.fleet.restart_failed(model, version=version))
+        if model != self.start_model:
+            self.on_rank_zero(lambda: shutil.rmtree(model, ignore_errors=True))
+        self.checked = False
         return True

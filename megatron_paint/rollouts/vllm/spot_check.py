@@ -52,7 +52,10 @@ class SpotCheck:
         flat = [(name, rollout) for name, rollouts in found.items() for rollout in rollouts]
         if not flat:
             return 0.0
-        scored = self.score([ScoredSequence(prompt_ids=r.prompt_ids, response_ids=r.response_ids) for _, r in flat])
+        try:
+            scored = self.score([ScoredSequence(prompt_ids=r.prompt_ids, response_ids=r.response_ids) for _, r in flat])
+        except FloatingPointError as error:
+            raise UserError(f"the spot check of the servers: {error}. The training diverged") from error
         gaps = [
             (max(abs(mine - theirs) for mine, theirs in zip(logprobs, rollout.logprobs, strict=True)), name)
             for (name, rollout), logprobs in zip(flat, scored, strict=True)

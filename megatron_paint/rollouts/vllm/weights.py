@@ -22,10 +22,10 @@ class WeightSource(Protocol):
         """
 
     def message(self, number: int) -> "Mapping[str, Tensor]":
-        """The tensors of message `number` on the rank that writes it; empty on the others. All ranks call together.
+        """The tensors of message `number` on the rank that writes it; empty on the others. All ranks call together."""
 
-        UserError: a weight is not finite.
-        """
+    def check_finite(self) -> None:
+        """UserError: a weight of this rank is not finite."""
 
     def shapes(self) -> Mapping[str, Sequence[int]]:
         """The shape of every tensor that the servers must get, by its name."""
