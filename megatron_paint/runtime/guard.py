@@ -11,11 +11,11 @@ import ctypes
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -24,7 +24,7 @@ from megatron_paint.runtime.processes import SET_PARENT_DEATH_SIGNAL
 
 PARENT_DIED = signal.SIGHUP  # from the kernel
 ENVIRONMENT = "MEGATRON_PAINT_GUARDED"  # variable with the command's environment as JSON; without it, it is inherited
-POLL_SECONDS = 1.0
+POLL_SECONDS = 0.2
 REMOVE_SECONDS = 30.0
 # The names that Python's multiprocessing gives to shared memory and semaphores.
 SHARED_MEMORY = re.compile(rb"/dev/shm/(?:psm_|sem\.mp-)[\w-]+")
@@ -34,7 +34,8 @@ def main() -> int:
     """Returns the exit status of the command; 128 + N if signal N ended it."""
     parent, folder, command = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
     environment = json.loads(os.environ.pop(ENVIRONMENT, "null"))
-    ends, died = threading.Event(), threading.Event()
+    died: list[int] = []
+    signal.signal(PARENT_DIED, lambda number, frame: died.append(number))
     # A batch system sends the signals that ask a run to stop to every process of the job. The command ignores them too,
     # because it inherits this.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
@@ -42,15 +43,13 @@ def main() -> int:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, int(PARENT_DIED))
     process = subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL, env=environment)
-    signal.signal(PARENT_DIED, lambda number, frame: (died.set(), ends.set()))
-    for ended in (process.wait, lambda: os.read(0, 1)):
-        threading.Thread(target=lambda ended=ended: (ended(), ends.set()), daemon=True).start()
-    while not ends.wait(POLL_SECONDS) and os.getppid() == parent:
-        pass
+    while process.poll() is None and not died and os.getppid() == parent:
+        if select.select([sys.stdin], [], [], POLL_SECONDS)[0]:  # the pipe is closed
+            break
     kill_group(process.pid)  # also what a command that has ended left behind
     status = process.wait()
     # The kernel sends its signal when the parent's main thread dies. Its other threads may still die after it.
-    if folder and (died.is_set() or os.getppid() != parent):
+    if folder and (died or os.getppid() != parent):
         remove(Path(folder))
     return status if status >= 0 else 128 - status
 
@@ -60,7 +59,7 @@ def remove(folder: Path) -> None:
     deadline = time.monotonic() + REMOVE_SECONDS
     while folder.exists() and time.monotonic() < deadline:
         shutil.rmtree(folder, ignore_errors=True)
-        time.sleep(POLL_SECONDS / 10)
+        time.sleep(POLL_SECONDS)
 
 
 def kill_group(group: int) -> None:

@@ -195,7 +195,7 @@ def test_a_port_that_answers_nothing(model, tmp_path):
     text = settings.read_text()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        ours = text[text.index("vllm: {") : text.index("max_new_tokens: 16")]
+        ours = text[text.index("vllm: {") : text.index("max_new_tokens: ")]
         theirs = f"vllm: {{urls: ['{url}'], start_timeout_s: 1.0, hang_timeout_s: 0.5}}, "
         settings.write_text(text.replace(ours, theirs))
         message = forked_ranks.train(tmp_path, settings).message
