@@ -152,9 +152,7 @@ def test_requests_are_checked_before_they_are_sent():
     check_requests([REQUEST], SAMPLING, **limits)
     with pytest.raises(UserError, match="holds id 6, and the model has ids 0 to 5"):
         check_requests([REQUEST], SAMPLING, vocab_size=6, max_model_len=5)
-    with pytest.raises(
-        UserError, match=r"may have 5 tokens, and the vLLM server takes 4: raise that"
-    ):
+    with pytest.raises(UserError, match=r"may have 5 tokens, and the vLLM server takes 4: raise that"):
         check_requests([REQUEST], SAMPLING, vocab_size=7, max_model_len=4)
     empty = GenerationRequest(problem_id="e", sample_index=0, prompt_ids=(), key=1)
     with pytest.raises(UserError, match="'e': its prompt has no token"):
