@@ -35,7 +35,7 @@ def write_settings(folder: Path, model: tuple[Path, Path], *, layout: str = "", 
     settings = tiny.make_settings(folder, *model, layout=layout)
     fault = fault and json.dumps(fault | {"marker": str(folder / "marker")})
     environment = {
-        "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
+        "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         **({"STAND_IN_FAULT": fault} if fault else {}),
     }
