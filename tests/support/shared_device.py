@@ -16,11 +16,13 @@ def share_gloo_device() -> None:
     """Lets every gloo group that this process and its forks make use one device a process."""
     make = ProcessGroupGloo.__init__
 
-    def share(self: ProcessGroupGloo, store: Store, rank: int, size: int, timeout: timedelta) -> None:
+    def share(self: ProcessGroupGloo, store: Store, rank: int, size: int, timeout: timedelta, **more: object) -> None:
+        if more:  # torch 2.14 has an option that takes the place of these options: each group has its device there
+            return make(self, store, rank, size, timeout=timeout, **more)
         options = ProcessGroupGloo._Options()
         if os.getpid() not in _own:
             _own[os.getpid()] = ProcessGroupGloo.create_default_device()
         options._devices, options._timeout, options._threads = [_own[os.getpid()]], timeout, 2
-        make(self, store, rank, size, options)
+        return make(self, store, rank, size, options)
 
     ProcessGroupGloo.__init__ = share
