@@ -43,6 +43,9 @@ class FolderWeights:
             return {}
         return {name: self.tensors[name] for name in self.messages[number]}
 
+    def check_finite(self) -> None:
+        assert all(tensor.isfinite().all() for tensor in self.tensors.values())
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
