@@ -58,7 +58,7 @@ setup(
         "gpu": ["transformer-engine[pytorch,core_cu13]>=2.14", "triton>=3"],
         "tensorboard": ["tensorboard>=2.16"],
         "search": ["optuna>=5,<6"],
-        "vllm": ["httpx>=0.27"],  # vLLM itself may be in an environment of its own, with this package beside it
+        "vllm": ["httpx>=0.27"],  # vLLM itself may be in another environment, with this package beside it
     },
     entry_points={
         "console_scripts": ["megatron-paint = megatron_paint.__main__:run"],

@@ -95,6 +95,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.chmod(mode)
 
 
+def write_at(descriptor: int, buffer: memoryview, at: int) -> None:
+    """Writes all bytes of the buffer from byte `at` of an open file."""
+    while buffer:
+        count = os.pwrite(descriptor, buffer, at)
+        buffer, at = buffer[count:], at + count
+
+
 class RowWriter:
     """Writes rows of tensors to their positions in the files of a layout."""
 
@@ -109,9 +116,7 @@ class RowWriter:
         at = place.start + first_row * (place.nbytes // place.shape[0])
         if place.file not in self._open:
             self._open[place.file] = os.open(self.folder / place.file, os.O_WRONLY)
-        while buffer:
-            count = os.pwrite(self._open[place.file], buffer, at)
-            buffer, at = buffer[count:], at + count
+        write_at(self._open[place.file], buffer, at)
 
     def close(self) -> None:
         """Closes the files."""

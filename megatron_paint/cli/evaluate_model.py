@@ -170,9 +170,8 @@ def _servers(
         )
     sampler = evaluation_servers(settings, shape, logs=asked.out / "logs", note=progress.note, stack=stack)
     vllm = settings.rollout.vllm
-    servers = len(vllm.urls) or vllm.servers
-    progress.note(f"{servers} vLLM servers sample the answers", servers=servers)
-    return sampler, SAVED_AFTER * servers * vllm.requests
+    progress.note(f"{vllm.servers} vLLM servers sample the answers", servers=vllm.servers)
+    return sampler, SAVED_AFTER * vllm.servers * vllm.requests
 
 
 def notes(asked: Requested, shape: ModelShape, evaluators: Sequence[tuple[str, Evaluator]]) -> list[str]:

@@ -24,7 +24,7 @@ from megatron_paint.config.dialect import (
 from megatron_paint.config.domains import DEFAULT_DOMAIN, DomainSettings
 from megatron_paint.config.objective import Needs, ObjectiveSettings
 from megatron_paint.config.profile import ProfileSettings
-from megatron_paint.config.vllm import VllmSettings
+from megatron_paint.config.vllm import VllmSettings, has_logprobs, logprobs_mode
 
 LONGEST_ANSWER = 38912  # tokens; OPSD's limit in evaluations
 Format = Literal["auto", "json", "jsonl", "csv", "parquet", "datasets"]
@@ -186,7 +186,8 @@ class RolloutSettings:
     @property
     def vllm_has_logprobs(self) -> bool:
         """Whether vLLM's log-probabilities are those of a `Rollout` at these settings."""
-        return self.temperature == 1 or (self.temperature > 0 and self.top_p == 1 and self.top_k == 0)
+        mode = logprobs_mode(self.temperature)
+        return has_logprobs(mode, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
 
 
 @settings_class

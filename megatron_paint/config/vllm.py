@@ -8,6 +8,21 @@ from megatron_paint.config.dialect import Count, Number, Positive, Text, Whole, 
 VLLM = "vLLM's name and default"
 
 
+def logprobs_mode(temperature: float) -> str:
+    """The mode in which vLLM's log-probabilities are those of a `Rollout` for most settings.
+
+    At temperature 1 the raw ones are right also under top-k and top-p. At others the processed ones are, without a cut.
+    """
+    return "raw_logprobs" if temperature == 1 else "processed_logprobs"
+
+
+def has_logprobs(mode: str, *, temperature: float, top_p: float, top_k: int) -> bool:
+    """Whether a mode reports those of a `Rollout`: at the temperature, before top-k and top-p."""
+    if temperature == 0:
+        return False
+    return temperature == 1 if mode == "raw_logprobs" else top_p == 1 and top_k == 0
+
+
 @settings_class
 class VllmSettings:
     """vLLM servers for engine=vllm. They are given by `urls`, or the run starts `servers` of them beside rank 0."""

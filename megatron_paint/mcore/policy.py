@@ -27,14 +27,13 @@ from megatron_paint.mcore.batch import MicroBatch, assign_replicas
 from megatron_paint.mcore.checkpoint import copy_checkpoint, load_checkpoint
 from megatron_paint.mcore.collectives import gather_entries
 from megatron_paint.mcore.forward_pass import ForwardPass, LossResult
-from megatron_paint.mcore.hf_checkpoint import export_adapters, export_stage
-from megatron_paint.mcore.model import DTYPES
 from megatron_paint.mcore.optimizer import make_optimizer, take_step, wrap_data_parallel
 from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.mcore.runner import ModelRunner
 from megatron_paint.mcore.scores import NonFinite, score_samples
 from megatron_paint.mcore.teacher import Teacher, TeacherStates, Weights
 from megatron_paint.mcore.vocabulary import vocab_axis
+from megatron_paint.mcore.weight_source import StageWeights
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.policy import ScoredSequence
 from megatron_paint.records import Sample, SampleScore, TokenIds, UpdateReport
@@ -155,22 +154,12 @@ class MegatronPolicy(ModelRunner):
         return load_checkpoint(folder, self.stage, self.optimizer, self.teacher)
 
     def export(self, folder: Path) -> None:
-        model, ranks = self.settings.model, self.ranks
+        model = self.settings.model
+        weights = StageWeights(self.stage, self.shape, self.ranks, model)
         if model.lora is not None and model.lora.export == "adapter":
-            export_adapters(
-                self.stage, folder, lora=model.lora, ranks=ranks, source=model.hf_path, tokenizer=model.adapter_path
-            )
-            return
-        dtype = DTYPES[model.dtype]
-        export_stage(
-            self.stage,
-            folder,
-            shape=self.shape,
-            ranks=ranks,
-            dtype=dtype,
-            source=model.hf_path,
-            tokenizer=model.adapter_path,
-        )
+            weights.export_adapters(folder)
+        else:
+            weights.export(folder)
 
     def teacher_states(
         self,

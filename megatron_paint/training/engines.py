@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import EvaluateSettings, RolloutSettings, Settings
+from megatron_paint.config.vllm import logprobs_mode
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.rollouts.engine import Sampler
@@ -74,12 +75,10 @@ def new_fleet(
             "rollout.vllm.devices is not set, and the servers would take the GPUs of the ranks: give the GPUs of each "
             "server, such as ['6', '7'], and start fewer ranks"
         )
-    at_one = (rollout.temperature if temperature is None else temperature) == 1
     engine = ServerOptions(
         settings=rollout.vllm,
         dtype=dtype,
-        # At temperature 1 the raw values are right also under top-k and top-p; at others, only without them.
-        logprobs_mode="raw_logprobs" if at_one else "processed_logprobs",
+        logprobs_mode=logprobs_mode(rollout.temperature if temperature is None else temperature),
         on_gpus=on_gpus,
         remove=remove,
         lora_rank=lora_rank,

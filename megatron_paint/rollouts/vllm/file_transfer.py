@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.checkpoints.dtypes import raw_bytes
-from megatron_paint.checkpoints.hf_writer import lay_out
+from megatron_paint.checkpoints.hf_writer import lay_out, write_at
 from megatron_paint.rollouts.vllm.fleet import Fleet
 from megatron_paint.rollouts.vllm.weights import WeightSource
 from megatron_paint.runtime.files import disk_errors
@@ -154,15 +154,9 @@ def write_message(path: Path, tensors: "Mapping[str, Tensor]") -> int:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
     try:
         os.ftruncate(descriptor, layout.sizes[file])
-        _write_at(descriptor, memoryview(header), 0)
+        write_at(descriptor, memoryview(header), 0)
         for name, tensor in tensors.items():
-            _write_at(descriptor, raw_bytes(tensor), layout.places[name].start)
+            write_at(descriptor, raw_bytes(tensor), layout.places[name].start)
     finally:
         os.close(descriptor)
     return layout.sizes[file]
-
-
-def _write_at(descriptor: int, buffer: memoryview, at: int) -> None:
-    while buffer:
-        count = os.pwrite(descriptor, buffer, at)
-        buffer, at = buffer[count:], at + count

@@ -41,6 +41,11 @@ class Server:
     def name(self) -> str:
         return f"vLLM server {self.number} ({self.client.url})"
 
+    def check_process(self) -> None:
+        """ServerError: its process has ended."""
+        if self.process is not None and not self.process.runs:
+            raise ServerError(self.process.last_words() or "its process ended without a word")
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -113,19 +118,16 @@ class Fleet:
 
         found: those that exist already. version: of the weights that each token must be of; None: not checked.
         """
-        return self.run(self.sampled(requests, sampling, version=version, wants_logprobs=wants_logprobs, found=found))
+        return self.run(self._sample(requests, sampling, {} if found is None else found, version, wants_logprobs))
 
-    async def sampled(
+    async def _sample(
         self,
         requests: Sequence[GenerationRequest],
         sampling: SamplingParameters,
-        *,
+        found: dict[int, Rollout],
         version: str | None,
         wants_logprobs: bool,
-        found: dict[int, Rollout] | None = None,
     ) -> dict[int, Rollout]:
-        """`sample` as a coroutine of the fleet's loop."""
-        found = {} if found is None else found
         longest = min((server.longest for server in self.live), default=0)
         if self.live:
             check_requests(requests, sampling, vocab_size=self.vocab_size, max_model_len=longest)
@@ -233,12 +235,11 @@ class Fleet:
             fresh = [self._started(server.number, model) for server in ours]
             self._servers |= {server.number: server for server in fresh}
             self.run(self._each(fresh, self._make_ready))
+            ready = [server for server in fresh if server.failed is None]
             if self.adapter is not None:
-                loading = [server for server in fresh if server.failed is None]
-                self.run(self._each(loading, self._load_adapter, "loading an adapter"))
+                self.run(self._each(ready, self._load_adapter, "loading an adapter"))
             elif version is not None:
-                named = [server for server in fresh if server.failed is None]
-                self.run(self._each(named, lambda server: self._name_version(server, version)))
+                self.run(self._each(ready, lambda server: self._name_version(server, version)))
 
     def close(self) -> None:
         """Ends the servers that this run started, and the thread."""
@@ -276,15 +277,13 @@ class Fleet:
     async def _make_ready(self, server: Server) -> None:
         end = time.monotonic() + self.settings.start_timeout_s
         while not await server.client.is_ready():
-            if server.process is not None and not server.process.runs:
-                raise ServerError(server.process.last_words() or "its process ended without a word")
+            server.check_process()
             if time.monotonic() > end:
                 limit = f"rollout.vllm.start_timeout_s={self.settings.start_timeout_s:g}"
                 raise ServerError(f"it did not answer within {limit} ({server.client.not_ready})")
             mark_progress()
             await asyncio.sleep(POLL_SECONDS)
-        if server.process is not None and not server.process.runs:  # another server answers at its port
-            raise ServerError(server.process.last_words() or "its process ended without a word")
+        server.check_process()  # if it has ended, another server answers at its port
         server.longest = await server.client.max_model_len()
         if self.init_info is not None:
             await server.client.call("POST", "/init_weight_transfer_engine", json={"init_info": dict(self.init_info)})

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from megatron_paint.config.vllm import has_logprobs
 from megatron_paint.records import Rollout
 from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
 from megatron_paint.rollouts.vllm.fleet import Fleet
@@ -87,21 +88,11 @@ class VllmSampler:
         if self.exports is not None:
             shutil.rmtree(self.exports, ignore_errors=True)
 
-    def has_logprobs(self, sampling: SamplingParameters) -> bool:
-        """Whether the servers' log-probabilities are those of a `Rollout`: at the temperature, before top-k and top-p.
-
-        vLLM reports them either without the temperature, or after the cut.
-        """
-        if sampling.temperature == 0:
-            return False
-        if self.fleet.engine.logprobs_mode == "raw_logprobs":
-            return sampling.temperature == 1
-        return sampling.top_p == 1 and sampling.top_k == 0
-
     def _sample(
         self, requests: Sequence[GenerationRequest], sampling: SamplingParameters, found: dict[int, Rollout]
     ) -> dict[int, Rollout]:
-        wants = self.has_logprobs(sampling)
+        mode, cut = self.fleet.engine.logprobs_mode, {"top_p": sampling.top_p, "top_k": sampling.top_k}
+        wants = has_logprobs(mode, temperature=sampling.temperature, **cut)
         return self.fleet.sample(requests, sampling, version=self.version, wants_logprobs=wants, found=found)
 
     def _check_weights(self, requests: Sequence[GenerationRequest]) -> None:
