@@ -1,6 +1,6 @@
 """The seam between an objective and the machine: what an algorithm can ask of a policy."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -28,10 +28,18 @@ class Policy(Protocol):
     Every rank calls with the same arguments and gets the same results.
     """
 
-    def update(self, samples: Sequence[Sample], loss: TokenLoss, *, lr: float) -> UpdateReport:
+    def update(
+        self,
+        samples: Sequence[Sample],
+        loss: TokenLoss,
+        *,
+        lr: float,
+        before_change: Callable[[], None] = lambda: None,
+    ) -> UpdateReport:
         """One optimiser step on the sum of the loss over the samples, divided once by the tokens that carry loss.
 
-        lr: learning rate of this step. FloatingPointError: a loss or the gradient is not finite; no weight was changed.
+        lr: learning rate of this step. before_change: called after the gradient is known and before any weight changes;
+        it may score with the policy. FloatingPointError: a loss or the gradient is not finite; no weight was changed.
         """
 
     def evaluate_loss(
@@ -43,9 +51,13 @@ class Policy(Protocol):
         """
 
     def logprobs(
-        self, sequences: Sequence[ScoredSequence], *, weights: Literal["teacher", "current"]
+        self,
+        sequences: Sequence[ScoredSequence],
+        *,
+        weights: Literal["teacher", "current"],
+        temperature: float = 1.0,
     ) -> list[tuple[float, ...]]:
-        """Log-probabilities in nats of each sequence's response tokens, at temperature 1.
+        """Log-probabilities in nats of each sequence's response tokens.
 
         weights: those of the teacher, or the current ones. FloatingPointError: a log-probability is not finite.
         """

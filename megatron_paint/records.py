@@ -51,6 +51,7 @@ class RolloutOrigin:
     server: str  # its address
     weights: tuple[WeightSpan, ...]
     finish_reason: str  # in the engine's words
+    behind: int = 0  # training steps between its weights and those that learn from it (`rollout.ahead`)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +66,11 @@ class Rollout:
     logprobs: tuple[float, ...] | None = None
     finished: bool | None = None  # True: ended by a stop token; False: cut at the length limit; None: not sampled
     origin: RolloutOrigin | None = None  # None: sampled in this process, read from a file, or given
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether weights sampled it that are older than those that learn from it."""
+        return self.origin is not None and self.origin.behind > 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +120,8 @@ class Sample:
     full_teacher_prompt_ids: TokenIds | None = None  # with the complete reference; only for partner=full_teacher
     reveal: Reveal | None = None
     advantage: float | None = None  # of every token of the response; only GRPO's
-    old_logprobs: tuple[float, ...] | None = None  # before the step's first update; None: in that update
+    # Under the weights that sampled it, if these are older; else before the step's first update, and None in it.
+    old_logprobs: tuple[float, ...] | None = None
     weight: float = 1.0  # of each token in the sum of the loss
     correct: bool | None = None  # the verdict on the response; None: not graded, or GRPO, whose advantage has it
     left_out: LeftOut | None = None  # why the response is not trained on; None: it is, or GRPO decides by advantage

@@ -140,6 +140,37 @@ def of_rollout(rollout: RolloutSettings) -> Iterator[str]:
     yield from of_vllm(rollout)
 
 
+def of_ahead(rollout: RolloutSettings, data: DataSettings, objective: ObjectiveSettings) -> Iterator[str]:
+    """Sampling one step ahead; only for the objectives that sample."""
+    if rollout.ahead == 0:
+        if rollout.importance_limit != RolloutSettings.importance_limit:
+            yield (
+                f"rollout.importance_limit={rollout.importance_limit} belongs to rollout.ahead=1, and rollout.ahead is "
+                "0; leave it out"
+            )
+        return
+    if not objective.needs.samples_per_problem:
+        yield (
+            f"rollout.ahead=1 samples the responses of the next step, and objective.name={objective.name} samples "
+            "none: leave it out"
+        )
+    if rollout.engine != "vllm":
+        yield (
+            f"rollout.ahead=1 samples while a step trains, which needs servers, and rollout.engine={rollout.engine}: "
+            "set engine to vllm or ahead to 0"
+        )
+    if data.order == "adastar":
+        yield (
+            "rollout.ahead=1 samples the next step's problems before the verdicts of this step, and data.order=adastar "
+            "chooses them by these verdicts: set order to shuffled or ahead to 0"
+        )
+    if rollout.temperature == 0 and rollout.importance_limit is not None:
+        yield (
+            "rollout.temperature=0 samples without probabilities, and rollout.importance_limit weighs older responses "
+            "by them: set importance_limit to null, or the temperature above 0"
+        )
+
+
 def of_lora_transfer(rollout: RolloutSettings, model: ModelSettings) -> Iterator[str]:
     if rollout.lora_transfer == "merged":
         return

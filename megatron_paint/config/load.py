@@ -63,6 +63,7 @@ def settings_of(tree: Mapping[str, Any]) -> Settings:
     _refuse(
         contradictions.of_views(objective, settings.data, settings.evaluation),
         contradictions.of_data(settings.data, objective),
+        contradictions.of_ahead(rollout, settings.data, objective),
         profile.contradictions_of(settings.run.profile, steps=settings.run.steps),
         _contradictions(settings.model, objective, rollout, settings.optimizer, settings.megatron),
         _of_domains(settings.domains, data=settings.data.domain, evaluation=settings.evaluation.domain),

@@ -181,6 +181,22 @@ class RolloutSettings:
             "adapters alone, under a new name in each step"
         ),
     ] = "merged"
+    ahead: Annotated[
+        Whole,
+        setting(
+            "1: the servers of engine=vllm sample the responses of the next step while a step trains, with the weights "
+            "that this step started from; 0: no response is older than the weights that learn from it",
+            ge=0,
+            le=1,
+        ),
+    ] = 0
+    importance_limit: Annotated[
+        Positive | None,
+        setting(
+            "ahead=1: largest importance weight of a token of paint and opsd; the weight is how much more likely the "
+            "weights that learn make the response up to that token; null: no weights. GRPO has its ratio instead"
+        ),
+    ] = 2.0
     vllm: VllmSettings = field(default_factory=VllmSettings)
 
     @property

@@ -15,6 +15,7 @@ from megatron_paint.losses import (
     fused_interpolation_loss,
     token_logprobs,
 )
+from megatron_paint.losses.importance import prefix_weights
 from megatron_paint.losses.interface import ResponseRows
 
 
@@ -22,13 +23,16 @@ from megatron_paint.losses.interface import ResponseRows
 class DistillationLoss:
     """The vocabulary-parallel sparse interpolation loss towards the teacher's distribution (PAINT and OPSD).
 
+    Responses that older weights have sampled (`Sample.old_logprobs`) get truncated importance weights, at the price of
+    one more product with the output layer.
     Sums: student_entropy, teacher_entropy, divergence_selected, divergence_other, clipped_mass, clipped_entries; with a
-    support outside_mass and support_size.
+    support outside_mass and support_size; with older weights importance, and importance_limited at the limit.
     """
 
     config: InterpolationLossConfig
     chunk_bytes: float
     token_temperature: float  # of the sampler's log-probabilities
+    importance_limit: float | None = None  # largest weight of a token; None: no weights
     kernel: Kernel = "auto"
 
     needs_teacher = True
@@ -43,6 +47,7 @@ class DistillationLoss:
         return self.config.needs_initial
 
     def __call__(self, rows: ResponseRows) -> LossOutput:
+        importance_N = self._importance(rows)
         output = fused_interpolation_loss(
             rows.student_hidden_NH,
             rows.output_weight_VH,
@@ -59,12 +64,16 @@ class DistillationLoss:
             rollout_keys=[derive_key(sample.key, "positions") for sample in rows.samples],
             token_ids_T=rows.token_ids_N,
             token_temperature=self.token_temperature,
+            token_weight_T=importance_N,
             kernel=self.kernel,
         )
         selected_T, carries_T = output.selected_T, output.carries_loss_T
         support = {}
         if self.config.supports:
             support = {"outside_mass": output.outside_mass_T, "support_size": output.support_size_T}
+        importance = {}
+        if importance_N is not None:
+            importance = {"importance": importance_N, "importance_limited": importance_N >= self.importance_limit}
         return LossOutput(
             loss_T=output.loss_T,
             carries_loss_T=carries_T,
@@ -78,9 +87,26 @@ class DistillationLoss:
                 "clipped_mass": torch.where(carries_T, output.clipped_share_T, 0.0),
                 "clipped_entries": torch.where(carries_T, output.clipped_entries_T, 0),
                 **support,
+                **importance,
             },
             per_token=support,
         )
+
+    def _importance(self, rows: ResponseRows) -> torch.Tensor | None:
+        """The weight [N] of each token; 1 in responses of the current weights. None: all responses are theirs."""
+        if self.importance_limit is None or all(sample.old_logprobs is None for sample in rows.samples):
+            return None
+        with torch.no_grad():
+            logp_N = token_logprobs(
+                rows.student_hidden_NH,
+                rows.output_weight_VH,
+                rows.token_ids_N,
+                vocab=rows.vocab,
+                temperature=self.token_temperature,
+                chunk_bytes=self.chunk_bytes,
+                kernel=self.kernel,
+            ).logp_T
+        return prefix_weights(logp_N, _old_logprobs(rows, logp_N), rows.lengths, limit=self.importance_limit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +144,9 @@ class PolicyGradientLoss:
     """The clipped policy gradient of GRPO on each response token, at the temperature of the rollout.
 
     -w min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) + kl_weight k3, times the sample's weight. rho: the token's
-    probability divided by its probability before the step's first update; w = min(that probability / the sampler's,
-    importance_limit), without a gradient; k3 = exp(d) - d - 1, d = log p_reference - log p: an unbiased estimate of
-    the KL to the reference, which is never negative.
+    probability divided by its probability before the step's first update, or under older weights that sampled it
+    (`Sample.old_logprobs`); w = min(that probability / the sampler's, importance_limit), without a gradient; k3 =
+    exp(d) - d - 1, d = log p_reference - log p: an unbiased estimate of the KL to the reference, never negative.
     Sums: student_entropy; clipped_ratios, tokens whose gradient the clip stops; with a kl_weight divergence_other, k3.
     """
 
@@ -145,9 +171,7 @@ class PolicyGradientLoss:
         scored = self._score(rows, rows.student_hidden_NH, rows.output_weight_VH)
         logp_N = scored.logp_T
         advantage_N = _spread(rows, [sample.advantage for sample in rows.samples], like=logp_N)
-        old_N = logp_N.detach()
-        if rows.samples and rows.samples[0].old_logprobs is not None:
-            old_N = _joined([sample.old_logprobs for sample in rows.samples], like=logp_N)
+        old_N = _old_logprobs(rows, logp_N)
         ratio_N = (logp_N - old_N).exp()
         cut_N = ratio_N.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high)
         loss_N = -torch.minimum(ratio_N * advantage_N, cut_N * advantage_N)
@@ -179,6 +203,13 @@ class PolicyGradientLoss:
             chunk_bytes=self.chunk_bytes,
             kernel=self.kernel,
         )
+
+
+def _old_logprobs(rows: ResponseRows, logp_N: torch.Tensor) -> torch.Tensor:
+    """`Sample.old_logprobs` of all tokens [N], without a gradient; logp_N where a sample has none."""
+    parts = zip(rows.samples, logp_N.detach().split(list(rows.lengths)), strict=True)
+    old = [now_T if s.old_logprobs is None else _joined([s.old_logprobs], like=logp_N) for s, now_T in parts]
+    return torch.cat(old) if old else logp_N.detach()
 
 
 def _spread(rows: ResponseRows, values: Sequence[float], *, like: torch.Tensor) -> torch.Tensor:

@@ -76,10 +76,18 @@ class MegatronPolicy(ModelRunner):
             token_multiple=self.multiple,
         )
 
-    def update(self, samples: Sequence[Sample], loss: TokenLoss, *, lr: float) -> UpdateReport:
+    def update(
+        self,
+        samples: Sequence[Sample],
+        loss: TokenLoss,
+        *,
+        lr: float,
+        before_change: Callable[[], None] = lambda: None,
+    ) -> UpdateReport:
         """One optimiser step.
 
-        FloatingPointError: a loss or the gradient is not finite; the optimiser has not changed any weight.
+        before_change: called when the gradient is in its buffers, which `logprobs` leaves alone. FloatingPointError: a
+        loss or the gradient is not finite; the optimiser has not changed any weight.
         """
         timer = Timer(_device_time)
         mark_progress("teacher")
@@ -88,6 +96,9 @@ class MegatronPolicy(ModelRunner):
         mark_progress("student")
         with timer("student"):
             scores = self.backward(samples, loss, states)
+        mark_progress("rollout")
+        with timer("rollout"):
+            before_change()
         mark_progress("optimizer")
         with timer("optimizer"):
             norm = take_step(self.optimizer, lr=lr, weight_decay=self.settings.optimizer.weight_decay)
@@ -114,9 +125,13 @@ class MegatronPolicy(ModelRunner):
         return self._gather_scores([part.result for part in found], len(samples))
 
     def logprobs(
-        self, sequences: Sequence[ScoredSequence], *, weights: Literal["teacher", "current"]
+        self,
+        sequences: Sequence[ScoredSequence],
+        *,
+        weights: Literal["teacher", "current"],
+        temperature: float = 1.0,
     ) -> list[tuple[float, ...]]:
-        """Log-probabilities of each sequence's response tokens in nats, at temperature 1.
+        """Log-probabilities of each sequence's response tokens in nats.
 
         FloatingPointError: a log-probability is not finite.
         """
@@ -129,6 +144,7 @@ class MegatronPolicy(ModelRunner):
                 self.stage.output_weight(),
                 batch.token_ids_N,
                 vocab=self.vocab,
+                temperature=temperature,
                 chunk_bytes=objective.chunk_bytes,
                 kernel=loss_kernel(objective.kernel),
             )

@@ -111,6 +111,7 @@ class Grpo:
                     # The reference of the KL is the teacher's weights, shown what the student is shown.
                     teacher_prompt_ids=rollout.prompt_ids if self.loss.needs_teacher else None,
                     advantage=advantage,
+                    old_logprobs=rollout.logprobs if rollout.is_behind else None,
                     weight=weight,
                 )
             )
@@ -126,7 +127,7 @@ class Grpo:
         updates: list[UpdateReport] = []
         while samples and len(updates) < self.settings.updates_per_batch:
             try:
-                updates.append(policy.update(samples, self.loss, lr=lr))
+                updates.append(policy.update(samples, self.loss, lr=lr, before_change=self.rollouts.get_ahead_ready))
             except FloatingPointError as error:
                 if not updates:
                     raise
@@ -134,7 +135,7 @@ class Grpo:
             if len(updates) == 1:
                 first = updates[0].scores
                 samples = [
-                    dataclasses.replace(sample, old_logprobs=score.token_logprobs)
+                    dataclasses.replace(sample, old_logprobs=sample.old_logprobs or score.token_logprobs)
                     for sample, score in zip(samples, first, strict=True)
                 ]
         return updates, ""

@@ -158,13 +158,36 @@ METRICS: dict[str, Metric] = {
         healthy="float32: below 1e-3; bfloat16: below 0.3",
         only="rollout.engine=vllm",
     ),
+    "rollout/steps_behind": Metric(
+        meaning="training steps between the weights that sampled a response and those that learn from it, mean",
+        unit="steps",
+        healthy="0; with rollout.ahead=1, 1 after the first step of a start",
+        only="rollout.engine=vllm",
+    ),
+    "importance/mean": Metric(
+        meaning="importance weight of responses that older weights have sampled, mean over response tokens",
+        unit="-",
+        healthy="near 1; far below it a step changes the model so much that responses one step old teach little",
+        only="PAINT, OPSD with rollout.ahead=1",
+    ),
+    "importance/limited_share": Metric(
+        meaning="share of their tokens whose weight is at rollout.importance_limit",
+        unit="0 to 1",
+        healthy="near 0",
+        only="PAINT, OPSD with rollout.ahead=1",
+    ),
     "sampler_gap/max": Metric(
-        meaning="largest difference between sampler's and trainer's log-probability of a sampled token",
+        meaning=(
+            "largest difference between sampler's and trainer's log-probability of a sampled token; with "
+            "rollout.ahead=1 the last update is a part of it"
+        ),
         unit="nats",
         healthy="about 1e-5 in float32, up to a few tenths in bfloat16",
         only="PAINT, OPSD, GRPO; null for replayed rollouts without log-probabilities",
     ),
-    "time/rollout_s": Metric(meaning="time for sampling", unit="s"),
+    "time/rollout_s": Metric(
+        meaning="time for sampling; rollout.ahead=1: for waiting for it, and for scoring", unit="s"
+    ),
     "time/mask_s": Metric(meaning="time for overlap and reveal", unit="s"),
     "time/teacher_s": Metric(meaning="time for the passes without gradient", unit="s"),
     "time/student_s": Metric(meaning="time for the student's forward and backward pass", unit="s"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_paint.config.domains import BOXED_GRADERS, DomainSettings, domain_of
 from megatron_paint.grading.boxes import ANY_BOX, box_spans
-from megatron_paint.records import Reveal, SampleScore, StepReport, StepResult, TokenIds
+from megatron_paint.records import Reveal, Sample, SampleScore, StepReport, StepResult, TokenIds
 
 PHASES = ("rollout", "mask", "teacher", "student", "optimizer")
 CLIP_LIMIT = 0.2  # mean clipped share; ours
@@ -71,6 +71,7 @@ def metrics_of(result: StepResult, *, step: int, lr: float, seconds: Mapping[str
         **{f"time/{phase}_s": took for phase, took in phases.items()},
         "tokens_per_second": ratio(tokens, sum(phases.values()) if total is None else total),
         **_support_metrics(scores),
+        **_staleness(samples, scores),
         **result.extras,
     }
 
@@ -92,6 +93,17 @@ def _support_metrics(scores: Sequence[SampleScore]) -> dict[str, float]:
         return {}
     names = {"support/outside_mass": "outside_mass", "support/size": "support_size"}
     return {key: mean_of(name, scores, lambda s: s.num_tokens) for key, name in names.items()}
+
+
+def _staleness(samples: Sequence[Sample], scores: Sequence[SampleScore]) -> dict[str, float]:
+    """The age of responses that an engine outside of the run sampled, and the loss's importance weights, if any."""
+    behind = [sample.rollout.origin.behind for sample in samples if sample.rollout.origin is not None]
+    weighted = [score for score in scores if "importance" in score.sums]
+    names = {"importance/mean": "importance", "importance/limited_share": "importance_limited"}
+    return {
+        **({"rollout/steps_behind": ratio(sum(behind), len(behind))} if behind else {}),
+        **({key: mean_of(name, weighted, lambda s: s.num_tokens) for key, name in names.items()} if weighted else {}),
+    }
 
 
 def sample_lines(report: StepReport, *, decode: Callable[[Sequence[int]], str]) -> list[dict[str, Any]]:

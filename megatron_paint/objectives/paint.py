@@ -52,6 +52,7 @@ class Paint:
             chunk_bytes=settings.chunk_bytes,
             kernel=loss_kernel(settings.kernel),
             token_temperature=inputs.rollouts.sampling.temperature or 1.0,
+            importance_limit=inputs.rollouts.importance_limit,
         )
 
     def step(self, policy: Policy, problems: Sequence[Problem], *, step: int, lr: float, timer: Timer) -> StepResult:
@@ -67,7 +68,10 @@ class Paint:
         with timer("teacher"):
             reveals = self.limit_hidden(policy, problems, reveals)
         samples = self.samples(problems, rollouts, reveals, outcomes, step=step)
-        update = policy.update([samples[index] for index in taught], self.loss, lr=lr) if taught else None
+        update = None
+        if taught:
+            ready = self.rollouts.get_ahead_ready
+            update = policy.update([samples[index] for index in taught], self.loss, lr=lr, before_change=ready)
         return StepResult(
             samples=samples,
             scores=scores_of_all(samples, taught, update.scores if update else ()),
@@ -190,6 +194,7 @@ class Paint:
                     teacher_prompt_ids=None if reveal is None else self.prompts.teacher_prompt(problem, reveal),
                     full_teacher_prompt_ids=self.prompts.full_teacher_prompt(problem, reveal) if full else None,
                     reveal=reveal,
+                    old_logprobs=rollout.logprobs if rollout.is_behind else None,
                     correct=outcome.correct,
                     left_out=outcome.left_out,
                 )

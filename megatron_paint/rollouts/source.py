@@ -1,6 +1,7 @@
 """The rollouts of a training step, for every objective that learns from them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from megatron_paint.base.keys import derive_key
 from megatron_paint.config.settings import RolloutSettings
@@ -18,7 +19,9 @@ def sample_key(seed: int, *, step: int, problem: Problem, index: int = 0) -> int
 
 
 class RolloutSource:
-    """`samples` responses to each problem's student prompt, from the sampler of the run."""
+    """`samples` responses to each problem's student prompt, from the sampler of the run, with the current weights."""
+
+    importance_limit: float | None = None  # of the responses of older weights: here there are none
 
     def __init__(self, sampler: Sampler, prompts: Prompts, settings: RolloutSettings, *, samples: int, seed: int):
         self.sampler = sampler
@@ -32,6 +35,22 @@ class RolloutSource:
         """All responses to the first problem, then all to the second, and so on."""
         self.sampler.sync_weights(step)
         return self.sampler.generate(self.requests(problems, step=step), self.sampling)
+
+    def get_ahead_ready(self) -> None:
+        """Called before a step changes the weights; it may score with them what was sampled ahead."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold, in JSON's types; empty: there is nothing. All ranks call together."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any], problems: Sequence[Problem]) -> tuple[str, ...]:
+        """Continues from what `state_dict` returned. Returns messages to the user.
+
+        problems: those of the next step.
+        """
+        if not state:
+            return ()
+        return ("the checkpoint's rollouts of the next step are not used, because rollout.ahead is 0 now",)
 
     def requests(self, problems: Sequence[Problem], *, step: int) -> list[GenerationRequest]:
         """What the sampler is asked for, in the order of the rollouts."""

@@ -1,7 +1,7 @@
 """The rollout engine of a run, by `rollout.engine`."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -12,9 +12,12 @@ from megatron_paint.config.settings import EvaluateSettings, RolloutSettings, Se
 from megatron_paint.config.vllm import logprobs_mode
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.models.shape import ModelShape
+from megatron_paint.records import Problem
+from megatron_paint.rollouts.ahead import RolloutsAhead
 from megatron_paint.rollouts.engine import Sampler
+from megatron_paint.rollouts.source import RolloutSource
 from megatron_paint.runtime.rank_zero import directly
-from megatron_paint.training.inputs import replay_sampler
+from megatron_paint.training.inputs import replay_sampler, rollout_source
 
 if TYPE_CHECKING:
     from megatron_paint.mcore.policy import MegatronPolicy
@@ -136,6 +139,31 @@ def training_samplers(
             sampler = _vllm_sampler(settings, policy, ranks, fleet, stack)
             return sampler, sampler
     return policy.sampler, policy.sampler
+
+
+def training_rollouts(
+    settings: Settings,
+    prompts: Prompts,
+    sampler: Sampler,
+    *,
+    upcoming: Callable[[int], Sequence[Problem]],
+    policy: "MegatronPolicy",
+) -> RolloutSource:
+    """The rollouts of the run's objective. upcoming: the problems of a step."""
+    rollout = settings.rollout
+    if not rollout.ahead:
+        return rollout_source(settings, prompts, sampler)
+    needs_logprobs = settings.objective.name == "grpo" or rollout.importance_limit is not None
+    score = partial(policy.logprobs, weights="current", temperature=rollout.temperature)
+    return RolloutsAhead(
+        sampler,
+        prompts,
+        rollout,
+        samples=settings.needs.samples_per_problem,
+        seed=settings.run.seed,
+        upcoming=lambda step: upcoming(step) if step <= settings.run.steps else (),
+        score=score if needs_logprobs and not rollout.vllm_has_logprobs else None,
+    )
 
 
 def _vllm_sampler(

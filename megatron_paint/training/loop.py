@@ -16,6 +16,7 @@ from megatron_paint.objectives.metrics import metrics_of
 from megatron_paint.policy import Policy
 from megatron_paint.records import StepReport
 from megatron_paint.rollouts.engine import Sampler
+from megatron_paint.rollouts.source import RolloutSource
 from megatron_paint.run.console import Progress
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.runtime.heartbeat import mark_progress
@@ -36,6 +37,7 @@ class Run:
     problems: ProblemSet
     order: ProblemOrder
     objective: Objective
+    rollouts: RolloutSource  # of the objective
     sampler: Sampler  # of evaluations
     evaluator: Evaluator | None
     recorder: Recorder
@@ -158,6 +160,8 @@ class Run:
         state = {"step": step, "settings": settings_tree(self.settings)}
         if order := self.order.state_dict():
             state["order"] = order
+        if ahead := self.rollouts.state_dict():
+            state["ahead"] = ahead
         self.policy.save(self.folder.checkpoint_folder(step), state)
         if not self.settings.run.async_save:
             self.finish_save()

@@ -5,11 +5,11 @@ Every rank runs it. Rank 0 writes and prints.
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import Settings
@@ -32,8 +32,8 @@ from megatron_paint.run.lock import RunLock
 from megatron_paint.run.tensorboard import open_tensorboard
 from megatron_paint.runtime.heartbeat import LONG, Watchdog, mark_progress, start_watchdog, stop_watchdog
 from megatron_paint.runtime.stop import StopRequest, job_end
-from megatron_paint.training.engines import start_servers, training_samplers
-from megatron_paint.training.inputs import Inputs, load_inputs, rollout_source
+from megatron_paint.training.engines import start_servers, training_rollouts, training_samplers
+from megatron_paint.training.inputs import Inputs, load_inputs
 from megatron_paint.training.loop import Run
 from megatron_paint.training.ownership import OwnedRun, owned_run
 from megatron_paint.training.profile_warnings import profile_warnings
@@ -139,18 +139,20 @@ def prepare(
     for note in policy.notes:
         progress.note(note)
     order = problem_order(settings.data, inputs.problems)
-    if start:
-        _resume(policy, order, folder.checkpoint_folder(start), start, progress)
+    state = _resume(policy, order, folder.checkpoint_folder(start), start, progress) if start else {}
     for change in changed:
         progress.result(change)
     graders = _graders(settings, inputs, stack) if first else None
     sampler, evaluation_sampler = training_samplers(
         settings, inputs.prompts, policy, ranks, next(iter(fleets), None), stack
     )
+    rollouts = training_rollouts(settings, inputs.prompts, sampler, upcoming=order.batch, policy=policy)
+    for message in rollouts.load_state_dict(state.get("ahead", {}), order.batch(start + 1)):
+        progress.warn(message)
     objective_inputs = ObjectiveInputs(
         settings=settings.objective,
         prompts=inputs.prompts,
-        rollouts=rollout_source(settings, inputs.prompts, sampler),
+        rollouts=rollouts,
         masker=_masker_pool(stack) if first and settings.needs.masker else None,
         grades_rollouts=settings.needs.graders,
         graders=graders,
@@ -164,6 +166,7 @@ def prepare(
         problems=inputs.problems,
         order=order,
         objective=OBJECTIVES[settings.objective.name](objective_inputs),
+        rollouts=rollouts,
         sampler=evaluation_sampler,
         evaluator=_evaluator(settings, inputs),
         recorder=Recorder(settings=settings, folder=folder, progress=progress, prompts=inputs.prompts, graders=graders),
@@ -261,8 +264,8 @@ def watch_over(settings: Settings, folder: RunFolder, ranks: "Ranks", stack: Exi
     stack.callback(stop_watchdog)
 
 
-def _resume(policy: Policy, order: ProblemOrder, checkpoint: Path, step: int, progress: Progress) -> None:
-    """Continues from a checkpoint. Raises UserError if it cannot be read or is of another step."""
+def _resume(policy: Policy, order: ProblemOrder, checkpoint: Path, step: int, progress: Progress) -> Mapping[str, Any]:
+    """Continues from a checkpoint, and returns its state. UserError: it cannot be read or is of another step."""
     state = policy.load(checkpoint)
     if state.get("step") != step:
         raise UserError(
@@ -272,6 +275,7 @@ def _resume(policy: Policy, order: ProblemOrder, checkpoint: Path, step: int, pr
     progress.note(f"resumed at step {step} from {checkpoint}")
     for message in order.load_state_dict(state.get("order", {})):
         progress.warn(message)
+    return state
 
 
 def _graders(settings: Settings, inputs: Inputs, stack: ExitStack) -> Graders | None:

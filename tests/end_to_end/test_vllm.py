@@ -6,9 +6,11 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -47,24 +49,31 @@ def write_settings(folder: Path, model: tuple[Path, Path], *, layout: str = "", 
     return settings
 
 
-def samples_of(run: Path) -> list[dict]:
+def samples_of(run: Path, *, steps: int = STEPS) -> list[dict]:
     """All samples of a finished run, which must be complete."""
     files = sorted((run / "samples").glob("step_*.jsonl"))
-    assert len(files) == STEPS
+    assert len(files) == steps
     lines = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
-    assert [len(step) for step in lines] == [SAMPLES] * STEPS
+    assert [len(step) for step in lines] == [SAMPLES] * steps
     return [line for step in lines for line in step]
 
 
-def check(run: Path) -> None:
-    """Every token was sampled with the weights that its step started from, and no weight is the trainer's alone."""
+def check(run: Path, *, ahead: int = 0, in_step: tuple[int, ...] = (1,)) -> None:
+    """Every token was sampled with the weights that its step started from, and no weight is the trainer's alone.
+
+    ahead: 1 for weights one step older. in_step: the steps whose rollouts are of the current weights nevertheless.
+    """
     for sample in samples_of(run):
         (span,) = sample["origin"]["weights"]
         assert (span["start"], span["end"]) == (0, len(sample["response_ids"]))
-        assert int(span["version"].partition("/")[2]) == sample["step"] - 1
+        behind = ahead * (sample["step"] not in in_step)
+        assert sample["origin"]["behind"] == behind
+        assert int(span["version"].partition("/")[2]) == sample["step"] - 1 - behind
         assert sample["origin"]["finish_reason"] == ("stop" if sample["finished"] else "length")
     for step in metrics(run):
-        assert 0 < step["sampler_gap/max"] < 1e-4  # the sampled tokens' log-probabilities are the trainer's
+        older = ahead and step["step"] not in in_step
+        assert (step["sampler_gap/max"] < 1e-4) != older  # the sampled tokens' log-probabilities are the trainer's
+        assert step["sampler_gap/max"] > 0
         assert step["rollout/spot_check_gap"] < 1e-4
 
 
@@ -244,6 +253,143 @@ def test_a_killed_run_goes_on(model, tmp_path):
     ended = forked_ranks.train(tmp_path, settings, "run.resume=auto")
     assert ended.statuses == [0, 0], ended
     check(run)
+
+
+AHEAD = "rollout.ahead=1"
+CUT = ("rollout.temperature=0.9", "rollout.top_k=40")  # vLLM has no log-probabilities of these
+
+
+def same_run(run: Path, other: Path, *, steps: int = STEPS) -> None:
+    """The same samples and metrics. Servers and the names of their weights differ, and so do times."""
+
+    def lines(of: Path) -> list[dict]:
+        samples = samples_of(of, steps=steps)
+        for sample in samples:
+            del sample["origin"]["server"]
+            for span in sample["origin"]["weights"]:
+                span["version"] = span["version"].partition("/")[2]
+        return samples
+
+    assert lines(run) == lines(other)
+    ours = [{k: v for k, v in line.items() if not k.startswith("rollout/")} for line in metrics(run)]
+    assert ours == [{k: v for k, v in line.items() if not k.startswith("rollout/")} for line in metrics(other)]
+
+
+@pytest.mark.parametrize("cut", [(), CUT], ids=["", "cut"])
+@pytest.mark.parametrize("layout", ["dp2", "tp2-pp2"])
+def test_one_step_ahead(layout, cut, model, tmp_path):
+    """Step N learns from rollouts of the weights before step N - 1, at every layout from the same ones.
+
+    Importance weights come from the servers' log-probabilities, or from the trainer's own.
+    """
+    processes, megatron = LAYOUTS[layout]
+    settings = write_settings(tmp_path, model, layout=megatron)
+    ended = forked_ranks.train(tmp_path, settings, AHEAD, *cut, processes=processes)
+    assert ended.statuses == [0] * processes, ended
+    run = tmp_path / "run"
+    if cut:
+        assert [sample["origin"]["behind"] for sample in samples_of(run)] == [0] * SAMPLES + [1] * 2 * SAMPLES
+        assert metrics(run)[0]["sampler_gap/max"] is None
+    else:
+        check(run, ahead=1)
+    assert [line["rollout/steps_behind"] for line in metrics(run)] == [0, 1, 1]
+    assert "importance/mean" not in metrics(run)[0]
+    weights = [line["importance/mean"] for line in metrics(run)[1:]]
+    assert all(0.5 < weight < 1.5 for weight in weights)
+    assert 1.0 not in weights
+    assert len(list((run / "eval").glob("*.json"))) == 2
+    assert not servers_of(model[0])
+
+
+@pytest.mark.parametrize("do", ["exit", "hang"])
+def test_a_server_fails_ahead(do, model, tmp_path):
+    """While a step trains. The other server samples its prompts, with the same weights."""
+    settings = write_settings(tmp_path, model, fault={"path": "/inference/v1/generate", "count": 9, "do": do})
+    ended = forked_ranks.train(tmp_path, settings, AHEAD)
+    assert ended.statuses == [0, 0], ended
+    assert (tmp_path / "marker").exists()
+    check(tmp_path / "run", ahead=1)
+
+
+def test_all_servers_fail_ahead(model, tmp_path):
+    """What they had not sampled is sampled in its step, with the weights of that step."""
+    fault = {"path": "/inference/v1/generate", "count": 9, "do": "exit"}
+    settings = write_settings(tmp_path, model, fault=fault)
+    ended = forked_ranks.train(tmp_path, settings, AHEAD, "rollout.vllm.servers=1")
+    assert ended.statuses == [0, 0], ended
+    assert (tmp_path / "marker").exists()
+    behind = [(sample["step"], sample["origin"]["behind"]) for sample in samples_of(tmp_path / "run")]
+    assert {(1, 0), (2, 0), (3, 1)} <= set(behind)
+    assert all(
+        int(sample["origin"]["weights"][0]["version"].partition("/")[2])
+        == sample["step"] - 1 - sample["origin"]["behind"]
+        for sample in samples_of(tmp_path / "run")
+    )
+
+
+def test_grpo_ahead(model, tmp_path):
+    """Its ratio is to the weights that sampled a response, so it is not 1 in the first update."""
+    settings = write_settings(tmp_path, model)
+    group = ("objective.name=grpo", "rollout.samples_per_problem=2", "objective.grpo.clip_low=1e-6")
+    ended = forked_ranks.train(tmp_path, settings, AHEAD, *group, "objective.grpo.clip_high=1e-6")
+    assert ended.statuses == [0, 0], ended
+    shares = [line["ratio/clipped_share"] for line in metrics(tmp_path / "run")]
+    assert shares[0] in (0.0, None)
+
+
+@pytest.mark.parametrize("cut", [(), CUT], ids=["", "cut"])
+def test_a_killed_run_goes_on_ahead(cut, model, tmp_path):
+    """It learns from the rollouts that its checkpoint holds, and ends as an undisturbed one."""
+    settings = write_settings(tmp_path, model)
+    undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
+    ended = forked_ranks.train(tmp_path, settings, AHEAD, *cut, f"run.dir={undisturbed}")
+    assert ended.statuses == [0, 0], ended
+    running = forked_ranks.start(tmp_path, "train", settings, AHEAD, *cut, "--json")
+    wait_for(lambda: (run / "checkpoints" / "step_000002" / "complete").exists())
+    for pid in running.pids:
+        os.kill(pid, signal.SIGKILL)
+    running.wait()
+    ended = forked_ranks.train(tmp_path, settings, AHEAD, *cut, "run.resume=auto")
+    assert ended.statuses == [0, 0], ended
+    same_run(run, undisturbed)
+
+
+PLACES = {
+    "start": 8,
+    "rollout": 8,
+    "teacher": 3,
+    "student": 3,
+    "optimizer": 2,
+    "copy": 2,
+    "write": 2,
+    "flush": 20,
+    "record": 2,
+}
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=[pytest.mark.long, pytest.mark.timeout(1500)])])
+def test_killed_at_any_moment_ahead(kills, model, tmp_path):
+    """Each start goes on where its checkpoint is; at the end nothing was trained on twice, or with other weights."""
+    settings, steps = write_settings(tmp_path, model), STEPS + kills
+    arguments = (AHEAD, "evaluation.problems=null", f"run.steps={steps}", "run.save_every=1", "--json")
+    undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
+    ended = forked_ranks.run(tmp_path, "train", settings, f"run.dir={undisturbed}", *arguments)
+    assert ended.statuses == [0, 0], ended
+    random, places = Random(5), Counter()
+    while sum(places.values()) < kills:
+        where, most = random.choice(list(PLACES.items()))
+        rank, number = random.randrange(2) if where in ("start", "teacher", "student") else 0, random.randint(1, most)
+        command = ("train", settings, "run.resume=auto", *arguments, f"{rank}:{where}:{number}")
+        ended = forked_ranks.run(tmp_path, *command, target="tests.reliability.spoilt:killed")
+        if ended.statuses == [0, 0]:
+            break  # it came to its end before it came there
+        assert ended.statuses[rank] == -signal.SIGKILL, ended
+        places[where] += 1
+    ended = forked_ranks.run(tmp_path, "train", settings, "run.resume=auto", *arguments)
+    assert ended.statuses == [0, 0], ended
+    same_run(run, undisturbed, steps=steps)
+    print(f"killed {sum(places.values())} times: {dict(places)}")
+    assert sum(places.values()) >= kills / 2
 
 
 def wait_for(seen: Callable[[], object]) -> None:

@@ -43,12 +43,17 @@ class Case:
     offload: bool = False  # the teacher's weights rest in host memory
     overlap_grad_reduce: bool = False
     grpo: dict | None = None  # settings of GRPO, which then takes the divergence's place
+    importance_limit: float | None = None  # every second response was sampled by older weights
     num_samples: int = 5  # 1 leaves a data-parallel replica without any
     yarn: bool = False
 
     @property
     def loss_settings(self) -> dict:
         return LOSS | self.loss
+
+    def older(self, index: int, length: int) -> tuple[float, ...] | None:
+        """The log-probabilities of a response under the older weights that sampled it."""
+        return sampler_logprobs(index, length) if self.importance_limit and index % 2 else None
 
     @property
     def has_teacher_prompt(self) -> bool:
@@ -136,6 +141,16 @@ CASES = (
         optimizer="adam",
         loss={"support": "student", "support_ratio": 0.2, "divergence": "jsd", "jsd_beta": 0.4},
     ),
+    Case(
+        name="full-older-sgd",
+        tied=False,
+        teacher="initial",
+        optimizer="sgd",
+        lr=5e-2,
+        importance_limit=1.5,
+        loss={"token_weight": "uniform", "clip": 0.3},
+    ),
+    Case(name="lora-older-adam", tied=True, teacher="ema", optimizer="adam", lora=True, importance_limit=1.5),
     Case(name="yarn-ema-adam", tied=True, teacher="ema", optimizer="adam", yarn=True),
     Case(name="sft-tied-adam", tied=True, teacher="none", optimizer="adam"),
     Case(name="sft-lora-sgd", tied=False, teacher="none", optimizer="sgd", lora=True, lr=5e-2),
@@ -153,6 +168,15 @@ CASES = (
             "kl_weight": 0.3,
             "importance_limit": 1.2,
         },
+    ),
+    Case(
+        name="grpo-older-sgd",
+        tied=True,
+        teacher="none",
+        optimizer="sgd",
+        lr=0.05,
+        importance_limit=1.5,
+        grpo={"updates_per_batch": 2, "importance_limit": 1.2},
     ),
     Case(
         name="grpo-lora-adam",

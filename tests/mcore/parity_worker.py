@@ -84,6 +84,7 @@ def records(step: int, case: parity.Case) -> list[Sample]:
             rollout=Rollout(problem_id=str(i), prompt_ids=tuple(student), response_ids=tuple(response)),
             teacher_prompt_ids=tuple(teacher) if case.teacher != "none" else None,
             full_teacher_prompt_ids=tuple(full) if case.loss_settings.get("partner") == "full_teacher" else None,
+            old_logprobs=case.older(i, len(response)),
         )
         for i, (student, teacher, full, response) in enumerate(parity.step_samples(step)[: case.num_samples])
     ]
@@ -107,6 +108,7 @@ def grpo_records(step: int, case: parity.Case) -> list[Sample]:
                 finished=True,
             ),
             advantage=parity.ADVANTAGES[i],
+            old_logprobs=case.older(i, len(response)),
             weight=tokens / (len(rows) * len(response)) if case.grpo.get("normalisation") == "sequence_mean" else 1.0,
         )
         for i, (student, _, _, response) in enumerate(rows)
@@ -186,7 +188,9 @@ def run_case(case: parity.Case, folder: Path, out: Path, ranks, megatron: dict) 
         loss = objective.loss
     elif case.teacher != "none":
         config = InterpolationLossConfig(**case.loss_settings)
-        loss = DistillationLoss(config=config, chunk_bytes=4e3, token_temperature=1.1)
+        loss = DistillationLoss(
+            config=config, chunk_bytes=4e3, token_temperature=1.1, importance_limit=case.importance_limit
+        )
     result = {"losses": [], "gradients": [], "norms": [], "hidden": {}, "clipped": [], "logprobs": {}}
     if case.has_teacher_prompt:
         result["hidden"] = teacher_hidden(policy, records(0, case))

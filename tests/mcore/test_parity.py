@@ -91,14 +91,17 @@ def plain(checkpoints):
         logprobs = {w: policy.logprobs(pairs, weights=w) for w in ("teacher", "current")} if hidden else {}
         for step in range(parity.STEPS):
             samples = parity.step_samples(step)[: case.num_samples]
+            olds = [case.older(index, len(row[-1])) for index, row in enumerate(samples)]
             if case.teacher == "none":
                 samples = [(student, None, None, response) for student, *_, response in samples]
             if case.grpo is None:
-                updates = [(*policy.train_step(samples, keys=keys, **case.loss_settings), 0)]
+                given = {"keys": keys, "olds": olds, "limit": case.importance_limit, **case.loss_settings}
+                updates = [(*policy.train_step(samples, **given), 0)]
             else:
                 updates = policy.grpo_step(
                     samples,
                     advantages=parity.ADVANTAGES,
+                    olds=olds,
                     samplers=[parity.sampler_logprobs(i, len(row[-1])) for i, row in enumerate(samples)],
                     settings=case.grpo,
                     temperature=parity.GRPO_TEMPERATURE,

@@ -49,8 +49,25 @@ def in_support(logits_NV: Tensor, settings: dict) -> Tensor:
     return p_NV >= settings["support_ratio"] * p_NV.amax(-1, keepdim=True)
 
 
+def prefix_weights(logits_NV: Tensor, response, old, *, temperature: float, limit: float) -> Tensor:
+    """Of each token, how much more likely the tokens before it are now than when they were sampled."""
+    now_NV = torch.softmax(logits_NV.detach() / temperature, -1)
+    weights, product = [], 1.0
+    for place, token in enumerate(response):
+        weights.append(min(limit, product))
+        product *= now_NV[place, token].item() / math.exp(old[place])
+    return torch.tensor(weights, dtype=logits_NV.dtype)
+
+
 def paint_loss(
-    student_NV: Tensor, teacher_NV: Tensor, full_teacher_NV: Tensor, initial_NV: Tensor, *, key: int, **settings
+    student_NV: Tensor,
+    teacher_NV: Tensor,
+    full_teacher_NV: Tensor,
+    initial_NV: Tensor,
+    *,
+    key: int,
+    weight_N: Tensor | float = 1.0,
+    **settings,
 ):
     """(sum over the response of the divergence to the target, number of tokens that carry it)."""
     get = {"partner": "student", "positions": "top_fraction", "elsewhere": "teacher", "control": "none"} | settings
@@ -88,6 +105,7 @@ def paint_loss(
             losses = terms.clamp(max=get["clip"]).sum(-1)
     if get["control"] == "reweight":
         losses = torch.where(selected, (1 - weight) * losses, losses)
+    losses = weight_N * losses
     if get["elsewhere"] == "skip":
         return (losses * selected).sum(), int(selected.sum())
     return losses.sum(), len(losses)
@@ -170,11 +188,11 @@ class PlainPolicy:
             found.append([logp_NV[place, token].item() for place, token in enumerate(response)])
         return found
 
-    def grpo_step(self, samples, *, advantages, samplers, settings, temperature):
+    def grpo_step(self, samples, *, advantages, samplers, olds, settings, temperature):
         """All updates on these samples: losses and gradient of each, and how many tokens were clipped."""
-        olds = [None] * len(samples)
+        olds = [None if old is None else torch.tensor(old) for old in olds]
         found, tokens = [], sum(len(response) for *_, response in samples)
-        for update in range(settings.get("updates_per_batch", 1)):
+        for _ in range(settings.get("updates_per_batch", 1)):
             self.optimizer.zero_grad()
             sums, total, clipped = [], 0.0, 0
             for index, (prompt, _, _, response) in enumerate(samples):
@@ -190,7 +208,7 @@ class PlainPolicy:
                     temperature=temperature,
                     settings=settings,
                 )
-                if update == 0:
+                if olds[index] is None:
                     olds[index] = logp_N
                 clipped += cut
                 if settings.get("normalisation") == "sequence_mean":
@@ -205,10 +223,10 @@ class PlainPolicy:
             found.append(([loss.item() for loss in sums], gradients, clipped))
         return found
 
-    def train_step(self, samples, *, keys, **loss_settings):
+    def train_step(self, samples, *, keys, olds, limit, **loss_settings):
         """`samples`: (student prompt, teacher prompt or None for cross entropy, full teacher's prompt, response).
 
-        keys: of their random positions.
+        keys: of their random positions. olds: log-probabilities of each response under older weights, or None.
         """
         self.optimizer.zero_grad()
         losses, tokens = [], 0
@@ -221,7 +239,11 @@ class PlainPolicy:
                     teacher = response_logits(self.teacher(), teacher_prompt, response)
                     full_teacher = response_logits(self.teacher(), full_prompt, response)
                     initial = response_logits(self.start, student_prompt, response)
-                loss, carried = paint_loss(student, teacher, full_teacher, initial, key=keys[index], **loss_settings)
+                given = {"key": keys[index], **loss_settings}
+                if (old := olds[index]) is not None:
+                    scale = {"temperature": loss_settings["temperature"], "limit": limit}
+                    given["weight_N"] = prefix_weights(student, response, old, **scale)
+                loss, carried = paint_loss(student, teacher, full_teacher, initial, **given)
             losses.append(loss)
             tokens += carried
         (sum(losses) / tokens).backward()

@@ -56,7 +56,7 @@ class Adapter:
 
 
 class Fleet:
-    """Starts or finds the servers. Every method blocks until its work is done."""
+    """Starts or finds the servers. A method blocks until its work is done, unless it returns a future."""
 
     def __init__(
         self,
@@ -118,7 +118,22 @@ class Fleet:
 
         found: those that exist already. version: of the weights that each token must be of; None: not checked.
         """
-        return self.run(self._sample(requests, sampling, {} if found is None else found, version, wants_logprobs))
+        started = self.start_sampling(
+            requests, sampling, version=version, wants_logprobs=wants_logprobs, found={} if found is None else found
+        )
+        return started.result()
+
+    def start_sampling(
+        self,
+        requests: Sequence[GenerationRequest],
+        sampling: SamplingParameters,
+        *,
+        version: str | None,
+        wants_logprobs: bool,
+        found: dict[int, Rollout],
+    ) -> "Future[dict[int, Rollout]]":
+        """`sample`, but returns at once."""
+        return self.submit(self._sample(requests, sampling, found, version, wants_logprobs))
 
     async def _sample(
         self,
@@ -242,7 +257,8 @@ class Fleet:
                 self.run(self._each(ready, lambda server: self._name_version(server, version)))
 
     def close(self) -> None:
-        """Ends the servers that this run started, and the thread."""
+        """Ends what is being done, the servers that this run started, and the thread."""
+        self.run(_cancel_all())
         for server in self._servers.values():
             if server.process is not None:
                 server.process.kill()
@@ -316,6 +332,14 @@ class Fleet:
                 words = server.process.last_words() if not server.process.runs else ""
                 server.failed += f" ({words})" if words else ""
                 await asyncio.to_thread(server.process.kill)
+
+
+async def _cancel_all() -> None:
+    """Ends all other work of the loop."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def all_of(work: Sequence[Coroutine[Any, Any, None]] | Any) -> None:

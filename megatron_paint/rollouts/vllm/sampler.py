@@ -4,6 +4,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Protocol
 
@@ -54,6 +55,7 @@ class VllmSampler:
         self.version: str | None = None
         self.checked = True
         self._measured: dict[str, float] = {}
+        self._started: Future[dict[int, Rollout]] | None = None  # on rank 0, what `start` has started
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParameters) -> list[Rollout]:
         """One rollout per request, in order, on every rank."""
@@ -61,16 +63,42 @@ class VllmSampler:
         found: dict[int, Rollout] = {}
         while True:
             self._check_weights(requests)
-            found = self.on_rank_zero(lambda found=found: self._sample(requests, sampling, found))
+            found = self.on_rank_zero(lambda found=found: self._submit(requests, sampling, found).result())
             if len(found) == len(requests):
                 return [found[number] for number in range(len(requests))]
             self._revive()
 
+    def start(self, requests: Sequence[GenerationRequest], sampling: SamplingParameters) -> None:
+        """Starts to sample with the weights that the servers have, and returns at once."""
+        self._revive()
+        self._check_weights(requests)
+
+        def submit() -> None:
+            self._started = self._submit(requests, sampling, {})
+
+        self.on_rank_zero(submit)
+
+    def finish(self) -> dict[int, Rollout]:
+        """The rollouts of `start` by the number of their request, on every rank.
+
+        Those are missing that were left when no server lived any more.
+        """
+
+        def take() -> dict[int, Rollout]:
+            started, self._started = self._started, None
+            return started.result()
+
+        return self.on_rank_zero(take)
+
     def sync_weights(self, step: int) -> None:
-        """Sends the weights that training step `step` starts from to all servers, unless they have them."""
+        """Sends the weights that training step `step` starts from to all servers, unless they have them.
+
+        What `start` has started is completed first.
+        """
         version = f"{self.nonce}/{step - 1}"
         if self.weights is None or version == self.version:
             return
+        self.on_rank_zero(self._wait)
         start = time.perf_counter()
         self._revive(before=True)
         self.transfer.send(self.fleet, version)
@@ -88,12 +116,17 @@ class VllmSampler:
         if self.exports is not None:
             shutil.rmtree(self.exports, ignore_errors=True)
 
-    def _sample(
+    def _submit(
         self, requests: Sequence[GenerationRequest], sampling: SamplingParameters, found: dict[int, Rollout]
-    ) -> dict[int, Rollout]:
+    ) -> Future[dict[int, Rollout]]:
         mode, cut = self.fleet.engine.logprobs_mode, {"top_p": sampling.top_p, "top_k": sampling.top_k}
         wants = has_logprobs(mode, temperature=sampling.temperature, **cut)
-        return self.fleet.sample(requests, sampling, version=self.version, wants_logprobs=wants, found=found)
+        return self.fleet.start_sampling(requests, sampling, version=self.version, wants_logprobs=wants, found=found)
+
+    def _wait(self) -> None:
+        """Waits for what `start` has started; `finish` still returns it."""
+        if self._started is not None:
+            self._started.result()
 
     def _check_weights(self, requests: Sequence[GenerationRequest]) -> None:
         """The spot check, once after each update. Servers that fail in it are started again, and checked as well."""
