@@ -28,18 +28,13 @@ class Policy(Protocol):
     Every rank calls with the same arguments and gets the same results.
     """
 
-    def update(
-        self,
-        samples: Sequence[Sample],
-        loss: TokenLoss,
-        *,
-        lr: float,
-        before_change: Callable[[], None] = lambda: None,
-    ) -> UpdateReport:
+    # `update` calls it when the gradient is known and no weight is changed yet. It may score with the policy.
+    before_change: Callable[[], None]
+
+    def update(self, samples: Sequence[Sample], loss: TokenLoss, *, lr: float) -> UpdateReport:
         """One optimiser step on the sum of the loss over the samples, divided once by the tokens that carry loss.
 
-        lr: learning rate of this step. before_change: called after the gradient is known and before any weight changes;
-        it may score with the policy. FloatingPointError: a loss or the gradient is not finite; no weight was changed.
+        lr: learning rate of this step. FloatingPointError: a loss or the gradient is not finite; no weight was changed.
         """
 
     def evaluate_loss(

@@ -164,7 +164,12 @@ def of_ahead(rollout: RolloutSettings, data: DataSettings, objective: ObjectiveS
             "rollout.ahead=1 samples the next step's problems before the verdicts of this step, and data.order=adastar "
             "chooses them by these verdicts: set order to shuffled or ahead to 0"
         )
-    if rollout.temperature == 0 and rollout.importance_limit is not None:
+    if objective.name == "grpo" and rollout.importance_limit != RolloutSettings.importance_limit:
+        yield (
+            f"rollout.importance_limit={rollout.importance_limit} belongs to objective.name=paint and opsd, and grpo "
+            "has its clipped ratio: leave it out"
+        )
+    if objective.needs.masker and rollout.temperature == 0 and rollout.importance_limit is not None:
         yield (
             "rollout.temperature=0 samples without probabilities, and rollout.importance_limit weighs older responses "
             "by them: set importance_limit to null, or the temperature above 0"

@@ -191,10 +191,11 @@ class RolloutSettings:
         ),
     ] = 0
     importance_limit: Annotated[
-        Positive | None,
+        Number | None,
         setting(
-            "ahead=1: largest importance weight of a token of paint and opsd; the weight is how much more likely the "
-            "weights that learn make the response up to that token; null: no weights. GRPO has its ratio instead"
+            "largest importance weight of a token with ahead=1, for paint and opsd: the probability of the tokens "
+            "before it under the weights that learn, over that under the weights that sampled; null: no weights",
+            ge=1,
         ),
     ] = 2.0
     vllm: VllmSettings = field(default_factory=VllmSettings)

@@ -93,7 +93,7 @@ class DistillationLoss:
         )
 
     def _importance(self, rows: ResponseRows) -> torch.Tensor | None:
-        """The weight [N] of each token; 1 in responses of the current weights. None: all responses are theirs."""
+        """The weight [N] of each token; 1 in responses of the current weights. None: no response is of older ones."""
         if self.importance_limit is None or all(sample.old_logprobs is None for sample in rows.samples):
             return None
         with torch.no_grad():

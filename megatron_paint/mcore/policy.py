@@ -56,6 +56,7 @@ class MegatronPolicy(ModelRunner):
             loads_adapters=not trained,
         )
         self.settings = settings
+        self.before_change: Callable[[], None] = lambda: None
         megatron = settings.megatron
         self.wrapped = wrap_data_parallel(self.stage, megatron) if trained else self.stage
         self.optimizer = make_optimizer(self.wrapped, settings.optimizer, megatron) if trained else None
@@ -76,18 +77,10 @@ class MegatronPolicy(ModelRunner):
             token_multiple=self.multiple,
         )
 
-    def update(
-        self,
-        samples: Sequence[Sample],
-        loss: TokenLoss,
-        *,
-        lr: float,
-        before_change: Callable[[], None] = lambda: None,
-    ) -> UpdateReport:
+    def update(self, samples: Sequence[Sample], loss: TokenLoss, *, lr: float) -> UpdateReport:
         """One optimiser step.
 
-        before_change: called when the gradient is in its buffers, which `logprobs` leaves alone. FloatingPointError: a
-        loss or the gradient is not finite; the optimiser has not changed any weight.
+        FloatingPointError: a loss or the gradient is not finite; the optimiser has not changed any weight.
         """
         timer = Timer(_device_time)
         mark_progress("teacher")
@@ -96,9 +89,8 @@ class MegatronPolicy(ModelRunner):
         mark_progress("student")
         with timer("student"):
             scores = self.backward(samples, loss, states)
-        mark_progress("rollout")
         with timer("rollout"):
-            before_change()
+            self.before_change()  # the gradient rests in its buffers, which a pass without gradient leaves alone
         mark_progress("optimizer")
         with timer("optimizer"):
             norm = take_step(self.optimizer, lr=lr, weight_decay=self.settings.optimizer.weight_decay)

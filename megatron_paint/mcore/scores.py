@@ -46,7 +46,7 @@ def score_samples(
             scores[index] = NonFinite(rank=rank, micro_batch=batch.number, problem_id=sample.problem.id)
             continue
         gap = None
-        if logps is not None and sample.rollout.logprobs is not None:
+        if logps is not None and sample.rollout.logprobs is not None and not sample.rollout.is_behind:
             gap = _gap((logps[place] - torch.tensor(sample.rollout.logprobs)).abs())
         scores[index] = SampleScore(
             loss_sum=_sum(losses[place]),

@@ -127,7 +127,7 @@ class Grpo:
         updates: list[UpdateReport] = []
         while samples and len(updates) < self.settings.updates_per_batch:
             try:
-                updates.append(policy.update(samples, self.loss, lr=lr, before_change=self.rollouts.get_ahead_ready))
+                updates.append(policy.update(samples, self.loss, lr=lr))
             except FloatingPointError as error:
                 if not updates:
                     raise

@@ -161,13 +161,15 @@ METRICS: dict[str, Metric] = {
     "rollout/steps_behind": Metric(
         meaning="training steps between the weights that sampled a response and those that learn from it, mean",
         unit="steps",
-        healthy="0; with rollout.ahead=1, 1 after the first step of a start",
+        healthy="0; with rollout.ahead=1, 1 after the first step of a run",
         only="rollout.engine=vllm",
     ),
     "importance/mean": Metric(
         meaning="importance weight of responses that older weights have sampled, mean over response tokens",
         unit="-",
-        healthy="near 1; far below it a step changes the model so much that responses one step old teach little",
+        healthy=(
+            "near 1; far below it a step changes the model much, or the servers' numbers differ much from the trainer's"
+        ),
         only="PAINT, OPSD with rollout.ahead=1",
     ),
     "importance/limited_share": Metric(
@@ -178,8 +180,8 @@ METRICS: dict[str, Metric] = {
     ),
     "sampler_gap/max": Metric(
         meaning=(
-            "largest difference between sampler's and trainer's log-probability of a sampled token; with "
-            "rollout.ahead=1 the last update is a part of it"
+            "largest difference between sampler's and trainer's log-probability of a sampled token; only of responses "
+            "of the current weights"
         ),
         unit="nats",
         healthy="about 1e-5 in float32, up to a few tenths in bfloat16",

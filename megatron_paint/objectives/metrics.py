@@ -98,7 +98,8 @@ def _support_metrics(scores: Sequence[SampleScore]) -> dict[str, float]:
 def _staleness(samples: Sequence[Sample], scores: Sequence[SampleScore]) -> dict[str, float]:
     """The age of responses that an engine outside of the run sampled, and the loss's importance weights, if any."""
     behind = [sample.rollout.origin.behind for sample in samples if sample.rollout.origin is not None]
-    weighted = [score for score in scores if "importance" in score.sums]
+    older = [score for sample, score in zip(samples, scores, strict=True) if sample.rollout.is_behind]
+    weighted = [score for score in older if "importance" in score.sums]
     names = {"importance/mean": "importance", "importance/limited_share": "importance_limited"}
     return {
         **({"rollout/steps_behind": ratio(sum(behind), len(behind))} if behind else {}),

@@ -68,10 +68,7 @@ class Paint:
         with timer("teacher"):
             reveals = self.limit_hidden(policy, problems, reveals)
         samples = self.samples(problems, rollouts, reveals, outcomes, step=step)
-        update = None
-        if taught:
-            ready = self.rollouts.get_ahead_ready
-            update = policy.update([samples[index] for index in taught], self.loss, lr=lr, before_change=ready)
+        update = policy.update([samples[index] for index in taught], self.loss, lr=lr) if taught else None
         return StepResult(
             samples=samples,
             scores=scores_of_all(samples, taught, update.scores if update else ()),

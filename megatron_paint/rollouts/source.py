@@ -36,11 +36,11 @@ class RolloutSource:
         self.sampler.sync_weights(step)
         return self.sampler.generate(self.requests(problems, step=step), self.sampling)
 
-    def get_ahead_ready(self) -> None:
-        """Called before a step changes the weights; it may score with them what was sampled ahead."""
+    def state_dict(self, *, wait: bool = True) -> dict[str, Any]:
+        """What a checkpoint must hold, in JSON's types; empty: there is nothing. All ranks call together.
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold, in JSON's types; empty: there is nothing. All ranks call together."""
+        wait: for rollouts that are being sampled; else only those that are complete are returned.
+        """
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any], problems: Sequence[Problem]) -> tuple[str, ...]:

@@ -70,6 +70,7 @@ class Watchdog:
             0,
             time.time(),
         )  # phase, step, since; a single assignment, so that no thread sees a part of it
+        self._marking = threading.Lock()  # a thread that samples ahead marks progress beside the one that trains
         self._is_written = False  # whether the last heartbeat is in the file
         self._observer = RankObserver(folder, ranks=ranks, limit=limit or 0.0)
         self._clock, self._moved, self._seen = 0.0, 0.0, self._state
@@ -93,8 +94,9 @@ class Watchdog:
 
     def mark_progress(self, phase: str | None = None, step: int | None = None) -> None:
         """Records that this rank makes progress, and in which phase and step; None: the same as before."""
-        phase_before, step_before, _ = self._state
-        self._state = (phase or phase_before, step_before if step is None else step, time.time())
+        with self._marking:
+            phase_before, step_before, _ = self._state
+            self._state = (phase or phase_before, step_before if step is None else step, time.time())
 
     def _watch(self) -> None:
         self._before = time.monotonic()

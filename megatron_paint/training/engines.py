@@ -155,7 +155,7 @@ def training_rollouts(
         return rollout_source(settings, prompts, sampler)
     needs_logprobs = settings.objective.name == "grpo" or rollout.importance_limit is not None
     score = partial(policy.logprobs, weights="current", temperature=rollout.temperature)
-    return RolloutsAhead(
+    rollouts = RolloutsAhead(
         sampler,
         prompts,
         rollout,
@@ -164,6 +164,8 @@ def training_rollouts(
         upcoming=lambda step: upcoming(step) if step <= settings.run.steps else (),
         score=score if needs_logprobs and not rollout.vllm_has_logprobs else None,
     )
+    policy.before_change = rollouts.score_ahead
+    return rollouts
 
 
 def _vllm_sampler(

@@ -144,7 +144,7 @@ class Run:
         self.finish_save()
         if not self.on_rank_zero(lambda: self.folder.holds("checkpoint", step)):
             self.confirm_owner()
-            self.save(step)
+            self.save(step, wait=False)
             self.finish_save()
         self.progress.result(
             f"Stopped after step {step} by {reason}; the same command with run.resume=auto continues from "
@@ -153,14 +153,17 @@ class Run:
             reason=reason,
         )
 
-    def save(self, step: int) -> None:
-        """Starts a checkpoint that any layout can resume; with `run.async_save`, training continues meanwhile."""
+    def save(self, step: int, *, wait: bool = True) -> None:
+        """Starts a checkpoint that any layout can resume; with `run.async_save`, training continues meanwhile.
+
+        wait: for the rollouts of the next step that are being sampled; else those that are missing are sampled in it.
+        """
         self.finish_save()  # the checkpoint before
         self.pace.begin("write")
         state = {"step": step, "settings": settings_tree(self.settings)}
         if order := self.order.state_dict():
             state["order"] = order
-        if ahead := self.rollouts.state_dict():
+        if ahead := self.rollouts.state_dict(wait=wait):
             state["ahead"] = ahead
         self.policy.save(self.folder.checkpoint_folder(step), state)
         if not self.settings.run.async_save:

@@ -9,16 +9,35 @@ URLS = ["http://a:1", "http://b:1"]
 LORA = {"rank": 8, "alpha": 16.0}
 
 
-def settings(rollout=None, model=None, objective=None):
+def settings(rollout=None, model=None, objective=None, data=None):
     return settings_of(
         {
             "model": {"hf_path": "m", **(model or {})},
-            "data": {"train": "p.jsonl"},
+            "data": {"train": "p.jsonl", **(data or {})},
             "run": {"dir": "r"},
             "rollout": rollout or {},
             "objective": objective or {},
         }
     )
+
+
+def test_one_step_ahead_of_what():
+    """Objectives without rollouts, orders that follow verdicts, and the weights of another objective."""
+    ahead = {"engine": "vllm", "ahead": 1}
+    assert settings(ahead).rollout.importance_limit == 2.0
+    assert settings(ahead | {"temperature": 0.0, "importance_limit": None}).rollout.ahead == 1
+    for rollout, more, message in (
+        (ahead, {"objective": {"name": "sft"}}, "and objective.name=sft samples none"),
+        (ahead, {"data": {"order": "adastar"}}, "data.order=adastar chooses them by these verdicts"),
+        (
+            ahead | {"importance_limit": 3.0},
+            {"objective": {"name": "grpo", "grpo": {"importance_limit": None}}},
+            "and grpo has its clipped ratio",
+        ),
+    ):
+        with pytest.raises(UserError) as told:
+            settings(rollout, **more)
+        assert message in str(told.value)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +59,11 @@ def settings(rollout=None, model=None, objective=None):
             {"lora": LORA, "megatron_path": "c"},
             "from model.hf_path and not from model.megatron_path",
         ),
+        ({"ahead": 1}, {}, "samples while a step trains, which needs servers, and rollout.engine=megatron"),
+        ({"importance_limit": 3.0}, {}, "rollout.importance_limit=3.0 belongs to rollout.ahead=1"),
+        ({"engine": "vllm", "ahead": 1, "importance_limit": 0.5}, {}, "rollout.importance_limit"),
+        ({"engine": "vllm", "ahead": 2}, {}, "rollout.ahead"),
+        ({"engine": "vllm", "ahead": 1, "temperature": 0.0}, {}, "rollout.temperature=0 samples without probabilities"),
         ({"engine": "vllm", "vllm": {"server": 2}}, {}, "rollout.vllm.server"),
         ({"engine": "vllm", "vllm": {"servers": 0}}, {}, "rollout.vllm.servers"),
     ],

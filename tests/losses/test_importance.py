@@ -1,5 +1,6 @@
 """Importance weights of responses that older weights have sampled."""
 
+import dataclasses
 import itertools
 import math
 
@@ -65,8 +66,6 @@ def test_hand_worked():
 @pytest.mark.parametrize("limit", [1.3, None])
 def test_the_loss_has_the_weights(limit):
     """Values and gradient are those of the fused loss with given weights. Only older responses have others than 1."""
-    import dataclasses
-
     data = make_data(Case(name="importance"), torch.float64)
     given = rows(data)
     logp_TV = torch.log_softmax(data.student_TH @ data.weight_VH.T / 0.8, 1)

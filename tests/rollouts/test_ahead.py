@@ -42,10 +42,10 @@ class Engine:
         self.done.append(("start", [r.problem_id for r in requests]))
         self.pending = {i: self.rollout(r) for i, r in enumerate(requests) if r.problem_id not in self.loses}
 
-    def finish(self):
+    def finish(self, *, wait=True):
         self.done.append("finish")
         found, self.pending = self.pending, None
-        return found
+        return found if wait else {0: found[0]}
 
     def rollout(self, request):
         return Rollout(
@@ -64,8 +64,8 @@ class Engine:
         )
 
 
-def source(engine, *, score=None, kind=RolloutsAhead, samples=1):
-    settings = RolloutSettings(engine="vllm", ahead=1)
+def source(engine, *, score=None, kind=RolloutsAhead, samples=1, **sampling):
+    settings = RolloutSettings(engine="vllm", ahead=1, **sampling)
     more = {"upcoming": problems, "score": score} if kind is RolloutsAhead else {}
     return kind(engine, PROMPTS, settings, samples=samples, seed=7, **more)
 
@@ -81,7 +81,7 @@ def test_each_step_trains_while_the_next_one_is_sampled():
         *[("sync", 1), ("generate", ["1-0", "1-1"]), ("start", ["2-0", "2-1"])],
         *["finish", ("sync", 2), ("start", ["3-0", "3-1"])],
         *["finish", ("sync", 3), ("start", ["4-0", "4-1"])],
-        *["finish", ("sync", 4)],
+        "finish",  # nothing is sampled any more
     ]
     assert {step: [r.response_ids[0] for r in rollouts] for step, rollouts in found.items()} == {
         1: [0, 0],
@@ -117,8 +117,8 @@ def test_the_policy_scores_before_its_weights_change():
     made = source(Engine(logprobs=False), score=score)
     made.rollouts(problems(1), step=1)
     assert not scored
-    made.get_ahead_ready()
-    made.get_ahead_ready()
+    made.score_ahead()
+    made.score_ahead()
     assert len(scored) == 1
     second = made.rollouts(problems(2), step=2)
     assert [r.logprobs for r in second] == [(-1.0, -2.0)] * 2
@@ -133,7 +133,7 @@ def test_engines_with_log_probabilities_are_not_waited_for():
     engine = Engine()
     made = source(engine)
     made.rollouts(problems(1), step=1)
-    made.get_ahead_ready()
+    made.score_ahead()
     assert "finish" not in engine.done
 
 
@@ -148,7 +148,7 @@ def test_a_checkpoint_holds_what_was_sampled_ahead(is_scored):
     wanted = run(source(Engine(logprobs=not is_scored), **given), range(1, 4))
     first = source(Engine(logprobs=not is_scored), **given)
     run(first, (1, 2))
-    first.get_ahead_ready()
+    first.score_ahead()
     state = json.loads(json.dumps(first.state_dict()))
     assert json.loads(json.dumps(first.state_dict())) == state  # it does not use them up
     engine = Engine(logprobs=not is_scored)
@@ -179,9 +179,53 @@ def test_states_of_other_runs():
     assert message == "the checkpoint's rollouts of the next step are not used, because rollout.ahead is 0 now"
     first = source(Engine())
     first.rollouts(problems(1), step=1)
-    for spoilt in ({"step": 2}, first.state_dict() | {"rollouts": [{"response_ids": "AAA"}]}):
+    state = first.state_dict()
+    for spoilt in ({**state, "step": None}, {**state, "rollouts": [{**state["rollouts"][0], "response_ids": "AAA"}]}):
         with pytest.raises(UserError, match=r"rollout\.ahead"):
             source(Engine()).load_state_dict(spoilt, problems(2))
+
+
+@pytest.mark.parametrize("change", ["temperature", "score"])
+def test_what_other_settings_have_sampled_is_sampled_again(change):
+    """At another temperature the probabilities are others. What was not scored in time cannot be scored any more."""
+    first = source(Engine(logprobs=False))
+    first.rollouts(problems(1), step=1)
+    state = json.loads(json.dumps(first.state_dict()))
+    changed = {"temperature": {"temperature": 0.7}, "score": {"score": lambda sequences: []}}[change]
+    engine = Engine(logprobs=False)
+    second = source(engine, **changed)
+    (message,) = second.load_state_dict(state, problems(2))
+    assert "the settings of the sampling changed" in message
+    assert [r.origin.behind for r in second.rollouts(problems(2), step=2)] == [0, 0]
+
+
+def test_a_stop_takes_what_is_complete():
+    engine = Engine()
+    first = source(engine)
+    first.rollouts(problems(1), step=1)
+    state = first.state_dict(wait=False)
+    assert [entry["problem_id"] for entry in state["rollouts"]] == ["2-0"]
+    second = source(engine)
+    assert second.load_state_dict(state, problems(2)) == ()
+    assert [r.origin.behind for r in second.rollouts(problems(2), step=2)] == [1, 0]
+
+
+def test_a_score_that_is_no_number_costs_one_step():
+    """The step is skipped, and the next one samples with the current weights."""
+    scores = iter([FloatingPointError("no number"), None])
+
+    def score(sequences):
+        if (error := next(scores, None)) is not None:
+            raise error
+        return [(-1.0, -2.0)] * len(sequences)
+
+    made = source(Engine(logprobs=False), score=score)
+    made.rollouts(problems(1), step=1)
+    with pytest.raises(FloatingPointError):
+        made.score_ahead()
+    assert made.state_dict() == {}
+    assert [r.origin.behind for r in made.rollouts(problems(2), step=2)] == [0, 0]
+    assert [r.origin.behind for r in made.rollouts(problems(3), step=3)] == [1, 1]
 
 
 def test_nothing_is_sampled_after_the_last_step():

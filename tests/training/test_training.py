@@ -28,7 +28,7 @@ ANSWER = Graded(
 
 
 class Notes(list):
-    """A policy, an objective and an evaluator that note what they are asked for."""
+    """A policy, an objective with its rollouts, and an evaluator that note what they are asked for."""
 
     begun = None  # a checkpoint's folder
 
@@ -42,6 +42,9 @@ class Notes(list):
         if begun is not None:
             self._write(begun, mark=True)
         return begun is not None
+
+    def state_dict(self, *, wait):
+        return {"waited": wait}
 
     def export(self, folder):
         self.append(("export", int(folder.name[-6:])))
@@ -97,6 +100,7 @@ def attempt(
         problems=None,
         order=order or ShuffledOrder(SimpleNamespace(batch=lambda step: [])),
         objective=notes,
+        rollouts=notes,
         sampler=notes,
         evaluator=notes,
         recorder=Recorder(settings=made, folder=folder, progress=progress, prompts=prompts, graders=None),
@@ -119,6 +123,7 @@ def test_what_follows_which_step(tmp_path):
         *[("step", 5), ("save", 5), ("export", 5), ("evaluate", 5)],
     ]
     assert notes.state["settings"]["run"]["save_every"] == 2
+    assert notes.state["ahead"] == {"waited": True}
     assert attempt(tmp_path) == []
 
 
@@ -173,6 +178,8 @@ def test_a_run_stops_where_it_is_asked_to(tmp_path, asks, done):
     notes = attempt(tmp_path, stop_reason=lambda seconds: "SIGUSR1" if next(times) == asks else None)
     assert notes == done
     assert RunFolder(tmp_path).checkpoints() == [step for what, step in done if what == "save"]
+    if done[-1:] == [("save", 1)]:  # a checkpoint that only the stop asks for does not wait for rollouts
+        assert notes.state["ahead"] == {"waited": False}
     assert [line["step"] for line in RunFolder(tmp_path).read_metrics()] == [s for what, s in done if what == "step"]
     assert attempt(tmp_path)[-3:] == [("save", 5), ("export", 5), ("evaluate", 5)]
 

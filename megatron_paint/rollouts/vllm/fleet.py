@@ -112,27 +112,13 @@ class Fleet:
         *,
         version: str | None,
         wants_logprobs: bool,
-        found: dict[int, Rollout] | None = None,
-    ) -> dict[int, Rollout]:
-        """Rollouts by the number of their request; some are missing only if no server lives any more.
-
-        found: those that exist already. version: of the weights that each token must be of; None: not checked.
-        """
-        started = self.start_sampling(
-            requests, sampling, version=version, wants_logprobs=wants_logprobs, found={} if found is None else found
-        )
-        return started.result()
-
-    def start_sampling(
-        self,
-        requests: Sequence[GenerationRequest],
-        sampling: SamplingParameters,
-        *,
-        version: str | None,
-        wants_logprobs: bool,
         found: dict[int, Rollout],
     ) -> "Future[dict[int, Rollout]]":
-        """`sample`, but returns at once."""
+        """Rollouts by the number of their request; some are missing only if no server lives any more.
+
+        found: those that exist already; it gets the others as they are complete. version: of the weights that each
+        token must be of; None: not checked.
+        """
         return self.submit(self._sample(requests, sampling, found, version, wants_logprobs))
 
     async def _sample(
@@ -257,7 +243,7 @@ class Fleet:
                 self.run(self._each(ready, lambda server: self._name_version(server, version)))
 
     def close(self) -> None:
-        """Ends what is being done, the servers that this run started, and the thread."""
+        """Cancels all work, and ends the servers that this run started and the thread."""
         self.run(_cancel_all())
         for server in self._servers.values():
             if server.process is not None:

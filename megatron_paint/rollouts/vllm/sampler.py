@@ -55,7 +55,8 @@ class VllmSampler:
         self.version: str | None = None
         self.checked = True
         self._measured: dict[str, float] = {}
-        self._started: Future[dict[int, Rollout]] | None = None  # on rank 0, what `start` has started
+        # On rank 0: what `start` has started, and the rollouts that are complete.
+        self._started: tuple[Future[dict[int, Rollout]], dict[int, Rollout]] | None = None
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParameters) -> list[Rollout]:
         """One rollout per request, in order, on every rank."""
@@ -74,19 +75,23 @@ class VllmSampler:
         self._check_weights(requests)
 
         def submit() -> None:
-            self._started = self._submit(requests, sampling, {})
+            found: dict[int, Rollout] = {}
+            self._started = (self._submit(requests, sampling, found), found)
 
         self.on_rank_zero(submit)
 
-    def finish(self) -> dict[int, Rollout]:
+    def finish(self, *, wait: bool = True) -> dict[int, Rollout]:
         """The rollouts of `start` by the number of their request, on every rank.
 
-        Those are missing that were left when no server lived any more.
+        Rollouts that no server could sample are missing. Without `wait`, so are those that are not complete.
         """
 
         def take() -> dict[int, Rollout]:
-            started, self._started = self._started, None
-            return started.result()
+            (started, found), self._started = self._started, None
+            if wait:
+                return started.result()
+            started.cancel()
+            return dict(found)
 
         return self.on_rank_zero(take)
 
@@ -121,12 +126,12 @@ class VllmSampler:
     ) -> Future[dict[int, Rollout]]:
         mode, cut = self.fleet.engine.logprobs_mode, {"top_p": sampling.top_p, "top_k": sampling.top_k}
         wants = has_logprobs(mode, temperature=sampling.temperature, **cut)
-        return self.fleet.start_sampling(requests, sampling, version=self.version, wants_logprobs=wants, found=found)
+        return self.fleet.sample(requests, sampling, version=self.version, wants_logprobs=wants, found=found)
 
     def _wait(self) -> None:
         """Waits for what `start` has started; `finish` still returns it."""
         if self._started is not None:
-            self._started.result()
+            self._started[0].result()
 
     def _check_weights(self, requests: Sequence[GenerationRequest]) -> None:
         """The spot check, once after each update. Servers that fail in it are started again, and checked as well."""
