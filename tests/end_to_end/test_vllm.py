@@ -280,8 +280,15 @@ def same_run(run: Path, other: Path, *, steps: int = STEPS) -> None:
     assert ours == [{k: v for k, v in line.items() if not k.startswith("rollout/")} for line in metrics(other)]
 
 
-@pytest.mark.parametrize("cut", [(), CUT], ids=["", "cut"])
-@pytest.mark.parametrize("layout", ["dp2", "tp2-pp2"])
+@pytest.mark.parametrize(
+    ("layout", "cut"),
+    [
+        pytest.param("dp2", (), id="dp2"),
+        pytest.param("tp2-pp2", CUT, id="tp2-pp2-cut"),
+        pytest.param("dp2", CUT, id="dp2-cut", marks=pytest.mark.long),
+        pytest.param("tp2-pp2", (), id="tp2-pp2", marks=pytest.mark.long),
+    ],
+)
 def test_one_step_ahead(layout, cut, model, tmp_path):
     """Step N learns from rollouts of the weights before step N - 1, at every layout from the same ones.
 
@@ -306,7 +313,7 @@ def test_one_step_ahead(layout, cut, model, tmp_path):
     assert not servers_of(model[0])
 
 
-@pytest.mark.parametrize("do", ["exit", "hang"])
+@pytest.mark.parametrize("do", ["exit", pytest.param("hang", marks=pytest.mark.long)])
 def test_a_server_fails_ahead(do, model, tmp_path):
     """While step 1 trains. The other server samples its prompts, with the same weights."""
     settings = write_settings(tmp_path, model, fault=WHILE_STEP_1_TRAINS | {"count": 8, "do": do})
@@ -336,7 +343,7 @@ def test_all_servers_fail_ahead(model, tmp_path):
     assert versions == [sample["step"] - 1 - sample["origin"]["behind"] for sample in samples]
 
 
-@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("updates", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_grpo_ahead(updates, model, tmp_path):
     """Its ratio is to the weights that sampled a response, so it is not 1 in the first update of a later step."""
     settings = write_settings(tmp_path, model)
@@ -376,7 +383,7 @@ def test_a_stop_does_not_wait_for_servers(model, tmp_path):
     assert behind == {1: {0}, 2: {1}, 3: {0, 1}}
 
 
-@pytest.mark.parametrize("cut", [(), CUT], ids=["", "cut"])
+@pytest.mark.parametrize("cut", [pytest.param((), marks=pytest.mark.long, id=""), pytest.param(CUT, id="cut")])
 def test_a_killed_run_goes_on_ahead(cut, model, tmp_path):
     """It learns from the rollouts that its checkpoint holds, and ends as an undisturbed one."""
     settings = write_settings(tmp_path, model)
