@@ -34,7 +34,9 @@ class RolloutSource:
     def rollouts(self, problems: Sequence[Problem], *, step: int) -> list[Rollout]:
         """All responses to the first problem, then all to the second, and so on."""
         self.sampler.sync_weights(step)
-        return self.sampler.generate(self.requests(problems, step=step), self.sampling)
+        rollouts = self.sampler.generate(self.requests(problems, step=step), self.sampling)
+        self.sampler.release_memory()
+        return rollouts
 
     def get_ahead_ready(self) -> None:
         """Called before a step changes the weights; it may score with them what was sampled ahead."""

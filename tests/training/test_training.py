@@ -55,13 +55,17 @@ class Notes(list):
         return "answers"
 
     def sync_weights(self, step):
-        self.synced = step
+        self.synced, self.released = step, False
+
+    def release_memory(self):
+        self.released = True
 
     def metrics(self):
         return {}
 
     def report(self, answers, *, step, benchmark, graders):
         assert self.synced == step + 1  # it samples with the weights after this step
+        assert self.released
         self.append(("evaluate", step))
         return build_report(step, benchmark, [ANSWER])
 
