@@ -22,11 +22,12 @@ SERVERS = {
 }
 
 
-@pytest.fixture(scope="module", params=["untied", "tied"])
-def model(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    model = tiny.make_model(folder / "model", tied=request.param == "tied")
-    return model, tiny.make_problems(folder / "problems.jsonl")
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Model and problems by whether the head is tied."""
+    folder = tmp_path_factory.mktemp("models")
+    problems = tiny.make_problems(folder / "problems.jsonl")
+    return {tied: (tiny.make_model(folder / f"model-{tied}", tied=tied), problems) for tied in (False, True)}
 
 
 def train(
@@ -74,9 +75,10 @@ def check(run: Path) -> None:
     assert len(list((run / "eval").glob("*.json"))) == 3
 
 
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize(("transfer", "layout"), SERVERS)
-def test_a_run(transfer, layout, model, tmp_path):
-    ended = train(tmp_path, model, transfer, layout)
+def test_a_run(transfer, layout, tied, models, tmp_path):
+    ended = train(tmp_path, models[tied], transfer, layout)
     assert ended.statuses == [0] * LAYOUTS[layout][0], ended
     check(tmp_path / "run")
 
@@ -85,16 +87,16 @@ def test_a_run(transfer, layout, model, tmp_path):
     ("transfer", "path", "count", "do", "restarted"),
     [
         ("nccl", "/update_weights", 2, "exit", 2),
-        ("nccl", "/inference/v1/generate", 12, "exit", 1),
+        pytest.param("nccl", "/inference/v1/generate", 12, "exit", 1, marks=pytest.mark.long),
         ("ipc", "/update_weights", 9, "exit", 1),
-        ("ipc", "/sleep", 3, "status", 1),
+        pytest.param("ipc", "/sleep", 3, "status", 1, marks=pytest.mark.long),
     ],
 )
-def test_a_server_fails(transfer, path, count, do, restarted, model, tmp_path):
+def test_a_server_fails(transfer, path, count, do, restarted, models, tmp_path):
     """Servers of a group are started again together; others alone. LoRA's adapters are merged."""
     fault = {"path": path, "count": count, "do": do}
     lora = ("model.lora={rank: 4, alpha: 8.0}",)
-    ended = train(tmp_path, model, transfer, "tp2-pp2", *lora, fault=fault)
+    ended = train(tmp_path, models[True], transfer, "tp2-pp2", *lora, fault=fault)
     assert ended.statuses == [0] * 4, ended
     assert (tmp_path / "marker").exists()
     check(tmp_path / "run")
