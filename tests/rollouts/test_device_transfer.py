@@ -4,7 +4,6 @@ The servers are stand-ins, and vLLM's trainer side is `fake_vllm.py`. `tests/end
 than one rank.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -12,26 +11,18 @@ import numpy as np
 import pytest
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.vllm import VllmSettings
-from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
 from megatron_paint.rollouts.vllm.client import Client
-from megatron_paint.rollouts.vllm.command import ServerOptions
 from megatron_paint.rollouts.vllm.device_transfer import DeviceTransfer, address_for
-from megatron_paint.rollouts.vllm.fleet import Fleet
-from megatron_paint.rollouts.vllm.sampler import VllmSampler
-from megatron_paint.rollouts.vllm.spot_check import SpotCheck
 from megatron_paint.runtime.rank_zero import directly
 from tests.support import fake_vllm, tiny
+from tests.support.device_updates import MESSAGE_BYTES, Run
 from tests.support.folder_weights import FolderWeights
-from tests.support.numpy_qwen3 import NumpyQwen3, log_softmax
+from tests.support.numpy_qwen3 import NumpyQwen3
 
-ROOT = Path(__file__).parents[2]
-COMMAND = (sys.executable, "-m", "tests.support.vllm_stand_in")
-MESSAGE_BYTES = 6000
-PROMPTS = ((1, 2, 3), tuple(range(40, 80)), tuple(range(100, 120)))  # one or more blocks of the cache, and none
-TOKENS = 3
 UPDATE = ("/pause", "/start_weight_update", "/update_weights", "/finish_weight_update", "/reset_prefix_cache")
 UPDATED = ("/weight_info", "/resume")
+LEFT_OUT = ("/is_paused", "/v1/models", "/inference/v1/generate", "/metrics")
+LARGEST = 4 * tiny.ROWS * 32  # bytes of the embedding
 
 
 @pytest.fixture(scope="module")
@@ -40,111 +31,28 @@ def folders(tmp_path_factory) -> list[Path]:
     return [tiny.make_model(folder / str(seed), seed=seed, tied=False) for seed in range(4)]
 
 
-class Run:
-    """A sampler with one rank. `calls` holds what every server was asked, in order: (server, path, query)."""
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple[str, str, object]]:
+    """What servers are asked, in order: address, path, and what is sent."""
+    found, request = [], Client._response
 
-    def __init__(self, transfer, folders, folder, monkeypatch, *, fault=None, servers=2, workers=1) -> None:
-        environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        if fault:
-            environment["STAND_IN_FAULT"] = json.dumps(fault | {"marker": str(folder / "marker")})
-        settings = VllmSettings(
-            command=COMMAND,
-            environment=environment,
-            servers=servers,
-            devices=("0",) * servers if transfer == "ipc" else (),
-            tensor_parallel=workers,
-            transfer=transfer,
-            hang_timeout_s=4.0,
-        )
-        monkeypatch.setattr(fake_vllm, "LIMIT", 2.0)
-        for name, module in fake_vllm.modules(folder).items():
-            monkeypatch.setitem(sys.modules, name, module)
-        self.calls: list[tuple[int, str, object]] = []
-        request = Client._response
+    async def noted(client, method, path, **arguments):
+        found.append((client.url, path, arguments.get("params") or arguments.get("json")))
+        return await request(client, method, path, **arguments)
 
-        async def noted(client, method, path, **arguments):
-            self.calls.append((self.number(client), path, arguments.get("params") or arguments.get("json")))
-            return await request(client, method, path, **arguments)
-
-        monkeypatch.setattr(Client, "_response", noted)
-        self.notes: list[str] = []
-        engine = ServerOptions(
-            settings=settings, dtype="float32", logprobs_mode="raw_logprobs", on_gpus=False, transfer=transfer
-        )
-        self.fleet = Fleet(engine, vocab_size=tiny.ROWS, logs=folder / "logs", note=self.notes.append)
-        self.folders, self.current = folders, folders[0]
-        self.fleet.start(folders[0])
-        self.weights = FolderWeights(folders[0], tied=False)
-        self.transfer = DeviceTransfer(
-            self.weights,
-            transfer=transfer,
-            rank=0,
-            message_bytes=MESSAGE_BYTES,
-            on_rank_zero=directly,
-            everyone=lambda act: [act()],
-        )
-        self.fleet.wait_until_ready(self.transfer.init_info)
-        self.sampler = VllmSampler(
-            self.fleet,
-            weights=self.weights,
-            transfer=self.transfer,
-            spot_check=SpotCheck(self.score, limit=1e-6),
-            start_model=folders[0],
-            exports=folder / "exports",
-            on_rank_zero=directly,
-        )
-
-    def number(self, client: Client) -> int:
-        return next(number for number, server in self.fleet._servers.items() if server.client is client)
-
-    def score(self, sequences) -> list[tuple[float, ...]]:
-        """Log-probabilities of the newest weights, in numpy."""
-        model = NumpyQwen3(self.current)
-        found = []
-        for one in sequences:
-            ids = (*one.prompt_ids, *one.response_ids)
-            places = range(len(one.prompt_ids), len(ids))
-            found.append(tuple(float(log_softmax(model.logits(ids[:place]))[ids[place]]) for place in places))
-        return found
-
-    def update(self, number: int) -> None:
-        """New weights, and samples with them, which must be greedy tokens of these weights on every server."""
-        self.current = self.folders[number]
-        self.weights.take(self.current)
-        self.sampler.sync_weights(number + 1)
-        requests = [
-            GenerationRequest(problem_id=f"p{i}", sample_index=0, prompt_ids=prompt, key=i)
-            for i, prompt in enumerate(PROMPTS)
-        ]
-        greedy = SamplingParameters(max_new_tokens=TOKENS, temperature=0.0, top_p=1.0, top_k=0, stop_ids=frozenset())
-        rollouts = self.sampler.generate(requests, greedy)
-        model = NumpyQwen3(self.current)
-        for prompt, rollout in zip(PROMPTS, rollouts, strict=True):
-            ids = list(prompt)
-            for _ in range(TOKENS):
-                ids.append(int(model.logits(ids).argmax()))
-            assert rollout.response_ids == tuple(ids[len(prompt) :])
-            assert [span.version.partition("/")[2] for span in rollout.origin.weights] == [str(number)]
-        assert self.sampler.metrics()["rollout/spot_check_gap"] < 1e-9
-
-    def paths(self, server: int) -> list[str]:
-        """What a server was asked, without questions on its state, samples, and repeated messages of one update."""
-        left_out = ("/is_paused", "/v1/models", "/inference/v1/generate", "/metrics")
-        found = [path for number, path, _ in self.calls if number == server and path not in left_out]
-        return [path for i, path in enumerate(found) if i == 0 or path != found[i - 1]]
-
-    def close(self) -> None:
-        self.sampler.close()
-        self.transfer.close()
-        self.fleet.close()
+    monkeypatch.setattr(Client, "_response", noted)
+    return found
 
 
 @pytest.fixture
 def start(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(fake_vllm, "LIMIT", 2.0)
+    for name, module in fake_vllm.modules(tmp_path).items():
+        monkeypatch.setitem(sys.modules, name, module)
     runs = []
 
     def begin(transfer, **how) -> Run:
-        runs.append(Run(transfer, folders, tmp_path, monkeypatch, **how))
+        runs.append(Run(transfer, folders, tmp_path, **how))
         return runs[-1]
 
     yield begin
@@ -152,22 +60,35 @@ def start(folders, tmp_path, monkeypatch):
         run.close()
 
 
-def test_one_group_holds_all_workers(start):
-    """World size, and the place of each server's workers; one message tells names, types and shapes."""
+def asked_of(run: Run, calls: list, number: int, path: str) -> list:
+    """What a server that was never started again was sent to a path."""
+    url = run.fleet._servers[number].client.url
+    return [asked for address, at, asked in calls if (address, at) == (url, path)]
+
+
+def paths_of(run: Run, calls: list, number: int) -> list[str]:
+    """The paths that such a server was asked, without samples and its state; messages of one update count once."""
+    url = run.fleet._servers[number].client.url
+    found = [path for address, path, _ in calls if address == url and path not in LEFT_OUT]
+    return [path for i, path in enumerate(found) if i == 0 or path != found[i - 1]]
+
+
+def test_one_group_holds_all_workers(start, calls):
+    """World size, and the place of each server's workers; one message has names, types and shapes."""
     run = start("nccl", workers=2)
     for number in (1, 2):
         run.update(number)
     for server in (0, 1):
         group = ["/shutdown_weight_transfer_engine", "/get_world_size", "/init_weight_transfer_engine"]
-        assert run.paths(server) == [*group, *2 * (*UPDATE, *UPDATED)]
-    infos = {number: asked["init_info"] for number, path, asked in run.calls if path == "/init_weight_transfer_engine"}
-    assert [infos[server].pop("rank_offset") for server in (0, 1)] == [1, 3]
+        assert paths_of(run, calls, server) == [*group, *2 * (*UPDATE, *UPDATED)]
+    ((first,), (second,)) = (asked_of(run, calls, server, "/init_weight_transfer_engine") for server in (0, 1))
+    infos = [dict(first["init_info"]), dict(second["init_info"])]
+    assert [info.pop("rank_offset") for info in infos] == [1, 3]
     assert infos[0] == infos[1]
     assert infos[0]["world_size"] == 5
     assert infos[0]["packed"]
-    largest = 4 * tiny.ROWS * 32  # the embedding: a buffer holds every tensor
-    assert infos[0]["packed_buffer_size_bytes"] == largest > MESSAGE_BYTES
-    updates = [asked["update_info"] for _, path, asked in run.calls if path == "/update_weights"]
+    assert infos[0]["packed_buffer_size_bytes"] == LARGEST > MESSAGE_BYTES
+    updates = [asked["update_info"] for server in (0, 1) for asked in asked_of(run, calls, server, "/update_weights")]
     assert len(updates) == 4  # one a server and update
     assert all(update == updates[0] for update in updates)
     shapes = dict(zip(updates[0]["names"], map(tuple, updates[0]["shapes"]), strict=True))
@@ -175,7 +96,7 @@ def test_one_group_holds_all_workers(start):
     assert set(updates[0]["dtype_names"]) == {"float32"}
 
 
-def test_servers_sleep_between_updates(start):
+def test_servers_sleep_between_updates(start, calls):
     """Memory for weights comes before an update, memory for keys and values after it. Sleeping weights are lost."""
     run = start("ipc")
     run.fleet.sleep()
@@ -185,13 +106,12 @@ def test_servers_sleep_between_updates(start):
         run.sampler.release_memory()  # they sleep already
     awake = (*UPDATE[:-1], "/wake_up", UPDATE[-1], *UPDATED)
     one = ["/wake_up", *awake, "/sleep"]
-    assert run.paths(0) == ["/sleep", "/init_weight_transfer_engine", *one, *one]
-    tags = [asked["tags"] for number, path, asked in run.calls if path == "/wake_up" and number == 0]
-    assert tags == 2 * ["weights", "kv_cache"]
-    assert all(asked == {"level": 2, "mode": "wait"} for _, path, asked in run.calls if path == "/sleep")
-    updates = [asked["update_info"] for number, path, asked in run.calls if path == "/update_weights" and number == 0]
+    assert paths_of(run, calls, 0) == ["/sleep", "/init_weight_transfer_engine", *one, *one]
+    assert [asked["tags"] for asked in asked_of(run, calls, 0, "/wake_up")] == 2 * ["weights", "kv_cache"]
+    assert asked_of(run, calls, 0, "/sleep") == 3 * [{"level": 2, "mode": "wait"}]
+    updates = [asked["update_info"] for asked in asked_of(run, calls, 0, "/update_weights")]
     assert len(updates) > 4
-    assert all(sum(update["tensor_sizes"]) <= 4 * tiny.ROWS * 32 for update in updates)
+    assert all(sum(update["tensor_sizes"]) <= LARGEST for update in updates)
     assert not any("ipc_handles" in update for update in updates)  # JSON has no tuples
 
 
@@ -219,7 +139,7 @@ def test_the_same_weights_are_sent_again_after_a_sleep(start):
         pytest.param("/reset_prefix_cache", 2, "exit", False, marks=pytest.mark.long),
     ],
 )
-def test_a_server_of_a_group_fails(path, count, do, together, start, tmp_path):
+def test_a_server_of_a_group_fails(path, count, do, together, start, calls, tmp_path):
     """Before the end of an update all servers are started again, after it the one; the next update has a new group."""
     run = start("nccl", fault={"path": path, "count": count, "do": do})
     for number in (1, 2, 3):
@@ -230,9 +150,7 @@ def test_a_server_of_a_group_fails(path, count, do, together, start, tmp_path):
     assert sum(path in note for note in run.notes) == len(run.notes)  # each says why
     assert len(run.fleet.live) == 2
     assert run.transfer.client.is_complete
-    groups = [
-        asked["init_info"]["master_port"] for _, path, asked in run.calls if path == "/init_weight_transfer_engine"
-    ]
+    groups = [asked["init_info"]["master_port"] for _, path, asked in calls if path == "/init_weight_transfer_engine"]
     assert len(set(groups)) == (1 if path == "/get_world_size" else 2)  # there was none before the first answer
 
 
@@ -288,12 +206,12 @@ def test_vllm_must_be_importable(folders, monkeypatch):
         )
 
 
-def test_weights_that_are_not_finite_are_not_sent(start):
+def test_weights_that_are_not_finite_are_not_sent(start, calls):
     run = start("nccl", servers=1)
     run.weights.tensors["model.norm.weight"][0] = np.nan
     with pytest.raises(AssertionError):  # of FolderWeights
         run.sampler.sync_weights(2)
-    assert not run.paths(0)
+    assert not paths_of(run, calls, 0)
 
 
 def test_the_address_of_this_machine():
