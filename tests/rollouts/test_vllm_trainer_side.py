@@ -52,6 +52,19 @@ def test_updates_go_through_vllm(ended):
     assert done == [f"{name}, {restarts} restarts" for name, restarts in UPDATES.items()]
 
 
+def test_importing_it_prints_nothing_to_the_output():
+    code = (
+        "import logging\nfrom megatron_paint.rollouts.vllm.trainer_side import import_vllm\nimport_vllm('nccl')\n"
+        "from vllm.logger import init_logger\nlog = init_logger('vllm.x')\nlog.info('low')\nlog.warning('high')\n"
+    )
+    ended = subprocess.run(
+        [PYTHON, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stdout) == (0, "")
+    assert "high" in ended.stderr
+    assert "low" not in ended.stderr
+
+
 def test_the_stand_in_has_its_names(ended):
     _, api = ended
     for cls in (fake_vllm.ParamMeta, fake_vllm.NCCLTrainerInitInfo, fake_vllm.IPCTrainerInitInfo):

@@ -284,7 +284,7 @@ def test_groups_are_taken_down_where_nobody_can_be_waited_for(monkeypatch, ranks
         recorder = SimpleNamespace(prompts=None)
         return SimpleNamespace(
             policy=None,
-            sampler=SimpleNamespace(sync_weights=lambda step: None),
+            sampler=SimpleNamespace(sync_weights=lambda step: None, release_memory=lambda: None),
             problems=None,
             recorder=recorder,
             progress=None,

@@ -3,6 +3,8 @@
 vLLM is imported only here, and only if `rollout.vllm.transfer` is nccl or ipc.
 """
 
+import logging
+import os
 import pickle
 import threading
 from base64 import b64encode
@@ -21,7 +23,11 @@ if TYPE_CHECKING:
 
 
 def import_vllm(transfer: str) -> ModuleType:
-    """vLLM's module of weight transfers. UserError: it is not in the environment of the trainer."""
+    """vLLM's module of weight transfers. UserError: it is not in the environment of the trainer.
+
+    vLLM would write to the standard output, which is the run's own.
+    """
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     try:
         import vllm.distributed.weight_transfer as found
     except ImportError as error:
@@ -29,6 +35,7 @@ def import_vllm(transfer: str) -> ModuleType:
             f"rollout.vllm.transfer={transfer} needs vLLM 0.32 or newer in the Python environment of the trainer too, "
             f"and it cannot be imported ({error}): install it there, or set transfer to file"
         ) from error
+    logging.getLogger("vllm").setLevel(logging.WARNING)
     return found
 
 
