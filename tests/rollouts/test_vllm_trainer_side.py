@@ -98,7 +98,8 @@ def test_the_server_has_what_it_is_asked_for(ended):
     _, api = ended
     assert {"nccl", "ipc"} <= set(api["trainers"])
     assert {"nccl", "ipc"} <= set(api["workers"])
-    assert api["arguments"] == ["enable_sleep_mode", "weight_transfer_config"]
+    backends = {"file": ["megatron_paint_file", False], "nccl": ["nccl", False], "ipc": ["ipc", True]}
+    assert api["commands"] == backends
     asked = {
         "/init_weight_transfer_engine",
         "/shutdown_weight_transfer_engine",

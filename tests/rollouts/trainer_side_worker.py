@@ -16,10 +16,13 @@ from typing import Any
 import torch
 import vllm.distributed.weight_transfer as weight_transfer
 from vllm.distributed.weight_transfer import ipc_engine, nccl_engine, packed_tensor
-from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.rl.online.api_router import router as updates
 from vllm.entrypoints.serve.dev.sleep.api_router import router as sleeping
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from megatron_paint.config.vllm import VllmSettings
+from megatron_paint.rollouts.vllm.command import ServerOptions, server_command
 from tests.support.device_updates import Run
 from tests.support.tcp_group import TcpGroup
 
@@ -71,10 +74,18 @@ def api() -> dict[str, Any]:
         "trainers": sorted(weight_transfer.WeightTransferTrainerFactory._registry),
         "workers": sorted(weight_transfer.WeightTransferEngineFactory._registry),
         "routes": sorted(route.path for router in (updates, sleeping) for route in router.routes),
-        "arguments": sorted(
-            {"enable_sleep_mode", "weight_transfer_config"} & {f.name for f in dataclasses.fields(EngineArgs)}
-        ),
+        "commands": {transfer: parsed(transfer) for transfer in ("file", "nccl", "ipc")},
     }
+
+
+def parsed(transfer: str) -> list[Any]:
+    """What vLLM makes of the command of a server: the backend, and whether it can sleep."""
+    engine = ServerOptions(
+        settings=VllmSettings(), dtype="float32", logprobs_mode="raw_logprobs", on_gpus=False, transfer=transfer
+    )
+    command = server_command(engine, Path("model"), 8000)
+    found = make_arg_parser(FlexibleArgumentParser()).parse_args(command[3:])
+    return [found.weight_transfer_config.backend, found.enable_sleep_mode]
 
 
 def without_gpus(folder: Path) -> None:
