@@ -38,7 +38,7 @@ def train(
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     if fault:
         environment["STAND_IN_FAULT"] = json.dumps(fault | {"marker": str(folder / "marker")})
-    ours = f"transfer: {transfer}, hang_timeout_s: 6.0, command: {STAND_IN}, {SERVERS[transfer, layout]}"
+    ours = f"transfer: {transfer}, hang_timeout_s: 60.0, command: {STAND_IN}, {SERVERS[transfer, layout]}"
     text = settings.read_text().replace(
         "rollout: {",
         f"rollout: {{engine: vllm, transfer_bytes: 6000, vllm: {{{ours}, environment: {json.dumps(environment)}}}, ",

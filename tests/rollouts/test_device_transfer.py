@@ -46,7 +46,6 @@ def calls(monkeypatch) -> list[tuple[str, str, object]]:
 
 @pytest.fixture
 def start(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(fake_vllm, "LIMIT", 2.0)
     for name, module in fake_vllm.modules(tmp_path).items():
         monkeypatch.setitem(sys.modules, name, module)
     runs = []
@@ -139,9 +138,12 @@ def test_the_same_weights_are_sent_again_after_a_sleep(start):
         pytest.param("/reset_prefix_cache", 2, "exit", False, marks=pytest.mark.long),
     ],
 )
-def test_a_server_of_a_group_fails(path, count, do, together, start, calls, tmp_path):
+def test_a_server_of_a_group_fails(path, count, do, together, start, calls, tmp_path, monkeypatch):
     """Before the end of an update all servers are started again, after it the one; the next update has a new group."""
-    run = start("nccl", fault={"path": path, "count": count, "do": do})
+    if path == "/init_weight_transfer_engine":
+        monkeypatch.setattr(fake_vllm, "LIMIT", 5.0)  # so long does rank 0 wait for the servers
+    fault = {"path": path, "count": count, "do": do}
+    run = start("nccl", fault=fault, hang_timeout=5.0 if do == "hang" else 30.0)
     for number in (1, 2, 3):
         run.update(number)
     assert (tmp_path / "marker").exists()
@@ -164,7 +166,8 @@ def test_a_server_of_a_group_fails(path, count, do, together, start, calls, tmp_
     ],
 )
 def test_a_server_on_a_shared_gpu_fails_alone(path, count, do, start, tmp_path):
-    run = start("ipc", fault={"path": path, "count": count, "do": do})
+    fault = {"path": path, "count": count, "do": do}
+    run = start("ipc", fault=fault, hang_timeout=5.0 if do == "hang" else 30.0)
     run.fleet.sleep()
     for number in (1, 2, 3):
         run.update(number)

@@ -37,6 +37,7 @@ class Run:
         fault: dict | None = None,
         servers: int = 2,
         workers: int = 1,
+        hang_timeout: float = 30.0,
     ) -> None:
         """folders: of the models of the updates; the servers start with the first. folder: for what the run writes.
 
@@ -52,7 +53,7 @@ class Run:
             devices=("0",) * servers if transfer == "ipc" else (),
             tensor_parallel=workers,
             transfer=transfer,
-            hang_timeout_s=4.0,
+            hang_timeout_s=hang_timeout,
         )
         self.notes: list[str] = []
         engine = ServerOptions(
