@@ -18,6 +18,8 @@ LONGEST = (
     "reliability/test_exactness.py",
     "end_to_end/test_profile.py",
     "end_to_end/test_vllm.py",
+    "end_to_end/test_vllm_devices.py",
+    "rollouts/test_device_transfer.py",
     "search/test_search.py",
     "reliability/test_preflight.py",
     "mcore/test_vocabulary.py",

@@ -214,6 +214,36 @@ def of_vllm(rollout: RolloutSettings) -> Iterator[str]:
             f"rollout.vllm.devices has {len(vllm.devices)} entries for rollout.vllm.servers={vllm.servers}: give the "
             "GPUs of each server, such as ['6', '7']"
         )
+    yield from of_transfer(rollout)
+
+
+def of_transfer(rollout: RolloutSettings) -> Iterator[str]:
+    """How weights reach the servers of engine=vllm."""
+    vllm, name = rollout.vllm, f"rollout.vllm.transfer={rollout.vllm.transfer}"
+    if vllm.transfer == "file":
+        return
+    if rollout.lora_transfer == "adapter":
+        yield (
+            f"{name} sends complete weights, and rollout.lora_transfer=adapter sends adapters through files: set "
+            "lora_transfer to merged or transfer to file"
+        )
+    if vllm.transfer_folder is not None:
+        yield f"rollout.vllm.transfer_folder belongs to transfer=file, and {name} writes no files; leave it out"
+    if vllm.transfer == "ipc" and vllm.urls:
+        yield (
+            f"{name} shares the GPUs of the ranks with servers that the run starts, and rollout.vllm.urls names "
+            "servers that already run: leave urls out, or set transfer to nccl or file"
+        )
+    if vllm.transfer == "ipc" and not (vllm.urls or vllm.devices):
+        yield (
+            f"rollout.vllm.devices is not set, and {name} needs the GPUs of each server, such as ['0,1', '2,3']: they "
+            "are those of the ranks"
+        )
+    if vllm.transfer == "ipc" and rollout.ahead:
+        yield (
+            f"{name} lets the servers sleep while a step trains, and rollout.ahead=1 samples at that time: set ahead "
+            "to 0 or transfer to nccl or file"
+        )
 
 
 def of_grpo(objective: ObjectiveSettings, rollout: RolloutSettings) -> Iterator[str]:

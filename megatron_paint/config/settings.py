@@ -172,7 +172,11 @@ class RolloutSettings:
     batch_size: Annotated[Count, setting("most responses that one data-parallel replica decodes together")] = 64
     cache_bytes: Annotated[Positive, setting("bytes of keys and values that a rank may hold while it samples")] = 2.0e10
     transfer_bytes: Annotated[
-        Positive, setting("bytes of weights in one message to the servers of engine=vllm, or one module")
+        Positive,
+        setting(
+            "bytes of weights in one message to the servers of engine=vllm, or one module; with vllm.transfer nccl and "
+            "ipc also of the buffer on each GPU"
+        ),
     ] = 2.56e8
     lora_transfer: Annotated[
         Literal["merged", "adapter"],

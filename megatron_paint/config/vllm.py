@@ -1,11 +1,13 @@
 """Settings of vLLM as a rollout engine: where its servers are, how ours are started, and how weights reach them."""
 
 from dataclasses import field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from megatron_paint.config.dialect import Count, Number, Positive, Text, Whole, setting, settings_class
 
 VLLM = "vLLM's name and default"
+
+Transfer = Literal["file", "nccl", "ipc"]
 
 
 def logprobs_mode(temperature: float) -> str:
@@ -62,10 +64,17 @@ class VllmSettings:
     restarts: Annotated[
         Whole, setting("how often the run may restart servers that died; it cannot restart those of urls", ge=0)
     ] = 3
+    transfer: Annotated[
+        Transfer,
+        setting(
+            "how weights reach the servers: through files; nccl: from the GPU of rank 0 to servers on other GPUs; ipc: "
+            "to servers on the GPUs of the ranks, which sleep while a step trains. nccl and ipc never ran on a GPU yet"
+        ),
+    ] = "file"
     transfer_folder: Annotated[
         Text | None,
         setting(
-            "folder through which weights reach the servers, which ranks and servers see; null: /dev/shm, which is of "
-            "one machine"
+            "transfer=file: folder through which weights reach the servers, which ranks and servers see; null: "
+            "/dev/shm, which is of one machine"
         ),
     ] = None

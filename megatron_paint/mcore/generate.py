@@ -62,6 +62,9 @@ class MegatronSampler:
     def sync_weights(self, step: int) -> None:
         """Does nothing: sampler and trainer share their weights."""
 
+    def release_memory(self) -> None:
+        """Does nothing: there is no memory between calls."""
+
     def metrics(self) -> dict[str, float]:
         """Empty."""
         return {}

@@ -36,14 +36,7 @@ class StageWeights:
         return found | ({HEAD: found[EMBEDDING]} if self.shape.tied else {})
 
     def plan(self, message_bytes: int) -> list[list[str]]:
-        self.messages, filled = [], 0
-        for module in self._modules():
-            size = sum(self._nbytes(name) for name in module)
-            if not self.messages or filled + size > message_bytes:
-                self.messages.append([])
-                filled = 0
-            self.messages[-1] += module
-            filled += size
+        self._divide(message_bytes)
         return [
             [name for parameter in message for name in self._names(parameter)] if self._owns(number) else []
             for number, message in enumerate(self.messages)
@@ -92,6 +85,16 @@ class StageWeights:
             source=self.model.hf_path,
             tokenizer=self.model.adapter_path,
         )
+
+    def _divide(self, message_bytes: int) -> None:
+        self.messages, filled = [], 0
+        for module in self._modules():
+            size = sum(self._nbytes(name) for name in module)
+            if not self.messages or filled + size > message_bytes:
+                self.messages.append([])
+                filled = 0
+            self.messages[-1] += module
+            filled += size
 
     def _modules(self) -> Iterator[list[str]]:
         """The parameters of each of vLLM's modules; one of Megatron's is one of vLLM's, except that experts are one."""

@@ -63,5 +63,8 @@ class Sampler(Protocol):
     def sync_weights(self, step: int) -> None:
         """Makes the engine sample with the weights that training step `step` starts from; called before it samples."""
 
+    def release_memory(self) -> None:
+        """Called when nothing is sampled until the next `sync_weights`: the trainer needs the GPUs that they share."""
+
     def metrics(self) -> dict[str, float]:
         """What the engine measured since the last call, by the keys of metrics.jsonl; those of rank 0 are recorded."""

@@ -58,6 +58,9 @@ class ReplaySampler:
     def sync_weights(self, step: int) -> None:
         """Does nothing: recorded rollouts are of no weights."""
 
+    def release_memory(self) -> None:
+        """Does nothing: there is no memory between calls."""
+
     def metrics(self) -> dict[str, float]:
         """Empty."""
         return {}

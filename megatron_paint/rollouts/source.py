@@ -34,7 +34,9 @@ class RolloutSource:
     def rollouts(self, problems: Sequence[Problem], *, step: int) -> list[Rollout]:
         """All responses to the first problem, then all to the second, and so on."""
         self.sampler.sync_weights(step)
-        return self.sampler.generate(self.requests(problems, step=step), self.sampling)
+        rollouts = self.sampler.generate(self.requests(problems, step=step), self.sampling)
+        self.sampler.release_memory()
+        return rollouts
 
     def state_dict(self, *, wait: bool = True) -> dict[str, Any]:
         """What a checkpoint must hold, in JSON's types; empty: there is nothing. All ranks call together.

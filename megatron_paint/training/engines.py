@@ -1,7 +1,8 @@
 """The rollout engine of a run, by `rollout.engine`."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import EvaluateSettings, RolloutSettings, Settings
-from megatron_paint.config.vllm import logprobs_mode
+from megatron_paint.config.vllm import Transfer, VllmSettings, logprobs_mode
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.records import Problem
@@ -36,6 +37,7 @@ def start_servers(
     """
     if settings.rollout.engine != "vllm" or not settings.needs.samples_per_problem:
         return []
+    check_gpus(settings.rollout.vllm)
     run_folder = Path(settings.run.dir)
     fleet = new_fleet(
         settings.rollout,
@@ -45,10 +47,56 @@ def start_servers(
         remove=transfer_folder(settings.rollout, run_folder),
         note=note,
         lora_rank=settings.model.lora.rank if settings.rollout.lora_transfer == "adapter" else None,
+        transfer=settings.rollout.vllm.transfer,
     )
     stack.callback(fleet.close)
     fleet.start(Path(settings.model.hf_path).resolve())
+    if settings.rollout.vllm.transfer == "ipc":  # vLLM measures the memory that is free, so the trainer comes later
+        fleet.wait_until_ready()
+        fleet.sleep()
     return [fleet]
+
+
+def check_gpus(vllm: VllmSettings) -> None:
+    """UserError: weights cannot go from the GPUs of the ranks to those of the servers in the way that is asked for."""
+    import torch
+
+    if vllm.transfer == "file":
+        return
+    name = f"rollout.vllm.transfer={vllm.transfer}"
+    if not torch.cuda.is_available():
+        raise UserError(f"{name} sends weights from GPU to GPU, and this machine has none: set it to file")
+    from megatron_paint.rollouts.vllm.trainer_side import import_vllm
+
+    import_vllm(vllm.transfer)
+    own = gpus_of_ranks(os.environ, torch.cuda.device_count())
+    theirs = [gpu.strip() for group in vllm.devices for gpu in group.split(",")]
+    if own is None:
+        return
+    shared = [gpu for gpu in theirs if gpu in own]
+    if vllm.transfer == "nccl" and shared:
+        raise UserError(
+            f"rollout.vllm.devices names GPU {shared[0]} of the ranks, and NCCL cannot send from a GPU to itself: give "
+            "the servers other GPUs, or set rollout.vllm.transfer to ipc"
+        )
+    if vllm.transfer == "ipc" and len(shared) < len(theirs):
+        other = next(gpu for gpu in theirs if gpu not in own)
+        raise UserError(
+            f"rollout.vllm.devices names GPU {other}, which no rank has (theirs: {', '.join(own)}): {name} reads the "
+            "memory of the rank on the same GPU; give the servers GPUs of the ranks, or set it to nccl"
+        )
+
+
+def gpus_of_ranks(environment: Mapping[str, str], count: int) -> list[str] | None:
+    """The GPUs of the ranks on this machine, by the names that CUDA_VISIBLE_DEVICES takes.
+
+    count: GPUs that this process sees. None: it sees its own alone, whose name elsewhere is not known.
+    """
+    ranks = int(environment.get("LOCAL_WORLD_SIZE", 1))
+    if count < ranks or (count == 1 and "LOCAL_WORLD_SIZE" not in environment and "RANK" in environment):
+        return None
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    return (visible.split(",") if visible else [str(gpu) for gpu in range(count)])[:ranks]
 
 
 def new_fleet(
@@ -61,11 +109,12 @@ def new_fleet(
     remove: Path | None = None,
     temperature: float | None = None,
     lora_rank: int | None = None,
+    transfer: Transfer = "file",
 ) -> "Fleet":
     """A fleet without servers.
 
     remove: a folder that goes when this process dies. temperature: of the sampling; None: rollout's. lora_rank: of the
-    adapters that servers load; None: they load none.
+    adapters that servers load; None: they load none. transfer: how they get weights, if they get any.
     """
     import torch
 
@@ -85,6 +134,7 @@ def new_fleet(
         on_gpus=on_gpus,
         remove=remove,
         lora_rank=lora_rank,
+        transfer=transfer,
     )
     return Fleet(engine, vocab_size=shape.vocab_size, logs=logs, note=note)
 
@@ -172,17 +222,29 @@ def _vllm_sampler(
     settings: Settings, policy: "MegatronPolicy", ranks: "Ranks", fleet: "Fleet | None", stack: ExitStack
 ) -> Sampler:
     from megatron_paint.mcore.collectives import all_ranks_do, rank_zero_does
+    from megatron_paint.mcore.device_weights import ReplicaWeights
     from megatron_paint.mcore.weight_source import StageWeights
     from megatron_paint.rollouts.vllm.adapter_transfer import AdapterTransfer
+    from megatron_paint.rollouts.vllm.device_transfer import DeviceTransfer
     from megatron_paint.rollouts.vllm.file_transfer import FileTransfer
     from megatron_paint.rollouts.vllm.sampler import VllmSampler
     from megatron_paint.rollouts.vllm.spot_check import SpotCheck
 
     rollout, run_folder, on_rank_zero = settings.rollout, Path(settings.run.dir), partial(rank_zero_does, ranks)
     weights = StageWeights(policy.stage, policy.shape, ranks, settings.model)
-    folder = transfer_folder(rollout, run_folder)
+    folder, how = transfer_folder(rollout, run_folder), rollout.vllm.transfer
     if rollout.lora_transfer == "adapter":
         transfer = AdapterTransfer(weights, folder=folder, on_rank_zero=on_rank_zero)
+    elif how != "file":
+        weights = ReplicaWeights(policy.stage, policy.shape, ranks, settings.model, all_replicas=how == "ipc")
+        transfer = DeviceTransfer(
+            weights,
+            transfer=how,
+            rank=ranks.rank,
+            message_bytes=int(rollout.transfer_bytes),
+            on_rank_zero=on_rank_zero,
+            everyone=partial(all_ranks_do, ranks),
+        )
     else:
         transfer = FileTransfer(
             weights,

@@ -203,4 +203,5 @@ class Run:
         if self.evaluator is not None:
             self.sampler.sync_weights(step + 1)
             answers = self.evaluator.sample(self.sampler)
+            self.sampler.release_memory()
             self.on_rank_zero(lambda: self.recorder.evaluation(self.evaluator, answers, step))

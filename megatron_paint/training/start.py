@@ -83,6 +83,7 @@ def train(
         run = prepare(settings, ranks, inputs, own, mode=mode, prints_plan=prints_plan, stack=stack, request=request)
         run.sampler.sync_weights(run.start + 1)
         self_check(settings, run.policy, run.sampler, run.problems, run.recorder.prompts, run.progress)
+        run.sampler.release_memory()
         return run.train()
 
 

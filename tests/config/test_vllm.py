@@ -4,9 +4,11 @@ import pytest
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import settings_of
+from megatron_paint.config.saved import changes, forbidden_changes, settings_tree
 
 URLS = ["http://a:1", "http://b:1"]
 LORA = {"rank": 8, "alpha": 16.0}
+IPC = {"transfer": "ipc", "servers": 2, "devices": ["0", "1"]}
 
 
 def settings(rollout=None, model=None, objective=None, data=None):
@@ -65,6 +67,28 @@ def test_one_step_ahead_of_what():
         ({"engine": "vllm", "ahead": 2}, {}, "rollout.ahead"),
         ({"engine": "vllm", "ahead": 1, "temperature": 0.0}, {}, "rollout.temperature=0 samples without probabilities"),
         ({"engine": "vllm", "vllm": {"server": 2}}, {}, "rollout.vllm.server"),
+        ({"engine": "vllm", "vllm": {"transfer": "gloo"}}, {}, "rollout.vllm.transfer"),
+        (
+            {"engine": "vllm", "lora_transfer": "adapter", "vllm": {"transfer": "nccl"}},
+            {"lora": LORA},
+            "set lora_transfer to merged or transfer to file",
+        ),
+        (
+            {"engine": "vllm", "vllm": {"transfer": "nccl", "transfer_folder": "/shared"}},
+            {},
+            "rollout.vllm.transfer=nccl writes no files",
+        ),
+        (
+            {"engine": "vllm", "vllm": {"transfer": "ipc", "urls": URLS}},
+            {},
+            "rollout.vllm.transfer=ipc shares the GPUs of the ranks with servers that the run starts",
+        ),
+        ({"engine": "vllm", "vllm": {"transfer": "ipc"}}, {}, "rollout.vllm.devices is not set"),
+        (
+            {"engine": "vllm", "ahead": 1, "vllm": {"transfer": "ipc", "devices": ["0"]}},
+            {},
+            "rollout.ahead=1 samples at that time",
+        ),
         ({"engine": "vllm", "vllm": {"servers": 0}}, {}, "rollout.vllm.servers"),
     ],
 )
@@ -96,11 +120,18 @@ def test_grpo_needs_log_probabilities_where_vllm_has_them(sampling, known):
 
 
 def test_where_the_servers_are_may_change():
-    from megatron_paint.config.saved import changes, settings_tree
-
     old, new = settings({"engine": "vllm"}), settings({"engine": "vllm", "transfer_bytes": 1e6, "vllm": {"urls": URLS}})
     assert not changes(
         old=settings_tree(old), new=settings_tree(settings({"engine": "vllm", "vllm": {"environment": {"A": "b"}}}))
     )
     assert not changes(old=settings_tree(old), new=settings_tree(new))
     assert changes(old=settings_tree(old), new=settings_tree(settings())) == {"rollout.engine": ("vllm", "megatron")}
+
+
+@pytest.mark.parametrize("vllm", [{"transfer": "nccl"}, {"transfer": "nccl", "urls": URLS}, IPC])
+def test_transfers_between_gpus_need_no_gpu_to_be_valid(vllm):
+    """A run is refused when it starts; a resumed run may change the transfer."""
+    new = settings({"engine": "vllm", "vllm": vllm})
+    assert new.rollout.vllm.transfer == vllm["transfer"]
+    assert settings({"engine": "vllm"}).rollout.vllm.transfer == "file"
+    assert not forbidden_changes(old=settings_tree(settings({"engine": "vllm"})), new=settings_tree(new))

@@ -75,6 +75,31 @@ def test_ranks_share_the_writing(sent):
     assert len(writers) == LAYOUTS[layout].tp * LAYOUTS[layout].pp
 
 
+@pytest.mark.parametrize("which", ["first", "all"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_of_a_replica_have_each_complete_message(case, dtype, which, sent):
+    """For transfers between GPUs: on the ranks of the first replica, or of all of them; a tied head is no tensor."""
+    layout, out = sent
+    folder, wanted = out / f"{case}-{dtype}-{which}", weights(out / f"{case}-{dtype}-export")
+    plans = []
+    for rank in range(LAYOUTS[layout].processes):
+        plan, named, shapes = json.loads((folder / f"plan-{rank}.json").read_text())
+        plans.append(plan)
+        assert shapes == {name: list(tensor.shape) for name, tensor in wanted.items()}
+        takes_part = which == "all" or rank < LAYOUTS[layout].tp or layout != "tp2-dp2"
+        assert named == (plan if takes_part else [[] for _ in plan])
+        assert (folder / f"{rank}.st").exists() == takes_part
+        if takes_part:
+            found = load_file(folder / f"{rank}.st")
+            assert found.keys() == wanted.keys()
+            assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+            assert all(tensor.dtype == getattr(torch, dtype) for tensor in found.values())
+    assert all(plan == plans[0] for plan in plans)
+    assert len(plans[0]) > LAYOUTS[layout].pp
+    assert sorted(name for message in plans[0] for name in message) == sorted(wanted)
+
+
 def test_weights_that_are_not_finite_are_not_sent(sent):
     layout, out = sent
     told = [(out / f"told-{rank}").read_text() for rank in range(LAYOUTS[layout].processes)]

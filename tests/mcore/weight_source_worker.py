@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import MegatronSettings
+from megatron_paint.mcore.device_weights import ReplicaWeights
 from megatron_paint.mcore.policy import MegatronPolicy
 from megatron_paint.mcore.ranks import start_ranks, stop_ranks
 from megatron_paint.mcore.weight_source import StageWeights
@@ -36,6 +37,9 @@ def main() -> None:
             for size in SIZES:
                 send(weights, out / f"{name}-{dtype}-{size}", size, ranks.rank)
             weights.export(out / f"{name}-{dtype}-export")
+            for which in ("first", "all"):
+                complete = ReplicaWeights(policy.stage, shape, ranks, settings.model, all_replicas=which == "all")
+                send_complete(complete, out / f"{name}-{dtype}-{which}", ranks.rank)
     spoil(policy.stage, ranks)
     told = ""
     try:
@@ -54,6 +58,22 @@ def send(weights: StageWeights, folder: Path, size: int, rank: int) -> None:
         if tensors := weights.message(number):
             assert list(tensors) == plan[number]
             save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / f"{rank}-{number}.st")
+
+
+def send_complete(weights: ReplicaWeights, folder: Path, rank: int) -> None:
+    """What this rank has of all messages, in two passes, which must be alike."""
+    folder.mkdir(exist_ok=True)
+    plan = weights.plan(SIZES[1])
+    passes = [[weights.message(number) for number in range(len(plan))] for _ in range(2)]
+    named = [list(tensors) for tensors in passes[0]]
+    (folder / f"plan-{rank}.json").write_text(
+        json.dumps([plan, named, {name: list(shape) for name, shape in weights.shapes().items()}])
+    )
+    found, again = ({name: t for tensors in messages for name, t in tensors.items()} for messages in passes)
+    assert all(torch.equal(found[name], again[name]) for name in again)
+    assert all(tensor.is_contiguous() for tensor in found.values())
+    if found:
+        save_file(found, folder / f"{rank}.st")
 
 
 @torch.no_grad()

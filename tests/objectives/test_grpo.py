@@ -120,6 +120,9 @@ class Taught:
     def sync_weights(self, step):
         self.synced = step
 
+    def release_memory(self):
+        pass
+
     def update(self, samples, loss, *, lr):
         self.updates.append(samples)
         if len(self.updates) == self.not_finite_in:

@@ -36,6 +36,9 @@ class Notes:
     def sync_weights(self, step):
         pass
 
+    def release_memory(self):
+        pass
+
     def generate(self, requests, sampling):
         self.requests = requests
         return [

@@ -37,6 +37,9 @@ class Engine:
         self.done.append(("generate", [r.problem_id for r in requests]))
         return [self.rollout(request) for request in requests]
 
+    def release_memory(self):
+        """It has none."""
+
     def start(self, requests, sampling):
         assert self.pending is None
         self.done.append(("start", [r.problem_id for r in requests]))

@@ -210,3 +210,19 @@ def test_the_command_and_environment_of_a_server(tmp_path):
     assert found["CUDA_VISIBLE_DEVICES"] == "6,7"
     assert (found["HOME"], found["A"], found["VLLM_SERVER_DEV_MODE"]) == ("/h", "b", "1")
     assert not found.keys() & {"RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"}
+
+
+@pytest.mark.parametrize(("transfer", "sleeps"), [("nccl", False), ("ipc", True)])
+def test_the_command_and_environment_of_a_transfer_between_gpus(transfer, sleeps, tmp_path):
+    settings = VllmSettings(devices=("0",), transfer=transfer)
+    engine = ServerOptions(settings=settings, dtype="bfloat16", logprobs_mode="raw_logprobs", transfer=transfer)
+    command = server_command(engine, tmp_path, 8123)
+    assert json.loads(command[command.index("--weight-transfer-config") + 1]) == {"backend": transfer}
+    assert ("--enable-sleep-mode" in command) == sleeps
+    base = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "PYTORCH_ALLOC_CONF": "x"}
+    found = server_environment(engine, 0, base)
+    assert (found.get("VLLM_ALLOW_INSECURE_SERIALIZATION") == "1") == sleeps
+    assert found.keys() & base.keys() == (set() if sleeps else base.keys())
+    # An evaluation transfers nothing, whatever the settings of its run say.
+    engine = ServerOptions(settings=settings, dtype="bfloat16", logprobs_mode="raw_logprobs")
+    assert '{"backend": "megatron_paint_file"}' in server_command(engine, tmp_path, 8123)

@@ -1,6 +1,7 @@
 """Weights of a Hugging Face folder in memory as messages to an engine, without a trainer."""
 
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ FUSED = re.compile(r"\.(?:[qkv]_proj|gate_proj|up_proj|experts\..*)(?:\.weight)?
 
 
 class FolderWeights:
-    """Implements `rollouts.vllm.weights.WeightSource` with one rank."""
+    """Implements `rollouts.vllm.weights.WeightSource` with one rank, and `DeviceWeights` if nothing is tied."""
 
     def __init__(self, folder: Path, *, tied: bool) -> None:
         self.tied = tied
@@ -18,6 +19,7 @@ class FolderWeights:
 
     def take(self, folder: Path) -> None:
         """The weights from now on."""
+        self.folder = folder
         self.tensors = {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
         if self.tied:
             self.tensors["lm_head.weight"] = self.tensors["model.embed_tokens.weight"]
@@ -49,6 +51,15 @@ class FolderWeights:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
+    @property
+    def dtype(self) -> torch.dtype:
+        (dtype,) = {tensor.dtype for tensor in self.tensors.values()}
+        return dtype
+
+    def free_memory(self) -> None:
+        """There is none."""
+
     def export(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(self.folder / "config.json", folder)
         save_file(self.tensors, folder / "model.safetensors")

@@ -4,26 +4,34 @@ It keeps vLLM's traps: an update leaves the prefix cache, a failed update leaves
 response that was aborted, exit status 0 after a fault. STAND_IN_FAULT is JSON: {"path", "count", "do", "marker"}.
 At the count-th request to this path it does so, unless the file `marker` exists, which it makes. What it can do: exit,
 hang, status (500), abort, stale (forget an update), kept (leave the prefix cache), truncate (a file before it is
-read).
+read), leave (the group, in the middle of an update).
+
+Weights come through files, or from the trainer's side of `fake_vllm.py`. The server has --tensor-parallel-size workers:
+each is a member of the group, and each reads the buffer of the rank on its GPU.
 """
 
 import argparse
+import base64
 import copy
 import json
 import os
+import pickle
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 from safetensors.numpy import load_file
 
 from tests.support.numpy_qwen3 import NumpyQwen3, Past, log_softmax
+from tests.support.tcp_group import TcpGroup
 
 BLOCK = 16  # tokens; complete blocks of a prompt are cached
 
@@ -31,7 +39,7 @@ BLOCK = 16  # tokens; complete blocks of a prompt are cached
 class Engine:
     """The model, its weight version, and a prefix cache: keys, values and last logits of prompts that it has seen."""
 
-    def __init__(self, model: str, *, raw: bool, longest: int | None) -> None:
+    def __init__(self, model: str, *, raw: bool, longest: int | None, workers: int = 1) -> None:
         self.model = NumpyQwen3(model)
         self.raw, self.longest = raw, longest or self.model.config["max_position_embeddings"]
         self.version, self.paused, self.updating = "default", False, False
@@ -40,6 +48,11 @@ class Engine:
         self.lock = threading.Lock()
         self.loaded: set[str] = set()
         self.computed = 0.0
+        self.workers = workers
+        self.groups: list[TcpGroup] = []  # of each worker
+        self.packed_bytes = 0
+        self.leaves = False  # in the middle of the next update
+        self.asleep: set[str] = set()  # what has no memory
 
     def load_adapter(self, name: str, path: str) -> None:
         """A copy of the model with the adapter merged. The files must exist as long as it is loaded."""
@@ -95,6 +108,69 @@ class Engine:
         logits, past = self.cache[name, prompt]
         return logits, dict(past)
 
+    def join(self, info: dict) -> None:
+        """Each worker joins the trainer's group, at the same time."""
+        assert info["packed"]
+        self.packed_bytes = info["packed_buffer_size_bytes"]
+        place = (info["master_address"], info["master_port"])
+        with ThreadPoolExecutor(self.workers) as executor:
+            ranks = range(info["rank_offset"], info["rank_offset"] + self.workers)
+            self.groups = list(executor.map(lambda rank: TcpGroup(*place, rank, info["world_size"]), ranks))
+
+    def leave(self) -> None:
+        for group in self.groups:
+            group.destroy()
+        self.groups = []
+
+    def sleep(self) -> None:
+        """What it held is lost."""
+        self.asleep = {"weights", "kv_cache"}
+        self.cache.clear()
+        for tensor in self.model.weights.values():
+            tensor.fill(np.nan)
+
+    def wake(self, tag: str) -> None:
+        assert tag in self.asleep
+        assert tag == "weights" or not self.updating  # the memory of keys and values is not needed before
+        self.asleep.remove(tag)
+
+    def broadcast(self, info: dict) -> None:
+        """An update by broadcasts. A chunk ends with the tensor that makes it larger than the buffer."""
+        entries, chunk, size = list(described(info)), [], 0
+        for number, entry in enumerate(entries):
+            chunk.append(entry)
+            size += entry[2]
+            if size > self.packed_bytes or number == len(entries) - 1:
+                contents = {group.receive() for group in self.groups}
+                assert len(contents) == 1  # the same for all workers
+                self.unpack(chunk, contents.pop())
+                chunk, size = [], 0
+                if self.leaves:
+                    self.leave()
+                    raise RuntimeError("NCCL error")
+
+    def share(self, info: dict) -> None:
+        """An update from memory of the ranks on the GPUs of this server."""
+        assert os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "1"
+        handles = pickle.loads(base64.b64decode(info["ipc_handles_pickled"]))
+        contents = set()
+        for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(","):
+            path, size = handles[f"GPU-{gpu}"]
+            assert os.path.getsize(path) == size
+            contents.add(Path(path).read_bytes()[: sum(info["tensor_sizes"])])
+        assert len(contents) == 1
+        entries = list(described(info))
+        assert [size for _, _, size in entries] == info["tensor_sizes"]
+        self.unpack(entries, contents.pop())
+
+    def unpack(self, entries: list, content: bytes) -> None:
+        assert sum(size for _, _, size in entries) == len(content)
+        for name, shape, size in entries:
+            raw, content = content[:size], content[size:]
+            assert self.model.weights[name].shape == shape
+            self.model.weights[name] = np.frombuffer(raw, np.float32).reshape(shape).astype(np.float64)
+            self.loaded.add(name)
+
     def update(self, files: dict) -> None:
         if not self.updating:
             raise RuntimeError("no update was started")
@@ -115,6 +191,9 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     engine: Engine
     fault: dict
+    backend: str
+    sleeps: bool
+    asked: dict[str, list[str]]
     broken = False  # after a failed update
     seen: ClassVar[dict[str, int]] = {}
 
@@ -128,6 +207,7 @@ class Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         body = json.loads(self.rfile.read(length) or b"{}")
         path, engine = urlsplit(self.path).path, self.engine
+        self.asked = parse_qs(urlsplit(self.path).query)
         self.seen[path] = self.seen.get(path, 0) + 1
         does = self.does(path)
         if does == "exit":
@@ -160,6 +240,7 @@ class Handler(BaseHTTPRequestHandler):
             case "/inference/v1/generate":
                 assert not engine.updating
                 assert not engine.paused
+                assert not engine.asleep
                 choice = engine.sample(body["token_ids"], body["sampling_params"], body.get("model"))
                 if does == "abort":
                     choice |= {"finish_reason": "abort"}
@@ -168,11 +249,32 @@ class Handler(BaseHTTPRequestHandler):
                 engine.paused = True
             case "/resume":
                 engine.paused = False
+            case "/get_world_size":
+                return {"world_size": engine.workers}
+            case "/shutdown_weight_transfer_engine":
+                engine.leave()
             case "/init_weight_transfer_engine":
-                self.seen["tensors"] = body["init_info"]["tensors"]
+                info = body["init_info"]
+                self.seen["tensors"] = info.get("tensors") or len(engine.model.weights)
+                if self.backend == "nccl":
+                    engine.join(info)
+            case "/sleep":
+                assert self.sleeps
+                assert self.asked == {"level": ["2"], "mode": ["wait"]}
+                engine.sleep()
+            case "/wake_up":
+                (tag,) = self.asked["tags"]
+                engine.wake(tag)
+                return {"status": "sleeping" if engine.asleep else "awake", "tags": [tag]}
             case "/start_weight_update":
                 assert not engine.updating
+                assert "weights" not in engine.asleep
                 engine.updating, engine.loaded = True, set()
+            case "/update_weights" if self.backend == "nccl":
+                engine.leaves = does == "leave"
+                engine.broadcast(body["update_info"])
+            case "/update_weights" if self.backend == "ipc":
+                engine.share(body["update_info"])
             case "/update_weights":
                 files = body["update_info"]["files"]
                 if does == "truncate":
@@ -216,15 +318,27 @@ class Handler(BaseHTTPRequestHandler):
         """Prints nothing."""
 
 
+def described(info: dict) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """Name, shape and bytes of each tensor of an update."""
+    for name, dtype, shape in zip(info["names"], info["dtype_names"], info["shapes"], strict=True):
+        assert dtype == "float32"
+        yield name, tuple(shape), 4 * int(np.prod(shape))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--weight-transfer-config", type=json.loads, default={"backend": "none"})
+    parser.add_argument("--enable-sleep-mode", action="store_true")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
     for name in ("--model", "--logprobs-mode"):
         parser.add_argument(name)
     for name in ("--port", "--max-model-len"):
         parser.add_argument(name, type=int)
     options, _ = parser.parse_known_args()
     raw = options.logprobs_mode == "raw_logprobs"
-    Handler.engine = Engine(options.model, raw=raw, longest=options.max_model_len)
+    workers = options.tensor_parallel_size
+    Handler.engine = Engine(options.model, raw=raw, longest=options.max_model_len, workers=workers)
+    Handler.backend, Handler.sleeps = options.weight_transfer_config["backend"], options.enable_sleep_mode
     Handler.fault = json.loads(os.environ.get("STAND_IN_FAULT", "{}"))
     ThreadingHTTPServer(("127.0.0.1", options.port), Handler).serve_forever()
 

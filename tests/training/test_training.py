@@ -58,13 +58,17 @@ class Notes(list):
         return "answers"
 
     def sync_weights(self, step):
-        self.synced = step
+        self.synced, self.released = step, False
+
+    def release_memory(self):
+        self.released = True
 
     def metrics(self):
         return {}
 
     def report(self, answers, *, step, benchmark, graders):
         assert self.synced == step + 1  # it samples with the weights after this step
+        assert self.released
         self.append(("evaluate", step))
         return build_report(step, benchmark, [ANSWER])
 
@@ -287,7 +291,7 @@ def test_groups_are_taken_down_where_nobody_can_be_waited_for(monkeypatch, ranks
         recorder = SimpleNamespace(prompts=None)
         return SimpleNamespace(
             policy=None,
-            sampler=SimpleNamespace(sync_weights=lambda step: None),
+            sampler=SimpleNamespace(sync_weights=lambda step: None, release_memory=lambda: None),
             problems=None,
             recorder=recorder,
             progress=None,

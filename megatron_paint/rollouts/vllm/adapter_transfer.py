@@ -15,6 +15,7 @@ class AdapterTransfer:
     the old one.
     """
 
+    shares_gpus = False
     init_info = None  # vLLM's engine of weight transfers is not used
 
     def __init__(self, weights: WeightSource, *, folder: Path, on_rank_zero: OnRankZero):

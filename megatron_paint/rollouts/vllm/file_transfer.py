@@ -49,6 +49,8 @@ class FileTransfer:
     folder every message has a new name, because another machine may still hold the old content under the old name.
     """
 
+    shares_gpus = False
+
     def __init__(
         self,
         weights: WeightSource,

@@ -17,7 +17,7 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.records import Rollout
 from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
 from megatron_paint.rollouts.vllm.balance import balanced
-from megatron_paint.rollouts.vllm.client import Client, ServerError, check_requests
+from megatron_paint.rollouts.vllm.client import Client, ServerError, check_requests, field_of
 from megatron_paint.rollouts.vllm.command import ServerOptions, server_command, server_environment
 from megatron_paint.rollouts.vllm.process import ServerProcess, free_port
 from megatron_paint.runtime.heartbeat import mark_progress
@@ -36,6 +36,7 @@ class Server:
     process: ServerProcess | None  # None: given by a URL
     failed: str | None = None  # why it is not used any more
     longest: int = 0  # most tokens of a prompt and its response
+    asleep: bool = False  # it has no weights, and no memory for keys and values
 
     @property
     def name(self) -> str:
@@ -179,9 +180,14 @@ class Fleet:
         self.run(self._each(self.live, load, "loading an adapter"))
 
     def begin_update(self) -> None:
-        """Waits until no server samples any more, and opens the update of all of them."""
+        """Waits until no server samples any more, and opens the update of all of them.
+
+        A server that sleeps gets memory for its weights, and `finish_update` gives it that for keys and values.
+        """
 
         async def begin(server: Server) -> None:
+            if server.asleep:
+                await self._wake(server, "weights")
             await server.client.call("POST", "/pause", params={"mode": "wait"})
             await server.client.call("POST", "/start_weight_update")
 
@@ -202,12 +208,44 @@ class Fleet:
         async def finish(server: Server) -> None:
             call = server.client.call
             await call("POST", "/finish_weight_update", json={"weight_version": version})
+            if server.asleep:
+                if (state := await self._wake(server, "kv_cache")) != "awake":
+                    raise ServerError(f"it is {state} after it was woken up")
+                server.asleep = False
             await self._forget_prefixes(server)
             if (held := await server.client.weight_version()) != version:
                 raise ServerError(f"it holds weights {held} after an update to {version}")
             await call("POST", "/resume")
 
         self.run(self._each(self.live, finish, "finishing an update"))
+
+    def sleep(self) -> None:
+        """Makes the live servers give back the GPU memory of their weights, keys and values (vLLM's level 2)."""
+
+        async def sleep(server: Server) -> None:
+            await server.client.call("POST", "/sleep", params={"level": 2, "mode": "wait"})
+            server.asleep = True
+
+        self.run(self._each(self.live, sleep, "going to sleep"))
+
+    def call_all(self, act: Callable[[Server], Awaitable[None]]) -> None:
+        """Does something with all live servers. ServerError: the first of them that failed; the rest is cancelled."""
+
+        async def named(server: Server) -> None:
+            try:
+                await act(server)
+            except ServerError as error:
+                raise ServerError(f"{server.name}: {error}") from error
+
+        self.run(all_of(named(server) for server in self.live))
+
+    def fail_all(self, reason: str) -> None:
+        """Uses no server any more until it is started again."""
+
+        async def fail(server: Server) -> None:
+            raise ServerError("its weights are not known")
+
+        self.run(self._each(self.live, fail, reason))
 
     def call_each(self, act: Callable[[Server], Awaitable[None]], what: str) -> None:
         """Does something with every live server; one that fails is not used any more."""
@@ -296,6 +334,10 @@ class Fleet:
 
     async def _name_version(self, server: Server, version: str) -> None:
         await server.client.call("POST", "/update_weight_version", json={"new_version": version})
+
+    async def _wake(self, server: Server, tag: str) -> str:
+        """Gives a sleeping server memory for its `weights` or its `kv_cache`. Returns whether it is awake then."""
+        return str(field_of(await server.client.call("POST", "/wake_up", params={"tags": tag}), "status"))
 
     async def _forget_prefixes(self, server: Server) -> None:
         """An update leaves the keys and values of old weights in the prefix cache; the next prompt would read them."""

@@ -63,8 +63,8 @@ class ServerProcess:
         return ""
 
 
-def free_port() -> int:
-    """A port of the loopback interface that is free now."""
+def free_port(address: str = "127.0.0.1") -> int:
+    """A port that is free now at an address of this machine."""
     with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
+        found.bind((address, 0))
         return found.getsockname()[1]

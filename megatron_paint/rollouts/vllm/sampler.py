@@ -20,6 +20,8 @@ from megatron_paint.runtime.rank_zero import OnRankZero
 class Transfer(Protocol):
     """How the trainer's weights reach the servers."""
 
+    shares_gpus: bool  # the servers are on the GPUs of the ranks, and sleep while a step trains
+
     def send(self, fleet: Fleet | None, version: str) -> None:
         """One update of all live servers. All ranks call together; `fleet` is None on all ranks but 0."""
 
@@ -105,11 +107,20 @@ class VllmSampler:
             return
         self.on_rank_zero(self._wait)
         start = time.perf_counter()
+        if self.transfer.shares_gpus:
+            self.weights.free_memory()
         self._revive(before=True)
         self.transfer.send(self.fleet, version)
         self.version, self.checked = version, False
         self._revive()
         self._measured["rollout/update_seconds"] = time.perf_counter() - start
+
+    def release_memory(self) -> None:
+        """Lets servers on the GPUs of the ranks sleep. They drop their weights, so the next update sends them again."""
+        if self.transfer is None or not self.transfer.shares_gpus or self.version is None:
+            return
+        self.on_rank_zero(lambda: self.fleet.sleep())
+        self.version = None
 
     def metrics(self) -> dict[str, float]:
         """What was measured since the last call."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, dtype
 
 
 class WeightSource(Protocol):
@@ -35,3 +35,21 @@ class WeightSource(Protocol):
 
     def export_adapters(self, folder: Path) -> None:
         """Writes a PEFT folder of the current adapters."""
+
+
+class DeviceWeights(WeightSource, Protocol):
+    """The same for a transfer between GPUs: tensors stay on the device of the rank, and no rank has a part alone."""
+
+    dtype: "dtype"  # of every tensor
+
+    def plan(self, message_bytes: int) -> list[list[str]]:
+        """The names of the tensors in each message, of all pipeline stages in their order; the same on every rank."""
+
+    def message(self, number: int) -> "Mapping[str, Tensor]":
+        """All tensors of a message, in the order of the plan, on each rank that takes part; empty on the others.
+
+        All ranks call together. Nothing that computes on the device is under way when it returns.
+        """
+
+    def free_memory(self) -> None:
+        """Gives memory that this rank keeps for later back to the device."""
