@@ -106,7 +106,7 @@ def test_faults(model, tmp_path):
     check(tmp_path / "run", steps=6)
     notes = [json.loads(line).get("message", "") for line in ended.out[0].splitlines()]
     notes = [note for note in notes if "is started again" in note]
-    assert [note.split()[2] for note in notes] == ["0", "1", "0", "0", "1"]
+    assert [note.split()[2] for note in notes] == ["0", "1", "0", "1", "0"]
     assert [note.partition("because it failed: ")[2].partition(":")[0] for note in notes] == [
         "sampling",
         "updating weights",
