@@ -319,8 +319,10 @@ def test_one_step_ahead(layout, cut, model, tmp_path):
 @pytest.mark.parametrize("do", ["exit", "hang"])
 def test_a_server_fails_ahead(do, model, tmp_path):
     """While a step trains. The other server samples its prompts, with the same weights."""
-    settings = write_settings(tmp_path, model, fault={"path": "/inference/v1/generate", "count": MODE + 9, "do": do})
-    ended = forked_ranks.train(tmp_path, settings, AHEAD)
+    first_ahead = MODE + 2 + 2 + 2 + 1  # after the spot check, its part of the self-check and of step 1
+    fault = {"path": "/inference/v1/generate", "count": first_ahead, "do": do}
+    settings = write_settings(tmp_path, model, fault=fault)
+    ended = forked_ranks.train(tmp_path, settings, AHEAD, "evaluation.problems=null")
     assert ended.statuses == [0, 0], ended
     assert (tmp_path / "marker").exists()
     check(tmp_path / "run", ahead=1)
@@ -328,9 +330,10 @@ def test_a_server_fails_ahead(do, model, tmp_path):
 
 def test_all_servers_fail_ahead(model, tmp_path):
     """What they had not sampled is sampled in its step, with the weights of that step."""
-    fault = {"path": "/inference/v1/generate", "count": MODE + 9, "do": "exit"}
+    first_ahead = MODE + 2 + 4 + 4 + 1  # after the spot check, the self-check and step 1
+    fault = {"path": "/inference/v1/generate", "count": first_ahead, "do": "exit"}
     settings = write_settings(tmp_path, model, fault=fault)
-    ended = forked_ranks.train(tmp_path, settings, AHEAD, "rollout.vllm.servers=1")
+    ended = forked_ranks.train(tmp_path, settings, AHEAD, "rollout.vllm.servers=1", "evaluation.problems=null")
     assert ended.statuses == [0, 0], ended
     assert (tmp_path / "marker").exists()
     behind = [(sample["step"], sample["origin"]["behind"]) for sample in samples_of(tmp_path / "run")]
