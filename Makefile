@@ -20,7 +20,7 @@ PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=25 $(OP
 STARTS = end_to_end reliability slurm gpu convert mcore losses/test_losses_parallel.py losses/test_losses_triton.py \
     objectives/test_add_an_objective.py planning/test_measured.py search/test_search.py tools/test_testbed.py
 
-.PHONY: help quickstart testbed testbed-full test check test-all test-slurm test-vllm soak test-gpu bench install
+.PHONY: help quickstart testbed testbed-full test check test-all test-slurm test-vllm test-vllm-all soak test-gpu bench install
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -56,10 +56,15 @@ test-all: $(READY)
 test-slurm: $(READY)
 	$(PYTEST) -n 0 -rP $(OPTIONS) tests/slurm
 
-## make test-vllm VLLM=PYTHON   the tests that talk to vLLM itself, in the environment of this Python (docs/vllm.md)
+## make test-vllm VLLM=PYTHON   tests that talk to vLLM itself, in the environment of this Python (docs/vllm.md)
 test-vllm: $(READY)
 	$(VLLM) -m pip install -q --no-deps -e .
-	MEGATRON_PAINT_VLLM=$(VLLM) $(PYTEST) -m vllm -n 0 $(OPTIONS) tests/rollouts
+	MEGATRON_PAINT_VLLM=$(VLLM) $(PYTEST) -m vllm -n 0 $(OPTIONS) tests/rollouts tests/end_to_end/test_real_vllm.py::test_a_run
+
+## make test-vllm-all VLLM=PYTHON   all of them, with adapters, one step ahead and faults
+test-vllm-all: $(READY)
+	$(VLLM) -m pip install -q --no-deps -e .
+	MEGATRON_PAINT_VLLM=$(VLLM) $(PYTEST) -m vllm -n 0 $(OPTIONS) tests/rollouts tests/end_to_end
 
 ## make soak         a run whose ranks are killed 100 times, and which resumes each time
 soak: $(READY)

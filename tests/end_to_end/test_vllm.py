@@ -4,11 +4,12 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
 
@@ -17,11 +18,13 @@ import pytest
 from megatron_paint.config.settings import RolloutSettings
 from megatron_paint.training.engines import transfer_folder
 from tests.support import forked_ranks, tiny
+from tests.support.ports import free_port
 from tests.support.results import metrics
+from tests.support.served_runs import SAMPLES, STEPS, check, samples_of, servers_in
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = f"[{sys.executable},-m,tests.support.vllm_stand_in]"
-STEPS, SAMPLES = 3, 4
+MODE = 8  # requests that ask a server for its --logprobs-mode, before any other
 TP, PP = "tensor_model_parallel_size: 2, sequence_parallel: true", "pipeline_model_parallel_size: 2"
 LAYOUTS = {"dp2": (2, ""), "tp2": (2, TP), "tp2-pp2": (4, f"{TP}, {PP}")}
 
@@ -47,36 +50,6 @@ def write_settings(folder: Path, model: tuple[Path, Path], *, layout: str = "", 
         text.replace("steps: 4, save_every: 2, evaluate_every: 2", f"steps: {STEPS}, save_every: 2, evaluate_every: 3")
     )
     return settings
-
-
-def samples_of(run: Path, *, steps: int = STEPS) -> list[dict]:
-    """All samples of a finished run, which must be complete."""
-    files = sorted((run / "samples").glob("step_*.jsonl"))
-    assert len(files) == steps
-    lines = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
-    assert [len(step) for step in lines] == [SAMPLES] * steps
-    return [line for step in lines for line in step]
-
-
-def check(run: Path, *, ahead: int = 0, in_step: tuple[int, ...] = (1,)) -> None:
-    """Every token was sampled with the weights that its step started from, and no weight is the trainer's alone.
-
-    ahead: 1 for weights one step older. in_step: the steps whose rollouts are of the current weights nevertheless.
-    """
-    for sample in samples_of(run):
-        (span,) = sample["origin"]["weights"]
-        assert (span["start"], span["end"]) == (0, len(sample["response_ids"]))
-        behind = ahead * (sample["step"] not in in_step)
-        assert sample["origin"]["behind"] == behind
-        assert int(span["version"].partition("/")[2]) == sample["step"] - 1 - behind
-        assert sample["origin"]["finish_reason"] == ("stop" if sample["finished"] else "length")
-    for step in metrics(run):
-        if ahead and step["step"] not in in_step:
-            assert step["sampler_gap/max"] is None
-        else:
-            assert 0 < step["sampler_gap/max"] < 1e-4  # the sampled tokens' log-probabilities are the trainer's
-        if not ahead or step["step"] < STEPS:  # in the last step nothing is sampled ahead
-            assert step["rollout/spot_check_gap"] < 1e-4
 
 
 def servers_of(folder: Path) -> list[Path]:
@@ -105,8 +78,7 @@ def test_a_run(layout, model, tmp_path):
     ended = forked_ranks.train(tmp_path, settings, processes=processes)
     assert ended.statuses == [0] * processes, ended
     check(tmp_path / "run")
-    servers = {sample["origin"]["server"] for sample in samples_of(tmp_path / "run")}
-    assert len(servers) == 2
+    assert len(servers_in(tmp_path / "run")) == 2
     assert len(list((tmp_path / "run" / "eval").glob("*.json"))) == 2
     assert not servers_of(model[0])
     assert not transfer_of(tmp_path / "run").exists()
@@ -116,7 +88,7 @@ def test_a_run(layout, model, tmp_path):
 def failures() -> list:
     """(path, count, what the server does). `make test` has each path and each kind of failure once or twice."""
     places = {
-        "/inference/v1/generate": (9, "exit"),
+        "/inference/v1/generate": (MODE + 9, "exit"),
         "/start_weight_update": (2, "status"),
         "/update_weights": (4, "hang"),
         "/finish_weight_update": (2, "exit"),
@@ -150,7 +122,7 @@ LORA = "model.lora={rank: 4, alpha: 8.0}"
 def test_adapters(layout, transfer, model, tmp_path):
     """Both ways give the same tokens. One server fails on the way."""
     processes, megatron = LAYOUTS[layout]
-    fault = {"path": "/inference/v1/generate", "count": 12, "do": "exit"}
+    fault = {"path": "/inference/v1/generate", "count": MODE + 12, "do": "exit"}
     settings = write_settings(tmp_path, model, layout=megatron, fault=fault)
     ended = forked_ranks.train(tmp_path, settings, LORA, f"rollout.lora_transfer={transfer}", processes=processes)
     assert ended.statuses == [0] * processes, ended
@@ -160,7 +132,7 @@ def test_adapters(layout, transfer, model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("path", "count", "do"), [("/inference/v1/generate", 9, "abort"), ("/update_weights", 4, "truncate")]
+    ("path", "count", "do"), [("/inference/v1/generate", MODE + 9, "abort"), ("/update_weights", 4, "truncate")]
 )
 def test_wrong_answers(path, count, do, model, tmp_path):
     settings = write_settings(tmp_path, model, fault={"path": path, "count": count, "do": do})
@@ -201,14 +173,48 @@ def test_a_shared_folder(model, tmp_path):
     assert not list((tmp_path / "shared").iterdir())
 
 
+def with_urls(settings: Path, *urls: str, **more: float) -> Path:
+    """The settings with servers that already run."""
+    text = settings.read_text()
+    ours = text[text.index("vllm: {") : text.index("max_new_tokens: ")]
+    theirs = f"vllm: {json.dumps({'urls': urls, **more})}, "
+    settings.write_text(text.replace(ours, theirs))
+    return settings
+
+
+@contextmanager
+def running_server(model: Path, *options: str) -> Iterator[str]:
+    """The address of a stand-in that a user has started."""
+    port = free_port()
+    command = [sys.executable, "-m", "tests.support.vllm_stand_in", "--model", str(model), "--port", str(port)]
+    with subprocess.Popen([*command, *options], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+        yield f"http://127.0.0.1:{port}"
+        process.kill()
+
+
+@pytest.mark.parametrize(("temperature", "needed"), [(1.0, "raw_logprobs"), (0.9, "processed_logprobs")])
+@pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logprobs"])
+def test_servers_that_already_run(mode, temperature, needed, model, tmp_path):
+    """They need the mode of log-probabilities that fits the temperature. The message names it."""
+    settings = write_settings(tmp_path, model)
+    with running_server(model[0], "--logprobs-mode", mode) as url:
+        with_urls(settings, url)
+        ended = forked_ranks.train(tmp_path, settings, f"rollout.temperature={temperature}")
+    if mode == needed:
+        assert ended.statuses == [0, 0], ended
+        check(tmp_path / "run")
+        return
+    assert ended.message == (
+        f"megatron-paint: error: vLLM server 0 ({url}) runs with --logprobs-mode {mode}, and the run needs {needed}: "
+        f"start it with --logprobs-mode {needed}"
+    )
+
+
 def test_a_port_that_answers_nothing(model, tmp_path):
     settings = write_settings(tmp_path, model)
-    text = settings.read_text()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        ours = text[text.index("vllm: {") : text.index("max_new_tokens: ")]
-        theirs = f"vllm: {{urls: ['{url}'], start_timeout_s: 1.0, hang_timeout_s: 0.5}}, "
-        settings.write_text(text.replace(ours, theirs))
+        with_urls(settings, url, start_timeout_s=1.0, hang_timeout_s=0.5)
         message = forked_ranks.train(tmp_path, settings).message
     assert f"vLLM server 0 ({url}) does not start: " in message
     assert "start_timeout_s=1" in message
@@ -222,6 +228,13 @@ def test_a_server_that_does_not_start(model, tmp_path):
     assert "does not start" in message
     assert "SystemError: no GPU" in message
     assert "vllm_server_0.log" in message
+
+
+def test_an_option_that_changes_the_log_probabilities(model, tmp_path):
+    settings = write_settings(tmp_path, model)
+    more = "rollout.vllm.extra_args=[--logprobs-mode,processed_logprobs]"
+    message = forked_ranks.train(tmp_path, settings, more).message
+    assert "runs with --logprobs-mode processed_logprobs, and the run needs raw_logprobs: leave" in message
 
 
 def test_restarts_have_an_end(model, tmp_path):
@@ -259,7 +272,7 @@ def test_a_killed_run_goes_on(model, tmp_path):
 
 AHEAD = "rollout.ahead=1"
 NO_EVALUATION = "evaluation.problems=null"
-# By then a server has seen the spot check, the self-check and the rollouts of step 1.
+# Counted after the spot check, the self-check and the rollouts of step 1.
 WHILE_STEP_1_TRAINS = {"path": "/inference/v1/generate"}
 CUT = ("rollout.temperature=0.9", "rollout.top_k=40")  # vLLM has no log-probabilities of these
 
@@ -316,7 +329,7 @@ def test_one_step_ahead(layout, cut, model, tmp_path):
 @pytest.mark.parametrize("do", ["exit", pytest.param("hang", marks=pytest.mark.long)])
 def test_a_server_fails_ahead(do, model, tmp_path):
     """While step 1 trains. The other server samples its prompts, with the same weights."""
-    settings = write_settings(tmp_path, model, fault=WHILE_STEP_1_TRAINS | {"count": 8, "do": do})
+    settings = write_settings(tmp_path, model, fault=WHILE_STEP_1_TRAINS | {"count": MODE + 8, "do": do})
     ended = forked_ranks.train(tmp_path, settings, AHEAD, NO_EVALUATION)
     assert ended.statuses == [0, 0], ended
     assert (tmp_path / "marker").exists()
@@ -330,7 +343,7 @@ def test_a_server_fails_ahead(do, model, tmp_path):
 
 def test_all_servers_fail_ahead(model, tmp_path):
     """What they had not sampled of step 2 is sampled in it, with the weights of that step."""
-    settings = write_settings(tmp_path, model, fault=WHILE_STEP_1_TRAINS | {"count": 12, "do": "exit"})
+    settings = write_settings(tmp_path, model, fault=WHILE_STEP_1_TRAINS | {"count": MODE + 12, "do": "exit"})
     ended = forked_ranks.train(tmp_path, settings, AHEAD, NO_EVALUATION, "rollout.vllm.servers=1")
     assert ended.statuses == [0, 0], ended
     assert (tmp_path / "marker").exists()
@@ -370,7 +383,7 @@ def test_adapters_ahead(model, tmp_path):
 
 def test_a_stop_does_not_wait_for_servers(model, tmp_path):
     """The run is told to stop in step 2. What a server does not complete is sampled in step 3, by its own weights."""
-    settings = write_settings(tmp_path, model, fault=WHILE_STEP_1_TRAINS | {"count": 11, "do": "hang"})
+    settings = write_settings(tmp_path, model, fault=WHILE_STEP_1_TRAINS | {"count": MODE + 11, "do": "hang"})
     given = ("train", settings, AHEAD, NO_EVALUATION, "rollout.vllm.hang_timeout_s=600", "--json")
     ended = forked_ranks.run(tmp_path, *given, target="tests.reliability.spoilt:signalled", limit=120.0)
     assert ended.statuses == [75, 75], ended  # it stopped before its end

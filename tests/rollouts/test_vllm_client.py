@@ -1,6 +1,7 @@
 """What is asked of a server, what its answers must hold, and which server gets which prompts; no server runs."""
 
 import asyncio
+import dataclasses
 import itertools
 import json
 
@@ -14,6 +15,7 @@ from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
 from megatron_paint.rollouts.vllm.balance import balanced
 from megatron_paint.rollouts.vllm.client import Client, ServerError, check_requests
 from megatron_paint.rollouts.vllm.command import ServerOptions, server_command, server_environment
+from megatron_paint.rollouts.vllm.logprobs_check import mode_from
 
 REQUEST = GenerationRequest(problem_id="p", sample_index=2, prompt_ids=(5, 6), key=2**62 + 1)
 SAMPLING = SamplingParameters(max_new_tokens=3, temperature=1.1, top_p=0.95, top_k=20, stop_ids=frozenset({9, 4}))
@@ -154,9 +156,27 @@ def test_requests_are_checked_before_they_are_sent():
         check_requests([REQUEST], SAMPLING, vocab_size=6, max_model_len=5)
     with pytest.raises(UserError, match=r"may have 5 tokens, and the vLLM server takes 4: raise that"):
         check_requests([REQUEST], SAMPLING, vocab_size=7, max_model_len=4)
+    hot = dataclasses.replace(SAMPLING, temperature=2.5)
+    with pytest.raises(UserError, match=r"temperature is 2\.5, and vLLM takes 0 to 2: lower it"):
+        check_requests([REQUEST], hot, **limits)
     empty = GenerationRequest(problem_id="e", sample_index=0, prompt_ids=(), key=1)
     with pytest.raises(UserError, match="'e': its prompt has no token"):
         check_requests([empty], SAMPLING, **limits)
+
+
+@pytest.mark.parametrize(
+    ("cut", "greedy", "mode"),
+    [
+        ([0.0, 0.0], [-2.0, -1e-9], "processed_logprobs"),  # the second prompt proves nothing
+        ([-0.6931, 0.0], [-1.5, -2.0], "processed_logprobs"),  # two tokens were equally likely after the first one
+        ([-2.0, 0.0], [-2.0, -1e-9], "raw_logprobs"),
+        ([-2.0, -3.0], [-2.00001, -3.0], "raw_logprobs"),
+        ([7.0, -3.0], [7.0, -3.0], "raw_logits or processed_logits"),
+        ([0.0, 0.0], [-1e-9, 0.0], None),  # the model is sure of both tokens
+    ],
+)
+def test_the_mode_of_log_probabilities(cut, greedy, mode):
+    assert mode_from(cut=cut, greedy=greedy) == mode
 
 
 def make_requests(lengths, *, samples=1):

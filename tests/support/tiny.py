@@ -17,7 +17,14 @@ CHAT = (
 
 
 def make_model(
-    folder: Path, *, seed: int = 0, tied: bool = True, positions: int = 1024, rows: int = ROWS, **sizes: int
+    folder: Path,
+    *,
+    seed: int = 0,
+    tied: bool = True,
+    positions: int = 1024,
+    rows: int = ROWS,
+    head_dim: int = 8,
+    **sizes: int,
 ) -> Path:
     """Writes a Hugging Face folder of a random model that fits TP 2 and PP 2."""
     torch.manual_seed(seed)
@@ -28,7 +35,7 @@ def make_model(
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
+        head_dim=head_dim,
         max_position_embeddings=positions,
         tie_word_embeddings=tied,
         initializer_range=0.2,

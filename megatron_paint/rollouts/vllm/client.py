@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import httpx
 
 COUNTED = "vllm:iteration_tokens_total_sum"
+HOTTEST = 2.0  # temperature that vLLM takes
 PROBES = 4  # questions to the engine within `hang_timeout_s`; ours
 
 
@@ -245,6 +246,10 @@ def check_requests(
     requests: Sequence[GenerationRequest], sampling: SamplingParameters, *, vocab_size: int, max_model_len: int
 ) -> None:
     """Raises UserError unless every server can sample the requests. A server does not survive an id out of range."""
+    if sampling.temperature > HOTTEST:
+        raise UserError(
+            f"the sampling temperature is {sampling.temperature:g}, and vLLM takes 0 to {HOTTEST:g}: lower it"
+        )
     for request in requests:
         if not request.prompt_ids:
             raise UserError(f"problem {request.problem_id!r}: its prompt has no token")

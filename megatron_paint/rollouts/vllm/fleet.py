@@ -19,6 +19,7 @@ from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
 from megatron_paint.rollouts.vllm.balance import balanced
 from megatron_paint.rollouts.vllm.client import Client, ServerError, check_requests, field_of
 from megatron_paint.rollouts.vllm.command import ServerOptions, server_command, server_environment
+from megatron_paint.rollouts.vllm.logprobs_check import logprobs_mode_of
 from megatron_paint.rollouts.vllm.process import ServerProcess, free_port
 from megatron_paint.runtime.heartbeat import mark_progress
 
@@ -95,16 +96,13 @@ class Fleet:
             self._servers[number] = self._connect(number, urls[number]) if urls else self._started(number, model)
 
     def wait_until_ready(self, init_info: Mapping[str, Any] | None = None) -> None:
-        """Waits for the servers that were started. UserError: one did not become ready; it holds what it printed.
+        """Waits for the servers that were started.
 
         init_info: what the servers' weight transfer is initialised with; None: weights are never transferred.
+        UserError: one did not become ready. The others are not waited for.
         """
         self.init_info = init_info
-        self.run(self._each(self.live, self._make_ready))
-        if self.failed:
-            server = self.failed[0]
-            hint = f". What it printed is in {server.process.log}" if server.process else ""
-            raise UserError(f"{server.name} does not start: {server.failed}{hint}")
+        self.run(all_of(self._first_start(server) for server in self.live))
 
     def sample(
         self,
@@ -314,7 +312,15 @@ class Fleet:
         client = Client(f"http://127.0.0.1:{port}", timeout=self.settings.hang_timeout_s)
         return Server(number, client, process)
 
+    async def _first_start(self, server: Server) -> None:
+        """UserError: the server does not become ready; the message holds what it printed."""
+        await self._guarded(server, self._make_ready(server), "starting")
+        if server.failed is not None:
+            hint = f". What it printed is in {server.process.log}" if server.process else ""
+            raise UserError(f"{server.name} does not start: {server.failed}{hint}")
+
     async def _make_ready(self, server: Server) -> None:
+        """ServerError: the server does not become ready. UserError: it was started with a wrong option."""
         end = time.monotonic() + self.settings.start_timeout_s
         while not await server.client.is_ready():
             server.check_process()
@@ -325,8 +331,18 @@ class Fleet:
             await asyncio.sleep(POLL_SECONDS)
         server.check_process()  # if it has ended, another server answers at its port
         server.longest = await server.client.max_model_len()
+        await self._check_logprobs_mode(server)
         if self.init_info is not None:
             await server.client.call("POST", "/init_weight_transfer_engine", json={"init_info": dict(self.init_info)})
+
+    async def _check_logprobs_mode(self, server: Server) -> None:
+        """UserError: the server reports other log-probabilities than the run needs."""
+        expected, found = self.engine.logprobs_mode, await logprobs_mode_of(server.client)
+        if found not in (None, expected):
+            fix = f"start it with --logprobs-mode {expected}"
+            if server.process is not None:
+                fix = "leave --logprobs-mode out of rollout.vllm.command and rollout.vllm.extra_args"
+            raise UserError(f"{server.name} runs with --logprobs-mode {found}, and the run needs {expected}: {fix}")
 
     async def _load_adapter(self, server: Server) -> None:
         loaded = {"lora_name": self.adapter.name, "lora_path": str(self.adapter.folder)}
@@ -358,7 +374,7 @@ class Fleet:
             server.failed = f"{what}: {error}"
             if server.process is not None:
                 words = server.process.last_words() if not server.process.runs else ""
-                server.failed += f" ({words})" if words else ""
+                server.failed += f" ({words})" if words and words not in server.failed else ""
                 await asyncio.to_thread(server.process.kill)
 
 
