@@ -54,6 +54,9 @@ def take_step(optimizer: MegatronOptimizer, *, lr: float, weight_decay: float) -
     for group in optimizer.param_groups:  # as Megatron's own scheduler does, which this replaces
         group["lr"] = lr
         group["weight_decay"] = weight_decay * group["wd_mult"]
+        if "fused" in group and not group["params"][0].is_cuda:
+            # torch's optimiser on a CPU: one pass over memory, and no copies of the moments as temporaries.
+            group["fused"] = True
     overflow = optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
     if overflow or not norm < float("inf"):
