@@ -135,7 +135,8 @@ class FusedPass:
     def run(self) -> InterpolationOutput:
         """Processes all chunks, then the rows whose guess was wrong."""
         by_rollout = self.blind_T is None and self.config.positions == "top_fraction"
-        chunks = plan_chunks(self.inputs.lengths, self.size.tokens, whole_rollouts=by_rollout)
+        size = self.size
+        chunks = plan_chunks(self.inputs.lengths, size.tokens, whole_rollouts=by_rollout, together=size.together)
         if not chunks:
             return self._output(*self._empty())
         statistics_of, outcome_of, selected_of = zip(*self._first_visits(chunks), strict=True)

@@ -132,7 +132,7 @@ class _Head:
 
     def row_chunks(self) -> list[slice]:
         tokens = self.hidden_TH.shape[0]
-        return [chunk.rows for chunk in plan_chunks((tokens,), self.size.tokens, whole_rollouts=False)]
+        return [chunk.rows for chunk in plan_chunks((tokens,), self.size.together, whole_rollouts=False)]
 
     def measure(
         self, weight_T: torch.Tensor | None, gradient: OutputLayerGradient | None

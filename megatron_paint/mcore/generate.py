@@ -18,6 +18,7 @@ from megatron_paint.mcore.attention import KeyValueCache, TokenRows, next_token_
 from megatron_paint.mcore.batch import assign_replicas
 from megatron_paint.mcore.collectives import gather_entries
 from megatron_paint.mcore.decoded_rows import DecodedRows
+from megatron_paint.mcore.float32_product import Float32Product
 from megatron_paint.mcore.model import Stage
 from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.mcore.response_rows import response_rows
@@ -110,7 +111,7 @@ class MegatronSampler:
         lengths = [len(request.prompt_ids) for request in requests]
         # The last token is never an input, so the cache has no place for it.
         cache = KeyValueCache(rows=len(requests), length=max(lengths) + sampling.max_new_tokens - 1)
-        logits = _Logits(self.stage, self.ranks, rows=len(requests))
+        logits = _Logits(self.stage, self.ranks, rows=len(requests), calls=sampling.max_new_tokens)
         batch = DecodedRows(requests, sampling, self.ranks.device)
         logits_LV = self._prefill(requests, cache, logits)
         while True:
@@ -181,29 +182,26 @@ class MegatronSampler:
 class _Logits:
     """The output layer of a batch. Logits are float32 [R, V] on the rank that draws tokens, None on the others.
 
-    A call overwrites the logits of the last one.
+    A call overwrites the logits of the last one. calls: at most so many calls are made.
     """
 
-    def __init__(self, stage: Stage, ranks: Ranks, *, rows: int) -> None:
+    def __init__(self, stage: Stage, ranks: Ranks, *, rows: int, calls: int) -> None:
         self.ranks = ranks
         self.sequence_parallel = stage.config.sequence_parallel
         self.vocabulary = stage.valid_vocab_size
-        self.weight_VH = stage.output_weight() if ranks.is_last_stage else None
-        self.buffer_RV: Tensor | None = None
-        if self.weight_VH is not None and not self.weight_VH.is_cuda:
-            # A CPU takes longer to get new memory of this size from the system than to fill it.
-            self.weight_VH = self.weight_VH.float()
-            self.buffer_RV = self.weight_VH.new_empty((rows, len(self.weight_VH)))
+        self.product = None  # only the last stage has an output layer
+        if ranks.is_last_stage:
+            self.product = Float32Product(stage.output_weight(), rows=rows, calls=calls)
 
     def after_prompts(self, hidden_T1H: Tensor, last_R: Tensor) -> Tensor | None:
         """last_R: where each row ends in T."""
-        if self.weight_VH is None:
+        if self.product is None:
             return None
         return self._of(response_rows(hidden_T1H, last_R, self.ranks.tp_group if self.sequence_parallel else None))
 
     def after_tokens(self, hidden_T1H: Tensor, rows: int) -> Tensor | None:
         """T begins with one token for each row."""
-        if self.weight_VH is None:
+        if self.product is None:
             return None
         if self.sequence_parallel:
             parts_L1H = hidden_T1H.contiguous()
@@ -214,17 +212,9 @@ class _Logits:
     def _of(self, hidden_RH: Tensor) -> Tensor | None:
         """The logits of the complete vocabulary, on tensor-parallel rank 0; None on the others."""
         ranks = self.ranks
-        buffer_RV = None if self.buffer_RV is None else self.buffer_RV[: len(hidden_RH)]
-        local_RV = float32_product(hidden_RH, self.weight_VH, out=buffer_RV)
+        local_RV = self.product(hidden_RH)
         if ranks.tp_size == 1:
             return local_RV
         parts = [torch.empty_like(local_RV) for _ in range(ranks.tp_size)] if ranks.tp_rank == 0 else None
         dist.gather(local_RV, parts, group_dst=0, group=ranks.tp_group)
         return torch.cat(parts, dim=1)[:, : self.vocabulary] if parts else None
-
-
-def float32_product(hidden_RH: Tensor, weight_VH: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """Logits in float32 from weights of any type. Rounding them to bfloat16 would change the draws."""
-    if hidden_RH.is_cuda and hidden_RH.dtype != torch.float32:
-        return torch.mm(hidden_RH, weight_VH.t(), out_dtype=torch.float32)
-    return torch.mm(hidden_RH.float(), weight_VH.float().t(), out=out)

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron_paint.config.settings import MegatronSettings, ModelSettings
 from megatron_paint.mcore.attention import token_rows
 from megatron_paint.mcore.checkpoint import load_weights
-from megatron_paint.mcore.generate import float32_product
+from megatron_paint.mcore.float32_product import float32_product
 from megatron_paint.mcore.hf_checkpoint import load_stage
 from megatron_paint.mcore.model import Stage, build_model, layer_spec
 from megatron_paint.mcore.ranks import Ranks, start_ranks, stop_ranks

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_paint.losses import InterpolationLossConfig, WholeVocab, fused_interpolation_loss
 from megatron_paint.losses.elementwise.divergences import DIVERGENCES
-from megatron_paint.losses.output_layer.chunks import plan_chunks
+from megatron_paint.losses.output_layer.chunks import chunk_size, plan_chunks
 from tests.losses.losses_cases import CASES, Case, make_data
 from tests.losses.losses_compare import dense_case, relative
 from tests.losses.losses_dense import dense_loss
@@ -202,9 +202,54 @@ def test_backward_scales_by_a_common_factor():
     assert relative(student_TH.grad, want.dhidden_TH * -2.0) <= 1e-13
 
 
-@given(lengths=st.lists(st.integers(0, 30), max_size=8), chunk_tokens=st.integers(1, 12), whole=st.booleans())
-def test_chunks_cover_every_row_once(lengths, chunk_tokens, whole):
-    chunks = plan_chunks(lengths, chunk_tokens, whole_rollouts=whole)
+def test_a_cpu_fills_chunks_with_256_rows():
+    sizes = {"columns": 151_936, "buffers": 2, "dtype": torch.float32}
+    cpu = chunk_size(None, 1e9, device=torch.device("cpu"), **sizes)
+    # (1e9 - 6 x 4 x 2^17 bytes of tiles) / (2 x 151,936 x 4)
+    assert (cpu.tokens, cpu.together) == (820, 256)
+    small = chunk_size(None, 1e8, device=torch.device("cpu"), **sizes)
+    assert small.tokens == small.together == 79
+    gpu = chunk_size(None, 1e9, device=torch.device("cuda"), **sizes)
+    assert gpu.tokens == gpu.together == 657
+    asked = chunk_size(700, 1e9, device=torch.device("cpu"), **sizes)
+    assert asked.tokens == asked.together == 700
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.0])
+def test_chunks_of_256_rows_equal_one_chunk(fraction):
+    """Rollouts of 300, 200, 1, 150 and 90 tokens: one alone, two together, two together."""
+    generator = torch.Generator().manual_seed(5)
+    rows, config = 741, InterpolationLossConfig(fraction=fraction)
+    made = [torch.randn(size, 8, generator=generator, dtype=torch.float64) for size in (rows, rows, 40)]
+
+    def run(**chunks):
+        student_TH, teacher_TH, weight_VH = (values.clone().requires_grad_() for values in made)
+        lengths = (300, 200, 1, 150, 90)
+        output = fused_interpolation_loss(
+            student_TH, weight_VH, teacher_TH, lengths=lengths, config=config, vocab=WholeVocab(), **chunks
+        )
+        output.loss_T.sum().backward()
+        return output, student_TH.grad, weight_VH.grad
+
+    (one, *gradients), (many, *others) = run(chunk_tokens=1000), run()
+    assert torch.equal(one.selected_T, many.selected_T)
+    assert int(one.selected_T.sum()) == (75 if fraction else 0)  # each rollout rounds up
+    assert relative(many.loss_T.detach(), one.loss_T.detach()) <= 1e-13
+    assert all(relative(found, want) <= 1e-12 for found, want in zip(others, gradients, strict=True))
+
+
+@given(
+    lengths=st.lists(st.integers(0, 30), max_size=8),
+    chunk_tokens=st.integers(1, 12),
+    whole=st.booleans(),
+    together=st.none() | st.integers(1, 12),
+)
+def test_chunks_cover_every_row_once(lengths, chunk_tokens, whole, together):
+    together = together and min(together, chunk_tokens)
+    chunks = plan_chunks(lengths, chunk_tokens, whole_rollouts=whole, together=together)
+    if together:  # only a rollout that is not cut, or a piece of a longer one, may have more rows
+        alone = [chunk for chunk in chunks if chunk.lengths is None or len(chunk.lengths) == 1]
+        assert all(chunk.stop - chunk.start <= together for chunk in chunks if not (whole and chunk in alone))
     rows = [row for chunk in chunks for row in range(chunk.start, chunk.stop)]
     assert rows == list(range(sum(lengths)))
     assert all(0 < chunk.stop - chunk.start <= chunk_tokens for chunk in chunks)
