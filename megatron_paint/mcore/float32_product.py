@@ -25,7 +25,7 @@ class Float32Product:
         if weight_VH.is_cuda:
             return
         self.weight_VH = self.weight_VH.float()
-        if calls >= PACK_FROM and torch.backends.mkldnn.is_available():
+        if calls >= PACK_FROM and _can_pack():
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight_VH, rows)
         else:
             # A CPU takes longer to get new memory of this size from the system than to fill it.
@@ -36,6 +36,12 @@ class Float32Product:
             return torch.ops.mkldnn._linear_pointwise(hidden_RH.float(), self.packed, None, "none", [], "")
         out_RV = None if self.buffer_RV is None else self.buffer_RV[: len(hidden_RH)]
         return float32_product(hidden_RH, self.weight_VH, out=out_RV)
+
+
+def _can_pack() -> bool:
+    """Whether this torch has oneDNN, and the operators of its own compiler for packed weights."""
+    names = ("_reorder_linear_weight", "_linear_pointwise")
+    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
 
 
 def float32_product(hidden_RH: Tensor, weight_VH: Tensor, *, out: Tensor | None = None) -> Tensor:
