@@ -77,7 +77,8 @@ def draw_from_histogram(logp_V: Tensor, uniform: Tensor, top_p: float) -> int | 
 
 def draw_from_blocks(p_RV: Tensor, uniform_R: Tensor) -> tuple[Tensor, Tensor]:
     """Ids [R] drawn in proportion to p_RV in the order of ids, and whether each is sure."""
-    p_RLE = F.pad(p_RV, (0, -p_RV.size(1) % BLOCK)).unflatten(1, (-1, BLOCK))
+    missing = -p_RV.size(1) % BLOCK
+    p_RLE = (F.pad(p_RV, (0, missing)) if missing else p_RV).unflatten(1, (-1, BLOCK))  # padding by 0 would copy
     sum_RL = p_RLE @ p_RLE.new_ones(BLOCK)
     cumulative_RL = sum_RL.cumsum(-1)
     threshold_R1 = uniform_R[:, None] * cumulative_RL[:, -1:]
