@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 from megatron_paint.__main__ import run
@@ -12,13 +13,15 @@ from megatron_paint.rollouts.vllm.client import Client
 from megatron_paint.rollouts.vllm.fleet import Fleet, Server
 from megatron_paint.rollouts.vllm.sampler import VllmSampler
 
-UNDER_WAY = 0.02  # seconds after which a request that was sent is being worked on
+UNDER_WAY = 0.02  # seconds after which a request that was sent is being worked on, or done
+SECOND = 2
 
 
 class Faults:
     """What happens in which step: {step: [what, the number of the server]}. Each happens once.
 
-    kill_sampling and stop_sampling: SIGKILL or SIGSTOP of the server's process group while it samples a response.
+    kill_sampling and stop_sampling: SIGKILL or SIGSTOP of the server's process group, after its first request of the
+    step was sent and before the second one is.
     kill_updating: SIGKILL between start and finish of an update. truncate: a file of the update's first message is cut
     after it was written, and before servers read it.
     """
@@ -26,7 +29,7 @@ class Faults:
     def __init__(self, faults: dict[str, list]) -> None:
         self.faults = {int(step): (what, number) for step, (what, number) in faults.items()}
         self.step = 0
-        self.samples = False  # and not the spot check
+        self.requests = Counter[int]()  # of each server in this step, without the spot check
 
     def take(self, *kinds: str, number: int | None = None) -> tuple[str, int] | None:
         """The fault of this step, if it is of one of these kinds and of this server."""
@@ -44,23 +47,26 @@ def faulty() -> None:
     fleets: list[Fleet] = []
 
     def sync_weights(self, step):
-        faults.step, faults.samples = step, False
+        faults.step = step
+        fleets.clear()
         sync(self, step)
 
     def start_sampling(self, *arguments, **options):
         fleets[:] = [self]
-        faults.samples = True
+        faults.requests.clear()
         return start(self, *arguments, **options)
 
     async def sample(self, *arguments, **options):
-        servers = [server for fleet in fleets for server in fleet.live if server.client is self]
-        fault = faults.take("kill_sampling", "stop_sampling", number=servers[0].number) if faults.samples else None
-        if fault is None:
-            return await generate(self, *arguments, **options)
-        response = asyncio.ensure_future(generate(self, *arguments, **options))
-        await asyncio.sleep(UNDER_WAY)
-        os.killpg(group_of(servers[0]), signal.SIGKILL if fault[0] == "kill_sampling" else signal.SIGSTOP)
-        return await response
+        for server in [server for fleet in fleets for server in fleet.live if server.client is self]:
+            faults.requests[server.number] += 1
+            if faults.requests[server.number] == SECOND:
+                await break_down(server)
+        return await generate(self, *arguments, **options)
+
+    async def break_down(server):
+        if fault := faults.take("kill_sampling", "stop_sampling", number=server.number):
+            await asyncio.sleep(UNDER_WAY)
+            os.killpg(group_of(server), signal.SIGKILL if fault[0] == "kill_sampling" else signal.SIGSTOP)
 
     def send_message(self, update_info):
         if faults.take("truncate"):

@@ -176,3 +176,19 @@ def test_draws_depend_on_their_key_alone(started):
     assert [first[i].response_ids for i in range(4)] == [again[3 - i].response_ids for i in range(4)]
     others = sample([GenerationRequest(problem_id="q", sample_index=0, prompt_ids=r.prompt_ids, key=7) for r in asked])
     assert all(first[i].response_ids != others[i].response_ids for i in range(4))
+
+
+def test_more_prompts_than_fit_into_one_batch(started):
+    """vLLM must not divide a prompt with a seed on a CPU: its engine would end."""
+    _, fleets = started
+    fleet = fleets["untied"]
+    fleet.wait_until_ready()
+    generator = torch.Generator().manual_seed(7)
+    asked = [
+        GenerationRequest(problem_id=f"p{i}", sample_index=0, prompt_ids=tuple(ids), key=i)
+        for i, ids in enumerate(torch.randint(0, 264, (64, 200), generator=generator).tolist())
+    ]
+    sampling = SamplingParameters(max_new_tokens=TOKENS, temperature=1.0, top_p=1.0, top_k=0, stop_ids=frozenset())
+    found = fleet.sample(asked, sampling, version=None, wants_logprobs=True)
+    assert [len(found[i].response_ids) for i in range(64)] == [TOKENS] * 64
+    assert not fleet.failed

@@ -225,6 +225,9 @@ def test_the_command_and_environment_of_a_server(tmp_path):
     assert "--max-model-len 100" in text
     assert '{"backend": "megatron_paint_file"}' in text
     assert command[-2:] == ["--seed", "1"]
+    assert "--no-enable-chunked-prefill" not in text
+    on_cpus = server_command(dataclasses.replace(engine, on_gpus=False), tmp_path, 8123)
+    assert {"--enforce-eager", "--no-enable-chunked-prefill"} <= set(on_cpus)
     base = {"RANK": "3", "WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "x", "SLURM_JOB_ID": "1", "HOME": "/h"}
     found = server_environment(engine, 0, base)
     assert found["CUDA_VISIBLE_DEVICES"] == "6,7"

@@ -91,12 +91,16 @@ class Rule:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def unload(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Returns the Hugging Face tensors. shards: the parameters of all tensor-parallel ranks, in rank order."""
-        joined = self._join(shards)
-        return {
-            name: torch.cat([joined[rows] for rows in self.locate(name, slice(0, shape[0]))])
-            for name, shape in self.hf_shapes().items()
-        }
+        """Returns the Hugging Face tensors, which may share the memory of the shards.
+
+        shards: the parameters of all tensor-parallel ranks, in rank order.
+        """
+        joined, tensors = self._join(shards), {}
+        for name, shape in self.hf_shapes().items():
+            parts = [joined[rows] for rows in self.locate(name, slice(0, shape[0]))]
+            # Memory that is new costs several times the copy itself, so nothing is copied without need.
+            tensors[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return tensors
 
     def _join(self, shards: Sequence[Tensor]) -> Tensor:
         if self.split == "none" or len(shards) == 1:

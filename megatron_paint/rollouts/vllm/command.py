@@ -55,7 +55,9 @@ def server_command(engine: ServerOptions, model: Path, port: int) -> list[str]:
     if engine.on_gpus:
         command += ["--gpu-memory-utilization", str(settings.gpu_memory)]
     else:
-        command += ["--enforce-eager"]  # compiling costs minutes, and nothing is gained without a GPU
+        # Compiling costs minutes, and nothing is gained without a GPU. If a prompt with a seed is divided between two
+        # batches, vLLM's engine on CPUs ends ("CPU Generator does not use offset").
+        command += ["--enforce-eager", "--no-enable-chunked-prefill"]
     if engine.lora_rank is not None:
         rank = next((rank for rank in LORA_RANKS if rank >= engine.lora_rank), engine.lora_rank)
         command += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", "2"]
