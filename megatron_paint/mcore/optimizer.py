@@ -54,7 +54,7 @@ def take_step(optimizer: MegatronOptimizer, *, lr: float, weight_decay: float) -
     for group in optimizer.param_groups:  # as Megatron's own scheduler does, which this replaces
         group["lr"] = lr
         group["weight_decay"] = weight_decay * group["wd_mult"]
-        if {"fused", "betas"} <= group.keys() and not group["params"][0].is_cuda:
+        if {"fused", "betas"} <= group.keys() and not any(p.is_cuda for p in group["params"]):
             # torch's Adam on a CPU: one pass over memory instead of nine, without copies of the moments.
             group["fused"] = True
     overflow = optimizer.prepare_grads()

@@ -32,6 +32,7 @@ PROCESS_BYTES = {True: 3.0e9, False: 0.8e9}
 # Entries of a tile on a GPU and on a CPU with one thread, and its buffers: losses/output_layer/chunks.py.
 TILE_ELEMENTS = {True: 2**23, False: 2**17}
 TILE_BUFFERS = 6
+PACKED_FROM = 16  # tokens of a batch from which its output layer is packed: mcore/float32_product.py
 MOMENTS = {"adam": 2, "sgd": 1}  # float32 values that the optimiser stores of each weight; sgd: only with momentum
 
 
@@ -173,6 +174,7 @@ class StageMemory:
                     prefill * self.kind.forward_bytes(), cache / (self.shape.num_layers // self.pp), 0.0
                 ),
                 "logits": self._sampling_logits(rows, nucleus) if self.last else 0.0,
+                "packed output layer": self._packed_output_layer(new_tokens),
             }
             peaks.append(Peak(moment=moment, parts={**self._held(), **parts}))
         return peaks
@@ -346,6 +348,11 @@ class StageMemory:
         gathered = 2 + 1 / self.tp if self.tp > 1 else 1
         drawing = 15 if nucleus else 3
         return rows * self.shape.vocab_size * FLOAT32 * max(gathered, drawing)
+
+    def _packed_output_layer(self, new_tokens: int) -> float:
+        """On a CPU the sampler copies the output layer for a batch of many tokens (mcore/float32_product.py)."""
+        packs = self.last and not self.on_gpus and new_tokens >= PACKED_FROM
+        return float(self.shape.vocab_rows(self.tp) * self.shape.hidden_size * FLOAT32) if packs else 0.0
 
 
 def teacher_bytes(settings: Settings) -> int:

@@ -37,7 +37,7 @@ def test_what_a_run_logs(unbroken):
     run_dir, lines = unbroken
     for line in lines:
         # Of settings that this run does not have.
-        others = {key for key in METRICS if key.startswith(("support/", "order/", "rollout/"))} | {
+        others = {key for key in METRICS if key.startswith(("support/", "order/", "rollout/", "importance/"))} | {
             "reveal/without_peer"
         }
         assert {*line, *others, "skipped"} == set(METRICS)  # it has all that other objectives log, and more

@@ -202,13 +202,18 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
         for value in tree_leaves(made):
-            if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() not in self._sizes:
+            if isinstance(value, torch.Tensor) and value.is_mkldnn:  # oneDNN's layout, without a storage
+                self._add(value, id(value), value.numel() * value.element_size())
+            elif isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() not in self._sizes:
                 storage = value.untyped_storage()
-                self._sizes[storage.data_ptr()] = storage.nbytes()
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._drop, storage.data_ptr())
+                self._add(storage, storage.data_ptr(), storage.nbytes())
         self.peak = max(self.peak, self.now)
         return made
+
+    def _add(self, holder: object, key: int, size: int) -> None:
+        self._sizes[key] = size
+        self.now += size
+        weakref.finalize(holder, self._drop, key)
 
     def _drop(self, key: int) -> None:
         self.now -= self._sizes.pop(key, 0)

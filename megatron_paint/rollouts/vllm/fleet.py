@@ -330,8 +330,9 @@ class Fleet:
             mark_progress()
             await asyncio.sleep(POLL_SECONDS)
         server.check_process()  # if it has ended, another server answers at its port
-        server.longest = await server.client.max_model_len()
-        await self._check_logprobs_mode(server)
+        if not server.longest:  # a server that sleeps was asked before
+            server.longest = await server.client.max_model_len()
+            await self._check_logprobs_mode(server)
         if self.init_info is not None:
             await server.client.call("POST", "/init_weight_transfer_engine", json={"init_info": dict(self.init_info)})
 
