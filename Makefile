@@ -9,8 +9,8 @@ READY := .venv/.ready
 endif
 # pip chooses the newest torch; set TORCH to pin one, such as TORCH=torch==2.13.0 (a CPU build on Python 3.11).
 TORCH ?=
-# How many test files run at the same time. Some start four processes, and some wait: three keep two cores busy.
-JOBS ?= 3
+# How many test files run at the same time. Some start four processes.
+JOBS ?= 2
 # More options for pytest, such as OPTIONS=--slow-limit=60 or OPTIONS="-k parity".
 OPTIONS ?=
 PYTEST = $(BIN)/python -m pytest

@@ -154,6 +154,11 @@ def of_ahead(rollout: RolloutSettings, data: DataSettings, objective: ObjectiveS
             f"rollout.ahead=1 samples the responses of the next step, and objective.name={objective.name} samples "
             "none: leave it out"
         )
+    elif not objective.needs.weighs_older:
+        yield (
+            f"rollout.ahead=1 samples with older weights, and objective.name={objective.name} does not weigh such "
+            "responses: leave it out"
+        )
     if rollout.engine != "vllm":
         yield (
             f"rollout.ahead=1 samples while a step trains, which needs servers, and rollout.engine={rollout.engine}: "

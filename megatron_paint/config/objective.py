@@ -137,6 +137,7 @@ class Needs:
     graders: bool = False  # verdicts on rollouts
     shown_responses: int = 0  # responses that the longest prompt holds: a teacher may be shown one
     solutions: bool = True  # a solution of each problem
+    weighs_older: bool = False  # it can learn from responses of older weights: it passes on their log-probabilities
 
 
 @settings_class
@@ -174,9 +175,16 @@ class ObjectiveSettings:
                     graders=peers,
                     shown_responses=int(peers),
                     solutions=self.reveal.needs_solutions,
+                    weighs_older=True,
                 )
             case "grpo":
                 group = self.grpo.samples_per_problem
-                return Needs(samples_per_problem=group, teacher=self.grpo.kl_weight > 0, graders=True, solutions=False)
+                return Needs(
+                    samples_per_problem=group,
+                    teacher=self.grpo.kl_weight > 0,
+                    graders=True,
+                    solutions=False,
+                    weighs_older=True,
+                )
             case "sft":
                 return Needs(samples_per_problem=0)

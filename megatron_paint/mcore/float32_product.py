@@ -27,6 +27,7 @@ class Float32Product:
         self.weight_VH = self.weight_VH.float()
         if calls >= PACK_FROM and _can_pack():
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight_VH, rows)
+            self.weight_VH = weight_VH.detach()  # not a float32 copy beside the packed one
         else:
             # A CPU takes longer to get new memory of this size from the system than to fill it.
             self.buffer_RV = self.weight_VH.new_empty((rows, len(weight_VH)))

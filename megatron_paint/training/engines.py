@@ -96,7 +96,8 @@ def gpus_of_ranks(environment: Mapping[str, str], count: int) -> list[str] | Non
     if count < ranks or (count == 1 and "LOCAL_WORLD_SIZE" not in environment and "RANK" in environment):
         return None
     visible = environment.get("CUDA_VISIBLE_DEVICES")
-    return (visible.split(",") if visible else [str(gpu) for gpu in range(count)])[:ranks]
+    names = [name.strip() for name in visible.split(",")] if visible else [str(gpu) for gpu in range(count)]
+    return names[:ranks]
 
 
 def new_fleet(

@@ -159,11 +159,12 @@ class Run:
         wait: for the rollouts of the next step that are being sampled; else those that are missing are sampled in it.
         """
         self.finish_save()  # the checkpoint before
+        ahead = self.rollouts.state_dict(wait=wait)
         self.pace.begin("write")
         state = {"step": step, "settings": settings_tree(self.settings)}
         if order := self.order.state_dict():
             state["order"] = order
-        if ahead := self.rollouts.state_dict(wait=wait):
+        if ahead:
             state["ahead"] = ahead
         self.policy.save(self.folder.checkpoint_folder(step), state)
         if not self.settings.run.async_save:

@@ -1,7 +1,10 @@
 """The start of several servers, of which one ends."""
 
+import json
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -12,6 +15,35 @@ from megatron_paint.rollouts.vllm.fleet import Fleet
 
 # The other server loads its model for a long time.
 PROGRAM = "import os, time; time.sleep(600) if os.environ['CUDA_VISIBLE_DEVICES'] == 'slow' else exit('no GPU')"
+
+
+class Paused(BaseHTTPRequestHandler):
+    """A server that another run updates."""
+
+    def do_GET(self):
+        content = json.dumps({"is_paused": True, "data": [{"id": "model", "max_model_len": 100}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *arguments):
+        """Prints nothing."""
+
+
+def test_a_paused_server_is_refused(tmp_path):
+    server = HTTPServer(("127.0.0.1", 0), Paused)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    settings = VllmSettings(urls=(f"http://127.0.0.1:{server.server_port}",))
+    engine = ServerOptions(settings=settings, dtype="float32", logprobs_mode="raw_logprobs")
+    fleet = Fleet(engine, vocab_size=10, logs=tmp_path, note=print)
+    fleet.start(tmp_path)
+    try:
+        with pytest.raises(UserError, match=r"^vLLM server 0 .* is paused: another run updates it.*start it again$"):
+            fleet.wait_until_ready()
+    finally:
+        fleet.close()
+        server.shutdown()
 
 
 def test_the_first_server_that_ends_is_named_at_once(tmp_path):

@@ -29,11 +29,14 @@ class TcpGroup:
             self.peers[0].sendall(JOINED.pack(rank))
 
     def send(self, content: bytes) -> None:
-        """A broadcast on rank 0. OSError: a peer is gone."""
-        if self.disabled:
-            return
+        """A broadcast on rank 0. As NCCL does, it waits for a peer that is gone until the group is destroyed."""
         for peer in self.peers.values():
-            peer.sendall(LENGTH.pack(len(content)) + content)
+            try:
+                if not self.disabled:
+                    peer.sendall(LENGTH.pack(len(content)) + content)
+            except OSError:
+                while not self.disabled:
+                    time.sleep(0.01)
 
     def receive(self) -> bytes:
         """A broadcast on another rank."""

@@ -304,7 +304,10 @@ class Handler(BaseHTTPRequestHandler):
         fault = self.fault
         if fault.get("path") != path or self.seen[path] != fault["count"] or os.path.exists(fault["marker"]):
             return None
-        Path(fault["marker"]).touch()
+        try:
+            Path(fault["marker"]).touch(exist_ok=False)
+        except FileExistsError:  # another server has met the fault at the same time
+            return None
         return fault["do"]
 
     def send(self, status: int, content: dict | str) -> None:

@@ -110,7 +110,7 @@ class WeightGradient:
             return (total_VH if factor == 1.0 else total_VH.mul_(factor)).to(self._weight_VH.dtype)
         main_grad_VH[: len(self._valid_VH)].add_(self._valid_VH, alpha=factor)
         self._weight_VH.grad_added_to_main_grad = True
-        return self._weight_VH.new_zeros(()).expand_as(self._weight_VH)  # zeros that take no memory
+        return torch.zeros_like(self._weight_VH)
 
 
 class OutputLayerGradient:

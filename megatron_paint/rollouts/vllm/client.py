@@ -85,6 +85,10 @@ class Client:
         self.not_ready = f"status {response.status_code}"
         return response.status_code == 200
 
+    async def is_paused(self) -> bool:
+        """Whether the server samples nothing until it is resumed."""
+        return bool(field_of(await self.call("GET", "/is_paused"), "is_paused"))
+
     async def max_model_len(self) -> int:
         """Most tokens of a prompt and its response."""
         return int(field_of(await self.call("GET", "/v1/models"), "data", 0, "max_model_len"))

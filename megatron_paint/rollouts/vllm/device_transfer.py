@@ -126,9 +126,10 @@ class DeviceTransfer:
         self.client.version = version
         try:
             self.engine.send_weights()
-        except ServerError:
-            pass  # the client has seen to the servers
-        except (RuntimeError, ValueError) as error:
+        except ServerError as error:  # of a call to the servers, perhaps in another thread
+            if isinstance(self.client, GroupClient):
+                self.client.give_up(str(error))
+        except (RuntimeError, OSError, ValueError) as error:
             if not isinstance(self.client, GroupClient):
                 raise
             self.client.give_up(f"sending weights failed on rank 0: {error}")

@@ -237,13 +237,13 @@ class Fleet:
 
         self.run(all_of(named(server) for server in self.live))
 
-    def fail_all(self, reason: str) -> None:
-        """Uses no server any more until it is started again."""
+    def fail(self, servers: Sequence[Server], reason: str) -> None:
+        """Uses these servers no more until they are started again."""
 
         async def fail(server: Server) -> None:
             raise ServerError("its weights are not known")
 
-        self.run(self._each(self.live, fail, reason))
+        self.run(self._each([server for server in servers if server.failed is None], fail, reason))
 
     def call_each(self, act: Callable[[Server], Awaitable[None]], what: str) -> None:
         """Does something with every live server; one that fails is not used any more."""
@@ -337,7 +337,12 @@ class Fleet:
             await server.client.call("POST", "/init_weight_transfer_engine", json={"init_info": dict(self.init_info)})
 
     async def _check_logprobs_mode(self, server: Server) -> None:
-        """UserError: the server reports other log-probabilities than the run needs."""
+        """UserError: the server reports other log-probabilities than the run needs, or samples nothing."""
+        if await server.client.is_paused():
+            raise UserError(
+                f"{server.name} is paused: another run updates it, or a run was killed while it updated it. Two runs "
+                "cannot share a server; start it again"
+            )
         expected, found = self.engine.logprobs_mode, await logprobs_mode_of(server.client)
         if found not in (None, expected):
             fix = f"start it with --logprobs-mode {expected}"

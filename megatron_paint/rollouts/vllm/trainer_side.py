@@ -135,6 +135,7 @@ class GroupClient(FleetClient):
     def __init__(self, fleet: Fleet | None, stream: Stream):
         super().__init__(fleet)
         self.stream = stream
+        self._ending, self.ended = threading.Lock(), False
         self.members: list[Server] = []
         self.communicator: Any = None  # vLLM's, of rank 0
         self.sizes: list[int] = []  # workers of each member
@@ -189,11 +190,18 @@ class GroupClient(FleetClient):
             raise
 
     def give_up(self, reason: str) -> None:
-        """Ends the group. The order matters: rank 0 sends nothing more, leaves NCCL, and the servers are killed."""
-        self.stream.broken.set()
-        if self.communicator is not None:
-            self.communicator.destroy()
-        self.fleet.fail_all(f"a server of its NCCL group failed ({reason})")
+        """Ends the group, once. The order matters: rank 0 sends nothing more, leaves NCCL, and the servers are killed.
+
+        The thread that sends and the one that calls the servers may both come here. The second one waits for the first.
+        """
+        with self._ending:
+            if self.ended:
+                return
+            self.ended = True
+            self.stream.broken.set()
+            if self.communicator is not None:
+                self.communicator.destroy()
+            self.fleet.fail(self.members, f"a server of its NCCL group failed ({reason})")
 
 
 async def _init(server: Server, init_info: Mapping[str, Any]) -> None:
