@@ -189,6 +189,6 @@ def test_more_prompts_than_fit_into_one_batch(started):
         for i, ids in enumerate(torch.randint(0, 264, (64, 200), generator=generator).tolist())
     ]
     sampling = SamplingParameters(max_new_tokens=TOKENS, temperature=1.0, top_p=1.0, top_k=0, stop_ids=frozenset())
-    found = fleet.sample(asked, sampling, version=None, wants_logprobs=True)
+    found = fleet.sample(asked, sampling, version=None, wants_logprobs=True, found={}).result()
     assert [len(found[i].response_ids) for i in range(64)] == [TOKENS] * 64
     assert not fleet.failed
