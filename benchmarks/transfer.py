@@ -112,7 +112,7 @@ def sampling(options: argparse.Namespace, folder: Path) -> None:
 
 @contextmanager
 def offline(model: Path, prompts: list, options: argparse.Namespace) -> Iterator[Callable[[], "Timed"]]:
-    """vLLM's own `LLM.generate`, in a process of its own."""
+    """vLLM's `LLM.generate` in a separate process."""
     log = model.parent / "offline.log"
     inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     process = subprocess.Popen(

@@ -89,7 +89,7 @@ class ReplicaWeights(StageWeights):
 
     @contextmanager
     def _apart(self) -> Iterator[None]:
-        """Gathers on a stream of its own, between two points where the device has completed everything.
+        """Gathers on a separate stream. Before it and after it, the device completes all its work.
 
         vLLM packs tensors on several streams in turn, each without waiting for the others. A module gives it more than
         one tensor, so one of them may be packed on another stream than the one that would have gathered it. Memory of

@@ -40,7 +40,7 @@ class Float32Product:
 
 
 def _can_pack() -> bool:
-    """Whether this torch has oneDNN, and the operators of its own compiler for packed weights."""
+    """Whether this torch has oneDNN and the operators for packed weights, which torch's compiler uses."""
     names = ("_reorder_linear_weight", "_linear_pointwise")
     return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
 

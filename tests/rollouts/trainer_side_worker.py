@@ -42,7 +42,7 @@ class Stream:
 
 
 def api() -> dict[str, Any]:
-    """Names and signatures that the trainer, and what stands in for vLLM in the tests, rely on."""
+    """The names and signatures of vLLM that the trainer and the fake vLLM of the tests use."""
 
     def fields(cls: type) -> dict[str, Any]:
         return {

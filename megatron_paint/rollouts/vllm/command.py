@@ -19,7 +19,7 @@ RANK_VARIABLES = (
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank may be
 # What is right for the Python of the trainer alone.
 OWN_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "OMP_NUM_THREADS")
-# vLLM's sleep mode has an allocator of its own, which refuses `expandable_segments`.
+# vLLM's sleep mode uses its own allocator. The allocator refuses `expandable_segments`.
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 RANK_PREFIXES = ("TORCHELASTIC_", "SLURM_", "MEGATRON_PAINT_", "PMI_")
 
