@@ -71,7 +71,7 @@ def check_gpus(vllm: VllmSettings) -> None:
     import_vllm(vllm.transfer)
     own = gpus_of_ranks(os.environ, torch.cuda.device_count())
     theirs = [gpu.strip() for group in vllm.devices for gpu in group.split(",")]
-    if own is None:
+    if own is None or len({gpu.isdecimal() for gpu in (*own, *theirs)}) > 1:  # a number and a UUID do not compare
         return
     shared = [gpu for gpu in theirs if gpu in own]
     if vllm.transfer == "nccl" and shared:

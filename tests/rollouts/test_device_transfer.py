@@ -177,6 +177,7 @@ def test_a_server_on_a_shared_gpu_fails_alone(path, count, do, start, tmp_path):
     assert "is started again" in note
     assert path in note
     assert len(run.fleet.live) == 2
+    assert run.weights.freed == 3 + 1  # before each update, and before the server is started again
 
 
 def test_an_error_of_rank_0_ends_the_group(start, monkeypatch):

@@ -38,6 +38,7 @@ def test_the_gpus_of_the_ranks(environment, count, expected):
         ("nccl", (), None),  # servers of urls
         ("nccl", ("2,1",), "names GPU 1 of the ranks, and NCCL cannot send from a GPU to itself"),
         ("ipc", ("0, 1",), None),
+        ("ipc", ("GPU-8f6a52c1-0000-4b1e-9d3c-3a5f0c2d7e11",), None),  # a UUID does not tell which number it has
         ("ipc", ("0", "2"), r"names GPU 2, which no rank has \(theirs: 0, 1\)"),
     ],
 )

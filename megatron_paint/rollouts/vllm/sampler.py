@@ -159,6 +159,8 @@ class VllmSampler:
         """
         if not self.on_rank_zero(lambda: bool(self.fleet.failed)):
             return False
+        if self.transfer is not None and self.transfer.shares_gpus:
+            self.weights.free_memory()  # a server that starts needs its part of the GPU
         model = self.start_model
         if self.weights is not None and not self.on_rank_zero(lambda: self.fleet.adapter is not None):
             model = self.exports / "restart"
