@@ -2,8 +2,8 @@
 
     python benchmarks/transfer.py sampling --vllm PYTHON [--rounds 3] [--rows 64] [--tokens 128] [--threads 1]
     python benchmarks/transfer.py update --vllm PYTHON [--rounds 3] [--layers 21] [--message-mb 16,32,64,256]
-    python benchmarks/transfer.py share --vllm PYTHON [--layers 21] [--tokens 128] [--cores 0,1]
-    python benchmarks/transfer.py ahead --vllm PYTHON [--rounds 3] [--layers 21] [--steps 8] [--tokens 128]
+    python benchmarks/transfer.py share --vllm PYTHON [--layers 21] [--problems 16] [--tokens 128] [--cores 0,1]
+    python benchmarks/transfer.py ahead --vllm PYTHON [--rounds 3] [--layers 21] [--steps 8] [--problems 4]
 
 PYTHON is that of an environment with vLLM and this package (docs/vllm.md). Everything is in float32.
 
@@ -13,7 +13,7 @@ PYTHON is that of an environment with vLLM and this package (docs/vllm.md). Ever
   has 300 MB.
 * `share`: the share of a step of PAINT on this model that the update takes.
 * `ahead`: steps a second with `rollout.ahead` 1 and 0. The trainer and the server have one core each. The ratio is
-  largest if sampling and training take equal time: choose --tokens so that they do.
+  largest if sampling and training take equal time: choose --problems, of a step, so that they do.
 
 The engines of a comparison alternate in one run. The figures are the medians of the rounds: seconds of wall time, and
 CPU seconds of all processes that take part. On a busy machine only CPU seconds are comparable.
@@ -213,7 +213,7 @@ def share(options: argparse.Namespace, folder: Path) -> None:
     make_model(str(model), vocabulary=SMALL_VOCABULARY, layers=options.layers)
     metrics = train(model, folder / "run", options, "run.steps=3", f"rollout.max_new_tokens={options.tokens}")
     for line in metrics:
-        took = step_seconds(line)
+        took = step_seconds(line, options)
         part = line["rollout/update_seconds"] / took
         print(f"step {line['step']}: {took:.1f} s, of which the update takes {part:.3f}")
 
@@ -276,9 +276,9 @@ def ahead(options: argparse.Namespace, folder: Path) -> None:
                 f"rollout.max_new_tokens={options.tokens}",
             )
             steps = metrics[2:]  # the first step is warm-up; in it and in the last one nothing is done ahead
-            times[name] += [Timed(step_seconds(line), float("nan")) for line in steps[:-1]]
+            times[name] += [Timed(step_seconds(line, options), float("nan")) for line in steps[:-1]]
             if name == "ahead: 0":
-                shares += [line["time/rollout_s"] / step_seconds(line) for line in steps[:-1]]
+                shares += [line["time/rollout_s"] / step_seconds(line, options) for line in steps[:-1]]
     print(f"sampling takes {statistics.median(shares):.2f} of a step with ahead: 0")
     print_times(times, unit="steps/s", work=1)
 
@@ -293,7 +293,7 @@ def train(model: Path, run: Path, options: argparse.Namespace, *overrides: str) 
         *(*pinned, trainer, sys.executable, "-m", "megatron_paint", "train", "examples/quickstart/paint.yaml"),
         *("--processes", "1", "--quiet", f"model.hf_path={model}", f"run.dir={run}", "run.evaluate_every=0"),
         *("megatron.tensor_model_parallel_size=1", "megatron.pipeline_model_parallel_size=1"),
-        *("megatron.sequence_parallel=false", "evaluation.problems=null", "data.problems_per_step=16"),
+        *("megatron.sequence_parallel=false", "evaluation.problems=null", f"data.problems_per_step={options.problems}"),
         *("run.resume=never", "run.save_every=0", "optimizer.lr=1e-5", "rollout.engine=vllm"),
         f"rollout.vllm.command={json.dumps([*pinned, server, *server_of(options.vllm)])}",
         f"rollout.vllm.environment={json.dumps(environment(options))}",
@@ -304,8 +304,8 @@ def train(model: Path, run: Path, options: argparse.Namespace, *overrides: str) 
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def step_seconds(line: dict) -> float:
-    return 16 * line["response/length_mean"] / line["tokens_per_second"]
+def step_seconds(line: dict, options: argparse.Namespace) -> float:
+    return options.problems * line["response/length_mean"] / line["tokens_per_second"]
 
 
 def print_times(times: dict[str, list[Timed]], *, unit: str, work: float) -> None:
@@ -326,7 +326,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["sampling", "update", "share", "ahead"])
     parser.add_argument("--vllm", required=True, help="the Python of vLLM's environment")
-    counts = {"rounds": 3, "rows": 64, "tokens": 128, "threads": 1, "layers": 21, "steps": 8}
+    counts = {"rounds": 3, "rows": 64, "tokens": 128, "threads": 1, "layers": 21, "steps": 8, "problems": 16}
     for name, default in counts.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     sizes = [16, 32, 64, 256]
