@@ -158,7 +158,7 @@ def sample(policy: MegatronPolicy, settings: Settings, *, stop_ids: Collection[i
     sampling = SamplingParameters(
         max_new_tokens=settings.rollout.max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, stop_ids=stop_ids
     )
-    policy.sampler.generate_on_replica(requests, sampling)
+    policy.sampler.generate_on_copy(requests, sampling)
 
 
 def measure(settings: Settings, ranks: Ranks) -> dict[str, float]:
