@@ -139,7 +139,11 @@ def attend_rows(
         held = rows.cache.write(layer, *parts[1:], rows)
         if rows.visible_RSK is not None:
             keys_RKGD, values_RKGD = (kept[: len(lengths), : rows.end] for kept in held)
-    out_RSND = _attend_grouped(query_RSND, keys_RKGD, values_RKGD, rows.visible_RSK, scale)
+    mask_R1QK = None
+    if rows.visible_RSK is not None:
+        heads_per_group = query_RSND.size(2) // keys_RKGD.size(2)
+        mask_R1QK = rows.visible_RSK.repeat_interleave(heads_per_group, dim=1)[:, None]
+    out_RSND = _attend_grouped(query_RSND, keys_RKGD, values_RKGD, mask_R1QK, scale)
     one_each = out_RSND.size(1) == 1
     out_TND = out_RSND[:, 0] if one_each else out_RSND[rows.row_T[:count], rows.slot_T[:count]]
     return out_TND if count == len(query_TND) else torch.cat((out_TND, torch.zeros_like(query_TND[count:])))
@@ -150,6 +154,7 @@ def _attend_slice(
 ) -> Tensor:
     """The same for this rank's slice of each row: [L, N, D]."""
     gathered = context.gather(key_LGD, value_LGD)
+    heads_per_group = query_LND.size(1) // key_LGD.size(1)
     out_LND = torch.empty_like(query_LND)
     for piece in context.pieces:
         rows = len(piece.visible_RSK)
@@ -157,20 +162,21 @@ def _attend_slice(
         keys = gathered.new_zeros((rows, piece.keys, *gathered.shape[1:]))
         queries = queries.index_put((piece.row_Q, piece.slot_Q), query_LND[piece.local_Q])
         keys = keys.index_put((piece.row_P, piece.slot_P), gathered[piece.gathered_P])
-        out_RSND = _attend_grouped(queries, *keys.chunk(2, dim=-1), piece.visible_RSK, scale)
+        mask_R1QK = piece.mask(heads_per_group, query_LND.dtype)
+        out_RSND = _attend_grouped(queries, *keys.chunk(2, dim=-1), mask_R1QK, scale)
         out_LND = out_LND.index_put((piece.local_Q,), out_RSND[piece.row_Q, piece.slot_Q])
     return out_LND
 
 
 def _attend_grouped(
-    query_RSND: Tensor, keys_RKGD: Tensor, values_RKGD: Tensor, visible_RSK: Tensor | None, scale: float | None
+    query_RSND: Tensor, keys_RKGD: Tensor, values_RKGD: Tensor, mask_R1QK: Tensor | None, scale: float | None
 ) -> Tensor:
-    """Attention [R, S, N, D], causal if `visible_RSK` is None.
+    """Attention [R, S, N, D], causal without a mask. Q: S queries x the heads of a group.
 
     With a mask the query heads of a group become more queries of one head. Torch's fast kernels accept a mask or
     grouped heads; with both, torch falls back to a kernel that stores all scores and copies the keys.
     """
-    if visible_RSK is None:
+    if mask_R1QK is None:
         out_RNSD = F.scaled_dot_product_attention(
             *(part.transpose(1, 2) for part in (query_RSND, keys_RKGD, values_RKGD)),
             is_causal=True,
@@ -180,7 +186,6 @@ def _attend_grouped(
         return out_RNSD.transpose(1, 2)
     groups, length = keys_RKGD.size(2), query_RSND.size(1)
     grouped_RGQD = query_RSND.unflatten(2, (groups, -1)).transpose(1, 2).flatten(2, 3)
-    mask_R1QK = visible_RSK.repeat_interleave(grouped_RGQD.size(2) // length, dim=1)[:, None]
     out_RGQD = F.scaled_dot_product_attention(
         grouped_RGQD, keys_RKGD.transpose(1, 2), values_RKGD.transpose(1, 2), attn_mask=mask_R1QK, scale=scale
     )

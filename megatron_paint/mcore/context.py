@@ -14,7 +14,7 @@ size.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,6 +49,18 @@ class Piece:
     row_P: Tensor
     slot_P: Tensor
     visible_RSK: Tensor
+    masks: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)  # `mask` makes each once
+
+    def mask(self, heads_per_group: int, dtype: torch.dtype) -> Tensor:
+        """What is added to the scores [R, 1, Q, K] of Q = S x heads_per_group queries.
+
+        All layers share one tensor. torch would make one of a boolean mask for every layer, and keep it for the
+        backward pass.
+        """
+        if (heads_per_group, dtype) not in self.masks:
+            added_RSK = torch.zeros_like(self.visible_RSK, dtype=dtype).masked_fill_(~self.visible_RSK, -torch.inf)
+            self.masks[heads_per_group, dtype] = added_RSK.repeat_interleave(heads_per_group, dim=1)[:, None]
+        return self.masks[heads_per_group, dtype]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,16 +77,23 @@ class ContextSlice:
         return _GatherSlices.apply(torch.cat((key_LGD, value_LGD), dim=-1), self.context.group)
 
 
+def pieces_of(rank: int, size: int) -> tuple[int, int]:
+    """The two pieces of every row that a rank has, of 2 x size pieces."""
+    return rank, 2 * size - 1 - rank
+
+
 def context_slice(lengths: Sequence[int], context: ContextGroup, *, device: torch.device) -> ContextSlice:
     """lengths: of the rows, each a multiple of `context.row_multiple`, and nothing behind them."""
     pieces, ranks = context.row_multiple, context.size
+    held = torch.tensor([pieces_of(rank, ranks) for rank in range(ranks)])
+    place_of_piece = held.flatten().argsort()  # a piece's place among all pieces, rank by rank
     length_R = torch.tensor(lengths, dtype=torch.int64)
     begin_R, piece_R = length_R.cumsum(0) - length_R, length_R // pieces
     row_T = torch.repeat_interleave(torch.arange(len(lengths)), length_R)
     slot_T = torch.arange(len(row_T)) - begin_R[row_T]
     piece_T = slot_T // piece_R[row_T]
-    holder_T = torch.minimum(piece_T, pieces - 1 - piece_T)
-    local_T = begin_R[row_T] // ranks + slot_T % piece_R[row_T] + (piece_T >= ranks) * piece_R[row_T]
+    holder_T, is_second_T = place_of_piece[piece_T] // 2, place_of_piece[piece_T] % 2
+    local_T = begin_R[row_T] // ranks + slot_T % piece_R[row_T] + is_second_T * piece_R[row_T]
     gathered_T = holder_T * (len(row_T) // ranks) + local_T
     token_L = gathered_T.argsort().view(ranks, -1)[context.rank]
 
@@ -99,7 +118,7 @@ def context_slice(lengths: Sequence[int], context: ContextGroup, *, device: torc
         context=context,
         token_L=token_L.to(device),
         gathered_T=gathered_T.to(device),
-        pieces=(piece(context.rank), piece(pieces - 1 - context.rank)),
+        pieces=tuple(map(piece, pieces_of(context.rank, ranks))),
     )
 
 

@@ -301,7 +301,10 @@ class StageMemory:
         return _new_tokens(self.settings, self.shape)
 
     def _response_tokens(self) -> int:
-        return min(self._tokens(), self._sequences() * self._new_tokens())
+        """The most response tokens of a micro-batch that a rank owns: one response, or a share of all."""
+        tokens, new_tokens = self._tokens(), self._new_tokens()
+        share = min(tokens, max(new_tokens, math.ceil(tokens / self.cp)))
+        return min(share, math.ceil(self._sequences() / self.cp) * new_tokens)
 
     def _response_rows(self) -> float:
         """Hidden states of the responses of a micro-batch: the student's, the teacher's, and the float32 gradient."""
@@ -318,13 +321,14 @@ class StageMemory:
         return 1 + full + objective.needs.initial
 
     def _teacher_results(self) -> float:
-        """The teacher's hidden states of all responses of the replica, on the last stage, and its output layer.
+        """The teacher's hidden states of all responses that the rank owns, on the last stage, and its output layer.
 
         Initial weights beside an average are a second output layer on the device if they rest in host memory.
         """
         if not self.last or not self._teachers():
             return 0.0
-        states = self._sequences() * self._new_tokens() * self.shape.hidden_size * self.width * self._teachers()
+        tokens = math.ceil(self._sequences() / self.cp) * self._new_tokens()
+        states = tokens * self.shape.hidden_size * self.width * self._teachers()
         trains_output = self.settings.model.lora is None
         teacher = self.settings.objective.teacher
         layers = 1 + (self.settings.needs.initial and teacher.offload and teacher.weights == "ema")

@@ -17,6 +17,11 @@ class Layout:
     cp: int = 1
 
     @property
+    def copies(self) -> int:
+        """Copies of the weights."""
+        return self.processes // (self.tp * self.pp)
+
+    @property
     def megatron(self) -> dict:
         recompute = {"recompute_granularity": self.recompute}
         if self.recompute == "full":
