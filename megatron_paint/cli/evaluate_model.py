@@ -150,7 +150,7 @@ def _own_model(
         progress.note(note)
     rows = rows_at_once(settings, shape, evaluators)
     progress.note(f"a replica decodes {rows} answers together (rollout.batch_size, rollout.cache_bytes)", rows=rows)
-    return runner.sampler, rows * ranks.dp_size
+    return runner.sampler, rows * ranks.dp_cp_size
 
 
 def _servers(

@@ -70,7 +70,7 @@ def requested(
     held_out = settings.evaluation.problems
     if settings.rollout.engine == "vllm":
         _check_for_servers(settings)
-        one = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "expert_model_parallel_size": 1}
+        one = {f"{what}_parallel_size": 1 for what in ("tensor_model", "pipeline_model", "context", "expert_model")}
         settings = replace(settings, megatron=replace(settings.megatron, **one, sequence_parallel=False))
     names = names_in(benchmarks or "")
     if not names and held_out is None:

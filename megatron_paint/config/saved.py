@@ -32,6 +32,7 @@ MAY_CHANGE_IN_RUN |= {"profile", *(f"profile.{field.name}" for field in dataclas
 MAY_CHANGE = {f"run.{name}" for name in MAY_CHANGE_IN_RUN} | {
     "megatron.tensor_model_parallel_size",
     "megatron.pipeline_model_parallel_size",
+    "megatron.context_parallel_size",
     "megatron.sequence_parallel",
     "megatron.overlap_grad_reduce",
     "megatron.recompute_granularity",

@@ -237,6 +237,7 @@ class MegatronSettings:
 
     tensor_model_parallel_size: Annotated[Count, setting("ranks that share each layer", source=MEGATRON)] = 1
     pipeline_model_parallel_size: Annotated[Count, setting("stages that share the layers", source=MEGATRON)] = 1
+    context_parallel_size: Annotated[Count, setting("ranks that share the tokens of each row", source=MEGATRON)] = 1
     expert_model_parallel_size: Annotated[
         Count, setting("data-parallel ranks that share the experts", source=MEGATRON)
     ] = 1

@@ -18,6 +18,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_paint.mcore.context import ContextSlice
+
 
 class KeyValueCache:
     """Keys and values of all layers of a stage, [R, K, G, D] each, for `rows` rows of at most `length` tokens."""
@@ -50,7 +52,8 @@ class KeyValueCache:
 class TokenRows:
     """For each of a call's T tokens: its row, its index among the call's tokens of that row, its position.
 
-    A call may end in padding, which the layout or FP8 needs. Padding is a separate last row that no cache holds.
+    A call may end in padding, which the layout or FP8 needs. Padding is a separate last row that no cache holds. With
+    context parallelism `position_T` is of this rank's tokens alone, everything else of the complete call.
     """
 
     lengths: tuple[int, ...]  # the call's tokens in each row, without padding
@@ -62,6 +65,7 @@ class TokenRows:
     end: int  # one past the largest position of a row
     cache: KeyValueCache | None = None
     visible_RSK: Tensor | None = None  # which cached keys a new token sees; None if the cache was empty
+    context: ContextSlice | None = None  # None: this rank has all tokens of the call
     qkv_format: str = "rows"  # not "thd": Megatron's layers then leave the tensors alone
     tokens_per_sample: None = None  # read by Megatron's MoE layers
 
@@ -126,6 +130,8 @@ def attend_rows(
     scale: the factor of the scores before the softmax; None: 1 / sqrt(D). Rows are copied into a rectangle for torch's
     kernels; its padding is never read back.
     """
+    if rows.context is not None:
+        return _attend_slice(query_TND, key_TGD, value_TGD, context=rows.context, scale=scale)
     lengths, count = (rows.packed_lengths, len(query_TND)) if rows.cache is None else (rows.lengths, rows.tokens)
     parts = (query_TND[:count], key_TGD[:count], value_TGD[:count])
     query_RSND, keys_RKGD, values_RKGD = (_spread(part, lengths, rows) for part in parts)
@@ -133,21 +139,44 @@ def attend_rows(
         held = rows.cache.write(layer, *parts[1:], rows)
         if rows.visible_RSK is not None:
             keys_RKGD, values_RKGD = (kept[: len(lengths), : rows.end] for kept in held)
-    out_RSND = _attend_grouped(query_RSND, keys_RKGD, values_RKGD, rows.visible_RSK, scale)
+    mask_R1QK = None
+    if rows.visible_RSK is not None:
+        heads_per_group = query_RSND.size(2) // keys_RKGD.size(2)
+        mask_R1QK = rows.visible_RSK.repeat_interleave(heads_per_group, dim=1)[:, None]
+    out_RSND = _attend_grouped(query_RSND, keys_RKGD, values_RKGD, mask_R1QK, scale)
     one_each = out_RSND.size(1) == 1
     out_TND = out_RSND[:, 0] if one_each else out_RSND[rows.row_T[:count], rows.slot_T[:count]]
     return out_TND if count == len(query_TND) else torch.cat((out_TND, torch.zeros_like(query_TND[count:])))
 
 
-def _attend_grouped(
-    query_RSND: Tensor, keys_RKGD: Tensor, values_RKGD: Tensor, visible_RSK: Tensor | None, scale: float | None
+def _attend_slice(
+    query_LND: Tensor, key_LGD: Tensor, value_LGD: Tensor, *, context: ContextSlice, scale: float | None
 ) -> Tensor:
-    """Attention [R, S, N, D], causal if `visible_RSK` is None.
+    """The same for this rank's slice of each row: [L, N, D]."""
+    gathered = context.gather(key_LGD, value_LGD)
+    heads_per_group = query_LND.size(1) // key_LGD.size(1)
+    out_LND = torch.empty_like(query_LND)
+    for piece in context.pieces:
+        rows = len(piece.visible_RSK)
+        queries = query_LND.new_zeros((rows, piece.queries, *query_LND.shape[1:]))
+        keys = gathered.new_zeros((rows, piece.keys, *gathered.shape[1:]))
+        queries = queries.index_put((piece.row_Q, piece.slot_Q), query_LND[piece.local_Q])
+        keys = keys.index_put((piece.row_P, piece.slot_P), gathered[piece.gathered_P])
+        mask_R1QK = piece.mask(heads_per_group, query_LND.dtype)
+        out_RSND = _attend_grouped(queries, *keys.chunk(2, dim=-1), mask_R1QK, scale)
+        out_LND = out_LND.index_put((piece.local_Q,), out_RSND[piece.row_Q, piece.slot_Q])
+    return out_LND
+
+
+def _attend_grouped(
+    query_RSND: Tensor, keys_RKGD: Tensor, values_RKGD: Tensor, mask_R1QK: Tensor | None, scale: float | None
+) -> Tensor:
+    """Attention [R, S, N, D], causal without a mask. Q: S queries x the heads of a group.
 
     With a mask the query heads of a group become more queries of one head. Torch's fast kernels accept a mask or
     grouped heads; with both, torch falls back to a kernel that stores all scores and copies the keys.
     """
-    if visible_RSK is None:
+    if mask_R1QK is None:
         out_RNSD = F.scaled_dot_product_attention(
             *(part.transpose(1, 2) for part in (query_RSND, keys_RKGD, values_RKGD)),
             is_causal=True,
@@ -157,7 +186,6 @@ def _attend_grouped(
         return out_RNSD.transpose(1, 2)
     groups, length = keys_RKGD.size(2), query_RSND.size(1)
     grouped_RGQD = query_RSND.unflatten(2, (groups, -1)).transpose(1, 2).flatten(2, 3)
-    mask_R1QK = visible_RSK.repeat_interleave(grouped_RGQD.size(2) // length, dim=1)[:, None]
     out_RGQD = F.scaled_dot_product_attention(
         grouped_RGQD, keys_RKGD.transpose(1, 2), values_RKGD.transpose(1, 2), attn_mask=mask_R1QK, scale=scale
     )

@@ -31,7 +31,7 @@ class ReplicaWeights(StageWeights):
     def __init__(self, stage: Stage, shape: ModelShape, ranks: Ranks, model: ModelSettings, *, all_replicas: bool):
         """all_replicas: False: only the ranks of the first replica gather; the others have no tensor."""
         super().__init__(stage, shape, ranks, model)
-        self.takes_part = all_replicas or ranks.dp_rank == 0
+        self.takes_part = all_replicas or ranks.dp_cp_rank == 0
         self.stages: list[int] = []  # the stage of each message
         self.names: list[list[str]] = []  # of each message
 

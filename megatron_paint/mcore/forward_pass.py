@@ -13,7 +13,8 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_paint.mcore.batch import MicroBatch, make_micro_batches
+from megatron_paint.mcore.batch import Assignment, MicroBatch, make_micro_batches
+from megatron_paint.mcore.context import ContextGroup
 from megatron_paint.mcore.model import Stage
 from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.mcore.response_rows import response_rows
@@ -35,7 +36,8 @@ class LossResult(NamedTuple, Generic[Result]):
 class ForwardPass:
     """One pass of sequences through the model. Every rank calls with the sequences of all replicas.
 
-    Each replica computes its own sequences, packed into micro-batches. The callback is called with a micro-batch and
+    Each replica computes its own sequences, packed into micro-batches. Its context-parallel ranks share the tokens, and
+    each gets the response rows of the sequences that it owns. The callback is called with a micro-batch and
     the hidden states [N, H] that predict its response tokens, on the ranks of the last stage. Its results are returned
     in the order of the micro-batches; ranks of other stages return an empty list.
     """
@@ -46,20 +48,28 @@ class ForwardPass:
     micro_batch_tokens: int
     token_multiple: int
 
+    @property
+    def context(self) -> ContextGroup | None:
+        """The ranks that share a micro-batch's tokens; None: one rank has all of them."""
+        ranks = self.ranks
+        if ranks.cp_size == 1:
+            return None
+        return ContextGroup(group=ranks.cp_group, rank=ranks.cp_rank, size=ranks.cp_size)
+
     def run(
         self,
         sequences: Sequence[ScoredSequence],
-        replicas: Sequence[Sequence[int]],
+        assignment: Assignment,
         on_last_stage: Callable[[MicroBatch, Tensor], Result],
     ) -> list[Result]:
-        """Forward alone, without gradients. replicas: the indices of the sequences that each replica computes."""
+        """Forward alone, without gradients."""
         with torch.no_grad():
-            return self._run(sequences, replicas, on_last_stage, forward_only=True)
+            return self._run(sequences, assignment, on_last_stage, forward_only=True)
 
     def run_backward(
         self,
         sequences: Sequence[ScoredSequence],
-        replicas: Sequence[Sequence[int]],
+        assignment: Assignment,
         on_last_stage: Callable[[MicroBatch, Tensor], LossResult[Result]],
     ) -> list[Result]:
         """Forward and backward: adds to Megatron's gradient buffers and reduces them over all ranks.
@@ -68,12 +78,12 @@ class ForwardPass:
         """
         _check_normalisation(self.stage.config)
         with torch.enable_grad():
-            return self._run(sequences, replicas, on_last_stage, forward_only=False)
+            return self._run(sequences, assignment, on_last_stage, forward_only=False)
 
     def _run(
         self,
         sequences: Sequence[ScoredSequence],
-        replicas: Sequence[Sequence[int]],
+        assignment: Assignment,
         on_last_stage: Callable[[MicroBatch, Tensor], Result],
         *,
         forward_only: bool,
@@ -85,14 +95,15 @@ class ForwardPass:
             def finish(hidden_T1H: Tensor, non_loss_data: bool = False) -> Result:
                 return on_last_stage(batch, self._response_rows(hidden_T1H, batch))
 
-            return model(batch.ids_T, batch.rows), finish
+            return model(batch.ids_L, batch.rows), finish
 
         batches = make_micro_batches(
             sequences,
-            replicas,
+            assignment,
             replica=self.ranks.dp_rank,
             limit=self.micro_batch_tokens,
             multiple=self.token_multiple,
+            context=self.context,
             device=self.ranks.device,
         )
         return get_forward_backward_func()(
@@ -109,7 +120,8 @@ class ForwardPass:
     def _response_rows(self, hidden_T1H: Tensor, batch: MicroBatch) -> Tensor:
         # Under sequence parallelism the loss returns each rank's part of the gradient; the rows' backward sums them.
         group = self.ranks.tp_group if self.stage.config.sequence_parallel else None
-        return response_rows(hidden_T1H, batch.predicting_N, group)
+        rows = response_rows(hidden_T1H, batch.predicting_N, group)
+        return rows if batch.exchange is None else batch.exchange(rows)
 
 
 def _check_normalisation(config: TransformerConfig) -> None:

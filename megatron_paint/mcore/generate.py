@@ -33,7 +33,7 @@ LOOK_EVERY = 16  # tokens between two looks at a GPU: is a row finished? Ours. A
 
 @dataclass(frozen=True, kw_only=True)
 class BatchLimits:
-    """How much is decoded together on one replica."""
+    """How much is decoded together by one copy of the weights."""
 
     rows: int
     prefill_tokens: int  # rows x longest prompt: attention pads prompts to a rectangle
@@ -41,7 +41,7 @@ class BatchLimits:
 
 
 class MegatronSampler:
-    """Implements `Sampler` with the model that is trained; replicas share the requests."""
+    """Implements `Sampler` with the model that is trained; all copies of the weights share the requests."""
 
     def __init__(self, stage: Stage, ranks: Ranks, *, token_multiple: int, limits: BatchLimits):
         self.stage = stage
@@ -53,9 +53,9 @@ class MegatronSampler:
     def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParameters) -> list[Rollout]:
         """One rollout per request, in order, on every rank."""
         longest = [len(request.prompt_ids) + sampling.max_new_tokens for request in requests]
-        mine = assign_replicas(longest, self.ranks.dp_size)[self.ranks.dp_rank]
-        rollouts = self.generate_on_replica([requests[i] for i in mine], sampling)
-        # One rank of a replica passes them on.
+        mine = assign_replicas(longest, self.ranks.dp_cp_size)[self.ranks.dp_cp_rank]
+        rollouts = self.generate_on_copy([requests[i] for i in mine], sampling)
+        # One rank of a copy passes them on.
         sent = zip(mine, rollouts, strict=True) if self.ranks.tp_rank == 0 and self.ranks.is_last_stage else ()
         all_rollouts = gather_entries(dict(sent), self.ranks)
         return [all_rollouts[i] for i in range(len(requests))]
@@ -71,8 +71,8 @@ class MegatronSampler:
         return {}
 
     @torch.no_grad()
-    def generate_on_replica(self, requests: Sequence[GenerationRequest], sampling: SamplingParameters) -> list[Rollout]:
-        """One rollout per request, in order, on the ranks of this data-parallel replica, which call together.
+    def generate_on_copy(self, requests: Sequence[GenerationRequest], sampling: SamplingParameters) -> list[Rollout]:
+        """One rollout per request, in order, on the ranks of this copy of the weights, which call together.
 
         Requests of similar length are decoded together.
         """
@@ -165,7 +165,7 @@ class MegatronSampler:
     def _choose(
         self, logits_LV: Tensor | None, uniform_L: Tensor, sampling: SamplingParameters
     ) -> tuple[Tensor, Tensor]:
-        """Tokens and log-probabilities of the rows, the same on every rank of the replica.
+        """Tokens and log-probabilities of the rows, the same on every rank of the copy.
 
         One rank draws. The same arithmetic on another rank could round differently, and the ranks would diverge.
         """
@@ -174,8 +174,8 @@ class MegatronSampler:
         if logits_LV is not None:
             token_L, logp_L = choose_tokens(logits_LV, uniform_R=uniform_L, sampling=sampling)
             chosen_2L = torch.stack((token_L.double(), logp_L.double()))
-        if ranks.replica_size > 1:
-            dist.broadcast(chosen_2L, group_src=(ranks.pp_size - 1) * ranks.tp_size, group=ranks.replica_group)
+        if ranks.copy_size > 1:
+            dist.broadcast(chosen_2L, group_src=(ranks.pp_size - 1) * ranks.tp_size, group=ranks.copy_group)
         return chosen_2L[0].long(), chosen_2L[1]
 
 

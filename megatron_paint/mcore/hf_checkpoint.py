@@ -77,12 +77,13 @@ def gathered_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face tensors of this stage, one after another, each on one of `writers` ranks in turn.
 
-    The writers are the ranks of the first replica, then those of the next. prepare: applied to each shard before it is
-    gathered. All tensor-parallel ranks of the stage must iterate together. A tied copy of the embedding is left out.
+    The writers are the ranks of the first copy of the weights, then those of the next. prepare: applied to each shard
+    before it is gathered. All tensor-parallel ranks of the stage must iterate together. A tied copy of the embedding is
+    left out.
     """
     for number, (name, value) in enumerate(named):
-        replica, owner = divmod(number % writers, ranks.tp_size)
-        if replica != ranks.dp_rank or (name == "output_layer.weight" and shape.tied):
+        copy, owner = divmod(number % writers, ranks.tp_size)
+        if copy != ranks.dp_cp_rank or (name == "output_layer.weight" and shape.tied):
             continue
         value = prepare(name, value)
         shards = [value]
@@ -112,7 +113,7 @@ def export_stage(
     tokenizer files replace those of `source`.
     """
     share = shape.num_parameters * dtype.itemsize / ranks.pp_size / WRITER_BYTES
-    writers = max(1, min(ranks.tp_size * ranks.dp_size, round(share)))
+    writers = max(1, min(ranks.tp_size * ranks.dp_cp_size, round(share)))
 
     def write(folder: Path) -> dict[str, dict[str, int]]:
         tensors = gathered_tensors(
@@ -123,7 +124,7 @@ def export_stage(
             writers=writers,
             prepare=partial(merged_weight, stage),
         )
-        stem = f"stage{ranks.pp_rank:03d}-replica{ranks.dp_rank:04d}-rank{ranks.tp_rank:02d}"
+        stem = f"stage{ranks.pp_rank:03d}-copy{ranks.dp_cp_rank:04d}-rank{ranks.tp_rank:02d}"
         return _write_shards(tensors, folder, stem=stem, dtype=dtype, shard_bytes=shard_bytes)
 
     def finish(folder: Path, written: list[dict[str, dict[str, int]]]) -> None:
@@ -157,7 +158,7 @@ def export_adapters(
     """
 
     def write(folder: Path) -> str | None:
-        if ranks.dp_rank > 0:
+        if ranks.dp_cp_rank > 0:
             return None
         tensors = dict(gathered_adapters(stage, ranks))
         if ranks.tp_rank > 0:

@@ -115,6 +115,7 @@ def transformer_config(shape: ModelShape, model: ModelSettings, megatron: Megatr
         attention_dropout=0.0,
         tensor_model_parallel_size=megatron.tensor_model_parallel_size,
         pipeline_model_parallel_size=megatron.pipeline_model_parallel_size,
+        context_parallel_size=megatron.context_parallel_size,
         sequence_parallel=megatron.sequence_parallel and megatron.tensor_model_parallel_size > 1,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # Megatron refuses its default with variable lengths

@@ -23,7 +23,7 @@ from megatron_paint.losses import token_logprobs
 from megatron_paint.losses.elementwise.choose import loss_kernel
 from megatron_paint.losses.interface import ResponseRows, TokenLoss
 from megatron_paint.mcore.async_writer import Writer
-from megatron_paint.mcore.batch import MicroBatch, assign_replicas
+from megatron_paint.mcore.batch import Assignment, MicroBatch, assign
 from megatron_paint.mcore.checkpoint import copy_checkpoint, load_checkpoint
 from megatron_paint.mcore.collectives import gather_entries
 from megatron_paint.mcore.forward_pass import ForwardPass, LossResult
@@ -113,7 +113,7 @@ class MegatronPolicy(ModelRunner):
         else:
             states = self.teacher_states(samples, loss)
         score = self._score_with(loss, samples, states)
-        found = self.forward.run(_student_sequences(samples), self._replicas(samples), score)
+        found = self.forward.run(_student_sequences(samples), self._assignment(samples), score)
         return self._gather_scores([part.result for part in found], len(samples))
 
     def logprobs(
@@ -142,9 +142,9 @@ class MegatronPolicy(ModelRunner):
             )
             return {index: tuple(part.tolist()) for index, part in _by_index(batch, scored.logp_T).items()}
 
-        replicas = assign_replicas([sequence.num_tokens for sequence in sequences], self.ranks.dp_size)
+        assignment = self._assigned(sequences, [sequence.num_tokens for sequence in sequences])
         with self.teacher.in_place() if weights == "teacher" else nullcontext():
-            found = self.forward.run(sequences, replicas, score)
+            found = self.forward.run(sequences, assignment, score)
         merged = gather_entries(_merged(found) if self.ranks.tp_rank == 0 else {}, self.ranks)
         for index, logprobs in merged.items():
             if not all(map(math.isfinite, logprobs)):
@@ -179,7 +179,7 @@ class MegatronPolicy(ModelRunner):
     ) -> TeacherStates:
         """What the loss needs from the teacher. Defaults: this policy's teacher and its usual micro-batches."""
         teacher, forward = teacher or self.teacher, forward or self.forward
-        replicas = self._replicas(samples)
+        assignment = self._assignment(samples)
 
         def hidden(prompts: Iterable[TokenIds], of: Teacher, weights: Weights = "teacher") -> dict[int, Tensor]:
             sequences = [
@@ -187,7 +187,7 @@ class MegatronPolicy(ModelRunner):
                 for prompt, sample in zip(prompts, samples, strict=True)
             ]
             with of.in_place(weights):
-                return _merged(forward.run(sequences, replicas, _by_index))
+                return _merged(forward.run(sequences, assignment, _by_index))
 
         prompts = {"teacher": (s.teacher_prompt_ids for s in samples)}
         prompts["full"] = (s.full_teacher_prompt_ids for s in samples)
@@ -215,7 +215,7 @@ class MegatronPolicy(ModelRunner):
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         score = self._score_with(loss, samples, states)
-        found = self.forward.run_backward(_student_sequences(samples), self._replicas(samples), score)
+        found = self.forward.run_backward(_student_sequences(samples), self._assignment(samples), score)
         return self._gather_scores(found, len(samples))
 
     def _score_with(
@@ -244,10 +244,13 @@ class MegatronPolicy(ModelRunner):
 
         return score
 
-    def _replicas(self, samples: Sequence[Sample]) -> list[list[int]]:
-        """The samples of each data-parallel replica, the same in the teacher's and the student's pass."""
+    def _assignment(self, samples: Sequence[Sample]) -> Assignment:
+        """Who computes each sample, the same in the teacher's and the student's pass."""
         costs = [len(s.student_prompt_ids) + len(s.teacher_prompt_ids or ()) + 2 * len(s.response_ids) for s in samples]
-        return assign_replicas(costs, self.ranks.dp_size)
+        return self._assigned(_student_sequences(samples), costs)
+
+    def _assigned(self, sequences: Sequence[ScoredSequence], costs: Sequence[int]) -> Assignment:
+        return assign(sequences, costs, replicas=self.ranks.dp_size, contexts=self.ranks.cp_size)
 
     def _gather_scores(
         self, found: Sequence[dict[int, SampleScore | NonFinite]], count: int

@@ -27,7 +27,11 @@ TIMEOUT = timedelta(minutes=10)  # torch's default for NCCL
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This process's rank in each dimension: tensor parallel within pipeline stages within data-parallel replicas."""
+    """This process's rank in each dimension.
+
+    Neighbouring ranks share layers (tensor parallel). Then come those that share the tokens of a micro-batch (context
+    parallel), data-parallel replicas, and pipeline stages.
+    """
 
     rank: int
     size: int
@@ -38,16 +42,21 @@ class Ranks:
     pp_rank: int
     pp_size: int
     pp_group: dist.ProcessGroup
+    cp_rank: int  # context parallel: each rank has the weights of its stage and a slice of every row
+    cp_size: int
+    cp_group: dist.ProcessGroup
     dp_rank: int
     dp_size: int
+    dp_cp_rank: int  # of the copies of the weights: each context-parallel rank of each replica has one
+    dp_cp_size: int
     ep_rank: int  # expert parallel: neighbouring replicas share a layer's experts
     ep_size: int
-    replica_group: dist.ProcessGroup  # the ranks of one replica: stages one after another, tensor-parallel ranks within
+    copy_group: dist.ProcessGroup  # the ranks of one copy of the weights: stage by stage, tensor-parallel ranks within
     host_group: dist.ProcessGroup  # gloo, all ranks: for records and messages
     writer_group: dist.ProcessGroup  # the same, for a thread that writes while they are busy
 
     @property
-    def replica_size(self) -> int:
+    def copy_size(self) -> int:
         return self.tp_size * self.pp_size
 
     @property
@@ -84,6 +93,7 @@ def start_ranks(megatron: MegatronSettings, *, hang_seconds: float | None = None
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=megatron.tensor_model_parallel_size,
         pipeline_model_parallel_size=megatron.pipeline_model_parallel_size,
+        context_parallel_size=megatron.context_parallel_size,
         expert_model_parallel_size=megatron.expert_model_parallel_size,
         distributed_timeout_minutes=timeout // timedelta(minutes=1),
     )
@@ -98,11 +108,16 @@ def start_ranks(megatron: MegatronSettings, *, hang_seconds: float | None = None
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
+        cp_group=parallel_state.get_context_parallel_group(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
+        dp_cp_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        dp_cp_size=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
         ep_size=parallel_state.get_expert_model_parallel_world_size(),
-        replica_group=parallel_state.get_model_parallel_group(),
+        copy_group=parallel_state.get_model_parallel_group(),
         host_group=dist.new_group(backend="gloo", timeout=HOST_TIMEOUT),
         writer_group=dist.new_group(backend="gloo", timeout=HOST_TIMEOUT),
     )

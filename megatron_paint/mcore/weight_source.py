@@ -44,7 +44,7 @@ class StageWeights:
 
     @torch.no_grad()
     def message(self, number: int) -> dict[str, Tensor]:
-        if number >= len(self.messages) or self.ranks.dp_rank > 0:
+        if number >= len(self.messages) or self.ranks.dp_cp_rank > 0:
             return {}
         parameters = dict(base_parameters(self.stage))
         gathered = {name: self._gathered(name, parameters[name], number) for name in self.messages[number]}
@@ -111,7 +111,7 @@ class StageWeights:
 
     def _owns(self, number: int) -> bool:
         ranks = self.ranks
-        return ranks.dp_rank == 0 and number < len(self.messages) and number % ranks.tp_size == ranks.tp_rank
+        return ranks.dp_cp_rank == 0 and number < len(self.messages) and number % ranks.tp_size == ranks.tp_rank
 
     def _rule(self, parameter: str):
         return rule_of(parameter, self.shape, first_layer=first_layer_of(self.stage))

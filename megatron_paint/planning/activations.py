@@ -27,6 +27,7 @@ class LayerKind:
     tp: int
     sequence_parallel: bool
     engine: bool  # layers of Transformer Engine
+    context: int = 1  # ranks that share the tokens of a row
     lora_rank: int | None
     selective: bool = False  # the attention kernel is computed again in the backward pass
 
@@ -62,6 +63,8 @@ class LayerKind:
             attention = (6 if plain_and_full else 5) * self.queries + (5 if plain_and_full else 4) * self.keys
             if groups == 1:  # the queries of one group are a view of the fused tensor, not a copy
                 attention -= self.queries
+        if self.context > 1 and not self.engine:  # two rectangles of keys and values, of all ranks' tokens
+            attention += 2 * self.keys * (self.context + 0.5 - 1)
         if self.selective and not self.engine:
             attention -= self.queries + self.keys
         feed_forward = (3 if self.engine else 5) * self.ffn
@@ -72,14 +75,18 @@ class LayerKind:
 
     def working_bytes(self) -> float:
         """Bytes for each token that exist besides while a layer's gradient is computed: about its widest part."""
-        return self._widest(4 * self.ffn)
+        return self._widest(4 * self.ffn) + self._gathered()
 
     def forward_bytes(self) -> float:
         """The same of a forward pass without gradients.
 
         Beside the output of a layer with adapters exists theirs, joined from two parts and scaled.
         """
-        return self._widest((4 if self.lora_rank is None else 6) * self.ffn)
+        return self._widest((4 if self.lora_rank is None else 6) * self.ffn) + self._gathered()
+
+    def _gathered(self) -> float:
+        """Keys and values of all context-parallel ranks, of one layer; Transformer Engine passes them on in turn."""
+        return 2 * self.keys * self.width * (2 if self.engine else self.context) if self.context > 1 else 0.0
 
     def _widest(self, feed_forward: float) -> float:
         return (3 * self.hidden + max(3 * self.queries + 4 * self.keys, feed_forward)) * self.width

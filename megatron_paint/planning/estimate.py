@@ -106,6 +106,7 @@ class StageMemory:
         self.settings, self.layout, self.shape = settings, layout, layout.shape
         self.stage, self.triton, self.on_gpus = stage, triton, on_gpus
         self.tp, self.pp, self.dp = layout.tensor_parallel, layout.pipeline_parallel, layout.data_parallel
+        self.cp = layout.context_parallel
         self.last = stage == self.pp - 1
         self.width = WIDTHS[settings.model.dtype]
         lora, megatron = settings.model.lora, settings.megatron
@@ -118,6 +119,7 @@ class StageMemory:
             tp=self.tp,
             sequence_parallel=megatron.sequence_parallel,
             engine=engine,
+            context=self.cp,
             lora_rank=None if lora is None else lora.rank,
             selective=megatron.recompute_granularity == "selective",
         )
@@ -132,7 +134,7 @@ class StageMemory:
         held, activations = self._held(), self._activations()
         in_flight = min(self.pp - self.stage, self._sequences())  # a micro-batch has at least one sequence
         inputs, kept = in_flight * activations.inputs, in_flight * activations.kept
-        final = final_norm_bytes(self.kind, tokens=self._tokens()) if self.last else 0.0
+        final = final_norm_bytes(self.kind, tokens=self._rank_tokens()) if self.last else 0.0
         passed = self._teacher_results()
         backward = {
             "inputs of recomputed layers": inputs,
@@ -155,7 +157,7 @@ class StageMemory:
         if self.settings.needs.teacher:
             teacher = {
                 "teacher's copy": self.weights.trained * self._passing_bytes(),
-                "working memory": self._teacher_tokens() * self.kind.forward_bytes(),
+                "working memory": math.ceil(self._teacher_tokens() / self.cp) * self.kind.forward_bytes(),
                 "teacher's results": passed,
             }
             peaks.append(Peak(moment="teacher's pass", parts={**held, **teacher}))
@@ -182,7 +184,7 @@ class StageMemory:
     def optimizer_bytes(self) -> float:
         """The optimiser's state: float32 main weights, unless the weights are float32, and its moments."""
         main = 0 if self.width == FLOAT32 else 1
-        shards = self.dp if self.settings.megatron.use_distributed_optimizer else 1
+        shards = self.dp * self.cp if self.settings.megatron.use_distributed_optimizer else 1
         return self.weights.trained * FLOAT32 * (main + self._moments()) / shards
 
     def cache_bytes(self, *, rows: int, new_tokens: int) -> float:
@@ -255,7 +257,7 @@ class StageMemory:
         return 0 if optimizer.name == "sgd" and not optimizer.momentum else MOMENTS[optimizer.name]
 
     def _own_of_cuda(self) -> float:
-        groups = (self.tp, self.pp, self.dp, self.tp * self.pp if min(self.tp, self.pp) > 1 else 1)
+        groups = (self.tp, self.pp, self.dp * self.cp, self.cp, self.tp * self.pp if min(self.tp, self.pp) > 1 else 1)
         return CUDA_BYTES + NCCL_BYTES * sum(size > 1 for size in groups) if self.on_gpus else 0.0
 
     def _passing_bytes(self) -> int:
@@ -266,22 +268,29 @@ class StageMemory:
 
     def _activations(self) -> StageActivations:
         layers = self.shape.num_layers // self.pp
-        return stage_activations(self.kind, self.recompute, layers=layers, tokens=self._tokens())
+        return stage_activations(self.kind, self.recompute, layers=layers, tokens=self._rank_tokens())
 
     def _sampled_sequences(self) -> int:
-        """Responses of a step that one replica samples."""
-        samples = self.settings.needs.samples_per_problem or 1
-        return math.ceil(self.settings.data.problems_per_step * samples / self.dp)
+        """Responses of a step that one copy of the weights samples."""
+        return math.ceil(self._responses() / (self.dp * self.cp))
+
+    def _responses(self) -> int:
+        """Responses of a step."""
+        return self.settings.data.problems_per_step * (self.settings.needs.samples_per_problem or 1)
 
     def _sequences(self) -> int:
         """The most responses of a step that one replica trains on."""
         if self.settings.rollout.keep == "shortest_correct":  # one of each problem
             return math.ceil(self.settings.data.problems_per_step / self.dp)
-        return self._sampled_sequences()
+        return math.ceil(self._responses() / self.dp)
 
     def _tokens(self) -> int:
         """The most tokens of a micro-batch on this replica."""
         return min(micro_batch_tokens(self.settings, self.shape), self._sequences() * self.shape.max_positions)
+
+    def _rank_tokens(self) -> int:
+        """Those of them that a rank has."""
+        return math.ceil(self._tokens() / self.cp)
 
     def _teacher_tokens(self) -> int:
         """The same for the teacher's pass, where a response may come after a prompt that holds another one."""
@@ -292,7 +301,10 @@ class StageMemory:
         return _new_tokens(self.settings, self.shape)
 
     def _response_tokens(self) -> int:
-        return min(self._tokens(), self._sequences() * self._new_tokens())
+        """The most response tokens of a micro-batch that a rank owns: one response, or a share of all."""
+        tokens, new_tokens = self._tokens(), self._new_tokens()
+        share = min(tokens, max(new_tokens, math.ceil(tokens / self.cp)))
+        return min(share, math.ceil(self._sequences() / self.cp) * new_tokens)
 
     def _response_rows(self) -> float:
         """Hidden states of the responses of a micro-batch: the student's, the teacher's, and the float32 gradient."""
@@ -309,13 +321,14 @@ class StageMemory:
         return 1 + full + objective.needs.initial
 
     def _teacher_results(self) -> float:
-        """The teacher's hidden states of all responses of the replica, on the last stage, and its output layer.
+        """The teacher's hidden states of all responses that the rank owns, on the last stage, and its output layer.
 
         Initial weights beside an average are a second output layer on the device if they rest in host memory.
         """
         if not self.last or not self._teachers():
             return 0.0
-        states = self._sequences() * self._new_tokens() * self.shape.hidden_size * self.width * self._teachers()
+        tokens = math.ceil(self._sequences() / self.cp) * self._new_tokens()
+        states = tokens * self.shape.hidden_size * self.width * self._teachers()
         trains_output = self.settings.model.lora is None
         teacher = self.settings.objective.teacher
         layers = 1 + (self.settings.needs.initial and teacher.offload and teacher.weights == "ema")
@@ -381,9 +394,9 @@ def _host(
         offloaded = weights.trained * teacher_bytes(settings) if teacher.offload else 0
         resting.append(PROCESS_BYTES[on_gpus] + offloaded)
     ranks = [
-        resting[stage] + (saved_by_stage[stage] if replica == 0 else 0.0)
-        for stage in range(pp)  # the order of Megatron's ranks: stages, then replicas, then tensor-parallel ranks
-        for replica in range(dp)
+        resting[stage] + (saved_by_stage[stage] if copy == 0 else 0.0)
+        for stage in range(pp)  # the order of Megatron's ranks: stages, then copies, then tensor-parallel ranks
+        for copy in range(dp * layout.context_parallel)
         for _ in range(tp)
     ]
     nodes = [ranks[first : first + ranks_per_node] for first in range(0, len(ranks), ranks_per_node)]

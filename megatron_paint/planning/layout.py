@@ -24,6 +24,7 @@ class Layout:
     tensor_parallel: int
     pipeline_parallel: int
     data_parallel: int
+    context_parallel: int = 1
     uses_engine: bool  # layers of Transformer Engine
 
 
@@ -40,6 +41,7 @@ def check_layout(
         tensor_parallel=megatron.tensor_model_parallel_size,
         pipeline_parallel=megatron.pipeline_model_parallel_size,
         data_parallel=data_parallel,
+        context_parallel=megatron.context_parallel_size,
         uses_engine=use_transformer_engine(megatron),
     )
 
@@ -84,15 +86,23 @@ def check_model(model: ModelSettings, megatron: MegatronSettings, rollout: Rollo
 
 def data_parallel_size(processes: int, megatron: MegatronSettings) -> int:
     """The number of replicas that `processes` processes form. UserError: the layout does not fit that number."""
-    tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
-    if processes % (tp * pp):
-        multiple = max(1, round(processes / (tp * pp))) * tp * pp
+    replica = ranks_of_replica(megatron)
+    if processes % replica:
+        cp = megatron.context_parallel_size
         raise UserError(
-            f"{processes} processes cannot be laid out as tensor_model_parallel_size={tp} x "
-            f"pipeline_model_parallel_size={pp}: their number must be a multiple of {tp * pp} "
-            f"(nearest: --processes {multiple})"
+            f"{processes} processes cannot be laid out as tensor_model_parallel_size="
+            f"{megatron.tensor_model_parallel_size} x pipeline_model_parallel_size="
+            f"{megatron.pipeline_model_parallel_size}{f' x context_parallel_size={cp}' if cp > 1 else ''}: their "
+            f"number must be a multiple of {replica} "
+            f"(nearest: --processes {max(1, round(processes / replica)) * replica})"
         )
-    return processes // (tp * pp)
+    return processes // replica
+
+
+def ranks_of_replica(megatron: MegatronSettings) -> int:
+    """The processes that compute one micro-batch together."""
+    sizes = (megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size, megatron.context_parallel_size)
+    return math.prod(sizes)
 
 
 def cache_bytes_per_token(shape: ModelShape, *, dtype: str, megatron: MegatronSettings) -> int:

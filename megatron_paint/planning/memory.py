@@ -48,7 +48,8 @@ class Plan(Layout):
             f"{shape.num_heads} heads / {shape.num_groups} groups, vocabulary {shape.vocab_size:,}"
             f"{', tied' if shape.tied else ''}",
             f"layout     {self.processes} processes = tensor {self.tensor_parallel} x pipeline "
-            f"{self.pipeline_parallel} x data {self.data_parallel}; {layers} layers "
+            f"{self.pipeline_parallel}{f' x context {self.context_parallel}' if self.context_parallel > 1 else ''} x "
+            f"data {self.data_parallel}; {layers} layers "
             f"a stage, {shape.vocab_rows(self.tensor_parallel):,} vocabulary rows a rank",
             f"layers     {'Transformer Engine' if self.uses_engine else 'plain torch'}, {settings.model.dtype}"
             f"{f', FP8 {settings.megatron.fp8} {settings.megatron.fp8_recipe}' if settings.megatron.fp8 else ''}",
@@ -109,7 +110,8 @@ class Plan(Layout):
                 processes=processes,
                 tensor_parallel=tp,
                 pipeline_parallel=pp,
-                data_parallel=processes // (tp * pp),
+                data_parallel=processes // (tp * pp * self.context_parallel),
+                context_parallel=self.context_parallel,
                 uses_engine=self.uses_engine,
             )
             after = _estimate(changed, layout, self.target).peak
@@ -184,7 +186,7 @@ def _changes(settings: Settings, layout: Layout) -> Iterator[tuple[str, Settings
     """What may help against too little memory, each change alone: a text, the settings, and the number of ranks."""
     megatron, data, rollout, ranks = settings.megatron, settings.data, settings.rollout, layout.processes
     tp, most = layout.tensor_parallel, common_tensor_parallel_size(layout.shape)
-    places = ranks // layout.pipeline_parallel
+    places = ranks // (layout.pipeline_parallel * layout.context_parallel)
     larger = [size for size in range(tp + 1, places + 1) if most % size == 0 and places % size == 0]
     for size in larger[:1]:
         changed = replace(megatron, tensor_model_parallel_size=size, sequence_parallel=True)

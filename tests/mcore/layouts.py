@@ -14,6 +14,12 @@ class Layout:
     pp: int
     sequence_parallel: bool = False
     recompute: str | None = None
+    cp: int = 1
+
+    @property
+    def copies(self) -> int:
+        """Copies of the weights."""
+        return self.processes // (self.tp * self.pp)
 
     @property
     def megatron(self) -> dict:
@@ -23,6 +29,7 @@ class Layout:
         return {
             "tensor_model_parallel_size": self.tp,
             "pipeline_model_parallel_size": self.pp,
+            "context_parallel_size": self.cp,
             "sequence_parallel": self.sequence_parallel,
             **recompute,
         }
@@ -33,6 +40,10 @@ LAYOUTS = {
     "pp2": Layout(2, 1, 2, recompute="full"),
     "tp2-pp2-sp": Layout(4, 2, 2, True, recompute="full"),
     "tp2-dp2": Layout(4, 2, 1, recompute="selective"),
+    "cp2": Layout(2, 1, 1, cp=2),
+    "tp2-cp2-sp": Layout(4, 2, 1, True, cp=2),
+    "pp2-cp2": Layout(4, 1, 2, recompute="full", cp=2),
+    "cp2-dp2": Layout(4, 1, 1, cp=2),
 }
 
 

@@ -212,7 +212,7 @@ NOT_FINITE = {
     "full-current-distributed-adam": "bfloat16",
 }
 # `make test` runs every case at tp1 and at tp2-pp2-sp, which has all collectives of tensor and pipeline parallelism. At
-# the other two it runs the cases that touch what only they have, and `make test-all` runs the rest.
+# the others it runs the cases that touch what only they have, and `make test-all` runs the rest.
 TOUCHING = {
     "pp2": (  # a pipeline whose stages hold complete layers: what crosses it, or is shared by its ends
         "full-initial-sgd",
@@ -222,6 +222,19 @@ TOUCHING = {
         "grpo-kl-sgd",
         "yarn-ema-adam",
     ),
+    "cp2": (  # slices of rows, and owners of rollouts
+        "full-initial-sgd",
+        "full-tied-ema-adam",
+        "full-support-initial",
+        "full-one-sample",
+        "lora-ema-sgd",
+        "sft-lora-sgd",
+        "grpo-kl-sgd",
+        "yarn-ema-adam",
+    ),
+    "tp2-cp2-sp": ("full-tied-ema-adam", "lora-older-adam"),
+    "pp2-cp2": ("full-tied-ema-adam", "full-one-sample"),
+    "cp2-dp2": ("full-current-distributed-adam", "full-one-sample", "grpo-kl-sgd"),
     "tp2-dp2": (  # replicas: sums over them, state that they share, one that has no sample
         "full-tied-ema-adam",
         "full-current-distributed-adam",

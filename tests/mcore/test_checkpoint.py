@@ -21,7 +21,9 @@ def folders(tmp_path_factory):
     return checkpoints, saved, whole, broken
 
 
-@pytest.mark.parametrize("layout", [WRITER, "tp1", "tp2-dp2", pytest.param("pp2", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "layout", [WRITER, "tp1", "tp2-dp2", "tp2-cp2-sp", pytest.param("pp2", marks=pytest.mark.long)]
+)
 def test_goes_on(layout, folders, tmp_path):
     checkpoints, saved, whole, _ = folders
     run_worker("checkpoint_worker", layout, "rest", checkpoints, saved, tmp_path)

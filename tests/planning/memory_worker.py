@@ -30,7 +30,9 @@ from megatron_paint.models.qwen3.shape import read_shape
 from megatron_paint.records import Problem, Rollout, Sample
 from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
 
-LENGTH = 127  # tokens of a sequence: a prompt of one token, and the response, whose last token is no input
+# Tokens of a sequence: a prompt of one token, and the response, whose last token is no input. 4 divides it, so that
+# context parallelism pads no row.
+LENGTH = 128
 PER_MICRO_BATCH, PER_REPLICA = 2, 4  # sequences
 CHANGES = {
     "full": (),
@@ -158,7 +160,7 @@ def sample(policy: MegatronPolicy, settings: Settings, *, stop_ids: Collection[i
     sampling = SamplingParameters(
         max_new_tokens=settings.rollout.max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, stop_ids=stop_ids
     )
-    policy.sampler.generate_on_replica(requests, sampling)
+    policy.sampler.generate_on_copy(requests, sampling)
 
 
 def measure(settings: Settings, ranks: Ranks) -> dict[str, float]:

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import MegatronSettings, ModelSettings, RolloutSettings
-from megatron_paint.planning.layout import check_model
+from megatron_paint.planning.layout import check_model, data_parallel_size
 
 SIZES = {
     "model_type": "qwen3",
@@ -50,3 +50,17 @@ def test_the_suggested_pipeline_parallel_size_holds(tmp_path):
     with pytest.raises(UserError, match=r"size=4 does not divide the number of layers, 6, .* fits the model is 3$"):
         check(tmp_path, pp=4)
     check(tmp_path, pp=3)
+
+
+@pytest.mark.parametrize(
+    ("processes", "sizes", "nearest"),
+    [(6, (1, 2, 2), 8), (7, (2, 1, 1), 8), (3, (2, 2, 2), 8), (9, (2, 1, 2), 8)],
+)
+def test_the_suggested_number_of_processes_holds(processes, sizes, nearest):
+    tp, pp, cp = sizes
+    megatron = MegatronSettings(
+        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp
+    )
+    with pytest.raises(UserError, match=rf"must be a multiple of {tp * pp * cp} \(nearest: --processes {nearest}\)$"):
+        data_parallel_size(processes, megatron)
+    assert data_parallel_size(nearest, megatron) == nearest // (tp * pp * cp)

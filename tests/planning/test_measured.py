@@ -1,4 +1,4 @@
-"""The estimate against bytes that were really allocated: tiny models on CPUs, four layouts, every kind of training."""
+"""The estimate against bytes that were really allocated: tiny models on CPUs, five layouts, every kind of training."""
 
 import json
 from pathlib import Path
@@ -14,11 +14,12 @@ from tests.planning.memory_worker import CHANGES, LENGTH, PER_MICRO_BATCH, PER_R
 from tests.support import forked_ranks
 
 WITHIN = 0.05
-LAYOUTS = {  # processes, tensor parallel, pipeline parallel, sequence parallel
-    "one process": (1, 1, 1, False),
-    "pipeline 2": (2, 1, 2, False),
-    "tensor 2 x pipeline 2, sequence parallel": (4, 2, 2, True),
-    "tensor 2 x data 2": (4, 2, 1, False),
+LAYOUTS = {  # processes, tensor parallel, pipeline parallel, context parallel, sequence parallel
+    "one process": (1, 1, 1, 1, False),
+    "pipeline 2": (2, 1, 2, 1, False),
+    "tensor 2 x pipeline 2, sequence parallel": (4, 2, 2, 1, True),
+    "tensor 2 x data 2": (4, 2, 1, 1, False),
+    "context 2": (2, 1, 1, 2, False),
 }
 
 
@@ -40,9 +41,11 @@ def write_model(folder: Path, *, tied: bool) -> Path:
     return folder
 
 
-def write_settings(folder: Path, model: Path, *, processes: int, tp: int, pp: int, sequence_parallel: bool) -> Path:
+def write_settings(
+    folder: Path, model: Path, *, processes: int, tp: int, pp: int, cp: int, sequence_parallel: bool
+) -> Path:
     path = folder / "settings.yaml"
-    problems = PER_REPLICA * processes // (tp * pp)
+    problems = PER_REPLICA * processes // (tp * pp * cp)
     path.write_text(
         f"""\
 model: {{hf_path: {model}, dtype: float32}}
@@ -52,6 +55,7 @@ rollout: {{max_new_tokens: {LENGTH}, batch_size: {PER_MICRO_BATCH}}}
 megatron:
   tensor_model_parallel_size: {tp}
   pipeline_model_parallel_size: {pp}
+  context_parallel_size: {cp}
   sequence_parallel: {str(sequence_parallel).lower()}
 run: {{dir: unused}}
 """
@@ -88,6 +92,7 @@ CASES = {
     "more of stages": ("pipeline 2", False, ["full recompute", "lora"]),
     "tied stages": ("pipeline 2", True, ["full"]),
     "stages and shards": ("tensor 2 x pipeline 2, sequence parallel", False, ["full recompute", "lora"]),
+    "slices": ("context 2", False, ["full", "lora"]),
     "shards and replicas": ("tensor 2 x data 2", True, ["full selective", "ema"]),
     "more of shards and replicas": ("tensor 2 x data 2", True, ["full recompute", "lora"]),
 }
@@ -99,9 +104,10 @@ MARKED = [
 
 def measure(what: str, folder: Path, name: str, *, tied: bool, cases: list[str]) -> tuple[Path, list[dict]]:
     """The settings, and what each rank of a layout measured."""
-    processes, tp, pp, sequence_parallel = LAYOUTS[name]
+    processes, tp, pp, cp, sequence_parallel = LAYOUTS[name]
     model = write_model(folder / "model", tied=tied)
-    settings = write_settings(folder, model, processes=processes, tp=tp, pp=pp, sequence_parallel=sequence_parallel)
+    layout = {"tp": tp, "pp": pp, "cp": cp, "sequence_parallel": sequence_parallel}
+    settings = write_settings(folder, model, processes=processes, **layout)
     worker = {"target": "tests.planning.memory_worker:main", "processes": processes, "limit": 600}
     ended = forked_ranks.run(folder, what, settings, folder, *cases, **worker)
     assert ended.statuses == [0] * processes, "\n".join(text[-3000:] for text in ended.err)
