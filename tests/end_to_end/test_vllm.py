@@ -71,7 +71,7 @@ def transfer_of(run: Path) -> Path:
     return transfer_folder(RolloutSettings(), run)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["dp2", pytest.param("tp2", marks=pytest.mark.long), "tp2-pp2"])
 def test_a_run(layout, model, tmp_path):
     processes, megatron = LAYOUTS[layout]
     settings = write_settings(tmp_path, model, layout=megatron)
@@ -118,7 +118,7 @@ LORA = "model.lora={rank: 4, alpha: 8.0}"
 
 
 @pytest.mark.parametrize("transfer", ["merged", "adapter"])
-@pytest.mark.parametrize("layout", ["tp2", "tp2-pp2"])
+@pytest.mark.parametrize("layout", [pytest.param("tp2", marks=pytest.mark.long), "tp2-pp2"])
 def test_adapters(layout, transfer, model, tmp_path):
     """Both ways give the same tokens. One server fails on the way."""
     processes, megatron = LAYOUTS[layout]
@@ -427,7 +427,7 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=[pytest.mark.long, pytest.mark.timeout(1500)])])
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=[pytest.mark.long, pytest.mark.timeout(1500)])])
 def test_killed_at_any_moment_ahead(kills, model, tmp_path):
     """Each start goes on where its checkpoint is; at the end nothing was trained on twice, or with other weights."""
     settings, steps = write_settings(tmp_path, model), STEPS + kills

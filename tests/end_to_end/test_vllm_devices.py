@@ -76,7 +76,9 @@ def check(run: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.long)])
-@pytest.mark.parametrize(("transfer", "layout"), SERVERS)
+@pytest.mark.parametrize(
+    ("transfer", "layout"), [pytest.param(*one, marks=pytest.mark.long if one[1] == "dp2" else ()) for one in SERVERS]
+)
 def test_a_run(transfer, layout, tied, models, tmp_path):
     ended = train(tmp_path, models[tied], transfer, layout)
     assert ended.statuses == [0] * LAYOUTS[layout][0], ended

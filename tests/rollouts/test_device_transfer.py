@@ -128,7 +128,7 @@ def test_the_same_weights_are_sent_again_after_a_sleep(start):
     [
         ("/get_world_size", 1, "status", True),
         pytest.param("/init_weight_transfer_engine", 1, "exit", True, marks=pytest.mark.long),
-        ("/init_weight_transfer_engine", 1, "status", True),
+        pytest.param("/init_weight_transfer_engine", 1, "status", True, marks=pytest.mark.long),
         pytest.param("/pause", 2, "status", True, marks=pytest.mark.long),
         ("/start_weight_update", 2, "exit", True),
         pytest.param("/update_weights", 2, "exit", True, marks=pytest.mark.long),
