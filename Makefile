@@ -20,7 +20,8 @@ PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=25 $(OP
 STARTS = end_to_end reliability slurm gpu convert mcore losses/test_losses_parallel.py losses/test_losses_triton.py \
     objectives/test_add_an_objective.py planning/test_measured.py search/test_search.py tools/test_testbed.py
 
-.PHONY: help quickstart testbed testbed-full test check test-all test-slurm test-vllm test-vllm-all soak test-gpu bench install
+.PHONY: help quickstart testbed testbed-full test check test-all test-slurm test-vllm test-vllm-all test-engine soak test-gpu \
+        bench install
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -65,6 +66,10 @@ test-vllm: $(READY)
 test-vllm-all: $(READY)
 	$(VLLM) -m pip install -q --no-deps -e .
 	MEGATRON_PAINT_VLLM=$(VLLM) $(PYTEST) -m vllm -n 0 $(OPTIONS) tests/rollouts tests/end_to_end
+
+## make test-engine TE=FOLDER   builds Transformer Engine's layers on a CPU; FOLDER holds transformer_engine (docs/testing.md)
+test-engine: $(READY)
+	MEGATRON_PAINT_TE=$(TE) $(PYTEST) -m engine -n 0 $(OPTIONS) tests/engine
 
 ## make soak         a run whose ranks are killed 100 times, and which resumes each time
 soak: $(READY)
