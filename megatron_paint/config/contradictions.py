@@ -303,3 +303,16 @@ def of_megatron(megatron: MegatronSettings, optimizer: OptimizerSettings, model:
         yield "megatron.recompute_granularity=full needs recompute_method and recompute_num_layers (uniform, 1)"
     if megatron.fp8 is not None and model.dtype != "bfloat16":
         yield f"megatron.fp8 needs model.dtype=bfloat16, got {model.dtype}"
+    if megatron.fp8_emulate:
+        if megatron.fp8 is None:
+            yield "megatron.fp8_emulate emulates FP8, and megatron.fp8 is null: set it to hybrid or e4m3"
+        elif megatron.fp8_recipe not in ("tensorwise", "blockwise"):
+            yield (
+                f"megatron.fp8_emulate emulates the recipes tensorwise and blockwise, and megatron.fp8_recipe="
+                f"{megatron.fp8_recipe}: set one of the two"
+            )
+        if megatron.transformer_impl == "transformer_engine":
+            yield (
+                "megatron.fp8_emulate computes in plain torch, and megatron.transformer_impl=transformer_engine: set "
+                "transformer_impl to auto or local"
+            )

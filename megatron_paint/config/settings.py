@@ -274,6 +274,10 @@ class MegatronSettings:
     fp8_recipe: Annotated[
         Literal["delayed", "tensorwise", "blockwise", "mxfp8"], setting("FP8 scaling", source=MEGATRON_NAME)
     ] = "blockwise"
+    fp8_emulate: Annotated[
+        Flag,
+        setting("compute FP8's products in plain torch, slowly: for experiments without a GPU that has it"),
+    ] = False
     fp8_margin: Annotated[Whole, setting("margin of delayed scaling", source=MEGATRON, ge=0)] = 0
     fp8_amax_history_len: Annotated[Count, setting("steps of history that delayed scaling keeps", source=MEGATRON)] = 1
     fp8_amax_compute_algo: Annotated[

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from megatron_paint.config.settings import MegatronSettings, ModelSettings
 from megatron_paint.mcore.attention import LocalAttention, TokenRows, transformer_engine_attention
+from megatron_paint.mcore.fp8_emulation import emulate_fp8
 from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.mcore.rotary import attention_scale, inverse_frequencies
 from megatron_paint.models.shape import ModelShape
@@ -92,7 +93,7 @@ def transformer_config(shape: ModelShape, model: ModelSettings, megatron: Megatr
         "recompute_num_layers": megatron.recompute_num_layers,
         **(_expert_settings(shape, megatron) if shape.num_experts else {}),
     }
-    if megatron.fp8 is not None:
+    if megatron.fp8 is not None and not megatron.fp8_emulate:
         names = ("fp8", "fp8_recipe", "fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo")
         names += ("first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
         optional |= {name: getattr(megatron, name) for name in names}
@@ -221,6 +222,8 @@ def build_model(shape: ModelShape, model: ModelSettings, megatron: MegatronSetti
     )
     stage.valid_vocab_size = shape.vocab_size
     _mark_sharded_weights(stage)
+    if megatron.fp8_emulate:
+        emulate_fp8(stage, megatron)
     stage.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(ranks.device)
     stage.rotary = {"rope_theta": shape.rope_theta, "yarn": vars(shape.yarn) if shape.yarn is not None else None}
     return stage.to(ranks.device)

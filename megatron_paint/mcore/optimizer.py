@@ -1,8 +1,12 @@
 """Megatron's data-parallel wrapper and optimiser, configured for a loss that is one sum, divided once."""
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from torch import Tensor
 
 from megatron_paint.config.settings import MegatronSettings, OptimizerSettings
 from megatron_paint.mcore.model import Stage
@@ -44,6 +48,35 @@ def make_optimizer(
     optimizer = get_megatron_optimizer(config, [wrapped])
     wrapped.module.config.grad_scale_func = optimizer.scale_loss
     return optimizer
+
+
+def main_gradients(optimizer: MegatronOptimizer) -> list[tuple[list[Tensor], Any]]:
+    """The gradient of the last backward pass: tensors on the host, and the group over which they are summed.
+
+    One pair for each optimiser that Megatron chains. Over its group every weight is there once.
+    """
+    optimizer.prepare_grads()
+    return [
+        (
+            [grad.detach().to("cpu", torch.float32, copy=True) for grad in part.get_main_grads_for_grad_norm()],
+            part.get_grad_stats_parallel_group(),
+        )
+        for part in optimizer.chained_optimizers
+    ]
+
+
+def cosine(one: list[tuple[list[Tensor], Any]], other: list[tuple[list[Tensor], Any]], device: torch.device) -> float:
+    """The cosine between two gradients of `main_gradients`, over all weights. All ranks call together."""
+    total = torch.zeros(3, dtype=torch.float64)
+    for (ours, group), (theirs, _) in zip(one, other, strict=True):
+        sums = torch.zeros(3, dtype=torch.float64)
+        for a, b in zip(ours, theirs, strict=True):
+            a, b = a.double(), b.double()
+            sums += torch.stack([(a * b).sum(), (a * a).sum(), (b * b).sum()])
+        sums = sums.to(device)
+        dist.all_reduce(sums, group=group)
+        total += sums.cpu()
+    return float(total[0] / (total[1] * total[2]).sqrt())
 
 
 def take_step(optimizer: MegatronOptimizer, *, lr: float, weight_decay: float) -> float:

@@ -27,7 +27,8 @@ from megatron_paint.mcore.batch import Assignment, MicroBatch, assign
 from megatron_paint.mcore.checkpoint import copy_checkpoint, load_checkpoint
 from megatron_paint.mcore.collectives import gather_entries
 from megatron_paint.mcore.forward_pass import ForwardPass, LossResult
-from megatron_paint.mcore.optimizer import make_optimizer, take_step, wrap_data_parallel
+from megatron_paint.mcore.fp8_emulation import without_fp8
+from megatron_paint.mcore.optimizer import cosine, main_gradients, make_optimizer, take_step, wrap_data_parallel
 from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.mcore.runner import ModelRunner
 from megatron_paint.mcore.scores import NonFinite, score_samples
@@ -115,6 +116,19 @@ class MegatronPolicy(ModelRunner):
         score = self._score_with(loss, samples, states)
         found = self.forward.run(_student_sequences(samples), self._assignment(samples), score)
         return self._gather_scores([part.result for part in found], len(samples))
+
+    def fp8_gradient_cosine(self, samples: Sequence[Sample], loss: TokenLoss) -> float:
+        """The cosine between the gradient of the loss with FP8's products and without them, over all trained weights.
+
+        No weight changes. FloatingPointError: a loss is not finite.
+        """
+        found = []
+        for context in (nullcontext(), without_fp8(self.stage)):
+            with context:
+                self.backward(samples, loss, self.teacher_states(samples, loss))
+            found.append(main_gradients(self.optimizer))
+        self.optimizer.zero_grad()
+        return cosine(*found, self.ranks.device)
 
     def logprobs(
         self,

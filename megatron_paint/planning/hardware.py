@@ -47,11 +47,16 @@ def _import_error(module: str) -> str | None:
 
 def use_transformer_engine(megatron: MegatronSettings) -> bool:
     """Whether layers come from Transformer Engine. UserError: a setting needs it, and it cannot be used."""
+    if megatron.fp8_emulate:
+        return False
     missing = missing_for_engine()
     if missing and megatron.transformer_impl == "transformer_engine":
         raise UserError(f"megatron.transformer_impl=transformer_engine: {missing}; set it to auto or local")
     if missing and megatron.fp8 is not None:
-        raise UserError(f"megatron.fp8={megatron.fp8} needs Transformer Engine on a GPU: {missing}; set fp8=null")
+        raise UserError(
+            f"megatron.fp8={megatron.fp8} needs Transformer Engine on a GPU: {missing}; set fp8=null, or "
+            "fp8_emulate=true to compute the same rounding slowly in plain torch"
+        )
     return missing is None and megatron.transformer_impl != "local"
 
 

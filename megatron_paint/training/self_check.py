@@ -1,5 +1,7 @@
 """Scores the model against itself before a run: the loss that is left when there is nothing to learn."""
 
+from typing import TYPE_CHECKING
+
 from megatron_paint.base.errors import UserError
 from megatron_paint.base.keys import derive_key
 from megatron_paint.config.settings import Settings
@@ -7,11 +9,14 @@ from megatron_paint.data.problems import ProblemSet
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.losses import InterpolationLossConfig
 from megatron_paint.losses.elementwise.choose import loss_kernel
-from megatron_paint.losses.objectives import DistillationLoss
+from megatron_paint.losses.objectives import CrossEntropyLoss, DistillationLoss
 from megatron_paint.policy import Policy
 from megatron_paint.records import Problem, Rollout, Sample
 from megatron_paint.rollouts.engine import GenerationRequest, Sampler, SamplingParameters
 from megatron_paint.run.console import Progress
+
+if TYPE_CHECKING:
+    from megatron_paint.mcore.policy import MegatronPolicy
 
 PROBLEMS = 4  # ours: enough to see a wrong offset, too few to be noticed
 TOKENS = 16  # sampled of each
@@ -19,14 +24,15 @@ TOKENS = 16  # sampled of each
 
 def self_check(
     settings: Settings, policy: Policy, sampler: Sampler, problems: ProblemSet, prompts: Prompts, progress: Progress
-) -> None:
+) -> list[Sample]:
     """Computes the same numbers in two ways and prints the differences.
 
     1. The loss between the model and itself on the same prompts. One side is packed in micro-batches, the other one is
        scored row by row. The result is the noise that a divergence must exceed.
     2. The log-probabilities of sampled tokens in the sampler and in the trainer. They show a wrong offset or mask.
 
-    Raises UserError if a difference exceeds `run.self_check_limit` or `run.sampler_gap_limit`.
+    Returns the samples that it scored. Raises UserError if a difference exceeds `run.self_check_limit` or
+    `run.sampler_gap_limit`.
     """
     batch = problems.batch(1)[:PROBLEMS]
     samples = [
@@ -64,6 +70,22 @@ def self_check(
             f"self-check: sampler and trainer differ by {gap:.3g} nats on a token, above "
             f"run.sampler_gap_limit={run.sampler_gap_limit:g}: generation and training do not see the same model"
         )
+    return samples
+
+
+def report_fp8_noise(settings: Settings, policy: "MegatronPolicy", samples: list[Sample], progress: Progress) -> None:
+    """Prints how far FP8 turns the gradient.
+
+    The model's loss against itself does not show this: with blockwise scaling it is 0, because no scale depends on
+    other rows, and the gradient is as noisy as with one scale for a tensor.
+    """
+    loss = CrossEntropyLoss(chunk_bytes=settings.objective.chunk_bytes, kernel=loss_kernel(settings.objective.kernel))
+    cosine = policy.fp8_gradient_cosine(samples, loss)
+    progress.note(
+        f"self-check: cosine {cosine:.4f} between the gradients with FP8 ({settings.megatron.fp8_recipe}) and without, "
+        f"of {len(samples)} sampled responses (1: no noise)",
+        fp8_gradient_cosine=cosine,
+    )
 
 
 def _rollouts(settings: Settings, sampler: Sampler, batch: list[Problem], prompts: Prompts) -> list[Rollout]:

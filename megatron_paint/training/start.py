@@ -39,7 +39,7 @@ from megatron_paint.training.ownership import OwnedRun, owned_run
 from megatron_paint.training.profile_warnings import profile_warnings
 from megatron_paint.training.profiler import StepProfiler
 from megatron_paint.training.recorder import Recorder
-from megatron_paint.training.self_check import self_check
+from megatron_paint.training.self_check import report_fp8_noise, self_check
 
 if TYPE_CHECKING:
     from megatron_paint.mcore.ranks import Ranks
@@ -98,8 +98,11 @@ def run_self_check(settings: Settings, ranks: "Ranks", inputs: Inputs | None, *,
     progress = Progress(("normal" if mode == "quiet" else mode) if ranks.rank == 0 else "silent", steps=0)
     for line in plan.lines(settings) if prints_plan and mode != "quiet" else []:
         progress.note(line)
-    policy = MegatronPolicy(settings, plan.shape, ranks, trained=False)
-    self_check(settings, policy, policy.sampler, inputs.problems, inputs.prompts, progress)
+    with_fp8 = settings.megatron.fp8 is not None
+    policy = MegatronPolicy(settings, plan.shape, ranks, trained=with_fp8)
+    samples = self_check(settings, policy, policy.sampler, inputs.problems, inputs.prompts, progress)
+    if with_fp8:
+        report_fp8_noise(settings, policy, samples, progress)
 
 
 def prepare(

@@ -125,6 +125,18 @@ def with_a_wrong_offset() -> None:
     run()
 
 
+def test_self_check_reports_the_noise_of_fp8(trained, tmp_path):
+    """On two tensor-parallel ranks. Without FP8 it has no such line."""
+    fp8 = ("megatron.fp8=hybrid", "megatron.fp8_recipe=tensorwise", "megatron.fp8_emulate=true", "model.dtype=bfloat16")
+    ended = forked_ranks.run(tmp_path, "train", trained.settings, *fp8, "--self-check", "--quiet")
+    assert ended.statuses == [0, 0], ended
+    match = re.search(
+        r"self-check: cosine (\S+) between the gradients with FP8 \(tensorwise\) and without", ended.out[0]
+    )
+    assert 0.5 < float(match[1]) < 0.99  # a tiny model is noisy
+    assert ended.out[1] == ""
+
+
 def test_self_check_sees_a_wrong_offset(trained, tmp_path):
     """Both passes of the loss have it, so the loss stays at rounding; the sampler has not."""
     arguments = ("train", trained.settings, "--self-check", "run.sampler_gap_limit=0.01", "--processes", "1")

@@ -97,7 +97,7 @@ def built(case: Case, models: Path, ranks, *, engine: bool):
 
 
 def sharded(stage) -> dict[str, list]:
-    """Key in a checkpoint -> global shape, this rank's shape and offset, replica, for all but the engine's own state."""
+    """Key in a checkpoint -> global shape, this rank's shape and offset, replica, but the engine's own state."""
     from megatron.core.dist_checkpointing import ShardedTensor
 
     from megatron_paint.mcore.checkpoint import _weights
