@@ -32,6 +32,12 @@ MAY_CHANGE_IN_RUN |= {"profile", *(f"profile.{field.name}" for field in dataclas
 MAY_CHANGE = {f"run.{name}" for name in MAY_CHANGE_IN_RUN} | {
     "megatron.tensor_model_parallel_size",
     "megatron.pipeline_model_parallel_size",
+    "megatron.virtual_pipeline_model_parallel_size",
+    "megatron.num_layers_in_first_pipeline_stage",
+    "megatron.num_layers_in_last_pipeline_stage",
+    "megatron.account_for_embedding_in_pipeline_split",
+    "megatron.account_for_loss_in_pipeline_split",
+    "megatron.pipeline_model_parallel_layout",
     "megatron.sequence_parallel",
     "megatron.overlap_grad_reduce",
     "megatron.recompute_granularity",

@@ -72,16 +72,19 @@ def make_micro_batches(
     limit: int,
     multiple: int,
     device: torch.device,
+    in_groups_of: int = 1,
 ) -> list[MicroBatch]:
     """The micro-batches of one replica. All replicas get the same number of them.
 
     A replica that needs fewer gets empty ones at the end. An empty micro-batch is one row of padding without a
     response, so its loss is an empty sum. replicas: for each replica, the indices of its sequences. limit: most tokens
     of a micro-batch; a longer sequence is a micro-batch alone. multiple: the tokens are padded to a multiple of it.
+    in_groups_of: the number of micro-batches is a multiple of it.
     """
     cuts = [cut_micro_batches([sequences[i].num_tokens for i in taken], limit, multiple=multiple) for taken in replicas]
     groups = [tuple(replicas[replica][place] for place in group) for group in cuts[replica]]
-    groups += [()] * (max(map(len, cuts)) - len(groups))
+    most = max(map(len, cuts))
+    groups += [()] * (most + -most % in_groups_of - len(groups))
     return [
         _pack([sequences[i] for i in group], number=number, indices=group, multiple=multiple, device=device)
         for number, group in enumerate(groups)

@@ -38,7 +38,7 @@ from megatron_paint.mcore.collectives import (
     rank_zero_does,
 )
 from megatron_paint.mcore.distributed_format import copy_distributed
-from megatron_paint.mcore.lora import adapters_of
+from megatron_paint.mcore.lora import is_adapted
 from megatron_paint.mcore.model import Stage
 from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.mcore.teacher import Teacher
@@ -165,7 +165,7 @@ def _sizes(stage: Stage) -> dict[str, Any]:
         "num_key_value_heads": config.num_query_groups,
         "head_dim": config.kv_channels,
         "intermediate_size": config.ffn_hidden_size,
-        "tie_word_embeddings": stage.share_embeddings_and_output_weights,
+        "tie_word_embeddings": stage.tied,
         **stage.rotary,
     }
 
@@ -198,7 +198,7 @@ def load_weights(stage: Stage, folder: str | Path, shape: ModelShape) -> tuple[s
     """
     with about("model.megatron_path"):
         folder = megatron_folder(folder)
-        if has_adapters(folder) and not adapters_of(stage):
+        if has_adapters(folder) and not is_adapted(stage):
             raise UserError(
                 f"{folder} is the checkpoint of a LoRA run, whose adapters would be left out; start from its Hugging "
                 "Face export, in which they are merged (model.hf_path)"
@@ -236,8 +236,8 @@ def _weights(stage: Stage) -> dict:
 
 
 def _fill(stage: Stage, state: dict) -> None:
-    differences = stage.load_state_dict(state, strict=False)
-    wrong = [key for key in differences.missing_keys if not key.endswith(ENGINE_STATE)] + differences.unexpected_keys
+    missing, unexpected = stage.load_state_dict(state)
+    wrong = [key for key in missing if not key.endswith(ENGINE_STATE)] + unexpected
     if wrong:
         raise AssertionError(f"the checkpoint's entries do not fit the model: {wrong[:3]}")
 

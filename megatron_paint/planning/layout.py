@@ -11,6 +11,7 @@ from megatron_paint.models.qwen3.shape import read_shape
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.apex import refuse_foreign_apex
 from megatron_paint.planning.hardware import engine_environment, use_transformer_engine
+from megatron_paint.planning.stages import LayerSplit, split_layers
 
 WIDTHS = {"bfloat16": 2, "float32": 4}  # bytes of a number
 
@@ -24,6 +25,7 @@ class Layout:
     tensor_parallel: int
     pipeline_parallel: int
     data_parallel: int
+    split: LayerSplit  # the layers of each stage
     uses_engine: bool  # layers of Transformer Engine
 
 
@@ -40,6 +42,7 @@ def check_layout(
         tensor_parallel=megatron.tensor_model_parallel_size,
         pipeline_parallel=megatron.pipeline_model_parallel_size,
         data_parallel=data_parallel,
+        split=split_layers(shape, megatron),
         uses_engine=use_transformer_engine(megatron),
     )
 
@@ -60,7 +63,7 @@ def check_model(model: ModelSettings, megatron: MegatronSettings, rollout: Rollo
     with about("model.hf_path"):
         shape = read_shape(model.hf_path)
     _refuse_experts(megatron, shape)
-    tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
+    tp = megatron.tensor_model_parallel_size
     for size, what in (
         (shape.num_heads, "attention heads"),
         (shape.num_groups, "key-value groups"),
@@ -68,8 +71,7 @@ def check_model(model: ModelSettings, megatron: MegatronSettings, rollout: Rollo
     ):
         together = math.gcd(size, common_tensor_parallel_size(shape))
         _must_divide("megatron.tensor_model_parallel_size", tp, size, what, shape, together=together)
-    layers = shape.num_layers
-    _must_divide("megatron.pipeline_model_parallel_size", pp, layers, "number of layers", shape, together=layers)
+    split_layers(shape, megatron)
     if megatron.sequence_parallel and tp == 1:
         raise UserError(
             "megatron.sequence_parallel=true splits activations over tensor-parallel ranks, but "
@@ -96,8 +98,8 @@ def data_parallel_size(processes: int, megatron: MegatronSettings) -> int:
 
 
 def cache_bytes_per_token(shape: ModelShape, *, dtype: str, megatron: MegatronSettings) -> int:
-    """Bytes of the keys and values of one token that a rank stores while it samples."""
-    layers = shape.num_layers // megatron.pipeline_model_parallel_size
+    """Bytes of the keys and values of one token that a rank of the largest stage stores while it samples."""
+    layers = split_layers(shape, megatron).most
     return layers * 2 * shape.num_groups // megatron.tensor_model_parallel_size * shape.head_dim * WIDTHS[dtype]
 
 

@@ -1,7 +1,7 @@
 """Runs a worker module at a layout: one process group runs all its cases."""
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.support import forked_ranks
@@ -14,6 +14,8 @@ class Layout:
     pp: int
     sequence_parallel: bool = False
     recompute: str | None = None
+    pipeline: dict = field(default_factory=dict)  # what else says which layers a stage has
+    layers: int = 4  # of the model
 
     @property
     def megatron(self) -> dict:
@@ -25,6 +27,7 @@ class Layout:
             "pipeline_model_parallel_size": self.pp,
             "sequence_parallel": self.sequence_parallel,
             **recompute,
+            **self.pipeline,
         }
 
 
@@ -34,11 +37,25 @@ LAYOUTS = {
     "tp2-pp2-sp": Layout(4, 2, 2, True, recompute="full"),
     "tp2-dp2": Layout(4, 2, 1, recompute="selective"),
 }
+# Stages of several chunks of layers, and stages with different numbers of layers.
+PIPELINES = {
+    "pp2-vp2": Layout(2, 1, 2, pipeline={"virtual_pipeline_model_parallel_size": 2}),
+    "tp2-pp2-vp2-sp": Layout(4, 2, 2, True, recompute="full", pipeline={"virtual_pipeline_model_parallel_size": 2}),
+    "pp2-first4": Layout(2, 1, 2, recompute="full", pipeline={"num_layers_in_first_pipeline_stage": 4}, layers=7),
+    "pp4-ends": Layout(4, 1, 4, pipeline={"pipeline_model_parallel_layout": "E|t*3|t*4|L"}, layers=7),
+    "pp2-vp2-uneven": Layout(
+        2, 1, 2, recompute="full", pipeline={"pipeline_model_parallel_layout": "Et|tt|ttt|tL"}, layers=7
+    ),
+}
+
+
+def layout_of(name: str) -> Layout:
+    return (LAYOUTS | PIPELINES)[name]
 
 
 def run_worker(module: str, layout: str, *arguments: str | Path) -> None:
     """Runs `main` of `tests.mcore.MODULE` with LAYOUT ARGUMENTS... on the layout's ranks; fails with their messages."""
-    processes = LAYOUTS[layout].processes
+    processes = layout_of(layout).processes
     with tempfile.TemporaryDirectory() as printed:
         ended = forked_ranks.run(
             Path(printed), layout, *arguments, target=f"tests.mcore.{module}:main", processes=processes, limit=800

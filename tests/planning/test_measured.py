@@ -1,4 +1,4 @@
-"""The estimate against bytes that were really allocated: tiny models on CPUs, four layouts, every kind of training."""
+"""The estimate against bytes that were really allocated: tiny models on CPUs, six layouts, every kind of training."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from megatron_paint.config.load import load_settings
 from megatron_paint.planning.estimate import StageMemory
 from megatron_paint.planning.layout import check_layout
-from tests.planning.memory_worker import CHANGES, LENGTH, PER_MICRO_BATCH, PER_REPLICA
+from tests.planning.memory_worker import CHANGES, LENGTH, PER_MICRO_BATCH
 from tests.support import forked_ranks
 
 WITHIN = 0.05
@@ -19,7 +19,14 @@ LAYOUTS = {  # processes, tensor parallel, pipeline parallel, sequence parallel
     "pipeline 2": (2, 1, 2, False),
     "tensor 2 x pipeline 2, sequence parallel": (4, 2, 2, True),
     "tensor 2 x data 2": (4, 2, 1, False),
+    "pipeline 2, chunks": (2, 1, 2, False),
+    "pipeline 2, uneven": (2, 1, 2, False),
 }
+MORE = {  # of the section megatron
+    "pipeline 2, chunks": "virtual_pipeline_model_parallel_size: 2",
+    "pipeline 2, uneven": "num_layers_in_first_pipeline_stage: 3",
+}
+PER_REPLICA = {"pipeline 2, chunks": 8}  # sequences, else 4: as many micro-batches as a stage may have at once
 
 
 def write_model(folder: Path, *, tied: bool) -> Path:
@@ -40,9 +47,10 @@ def write_model(folder: Path, *, tied: bool) -> Path:
     return folder
 
 
-def write_settings(folder: Path, model: Path, *, processes: int, tp: int, pp: int, sequence_parallel: bool) -> Path:
+def write_settings(folder: Path, model: Path, name: str) -> Path:
+    processes, tp, pp, sequence_parallel = LAYOUTS[name]
     path = folder / "settings.yaml"
-    problems = PER_REPLICA * processes // (tp * pp)
+    problems = PER_REPLICA.get(name, 4) * processes // (tp * pp)
     path.write_text(
         f"""\
 model: {{hf_path: {model}, dtype: float32}}
@@ -53,6 +61,7 @@ megatron:
   tensor_model_parallel_size: {tp}
   pipeline_model_parallel_size: {pp}
   sequence_parallel: {str(sequence_parallel).lower()}
+  {MORE.get(name, "")}
 run: {{dir: unused}}
 """
     )
@@ -89,6 +98,10 @@ CASES = {
     "tied stages": ("pipeline 2", True, ["full"]),
     "stages and shards": ("tensor 2 x pipeline 2, sequence parallel", False, ["full recompute", "lora"]),
     "shards and replicas": ("tensor 2 x data 2", True, ["full selective", "ema"]),
+    "chunks of layers": ("pipeline 2, chunks", True, ["full", "lora recompute"]),
+    "uneven stages": ("pipeline 2, uneven", False, ["full", "lora"]),
+    "more of chunks of layers": ("pipeline 2, chunks", False, ["full recompute", "full selective", "lora"]),
+    "more of uneven stages": ("pipeline 2, uneven", True, ["full recompute", "full selective", "lora recompute"]),
     "more of shards and replicas": ("tensor 2 x data 2", True, ["full recompute", "lora"]),
 }
 MARKED = [
@@ -99,9 +112,8 @@ MARKED = [
 
 def measure(what: str, folder: Path, name: str, *, tied: bool, cases: list[str]) -> tuple[Path, list[dict]]:
     """The settings, and what each rank of a layout measured."""
-    processes, tp, pp, sequence_parallel = LAYOUTS[name]
-    model = write_model(folder / "model", tied=tied)
-    settings = write_settings(folder, model, processes=processes, tp=tp, pp=pp, sequence_parallel=sequence_parallel)
+    processes = LAYOUTS[name][0]
+    settings = write_settings(folder, write_model(folder / "model", tied=tied), name)
     worker = {"target": "tests.planning.memory_worker:main", "processes": processes, "limit": 600}
     ended = forked_ranks.run(folder, what, settings, folder, *cases, **worker)
     assert ended.statuses == [0] * processes, "\n".join(text[-3000:] for text in ended.err)
