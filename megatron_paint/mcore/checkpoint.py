@@ -38,7 +38,7 @@ from megatron_paint.mcore.collectives import (
     rank_zero_does,
 )
 from megatron_paint.mcore.distributed_format import copy_distributed
-from megatron_paint.mcore.lora import is_adapted
+from megatron_paint.mcore.lora import adapters_of
 from megatron_paint.mcore.model import Stage
 from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.mcore.teacher import Teacher
@@ -198,7 +198,7 @@ def load_weights(stage: Stage, folder: str | Path, shape: ModelShape) -> tuple[s
     """
     with about("model.megatron_path"):
         folder = megatron_folder(folder)
-        if has_adapters(folder) and not is_adapted(stage):
+        if has_adapters(folder) and not adapters_of(stage):
             raise UserError(
                 f"{folder} is the checkpoint of a LoRA run, whose adapters would be left out; start from its Hugging "
                 "Face export, in which they are merged (model.hf_path)"

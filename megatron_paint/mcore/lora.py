@@ -170,13 +170,8 @@ def _start_pair(rank: int, inputs: int, outputs: int, split_inputs: bool, ranks:
 
 
 def adapters_of(stage: Stage) -> list[Adapters]:
-    """All adapters of a stage; empty without LoRA, and on a stage without layers."""
+    """All adapters of a stage; empty without LoRA."""
     return [module for module in stage.modules() if isinstance(module, Adapters)]
-
-
-def is_adapted(stage: Stage) -> bool:
-    """Whether the model has adapters, which this stage may be without: they freeze all its weights."""
-    return not all(parameter.requires_grad for parameter in stage.parameters())
 
 
 _SIBLINGS = {

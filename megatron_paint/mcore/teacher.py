@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_paint.config.objective import TeacherSettings
-from megatron_paint.mcore.lora import adapters_of, is_adapted
+from megatron_paint.mcore.lora import adapters_of
 from megatron_paint.mcore.model import Stage
 
 Weights = Literal["teacher", "initial"]
@@ -47,13 +47,13 @@ class Teacher:
     ):
         self.stage = stage
         self.settings = settings
-        self.lora = is_adapted(stage)
+        self.lora = bool(adapters_of(stage))
         self.starts_bare = self.lora and not starts_adapted  # the initial weights are the model without its adapters
         shares = settings.weights == "current" or (self.starts_bare and settings.weights == "initial")
         self.held = {} if shares else self._snapshot(average=settings.weights == "ema")
         # In the weights' own type: they never change.
         keeps_start = self._is_anchored or (keeps_initial and not self.starts_bare and settings.weights != "initial")
-        self.start = self._snapshot() if keeps_start else None
+        self.start = self._snapshot() if keeps_start else {}
 
     def _parameters(self, values: dict[str, Tensor]) -> dict[str, nn.Parameter]:
         """The stage's parameters that a set of weights replaces."""
@@ -81,7 +81,7 @@ class Teacher:
         """The set of weights that replaces the student's."""
         if weights == "teacher" or self.settings.weights == "initial":
             return self.held
-        if not self.starts_bare and self.start is None:
+        if not self.starts_bare and not self.start:
             raise RuntimeError("the initial weights were not kept: objective.loss asked for none when the run started")
         return {} if self.starts_bare else self.start
 
@@ -149,4 +149,4 @@ class Teacher:
     @property
     def _sets(self) -> dict[str, dict[str, Tensor]]:
         """The sets of weights that a checkpoint holds of the teacher, by the prefix of their names."""
-        return {"teacher": self.held, "teacher.start": self.start or {}}
+        return {"teacher": self.held, "teacher.start": self.start}

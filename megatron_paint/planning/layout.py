@@ -71,7 +71,9 @@ def check_model(model: ModelSettings, megatron: MegatronSettings, rollout: Rollo
     ):
         together = math.gcd(size, common_tensor_parallel_size(shape))
         _must_divide("megatron.tensor_model_parallel_size", tp, size, what, shape, together=together)
-    split_layers(shape, megatron)
+    split = split_layers(shape, megatron)
+    _check_adapted_stages(split, model)
+    _check_recomputed_units(split, megatron, shape)
     if megatron.sequence_parallel and tp == 1:
         raise UserError(
             "megatron.sequence_parallel=true splits activations over tensor-parallel ranks, but "
@@ -82,6 +84,31 @@ def check_model(model: ModelSettings, megatron: MegatronSettings, rollout: Rollo
     if start is not None and not Path(start).is_dir():
         raise UserError(f"model.megatron_path: {start} is not a folder; give the folder of a Megatron checkpoint")
     return shape
+
+
+def _check_adapted_stages(split: LayerSplit, model: ModelSettings) -> None:
+    """UserError where a stage would train nothing: without a state, Megatron's optimiser saves no count of steps."""
+    empty = [stage for stage in range(len(split.layers)) if not split.count(stage)]
+    if model.lora is not None and empty:
+        raise UserError(
+            f"model.lora trains layers alone, and pipeline stage {empty[0]} of {len(split.layers)} has none by the "
+            "settings under megatron: give it a layer, or set model.lora to null"
+        )
+
+
+def _check_recomputed_units(split: LayerSplit, megatron: MegatronSettings, shape: ModelShape) -> None:
+    """UserError where a unit of uniform recomputation would go beyond the last layer of a chunk."""
+    unit = megatron.recompute_num_layers
+    if megatron.recompute_granularity != "full" or megatron.recompute_method != "uniform" or unit is None:
+        return
+    sizes = sorted({size for stage in range(len(split.layers)) for size in split.sizes(stage)} - {0})
+    if any(size % unit for size in sizes):
+        what = "chunks of layers" if split.chunks > 1 else "pipeline stages"
+        nearest = _nearest_divisor(unit, math.gcd(*sizes))
+        raise UserError(
+            f"megatron.recompute_num_layers={unit} divides layers into units with recompute_method=uniform, and the "
+            f"{what} of {shape.source} have {' and '.join(map(str, sizes))} layers; the nearest that fits is {nearest}"
+        )
 
 
 def data_parallel_size(processes: int, megatron: MegatronSettings) -> int:
@@ -124,12 +151,15 @@ def common_tensor_parallel_size(shape: ModelShape) -> int:
 def _must_divide(key: str, ranks: int, size: int, what: str, shape: ModelShape, *, together: int) -> None:
     """UserError unless `ranks` divides `size`. It suggests the nearest divisor of `together`, which holds for all."""
     if size % ranks:
-        valid = [n for n in range(1, together + 1) if together % n == 0]
-        nearest = min(valid, key=lambda n: (abs(n - ranks), n))
+        nearest = _nearest_divisor(ranks, together)
         raise UserError(
             f"{key}={ranks} does not divide the {what}, {size}, of {shape.source}; the nearest that fits the model is "
             f"{nearest}"
         )
+
+
+def _nearest_divisor(value: int, of: int) -> int:
+    return min((n for n in range(1, of + 1) if of % n == 0), key=lambda n: (abs(n - value), n))
 
 
 def _check_cache(

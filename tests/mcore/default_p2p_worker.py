@@ -40,11 +40,9 @@ def main() -> None:
     torch.set_num_threads(1)
     if not ours:
         faulthandler.dump_traceback_later(SECONDS, exit=True)
-        settings = model._pipeline_settings
+        right = model._pipeline_settings
         model._pipeline_settings = lambda megatron: {
-            name: value
-            for name, value in settings(megatron).items()
-            if name not in ("overlap_p2p_comm", "batch_p2p_comm")
+            name: value for name, value in right(megatron).items() if name not in ("overlap_p2p_comm", "batch_p2p_comm")
         }
     ranks = start_ranks(MegatronSettings(**layout.megatron))
     case = parity.Case(name="p2p", tied=False, teacher="none", optimizer="sgd")
@@ -52,6 +50,7 @@ def main() -> None:
     policy = MegatronPolicy(settings, read_shape(settings.model.hf_path), ranks)
     assert policy.stage.config.batch_p2p_comm is (not ours)
     none = TeacherStates(hidden_NH=None, full_hidden_NH=None, output_weight_VH=None)
+    out.with_name(f"begun{ranks.rank}").touch()
     scores = policy.backward(equal_samples(), CrossEntropyLoss(chunk_bytes=1e9), none)
     found = {"losses": [score.loss_sum for score in scores], "gradients": gradients(policy)}
     if ranks.rank == 0:

@@ -44,7 +44,7 @@ PIPELINES = {
     "pp2-first4": Layout(2, 1, 2, recompute="full", pipeline={"num_layers_in_first_pipeline_stage": 4}, layers=7),
     "pp4-ends": Layout(4, 1, 4, pipeline={"pipeline_model_parallel_layout": "E|t*3|t*4|L"}, layers=7),
     "pp2-vp2-uneven": Layout(
-        2, 1, 2, recompute="full", pipeline={"pipeline_model_parallel_layout": "Et|tt|ttt|tL"}, layers=7
+        2, 1, 2, recompute="full", pipeline={"pipeline_model_parallel_layout": "E|tt|tttt|tL"}, layers=7
     ),
 }
 

@@ -229,7 +229,7 @@ AT_PIPELINES = {
         "grpo-kl-sgd",
     ),
     "pp2-first4": ("full-tied-ema-adam", "lora-ema-sgd", "grpo-kl-sgd"),
-    "pp4-ends": ("full-tied-ema-adam", "lora-ema-sgd", "sft-tied-adam"),
+    "pp4-ends": ("full-tied-ema-adam", "grpo-kl-sgd", "sft-tied-adam"),
     "pp2-vp2-uneven": ("full-tied-ema-adam", "lora-ema-sgd", "grpo-kl-sgd"),
 }
 DEEP = 7  # layers

@@ -23,7 +23,7 @@ from megatron_paint.losses import InterpolationLossConfig
 from megatron_paint.losses.objectives import CrossEntropyLoss, DistillationLoss
 from megatron_paint.mcore import hf_checkpoint
 from megatron_paint.mcore.hf_checkpoint import gathered_tensors, load_stage
-from megatron_paint.mcore.lora import is_adapted
+from megatron_paint.mcore.lora import adapters_of
 from megatron_paint.mcore.policy import MegatronPolicy
 from megatron_paint.mcore.ranks import start_ranks, stop_ranks
 from megatron_paint.models.qwen3.shape import read_shape
@@ -211,7 +211,7 @@ def run_case(case: parity.Case, folder: Path, out: Path, ranks, megatron: dict) 
     policy.export(out / case.name)
     if ranks.rank == 0:
         torch.save(result, out / f"{case.name}.pt")
-    assert is_adapted(policy.stage) == case.lora
+    assert bool(adapters_of(policy.stage)) == case.lora
 
 
 class InfiniteGradient(DistillationLoss):

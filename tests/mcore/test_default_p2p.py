@@ -52,10 +52,11 @@ def test_our_setting_is_right(checkpoints, plain, tmp_path):
 
 
 def test_megatrons_default_is_wrong(checkpoints, plain, tmp_path):
-    """Its numbers are wrong without an error, or an error or a hang shows it."""
+    """Its numbers are wrong without an error, or an error or a hang of the pass shows it."""
     found = tmp_path / "found.pt"
     with tempfile.TemporaryDirectory() as printed:
         target = "tests.mcore.default_p2p_worker:main"
         arguments = (LAYOUT, checkpoints, found, "default")
         ended = forked_ranks.run(Path(printed), *arguments, target=target, processes=2, limit=3 * SECONDS)
+    assert all((tmp_path / f"begun{rank}").exists() for rank in range(2)), ended.err
     assert any(ended.statuses) or farthest(torch.load(found), plain) > 0.1

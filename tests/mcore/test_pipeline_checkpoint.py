@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.mcore import parity_cases as parity
-from tests.mcore.layouts import PIPELINES, run_worker
-from tests.mcore.pipeline_checkpoint_worker import CASES
+from tests.mcore.layouts import PIPELINES, layout_of, run_worker
+from tests.mcore.pipeline_checkpoint_worker import cases_at
 from tests.support.exports import same, weights
 
 BETWEEN = [  # written at, read at
@@ -50,7 +50,7 @@ def test_next_step_is_the_same(writer, reader, checkpoints, written, tmp_path):
     saved, out = written(writer, layers)
     run_worker("pipeline_checkpoint_worker", reader, "load", layers, checkpoints, saved, tmp_path)
     losses = torch.load(tmp_path / "losses.pt"), torch.load(out / "losses.pt")
-    for case in CASES:
+    for case in min(cases_at(layout_of(writer)), cases_at(layout_of(reader)), key=len):
         found, wanted = weights(tmp_path / case.name), weights(out / case.name)
         assert found.keys() == wanted.keys()
         if writer == reader:

@@ -98,10 +98,10 @@ CASES = {
     "tied stages": ("pipeline 2", True, ["full"]),
     "stages and shards": ("tensor 2 x pipeline 2, sequence parallel", False, ["full recompute", "lora"]),
     "shards and replicas": ("tensor 2 x data 2", True, ["full selective", "ema"]),
-    "chunks of layers": ("pipeline 2, chunks", True, ["full", "lora recompute"]),
+    "chunks of layers": ("pipeline 2, chunks", True, ["full", "lora"]),
     "uneven stages": ("pipeline 2, uneven", False, ["full", "lora"]),
-    "more of chunks of layers": ("pipeline 2, chunks", False, ["full recompute", "full selective", "lora"]),
-    "more of uneven stages": ("pipeline 2, uneven", True, ["full recompute", "full selective", "lora recompute"]),
+    "more of chunks of layers": ("pipeline 2, chunks", False, ["full recompute", "full selective"]),
+    "more of uneven stages": ("pipeline 2, uneven", True, ["full recompute", "full selective"]),
     "more of shards and replicas": ("tensor 2 x data 2", True, ["full recompute", "lora"]),
 }
 MARKED = [
