@@ -11,9 +11,10 @@ from megatron_paint.checkpoints.megatron_folder import METADATA, megatron_folder
 from megatron_paint.checkpoints.peft import ADAPTER_CONFIG, is_adapter
 from megatron_paint.checkpoints.run_state import RUN_STATE
 from megatron_paint.config.load import evaluate_settings_of, override_tree, read_tree
-from megatron_paint.config.settings import EvaluateSettings, ModelSettings
+from megatron_paint.config.settings import EvaluateSettings, MegatronSettings, ModelSettings
 from megatron_paint.evaluation.benchmarks import names_in
 from megatron_paint.planning.local_model import base_of, with_local_model
+from megatron_paint.planning.stages import DIVIDING, VIRTUAL
 
 DEFAULT_OUT = "evaluations"
 
@@ -71,6 +72,7 @@ def requested(
     if settings.rollout.engine == "vllm":
         _check_for_servers(settings)
         one = {f"{what}_parallel_size": 1 for what in ("tensor_model", "pipeline_model", "context", "expert_model")}
+        one |= {name: getattr(MegatronSettings, name) for name in (VIRTUAL, *DIVIDING)}
         settings = replace(settings, megatron=replace(settings.megatron, **one, sequence_parallel=False))
     names = names_in(benchmarks or "")
     if not names and held_out is None:

@@ -301,6 +301,7 @@ def of_megatron(megatron: MegatronSettings, optimizer: OptimizerSettings, model:
     incomplete = megatron.recompute_method is None or megatron.recompute_num_layers is None
     if megatron.recompute_granularity == "full" and incomplete:
         yield "megatron.recompute_granularity=full needs recompute_method and recompute_num_layers (uniform, 1)"
+    yield from of_pipeline(megatron)
     if megatron.fp8 is not None and model.dtype != "bfloat16":
         yield f"megatron.fp8 needs model.dtype=bfloat16, got {model.dtype}"
     if megatron.fp8_emulate:
@@ -316,3 +317,26 @@ def of_megatron(megatron: MegatronSettings, optimizer: OptimizerSettings, model:
                 "megatron.fp8_emulate computes in plain torch, and megatron.transformer_impl=transformer_engine: set "
                 "transformer_impl to auto or local"
             )
+
+
+def of_pipeline(megatron: MegatronSettings) -> Iterator[str]:
+    """Settings that divide the layers among pipeline stages. `planning/stages.py` compares them with the model."""
+    counts = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+    flags = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
+    counts, flags = ([name for name in names if getattr(megatron, name)] for names in (counts, flags))
+    layout = ["pipeline_model_parallel_layout"] if megatron.pipeline_model_parallel_layout is not None else []
+    chunks = (
+        ["virtual_pipeline_model_parallel_size"] if (megatron.virtual_pipeline_model_parallel_size or 1) > 1 else []
+    )
+    rules = [names[0] for names in (layout, counts, flags) if names]
+    if megatron.pipeline_model_parallel_size == 1:
+        for name in [*chunks, *rules][:1]:
+            yield (
+                f"megatron.{name} divides the layers among pipeline stages, and megatron.pipeline_model_parallel_size="
+                "1: leave it out, or set that to 2 or more"
+            )
+    elif len(rules) > 1:
+        yield (
+            f"megatron.{rules[0]} and megatron.{rules[1]} are two rules for the layers of each pipeline stage: leave "
+            "one of them out"
+        )

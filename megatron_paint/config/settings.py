@@ -238,6 +238,34 @@ class MegatronSettings:
     tensor_model_parallel_size: Annotated[Count, setting("ranks that share each layer", source=MEGATRON)] = 1
     pipeline_model_parallel_size: Annotated[Count, setting("stages that share the layers", source=MEGATRON)] = 1
     context_parallel_size: Annotated[Count, setting("ranks that share the tokens of each row", source=MEGATRON)] = 1
+    virtual_pipeline_model_parallel_size: Annotated[
+        Count | None,
+        setting(
+            "chunks of layers on each stage, which a micro-batch visits in turn, for less waiting between stages; "
+            "null: one, or what pipeline_model_parallel_layout has",
+            source=MEGATRON,
+        ),
+    ] = None
+    num_layers_in_first_pipeline_stage: Annotated[
+        Count | None, setting("layers of the first stage; null: as many as each further stage", source=MEGATRON)
+    ] = None
+    num_layers_in_last_pipeline_stage: Annotated[
+        Count | None, setting("layers of the last stage; null: as many as each further stage", source=MEGATRON)
+    ] = None
+    account_for_embedding_in_pipeline_split: Annotated[
+        Flag, setting("count the embedding as a layer of the first stage, which gets one less", source=MEGATRON)
+    ] = False
+    account_for_loss_in_pipeline_split: Annotated[
+        Flag, setting("count the loss as a layer of the last stage, which gets one less", source=MEGATRON)
+    ] = False
+    pipeline_model_parallel_layout: Annotated[
+        Text | None,
+        setting(
+            "what each chunk has, such as Et*3|t*4L: E the embedding, t a layer, L the loss, | begins the next chunk, "
+            "stage by stage and then the next chunk of each; null: the layers are divided by the settings above",
+            source=MEGATRON,
+        ),
+    ] = None
     expert_model_parallel_size: Annotated[
         Count, setting("data-parallel ranks that share the experts", source=MEGATRON)
     ] = 1

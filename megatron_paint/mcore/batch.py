@@ -108,13 +108,14 @@ def make_micro_batches(
     multiple: int,
     context: ContextGroup | None,
     device: torch.device,
+    in_groups_of: int = 1,
 ) -> list[MicroBatch]:
     """The micro-batches of one replica. All replicas get the same number of them.
 
     A replica that needs fewer gets empty ones at the end. An empty micro-batch is one row of padding without a
     response, so its loss is an empty sum. limit: most tokens of a micro-batch; a longer sequence is a micro-batch
     alone. multiple: each rank's tokens are padded to a multiple of it. context: None if a replica has one rank for
-    all tokens.
+    all tokens. in_groups_of: the number of micro-batches is a multiple of it.
     """
     row_multiple = context.row_multiple if context is not None else 1
     if context is not None:
@@ -123,7 +124,8 @@ def make_micro_batches(
     sizes = [_padded(sequence.num_tokens, row_multiple) for sequence in sequences]
     cuts = [cut_micro_batches([sizes[i] for i in taken], limit, multiple=multiple) for taken in replicas]
     groups = [tuple(replicas[replica][place] for place in group) for group in cuts[replica]]
-    groups += [()] * (max(map(len, cuts)) - len(groups))
+    most = max(map(len, cuts))
+    groups += [()] * (most + -most % in_groups_of - len(groups))
     how = {"multiple": multiple, "row_multiple": row_multiple, "device": device}
     packed = [
         _pack([sequences[i] for i in group], number=number, indices=group, **how) for number, group in enumerate(groups)

@@ -165,7 +165,7 @@ def _sizes(stage: Stage) -> dict[str, Any]:
         "num_key_value_heads": config.num_query_groups,
         "head_dim": config.kv_channels,
         "intermediate_size": config.ffn_hidden_size,
-        "tie_word_embeddings": stage.share_embeddings_and_output_weights,
+        "tie_word_embeddings": stage.tied,
         **stage.rotary,
     }
 
@@ -241,8 +241,8 @@ def _is_engine_state(key: str) -> bool:
 
 
 def _fill(stage: Stage, state: dict) -> None:
-    differences = stage.load_state_dict(state, strict=False)
-    wrong = [key for key in differences.missing_keys if not _is_engine_state(key)] + differences.unexpected_keys
+    missing, unexpected = stage.load_state_dict(state)
+    wrong = [key for key in missing if not _is_engine_state(key)] + unexpected
     if wrong:
         raise AssertionError(f"the checkpoint's entries do not fit the model: {wrong[:3]}")
 

@@ -1,6 +1,7 @@
 """Runs sequences through all pipeline stages and returns what the last stage computed from their hidden states.
 
-Megatron's schedule drives the stages: forward alone, or forward and backward.
+Megatron's schedule drives the stages: forward alone, or forward and backward. With a virtual pipeline it is the
+interleaved one, and each stage computes a micro-batch once for each of its chunks.
 Axes: T tokens of a micro-batch (under sequence parallelism: this rank's slice), N response tokens of it, H hidden size.
 """
 
@@ -44,7 +45,7 @@ class ForwardPass:
 
     ranks: Ranks
     stage: Stage
-    model: nn.Module  # the stage, in Megatron's data-parallel wrapper if it is trained
+    models: Sequence[nn.Module]  # the stage's chunks, in Megatron's data-parallel wrapper if they are trained
     micro_batch_tokens: int
     token_multiple: int
 
@@ -89,7 +90,8 @@ class ForwardPass:
         forward_only: bool,
     ) -> list:
         def forward_step(batches: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Callable]:
-            mark_progress()
+            if model is self.models[0]:  # once a micro-batch, which a virtual pipeline computes in several calls
+                mark_progress()
             batch = next(batches)
 
             def finish(hidden_T1H: Tensor, non_loss_data: bool = False) -> Result:
@@ -105,11 +107,13 @@ class ForwardPass:
             multiple=self.token_multiple,
             context=self.context,
             device=self.ranks.device,
+            # Of the interleaved schedule, which handles as many micro-batches as stages at a time.
+            in_groups_of=self.ranks.pp_size if len(self.models) > 1 else 1,
         )
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(batches),
-            model=[self.model],
+            data_iterator=[iter(batches) for _ in self.models],
+            model=list(self.models),
             num_microbatches=len(batches),
             seq_length=self.token_multiple,  # the real lengths travel with the tensors
             micro_batch_size=1,

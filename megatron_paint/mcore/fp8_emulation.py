@@ -25,9 +25,10 @@ from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_paint.config.settings import MegatronSettings
+from megatron_paint.mcore.stage import Stage
 
 LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 BLOCK = 128
@@ -103,15 +104,14 @@ class _Product(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
-def emulate_fp8(stage: nn.Module, megatron: MegatronSettings) -> None:
+def emulate_fp8(stage: Stage, megatron: MegatronSettings) -> None:
     """Replaces the products of the blocks' linear layers, except of layers that stay in bfloat16."""
     gradients = E5M2 if megatron.fp8 == "hybrid" else E4M3
     rounding = Rounding(blockwise=megatron.fp8_recipe == "blockwise", gradients=gradients)
     last = stage.config.num_layers
-    for layer in stage.decoder.layers:
-        number = layer.layer_number  # from 1
-        at_start = number <= megatron.num_layers_at_start_in_bf16
-        at_end = number > last - megatron.num_layers_at_end_in_bf16
+    for number, layer in stage.layers.items():
+        at_start = number < megatron.num_layers_at_start_in_bf16
+        at_end = number >= last - megatron.num_layers_at_end_in_bf16
         if megatron.first_last_layers_bf16 and (at_start or at_end):
             continue
         for name, module in layer.named_modules():
@@ -120,7 +120,7 @@ def emulate_fp8(stage: nn.Module, megatron: MegatronSettings) -> None:
 
 
 @contextmanager
-def without_fp8(stage: nn.Module) -> Iterator[None]:
+def without_fp8(stage: Stage) -> Iterator[None]:
     """The stage computes in the model's type inside, with Transformer Engine's FP8 and with the emulated one."""
     emulated = [m._forward_impl for m in stage.modules() if isinstance(getattr(m, "_forward_impl", None), Fp8Product)]
     fp8, stage.config.fp8 = stage.config.fp8, None

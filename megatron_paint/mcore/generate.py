@@ -1,6 +1,7 @@
 """Sampling from the Megatron model in this process: batched decoding over tensor-parallel ranks and pipeline stages.
 
-Every stage runs the same loop. Hidden states travel from stage to stage. The last stage sends the chosen tokens back.
+Every stage runs the same loop. Hidden states travel from stage to stage, with a virtual pipeline once around for each
+chunk of a stage. The last stage sends the chosen tokens back.
 
 Axes: R rows of a batch, L rows of it that are still decoded, T tokens of a call, H hidden size, V vocabulary.
 """
@@ -145,21 +146,22 @@ class MegatronSampler:
         return logits.after_tokens(self._run_stages(F.pad(batch.inputs, (0, padding)), rows), count)
 
     def _run_stages(self, ids_T: Tensor, rows: TokenRows) -> Tensor:
-        """Hidden states [T, 1, H] of this stage, which it also sends to the next one."""
+        """Hidden states [T, 1, H] of this stage's last chunk. Those of each chunk are sent to the next one."""
         mark_progress()
         ranks, config = self.ranks, self.stage.config
-        if not ranks.is_first_stage:
-            tokens = len(ids_T) // (ranks.tp_size if config.sequence_parallel else 1)
-            received = torch.empty((tokens, 1, config.hidden_size), dtype=config.params_dtype, device=ranks.device)
-            dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank(), group=ranks.pp_group)
-            self.stage.set_input_tensor(received)
-        hidden_T1H = self.stage(ids_T, rows)
-        if not ranks.is_last_stage:
-            dist.send(
-                hidden_T1H.contiguous(),
-                dst=parallel_state.get_pipeline_model_parallel_next_rank(),
-                group=ranks.pp_group,
-            )
+        for chunk in self.stage.chunks:
+            if not chunk.pre_process:
+                tokens = len(ids_T) // (ranks.tp_size if config.sequence_parallel else 1)
+                received = torch.empty((tokens, 1, config.hidden_size), dtype=config.params_dtype, device=ranks.device)
+                dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank(), group=ranks.pp_group)
+                chunk.set_input_tensor(received)
+            hidden_T1H = chunk(ids_T, rows)
+            if not chunk.post_process:
+                dist.send(
+                    hidden_T1H.contiguous(),
+                    dst=parallel_state.get_pipeline_model_parallel_next_rank(),
+                    group=ranks.pp_group,
+                )
         return hidden_T1H
 
     def _choose(

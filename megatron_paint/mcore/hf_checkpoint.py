@@ -23,6 +23,7 @@ from megatron_paint.checkpoints.peft import ADAPTER_FILE, copy_tokenizer, write_
 from megatron_paint.config.settings import LoraSettings
 from megatron_paint.mcore.collectives import fill_folder
 from megatron_paint.mcore.lora import gathered_adapters, merged_weight
+from megatron_paint.mcore.model import Stage
 from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.mcore.vocabulary import load_vocab_rows
 from megatron_paint.models.qwen3.mapping import hugging_face_shapes, rule_of
@@ -32,19 +33,14 @@ from megatron_paint.runtime.files import sync
 WRITER_BYTES = 10**9  # ours: one rank writes about this much of a stage's weights
 
 
-def base_parameters(stage: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def base_parameters(stage: Stage) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters of a stage that are in a Hugging Face checkpoint: all except adapters."""
     return ((name, p) for name, p in stage.named_parameters() if "_adapters." not in name)
 
 
-def first_layer_of(stage: nn.Module) -> int:
-    """Global index, from 0, of a stage's first layer."""
-    return stage.decoder.layers[0].layer_number - 1
-
-
 @torch.no_grad()
 def load_stage(
-    stage: nn.Module, folder: str | Path, shape: ModelShape, ranks: Ranks, *, merged: Adapter | None = None
+    stage: Stage, folder: str | Path, shape: ModelShape, ranks: Ranks, *, merged: Adapter | None = None
 ) -> None:
     """Fills every base parameter of this rank's stage from the checkpoint, without communication between ranks.
 
@@ -55,7 +51,7 @@ def load_stage(
     read = reader if merged is None else merged.merged(reader)
     first_expert = ranks.ep_rank * shape.num_experts // ranks.ep_size
     for name, parameter in base_parameters(stage):
-        rule = rule_of(name, shape, first_layer=first_layer_of(stage), first_expert=first_expert)
+        rule = rule_of(name, shape, first_expert=first_expert)
         if name in VOCABULARY:
             value = load_vocab_rows(rule, read, ranks)
         else:
@@ -71,7 +67,6 @@ def gathered_tensors(
     shape: ModelShape,
     ranks: Ranks,
     *,
-    first_layer: int,
     writers: int = 1,
     prepare: Callable[[str, Tensor], Tensor] = lambda name, value: value,
 ) -> Iterator[tuple[str, Tensor]]:
@@ -91,12 +86,12 @@ def gathered_tensors(
             shards = [torch.empty_like(value) for _ in range(ranks.tp_size)] if ranks.tp_rank == owner else None
             dist.gather(value.contiguous(), shards, group_dst=owner, group=ranks.tp_group)
         if ranks.tp_rank == owner:
-            yield from rule_of(name, shape, first_layer=first_layer).unload(shards).items()
+            yield from rule_of(name, shape).unload(shards).items()
 
 
 @torch.no_grad()
 def export_stage(
-    stage: nn.Module,
+    stage: Stage,
     out: str | Path,
     *,
     shape: ModelShape,
@@ -120,7 +115,6 @@ def export_stage(
             base_parameters(stage),
             shape,
             ranks,
-            first_layer=first_layer_of(stage),
             writers=writers,
             prepare=partial(merged_weight, stage),
         )
@@ -142,7 +136,7 @@ def export_stage(
 
 
 def export_adapters(
-    stage: nn.Module,
+    stage: Stage,
     out: str | Path,
     *,
     lora: LoraSettings,

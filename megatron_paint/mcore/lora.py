@@ -30,6 +30,7 @@ from megatron_paint.checkpoints.peft import adapter_name
 from megatron_paint.config.settings import LoraSettings
 from megatron_paint.mcore.model import Stage
 from megatron_paint.mcore.ranks import Ranks
+from megatron_paint.mcore.stage import LAYERS
 from megatron_paint.models.qwen3.mapping import part
 from megatron_paint.models.shape import ModelShape
 
@@ -130,8 +131,7 @@ def add_adapters(stage: Stage, settings: LoraSettings, shape: ModelShape, ranks:
     q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_groups * shape.head_dim
     hidden, ffn = shape.hidden_size, shape.ffn_size
 
-    for layer in stage.decoder.layers:
-        number = layer.layer_number - 1
+    for number, layer in stage.layers.items():
 
         def pairs(sizes: dict[str, tuple[int, int]], split_inputs: bool, number: int = number):
             return {
@@ -187,8 +187,9 @@ def merged_weight(stage: Stage, name: str, parameter: Tensor) -> Tensor:
     """A base parameter of the stage plus the change of its adapters, added in float32 and rounded once."""
     path = name.split(".")
     adapters = None
-    if len(path) > 2 and path[-1] == "weight" and path[-2] in _SIBLINGS:
-        adapters = getattr(stage.get_submodule(".".join(path[:-2])), _SIBLINGS[path[-2]], None)
+    if tuple(path[:2]) == LAYERS and path[-1] == "weight" and path[-2] in _SIBLINGS:
+        block = stage.layers[int(path[2])].get_submodule(".".join(path[3:-2]))
+        adapters = getattr(block, _SIBLINGS[path[-2]], None)
     if adapters is None:
         return parameter.detach()
     return (parameter.float() + adapters.weight_change()).to(parameter.dtype)
@@ -205,12 +206,12 @@ def gathered_adapters(stage: Stage, ranks: Ranks) -> Iterator[tuple[str, Tensor]
 
 def _named_adapters(stage: Stage) -> Iterator[tuple[str, str, nn.Parameter]]:
     """(Hugging Face weight, side, this rank's part) of every adapter of a stage."""
-    for layer in stage.decoder.layers:
+    for number, layer in stage.layers.items():
         for block, part_of in (("self_attn", layer.self_attention), ("mlp", layer.mlp)):
             for adapters in (module for module in part_of.children() if isinstance(module, Adapters)):
                 for side, pairs in (("A", adapters.a), ("B", adapters.b)):
                     for projection, parameter in pairs.items():
-                        yield f"model.layers.{layer.layer_number - 1}.{block}.{projection}.weight", side, parameter
+                        yield f"model.layers.{number}.{block}.{projection}.weight", side, parameter
 
 
 @torch.no_grad()

@@ -1,14 +1,9 @@
-"""Builds the model on Megatron-Core, with plain torch layers or with Transformer Engine's.
-
-Axes: T tokens of a call, H hidden size, V vocabulary (this rank's slice).
-"""
+"""Builds the model on Megatron-Core, with plain torch layers or with Transformer Engine's."""
 
 from functools import partial
-from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -20,18 +15,19 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch import Tensor
 
 from megatron_paint.config.settings import MegatronSettings, ModelSettings
-from megatron_paint.mcore.attention import LocalAttention, TokenRows, transformer_engine_attention
+from megatron_paint.mcore.attention import LocalAttention, transformer_engine_attention
 from megatron_paint.mcore.fp8_emulation import emulate_fp8
 from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.mcore.rotary import attention_scale, inverse_frequencies
+from megatron_paint.mcore.stage import Chunk, Stage
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.hardware import use_transformer_engine
+from megatron_paint.planning.stages import DIVIDING, chunks_a_stage, split_layers
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -44,45 +40,6 @@ class LocalRMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
-class Stage(GPTModel):
-    """One pipeline stage of a GPTModel that ends in hidden states: the loss computes the logits.
-
-    `forward` is our own for two reasons: no logits may be computed at prompt positions, and packed rows need a rotary
-    position for each token.
-    """
-
-    rotary: dict[str, Any]  # base and YaRN of the rotary positions, for the records of checkpoints
-    valid_vocab_size: int  # without the rows that pad the vocabulary for tensor parallelism
-
-    def forward(self, input_ids_T: Tensor, rows: TokenRows) -> Tensor:
-        """Hidden states [T, 1, H] of this stage, after the final norm on the last one.
-
-        Under sequence parallelism T is split over the tensor-parallel ranks. Only the first stage reads `input_ids_T`;
-        the others read the tensor passed to `set_input_tensor`.
-        """
-        hidden = self.embedding(input_ids_T[None], position_ids=None) if self.pre_process else None
-        if hidden is not None and self.config.recompute_granularity is not None and torch.is_grad_enabled():
-            # Recomputed layers compute gradients only if their input requires one, and a frozen embedding's does not.
-            hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
-        return self.decoder(
-            hidden_states=hidden,
-            attention_mask=None,
-            rotary_pos_emb=self.rotary_angles(rows.position_T),
-            packed_seq_params=rows,
-        )
-
-    def rotary_angles(self, position_T: Tensor) -> Tensor:
-        """Angles [T, 1, 1, head size] of rotary embedding in float32."""
-        angles = position_T.float()[:, None, None, None] * self.rotary_pos_emb.inv_freq.float()
-        return torch.cat((angles, angles), dim=-1)
-
-    def output_weight(self) -> Tensor:
-        """This rank's rows [V, H] of the output layer, or of the embedding if tied; only on the last stage."""
-        if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
-
-
 def transformer_config(shape: ModelShape, model: ModelSettings, megatron: MegatronSettings) -> TransformerConfig:
     """Megatron's description of the model: the shape plus the settings under `megatron:`."""
     dtype = DTYPES[model.dtype]
@@ -92,6 +49,7 @@ def transformer_config(shape: ModelShape, model: ModelSettings, megatron: Megatr
         "recompute_method": megatron.recompute_method,
         "recompute_num_layers": megatron.recompute_num_layers,
         **(_expert_settings(shape, megatron) if shape.num_experts else {}),
+        **_pipeline_settings(megatron),
     }
     if megatron.fp8 is not None and not megatron.fp8_emulate:
         names = ("fp8", "fp8_recipe", "fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo")
@@ -135,6 +93,18 @@ def transformer_config(shape: ModelShape, model: ModelSettings, megatron: Megatr
         calculate_per_token_loss=True,
         **{name: value for name, value in optional.items() if value is not None},
     )
+
+
+def _pipeline_settings(megatron: MegatronSettings) -> dict:
+    """The layers of each stage, and how chunks of a virtual pipeline exchange tensors.
+
+    Megatron's default, batched sends and receives, mixes up the two directions between two stages that are each other's
+    next and previous stage: training is wrong, without an error where the lengths are equal (0.16.1 and 0.19.2).
+    """
+    found = {name: getattr(megatron, name) for name in DIVIDING}
+    if (chunks := chunks_a_stage(megatron)) > 1:
+        found |= {"virtual_pipeline_model_parallel_size": chunks, "overlap_p2p_comm": True, "batch_p2p_comm": False}
+    return found
 
 
 def _expert_settings(shape: ModelShape, megatron: MegatronSettings) -> dict:
@@ -207,26 +177,54 @@ def build_model(shape: ModelShape, model: ModelSettings, megatron: MegatronSetti
     config = transformer_config(shape, model, megatron)
     with_engine = use_transformer_engine(megatron)
     spec = layer_spec(with_engine=with_engine, lora=model.lora is not None, num_experts=shape.num_experts)
+    split = split_layers(shape, megatron)
+    chunks = [
+        _build_chunk(config, spec, number, layers, split.chunks, shape, ranks)
+        for number, layers in enumerate(split.layers[ranks.pp_rank])
+    ]
+    stage = Stage(chunks, shape)
+    _mark_sharded_weights(stage)
+    for chunk in chunks:
+        chunk.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(ranks.device)
+        chunk.to(ranks.device)
+    if megatron.fp8_emulate:
+        emulate_fp8(stage, megatron)
+    return stage
+
+
+def _build_chunk(
+    config: TransformerConfig,
+    spec: ModuleSpec,
+    number: int,
+    layers: range,
+    chunks: int,
+    shape: ModelShape,
+    ranks: Ranks,
+) -> Chunk:
+    """The chunk of this number, of `chunks` on each stage. layers: their indices in the complete model."""
+    virtual = number if chunks > 1 else None
     layer_norm = spec.submodules.self_attention.submodules.q_layernorm
-    stage = Stage(
+    chunk = Chunk(
         config,
-        TransformerBlockSubmodules(layer_specs=[spec] * (shape.num_layers // ranks.pp_size), layer_norm=layer_norm),
+        TransformerBlockSubmodules(layer_specs=[spec] * len(layers), layer_norm=layer_norm),
         vocab_size=ranks.tp_size * shape.vocab_rows(ranks.tp_size),
         max_sequence_length=shape.max_positions,
-        pre_process=ranks.is_first_stage,
-        post_process=ranks.is_last_stage,
+        pre_process=ranks.is_first_stage and number == 0,
+        post_process=ranks.is_last_stage and number == chunks - 1,
         parallel_output=True,
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
+        vp_stage=virtual,
     )
-    stage.valid_vocab_size = shape.vocab_size
-    _mark_sharded_weights(stage)
-    if megatron.fp8_emulate:
-        emulate_fp8(stage, megatron)
-    stage.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(ranks.device)
-    stage.rotary = {"rope_theta": shape.rope_theta, "yarn": vars(shape.yarn) if shape.yarn is not None else None}
-    return stage.to(ranks.device)
+    # Checkpoints and FP8 go by Megatron's numbers of the layers, which Megatron does not compare with their count.
+    built = [layer.layer_number - 1 for layer in chunk.decoder.layers]
+    wanted = get_num_layers_to_build(config, vp_stage=virtual, pp_rank=ranks.pp_rank)
+    if built != list(layers) or len(built) != wanted:
+        raise AssertionError(
+            f"stage {ranks.pp_rank}, chunk {number}: layers {built}, planned {layers}, Megatron {wanted}"
+        )
+    return chunk
 
 
 def _mark_sharded_weights(stage: Stage) -> None:

@@ -12,25 +12,32 @@ from megatron_paint.config.settings import MegatronSettings, OptimizerSettings
 from megatron_paint.mcore.model import Stage
 
 
-def wrap_data_parallel(stage: Stage, megatron: MegatronSettings) -> DistributedDataParallel:
-    """Megatron's wrapper; gradients are summed, then divided once by the global token count."""
+def wrap_data_parallel(stage: Stage, megatron: MegatronSettings) -> list[DistributedDataParallel]:
+    """Each chunk in Megatron's wrapper; gradients are summed, then divided once by the global token count."""
     config = DistributedDataParallelConfig(
         use_distributed_optimizer=megatron.use_distributed_optimizer,
         overlap_grad_reduce=megatron.overlap_grad_reduce,
         grad_reduce_in_fp32=True,
     )
-    wrapped = DistributedDataParallel(stage.config, config, stage)
+    wrapped = [
+        # Only the first chunk has several buckets, as in Megatron's own training: its backward pass comes last. The
+        # gradients of the others are reduced while further backward passes run.
+        DistributedDataParallel(stage.config, config, chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(stage.chunks)
+    ]
     stage.config.finalize_model_grads_func = finalize_model_grads
     if megatron.overlap_grad_reduce:
-        stage.config.no_sync_func = wrapped.no_sync
+        functions = [chunk.no_sync for chunk in wrapped]
+        stage.config.no_sync_func = functions if len(functions) > 1 else functions[0]
     return wrapped
 
 
 def make_optimizer(
-    wrapped: DistributedDataParallel, settings: OptimizerSettings, megatron: MegatronSettings
+    wrapped: list[DistributedDataParallel], settings: OptimizerSettings, megatron: MegatronSettings
 ) -> MegatronOptimizer:
     """AdamW or SGD with float32 main weights."""
-    dtype = wrapped.module.config.params_dtype
+    model = wrapped[0].module.config
+    dtype = model.params_dtype
     config = OptimizerConfig(
         optimizer=settings.name,
         lr=settings.lr,
@@ -45,8 +52,8 @@ def make_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=megatron.use_distributed_optimizer,
     )
-    optimizer = get_megatron_optimizer(config, [wrapped])
-    wrapped.module.config.grad_scale_func = optimizer.scale_loss
+    optimizer = get_megatron_optimizer(config, wrapped)
+    model.grad_scale_func = optimizer.scale_loss
     return optimizer
 
 

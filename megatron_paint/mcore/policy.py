@@ -59,7 +59,7 @@ class MegatronPolicy(ModelRunner):
         self.settings = settings
         self.before_change: Callable[[], None] = lambda: None
         megatron = settings.megatron
-        self.wrapped = wrap_data_parallel(self.stage, megatron) if trained else self.stage
+        self.wrapped = wrap_data_parallel(self.stage, megatron) if trained else self.stage.chunks
         self.optimizer = make_optimizer(self.wrapped, settings.optimizer, megatron) if trained else None
         taught = trained and settings.needs.teacher
         self.teacher = Teacher(
@@ -73,7 +73,7 @@ class MegatronPolicy(ModelRunner):
         self.forward = ForwardPass(
             ranks=ranks,
             stage=self.stage,
-            model=self.wrapped,
+            models=self.wrapped,
             micro_batch_tokens=settings.data.micro_batch_tokens,
             token_multiple=self.multiple,
         )
@@ -226,7 +226,8 @@ class MegatronPolicy(ModelRunner):
 
         FloatingPointError: the loss of a sample is not finite.
         """
-        self.wrapped.zero_grad_buffer()
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         score = self._score_with(loss, samples, states)
         found = self.forward.run_backward(_student_sequences(samples), self._assignment(samples), score)

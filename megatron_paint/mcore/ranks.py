@@ -19,6 +19,7 @@ from megatron_paint.losses.cpu_math import settle_cpu_math
 from megatron_paint.mcore.cpu import redirect_cuda_to_cpu
 from megatron_paint.planning.hardware import device_of_rank, engine_environment
 from megatron_paint.planning.layout import data_parallel_size
+from megatron_paint.planning.stages import chunks_a_stage
 
 # For messages between hosts: all ranks wait in one while rank 0 grades a data set or writes to a slow disk.
 HOST_TIMEOUT = timedelta(hours=12)
@@ -90,9 +91,11 @@ def start_ranks(megatron: MegatronSettings, *, hang_seconds: float | None = None
         alone = {} if "RANK" in os.environ else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
         dist.init_process_group(backend or ("nccl" if on_gpu else "gloo"), timeout=timeout, **alone)
     data_parallel_size(dist.get_world_size(), megatron)
+    chunks = chunks_a_stage(megatron)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=megatron.tensor_model_parallel_size,
         pipeline_model_parallel_size=megatron.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         context_parallel_size=megatron.context_parallel_size,
         expert_model_parallel_size=megatron.expert_model_parallel_size,
         distributed_timeout_minutes=timeout // timedelta(minutes=1),

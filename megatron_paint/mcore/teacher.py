@@ -110,7 +110,7 @@ class Teacher:
         Only the last stage has one.
         """
         values = self._values(weights)
-        if not values or self.lora or not self.stage.post_process:
+        if not values or self.lora or not self.stage.has_output:
             return None
         weight = self.stage.output_weight()
         (name,) = (name for name, p in self._parameters(values).items() if p is weight)

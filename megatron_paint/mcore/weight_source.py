@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import ModelSettings
-from megatron_paint.mcore.hf_checkpoint import base_parameters, export_adapters, export_stage, first_layer_of
+from megatron_paint.mcore.hf_checkpoint import base_parameters, export_adapters, export_stage
 from megatron_paint.mcore.lora import merged_weight
 from megatron_paint.mcore.model import DTYPES, Stage
 from megatron_paint.mcore.ranks import Ranks
@@ -114,7 +114,7 @@ class StageWeights:
         return ranks.dp_cp_rank == 0 and number < len(self.messages) and number % ranks.tp_size == ranks.tp_rank
 
     def _rule(self, parameter: str):
-        return rule_of(parameter, self.shape, first_layer=first_layer_of(self.stage))
+        return rule_of(parameter, self.shape)
 
     def _names(self, parameter: str) -> list[str]:
         names = list(self._rule(parameter).hf_shapes())

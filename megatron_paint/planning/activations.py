@@ -123,6 +123,8 @@ class StageActivations:
 
 def stage_activations(kind: LayerKind, recompute: Recompute, *, layers: int, tokens: int) -> StageActivations:
     """The activations of `layers` layers and a micro-batch of `tokens` tokens."""
+    if not layers:
+        return StageActivations(inputs=0.0, kept=0.0, recomputed=0.0, working=0.0)
     layer = tokens * kind.saved_bytes() + kind.saved_weights()
     working = tokens * kind.working_bytes()
     if recompute.granularity != "full":

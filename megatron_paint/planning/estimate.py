@@ -8,7 +8,7 @@ numbers with hand arithmetic and with measurements.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_paint.config.settings import Settings
 from megatron_paint.models.shape import ModelShape
@@ -21,6 +21,7 @@ from megatron_paint.planning.activations import (
     stage_activations,
 )
 from megatron_paint.planning.layout import WIDTHS, Layout, cache_bytes_per_token
+from megatron_paint.planning.stages import in_flight
 from megatron_paint.planning.weights import RankWeights, adapter_parameters, rank_weights
 
 # Ours and not measured: a CUDA context with the kernels of torch, Transformer Engine and cuBLAS's workspaces, and the
@@ -111,7 +112,12 @@ class StageMemory:
         self.width = WIDTHS[settings.model.dtype]
         lora, megatron = settings.model.lora, settings.megatron
         self.weights: RankWeights = rank_weights(
-            self.shape, tp=self.tp, pp=self.pp, stage=stage, lora_rank=None if lora is None else lora.rank
+            self.shape,
+            tp=self.tp,
+            pp=self.pp,
+            stage=stage,
+            layers=layout.split.count(stage),
+            lora_rank=None if lora is None else lora.rank,
         )
         self.kind = LayerKind(
             shape=self.shape,
@@ -132,14 +138,13 @@ class StageMemory:
     def training(self) -> list[Peak]:
         """The moments of a training step that may need most."""
         held, activations = self._held(), self._activations()
-        in_flight = min(self.pp - self.stage, self._sequences())  # a micro-batch has at least one sequence
-        inputs, kept = in_flight * activations.inputs, in_flight * activations.kept
+        inputs, kept = (sum(chunk) for chunk in zip(*((a.inputs, a.kept) for a in activations), strict=True))
         final = final_norm_bytes(self.kind, tokens=self._rank_tokens()) if self.last else 0.0
         passed = self._teacher_results()
         backward = {
             "inputs of recomputed layers": inputs,
-            "activations": kept + activations.recomputed,
-            "working memory": activations.working + self._weight_gradient(),
+            "activations": kept + max(chunk.recomputed for chunk in activations),
+            "working memory": max(chunk.working for chunk in activations) + self._weight_gradient(),
             "teacher's results": passed,
         }
         peaks = [Peak(moment="backward pass", parts={**held, **backward})]
@@ -173,7 +178,7 @@ class StageMemory:
                 "key-value cache": cache,
                 # Beside a step of the layers: one layer of the cache is copied when finished rows are dropped.
                 "working memory": max(
-                    prefill * self.kind.forward_bytes(), cache / (self.shape.num_layers // self.pp), 0.0
+                    prefill * self.kind.forward_bytes(), cache / max(1, self.layout.split.count(self.stage)), 0.0
                 ),
                 "logits": self._sampling_logits(rows, nucleus) if self.last else 0.0,
                 "packed output layer": self._packed_output_layer(new_tokens),
@@ -191,14 +196,14 @@ class StageMemory:
         """The most bytes of keys and values of a batch of so many rows.
 
         A batch's prompts, padded to the longest, have at most data.micro_batch_tokens tokens, and all its rows at most
-        rollout.cache_bytes. A single prompt above data.micro_batch_tokens is not counted.
+        rollout.cache_bytes on the largest stage. A single prompt above data.micro_batch_tokens is not counted.
         """
-        settings = self.settings
-        token = cache_bytes_per_token(self.shape, dtype=settings.model.dtype, megatron=settings.megatron)
-        most = settings.rollout.cache_bytes // token
+        settings, split = self.settings, self.layout.split
+        largest = cache_bytes_per_token(self.shape, dtype=settings.model.dtype, megatron=settings.megatron)
+        most = settings.rollout.cache_bytes // largest
         prompts = settings.data.micro_batch_tokens
         tokens = min(rows * new_tokens + prompts, rows * self.shape.max_positions, most)
-        return float(tokens * token)
+        return float(tokens * largest * split.count(self.stage) / split.most)
 
     def logits_bytes(self) -> float:
         """Buffers of the loss: those of all response tokens of a micro-batch, or objective.chunk_bytes if that is less.
@@ -266,9 +271,15 @@ class StageMemory:
         rounded = teacher.weights == "ema" and self.width != FLOAT32
         return self.width if held and (teacher.offload or rounded) else 0
 
-    def _activations(self) -> StageActivations:
-        layers = self.shape.num_layers // self.pp
-        return stage_activations(self.kind, self.recompute, layers=layers, tokens=self._rank_tokens())
+    def _activations(self) -> list[StageActivations]:
+        """Of each chunk of layers, for all micro-batches between their forward and backward pass."""
+        split, stage = self.layout.split, self.stage
+        counts = in_flight(split, stage, micro_batches=self._sequences())  # a micro-batch has at least one sequence
+        found = []
+        for layers, count in zip(split.sizes(stage), counts, strict=True):
+            one = stage_activations(self.kind, self.recompute, layers=layers, tokens=self._rank_tokens())
+            found.append(replace(one, inputs=count * one.inputs, kept=count * one.kept))
+        return found
 
     def _sampled_sequences(self) -> int:
         """Responses of a step that one copy of the weights samples."""
@@ -390,7 +401,14 @@ def _host(
     lora = settings.model.lora
     resting = []
     for stage in range(pp):
-        weights = rank_weights(layout.shape, tp=tp, pp=pp, stage=stage, lora_rank=None if lora is None else lora.rank)
+        weights = rank_weights(
+            layout.shape,
+            tp=tp,
+            pp=pp,
+            stage=stage,
+            layers=layout.split.count(stage),
+            lora_rank=None if lora is None else lora.rank,
+        )
         offloaded = weights.trained * teacher_bytes(settings) if teacher.offload else 0
         resting.append(PROCESS_BYTES[on_gpus] + offloaded)
     ranks = [

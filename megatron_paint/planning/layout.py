@@ -11,6 +11,7 @@ from megatron_paint.models.qwen3.shape import read_shape
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.apex import refuse_foreign_apex
 from megatron_paint.planning.hardware import engine_environment, use_transformer_engine
+from megatron_paint.planning.stages import LayerSplit, split_layers
 
 WIDTHS = {"bfloat16": 2, "float32": 4}  # bytes of a number
 
@@ -24,6 +25,7 @@ class Layout:
     tensor_parallel: int
     pipeline_parallel: int
     data_parallel: int
+    split: LayerSplit  # the layers of each stage
     context_parallel: int = 1
     uses_engine: bool  # layers of Transformer Engine
 
@@ -42,6 +44,7 @@ def check_layout(
         pipeline_parallel=megatron.pipeline_model_parallel_size,
         data_parallel=data_parallel,
         context_parallel=megatron.context_parallel_size,
+        split=split_layers(shape, megatron),
         uses_engine=use_transformer_engine(megatron),
     )
 
@@ -62,7 +65,7 @@ def check_model(model: ModelSettings, megatron: MegatronSettings, rollout: Rollo
     with about("model.hf_path"):
         shape = read_shape(model.hf_path)
     _refuse_experts(megatron, shape)
-    tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
+    tp = megatron.tensor_model_parallel_size
     for size, what in (
         (shape.num_heads, "attention heads"),
         (shape.num_groups, "key-value groups"),
@@ -70,8 +73,9 @@ def check_model(model: ModelSettings, megatron: MegatronSettings, rollout: Rollo
     ):
         together = math.gcd(size, common_tensor_parallel_size(shape))
         _must_divide("megatron.tensor_model_parallel_size", tp, size, what, shape, together=together)
-    layers = shape.num_layers
-    _must_divide("megatron.pipeline_model_parallel_size", pp, layers, "number of layers", shape, together=layers)
+    split = split_layers(shape, megatron)
+    _check_adapted_stages(split, model)
+    _check_recomputed_units(split, megatron, shape)
     if megatron.sequence_parallel and tp == 1:
         raise UserError(
             "megatron.sequence_parallel=true splits activations over tensor-parallel ranks, but "
@@ -82,6 +86,31 @@ def check_model(model: ModelSettings, megatron: MegatronSettings, rollout: Rollo
     if start is not None and not Path(start).is_dir():
         raise UserError(f"model.megatron_path: {start} is not a folder; give the folder of a Megatron checkpoint")
     return shape
+
+
+def _check_adapted_stages(split: LayerSplit, model: ModelSettings) -> None:
+    """UserError where a stage would train nothing: without a state, Megatron's optimiser saves no count of steps."""
+    empty = [stage for stage in range(len(split.layers)) if not split.count(stage)]
+    if model.lora is not None and empty:
+        raise UserError(
+            f"model.lora trains layers alone, and pipeline stage {empty[0]} of {len(split.layers)} has none by the "
+            "settings under megatron: give it a layer, or set model.lora to null"
+        )
+
+
+def _check_recomputed_units(split: LayerSplit, megatron: MegatronSettings, shape: ModelShape) -> None:
+    """UserError where a unit of uniform recomputation would go beyond the last layer of a chunk."""
+    unit = megatron.recompute_num_layers
+    if megatron.recompute_granularity != "full" or megatron.recompute_method != "uniform" or unit is None:
+        return
+    sizes = sorted({size for stage in range(len(split.layers)) for size in split.sizes(stage)} - {0})
+    if any(size % unit for size in sizes):
+        what = "chunks of layers" if split.chunks > 1 else "pipeline stages"
+        nearest = _nearest_divisor(unit, math.gcd(*sizes))
+        raise UserError(
+            f"megatron.recompute_num_layers={unit} divides layers into units with recompute_method=uniform, and the "
+            f"{what} of {shape.source} have {' and '.join(map(str, sizes))} layers; the nearest that fits is {nearest}"
+        )
 
 
 def data_parallel_size(processes: int, megatron: MegatronSettings) -> int:
@@ -106,8 +135,8 @@ def ranks_of_replica(megatron: MegatronSettings) -> int:
 
 
 def cache_bytes_per_token(shape: ModelShape, *, dtype: str, megatron: MegatronSettings) -> int:
-    """Bytes of the keys and values of one token that a rank stores while it samples."""
-    layers = shape.num_layers // megatron.pipeline_model_parallel_size
+    """Bytes of the keys and values of one token that a rank of the largest stage stores while it samples."""
+    layers = split_layers(shape, megatron).most
     return layers * 2 * shape.num_groups // megatron.tensor_model_parallel_size * shape.head_dim * WIDTHS[dtype]
 
 
@@ -132,12 +161,15 @@ def common_tensor_parallel_size(shape: ModelShape) -> int:
 def _must_divide(key: str, ranks: int, size: int, what: str, shape: ModelShape, *, together: int) -> None:
     """UserError unless `ranks` divides `size`. It suggests the nearest divisor of `together`, which holds for all."""
     if size % ranks:
-        valid = [n for n in range(1, together + 1) if together % n == 0]
-        nearest = min(valid, key=lambda n: (abs(n - ranks), n))
+        nearest = _nearest_divisor(ranks, together)
         raise UserError(
             f"{key}={ranks} does not divide the {what}, {size}, of {shape.source}; the nearest that fits the model is "
             f"{nearest}"
         )
+
+
+def _nearest_divisor(value: int, of: int) -> int:
+    return min((n for n in range(1, of + 1) if of % n == 0), key=lambda n: (abs(n - value), n))
 
 
 def _check_cache(

@@ -38,7 +38,6 @@ class Plan(Layout):
         shape = self.shape
         problems, responses = settings.data.problems_per_step, settings.needs.samples_per_problem
         each = f" with {responses} responses each" if responses > 1 else ""
-        layers = shape.num_layers // self.pipeline_parallel
         tokens, asked = micro_batch_tokens(settings, shape), settings.data.micro_batch_tokens
         alone = (
             f" (a response above data.micro_batch_tokens={asked} alone, without its prompt)" if tokens > asked else ""
@@ -49,8 +48,8 @@ class Plan(Layout):
             f"{', tied' if shape.tied else ''}",
             f"layout     {self.processes} processes = tensor {self.tensor_parallel} x pipeline "
             f"{self.pipeline_parallel}{f' x context {self.context_parallel}' if self.context_parallel > 1 else ''} x "
-            f"data {self.data_parallel}; {layers} layers "
-            f"a stage, {shape.vocab_rows(self.tensor_parallel):,} vocabulary rows a rank",
+            f"data {self.data_parallel}; {self.split}, "
+            f"{shape.vocab_rows(self.tensor_parallel):,} vocabulary rows a rank",
             f"layers     {'Transformer Engine' if self.uses_engine else 'plain torch'}, {settings.model.dtype}"
             f"{f', FP8 {settings.megatron.fp8} {settings.megatron.fp8_recipe}' if settings.megatron.fp8 else ''}",
             f"loss       elementwise work by {self.kernel}"
@@ -112,6 +111,7 @@ class Plan(Layout):
                 pipeline_parallel=pp,
                 data_parallel=processes // (tp * pp * self.context_parallel),
                 context_parallel=self.context_parallel,
+                split=self.split,
                 uses_engine=self.uses_engine,
             )
             after = _estimate(changed, layout, self.target).peak

@@ -14,16 +14,16 @@ class RankWeights:
     trained: int
     embedding: int  # rows of the embedding; 0 except on the first stage
     output: int  # rows of the output layer; 0 except on the last stage. A tied one counts, although one stage shares it
-    largest: int  # of the largest matrix of a layer
+    largest: int  # of the largest matrix of a layer; 0 on a stage without layers
 
 
-def rank_weights(shape: ModelShape, *, tp: int, pp: int, stage: int, lora_rank: int | None) -> RankWeights:
-    """The weights of a rank of `stage`. Norms are on every tensor-parallel rank; everything else is split over them.
+def rank_weights(shape: ModelShape, *, tp: int, pp: int, stage: int, layers: int, lora_rank: int | None) -> RankWeights:
+    """The weights of a rank of `stage`, which has `layers` layers.
 
-    The first stage has the embedding, the last one the final norm and the output layer. If the two are tied, they are
-    one matrix on a single stage and two copies on several stages.
+    Norms are on every tensor-parallel rank; everything else is split over them. The first stage has the embedding, the
+    last one the final norm and the output layer. If the two are tied, they are one matrix on a single stage and two
+    copies on several stages.
     """
-    layers = shape.num_layers // pp
     table = shape.vocab_rows(tp) * shape.hidden_size
     first, last = stage == 0, stage == pp - 1
     ends = table * (first + last) - (table if shape.tied and first and last else 0) + (shape.hidden_size if last else 0)
@@ -35,7 +35,7 @@ def rank_weights(shape: ModelShape, *, tp: int, pp: int, stage: int, lora_rank: 
         trained=base if lora_rank is None else adapters,
         embedding=table if first else 0,
         output=table if last else 0,
-        largest=2 * shape.ffn_size * shape.hidden_size // tp,
+        largest=2 * shape.ffn_size * shape.hidden_size // tp if layers else 0,
     )
 
 

@@ -19,7 +19,6 @@ from megatron_paint.grading.grade import Rules
 from megatron_paint.grading.graders import Graders
 from megatron_paint.launch.failure_notes import leave_failure_note
 from megatron_paint.masker.overlap import MaskerPool
-from megatron_paint.models.shape import ModelShape
 from megatron_paint.objectives import OBJECTIVES, ObjectiveInputs
 from megatron_paint.planning.hardware import ranks_of_this_node
 from megatron_paint.planning.local_model import with_local_model
@@ -179,7 +178,7 @@ def prepare(
         on_rank_zero=on_rank_zero,
         stop_reason=lambda seconds: first_reason(ranks, request.reason(next_seconds=seconds)),
         confirm_owner=owned.confirm,
-        profiled=_profiler(settings, folder, ranks, progress, owned.confirm, start=start, shape=plan.shape),
+        profiled=_profiler(settings, folder, ranks, progress, owned.confirm, start=start, layers=plan.split.most),
     )
 
 
@@ -191,13 +190,12 @@ def _profiler(
     confirm_owner: Callable[[], None],
     *,
     start: int,
-    shape: ModelShape,
+    layers: int,
 ) -> Callable[[int], AbstractContextManager[None]]:
-    """What profiles the steps of `run.profile`."""
+    """What profiles the steps of `run.profile`. layers: of the largest pipeline stage."""
     profile = settings.run.profile
     if profile is None:
         return lambda step: nullcontext()
-    layers = shape.num_layers // settings.megatron.pipeline_model_parallel_size
     for warning in profile_warnings(settings, start=start, layers=layers):
         progress.warn(warning)
     return StepProfiler(settings=profile, folder=folder, ranks=ranks, progress=progress, confirm_owner=confirm_owner)

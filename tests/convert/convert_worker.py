@@ -7,14 +7,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_paint.config.settings import MegatronSettings, ModelSettings
 from megatron_paint.mcore.attention import token_rows
 from megatron_paint.mcore.checkpoint import load_weights
 from megatron_paint.mcore.float32_product import float32_product
 from megatron_paint.mcore.hf_checkpoint import load_stage
-from megatron_paint.mcore.model import Stage, build_model, layer_spec
+from megatron_paint.mcore.model import build_model
 from megatron_paint.mcore.ranks import Ranks, start_ranks, stop_ranks
 from megatron_paint.models.qwen3.shape import read_shape
 from tests.convert.family import LAYOUTS, MEMBERS, TOKENS
@@ -27,9 +26,9 @@ def logits(stage, ranks) -> torch.Tensor | None:
     if not ranks.is_first_stage:
         received = torch.empty((len(TOKENS), 1, stage.config.hidden_size))
         dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank(), group=ranks.pp_group)
-        stage.set_input_tensor(received)
+        stage.chunks[0].set_input_tensor(received)
     with torch.no_grad():
-        hidden_T1H = stage(ids_T, rows)
+        hidden_T1H = stage.chunks[0](ids_T, rows)
     if not ranks.is_last_stage:
         dist.send(hidden_T1H, dst=parallel_state.get_pipeline_model_parallel_next_rank(), group=ranks.pp_group)
         return None
@@ -39,41 +38,21 @@ def logits(stage, ranks) -> torch.Tensor | None:
     return torch.cat(parts, dim=1)
 
 
-def check_virtual_stages(folder: Path, member: str, stage: Stage, megatron: MegatronSettings, ranks: Ranks):
+def check_virtual_stages(folder: Path, member: str, megatron: MegatronSettings, ranks: Ranks):
     """Gives each pipeline rank two runs of layers. Both ways of loading fill them like the single stages above."""
     shape = read_shape(folder / member)
-    config = replace(stage.config, virtual_pipeline_model_parallel_size=2)
-    spec = layer_spec(with_engine=False, lora=False, num_experts=shape.num_experts)
-    norm = spec.submodules.self_attention.submodules.q_layernorm
+    model = ModelSettings(hf_path=str(folder / member), dtype="float32")
+    stage = build_model(shape, model, replace(megatron, virtual_pipeline_model_parallel_size=2), ranks)
     number = shape.num_layers // (2 * ranks.pp_size)
-    chunks = []
-    for virtual in range(2):
-        chunk = Stage(
-            config,
-            TransformerBlockSubmodules(layer_specs=[spec] * number, layer_norm=norm),
-            vocab_size=shape.vocab_size,
-            max_sequence_length=shape.max_positions,
-            pre_process=ranks.is_first_stage and virtual == 0,
-            post_process=ranks.is_last_stage and virtual == 1,
-            parallel_output=True,
-            share_embeddings_and_output_weights=shape.tied,
-            position_embedding_type="rope",
-            rotary_base=shape.rope_theta,
-            vp_stage=virtual,
-        )
-        assert chunk.decoder.layers[0].layer_number == (virtual * ranks.pp_size + ranks.pp_rank) * number + 1
-        load_stage(chunk, folder / member, shape, ranks)
-        chunks.append(chunk)
-    read = [{name: p.detach().clone() for name, p in chunk.named_parameters()} for chunk in chunks]
-    for chunk in chunks:
-        for parameter in chunk.parameters():
-            parameter.data.zero_()
-    wanted = {f"model{virtual}": chunk.sharded_state_dict() for virtual, chunk in enumerate(chunks)}
-    loaded = dist_checkpointing.load(wanted, str(folder / f"{member}-megatron"))
-    for virtual, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[f"model{virtual}"], strict=False)
-    for values, chunk in zip(read, chunks, strict=True):
-        assert all(values[name].any() and torch.equal(p, values[name]) for name, p in chunk.named_parameters()), member
+    begins = [(virtual * ranks.pp_size + ranks.pp_rank) * number for virtual in range(2)]
+    assert list(stage.layers) == [layer for begin in begins for layer in range(begin, begin + number)]
+    load_stage(stage, folder / member, shape, ranks)
+    read = {name: p.detach().clone() for name, p in stage.named_parameters()}
+    for parameter in stage.parameters():
+        parameter.data.zero_()
+    loaded = dist_checkpointing.load({"model": stage.sharded_state_dict()}, str(folder / f"{member}-megatron"))
+    stage.load_state_dict(loaded["model"])
+    assert all(read[name].any() and torch.equal(p, read[name]) for name, p in stage.named_parameters()), member
 
 
 def main() -> None:
@@ -97,7 +76,7 @@ def main() -> None:
         for name, parameter in stage.named_parameters():
             assert torch.equal(parameter, read[name]), (member, name)
         if ranks.pp_size > 1:
-            check_virtual_stages(folder, member, stage, megatron, ranks)
+            check_virtual_stages(folder, member, megatron, ranks)
         saved = out / f"{member}-saved"
         if ranks.rank == 0:
             saved.mkdir()

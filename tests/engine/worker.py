@@ -44,15 +44,15 @@ def pretend_a_gpu() -> None:
     torch.cuda.get_device_properties = lambda *args, **kwargs: GPU
     torch.cuda.get_device_capability = lambda *args, **kwargs: (GPU.major, GPU.minor)
     hardware.missing_for_engine = lambda: None
-    from megatron_paint.mcore.model import Stage
+    from megatron_paint.mcore.stage import Chunk
 
-    init = Stage.__init__
+    init = Chunk.__init__
 
     def init_with_cuda(self, *args, **kwargs) -> None:
         with patch("torch.cuda.is_available", lambda: True):
             init(self, *args, **kwargs)
 
-    Stage.__init__ = init_with_cuda
+    Chunk.__init__ = init_with_cuda
 
 
 def settings_of(case: Case, models: Path, *, engine: bool) -> Settings:
@@ -145,10 +145,10 @@ def has_experts(stage) -> bool:
 
 def unloaded(stage, shape, ranks) -> dict[str, torch.Tensor]:
     """The Hugging Face tensors of the model in memory, on every rank."""
-    from megatron_paint.mcore.hf_checkpoint import base_parameters, first_layer_of, gathered_tensors
+    from megatron_paint.mcore.hf_checkpoint import base_parameters, gathered_tensors
 
     named = [(name, p.detach()) for name, p in base_parameters(stage)]
-    mine = dict(gathered_tensors(named, shape, ranks, first_layer=first_layer_of(stage)))
+    mine = dict(gathered_tensors(named, shape, ranks))
     everyone = [None] * ranks.size
     dist.all_gather_object(everyone, mine, group=ranks.host_group)
     return {name: tensor for part in everyone for name, tensor in part.items()}
@@ -180,7 +180,7 @@ def check(case: Case, models: Path, out: Path) -> dict:
     ranks = start_ranks(settings_of(case, models, engine=False).megatron)
     stage, settings, shape = built(case, models, ranks, engine=True)
     plain, *_ = built(case, models, ranks, engine=False)
-    layer = stage.decoder.layers[0]
+    layer = next(iter(stage.layers.values()))
     wrapped = wrap_data_parallel(stage, settings.megatron)
     optimizer = make_optimizer(wrapped, settings.optimizer, settings.megatron)
     wanted = load_file(Path(settings.model.hf_path) / "model.safetensors")

@@ -54,7 +54,7 @@ def records() -> list[Sample]:
 
 def layers_with_fp8(stage) -> list[int]:
     found = {}
-    for layer in stage.decoder.layers:
+    for layer in stage.layers.values():
         products = [m for m in layer.modules() if isinstance(getattr(m, "_forward_impl", None), Fp8Product)]
         found[layer.layer_number] = len(products)
     assert set(found.values()) <= {0, 4}

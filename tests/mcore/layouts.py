@@ -1,7 +1,7 @@
 """Runs a worker module at a layout: one process group runs all its cases."""
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.support import forked_ranks
@@ -15,6 +15,8 @@ class Layout:
     sequence_parallel: bool = False
     recompute: str | None = None
     cp: int = 1
+    pipeline: dict = field(default_factory=dict)  # what else says which layers a stage has
+    layers: int = 4  # of the model
 
     @property
     def copies(self) -> int:
@@ -32,6 +34,7 @@ class Layout:
             "context_parallel_size": self.cp,
             "sequence_parallel": self.sequence_parallel,
             **recompute,
+            **self.pipeline,
         }
 
 
@@ -45,11 +48,25 @@ LAYOUTS = {
     "pp2-cp2": Layout(4, 1, 2, recompute="full", cp=2),
     "cp2-dp2": Layout(4, 1, 1, cp=2),
 }
+# Stages of several chunks of layers, and stages with different numbers of layers.
+PIPELINES = {
+    "pp2-vp2": Layout(2, 1, 2, pipeline={"virtual_pipeline_model_parallel_size": 2}),
+    "tp2-pp2-vp2-sp": Layout(4, 2, 2, True, recompute="full", pipeline={"virtual_pipeline_model_parallel_size": 2}),
+    "pp2-first4": Layout(2, 1, 2, recompute="full", pipeline={"num_layers_in_first_pipeline_stage": 4}, layers=7),
+    "pp4-ends": Layout(4, 1, 4, pipeline={"pipeline_model_parallel_layout": "E|t*3|t*4|L"}, layers=7),
+    "pp2-vp2-uneven": Layout(
+        2, 1, 2, recompute="full", pipeline={"pipeline_model_parallel_layout": "E|tt|tttt|tL"}, layers=7
+    ),
+}
+
+
+def layout_of(name: str) -> Layout:
+    return (LAYOUTS | PIPELINES)[name]
 
 
 def run_worker(module: str, layout: str, *arguments: str | Path) -> None:
     """Runs `main` of `tests.mcore.MODULE` with LAYOUT ARGUMENTS... on the layout's ranks; fails with their messages."""
-    processes = LAYOUTS[layout].processes
+    processes = layout_of(layout).processes
     with tempfile.TemporaryDirectory() as printed:
         ended = forked_ranks.run(
             Path(printed), layout, *arguments, target=f"tests.mcore.{module}:main", processes=processes, limit=800

@@ -1,10 +1,12 @@
 """The cases that every layout runs and that plain torch runs beside it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from tests.mcore.layouts import layout_of
 
 SIZES = {
     "vocab_size": 48,
@@ -46,6 +48,7 @@ class Case:
     importance_limit: float | None = None  # every second response was sampled by older weights
     num_samples: int = 5  # 1 leaves a data-parallel replica without any
     yarn: bool = False
+    layers: int = 4
 
     @property
     def loss_settings(self) -> dict:
@@ -205,6 +208,45 @@ CASES = (
         grpo={"updates_per_batch": 2, "kl_weight": 0.3, "normalisation": "sequence_mean", "importance_limit": None},
     ),
 )
+BY_NAME = {case.name: case for case in CASES}
+# What each layout of `layouts.PIPELINES` runs. Those with uneven stages train a deeper model.
+AT_PIPELINES = {
+    "pp2-vp2": (
+        "full-tied-ema-adam",
+        "full-current-distributed-adam",
+        "full-one-sample",
+        "full-support-initial",
+        "lora-ema-sgd",
+        "lora-current-distributed-adam",
+        "sft-lora-sgd",
+        "grpo-kl-sgd",
+    ),
+    "tp2-pp2-vp2-sp": (
+        "full-tied-ema-adam",
+        "full-current-distributed-adam",
+        "lora-initial-adam",
+        "sft-tied-adam",
+        "grpo-kl-sgd",
+    ),
+    "pp2-first4": ("full-tied-ema-adam", "lora-ema-sgd", "grpo-kl-sgd"),
+    "pp4-ends": ("full-tied-ema-adam", "grpo-kl-sgd", "sft-tied-adam"),
+    "pp2-vp2-uneven": ("full-tied-ema-adam", "lora-ema-sgd", "grpo-kl-sgd"),
+}
+DEEP = 7  # layers
+DEEP_CASES = {
+    name: replace(BY_NAME[name], name=f"deep-{name}", layers=DEEP)
+    for name in ("full-tied-ema-adam", "lora-ema-sgd", "grpo-kl-sgd", "sft-tied-adam")
+}
+
+
+def cases_at(layout: str) -> tuple[Case, ...]:
+    """The cases that a layout runs."""
+    if layout not in AT_PIPELINES:
+        return CASES
+    chosen = DEEP_CASES if layout_of(layout).layers == DEEP else BY_NAME
+    return tuple(chosen[name] for name in AT_PIPELINES[layout])
+
+
 # Cases in which single updates are not finite, with the type of the weights.
 NOT_FINITE = {
     "full-tied-ema-adam": "float32",
@@ -257,26 +299,36 @@ def touches(layout: str, name: str) -> bool:
 
 def part_of(layout: str, name: str) -> str:
     """The part of a layout's cases that a case belongs to: those of one kind that touch the layout, or do not."""
+    if layout in AT_PIPELINES:
+        return "all"
     return f"{'touching' if touches(layout, name) else 'rest'}-{name.split('-')[0]}"
 
 
 def make_checkpoints(folder: Path) -> None:
     """Two sets of weights for each kind of model: `start` (the initial teacher) and `moved` (the student)."""
-    for tied, yarn in ((True, False), (False, False), (True, True)):
+    for tied, yarn, layers in (
+        (True, False, 4),
+        (False, False, 4),
+        (True, True, 4),
+        (True, False, 7),
+        (False, False, 7),
+    ):
+        sizes = SIZES | {"num_hidden_layers": layers}
         rope = {"rope_parameters": YARN} if yarn else {}
         for seed, name in ((0, "start"), (1, "moved")):
             torch.manual_seed(seed)
-            model = Qwen3ForCausalLM(Qwen3Config(**SIZES, **rope, tie_word_embeddings=tied))
+            model = Qwen3ForCausalLM(Qwen3Config(**sizes, **rope, tie_word_embeddings=tied))
             if name == "moved":
-                start = Qwen3ForCausalLM.from_pretrained(checkpoint(folder, "start", tied, yarn))
+                start = Qwen3ForCausalLM.from_pretrained(checkpoint(folder, "start", tied, yarn, layers))
                 with torch.no_grad():
                     for p, q in zip(model.parameters(), start.parameters(), strict=True):
                         p.copy_(q + 0.1 * p)
-            model.save_pretrained(checkpoint(folder, name, tied, yarn))
+            model.save_pretrained(checkpoint(folder, name, tied, yarn, layers))
 
 
-def checkpoint(folder: Path, name: str, tied: bool, yarn: bool = False) -> Path:
-    return folder / f"{name}-{'tied' if tied else 'untied'}{'-yarn' * yarn}"
+def checkpoint(folder: Path, name: str, tied: bool, yarn: bool = False, layers: int = 4) -> Path:
+    deep = f"-{layers}" if layers != SIZES["num_hidden_layers"] else ""
+    return folder / f"{name}-{'tied' if tied else 'untied'}{'-yarn' * yarn}{deep}"
 
 
 def adapter_value(name: str, shape: torch.Size) -> torch.Tensor:

@@ -22,7 +22,7 @@ from megatron_paint.config.settings import (
 from megatron_paint.losses import InterpolationLossConfig
 from megatron_paint.losses.objectives import CrossEntropyLoss, DistillationLoss
 from megatron_paint.mcore import hf_checkpoint
-from megatron_paint.mcore.hf_checkpoint import first_layer_of, gathered_tensors, load_stage
+from megatron_paint.mcore.hf_checkpoint import gathered_tensors, load_stage
 from megatron_paint.mcore.lora import adapters_of
 from megatron_paint.mcore.policy import MegatronPolicy
 from megatron_paint.mcore.ranks import start_ranks, stop_ranks
@@ -32,7 +32,7 @@ from megatron_paint.policy import ScoredSequence
 from megatron_paint.records import Problem, Rollout, Sample
 from megatron_paint.rollouts.source import RolloutSource
 from tests.mcore import parity_cases as parity
-from tests.mcore.layouts import LAYOUTS
+from tests.mcore.layouts import LAYOUTS, layout_of
 
 RANK, ALPHA = 4, 8
 
@@ -40,7 +40,7 @@ RANK, ALPHA = 4, 8
 def settings_of(case: parity.Case, folder: Path, megatron: dict) -> Settings:
     return Settings(
         model=ModelSettings(
-            hf_path=str(parity.checkpoint(folder, "start", case.tied, case.yarn)),
+            hf_path=str(parity.checkpoint(folder, "start", case.tied, case.yarn, case.layers)),
             dtype="float32",
             lora=LoraSettings(rank=RANK, alpha=ALPHA) if case.lora else None,
         ),
@@ -121,9 +121,8 @@ def adapters_by_peft_name(policy: MegatronPolicy) -> dict[str, torch.nn.Paramete
         if "_adapters." not in name:
             continue
         *_, layer, block, _, side, projection = name.split(".")
-        number = int(layer) + first_layer_of(policy.stage)
         hf_block = {"self_attention": "self_attn", "mlp": "mlp"}[block]
-        found[f"model.layers.{number}.{hf_block}.{projection}.lora_{side.upper()}"] = p
+        found[f"model.layers.{layer}.{hf_block}.{projection}.lora_{side.upper()}"] = p
     return found
 
 
@@ -148,7 +147,7 @@ def gradients(policy: MegatronPolicy) -> dict[str, torch.Tensor]:
     """Whole gradients by their Hugging Face or PEFT name."""
     ranks, stage = policy.ranks, policy.stage
     named = [(n, p.main_grad.clone()) for n, p in stage.named_parameters() if p.requires_grad and "_adapters." not in n]
-    mine = dict(gathered_tensors(named, policy.shape, ranks, first_layer=first_layer_of(stage)))
+    mine = dict(gathered_tensors(named, policy.shape, ranks))
     for name, p in adapters_by_peft_name(policy).items():
         parts = [p.main_grad.clone()]
         if p.tensor_model_parallel and ranks.tp_size > 1:
@@ -175,7 +174,7 @@ def run_case(case: parity.Case, folder: Path, out: Path, ranks, megatron: dict) 
     settings = settings_of(case, folder, megatron)
     shape = read_shape(settings.model.hf_path)
     policy = MegatronPolicy(settings, shape, ranks)
-    load_stage(policy.stage, parity.checkpoint(folder, "moved", case.tied, case.yarn), shape, ranks)
+    load_stage(policy.stage, parity.checkpoint(folder, "moved", case.tied, case.yarn, case.layers), shape, ranks)
     set_adapters(policy)
     policy.optimizer.reload_model_params()
     if not case.lora:
@@ -280,17 +279,17 @@ def run_not_finite(name: str, folder: Path, ranks, megatron: dict) -> list[dict]
 
 def main() -> None:
     name, folder, out, part = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
-    layout = LAYOUTS[name]
+    layout = layout_of(name)
     torch.set_num_threads(1)
     hf_checkpoint.WRITER_BYTES = 10_000  # the ranks share the writing even of these models
     ranks = start_ranks(MegatronSettings(**layout.megatron))
-    for case in parity.CASES:
+    for case in parity.cases_at(name):
         if parity.part_of(name, case.name) == part:
             run_case(case, folder, out, ranks, layout.megatron)
     told = {
         case: run_not_finite(case, folder, ranks, layout.megatron)
         for case in parity.NOT_FINITE
-        if parity.part_of(name, case) == part
+        if name in LAYOUTS and parity.part_of(name, case) == part
     }
     if ranks.rank == 0:
         torch.save(told, out / "not_finite.pt")

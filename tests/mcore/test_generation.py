@@ -6,7 +6,7 @@ from transformers import Qwen3ForCausalLM
 
 from tests.mcore import parity_cases as parity
 from tests.mcore.generation_cases import BATCHES, SAMPLING, STOP, requests
-from tests.mcore.layouts import LAYOUTS, run_worker
+from tests.mcore.layouts import LAYOUTS, PIPELINES, run_worker
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +99,26 @@ def test_with_yarn(yarn_rollouts, yarn_folder):
         assert [rollout.response_ids for rollout in yarn_rollouts[f"greedy-{batch}"]] == wanted
         for case in ("plain", "nucleus", "top-k"):
             check_logprobs(yarn_rollouts[f"{case}-{batch}"], SAMPLING[case], yarn_folder, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(checkpoints, tmp_path_factory):
+    """For each number of layers of `PIPELINES`: the model, its rollouts on one rank, transformers' greedy responses."""
+    folders = {n: parity.checkpoint(checkpoints, "start", tied=True, layers=n) for n in (4, 7)}
+    return {n: (f, sampled("tp1", f, tmp_path_factory), greedy_of_transformers(f)) for n, f in folders.items()}
+
+
+@pytest.mark.parametrize("layout", PIPELINES)
+def test_chunks_and_uneven_stages_sample_the_same(layout, on_one_rank, tmp_path_factory):
+    folder, wanted, greedy = on_one_rank[PIPELINES[layout].layers]
+    found = sampled(layout, folder, tmp_path_factory)
+    for batch in BATCHES:
+        assert [rollout.response_ids for rollout in found[f"greedy-{batch}"]] == greedy
+    assert found.keys() == wanted.keys()
+    for name, rollouts in found.items():
+        assert [r.response_ids for r in rollouts] == [r.response_ids for r in wanted[name]]
+        for one, other in zip(rollouts, wanted[name], strict=True):
+            assert one.logprobs == pytest.approx(other.logprobs, abs=2e-5)
 
 
 def check_logprobs(rollouts, sampling, model_folder, *, atol):

@@ -12,7 +12,7 @@ from transformers import Qwen3ForCausalLM
 
 from megatron_paint.base.keys import derive_key
 from tests.mcore import parity_cases as parity
-from tests.mcore.layouts import LAYOUTS, run_worker
+from tests.mcore.layouts import LAYOUTS, PIPELINES, run_worker
 from tests.support.plain_policy import PlainPolicy
 
 RANK, ALPHA = 4, 8
@@ -40,15 +40,16 @@ def outputs(checkpoints, tmp_path_factory):
     return of
 
 
-def at_all_layouts(names: Iterable[str]) -> list:
+def at_all_layouts(names: Iterable[str], *, pipelines: bool = False) -> list:
     """(layout, case) for a test; `make test` leaves out the cases that do not touch a layout."""
     pairs = list(itertools.product(LAYOUTS, names))
+    pairs += [(layout, case.name) for layout in PIPELINES for case in parity.cases_at(layout) if pipelines]
     marks = [() if parity.touches(*pair) else pytest.mark.long for pair in pairs]
     return [pytest.param(*pair, marks=mark, id="-".join(pair)) for pair, mark in zip(pairs, marks, strict=True)]
 
 
 def plain_model(case: parity.Case, checkpoints: Path, name: str):
-    model = Qwen3ForCausalLM.from_pretrained(parity.checkpoint(checkpoints, name, case.tied, case.yarn))
+    model = Qwen3ForCausalLM.from_pretrained(parity.checkpoint(checkpoints, name, case.tied, case.yarn, case.layers))
     if not case.lora:
         return model
     from peft import LoraConfig, get_peft_model
@@ -70,7 +71,7 @@ def plain(checkpoints):
     """Results of plain torch by case, computed once."""
     torch.set_num_threads(1)
     results = {}
-    for case in parity.CASES:
+    for case in (*parity.CASES, *parity.DEEP_CASES.values()):
         policy = PlainPolicy(
             plain_model(case, checkpoints, "moved"),
             teacher=case.teacher,
@@ -127,7 +128,7 @@ def plain(checkpoints):
 def start_teacher(policy: PlainPolicy, case: parity.Case, checkpoints: Path) -> None:
     """Initial, current and average weights differ from the first step on."""
     policy.start = Qwen3ForCausalLM.from_pretrained(
-        parity.checkpoint(checkpoints, "moved" if case.lora else "start", case.tied, case.yarn)
+        parity.checkpoint(checkpoints, "moved" if case.lora else "start", case.tied, case.yarn, case.layers)
     )
     if case.lora:
         # The adapters were zero when the average began: half the adapters now is what one step of it gives.
@@ -167,10 +168,10 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-CASES = {case.name: case for case in parity.CASES}
+CASES = {case.name: case for case in (*parity.CASES, *parity.DEEP_CASES.values())}
 
 
-@pytest.mark.parametrize(("layout", "name"), at_all_layouts(CASES))
+@pytest.mark.parametrize(("layout", "name"), at_all_layouts(parity.BY_NAME, pipelines=True))
 def test_equals_plain_torch(layout, name, outputs, plain):
     case, out, wanted = CASES[name], outputs(layout, name), plain[name]
     found = torch.load(out / f"{name}.pt")

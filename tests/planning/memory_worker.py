@@ -33,7 +33,7 @@ from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
 # Tokens of a sequence: a prompt of one token, and the response, whose last token is no input. 4 divides it, so that
 # context parallelism pads no row.
 LENGTH = 128
-PER_MICRO_BATCH, PER_REPLICA = 2, 4  # sequences
+PER_MICRO_BATCH = 2  # sequences
 CHANGES = {
     "full": (),
     "full selective": ("megatron.recompute_granularity=selective",),
@@ -130,7 +130,7 @@ def caches() -> Iterator[list[int]]:
         yield found
 
 
-def samples(ranks: Ranks) -> list[Sample]:
+def samples(settings: Settings) -> list[Sample]:
     response = tuple(range(5, 5 + LENGTH))
     return [
         Sample(
@@ -139,7 +139,7 @@ def samples(ranks: Ranks) -> list[Sample]:
             rollout=Rollout(problem_id=str(i), prompt_ids=(1,), response_ids=response),
             teacher_prompt_ids=(2,),
         )
-        for i in range(PER_REPLICA * ranks.dp_size)
+        for i in range(settings.data.problems_per_step)
     ]
 
 
@@ -166,8 +166,8 @@ def sample(policy: MegatronPolicy, settings: Settings, *, stop_ids: Collection[i
 def measure(settings: Settings, ranks: Ranks) -> dict[str, float]:
     policy = MegatronPolicy(settings, read_shape(settings.model.hf_path), ranks)
     weights = own_storages(policy.stage.parameters())
-    gradients = own_storages(buffer.grad_data for buffer in policy.wrapped.buffers)
-    step = samples(ranks)
+    gradients = own_storages(buffer.grad_data for chunk in policy.wrapped for buffer in chunk.buffers)
+    step = samples(settings)
     objective = settings.objective
     loss = DistillationLoss(config=objective.loss, chunk_bytes=objective.chunk_bytes, token_temperature=1.0)
     states = policy.teacher_states(step, loss)
@@ -231,7 +231,7 @@ class Allocations(TorchDispatchMode):
 def measure_peaks(settings: Settings, ranks: Ranks) -> dict[str, int]:
     """All bytes of the process's tensors in each moment of a run."""
     torch.set_num_threads(1)  # the loss has a tile for each thread
-    objective, step = settings.objective, samples(ranks)
+    objective, step = settings.objective, samples(settings)
     loss = DistillationLoss(config=objective.loss, chunk_bytes=objective.chunk_bytes, token_temperature=1.0)
     with Allocations() as live:
         policy = MegatronPolicy(settings, read_shape(settings.model.hf_path), ranks)

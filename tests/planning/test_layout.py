@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.settings import MegatronSettings, ModelSettings, RolloutSettings
+from megatron_paint.config.settings import LoraSettings, MegatronSettings, ModelSettings, RolloutSettings
 from megatron_paint.planning.layout import check_model, data_parallel_size
 
 SIZES = {
@@ -23,10 +23,11 @@ SIZES = {
 }
 
 
-def check(folder, *, tp: int = 1, pp: int = 1, **changes: int):
+def check(folder, *, tp: int = 1, pp: int = 1, megatron: dict | None = None, lora: bool = False, **changes: int):
     (folder / "config.json").write_text(json.dumps(SIZES | changes))
-    megatron = MegatronSettings(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
-    return check_model(ModelSettings(hf_path=str(folder)), megatron, RolloutSettings())
+    settings = MegatronSettings(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, **(megatron or {}))
+    model = ModelSettings(hf_path=str(folder), lora=LoraSettings() if lora else None)
+    return check_model(model, settings, RolloutSettings())
 
 
 @pytest.mark.parametrize(
@@ -64,3 +65,31 @@ def test_the_suggested_number_of_processes_holds(processes, sizes, nearest):
     with pytest.raises(UserError, match=rf"must be a multiple of {tp * pp * cp} \(nearest: --processes {nearest}\)$"):
         data_parallel_size(processes, megatron)
     assert data_parallel_size(nearest, megatron) == nearest // (tp * pp * cp)
+
+
+@pytest.mark.parametrize(
+    ("unit", "pp", "more", "what", "nearest"),
+    [
+        (4, 1, {}, "pipeline stages of .* have 6 layers", 3),
+        (2, 2, {"num_layers_in_first_pipeline_stage": 4}, None, 2),
+        (3, 2, {"num_layers_in_first_pipeline_stage": 4}, "pipeline stages of .* have 2 and 4 layers", 2),
+        (2, 2, {"pipeline_model_parallel_layout": "Et|t|tt|ttL"}, "chunks of layers of .* have 1 and 2 layers", 1),
+    ],
+)
+def test_a_unit_of_recomputation_divides_every_chunk(unit, pp, more, what, nearest, tmp_path):
+    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": unit}
+    if what is not None:
+        with pytest.raises(
+            UserError, match=rf"recompute_num_layers={unit} .* {what}; the nearest that fits is {nearest}$"
+        ):
+            check(tmp_path, pp=pp, megatron=full | more)
+    check(tmp_path, pp=pp, megatron=full | more | {"recompute_num_layers": nearest})
+
+
+def test_adapters_need_a_layer_on_every_stage(tmp_path):
+    """All weights can be trained there: the embedding and the output layer."""
+    ends = {"pipeline_model_parallel_layout": "E|ttt|ttt|L"}
+    with pytest.raises(UserError, match="pipeline stage 0 of 4 has none"):
+        check(tmp_path, pp=4, megatron=ends, lora=True)
+    check(tmp_path, pp=4, megatron=ends)
+    check(tmp_path, pp=2, megatron=ends, lora=True)

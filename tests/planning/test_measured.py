@@ -1,4 +1,4 @@
-"""The estimate against bytes that were really allocated: tiny models on CPUs, five layouts, every kind of training."""
+"""The estimate against bytes that were really allocated: tiny models on CPUs, seven layouts, all kinds of training."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from megatron_paint.config.load import load_settings
 from megatron_paint.planning.estimate import StageMemory
 from megatron_paint.planning.layout import check_layout
-from tests.planning.memory_worker import CHANGES, LENGTH, PER_MICRO_BATCH, PER_REPLICA
+from tests.planning.memory_worker import CHANGES, LENGTH, PER_MICRO_BATCH
 from tests.support import forked_ranks
 
 WITHIN = 0.05
@@ -20,7 +20,14 @@ LAYOUTS = {  # processes, tensor parallel, pipeline parallel, context parallel, 
     "tensor 2 x pipeline 2, sequence parallel": (4, 2, 2, 1, True),
     "tensor 2 x data 2": (4, 2, 1, 1, False),
     "context 2": (2, 1, 1, 2, False),
+    "pipeline 2, chunks": (2, 1, 2, 1, False),
+    "pipeline 2, uneven": (2, 1, 2, 1, False),
 }
+MORE = {  # of the section megatron
+    "pipeline 2, chunks": "virtual_pipeline_model_parallel_size: 2",
+    "pipeline 2, uneven": "num_layers_in_first_pipeline_stage: 3",
+}
+PER_REPLICA = {"pipeline 2, chunks": 8}  # sequences, else 4: as many micro-batches as a stage may have at once
 
 
 def write_model(folder: Path, *, tied: bool) -> Path:
@@ -41,11 +48,10 @@ def write_model(folder: Path, *, tied: bool) -> Path:
     return folder
 
 
-def write_settings(
-    folder: Path, model: Path, *, processes: int, tp: int, pp: int, cp: int, sequence_parallel: bool
-) -> Path:
+def write_settings(folder: Path, model: Path, name: str) -> Path:
+    processes, tp, pp, cp, sequence_parallel = LAYOUTS[name]
     path = folder / "settings.yaml"
-    problems = PER_REPLICA * processes // (tp * pp * cp)
+    problems = PER_REPLICA.get(name, 4) * processes // (tp * pp * cp)
     path.write_text(
         f"""\
 model: {{hf_path: {model}, dtype: float32}}
@@ -57,6 +63,7 @@ megatron:
   pipeline_model_parallel_size: {pp}
   context_parallel_size: {cp}
   sequence_parallel: {str(sequence_parallel).lower()}
+  {MORE.get(name, "")}
 run: {{dir: unused}}
 """
     )
@@ -94,6 +101,10 @@ CASES = {
     "stages and shards": ("tensor 2 x pipeline 2, sequence parallel", False, ["full recompute", "lora"]),
     "slices": ("context 2", False, ["full", "lora"]),
     "shards and replicas": ("tensor 2 x data 2", True, ["full selective", "ema"]),
+    "chunks of layers": ("pipeline 2, chunks", True, ["full", "lora"]),
+    "uneven stages": ("pipeline 2, uneven", False, ["full", "lora"]),
+    "more of chunks of layers": ("pipeline 2, chunks", False, ["full recompute", "full selective"]),
+    "more of uneven stages": ("pipeline 2, uneven", True, ["full recompute", "full selective"]),
     "more of shards and replicas": ("tensor 2 x data 2", True, ["full recompute", "lora"]),
 }
 MARKED = [
@@ -104,10 +115,8 @@ MARKED = [
 
 def measure(what: str, folder: Path, name: str, *, tied: bool, cases: list[str]) -> tuple[Path, list[dict]]:
     """The settings, and what each rank of a layout measured."""
-    processes, tp, pp, cp, sequence_parallel = LAYOUTS[name]
-    model = write_model(folder / "model", tied=tied)
-    layout = {"tp": tp, "pp": pp, "cp": cp, "sequence_parallel": sequence_parallel}
-    settings = write_settings(folder, model, processes=processes, **layout)
+    processes = LAYOUTS[name][0]
+    settings = write_settings(folder, write_model(folder / "model", tied=tied), name)
     worker = {"target": "tests.planning.memory_worker:main", "processes": processes, "limit": 600}
     ended = forked_ranks.run(folder, what, settings, folder, *cases, **worker)
     assert ended.statuses == [0] * processes, "\n".join(text[-3000:] for text in ended.err)

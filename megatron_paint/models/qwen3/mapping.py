@@ -192,11 +192,11 @@ _EXPERT = re.compile(
 )
 
 
-def rule_of(name: str, shape: ModelShape, *, first_layer: int, first_expert: int = 0) -> Rule:
+def rule_of(name: str, shape: ModelShape, *, first_layer: int = 0, first_expert: int = 0) -> Rule:
     """Returns the rule of one parameter of a pipeline stage.
 
-    first_layer, first_expert: global indices of the stage's first layer and expert. If the embedding is tied, the last
-    stage holds a copy of it under `output_layer.weight`. Raises KeyError for an unknown parameter.
+    first_layer, first_expert: global indices of the layer and expert that the name counts from. If the embedding is
+    tied, the last stage holds a copy of it under `output_layer.weight`. Raises KeyError for an unknown parameter.
     """
     matched = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
     if matched is None:

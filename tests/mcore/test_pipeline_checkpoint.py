@@ -1,0 +1,62 @@
+"""Checkpoints between one stage, stages, stages of several chunks, and uneven stages: the next step is the same."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.mcore import parity_cases as parity
+from tests.mcore.layouts import PIPELINES, layout_of, run_worker
+from tests.mcore.pipeline_checkpoint_worker import cases_at
+from tests.support.exports import same, weights
+
+BETWEEN = [  # written at, read at
+    ("pp2-vp2", "pp2-vp2"),
+    ("pp2-vp2", "tp1"),
+    ("pp2-vp2", "pp2"),
+    ("pp2-vp2", "tp2-pp2-vp2-sp"),
+    ("tp1", "pp2-vp2"),
+    ("pp2", "pp2-vp2"),
+    ("pp4-ends", "pp2-first4"),
+    ("pp2-vp2-uneven", "pp4-ends"),
+    ("pp2-first4", "pp2-vp2-uneven"),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    parity.make_checkpoints(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(checkpoints, tmp_path_factory):
+    """(checkpoints of a layout, what its own second step made), by the layout."""
+    made = {}
+
+    def of(layout: str, layers: int) -> tuple[Path, Path]:
+        if layout not in made:
+            made[layout] = tmp_path_factory.mktemp(f"{layout}-saved"), tmp_path_factory.mktemp(f"{layout}-out")
+            run_worker("pipeline_checkpoint_worker", layout, "save", layers, checkpoints, *made[layout])
+        return made[layout]
+
+    return of
+
+
+@pytest.mark.parametrize(("writer", "reader"), BETWEEN, ids=lambda layout: layout)
+def test_next_step_is_the_same(writer, reader, checkpoints, written, tmp_path):
+    layers = max(PIPELINES[name].layers for name in (writer, reader) if name in PIPELINES)
+    saved, out = written(writer, layers)
+    run_worker("pipeline_checkpoint_worker", reader, "load", layers, checkpoints, saved, tmp_path)
+    losses = torch.load(tmp_path / "losses.pt"), torch.load(out / "losses.pt")
+    for case in min(cases_at(layout_of(writer)), cases_at(layout_of(reader)), key=len):
+        found, wanted = weights(tmp_path / case.name), weights(out / case.name)
+        assert found.keys() == wanted.keys()
+        if writer == reader:
+            assert losses[0][case.name] == losses[1][case.name]
+            assert same(found, wanted)
+            continue
+        assert losses[0][case.name] == pytest.approx(losses[1][case.name], rel=1e-5, abs=1e-6)
+        for name, tensor in wanted.items():
+            assert (found[name] - tensor).norm() <= 1e-7 * tensor.norm(), (case.name, name)
