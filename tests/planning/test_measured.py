@@ -1,4 +1,4 @@
-"""The estimate against bytes that were really allocated: tiny models on CPUs, four layouts, every kind of training."""
+"""The estimate against bytes that were really allocated: tiny models on CPUs, 12 layouts, every kind of training."""
 
 import json
 from pathlib import Path
@@ -19,6 +19,14 @@ LAYOUTS = {  # processes, tensor parallel, pipeline parallel, sequence parallel
     "pipeline 2": (2, 1, 2, False),
     "tensor 2 x pipeline 2, sequence parallel": (4, 2, 2, True),
     "tensor 2 x data 2": (4, 2, 1, False),
+    "tensor 2": (2, 2, 1, False),
+    "tensor 2, sequence parallel": (2, 2, 1, True),
+    "data 2": (2, 1, 1, False),
+    "pipeline 4": (4, 1, 4, False),
+    "pipeline 2 x data 2": (4, 1, 2, False),
+    "tensor 2 x pipeline 2": (4, 2, 2, False),
+    "tensor 2 x data 2, sequence parallel": (4, 2, 1, True),
+    "data 4": (4, 1, 1, False),
 }
 
 
@@ -90,6 +98,18 @@ CASES = {
     "stages and shards": ("tensor 2 x pipeline 2, sequence parallel", False, ["full recompute", "lora"]),
     "shards and replicas": ("tensor 2 x data 2", True, ["full selective", "ema"]),
     "more of shards and replicas": ("tensor 2 x data 2", True, ["full recompute", "lora"]),
+    "shards": ("tensor 2", False, ["full", "lora"]),
+    "more of shards": ("tensor 2", True, ["full recompute", "lora recompute"]),
+    "more of sequence parallel shards": ("tensor 2, sequence parallel", False, ["full selective", "lora"]),
+    "more of replicas": ("data 2", True, ["full", "lora recompute", "ema"]),
+    "more stages": ("pipeline 4", False, ["full selective", "lora recompute"]),
+    "more of stages and replicas": ("pipeline 2 x data 2", False, ["full recompute", "lora"]),
+    "more of stages and shards": ("tensor 2 x pipeline 2", True, ["full", "lora recompute"]),
+    "more of replicas of sequence parallel shards": (
+        *("tensor 2 x data 2, sequence parallel", False),
+        ["full recompute", "lora"],
+    ),
+    "more of four replicas": ("data 4", False, ["full", "lora"]),
 }
 MARKED = [
     pytest.param(*case, id=name, marks=pytest.mark.long if name.startswith("more") else ())
