@@ -15,7 +15,9 @@ REASONS = 3  # refusals that the message names
 def nothing_fits(question: Question, found: Found) -> UserError:
     """The error of a search without a result."""
     if found.closest is None:
-        reasons = [f"{count} layouts: {message}" for message, count in found.refused.most_common(REASONS)]
+        reasons = [
+            f"{count} layouts: {question.shown(message)}" for message, count in found.refused.most_common(REASONS)
+        ]
         rest = len(found.refused) - len(reasons)
         more = f"; and {rest} more reasons" if rest else ""
         return UserError(f"none of {found.layouts} layouts is accepted: {'; '.join(reasons)}{more}")

@@ -36,7 +36,7 @@ class Group:
         Within a node each rank receives (n - 1) / n of it. Over m nodes each node receives (m - 1) / m of it, through
         the network cards of its ranks of the group.
         """
-        if self.ranks == 1:
+        if self.ranks == 1 or not size:
             return Seconds()
         local = size * (self.on_node - 1) / self.on_node / (self.gpu.nvlink * NVLINK)
         if self.nodes == 1:
@@ -50,7 +50,7 @@ class Group:
 
     def exchange(self, size: float) -> Seconds:
         """All-to-all in which each rank has `size` bytes, an equal part for each rank."""
-        if self.ranks == 1:
+        if self.ranks == 1 or not size:
             return Seconds()
         local = size * (self.on_node - 1) / self.ranks / (self.gpu.nvlink * NVLINK)
         if self.nodes == 1:
@@ -60,7 +60,7 @@ class Group:
 
     def send(self, size: float) -> Seconds:
         """A message of `size` bytes to the next rank of the group."""
-        if self.ranks == 1:
+        if self.ranks == 1 or not size:
             return Seconds()
         if self.nodes == 1:
             return Seconds(nvlink=size / (self.gpu.nvlink * NVLINK) + LATENCY["nvlink"])

@@ -43,7 +43,7 @@ def _head(question: Question, found: Found) -> Iterator[str]:
     work, node = question.model().work, machine.gpus_on_node
     experts = f", {shape.num_experts} experts, {shape.experts_per_token} a token" if shape.num_experts else ""
     yield (
-        f"model      {Path(shape.source).parent.name}: {shape.num_parameters:,} weights, {shape.num_layers} layers, "
+        f"model      {question.name}: {shape.num_parameters:,} weights, {shape.num_layers} layers, "
         f"hidden {shape.hidden_size}{experts}"
     )
     yield (
@@ -128,7 +128,7 @@ def _best(question: Question, planned: Planned) -> Iterator[str]:
 
 
 def _dropped(question: Question, found: Found) -> Iterator[str]:
-    reasons = [f"{_layouts(count)}: {message}" for message, count in found.refused.most_common(REASONS)]
+    reasons = [f"{_layouts(count)}: {question.shown(message)}" for message, count in found.refused.most_common(REASONS)]
     rest = found.refused.most_common()[REASONS:]
     if rest:
         reasons.append(f"{_layouts(sum(count for _, count in rest))}: {len(rest)} more reasons (--json lists them)")

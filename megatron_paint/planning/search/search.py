@@ -4,6 +4,7 @@ import heapq
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from megatron_paint.config.settings import Settings
@@ -34,6 +35,15 @@ class Question:
     lengths: Lengths
     reserve: float  # fraction of a GPU's memory that must stay free
     sampling_gpus: int  # of vLLM's servers, beside those of the machine
+
+    @property
+    def name(self) -> str:
+        """The short name of the model: of its folder."""
+        return Path(self.shape.source).parent.name
+
+    def shown(self, message: str) -> str:
+        """A message of a check, with the model's short name in place of the path of its config.json."""
+        return message.replace(self.shape.source, self.name)
 
     @property
     def usable(self) -> float:
