@@ -79,10 +79,13 @@ def test_known_gpus_have_sources(capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["plan", "qwen3_8b", "--gpus", "8", "--gpu", "h100"], "--gpu='h100' is unknown: did you mean h100-80?, or"),
+        (
+            ["plan", "qwen3_8b", "--gpus", "8", "--gpu", "h100"],
+            "--gpu='h100' is unknown: did you mean h100-80? known are a100-80",
+        ),
         (
             ["plan", "qwen3_8b", "--gpus", "8", "--gpu", "tpu"],
-            "choose from a100-80, h100-80, h200, b200, or give a YAML",
+            "--gpu='tpu' is unknown: known are a100-80, h100-80, h200, b200; a YAML file",
         ),
         (["plan", "qwen3_8b", "--gpus", "0", "--gpu", "h200"], "--gpus=0: give the number of GPUs, 1 or more"),
         (["plan", "qwen3_8b", "--gpus", "7", "--gpu", "h200"], "a multiple of 8, or one of 1, 2, 4 (nearest: 8)"),

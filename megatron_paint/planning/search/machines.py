@@ -76,10 +76,11 @@ def known_gpus() -> dict[str, Gpu]:
 def _from_file(name: str) -> Gpu:
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
-        known = ", ".join(known_gpus())
-        near = did_you_mean(name, known_gpus())
+        longer = [known for known in known_gpus() if known.startswith(name.lower())]
+        near = f"did you mean {longer[0]}? " if longer else f"{did_you_mean(name, known_gpus())} ".lstrip()
         raise UserError(
-            f"--gpu={name!r} is unknown: {near or f'choose from {known}'}, or give a YAML file (--gpu-list)"
+            f"--gpu={name!r} is unknown: {near}known are {', '.join(known_gpus())}; a YAML file describes another one "
+            "(see --gpu-list)"
         )
     try:
         content = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
