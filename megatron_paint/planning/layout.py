@@ -86,6 +86,7 @@ def check_shape(shape: ModelShape, model: ModelSettings, megatron: MegatronSetti
             "megatron.sequence_parallel=true splits activations over tensor-parallel ranks, but "
             "tensor_model_parallel_size=1; set it to false"
         )
+    _check_recomputed_units(megatron, layers=layers // pp)
     _check_cache(shape, model=model, megatron=megatron, rollout=rollout)
     start = model.megatron_path
     if start is not None and not Path(start).is_dir():
@@ -137,6 +138,17 @@ def _must_divide(key: str, ranks: int, size: int, what: str, shape: ModelShape, 
         raise UserError(
             f"{key}={ranks} does not divide the {what}, {size}, of {shape.source}; the nearest that fits the model is "
             f"{nearest}"
+        )
+
+
+def _check_recomputed_units(megatron: MegatronSettings, *, layers: int) -> None:
+    """UserError where a recomputed unit of Megatron would reach beyond the `layers` layers of a stage."""
+    unit = megatron.recompute_num_layers or 1
+    if megatron.recompute_granularity == "full" and megatron.recompute_method == "uniform" and layers % unit:
+        nearest = min((n for n in range(1, layers + 1) if layers % n == 0), key=lambda n: (abs(n - unit), n))
+        raise UserError(
+            f"megatron.recompute_num_layers={unit} does not divide the {layers} layers of a stage, which "
+            f"recompute_method=uniform divides into units; the nearest that does is {nearest}"
         )
 
 

@@ -137,7 +137,7 @@ def samples(ranks: Ranks) -> list[Sample]:
             rollout=Rollout(problem_id=str(i), prompt_ids=(1,), response_ids=response),
             teacher_prompt_ids=(2,),
         )
-        for i in range(PER_REPLICA * ranks.dp_size)
+        for i in range(max(PER_REPLICA, PER_MICRO_BATCH * ranks.pp_size) * ranks.dp_size)
     ]
 
 

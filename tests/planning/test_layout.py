@@ -46,6 +46,26 @@ def test_the_suggested_tensor_parallel_size_holds(tp, changes, nearest, tmp_path
     assert check(tmp_path, tp=nearest, **changes).num_layers == 6
 
 
+def test_recomputed_units_fill_a_stage(tmp_path):
+    """Megatron's uniform recomputation indexes layers that do not exist otherwise. Three layers a stage."""
+    (tmp_path / "config.json").write_text(json.dumps(SIZES))
+
+    def recomputing(layers: int, method: str):
+        megatron = MegatronSettings(
+            pipeline_model_parallel_size=2,
+            recompute_granularity="full",
+            recompute_method=method,
+            recompute_num_layers=layers,
+        )
+        return check_model(ModelSettings(hf_path=str(tmp_path)), megatron, RolloutSettings())
+
+    for layers, nearest in ((2, 1), (5, 3)):
+        with pytest.raises(UserError, match=rf"={layers} does not divide the 3 layers of a stage.* does is {nearest}$"):
+            recomputing(layers, "uniform")
+        recomputing(layers, "block")
+    recomputing(3, "uniform")
+
+
 def test_the_suggested_pipeline_parallel_size_holds(tmp_path):
     with pytest.raises(UserError, match=r"size=4 does not divide the number of layers, 6, .* fits the model is 3$"):
         check(tmp_path, pp=4)

@@ -50,7 +50,7 @@ def write_model(folder: Path, *, tied: bool) -> Path:
 
 def write_settings(folder: Path, model: Path, *, processes: int, tp: int, pp: int, sequence_parallel: bool) -> Path:
     path = folder / "settings.yaml"
-    problems = PER_REPLICA * processes // (tp * pp)
+    problems = max(PER_REPLICA, PER_MICRO_BATCH * pp) * processes // (tp * pp)
     path.write_text(
         f"""\
 model: {{hf_path: {model}, dtype: float32}}
@@ -102,7 +102,7 @@ CASES = {
     "more of shards": ("tensor 2", True, ["full recompute", "lora recompute"]),
     "more of sequence parallel shards": ("tensor 2, sequence parallel", False, ["full selective", "lora"]),
     "more of replicas": ("data 2", True, ["full", "lora recompute", "ema"]),
-    "more stages": ("pipeline 4", False, ["full selective", "lora recompute"]),
+    "more stages": ("pipeline 4", False, ["full selective", "full recompute", "lora"]),
     "more of stages and replicas": ("pipeline 2 x data 2", False, ["full recompute", "lora"]),
     "more of stages and shards": ("tensor 2 x pipeline 2", True, ["full", "lora recompute"]),
     "more of replicas of sequence parallel shards": (
