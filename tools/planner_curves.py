@@ -20,7 +20,7 @@ FILE = Path(__file__).parents[1] / "docs" / "planner.svg"
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 PROBLEMS = 1024  # of a step, whatever the number of GPUs
 MODELS = ("qwen3_8b", "qwen3_14b", "qwen3_32b", "qwen3_30b_a3b", "qwen3_235b_a22b")
-KINDS = {"products": "products", "attention": "attention", "memory": "memory traffic", "nvlink": "NVLink"}
+KINDS = {"products": "products, weights read", "attention": "attention", "memory": "memory traffic", "nvlink": "NVLink"}
 KINDS |= {"network": "network", "bubble": "pipeline bubble", "host": "host"}
 
 
@@ -42,7 +42,7 @@ def main(file: Path = FILE) -> None:
         seconds.plot(list(points), [planned.time.total for planned in points.values()], marker="o", label=model)
     seconds.set(xscale="log", yscale="log", xlabel="GPUs that train (as many sample)", ylabel="seconds a step")
     seconds.set_xticks(GPUS, [str(gpus) for gpus in GPUS])
-    seconds.set_title(f"The best layout: a model, not measured\nPAINT, all weights, {PROBLEMS:,} problems, H100 80 GB")
+    seconds.set_title("The fastest layout that fits")
     seconds.legend()
     points = {gpus: result.ranked[0].time for gpus, result in found["qwen3_32b"].items() if result.ranked}
     bottom = [0.0] * len(points)
@@ -51,8 +51,9 @@ def main(file: Path = FILE) -> None:
         shares.bar([str(gpus) for gpus in points], values, bottom=bottom, label=label)
         bottom = [low + value for low, value in zip(bottom, values, strict=True)]
     shares.set(xlabel="GPUs that train", ylabel="share of the time, sampling included")
-    shares.set_title("Where the time of qwen3_32b goes: a model, not measured")
+    shares.set_title("Where the time of qwen3_32b goes")
     shares.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.suptitle(f"A model, not measured. PAINT, all weights, {PROBLEMS:,} problems a step, vLLM, H100 80 GB")
     figure.tight_layout()
     figure.savefig(file, format="svg", metadata={"Date": None})
 

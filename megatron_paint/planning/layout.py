@@ -2,6 +2,8 @@
 
 import math
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from megatron_paint.base.errors import UserError, about
@@ -142,14 +144,27 @@ def _must_divide(key: str, ranks: int, size: int, what: str, shape: ModelShape, 
 
 
 def _check_recomputed_units(megatron: MegatronSettings, *, layers: int) -> None:
-    """UserError where a recomputed unit of Megatron would reach beyond the `layers` layers of a stage."""
+    """UserError where the last recomputed unit would reach beyond the `layers` layers of a stage.
+
+    Megatron-Core 0.16 then fails with an IndexError in the first forward pass; 0.19 makes the last unit smaller.
+    """
     unit = megatron.recompute_num_layers or 1
-    if megatron.recompute_granularity == "full" and megatron.recompute_method == "uniform" and layers % unit:
+    uniform = megatron.recompute_granularity == "full" and megatron.recompute_method == "uniform"
+    if uniform and layers % unit and _megatron_version() < (0, 19):
         nearest = min((n for n in range(1, layers + 1) if layers % n == 0), key=lambda n: (abs(n - unit), n))
         raise UserError(
             f"megatron.recompute_num_layers={unit} does not divide the {layers} layers of a stage, which "
             f"recompute_method=uniform divides into units; the nearest that does is {nearest}"
         )
+
+
+@cache
+def _megatron_version() -> tuple[int, ...]:
+    """Major and minor version of Megatron-Core, without importing it. (0, 19) if it is not installed."""
+    try:
+        return tuple(int(part) for part in version("megatron-core").split(".")[:2])
+    except PackageNotFoundError:
+        return (0, 19)
 
 
 def _check_cache(

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import MegatronSettings, ModelSettings, RolloutSettings
+from megatron_paint.planning import layout
 from megatron_paint.planning.layout import check_model
 
 SIZES = {
@@ -46,8 +47,9 @@ def test_the_suggested_tensor_parallel_size_holds(tp, changes, nearest, tmp_path
     assert check(tmp_path, tp=nearest, **changes).num_layers == 6
 
 
-def test_recomputed_units_fill_a_stage(tmp_path):
-    """Megatron's uniform recomputation indexes layers that do not exist otherwise. Three layers a stage."""
+def test_recomputed_units_fill_a_stage(tmp_path, monkeypatch):
+    """Uniform recomputation of Megatron-Core 0.16 indexes layers that do not exist otherwise. Three layers a stage."""
+    monkeypatch.setattr(layout, "_megatron_version", lambda: (0, 16))
     (tmp_path / "config.json").write_text(json.dumps(SIZES))
 
     def recomputing(layers: int, method: str):
@@ -64,6 +66,8 @@ def test_recomputed_units_fill_a_stage(tmp_path):
             recomputing(layers, "uniform")
         recomputing(layers, "block")
     recomputing(3, "uniform")
+    monkeypatch.setattr(layout, "_megatron_version", lambda: (0, 19))
+    recomputing(2, "uniform")  # its last unit is smaller
 
 
 def test_the_suggested_pipeline_parallel_size_holds(tmp_path):
