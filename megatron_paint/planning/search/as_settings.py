@@ -76,7 +76,7 @@ def megatron_changes(candidate: Candidate, shape: ModelShape) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     for dimension in DIMENSIONS:
         value = getattr(candidate, dimension.name)
-        used = dimension.always or (value is not False and value != 1)
+        used = dimension.always or value is True or value > 1
         if dimension.exists:
             fits = used and (shape.num_experts or not dimension.experts)
             changes |= {name: value if fits else FIELDS[name].default for name in dimension.settings}

@@ -77,7 +77,7 @@ def _of_stages(shape: ModelShape, *, tp: int, pp: int, rest: int, searched: Coll
     """The layouts with these stages. rest: ranks that context and data parallelism share."""
     for balanced in (False, True) if "balanced" in searched and pp > 1 else (False,):
         for vpp in VIRTUAL if "vpp" in searched and pp > 1 else (1,):
-            if pp * vpp > shape.num_layers + 2:
+            if pp * vpp > shape.num_layers + 2 or (balanced and pp == 2 and vpp == 1):  # two stages have two ends
                 continue
             for cp in CONTEXT if "cp" in searched else (1,):
                 if rest % cp == 0:

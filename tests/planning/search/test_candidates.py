@@ -84,6 +84,11 @@ def test_a_dimension_is_switched_on_by_its_setting(monkeypatch):
     assert searched_dimensions(DENSE) == (row,)
     assert megatron_changes(Candidate(cp=4), DENSE)["num_layers_at_start_in_bf16"] == 4
     assert megatron_changes(Candidate(cp=1), DENSE)["num_layers_at_start_in_bf16"] == 1
+    flag = dataclasses.replace(row, name="balanced", settings=("first_last_layers_bf16", "deterministic_mode"))
+    monkeypatch.setattr(as_settings, "DIMENSIONS", (flag,))
+    for balanced in (True, False):
+        changes = megatron_changes(Candidate(pp=4, balanced=balanced), DENSE)
+        assert changes["first_last_layers_bf16"] is changes["deterministic_mode"] is balanced
     experts = dataclasses.replace(row, experts=True)
     monkeypatch.setattr(as_settings, "DIMENSIONS", (experts,))
     assert searched_dimensions(DENSE) == ()
