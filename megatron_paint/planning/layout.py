@@ -2,8 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata
 from pathlib import Path
 
 from megatron_paint.base.errors import UserError, about
@@ -149,8 +148,10 @@ def _check_recomputed_units(megatron: MegatronSettings, *, layers: int) -> None:
     Megatron-Core 0.16 then fails with an IndexError in the first forward pass; 0.19 makes the last unit smaller.
     """
     unit = megatron.recompute_num_layers or 1
-    uniform = megatron.recompute_granularity == "full" and megatron.recompute_method == "uniform"
-    if uniform and layers % unit and _megatron_version() < (0, 19):
+    if megatron.recompute_granularity != "full" or megatron.recompute_method != "uniform" or layers % unit == 0:
+        return
+    version = megatron_version()
+    if version is not None and tuple(map(int, version.split(".")[:2])) < (0, 19):
         nearest = min((n for n in range(1, layers + 1) if layers % n == 0), key=lambda n: (abs(n - unit), n))
         raise UserError(
             f"megatron.recompute_num_layers={unit} does not divide the {layers} layers of a stage, which "
@@ -158,13 +159,12 @@ def _check_recomputed_units(megatron: MegatronSettings, *, layers: int) -> None:
         )
 
 
-@cache
-def _megatron_version() -> tuple[int, ...]:
-    """Major and minor version of Megatron-Core, without importing it. (0, 19) if it is not installed."""
+def megatron_version() -> str | None:
+    """The installed version of megatron-core; None: it is not installed."""
     try:
-        return tuple(int(part) for part in version("megatron-core").split(".")[:2])
-    except PackageNotFoundError:
-        return (0, 19)
+        return metadata.version("megatron-core")
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _check_cache(

@@ -49,7 +49,7 @@ def test_the_suggested_tensor_parallel_size_holds(tp, changes, nearest, tmp_path
 
 def test_recomputed_units_fill_a_stage(tmp_path, monkeypatch):
     """Uniform recomputation of Megatron-Core 0.16 indexes layers that do not exist otherwise. Three layers a stage."""
-    monkeypatch.setattr(layout, "_megatron_version", lambda: (0, 16))
+    monkeypatch.setattr(layout, "megatron_version", lambda: "0.16.1")
     (tmp_path / "config.json").write_text(json.dumps(SIZES))
 
     def recomputing(layers: int, method: str):
@@ -66,7 +66,7 @@ def test_recomputed_units_fill_a_stage(tmp_path, monkeypatch):
             recomputing(layers, "uniform")
         recomputing(layers, "block")
     recomputing(3, "uniform")
-    monkeypatch.setattr(layout, "_megatron_version", lambda: (0, 19))
+    monkeypatch.setattr(layout, "megatron_version", lambda: "0.19.2")
     recomputing(2, "uniform")  # its last unit is smaller
 
 
