@@ -94,15 +94,19 @@ def settings_for(base: Settings, candidate: Candidate, shape: ModelShape) -> Set
 
 
 def tree_for(tree: Mapping[str, Any], candidate: Candidate, shape: ModelShape) -> dict[str, Any]:
-    """The same as nested dictionaries, without what is a default. tree: those of the settings without a layout."""
+    """The same as nested dictionaries, without defaults that `tree` does not change.
+
+    tree: the settings as nested dictionaries, with or without a layout.
+    """
     found = copy.deepcopy(dict(tree))
+    given = found.get("megatron") or {}
+    shown = {"tensor_model_parallel_size", "pipeline_model_parallel_size", *given}
     changes = megatron_changes(candidate, shape)
-    given = {name: value for name, value in found.get("megatron", {}).items() if name not in changes}
-    shown = {"tensor_model_parallel_size", "pipeline_model_parallel_size"}
     changed = {name: value for name, value in changes.items() if name in shown or value != FIELDS[name].default}
-    found["megatron"] = {**changed, **given}
-    if candidate.offload:
-        found.setdefault("objective", {}).setdefault("teacher", {})["offload"] = True
+    found["megatron"] = {**changed, **{name: value for name, value in given.items() if name not in changes}}
+    teacher = (found.get("objective") or {}).get("teacher") or {}
+    if candidate.offload or "offload" in teacher:
+        found["objective"] = {**(found.get("objective") or {}), "teacher": {**teacher, "offload": candidate.offload}}
     return found
 
 

@@ -153,8 +153,8 @@ def settings_text(question: Question, planned: Planned, *, config: Path | None, 
             values = {key: value for key, value in tree.get(section, {}).items() if key in OPTIONS[section]}
             changed |= {section: values} if values else {}
         objective: dict[str, Any] = {"name": question.settings.objective.name}
-        if planned.candidate.offload:
-            objective["teacher"] = {"offload": True}
+        if "offload" in (tree["objective"].get("teacher") or {}):
+            objective["teacher"] = {"offload": planned.candidate.offload}
         tree, head = {"base": relative(config, to=file), "objective": objective, **changed}, ""
     out = io.StringIO()
     writer = YAML()

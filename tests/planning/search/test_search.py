@@ -4,6 +4,7 @@ import re
 import time
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,8 @@ from megatron_paint.planning.search.search import search
 from megatron_paint.planning.search.sizes import find_model, folder_of
 from megatron_paint.planning.search.workload import Lengths, workload_of
 from tests.planning.search.asked import ask, only_tensor_and_pipeline, with_memory
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
 @pytest.mark.parametrize(
@@ -48,6 +51,37 @@ def test_every_proposal_is_accepted_and_has_the_memory_of_the_dry_run(options, t
         plan = make_plan(settings, processes=gpus, gpu_memory=80e9, on_gpu_nodes=True, ranks_per_node=8)
         assert plan.memory.peak == pytest.approx(planned.peak, rel=1e-12)
         assert planned.peak <= question.usable
+
+
+PRESETS = (("qwen3_14b", "grpo"), ("qwen3_32b", "paint"), ("qwen3_8b", "sft"))
+
+
+@pytest.mark.parametrize(("size", "preset"), PRESETS)
+@pytest.mark.parametrize(
+    "changes", [{}, {"lora": 0, "problems_per_step": 16, "fp8": "blockwise"}], ids=["none", "some"]
+)
+def test_a_file_over_a_preset_has_the_planned_settings(size, preset, changes, tmp_path):
+    """Also where the preset has a layout, recomputation or an offloaded teacher that the plan does without."""
+    config = tmp_path / "config.yaml"
+    config.write_text(f"base: {EXAMPLES / size / preset}.yaml\nobjective: {{teacher: {{offload: true}}}}\n")
+    question = ask(size, 64, config=config, **changes)
+    found = search(question, top=8)
+    assert len(found.ranked) == 8
+    for number, planned in enumerate(found.ranked):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(report.settings_text(question, planned, config=config, file=file, name="m"))
+        settings = load_settings(file, [f"model.hf_path={folder_of(question.shape)}"])
+        assert settings == settings_for(question.settings, planned.candidate, question.shape)
+        assert (settings.megatron.recompute_granularity or "none") == planned.candidate.recompute
+        assert settings.objective.teacher.offload is planned.candidate.offload
+
+
+def test_fp8_is_faster_and_takes_the_memory_of_bfloat16():
+    """The estimate counts FP8 like bfloat16; products of many rows take less time."""
+    plain, fp8 = (search(ask("qwen3_32b", 32, lora=64, fp8=recipe), top=1).ranked[0] for recipe in (None, "blockwise"))
+    assert fp8.time.phases["student"].products < 0.8 * plain.time.phases["student"].products
+    assert fp8.candidate == plain.candidate
+    assert fp8.peak == plain.peak
 
 
 def test_each_layout_is_counted_once():
