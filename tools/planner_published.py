@@ -95,14 +95,14 @@ class Step:
         seconds += (work.teacher_passes + work.initial_passes) * training.forward(batch)
         served, servers = server_layout(training.layer, gpus=self.layout.gpus)
         sampler = replace(training.layer, layout=served, lora_rank=None)
-        rollout = RolloutTime(
+        prompts, decoding = RolloutTime(
             layer=sampler,
             host="vllm",
             replicas=servers,
             rows=256,
             cache_bytes=server_cache_bytes(sampler, served),
         ).seconds(work, prefill_tokens=self.micro_batch_tokens)
-        rollout += transfer(training.layer)
+        rollout = prompts + decoding + transfer(training.layer)
         return max(seconds.total, rollout.total) if self.ahead else seconds.total + rollout.total
 
 

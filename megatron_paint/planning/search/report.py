@@ -98,7 +98,8 @@ def _table(ranked: Sequence[Planned]) -> Iterator[str]:
                 planned.candidate.layout_text(),
                 planned.candidate.savings_text(),
                 _seconds(planned.time.total),
-                *(_seconds(phases[name].total) for name in head[4:9]),
+                _seconds(planned.time.rollout),
+                *(_seconds(phases[name].total) for name in head[5:9]),
                 f"{planned.peak / 1e9:.1f}",
             )
         )
@@ -115,11 +116,13 @@ def _best(question: Question, planned: Planned) -> Iterator[str]:
     settings = settings_for(question.settings, planned.candidate, question.shape)
     machine = question.machine
     host = complete_estimate(settings, question.shape, gpus=machine.gpus, ranks_per_node=machine.gpus_on_node).host
-    kinds = {name: value for name, value in planned.time.by_kind().items() if value > 0}
-    whole = sum(kinds.values())
-    shares = ", ".join(f"{name} {value / whole:.0%}" for name, value in kinds.items())
-    work = question.model().work
-    yield f"time       of 1: {shares}; {work.trained_tokens / planned.time.total / machine.gpus:,.0f} tokens/s a GPU"
+    speed = question.model().work.trained_tokens / planned.time.total / machine.gpus
+    yield f"time       of 1, {speed:,.0f} trained tokens/s a GPU:"
+    for phase, seconds in planned.time.phases.items():
+        kinds = {name: value / seconds.total for name, value in seconds.parts().items() if value > 0}
+        if kinds:
+            shares = ", ".join(f"{name} {share:.0%}" for name, share in kinds.items())
+            yield f"           {phase:9} {_seconds(seconds.total):>5} s: {shares}"
     memory = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in planned.memory.items())
     yield (
         f"memory     of 1, GB a GPU: {memory}; host, while a checkpoint is copied: {size_text(host.node)} on a node of "

@@ -23,8 +23,8 @@ class RolloutTime:
     rows: int  # most responses that a replica decodes together
     cache_bytes: float  # of keys and values that a rank may hold
 
-    def seconds(self, work: Workload, *, prefill_tokens: int) -> Seconds:
-        """The time of all responses of a step. prefill_tokens: most tokens of the prompts of a batch."""
+    def seconds(self, work: Workload, *, prefill_tokens: int) -> tuple[Seconds, Seconds]:
+        """The times of all prompts and of all decoding steps. prefill_tokens: most tokens of the prompts of a batch."""
         requests = math.ceil(work.sequences / self.replicas)
         rows = min(self.rows, requests, max(1, int(prefill_tokens // work.prompt)), self._cached_rows(work))
         batches = math.ceil(requests / rows)
@@ -32,7 +32,8 @@ class RolloutTime:
         prefill = self._stages(self.layer.forward(live * work.prompt, work.prompt / 2))
         # Finished rows leave the batch; the longest response needs all decoding steps.
         decoding = live * work.response / work.new_tokens
-        return batches * (prefill + work.new_tokens * self.token(decoding, work.prompt + work.response / 2))
+        steps = batches * work.new_tokens
+        return batches * prefill, steps * self.token(decoding, work.prompt + work.response / 2)
 
     def token(self, rows: float, context: float) -> Seconds:
         """One decoding step of `rows` rows: every stage after the other, and a token's logits."""

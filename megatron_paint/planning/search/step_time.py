@@ -17,15 +17,19 @@ from megatron_paint.planning.search.workload import Workload
 class StepTime:
     """Seconds of the phases of a step. Masks and verdicts, which hosts compute, are not modelled."""
 
-    phases: dict[str, Seconds]  # rollout, transfer, teacher, student, optimiser
+    phases: dict[str, Seconds]  # prompts, decoding, transfer, teacher, student, optimiser
     ahead: bool  # the next step's responses are sampled while this one trains
+
+    @property
+    def rollout(self) -> float:
+        """Seconds of sampling."""
+        return self.phases["prompts"].total + self.phases["decoding"].total
 
     @property
     def total(self) -> float:
         """Seconds of the step."""
-        rollout = self.phases["rollout"].total
-        rest = sum(part.total for name, part in self.phases.items() if name != "rollout")
-        return max(rollout, rest) if self.ahead else rollout + rest
+        rest = sum(part.total for name, part in self.phases.items() if name not in ("prompts", "decoding"))
+        return max(self.rollout, rest) if self.ahead else self.rollout + rest
 
     def by_kind(self) -> dict[str, float]:
         """Seconds of all phases, by what the GPU does."""
@@ -53,11 +57,12 @@ class StepModel:
             lora_rank=None if lora is None else lora.rank,
         )
         training = TrainingTime(layer=layer, overlap=self.settings.megatron.overlap_grad_reduce)
-        rollout, moved = self._rollout(layer)
+        prompts, decoding, moved = self._rollout(layer)
         batch = self._batch(self.work.prompt)
         return StepTime(
             phases={
-                "rollout": rollout,
+                "prompts": prompts,
+                "decoding": decoding,
                 "transfer": moved,
                 "teacher": self._teacher(training),
                 "student": self.work.updates * training.student(batch, self._loss()),
@@ -86,11 +91,11 @@ class StepModel:
             found += training.copied_teacher()
         return found
 
-    def _rollout(self, layer: LayerTime) -> tuple[Seconds, Seconds]:
-        """Sampling, and the transfer of weights to servers."""
+    def _rollout(self, layer: LayerTime) -> tuple[Seconds, Seconds, Seconds]:
+        """Sampling: prompts and decoding steps; and the transfer of weights to servers."""
         rollout, work, layout = self.settings.rollout, self.work, layer.layout
         if not work.new_tokens or rollout.engine == "replay":
-            return Seconds(), Seconds()
+            return Seconds(), Seconds(), Seconds()
         tokens = self.settings.data.micro_batch_tokens
         if rollout.engine == "vllm":
             served, servers = server_layout(layer, gpus=self.sampling_gpus)
@@ -102,7 +107,7 @@ class StepModel:
                 rows=rollout.vllm.requests,
                 cache_bytes=server_cache_bytes(theirs, served),
             )
-            return times.seconds(work, prefill_tokens=tokens), transfer(layer)
+            return *times.seconds(work, prefill_tokens=tokens), transfer(layer)
         times = RolloutTime(
             layer=layer,
             host="trainer",
@@ -110,4 +115,4 @@ class StepModel:
             rows=rollout.batch_size,
             cache_bytes=rollout.cache_bytes,
         )
-        return times.seconds(work, prefill_tokens=tokens), Seconds()
+        return *times.seconds(work, prefill_tokens=tokens), Seconds()

@@ -155,8 +155,9 @@ def test_a_decoding_step_of_the_trainer_waits_for_the_host():
         logit_sets=1,
     )
     # Three batches of one row: a prompt and 50 tokens each.
-    each = 36 * layer().forward(100, 50).total + 50 * times.token(1, 125).total
-    assert times.seconds(work, prefill_tokens=4096).total == pytest.approx(3 * each)
+    prompts, decoding = times.seconds(work, prefill_tokens=4096)
+    assert prompts.total == pytest.approx(3 * 36 * layer().forward(100, 50).total)
+    assert decoding.total == pytest.approx(3 * 50 * times.token(1, 125).total)
 
 
 def test_servers_hold_the_weights():
