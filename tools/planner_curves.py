@@ -43,7 +43,7 @@ def main(file: Path = FILE) -> None:
     seconds.set(xscale="log", yscale="log", xlabel="GPUs that train (as many sample)", ylabel="seconds a step")
     seconds.set_xticks(GPUS, [str(gpus) for gpus in GPUS])
     seconds.set_title("The fastest layout that fits")
-    seconds.legend()
+    seconds.legend(loc="lower left", fontsize="small")
     points = {gpus: result.ranked[0].time for gpus, result in found["qwen3_32b"].items() if result.ranked}
     bottom = [0.0] * len(points)
     for kind, label in KINDS.items():
