@@ -81,7 +81,7 @@ test-gpu: $(READY)
 
 ## make bench        the benchmarks of docs/benchmarks.md
 bench: $(READY)
-	for name in masker loss bf16_logits evaluation rollout checkpoint; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in masker loss bf16_logits evaluation rollout checkpoint planner; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 ## make install      the package and what its tests need, into the environment
 install: $(READY)

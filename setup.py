@@ -19,7 +19,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_paint", "megatron_paint.*"]),
-    package_data={"megatron_paint.data": ["templates/*.jinja"], "megatron_paint.launch.slurm": ["*.jinja"]},
+    package_data={
+        "megatron_paint.data": ["templates/*.jinja"],
+        "megatron_paint.launch.slurm": ["*.jinja"],
+        "megatron_paint.planning.search": ["*.yaml", "sizes/*/config.json"],
+    },
     install_requires=[
         "torch>=2.8",  # the first with products of bfloat16 matrices in float32
         # 0.16.1 is the newest for Python 3.11; the attention of the two lines is driven in the same way.

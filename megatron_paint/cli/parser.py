@@ -10,6 +10,7 @@ from megatron_paint.base.argument_parser import Parser
 from megatron_paint.cli.convert_options import add_commands as add_convert_commands
 from megatron_paint.cli.launch_search import add_command as add_launch_search
 from megatron_paint.cli.launch_slurm import add_commands as add_launch_commands
+from megatron_paint.cli.plan_options import add_plan_options
 from megatron_paint.cli.search_options import add_search_options
 
 
@@ -45,6 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     places = launch.add_subparsers(required=True, metavar="WHERE")
     add_launch_commands(places)
     add_launch_search(places)
+    _add_plan(commands.add_parser("plan", help="the fastest layouts of a model on given GPUs, by a model of time"))
     _add_settings_command(
         commands.add_parser("settings", help="every setting: its type, limits, default, meaning and source")
     )
@@ -133,6 +135,11 @@ def _add_status(status: argparse.ArgumentParser) -> None:
     status.add_argument("run_dir", type=Path, metavar="RUN")
     status.add_argument("--json", action="store_true", help="print JSON")
     status.set_defaults(run=_run("status"))
+
+
+def _add_plan(plan: argparse.ArgumentParser) -> None:
+    add_plan_options(plan)
+    plan.set_defaults(run=_run("plan"))
 
 
 def _add_settings_command(settings: argparse.ArgumentParser) -> None:

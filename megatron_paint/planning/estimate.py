@@ -168,6 +168,10 @@ class StageMemory:
             peaks.append(Peak(moment="teacher's pass", parts={**held, **teacher}))
         return peaks
 
+    def resting(self) -> Peak:
+        """What is in memory between passes: the optimiser's step and the copy of a checkpoint add nothing to it."""
+        return Peak(moment="optimiser step", parts=self._held())
+
     def sampling(self) -> list[Peak]:
         """The moments in which responses are sampled; none if the run samples nothing."""
         peaks = []

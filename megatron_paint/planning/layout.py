@@ -35,17 +35,22 @@ def check_layout(
 ) -> Layout:
     """The layout of `processes` processes. UserError names a setting that does not fit, and the nearest valid value."""
     shape = check_model(model, megatron, rollout)
-    data_parallel = data_parallel_size(processes, megatron)
+    data_parallel_size(processes, megatron)
     engine_environment(megatron)
+    return layout_of(shape, megatron, processes=processes, uses_engine=use_transformer_engine(megatron))
+
+
+def layout_of(shape: ModelShape, megatron: MegatronSettings, *, processes: int, uses_engine: bool) -> Layout:
+    """The layout of settings that fit the model. UserError: it does not fit the number of processes."""
     return Layout(
         shape=shape,
         processes=processes,
         tensor_parallel=megatron.tensor_model_parallel_size,
         pipeline_parallel=megatron.pipeline_model_parallel_size,
-        data_parallel=data_parallel,
+        data_parallel=data_parallel_size(processes, megatron),
         context_parallel=megatron.context_parallel_size,
         split=split_layers(shape, megatron),
-        uses_engine=use_transformer_engine(megatron),
+        uses_engine=uses_engine,
     )
 
 
@@ -64,6 +69,12 @@ def check_model(model: ModelSettings, megatron: MegatronSettings, rollout: Rollo
     refuse_foreign_apex()
     with about("model.hf_path"):
         shape = read_shape(model.hf_path)
+    check_shape(shape, model, megatron, rollout)
+    return shape
+
+
+def check_shape(shape: ModelShape, model: ModelSettings, megatron: MegatronSettings, rollout: RolloutSettings) -> None:
+    """What `check_model` checks once it has read the sizes of the model. UserError as in `check_layout`."""
     _refuse_experts(megatron, shape)
     tp = megatron.tensor_model_parallel_size
     for size, what in (
@@ -85,7 +96,6 @@ def check_model(model: ModelSettings, megatron: MegatronSettings, rollout: Rollo
     start = model.megatron_path
     if start is not None and not Path(start).is_dir():
         raise UserError(f"model.megatron_path: {start} is not a folder; give the folder of a Megatron checkpoint")
-    return shape
 
 
 def _check_adapted_stages(split: LayerSplit, model: ModelSettings) -> None:

@@ -32,7 +32,7 @@ QWEN3 = {  # hidden, feed-forward, layers, heads of the published models
     "14b": (5120, 17408, 40, 40),
     "32b": (5120, 25600, 64, 64),
 }
-TENSOR_PARALLEL = {"1p7b": 1, "4b": 1, "8b": 2, "14b": 4, "32b": 8}
+TENSOR_PARALLEL = {"1p7b": 1, "4b": 1, "8b": 2, "14b": 2, "32b": 4}
 CLIP = {"1p7b": 0.05, "4b": 0.05, "8b": 0.06, "14b": 0.06, "32b": 0.06}  # OPSD publishes the first three
 
 

@@ -1,4 +1,4 @@
-"""The estimate against bytes that were really allocated: tiny models on CPUs, seven layouts, all kinds of training."""
+"""The estimate against bytes that were really allocated: tiny models on CPUs, 15 layouts, every kind of training."""
 
 import json
 from pathlib import Path
@@ -19,6 +19,14 @@ LAYOUTS = {  # processes, tensor parallel, pipeline parallel, context parallel, 
     "pipeline 2": (2, 1, 2, 1, False),
     "tensor 2 x pipeline 2, sequence parallel": (4, 2, 2, 1, True),
     "tensor 2 x data 2": (4, 2, 1, 1, False),
+    "tensor 2": (2, 2, 1, 1, False),
+    "tensor 2, sequence parallel": (2, 2, 1, 1, True),
+    "data 2": (2, 1, 1, 1, False),
+    "pipeline 4": (4, 1, 4, 1, False),
+    "pipeline 2 x data 2": (4, 1, 2, 1, False),
+    "tensor 2 x pipeline 2": (4, 2, 2, 1, False),
+    "tensor 2 x data 2, sequence parallel": (4, 2, 1, 1, True),
+    "data 4": (4, 1, 1, 1, False),
     "context 2": (2, 1, 1, 2, False),
     "pipeline 2, chunks": (2, 1, 2, 1, False),
     "pipeline 2, uneven": (2, 1, 2, 1, False),
@@ -51,7 +59,7 @@ def write_model(folder: Path, *, tied: bool) -> Path:
 def write_settings(folder: Path, model: Path, name: str) -> Path:
     processes, tp, pp, cp, sequence_parallel = LAYOUTS[name]
     path = folder / "settings.yaml"
-    problems = PER_REPLICA.get(name, 4) * processes // (tp * pp * cp)
+    problems = PER_REPLICA.get(name, max(4, PER_MICRO_BATCH * pp)) * processes // (tp * pp * cp)
     path.write_text(
         f"""\
 model: {{hf_path: {model}, dtype: float32}}
@@ -106,6 +114,18 @@ CASES = {
     "more of chunks of layers": ("pipeline 2, chunks", False, ["full recompute", "full selective"]),
     "more of uneven stages": ("pipeline 2, uneven", True, ["full recompute", "full selective"]),
     "more of shards and replicas": ("tensor 2 x data 2", True, ["full recompute", "lora"]),
+    "shards": ("tensor 2", False, ["full", "lora"]),
+    "more of shards": ("tensor 2", True, ["full recompute", "lora recompute"]),
+    "more of sequence parallel shards": ("tensor 2, sequence parallel", False, ["full selective", "lora"]),
+    "more of replicas": ("data 2", True, ["full", "lora recompute", "ema"]),
+    "more stages": ("pipeline 4", False, ["full selective", "full recompute", "lora"]),
+    "more of stages and replicas": ("pipeline 2 x data 2", False, ["full recompute", "lora"]),
+    "more of stages and shards": ("tensor 2 x pipeline 2", True, ["full", "lora recompute"]),
+    "more of replicas of sequence parallel shards": (
+        *("tensor 2 x data 2, sequence parallel", False),
+        ["full recompute", "lora"],
+    ),
+    "more of four replicas": ("data 4", False, ["full", "lora"]),
 }
 MARKED = [
     pytest.param(*case, id=name, marks=pytest.mark.long if name.startswith("more") else ())

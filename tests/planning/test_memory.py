@@ -222,7 +222,8 @@ def test_too_little_memory_is_a_warning_with_what_helps_in_order(tmp_path):
 
 def test_advice_is_only_what_lowers_the_peak(tmp_path):
     """32B on one node: no larger tensor-parallel size exists, and the optimiser has no replicas to be shared among."""
-    (warning,) = plan_of(tmp_path, "model.lora=null", model="Qwen3-32B", gpu_memory=80e9).warnings()
+    changes = ("model.lora=null", "megatron.tensor_model_parallel_size=8")
+    (warning,) = plan_of(tmp_path, *changes, model="Qwen3-32B", gpu_memory=80e9).warnings()
     assert "tensor_model_parallel_size" not in warning
     assert "distributed_optimizer" not in warning
     assert "16 ranks (to 62.4 GB)" in warning

@@ -1,0 +1,128 @@
+"""From the options of `megatron-paint plan` to the question of the search."""
+
+import copy
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_paint.base.errors import UserError
+from megatron_paint.config.load import read_tree, settings_of
+from megatron_paint.planning.search.machines import find_machine
+from megatron_paint.planning.search.search import Question
+from megatron_paint.planning.search.sizes import find_model, folder_of
+from megatron_paint.planning.search.workload import Lengths
+
+# What a plan of GRPO without a settings file asks for: values of examples/qwen3_base/grpo.yaml. Its importance weights
+# need vLLM's log-probabilities, which exist for them.
+GRPO = {"temperature": 1.2, "top_p": 1.0, "top_k": 0}
+FP8_FORMAT = {"mxfp8": "e4m3"}  # of the recipes; the others use hybrid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The options. None: what the settings file says, or else the default."""
+
+    model: str
+    gpus: int
+    gpu: str
+    config: Path | None = None
+    objective: str | None = None
+    problems_per_step: int | None = None
+    samples_per_problem: int | None = None
+    max_new_tokens: int | None = None
+    response_tokens: float | None = None
+    prompt_tokens: int = 200
+    solution_tokens: int = 500
+    micro_batch_tokens: int | None = None
+    batch_size: int | None = None
+    lora: int | None = None
+    fp8: str | None = None
+    engine: str | None = None
+    sampling_gpus: int | None = None
+    reserve: float = 0.08
+
+
+def question_of(asked: Asked) -> Question:
+    """Checks the options. UserError names the option and its value."""
+    _check_numbers(asked)
+    name, shape = find_model(asked.model)
+    machine = find_machine(asked.gpu, gpus=asked.gpus)
+    if asked.fp8 is not None and machine.gpu.fp8 is None:
+        raise UserError(f"--fp8={asked.fp8}: {machine.name} has no FP8 (fp8: null); leave it out")
+    tree = _tree(asked, name=name, folder=folder_of(shape))
+    settings = settings_of(tree)
+    if settings.model.dtype != "bfloat16":
+        raise UserError(f"model.dtype={settings.model.dtype}: the model of time is for bfloat16; set it to bfloat16")
+    return Question(
+        tree=tree,
+        settings=settings,
+        shape=shape,
+        machine=machine,
+        lengths=Lengths(prompt=asked.prompt_tokens, solution=asked.solution_tokens, response=asked.response_tokens),
+        reserve=asked.reserve,
+        sampling_gpus=asked.sampling_gpus or machine.gpu.gpus_per_node,
+    )
+
+
+def _check_numbers(asked: Asked) -> None:
+    for name in ("prompt_tokens", "solution_tokens", "sampling_gpus", "response_tokens"):
+        value = getattr(asked, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')}={value}: give a number from 1")
+    if not 0 <= asked.reserve < 1:
+        raise UserError(f"--reserve={asked.reserve}: give a fraction of a GPU's memory from 0 and below 1")
+
+
+def _tree(asked: Asked, *, name: str, folder: str) -> dict[str, Any]:
+    """The settings as nested dictionaries: those of the file, and the options over them."""
+    objective = asked.objective or "paint"
+    if asked.config is not None:
+        tree = copy.deepcopy(read_tree(asked.config))
+    else:
+        tree = {
+            "model": {"hf_path": name},
+            "data": {"train": "problems.jsonl"},
+            "objective": {"name": objective},
+            "run": {"dir": f"runs/{name}/{objective}"},
+        }
+        if objective == "grpo":
+            tree["rollout"] = dict(GRPO)
+    options = {
+        "objective.name": asked.objective,
+        "data.problems_per_step": asked.problems_per_step,
+        "data.micro_batch_tokens": asked.micro_batch_tokens,
+        "rollout.samples_per_problem": asked.samples_per_problem,
+        "rollout.max_new_tokens": asked.max_new_tokens,
+        "rollout.batch_size": asked.batch_size,
+        "rollout.engine": asked.engine,
+        "model.lora": {"rank": asked.lora, "alpha": 2 * asked.lora} if asked.lora else None,
+        "megatron.fp8": None if asked.fp8 is None else FP8_FORMAT.get(asked.fp8, "hybrid"),
+        "megatron.fp8_recipe": asked.fp8,
+        "model.hf_path": folder,
+    }
+    for key, value in options.items():
+        if value is not None:
+            section, setting = key.split(".")
+            tree[section] = {**(tree.get(section) or {}), setting: value}
+    if asked.lora == 0:
+        tree["model"]["lora"] = None
+    return tree
+
+
+def with_changes(question: Question, **changes: Any) -> Question:
+    """The same question with other fields, or with other settings: `model_lora={...}` sets model.lora."""
+    fields = {field.name for field in dataclasses.fields(Question)}
+    tree = copy.deepcopy(dict(question.tree))
+    for key, value in changes.items():
+        if key not in fields:
+            section, setting = key.split("_", 1)
+            tree[section] = {**(tree.get(section) or {}), setting: value}
+    kept = {key: value for key, value in changes.items() if key in fields}
+    return dataclasses.replace(question, tree=tree, settings=settings_of(tree), **kept)
+
+
+def relative(path: Path, *, to: Path | None) -> str:
+    """The path of a settings file for the key `base` of a file in the folder of `to`."""
+    return str(path) if to is None else os.path.relpath(path, to.resolve().parent)

@@ -1,0 +1,224 @@
+"""The result of a search: as text, as JSON, as a settings file and as the command for Slurm."""
+
+import io
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from megatron_paint.planning.memory import size_text
+from megatron_paint.planning.search.as_settings import (
+    DIMENSIONS,
+    can_offload,
+    complete_estimate,
+    searched_dimensions,
+    settings_for,
+    tree_for,
+)
+from megatron_paint.planning.search.question import relative
+from megatron_paint.planning.search.search import Found, Planned, Question
+
+REASONS = 12  # refusals that are printed
+WARNING = (
+    "Times are of a model, not measured: docs/planner.md has its formulas and compares it with published speeds. "
+    "Layouts whose times are close may be in another order on a machine."
+)
+
+
+def lines(question: Question, found: Found) -> Iterator[str]:
+    """The result for the console."""
+    yield from _head(question, found)
+    yield ""
+    yield from _table(found.ranked)
+    yield ""
+    yield from _best(question, found.ranked[0])
+    yield from _dropped(question, found)
+    yield WARNING
+
+
+def _head(question: Question, found: Found) -> Iterator[str]:
+    shape, machine, settings = question.shape, question.machine, question.settings
+    work, node = question.model().work, machine.gpus_on_node
+    experts = f", {shape.num_experts} experts, {shape.experts_per_token} a token" if shape.num_experts else ""
+    yield (
+        f"model      {question.name}: {shape.num_parameters:,} weights, {shape.num_layers} layers, "
+        f"hidden {shape.hidden_size}{experts}"
+    )
+    yield (
+        f"machine    {machine.gpus} x {machine.name} on {machine.nodes} node{'s' * (machine.nodes > 1)} of {node}; "
+        f"{size_text(machine.gpu.memory)} a GPU, {size_text(question.usable)} may be used"
+    )
+    trained = "all weights" if settings.model.lora is None else f"LoRA {settings.model.lora.rank}"
+    what = (
+        f"responses of {work.response:g} tokens (at most {work.new_tokens})"
+        if work.new_tokens
+        else (f"solutions of {work.response:g} tokens")
+    )
+    fp8 = f", FP8 {settings.megatron.fp8_recipe}" if settings.megatron.fp8 else ""
+    yield (
+        f"step       {settings.objective.name}, {trained}, bfloat16{fp8}; {work.sequences} {what}, prompts of "
+        f"{work.prompt:g}{f', of the teacher {work.teacher_prompt:g}' if work.teacher_passes else ''}; "
+        f"micro-batches of at most {settings.data.micro_batch_tokens:,} tokens"
+    )
+    if work.new_tokens:
+        servers = f" servers on {question.sampling_gpus} GPUs of their own" if settings.rollout.engine == "vllm" else ""
+        yield f"sampling   {settings.rollout.engine}{servers}"
+    yield f"searched   {found.layouts} layouts: {searched_text(question)}"
+    left_out = not_searched_text(question)
+    if left_out:
+        yield f"           not searched: {left_out}"
+
+
+def searched_text(question: Question) -> str:
+    """The dimensions that were searched."""
+    names = [dimension.title for dimension in searched_dimensions(question.shape)]
+    teacher = ", and the teacher's weights on the GPU or the host" if can_offload(question.settings) else ""
+    return f"{', '.join(names)} and data parallel; each with recomputation none, selective, full{teacher}"
+
+
+def not_searched_text(question: Question) -> str:
+    """The dimensions that were not searched, and why."""
+    missing = [dimension.title for dimension in DIMENSIONS if not dimension.exists]
+    dense = [each.title for each in DIMENSIONS if each.exists and each.experts and not question.shape.num_experts]
+    parts = [f"{', '.join(missing)} (this version has no such setting)"] if missing else []
+    parts += [f"{', '.join(dense)} (the model has no experts)"] if dense else []
+    return "; ".join([*parts, "tensor-parallel groups over several nodes"])
+
+
+def _table(ranked: Sequence[Planned]) -> Iterator[str]:
+    head = ("", "layout", "saves memory by", "s a step", "rollout", "transfer", "teacher", "student", "optimiser", "GB")
+    rows = [head]
+    for number, planned in enumerate(ranked, 1):
+        phases = planned.time.phases
+        rows.append(
+            (
+                str(number),
+                planned.candidate.layout_text(),
+                planned.candidate.savings_text(),
+                _seconds(planned.time.total),
+                _seconds(planned.time.rollout),
+                *(_seconds(phases[name].total) for name in head[5:9]),
+                f"{planned.peak / 1e9:.1f}",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if column in (1, 2) else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  ".join(cells).rstrip()
+
+
+def _best(question: Question, planned: Planned) -> Iterator[str]:
+    settings = settings_for(question.settings, planned.candidate, question.shape)
+    machine = question.machine
+    host = complete_estimate(settings, question.shape, gpus=machine.gpus, ranks_per_node=machine.gpus_on_node).host
+    speed = question.model().work.trained_tokens / planned.time.total / machine.gpus
+    yield f"time       of 1, {speed:,.0f} trained tokens/s a GPU:"
+    for phase, seconds in planned.time.phases.items():
+        kinds = {name: value / seconds.total for name, value in seconds.parts().items() if value > 0}
+        if kinds:
+            shares = ", ".join(f"{name} {share:.0%}" for name, share in kinds.items())
+            yield f"           {phase:9} {_seconds(seconds.total):>5} s: {shares}"
+    memory = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in planned.memory.items())
+    yield (
+        f"memory     of 1, GB a GPU: {memory}; host, while a checkpoint is copied: {size_text(host.node)} on a node of "
+        f"{host.ranks} ranks"
+    )
+
+
+def _dropped(question: Question, found: Found) -> Iterator[str]:
+    reasons = [f"{_layouts(count)}: {question.shown(message)}" for message, count in found.refused.most_common(REASONS)]
+    rest = found.refused.most_common()[REASONS:]
+    if rest:
+        reasons.append(f"{_layouts(sum(count for _, count in rest))}: {len(rest)} more reasons (--json lists them)")
+    if found.too_large:
+        usable = size_text(question.usable)
+        reasons.append(f"{_layouts(found.too_large)}: more than {usable}, with any recomputation and offload")
+    if found.slower:
+        reasons.append(f"{_layouts(found.slower)}: slower than those above; their memory was not estimated")
+    for number, reason in enumerate(reasons):
+        yield f"{'dropped' if number == 0 else '':10} {reason}"
+
+
+def settings_text(question: Question, planned: Planned, *, config: Path | None, file: Path | None, name: str) -> str:
+    """The settings file of a layout: over the file that was given, or complete."""
+    tree = tree_for(question.tree, planned.candidate, question.shape)
+    if config is None:
+        tree["model"] = {**tree["model"], "hf_path": name}
+        head = "# model.hf_path: folder of the checkpoint; data.train: the problems\n"
+    else:
+        changed = {"megatron": tree["megatron"]}
+        for section in ("model", "data", "rollout"):
+            values = {key: value for key, value in tree.get(section, {}).items() if key in OPTIONS[section]}
+            changed |= {section: values} if values else {}
+        objective: dict[str, Any] = {"name": question.settings.objective.name}
+        if "offload" in (tree["objective"].get("teacher") or {}):
+            objective["teacher"] = {"offload": planned.candidate.offload}
+        tree, head = {"base": relative(config, to=file), "objective": objective, **changed}, ""
+    out = io.StringIO()
+    writer = YAML()
+    writer.default_flow_style = False
+    writer.dump(tree, out)
+    return head + out.getvalue()
+
+
+OPTIONS = {  # settings that an option of the command may have changed
+    "model": ("lora",),
+    "data": ("problems_per_step", "micro_batch_tokens"),
+    "rollout": ("samples_per_problem", "max_new_tokens", "batch_size", "engine"),
+}
+
+
+def slurm_command(question: Question, *, settings_file: str, hf_path: str) -> str:
+    """The command that submits the run."""
+    machine = question.machine
+    words = [
+        "megatron-paint",
+        "launch",
+        "slurm",
+        settings_file,
+        f"model.hf_path={hf_path}",
+        "data.train=problems.jsonl",
+    ]
+    words += ["--nodes", str(machine.nodes), "--gpus-per-node", str(machine.gpus_on_node)]
+    words += ["--gpu-memory", f"{machine.gpu.memory / 1e9:g}GB"]
+    words += ["--account", "ACCOUNT", "--partition", "PARTITION", "--time", "24:00:00"]
+    return shlex.join(words)
+
+
+def as_json(question: Question, found: Found) -> Mapping[str, Any]:
+    """The result as JSON: seconds and bytes."""
+    ranked = [
+        {
+            "layout": vars(planned.candidate),
+            "megatron": tree_for(question.tree, planned.candidate, question.shape)["megatron"],
+            "seconds": planned.time.total,
+            "phases": {name: part.parts() for name, part in planned.time.phases.items()},
+            "bytes": dict(planned.memory),
+        }
+        for planned in found.ranked
+    ]
+    return {
+        "model": question.shape.source,
+        "gpu": question.machine.name,
+        "gpus": question.machine.gpus,
+        "usable_bytes": question.usable,
+        "searched": [dimension.name for dimension in searched_dimensions(question.shape)],
+        "layouts": found.layouts,
+        "refused": dict(found.refused.most_common()),
+        "too_large": found.too_large,
+        "slower": found.slower,
+        "ranked": ranked,
+    }
+
+
+def _layouts(count: int) -> str:
+    return f"{count} layout{'s' * (count > 1)}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.2f}" if value < 10 else f"{value:.1f}"

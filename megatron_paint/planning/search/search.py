@@ -1,0 +1,145 @@
+"""The search: every layout is checked and timed; memory is estimated in the order of time, until enough layouts fit."""
+
+import heapq
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_paint.config.settings import Settings
+from megatron_paint.models.shape import ModelShape
+from megatron_paint.planning.search.as_settings import (
+    can_offload,
+    phase_bytes,
+    refusal,
+    refusal_of_tree,
+    searched_dimensions,
+    settings_for,
+    tree_for,
+)
+from megatron_paint.planning.search.candidate import Candidate, layouts, variants
+from megatron_paint.planning.search.machines import Machine
+from megatron_paint.planning.search.step_time import StepModel, StepTime
+from megatron_paint.planning.search.workload import Lengths, workload_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What the search is asked."""
+
+    tree: Mapping[str, Any]  # the settings as nested dictionaries, without a layout
+    settings: Settings  # the same, checked
+    shape: ModelShape
+    machine: Machine
+    lengths: Lengths
+    reserve: float  # fraction of a GPU's memory that must stay free
+    sampling_gpus: int  # of vLLM's servers, beside those of the machine
+
+    @property
+    def name(self) -> str:
+        """The short name of the model: of its folder."""
+        return Path(self.shape.source).parent.name
+
+    def shown(self, message: str) -> str:
+        """A message of a check, with the model's short name in place of the path of its config.json."""
+        return message.replace(self.shape.source, self.name)
+
+    @property
+    def usable(self) -> float:
+        """Bytes of a GPU that a rank may need."""
+        return self.machine.gpu.memory * (1 - self.reserve)
+
+    def model(self) -> StepModel:
+        """The times of this question."""
+        return StepModel(
+            settings=self.settings,
+            shape=self.shape,
+            gpu=self.machine.gpu,
+            work=workload_of(self.settings, self.lengths),
+            sampling_gpus=self.sampling_gpus,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A layout with its time and its memory."""
+
+    candidate: Candidate
+    time: StepTime
+    memory: Mapping[str, float]  # bytes on a GPU, by phase
+
+    @property
+    def peak(self) -> float:
+        """Bytes of the largest phase."""
+        return max(self.memory.values())
+
+
+@dataclass(kw_only=True)
+class Found:
+    """What the search found."""
+
+    ranked: list[Planned] = field(default_factory=list)  # those that fit, fastest first
+    layouts: int = 0  # that were looked at
+    refused: Counter[str] = field(default_factory=Counter)  # layouts, by the message that refuses them
+    too_large: int = 0  # layouts that do not fit with any kind of recomputation and offload
+    slower: int = 0  # layouts that are slower than the ranked ones; their memory was not estimated
+    closest: Planned | None = None  # of the layouts that do not fit, the one that needs least
+
+
+def search(question: Question, *, top: int | None) -> Found:
+    """The `top` fastest layouts that fit; None: all of them.
+
+    A layout is ranked once: with the recomputation and offload that are fastest among those that fit.
+    """
+    found, model = Found(), question.model()
+    offloads = can_offload(question.settings)
+    queue: list[tuple[float, int, list[Candidate]]] = []
+    for number, layout in enumerate(_accepted(question, found)):
+        queue.append((model.step(layout).total, number, [layout]))
+    heapq.heapify(queue)
+    while queue and (top is None or len(found.ranked) < top):
+        _, number, (candidate, *others) = heapq.heappop(queue)
+        planned = _planned(question, model, candidate)
+        if planned.peak <= question.usable:
+            message = refusal_of_tree(tree_for(question.tree, candidate, question.shape))
+            if message is None:
+                found.ranked.append(planned)
+            else:
+                found.refused[message] += 1
+            continue
+        if found.closest is None or planned.peak < found.closest.peak:
+            found.closest = planned
+        if candidate == _plain(candidate):
+            others = sorted(variants(candidate, offloads=offloads), key=lambda each: model.step(each).total)
+            others.remove(candidate)
+        if others:
+            heapq.heappush(queue, (model.step(others[0]).total, number, others))
+        else:
+            found.too_large += 1
+    found.slower = len(queue)
+    return found
+
+
+def _accepted(question: Question, found: Found) -> Iterator[Candidate]:
+    """The layouts that the checks of a run accept; the others are counted."""
+    shape, machine = question.shape, question.machine
+    names = {dimension.name for dimension in searched_dimensions(shape)}
+    node = machine.gpu.gpus_per_node
+    for layout in layouts(shape, gpus=machine.gpus, gpus_per_node=node, searched=names):
+        found.layouts += 1
+        message = refusal(settings_for(question.settings, layout, shape), shape, gpus=machine.gpus)
+        if message is None:
+            yield layout
+        else:
+            found.refused[message] += 1
+
+
+def _plain(candidate: Candidate) -> Candidate:
+    return replace(candidate, recompute="none", offload=False)
+
+
+def _planned(question: Question, model: StepModel, candidate: Candidate) -> Planned:
+    settings = settings_for(question.settings, candidate, question.shape)
+    memory = phase_bytes(settings, question.shape, gpus=question.machine.gpus)
+    return Planned(candidate=candidate, time=model.step(candidate), memory=memory)

@@ -1,0 +1,153 @@
+"""`megatron-paint plan`: what it prints, what it writes, and one line for each mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_paint.cli.main import main
+from megatron_paint.config.load import load_settings
+from tests.planning.search.asked import only_tensor_and_pipeline
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = Path(__file__).with_name("plan_qwen3_8b.txt")
+SMALL = ["plan", "qwen3_8b", "--gpus", "16", "--gpu", "h100-80"]
+
+
+def test_golden_output(monkeypatch, capsys):
+    """A plan of 8B with LoRA on two nodes. `python -m tests.cli.test_plan` writes the file again."""
+    only_tensor_and_pipeline(monkeypatch)
+    assert main([*SMALL, "--lora", "64", "--top", "3", "--slurm"]) == 0
+    assert capsys.readouterr().out == GOLDEN.read_text()
+
+
+def test_what_was_searched_is_printed(capsys):
+    assert main([*SMALL, "--top", "1"]) == 0
+    out = capsys.readouterr().out
+    (line,) = [line for line in out.splitlines() if line.startswith("searched")]
+    assert "tensor, pipeline" in line
+    assert "recomputation none, selective, full" in line
+    assert "not searched: " in out
+    assert "expert" in out[out.index("not searched") :].splitlines()[0]
+    assert "Times are of a model, not measured" in out
+
+
+def test_json(capsys):
+    assert main([*SMALL, "--json", "--top", "2"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["gpus"], found["gpu"], len(found["ranked"])) == (16, "h100-80", 2)
+    best = found["ranked"][0]
+    assert best["seconds"] == pytest.approx(sum(sum(parts.values()) for parts in best["phases"].values()))
+    assert set(best["bytes"]) == {"sampling", "teacher", "student", "loss", "optimiser", "save"}
+    assert max(best["bytes"].values()) <= found["usable_bytes"] == pytest.approx(80e9 * 0.92)
+    ranked = len(found["ranked"]) + found["too_large"] + found["slower"]
+    assert ranked + sum(found["refused"].values()) == found["layouts"]
+
+
+def test_a_settings_file_over_a_preset(tmp_path, capsys):
+    preset, file = ROOT / "examples/qwen3_14b/paint.yaml", tmp_path / "best.yaml"
+    command = ["plan", "qwen3_14b", "--gpus", "32", "--gpu", "h200", "--config", str(preset), "--yaml", str(file)]
+    assert main([*command, "--problems-per-step", "64", "--slurm"]) == 0
+    assert f"megatron-paint launch slurm {file} model.hf_path=qwen3_14b " in capsys.readouterr().out
+    best, given = load_settings(file), load_settings(preset)
+    assert best.data.problems_per_step == 64
+    assert (best.rollout, best.optimizer, best.model) == (given.rollout, given.optimizer, given.model)
+    text = file.read_text()
+    assert text.startswith("base: ../")
+    assert "tensor_model_parallel_size" in text
+
+
+def test_a_gpu_of_a_file(tmp_path, capsys):
+    file = tmp_path / "half.yaml"
+    file.write_text(
+        "memory: 40.0e9\nbf16: 300.0e12\nfp8: null\nhbm: 2.0e12\nnvlink: 300.0e9\nnetwork: 25.0e9\nhost: 32.0e9\n"
+        "gpus_per_node: 4\nsource: ours\n"
+    )
+    assert main(["plan", "qwen3_1p7b", "--gpus", "8", "--gpu", str(file), "--top", "1"]) == 0
+    assert "8 x half on 2 nodes of 4; 40 GB a GPU" in capsys.readouterr().out
+
+
+def test_known_gpus_have_sources(capsys):
+    assert main(["plan", "--gpu-list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["a100-80", "h100-80", "h200", "b200"]
+    assert all("data sheet" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (
+            ["plan", "qwen3_8b", "--gpus", "8", "--gpu", "h100"],
+            "--gpu='h100' is unknown: did you mean h100-80? known are a100-80",
+        ),
+        (
+            ["plan", "qwen3_8b", "--gpus", "8", "--gpu", "tpu"],
+            "--gpu='tpu' is unknown: known are a100-80, h100-80, h200, b200; a YAML file",
+        ),
+        (["plan", "qwen3_8b", "--gpus", "0", "--gpu", "h200"], "--gpus=0: give the number of GPUs, 1 or more"),
+        (["plan", "qwen3_8b", "--gpus", "7", "--gpu", "h200"], "a multiple of 8, or one of 1, 2, 4 (nearest: 8)"),
+        (["plan", "qwen3_8b", "--gpus", "20", "--gpu", "h200"], "--gpus=20 fills neither nodes of 8 GPUs nor an even"),
+        (
+            ["plan", "qwen3_9b", "--gpus", "8", "--gpu", "h200"],
+            "MODEL='qwen3_9b' is neither a folder with a config.json",
+        ),
+        (["plan", "--gpus", "8", "--gpu", "h200"], "MODEL is missing: megatron-paint plan qwen3_8b --gpus 8"),
+        (["plan", "qwen3_8b", "--gpu", "h200"], "--gpus is missing"),
+        ([*SMALL, "--reserve", "1.5"], "--reserve=1.5: give a fraction of a GPU's memory"),
+        ([*SMALL, "--prompt-tokens", "0"], "--prompt-tokens=0: give a number from 1"),
+        ([*SMALL, "--top", "0"], "--top=0: give the number of layouts"),
+        ([*SMALL, "--problems-per-step", "0"], "data.problems_per_step"),
+        ([*SMALL, "--gpu", "a100-80", "--fp8", "blockwise"], "--fp8=blockwise: a100-80 has no FP8"),
+        ([*SMALL, "--objective", "ppo"], "unknown --objective 'ppo'"),
+        ([*SMALL, "--yaml", "/no/such/folder/x.yaml"], "--yaml=/no/such/folder/x.yaml cannot be written"),
+        (["plan", "qwen3_32b", "--gpus", "1", "--gpu", "h100-80"], "no layout fits on 1 x h100-80: the closest, "),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, says, capsys):
+    assert main(arguments) == 2
+    out, error = capsys.readouterr()
+    assert error.startswith("megatron-paint: error: ")
+    assert says in error
+    assert error.count("\n") == 1
+    assert out == ""
+
+
+def test_a_folder_without_a_config(tmp_path, capsys):
+    assert main(["plan", str(tmp_path), "--gpus", "8", "--gpu", "h200"]) == 2
+    assert f"{tmp_path} has no config.json" in capsys.readouterr().err
+
+
+def test_a_wrong_file_of_a_gpu(tmp_path, capsys):
+    file = tmp_path / "gpu.yaml"
+    for text, says in (("memory: 80", "bf16: Field required"), ("[1, 2", "cannot be read")):
+        file.write_text(text)
+        assert main(["plan", "qwen3_8b", "--gpus", "8", "--gpu", str(file)]) == 2
+        assert f"--gpu={file}: " in (error := capsys.readouterr().err)
+        assert says in error
+        assert error.count("\n") == 1
+
+
+def test_it_needs_no_torch():
+    code = (
+        "import sys\nfrom megatron_paint.cli.main import main\n"
+        f"assert main({SMALL!r}) == 0\nassert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, timeout=60)
+
+
+def write_golden() -> None:
+    """Writes the expected output again."""
+    import contextlib
+    import io
+
+    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(io.StringIO()) as out:
+        only_tensor_and_pipeline(monkeypatch)
+        main([*SMALL, "--lora", "64", "--top", "3", "--slurm"])
+    GOLDEN.write_text(out.getvalue())
+
+
+if __name__ == "__main__":
+    write_golden()

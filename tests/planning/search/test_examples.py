@@ -1,0 +1,39 @@
+"""The presets of the larger sizes have a layout that the planner finds about as fast as its fastest one."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_paint.config.load import load_settings
+from megatron_paint.planning.search.as_settings import phase_bytes
+from megatron_paint.planning.search.candidate import Candidate
+from megatron_paint.planning.search.search import search
+from tests.planning.search.asked import ask
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+GPUS = {"qwen3_14b": 8, "qwen3_32b": 8}
+WITHIN = 1.12  # of the fastest one's time
+
+
+def layout_of(size: str, preset: str, *, gpus: int) -> Candidate:
+    """The layout of a preset, as a candidate."""
+    megatron = load_settings(EXAMPLES / size / f"{preset}.yaml").megatron
+    tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
+    assert (megatron.recompute_granularity, megatron.recompute_num_layers) == ("full", 1)
+    layout = Candidate(tp=tp, pp=pp, dp=gpus // (tp * pp), recompute="full")
+    experts = getattr(megatron, "expert_tensor_parallel_size", None)
+    return replace(layout, ep=megatron.expert_model_parallel_size, etp=experts) if experts else layout
+
+
+@pytest.mark.parametrize("preset", ["paint", "support", "opsd", "reference_free", "grpo", "sft"])
+@pytest.mark.parametrize("size", GPUS)
+def test_a_preset_is_near_the_planner_s_best(size, preset):
+    if not (EXAMPLES / size / f"{preset}.yaml").exists():
+        assert (preset, "a3b" in size or "a22b" in size) == ("reference_free", True)
+        return
+    question = ask(size, GPUS[size], config=EXAMPLES / size / f"{preset}.yaml")
+    layout = layout_of(size, preset, gpus=GPUS[size])
+    best = search(question, top=1).ranked[0].time.total
+    assert question.model().step(layout).total <= WITHIN * best
+    assert max(phase_bytes(question.settings, question.shape, gpus=GPUS[size]).values()) < 0.6 * 80e9

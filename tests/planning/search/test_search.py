@@ -1,0 +1,223 @@
+"""The search: what it proposes holds everywhere else, and more of anything has the effect that it must have."""
+
+import re
+import time
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from megatron_paint.base.errors import UserError
+from megatron_paint.config.load import load_settings
+from megatron_paint.planning.layout import check_layout
+from megatron_paint.planning.memory import make_plan
+from megatron_paint.planning.search import as_settings, report
+from megatron_paint.planning.search.advice import nothing_fits
+from megatron_paint.planning.search.as_settings import refusal, settings_for
+from megatron_paint.planning.search.candidate import Candidate, layouts
+from megatron_paint.planning.search.search import search
+from megatron_paint.planning.search.sizes import find_model, folder_of
+from megatron_paint.planning.search.workload import Lengths, workload_of
+from tests.planning.search.asked import ask, only_tensor_and_pipeline, with_memory
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lora": 64},
+        {"gpus": 32},
+        {"model": "qwen3_14b", "gpus": 16, "objective": "grpo", "max_new_tokens": 4096, "lora": 64},
+        {"model": "qwen3_4b", "gpus": 8, "objective": "sft"},
+        {"model": "qwen3_32b", "gpus": 64, "objective": "opsd", "engine": "vllm"},
+    ],
+    ids=["lora", "full", "grpo", "sft", "vllm"],
+)
+def test_every_proposal_is_accepted_and_has_the_memory_of_the_dry_run(options, tmp_path):
+    """Its settings file is read; `check_layout` accepts it; `--dry-run` finds the same peak, over all stages."""
+    question = ask(**options)
+    found = search(question, top=None)
+    assert found.ranked
+    for number, planned in enumerate(found.ranked):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(report.settings_text(question, planned, config=None, file=file, name="m"))
+        settings = load_settings(file, [f"model.hf_path={folder_of(question.shape)}"])
+        assert settings == settings_for(question.settings, planned.candidate, question.shape)
+        gpus = question.machine.gpus
+        layout = check_layout(settings.model, settings.megatron, settings.rollout, processes=gpus)
+        assert layout.data_parallel == planned.candidate.dp
+        plan = make_plan(settings, processes=gpus, gpu_memory=80e9, on_gpu_nodes=True, ranks_per_node=8)
+        assert plan.memory.peak == pytest.approx(planned.peak, rel=1e-12)
+        assert planned.peak <= question.usable
+
+
+PRESETS = (("qwen3_14b", "grpo"), ("qwen3_32b", "paint"), ("qwen3_8b", "sft"))
+
+
+@pytest.mark.parametrize(("size", "preset"), PRESETS)
+@pytest.mark.parametrize(
+    "changes", [{}, {"lora": 0, "problems_per_step": 16, "fp8": "blockwise"}], ids=["none", "some"]
+)
+def test_a_file_over_a_preset_has_the_planned_settings(size, preset, changes, tmp_path):
+    """Also where the preset has a layout, recomputation or an offloaded teacher that the plan does without."""
+    config = tmp_path / "config.yaml"
+    config.write_text(f"base: {EXAMPLES / size / preset}.yaml\nobjective: {{teacher: {{offload: true}}}}\n")
+    question = ask(size, 64, config=config, **changes)
+    found = search(question, top=8)
+    assert len(found.ranked) == 8
+    for number, planned in enumerate(found.ranked):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(report.settings_text(question, planned, config=config, file=file, name="m"))
+        settings = load_settings(file, [f"model.hf_path={folder_of(question.shape)}"])
+        assert settings == settings_for(question.settings, planned.candidate, question.shape)
+        assert (settings.megatron.recompute_granularity or "none") == planned.candidate.recompute
+        assert settings.objective.teacher.offload is planned.candidate.offload
+
+
+def test_fp8_is_faster_and_takes_the_memory_of_bfloat16():
+    """The estimate counts FP8 like bfloat16; products of many rows take less time."""
+    plain, fp8 = (search(ask("qwen3_32b", 32, lora=64, fp8=recipe), top=1).ranked[0] for recipe in (None, "blockwise"))
+    assert fp8.time.phases["student"].products < 0.8 * plain.time.phases["student"].products
+    assert fp8.candidate == plain.candidate
+    assert fp8.peak == plain.peak
+
+
+def test_each_layout_is_counted_once():
+    question = ask(model="qwen3_14b", gpus=16)
+    found = search(question, top=None)
+    assert len(found.ranked) + found.too_large + sum(found.refused.values()) == found.layouts
+    assert found.slower == 0
+    top = search(question, top=3)
+    assert top.ranked == found.ranked[:3]
+    assert len(top.ranked) + top.too_large + top.slower + sum(top.refused.values()) == top.layouts
+
+
+def test_the_ranked_are_in_the_order_of_time():
+    seconds = [planned.time.total for planned in search(ask(model="qwen3_14b", gpus=16), top=None).ranked]
+    assert seconds == sorted(seconds)
+    assert len(seconds) > 3
+
+
+@pytest.mark.parametrize("engine", ["megatron", "vllm"])
+def test_more_gpus_are_never_slower(engine):
+    """With as many problems as ranks or more; the servers have as many GPUs."""
+    options = {"problems_per_step": 512, "engine": engine, "lora": 64}
+    seconds = [
+        search(ask(gpus=gpus, sampling_gpus=gpus, **options), top=1).ranked[0].time.total
+        for gpus in (8, 16, 32, 64, 128, 256, 512)
+    ]
+    assert seconds == sorted(seconds, reverse=True)
+
+
+def test_more_memory_never_has_fewer_layouts():
+    question = ask(model="qwen3_14b", gpus=16)
+    fitting, seconds = [], []
+    for size in (60e9, 80e9, 100e9, 141e9, 1e12):
+        found = search(with_memory(question, size), top=None)
+        fitting.append({(each.candidate.tp, each.candidate.pp, each.candidate.vpp) for each in found.ranked})
+        seconds.append(found.ranked[0].time.total if found.ranked else float("inf"))
+    for fewer, more in pairwise(fitting):
+        assert fewer <= more
+    assert len(fitting[-1]) > len(fitting[0])
+    assert seconds == sorted(seconds, reverse=True)
+
+
+@pytest.mark.parametrize("option", ["problems_per_step", "max_new_tokens", "prompt_tokens", "solution_tokens"])
+def test_more_work_never_takes_less_time(option):
+    times = []
+    for factor in (1, 2, 4):
+        start = {"problems_per_step": 64, "max_new_tokens": 512, "prompt_tokens": 128, "solution_tokens": 256}
+        times.append(search(ask(**{**start, option: factor * start[option]}), top=1).ranked[0].time.total)
+    assert times[0] < times[1] < times[2]
+
+
+def test_recomputation_costs_time_and_saves_memory():
+    question = ask(gpus=8)
+    model, sizes, seconds = question.model(), [], []
+    for recompute in ("none", "selective", "full"):
+        candidate = Candidate(tp=2, dp=4, recompute=recompute)
+        settings = settings_for(question.settings, candidate, question.shape)
+        sizes.append(as_settings.phase_bytes(settings, question.shape, gpus=8)["student"])
+        seconds.append(model.step(candidate).total)
+    assert seconds == sorted(seconds)
+    assert seconds[0] < seconds[2]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] > sizes[2]
+
+
+def test_refusals_are_those_of_the_settings(monkeypatch):
+    """Qwen3-14B has 8 key-value groups, 40 layers and 40 heads."""
+    only_tensor_and_pipeline(monkeypatch)
+    question = ask(model="qwen3_14b", gpus=32)
+    found = search(question, top=None)
+    messages = Counter()
+    for layout in layouts(question.shape, gpus=32, gpus_per_node=8, searched=("tp", "pp")):
+        settings = settings_for(question.settings, layout, question.shape)
+        try:
+            check_layout(settings.model, settings.megatron, settings.rollout, processes=32)
+        except UserError as error:
+            messages[str(error)] += 1
+        else:
+            assert refusal(settings, question.shape, gpus=32) is None
+    assert found.refused == messages
+    assert messages
+    (message,) = [text for text in found.refused if "pipeline_model_parallel_size=16 " in text]
+    assert "does not divide the number of layers, 40" in message
+
+
+def test_nothing_fits():
+    """32B with all weights on one node: the error names the closest layout, and what helps."""
+    question = ask(model="qwen3_32b", gpus=8)
+    found = search(question, top=3)
+    assert not found.ranked
+    text = str(nothing_fits(question, found))
+    assert re.search(
+        r"^no layout fits on 8 x h100-80: the closest, .*, needs [\d.]+ GB a GPU \(phase \w+\), and 73\.6 GB", text
+    )
+    assert "--lora 64 (" in text
+    more = int(re.search(r"--gpus (\d+) \(", text)[1])
+    assert search(ask(model="qwen3_32b", gpus=more), top=1).ranked
+    assert not search(ask(model="qwen3_32b", gpus=more // 2), top=1).ranked
+    least = min(planned.peak for planned in search(with_memory(question, 1e13), top=None).ranked)
+    assert found.closest.peak <= least
+
+
+def test_the_passes_of_an_objective():
+    lengths = Lengths(prompt=200, solution=500)
+
+    def work(**options):
+        return workload_of(ask(**options).settings, lengths)
+
+    paint = work(problems_per_step=32)
+    assert (paint.sequences, paint.response, paint.teacher_prompt) == (32, 1024.0, 700.0)
+    assert (paint.teacher_passes, paint.initial_passes, paint.updates) == (1, 0, 1)
+    assert (paint.output_products, paint.logit_sets) == (4.0, 2)  # student, teacher, two gradients
+    assert work(lora=8).output_products == 3.0
+    grpo = work(objective="grpo", problems_per_step=4)
+    assert (grpo.sequences, grpo.teacher_passes, grpo.output_products) == (32, 0, 3.0)
+    sft = work(objective="sft", problems_per_step=4)
+    assert (sft.sequences, sft.response, sft.new_tokens, sft.teacher_passes) == (4, 500.0, 0, 0)
+    phases = ask(objective="sft").model().step(Candidate(tp=2, dp=8)).phases
+    assert {name for name, part in phases.items() if part.total} == {"student", "optimiser"}
+
+
+def test_32b_on_1024_gpus_takes_less_than_5_seconds():
+    begin = time.process_time()
+    found = search(ask(model="qwen3_32b", gpus=1024, problems_per_step=1024), top=10)
+    assert time.process_time() - begin < 5
+    assert len(found.ranked) == 10
+
+
+def test_235b_on_1024_gpus_takes_less_than_5_seconds():
+    shape = find_model("qwen3_235b_a22b")[1]
+    begin = time.process_time()
+    question = ask(model="qwen3_235b_a22b", gpus=1024, problems_per_step=1024)
+    found = search(question, top=10)
+    assert time.process_time() - begin < 5
+    if refusal(settings_for(question.settings, Candidate(dp=1024), shape), shape, gpus=1024):
+        assert not found.ranked
+        assert "is a mixture of experts" in str(nothing_fits(question, found))
+        pytest.skip("this version refuses mixtures of experts, so the search ends early")
+    assert len(found.ranked) == 10
