@@ -27,7 +27,7 @@ from megatron_paint.mcore.rotary import attention_scale, inverse_frequencies
 from megatron_paint.mcore.stage import Chunk, Stage
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.hardware import use_transformer_engine
-from megatron_paint.planning.stages import DIVIDING, chunks_a_stage, split_layers
+from megatron_paint.planning.stages import DIVIDING, FIRST, LAST, chunks_a_stage, split_layers
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -102,6 +102,8 @@ def _pipeline_settings(megatron: MegatronSettings) -> dict:
     next and previous stage: training is wrong, without an error where the lengths are equal (0.16.1 and 0.19.2).
     """
     found = {name: getattr(megatron, name) for name in DIVIDING}
+    if megatron.pipeline_model_parallel_size == 2 and found[FIRST] is not None:
+        found[LAST] = None  # it follows; with both and chunks, Megatron divides by the number of stages between them: 0
     if (chunks := chunks_a_stage(megatron)) > 1:
         found |= {"virtual_pipeline_model_parallel_size": chunks, "overlap_p2p_comm": True, "batch_p2p_comm": False}
     return found

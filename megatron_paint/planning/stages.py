@@ -121,7 +121,7 @@ def _sizes(shape: ModelShape, megatron: MegatronSettings) -> list[list[int]]:
             end = {0: FIRST, len(by_stage) - 1: LAST}.get(stage)
             if end is not None and getattr(megatron, end) is not None:
                 raise _Unfit(end, f"is no multiple of {VIRTUAL}={virtual}")
-            raise _Unfit(VIRTUAL, f"does not divide the {count} layers of a stage of {shape.source}")
+            raise _Unfit(VIRTUAL, f"does not divide the number of layers of a stage, {count}, of {shape.source}")
     sizes = [[count // virtual] * virtual for count in by_stage]
     sizes[0][0] -= megatron.account_for_embedding_in_pipeline_split
     sizes[-1][-1] -= megatron.account_for_loss_in_pipeline_split

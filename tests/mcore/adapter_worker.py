@@ -14,7 +14,7 @@ from megatron_paint.mcore.ranks import start_ranks, stop_ranks
 from megatron_paint.models.qwen3.shape import read_shape
 from megatron_paint.policy import ScoredSequence
 from tests.mcore import parity_cases as parity
-from tests.mcore.layouts import LAYOUTS
+from tests.mcore.layouts import layout_of
 from tests.mcore.parity_worker import records, settings_of
 
 CASE = parity.Case(name="continued", tied=False, teacher="initial", optimizer="adam", lora=True)
@@ -26,7 +26,7 @@ def sequences() -> list[ScoredSequence]:
 
 
 def main() -> None:
-    layout, (models, adapters, saved, out) = LAYOUTS[sys.argv[1]], map(Path, sys.argv[2:6])
+    layout, (models, adapters, saved, out) = layout_of(sys.argv[1]), map(Path, sys.argv[2:6])
     torch.set_num_threads(1)
     ranks = start_ranks(MegatronSettings(**layout.megatron))
     loss = DistillationLoss(config=InterpolationLossConfig(**parity.LOSS), chunk_bytes=4e3, token_temperature=1.1)

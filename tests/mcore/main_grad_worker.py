@@ -15,7 +15,7 @@ from megatron_paint.mcore.policy import MegatronPolicy
 from megatron_paint.mcore.ranks import start_ranks, stop_ranks
 from megatron_paint.models.qwen3.shape import read_shape
 from tests.mcore import parity_cases as parity
-from tests.mcore.layouts import LAYOUTS
+from tests.mcore.layouts import layout_of
 from tests.mcore.parity_worker import accumulate, gradients, records, settings_of
 
 LOSS_SCALE = 256.0
@@ -54,7 +54,7 @@ def run(folder: Path, ranks, megatron: dict, *, tied: bool, overlap: bool, scale
 
 
 def main() -> None:
-    layout, folder, out = LAYOUTS[sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3])
+    layout, folder, out = layout_of(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     ranks = start_ranks(MegatronSettings(**layout.megatron))
     for tied in (True, False):

@@ -38,14 +38,14 @@ def models(tmp_path_factory):
 def outputs(models, tmp_path_factory):
     """Output folder by layout; the second loads the checkpoint of the first."""
     found, saved = {}, tmp_path_factory.mktemp("none") / "none"
-    for layout in ("tp1", "tp2-pp2-sp"):
+    for layout in ("tp1", "tp2-pp2-sp", "pp2-vp2"):
         out = found[layout] = tmp_path_factory.mktemp(layout)
         run_worker("adapter_worker", layout, models, models, saved, out)
         saved = out / "checkpoint"
     return found
 
 
-@pytest.fixture(params=["tp1", "tp2-pp2-sp"])
+@pytest.fixture(params=["tp1", "tp2-pp2-sp", "pp2-vp2"])
 def output(request, outputs):
     return outputs[request.param]
 

@@ -7,7 +7,7 @@ from tests.mcore import parity_cases as parity
 from tests.mcore.layouts import run_worker
 
 
-@pytest.mark.parametrize("layout", ["tp2-pp2-sp", "tp2-dp2"])
+@pytest.mark.parametrize("layout", ["tp2-pp2-sp", "tp2-dp2", "pp2-vp2"])
 def test_buffer_equals_autograd(layout, tmp_path):
     """Several micro-batches a replica, float32: which way the gradient takes changes its rounding alone."""
     parity.make_checkpoints(tmp_path)

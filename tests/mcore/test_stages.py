@@ -13,7 +13,8 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import MegatronSettings
-from megatron_paint.planning.stages import DIVIDING, FIRST, LAST, split_layers
+from megatron_paint.mcore.model import _pipeline_settings
+from megatron_paint.planning.stages import DIVIDING, FIRST, LAST, PIPELINE, VIRTUAL, split_layers
 from tests.planning.test_stages import SHAPE
 
 ENDS = [
@@ -22,10 +23,16 @@ ENDS = [
 ]
 
 
-def of_megatron(layers: int, megatron: MegatronSettings) -> list[list[range]] | None:
-    """The layers of each chunk of each stage; None: Megatron refuses the settings."""
+def of_megatron(layers: int, megatron: MegatronSettings, *, repaired: bool = True) -> list[list[range]] | None:
+    """The layers of each chunk of each stage; None: Megatron refuses the settings.
+
+    repaired: with the settings as the model passes them on.
+    """
     pp, virtual = megatron.pipeline_model_parallel_size, megatron.virtual_pipeline_model_parallel_size
     chunks = range(virtual or 1)
+    given = {"virtual_pipeline_model_parallel_size": virtual, **{name: getattr(megatron, name) for name in DIVIDING}}
+    if repaired:
+        given |= _pipeline_settings(megatron)
     try:
         config = TransformerConfig(
             num_layers=layers,
@@ -33,14 +40,14 @@ def of_megatron(layers: int, megatron: MegatronSettings) -> list[list[range]] | 
             num_attention_heads=1,
             pipeline_dtype=torch.float32,
             pipeline_model_parallel_size=pp,
-            virtual_pipeline_model_parallel_size=virtual,
-            **{name: getattr(megatron, name) for name in DIVIDING},
+            **given,
         )
         found = []
         for stage in range(pp):
             places = [{"vp_stage": chunk if virtual else None, "pp_rank": stage} for chunk in chunks]
             counts = [get_num_layers_to_build(config, **place) for place in places]
             begins = [get_transformer_layer_offset(config, **place) for place in places]
+            assert min(counts) >= 0  # Megatron itself accepts a first stage of 2 layers of a model of 1
             found.append([range(b, b + n) for b, n in zip(begins, counts, strict=True)])
     except (ValueError, AssertionError):
         return None
@@ -77,7 +84,7 @@ def test_the_grid(layers, virtual):
         if (nearest := told.rpartition("the nearest that fits the model is ")[2]).isdecimal():
             name = told.removeprefix("megatron.").split("=")[0]
             assert of_megatron(layers, replace(megatron, **{name: int(nearest)})) is not None, told
-        wanted = of_megatron(layers, megatron)
+        wanted = of_megatron(layers, megatron, repaired=found is not None)
         assert listed(found) == listed(wanted), megatron
 
 
@@ -103,6 +110,14 @@ def test_layouts(text, pp, monkeypatch):
     for stage, chunks in enumerate(found.layers):
         for chunk, numbers in enumerate(chunks):
             assert list(numbers) == wanted.get_layer_id_list(vp_stage=chunk, pp_rank=stage)
+
+
+def test_two_counts_for_two_stages_with_chunks():
+    """Megatron divides by the number of stages between them; one count says the same."""
+    both = {PIPELINE: 2, VIRTUAL: 2, FIRST: 4, LAST: 2}
+    with pytest.raises(ZeroDivisionError):
+        of_megatron(6, MegatronSettings(**both), repaired=False)
+    assert of_megatron(6, MegatronSettings(**both)) == [[range(2), range(3, 5)], [range(2, 3), range(5, 6)]]
 
 
 def test_the_grid_has_both():

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.mcore import parity_cases as parity
-from tests.mcore.layouts import LAYOUTS, run_worker
+from tests.mcore.layouts import layout_of, run_worker
 from tests.mcore.weight_source_worker import CASES, SIZES
 from tests.support.exports import weights
 
@@ -18,7 +18,7 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-@pytest.fixture(scope="module", params=["tp1", "pp2", "tp2-pp2-sp", "tp2-dp2", "tp2-cp2-sp"])
+@pytest.fixture(scope="module", params=["tp1", "pp2", "tp2-pp2-sp", "tp2-dp2", "tp2-cp2-sp", "pp2-vp2"])
 def sent(request, tmp_path_factory) -> tuple[str, Path]:
     folder, out = (tmp_path_factory.mktemp(name) for name in ("checkpoints", "out"))
     parity.make_checkpoints(folder)
@@ -57,9 +57,9 @@ def test_a_message_has_complete_modules_up_to_its_size(size, sent):
         assert total <= size or len({module_of(name) for name in message}) == 1
     count = len(list((out / f"full-initial-sgd-float32-{size}").glob("*.st")))
     if size == SIZES[-1]:
-        assert count == LAYOUTS[layout].pp
+        assert count == layout_of(layout).pp
     else:
-        assert count > LAYOUTS[layout].pp
+        assert count > layout_of(layout).pp
 
 
 def module_of(name: str) -> str:
@@ -72,7 +72,7 @@ def module_of(name: str) -> str:
 def test_ranks_share_the_writing(sent):
     layout, out = sent
     writers = {file.name.partition("-")[0] for file in (out / "full-initial-sgd-float32-20000").glob("*.st")}
-    assert len(writers) == LAYOUTS[layout].tp * LAYOUTS[layout].pp
+    assert len(writers) == layout_of(layout).tp * layout_of(layout).pp
 
 
 @pytest.mark.parametrize("which", ["first", "all"])
@@ -83,11 +83,11 @@ def test_ranks_of_a_replica_have_each_complete_message(case, dtype, which, sent)
     layout, out = sent
     folder, wanted = out / f"{case}-{dtype}-{which}", weights(out / f"{case}-{dtype}-export")
     plans = []
-    for rank in range(LAYOUTS[layout].processes):
+    for rank in range(layout_of(layout).processes):
         plan, named, shapes = json.loads((folder / f"plan-{rank}.json").read_text())
         plans.append(plan)
         assert shapes == {name: list(tensor.shape) for name, tensor in wanted.items()}
-        takes_part = which == "all" or rank < LAYOUTS[layout].tp or LAYOUTS[layout].copies == 1
+        takes_part = which == "all" or rank < layout_of(layout).tp or layout_of(layout).copies == 1
         assert named == (plan if takes_part else [[] for _ in plan])
         assert (folder / f"{rank}.st").exists() == takes_part
         if takes_part:
@@ -96,12 +96,12 @@ def test_ranks_of_a_replica_have_each_complete_message(case, dtype, which, sent)
             assert all(torch.equal(found[name], wanted[name]) for name in wanted)
             assert all(tensor.dtype == getattr(torch, dtype) for tensor in found.values())
     assert all(plan == plans[0] for plan in plans)
-    assert len(plans[0]) > LAYOUTS[layout].pp
+    assert len(plans[0]) > layout_of(layout).pp
     assert sorted(name for message in plans[0] for name in message) == sorted(wanted)
 
 
 def test_weights_that_are_not_finite_are_not_sent(sent):
     layout, out = sent
-    told = [(out / f"told-{rank}").read_text() for rank in range(LAYOUTS[layout].processes)]
+    told = [(out / f"told-{rank}").read_text() for rank in range(layout_of(layout).processes)]
     (message,) = [text for text in told if text]
     assert re.match(r"decoder\.layers\.\d\.self_attention\.linear_proj\.weight is not finite: ", message)

@@ -16,7 +16,7 @@ from megatron_paint.mcore.ranks import start_ranks, stop_ranks
 from megatron_paint.mcore.weight_source import StageWeights
 from megatron_paint.models.qwen3.shape import read_shape
 from tests.mcore import parity_cases as parity
-from tests.mcore.layouts import LAYOUTS
+from tests.mcore.layouts import layout_of
 from tests.mcore.parity_worker import settings_of
 
 CASES = {case.name: case for case in parity.CASES if case.name in ("full-initial-sgd", "lora-initial-adam")}
@@ -24,7 +24,7 @@ SIZES = (1, 20_000, 10**9)
 
 
 def main() -> None:
-    layout, folder, out = LAYOUTS[sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3])
+    layout, folder, out = layout_of(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     ranks = start_ranks(MegatronSettings(**layout.megatron))
     for name, case in CASES.items():

@@ -84,8 +84,8 @@ def test_layers_of_each_chunk(layers, settings, wanted, text):
     [
         (6, {"pp": 4}, "pipeline_model_parallel_size=4 does not divide the number of layers, 6, of config.json; the "
             "nearest that fits the model is 3"),
-        (8, {"pp": 2, "vp": 3}, "virtual_pipeline_model_parallel_size=3 does not divide the 4 layers of a stage of "
-            "config.json; the nearest that fits the model is 2"),
+        (8, {"pp": 2, "vp": 3}, "virtual_pipeline_model_parallel_size=3 does not divide the number of layers of a "
+            "stage, 4, of config.json; the nearest that fits the model is 2"),
         (7, {"pp": 3, "embedding": True}, "pipeline_model_parallel_size=3 does not divide the number of layers, 7, of "
             "config.json and 1 more for account_for_embedding_in_pipeline_split; the nearest that fits the model is 2"),
         (7, {"pp": 2, "first": 7}, "num_layers_in_first_pipeline_stage=7 leaves 0 of the 7 layers of config.json for 1 "

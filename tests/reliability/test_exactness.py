@@ -33,6 +33,7 @@ SHORT = (
 )
 TP = ("megatron.tensor_model_parallel_size=2", "megatron.sequence_parallel=true")
 PP = ("megatron.pipeline_model_parallel_size=2",)
+CHUNKS = (*PP, "megatron.pipeline_model_parallel_layout=E|t|t|L")  # two on each stage, one of them without a layer
 BF16 = ("model.dtype=bfloat16",)
 GRPO = ("megatron.pipeline_model_parallel_size=1", "data.problems_per_step=4", "objective.grpo.updates_per_batch=2")
 SUPPORT = ("objective.loss.support=initial", "objective.loss.token_weight=divergence", "objective.teacher.weights=ema")
@@ -45,6 +46,7 @@ QUICKSTART = ROOT / "examples" / "quickstart"
 CASES = {
     "paint-float32-tp2": TP,
     "paint-float32-pp2": PP,
+    "paint-float32-chunks": CHUNKS,
     "paint-bfloat16-tp2": TP + BF16,
     "support-float32-tp2": TP + SUPPORT,
     "paint-bfloat16-pp2": PP + BF16,
@@ -56,7 +58,7 @@ CASES = {
 LONG = ("paint-float32-pp2", "paint-bfloat16-tp2", "grpo-adastar-dp2")
 MARKED = [pytest.param(case, marks=pytest.mark.long) if case in LONG else case for case in CASES]
 MARKED_ADASTAR = [param for case, param in zip(CASES, MARKED, strict=True) if "adastar" in case]
-OTHERS = {"pp2": (2, PP), "one-rank": (1, ()), "dp2": (2, ())}
+OTHERS = {"pp2": (2, PP), "chunks": (2, CHUNKS), "one-rank": (1, ()), "dp2": (2, ())}
 
 
 def killed_after_an_update() -> None:
