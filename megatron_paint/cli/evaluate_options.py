@@ -71,6 +71,7 @@ def requested(
     if settings.rollout.engine == "vllm":
         _check_for_servers(settings)
         one = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "expert_model_parallel_size": 1}
+        one |= {"expert_tensor_parallel_size": None}
         settings = replace(settings, megatron=replace(settings.megatron, **one, sequence_parallel=False))
     names = names_in(benchmarks or "")
     if not names and held_out is None:

@@ -64,6 +64,18 @@ def cut_micro_batches(sizes: Sequence[int], limit: int, *, multiple: int = 1) ->
     return groups
 
 
+def computed_tokens(
+    sequences: Sequence[ScoredSequence], replicas: Sequence[Sequence[int]], *, limit: int, multiple: int
+) -> int:
+    """The tokens of all micro-batches of all replicas, padding included. Arguments as of `make_micro_batches`."""
+    cuts = _cuts(sequences, replicas, limit, multiple)
+    most, total = max(map(len, cuts)), 0
+    for taken, groups in zip(replicas, cuts, strict=True):
+        tokens = [sum(sequences[taken[place]].num_tokens for place in group) for group in groups]
+        total += sum(-(-count // multiple) * multiple for count in tokens) + (most - len(groups)) * multiple
+    return total
+
+
 def make_micro_batches(
     sequences: Sequence[ScoredSequence],
     replicas: Sequence[Sequence[int]],
@@ -79,13 +91,20 @@ def make_micro_batches(
     response, so its loss is an empty sum. replicas: for each replica, the indices of its sequences. limit: most tokens
     of a micro-batch; a longer sequence is a micro-batch alone. multiple: the tokens are padded to a multiple of it.
     """
-    cuts = [cut_micro_batches([sequences[i].num_tokens for i in taken], limit, multiple=multiple) for taken in replicas]
+    cuts = _cuts(sequences, replicas, limit, multiple)
     groups = [tuple(replicas[replica][place] for place in group) for group in cuts[replica]]
     groups += [()] * (max(map(len, cuts)) - len(groups))
     return [
         _pack([sequences[i] for i in group], number=number, indices=group, multiple=multiple, device=device)
         for number, group in enumerate(groups)
     ]
+
+
+def _cuts(
+    sequences: Sequence[ScoredSequence], replicas: Sequence[Sequence[int]], limit: int, multiple: int
+) -> list[list[list[int]]]:
+    """For each replica, its micro-batches as places in its list of sequences."""
+    return [cut_micro_batches([sequences[i].num_tokens for i in taken], limit, multiple=multiple) for taken in replicas]
 
 
 def _pack(

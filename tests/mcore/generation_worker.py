@@ -17,11 +17,11 @@ from megatron_paint.mcore.policy import MegatronPolicy
 from megatron_paint.mcore.ranks import start_ranks, stop_ranks
 from megatron_paint.models.qwen3.shape import read_shape
 from tests.mcore.generation_cases import BATCHES, SAMPLING, requests
-from tests.mcore.layouts import LAYOUTS
+from tests.mcore.layouts import EVERY_LAYOUT
 
 
 def main() -> None:
-    layout, hf_path, out = LAYOUTS[sys.argv[1]], sys.argv[2], Path(sys.argv[3])
+    layout, hf_path, out = EVERY_LAYOUT[sys.argv[1]], sys.argv[2], Path(sys.argv[3])
     torch.set_num_threads(1)
     megatron = MegatronSettings(**layout.megatron)
     ranks = start_ranks(megatron)

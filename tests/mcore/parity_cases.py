@@ -46,6 +46,18 @@ class Case:
     importance_limit: float | None = None  # every second response was sampled by older weights
     num_samples: int = 5  # 1 leaves a data-parallel replica without any
     yarn: bool = False
+    experts: bool = False  # a mixture
+    adapts_experts: bool = False  # LoRA on its experts too
+
+    def checkpoint(self, folder: Path, name: str) -> Path:
+        """The folder of its weights `name`: start or moved."""
+        return checkpoint(folder, name, self.tied, self.yarn, self.experts)
+
+    def changes(self, weight: str) -> bool:
+        """Whether the weight of this Hugging Face name is trained."""
+        if ".experts." in weight:
+            return not self.lora or self.adapts_experts
+        return not self.lora or any(f".{target}." in weight for target in LORA_TARGETS)
 
     @property
     def loss_settings(self) -> dict:
@@ -262,8 +274,8 @@ def make_checkpoints(folder: Path) -> None:
             model.save_pretrained(checkpoint(folder, name, tied, yarn))
 
 
-def checkpoint(folder: Path, name: str, tied: bool, yarn: bool = False) -> Path:
-    return folder / f"{name}-{'tied' if tied else 'untied'}{'-yarn' * yarn}"
+def checkpoint(folder: Path, name: str, tied: bool, yarn: bool = False, experts: bool = False) -> Path:
+    return folder / f"{name}-{'tied' if tied else 'untied'}{'-yarn' * yarn}{'-experts' * experts}"
 
 
 def adapter_value(name: str, shape: torch.Size) -> torch.Tensor:
