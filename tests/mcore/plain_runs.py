@@ -187,5 +187,8 @@ def assert_equals_plain(case: parity.Case, out: Path, wanted: dict) -> None:
         if not case.changes(weight):
             assert torch.equal(after[weight], wanted["before"][weight]), weight
             continue
+        if case.adapts_experts and ".experts." in weight:  # few tokens: a change may be less than a merge rounds
+            assert (after[weight] - tensor).norm() <= 1e-4 * change.norm() + 1e-7 * tensor.norm(), weight
+            continue
         assert change.norm() > 0 or ".experts." in weight, weight
         assert relative(after[weight] - wanted["before"][weight], change) < 1e-4, weight
