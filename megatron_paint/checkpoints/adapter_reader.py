@@ -152,6 +152,11 @@ class Adapter:
         return f"{PREFIX}{_module(weight)}.lora_magnitude_vector"
 
     def _check(self) -> None:
+        if self.config.stacked and not self.shape.num_experts:
+            raise UserError(
+                f"{self.folder / ADAPTER_CONFIG}: target_parameters names experts, and {self.shape.source} has none; "
+                "give the base that the adapter was trained on"
+            )
         if self.shape.tied:
             self._check_tied()
         expected = self._expected()

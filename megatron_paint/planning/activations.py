@@ -10,8 +10,9 @@ feed-forward size, split over the tensor-parallel ranks except H:
     attention        fused q, k, v (Q + 2 K); norm, rotation and kernel save q and k once each, v and the output once
     feed-forward     gate and up 2 F, their product F; plain torch also silu(gate) and a copy of up: 5 F
     experts          of each of a token's experts its input H, gate and up, the product before and after it is scaled
-                     by the router's probability: 4 F; plain torch 6 F. Routing: places and probabilities of the
-                     token's experts, and values and masks of all experts. The experts' load is taken to be even
+                     by the router's probability: H + 4 F; plain torch H + 6 F. Frozen experts save F and H less.
+                     Routing: places and probabilities of the token's experts, and values and masks of all experts.
+                     The experts' load is taken to be even
 """
 
 from dataclasses import dataclass
@@ -80,7 +81,8 @@ class LayerKind:
         if self.selective and not self.engine:
             attention -= self.queries + self.keys
         feed_forward = (3 if self.engine else 5) * self.ffn
-        if self.shape.num_experts:
+        if self.shape.num_experts and (self.lora_rank is None or self.adapts_experts):
+            # The inputs of both matrices, which frozen experts without adapters do not save.
             feed_forward += self.ffn + self.expert_tokens * self.shape.hidden_size
         units = norms + attention + feed_forward + self._adapter_units() + 4 * self.shape.head_dim  # cosines and sines
         row = self.shape.hidden_size / self.hidden

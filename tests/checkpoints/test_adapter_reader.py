@@ -118,7 +118,7 @@ CONFIGS = {
     "biases of the adapters": ({"lora_bias": True}, "lora_bias=True"),
     "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' also changed the weights"),
     "OLoRA": ({"init_lora_weights": "olora"}, "init_lora_weights='olora' also changed the weights"),
-    "target_parameters": ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters=['mlp.experts"),
+    "target_parameters": ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters names experts, and"),
     "layers repeated": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication=[[0, 2], [1, 2]]"),
     "tokens": ({"trainable_token_indices": [5]}, "trainable_token_indices=[5]"),
     "activated": ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens=[1]"),

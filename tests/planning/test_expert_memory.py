@@ -24,8 +24,8 @@ LAYOUTS = {  # processes, tensor parallel, further settings
     "tensor 2 x experts 2 in halves": (4, 2, {"sequence_parallel": True, "expert_model_parallel_size": 2}),
 }
 CASES = {
-    "one process": ["full", "full recompute", "lora", "lora experts"],
-    "experts 2": ["full", "full recompute", "lora experts"],
+    "one process": ["full", "full selective", "full recompute", "lora", "lora recompute", "lora experts"],
+    "experts 2": ["full", "lora experts"],
     "tensor 2, complete experts": ["full", "lora experts"],
     "tensor 2 x experts 2 in halves": ["full", "lora"],
 }
