@@ -182,6 +182,7 @@ class UpdateReport:
     scores: tuple[SampleScore, ...]  # in the order of the samples
     grad_norm: float  # before clipping
     seconds: dict[str, float] = field(default_factory=dict)  # wall time of each phase: teacher, student, optimizer
+    metrics: dict[str, float] = field(default_factory=dict)  # what only the policy's own kind of model measures, by key
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,8 +14,16 @@ from torch import Tensor
 
 from megatron_paint.base.errors import UserError, about
 from megatron_paint.checkpoints.hf_reader import EMBEDDING, HEAD
-from megatron_paint.checkpoints.peft import ADAPTER_CONFIG, ADAPTER_FILE, PROJECTIONS, adapter_name, read_adapter_config
-from megatron_paint.config.settings import ModelSettings
+from megatron_paint.checkpoints.peft import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    PROJECTIONS,
+    STACKED,
+    adapter_name,
+    read_adapter_config,
+)
+from megatron_paint.checkpoints.stacked_adapters import expert_weight, of_expert, stacked_key, unpacked
+from megatron_paint.config.settings import LoraSettings, ModelSettings
 from megatron_paint.models.qwen3.mapping import hugging_face_shapes
 from megatron_paint.models.shape import ModelShape
 
@@ -38,7 +46,11 @@ class Adapter:
         for name in self._file.keys():  # noqa: SIM118 (not a dictionary)
             self._shapes[name.removesuffix(".weight")] = tuple(self._file.get_slice(name).get_shape())
         self._stored = {name.removesuffix(".weight"): name for name in self._file.keys()}  # noqa: SIM118
-        self.adapted = {weight for weight in self.weights if self._key(weight, "A") in self._stored}
+        self.adapted = {
+            weight for weight in self.weights if self._key(weight, "A") in self._stored or self._is_stacked(weight)
+        }
+        # The stacked parameter that was read last, because the experts of a layer are asked for one after another.
+        self._pairs: tuple[tuple[int, str] | None, tuple[Tensor, ...]] = (None, ())
         self.saved = {weight for weight in self.weights if PREFIX + _module(weight) in self._stored}
         self._check()
 
@@ -46,11 +58,40 @@ class Adapter:
         """A [K, I] and B [O, K] of a Hugging Face weight, unscaled; None if it has no adapter."""
         if weight not in self.adapted:
             return None
+        if self._is_stacked(weight):
+            place = expert_weight(weight)
+            return of_expert(place, *self.expert_pairs(place.layer, place.stacked))
         return self._tensor(self._key(weight, "A")), self._tensor(self._key(weight, "B"))
+
+    def expert_pairs(self, layer: int, stacked: str) -> tuple[Tensor, Tensor] | None:
+        """A [E, K, I] and B [E, O, K] of a stacked parameter of all experts of a layer; None if it has no adapter."""
+        if stacked not in self.config.stacked:
+            return None
+        keys = (self._stacked_key(layer, stacked, side) for side in "AB")
+        if self._pairs[0] != (layer, stacked):
+            experts = self.shape.num_experts
+            pair = tuple(unpacked(side, self._tensor(key), experts) for side, key in zip("AB", keys, strict=True))
+            self._pairs = (layer, stacked), pair
+        return self._pairs[1]
 
     def scale(self, weight: str) -> float:
         """The factor of B A."""
-        return self.config.scale_of(_module(weight))
+        return self.config.scale_of(self._adapted_module(weight))
+
+    def _is_stacked(self, weight: str) -> bool:
+        """Whether a weight is of an expert whose adapters are stored with those of all experts of the layer."""
+        place = expert_weight(weight)
+        return place is not None and place.stacked in self.config.stacked
+
+    def _adapted_module(self, weight: str) -> str:
+        """What PEFT adapts: the module of a weight, or the stacked parameter."""
+        if not self._is_stacked(weight):
+            return _module(weight)
+        place = expert_weight(weight)
+        return f"model.layers.{place.layer}.mlp.experts.{place.stacked}"
+
+    def _stacked_key(self, layer: int, stacked: str, side: str) -> str:
+        return stacked_key(layer, stacked, side, targets=self.config.stacked).removesuffix(".weight")
 
     def merged(self, read: Read) -> Read:
         """Returns a reader of the base's tensors, read with `read`, with the adapter merged in float32.
@@ -111,6 +152,11 @@ class Adapter:
         return f"{PREFIX}{_module(weight)}.lora_magnitude_vector"
 
     def _check(self) -> None:
+        if self.config.stacked and not self.shape.num_experts:
+            raise UserError(
+                f"{self.folder / ADAPTER_CONFIG}: target_parameters names experts, and {self.shape.source} has none; "
+                "give the base that the adapter was trained on"
+            )
         if self.shape.tied:
             self._check_tied()
         expected = self._expected()
@@ -149,8 +195,10 @@ class Adapter:
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the tensors that belong to the adapted weights, to the targets and to modules_to_save."""
-        expected: dict[str, tuple[int, ...]] = {}
+        expected: dict[str, tuple[int, ...]] = self._expected_stacked()
         for weight, shape in self.weights.items():
+            if self._is_stacked(weight):
+                continue
             if weight in self.saved or _ends_with(weight, self.config.saved_modules):
                 expected[PREFIX + _module(weight)] = shape
             elif len(shape) == 2 and (self._is_targeted(weight) or _ends_with(weight, self.config.targets)):
@@ -163,19 +211,32 @@ class Adapter:
                     expected[self._magnitude(weight)] = shape[:1]
         return expected
 
-    def note(self, *, merges: bool) -> str:
-        """The line that says what becomes of the adapter."""
-        if merges:
+    def _expected_stacked(self) -> dict[str, tuple[int, ...]]:
+        hidden, ffn, experts = self.shape.hidden_size, self.shape.expert_ffn_size, self.shape.num_experts
+        sizes = {"gate_up_proj": (hidden, 2 * ffn), "down_proj": (ffn, hidden)}
+        expected = {}
+        for layer in range(self.shape.num_layers if experts else 0):
+            for stacked in self.config.stacked:
+                rank = experts * self.config.rank_of(f"model.layers.{layer}.mlp.experts.{stacked}")
+                inputs, outputs = sizes[stacked]
+                expected[self._stacked_key(layer, stacked, "A")] = (rank, inputs)
+                expected[self._stacked_key(layer, stacked, "B")] = (outputs, rank)
+        return expected
+
+    def note(self, lora: LoraSettings | None) -> str:
+        """The line that says what becomes of the adapter. lora: that of the run; None: the adapter is merged."""
+        if lora is None:
             return f"the adapter {self.folder} is merged into the weights of {Path(self.shape.source).parent}"
-        new = len(self.missing_projections)
+        new = len(self.missing(lora))
         rest = f"; {new} projections that it leaves out start new" if new else ""
         return f"the adapters continue from {self.folder}{rest}"
 
     def _is_targeted(self, weight: str) -> bool:
         return weight in self.adapted or self._key(weight, "B") in self._stored
 
-    def check_continues(self, *, rank: int, alpha: float) -> None:
-        """UserError unless adapters of this rank and alpha can continue from these."""
+    def check_continues(self, lora: LoraSettings) -> None:
+        """UserError unless the adapters of a run can continue from these."""
+        rank, alpha = lora.rank, lora.alpha
         merge = "leave model.lora out to merge the adapter into the weights"
         if self.config.dora:
             raise UserError(f"{self.folder} has use_dora, with which no run of adapters can continue; {merge}")
@@ -187,6 +248,13 @@ class Adapter:
         sizes = {weight: (self.config.rank_of(_module(weight)), self.scale(weight)) for weight in sorted(self.adapted)}
         if other := [weight for weight in sizes if weight.split(".")[-2] not in PROJECTIONS]:
             raise UserError(f"{self.folder} adapts {other[0]}, which a run of adapters cannot; {merge}")
+        if single := [weight for weight in sizes if expert_weight(weight) and not self._is_stacked(weight)]:
+            raise UserError(
+                f"{self.folder} adapts {single[0]} apart from the other experts of its layer; a run has adapters of "
+                f"transformers 5's stacked parameters (target_parameters); {merge}"
+            )
+        if self.config.stacked and not lora.experts:
+            raise UserError(f"{self.folder} has adapters on experts: set model.lora.experts=true, or {merge}")
         if len(set(sizes.values())) > 1:
             raise UserError(f"{self.folder} has modules of different rank or scale, and a run has one of each; {merge}")
         ((own_rank, scale),) = set(sizes.values())
@@ -197,11 +265,16 @@ class Adapter:
                 f"model.lora.alpha={scale * own_rank:.10g}, or {merge}"
             )
 
-    @property
-    def missing_projections(self) -> tuple[str, ...]:
-        """Projections of the layers that have no adapter, such as model.layers.0.mlp.up_proj."""
-        names = (weight for weight in self.weights if weight.split(".")[-2] in PROJECTIONS)
-        return tuple(_module(weight) for weight in names if weight not in self.adapted)
+    def missing(self, lora: LoraSettings) -> tuple[str, ...]:
+        """What a run adapts and this adapter does not, such as model.layers.0.mlp.up_proj."""
+        names = [
+            weight for weight in self.weights if weight.split(".")[-2] in PROJECTIONS and not expert_weight(weight)
+        ]
+        missing = [_module(weight) for weight in names if weight not in self.adapted]
+        if lora.experts:
+            new = [stacked for stacked in STACKED if stacked not in self.config.stacked]
+            missing += [f"model.layers.{n}.mlp.experts.{name}" for n in range(self.shape.num_layers) for name in new]
+        return tuple(missing)
 
 
 def checked_adapter(model: ModelSettings, shape: ModelShape) -> Adapter | None:
@@ -211,7 +284,7 @@ def checked_adapter(model: ModelSettings, shape: ModelShape) -> Adapter | None:
     with about("model.adapter_path"):
         adapter = Adapter(model.adapter_path, shape)
         if model.lora is not None:
-            adapter.check_continues(rank=model.lora.rank, alpha=model.lora.alpha)
+            adapter.check_continues(model.lora)
     return adapter
 
 

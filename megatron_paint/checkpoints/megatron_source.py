@@ -16,8 +16,9 @@ from megatron_paint.checkpoints.expected_tensors import check_tensors
 from megatron_paint.checkpoints.manifest import Stored, checksums
 from megatron_paint.checkpoints.megatron_folder import megatron_folder
 from megatron_paint.checkpoints.run_state import RUN_STATE
+from megatron_paint.checkpoints.stacked_adapters import ExpertWeight, expert_weight
 from megatron_paint.checkpoints.torch_dist import CheckpointReader
-from megatron_paint.models.qwen3.mapping import Entry, checkpoint_entries
+from megatron_paint.models.qwen3.mapping import Entry, checkpoint_entries, part
 from megatron_paint.models.shape import ModelShape
 
 # The parameters with a row for each entry of the vocabulary. Megatron pads them for tensor parallelism.
@@ -29,6 +30,7 @@ ADAPTERS = {  # projection -> the module of its adapters in a layer of the check
     **dict.fromkeys(("gate_proj", "up_proj"), "mlp.fc1_adapters"),
     "down_proj": "mlp.fc2_adapters",
 }
+EXPERT_ADAPTERS = "decoder.layers.mlp.expert_adapters"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +126,9 @@ class MegatronSource:
 
     def adapter(self, name: str, rows: slice | None = None) -> tuple[Tensor, Tensor] | None:
         """Returns A [rank, inputs] and these rows of B [outputs, rank]; None if the tensor has no adapter."""
+        if (place := expert_weight(name)) is not None:
+            pair = self.expert_pair(place)
+            return None if pair is None else (pair[0], pair[1] if rows is None else pair[1][rows])
         projection = name.split(".")[-2]
         if projection not in ADAPTERS or not self.entry_of[name].place:
             return None
@@ -135,6 +140,26 @@ class MegatronSource:
         rank, outputs = self.reader.tensors[a].shape[1], self.reader.tensors[b].shape[1]
         return self.reader.read(a, place, slice(0, rank)), self.reader.read(b, place, rows or slice(0, outputs))
 
+    @property
+    def adapts_experts(self) -> bool:
+        """Whether the experts of a mixture have adapters."""
+        return f"{EXPERT_ADAPTERS}.a.gate_up_proj" in self.reader.tensors
+
+    def expert_pair(self, place: ExpertWeight) -> tuple[Tensor, Tensor] | None:
+        """A [rank, inputs] and B [outputs, rank] of an expert's weight; None if it has no adapter."""
+        if not self.adapts_experts:
+            return None
+        a, b = (f"{EXPERT_ADAPTERS}.{side}.{place.stacked}" for side in ("a", "b"))
+        outputs = self.reader.tensors[b].shape[2]
+        rows = slice(0, outputs) if place.half is None else part(outputs, rank=place.half, ranks=2)
+        at = (place.layer, place.expert)
+        return self.reader.read(a, at, slice(0, self.reader.tensors[a].shape[2])), self.reader.read(b, at, rows)
+
+    def stacked(self, layer: int, name: str, side: str) -> Tensor:
+        """A [experts, rank, inputs] or B [experts, outputs, rank] of a stacked projection of a layer's experts."""
+        key = f"{EXPERT_ADAPTERS}.{side.lower()}.{name}"
+        return self.reader.read(key, (layer,), slice(0, self.reader.tensors[key].shape[1]))
+
     def adapter_bytes(self) -> int:
         """Returns the size of all adapters in bytes."""
         return sum(self.reader.tensors[key].nbytes for key in self.model_keys if "_adapters." in key)
@@ -145,10 +170,10 @@ class MegatronSource:
         return [key for key in self.reader.tensors if not key.startswith(NOT_MODEL)]
 
     def _adapter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Returns the shapes of all adapter tensors: seven projections, layers stacked."""
+        """Returns the shapes of all adapter tensors: seven projections, layers and experts stacked."""
         if self.lora is None:
             return {}
-        shapes, layers = {}, self.shape.num_layers
+        shapes, layers = self._expert_adapter_shapes(), self.shape.num_layers
         for name, entry in self.entry_of.items():
             projection = name.split(".")[-2]
             if projection in ADAPTERS and entry.place == (0,):
@@ -156,6 +181,17 @@ class MegatronSource:
                 stem = f"decoder.layers.{ADAPTERS[projection]}"
                 shapes[f"{stem}.a.{projection}"] = (layers, self.lora.rank, inputs)
                 shapes[f"{stem}.b.{projection}"] = (layers, outputs, self.lora.rank)
+        return shapes
+
+    def _expert_adapter_shapes(self) -> dict[str, tuple[int, ...]]:
+        if not self.adapts_experts:
+            return {}
+        stack, rank = (self.shape.num_layers, self.shape.num_experts), self.lora.rank
+        hidden, ffn = self.shape.hidden_size, self.shape.expert_ffn_size
+        shapes = {}
+        for stacked, (inputs, outputs) in {"gate_up_proj": (hidden, 2 * ffn), "down_proj": (ffn, hidden)}.items():
+            shapes[f"{EXPERT_ADAPTERS}.a.{stacked}"] = (*stack, rank, inputs)
+            shapes[f"{EXPERT_ADAPTERS}.b.{stacked}"] = (*stack, outputs, rank)
         return shapes
 
     def _shape(self, key: str) -> tuple[int, ...]:

@@ -14,13 +14,15 @@ from megatron_paint.checkpoints.hub import hub_model
 
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+PROJECTIONS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+STACKED = ("gate_up_proj", "down_proj")  # parameters of a mixture with all experts of a layer
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TOKENIZER_FILES += ("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json")
 TEMPLATES = "additional_chat_templates"  # a folder of transformers
 # Keys of adapter_config.json that change nothing about the stored weights, or that `AdapterConfig` has.
 READ = {"peft_type", "base_model_name_or_path", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
-READ |= {"use_dora", "modules_to_save", "init_lora_weights", "bias"}
+READ |= {"use_dora", "modules_to_save", "init_lora_weights", "bias", "target_parameters"}
 HARMLESS = {"task_type", "revision", "lora_dropout", "inference_mode", "auto_mapping", "peft_version"}
 HARMLESS |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "runtime_config"}
 HARMLESS |= {"eva_config", "loftq_config", "megatron_core", "qalora_group_size"}
@@ -41,6 +43,7 @@ class AdapterConfig:
     rank_stabilised: bool  # the scale is alpha / sqrt(rank), not alpha / rank
     dora: bool
     saved_modules: tuple[str, ...]  # modules whose complete weights the adapter holds
+    stacked: tuple[str, ...]  # parameters with all experts of a layer that have adapters
 
     def rank_of(self, module: str) -> int:
         """The rank of a module, such as model.layers.0.mlp.up_proj."""
@@ -91,6 +94,7 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
             rank_stabilised=bool(raw.get("use_rslora")),
             dora=bool(raw.get("use_dora")),
             saved_modules=tuple(raw.get("modules_to_save") or ()),
+            stacked=_stacked_targets(raw),
         )
         for pattern in (*config.rank_pattern, *config.alpha_pattern):
             re.compile(pattern)
@@ -111,6 +115,16 @@ def _targets(raw: Mapping[str, Any]) -> tuple[str, ...]:
     targets = raw.get("target_modules")
     some = any(raw.get(key) not in (None, [], "") for key in ("exclude_modules", "layers_to_transform"))
     return () if some or not isinstance(targets, list) else tuple(map(str, targets))
+
+
+def _stacked_targets(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """The stacked parameters of experts that are adapted."""
+    names = tuple(map(str, raw.get("target_parameters") or ()))
+    if other := [name for name in names if name.removeprefix("mlp.experts.") not in STACKED]:
+        raise ValueError(
+            f"target_parameters has {other[0]}, and not only mlp.experts.{' and mlp.experts.'.join(STACKED)}"
+        )
+    return tuple(name for name in STACKED if any(target.endswith(name) for target in names))
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], path: Path) -> None:
@@ -134,10 +148,13 @@ def adapter_name(weight: str, side: str) -> str:
     return f"base_model.model.{weight.removesuffix('.weight')}.lora_{side}.weight"
 
 
-def write_config(folder: Path, *, rank: int, alpha: float, base: str | Path) -> None:
+def write_config(
+    folder: Path, *, rank: int, alpha: float, base: str | Path, mixture: bool = False, experts: bool = False
+) -> None:
     """Writes the config of adapters on all seven projections. base: folder of the model that they belong to.
 
-    A base in the cache of huggingface_hub is written as its name on the hub and its revision.
+    mixture: on the attention's four; experts: on the experts too. A base in the cache of huggingface_hub is written as
+    its name on the hub and its revision.
     """
     known = hub_model(base)
     content = {
@@ -152,7 +169,8 @@ def write_config(folder: Path, *, rank: int, alpha: float, base: str | Path) -> 
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
-        "target_modules": list(PROJECTIONS),
+        "target_modules": list(ATTENTION if mixture else PROJECTIONS),
+        **({"target_parameters": [f"mlp.experts.{name}" for name in STACKED]} if experts else {}),
     }
     (folder / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

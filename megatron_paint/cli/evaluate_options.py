@@ -72,7 +72,8 @@ def requested(
     if settings.rollout.engine == "vllm":
         _check_for_servers(settings)
         one = {f"{what}_parallel_size": 1 for what in ("tensor_model", "pipeline_model", "context", "expert_model")}
-        one |= {name: getattr(MegatronSettings, name) for name in (VIRTUAL, *DIVIDING)}
+        undivided = (VIRTUAL, *DIVIDING, "expert_tensor_parallel_size")
+        one |= {name: getattr(MegatronSettings, name) for name in undivided}
         settings = replace(settings, megatron=replace(settings.megatron, **one, sequence_parallel=False))
     names = names_in(benchmarks or "")
     if not names and held_out is None:

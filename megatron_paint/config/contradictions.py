@@ -188,6 +188,11 @@ def of_lora_transfer(rollout: RolloutSettings, model: ModelSettings) -> Iterator
         yield f"rollout.lora_transfer belongs to engine=vllm, but rollout.engine={rollout.engine}; leave it out"
     if model.lora is None:
         yield "rollout.lora_transfer=adapter sends the adapters of model.lora, which is not set: leave one of them out"
+    elif model.lora.experts:
+        yield (
+            "rollout.lora_transfer=adapter sends adapters as PEFT stores them, and it was not tested that vLLM reads "
+            "those of experts (model.lora.experts): set it to merged"
+        )
     if model.megatron_path is not None:
         yield (
             "rollout.lora_transfer=adapter sends no weights, and the servers would sample from model.hf_path and not "
@@ -317,6 +322,16 @@ def of_megatron(megatron: MegatronSettings, optimizer: OptimizerSettings, model:
                 "megatron.fp8_emulate computes in plain torch, and megatron.transformer_impl=transformer_engine: set "
                 "transformer_impl to auto or local"
             )
+    if megatron.moe_router_load_balancing_type == "none" and megatron.moe_aux_loss_coeff:
+        yield (
+            f"megatron.moe_aux_loss_coeff={megatron.moe_aux_loss_coeff:g} belongs to moe_router_load_balancing_type="
+            "aux_loss, but it is none; leave it out"
+        )
+    if megatron.moe_router_load_balancing_type == "aux_loss" and not megatron.moe_aux_loss_coeff:
+        yield (
+            "megatron.moe_aux_loss_coeff is 0, and moe_router_load_balancing_type=aux_loss has this weight: set it, "
+            "such as 1e-3, or set the type to none"
+        )
 
 
 def of_pipeline(megatron: MegatronSettings) -> Iterator[str]:
@@ -339,4 +354,22 @@ def of_pipeline(megatron: MegatronSettings) -> Iterator[str]:
         yield (
             f"megatron.{rules[0]} and megatron.{rules[1]} are two rules for the layers of each pipeline stage: leave "
             "one of them out"
+        )
+
+
+def of_auxiliary_losses(
+    megatron: MegatronSettings, model: ModelSettings, objective: ObjectiveSettings
+) -> Iterator[str]:
+    """The losses of a mixture's routers."""
+    if not megatron.has_auxiliary_loss:
+        return
+    name = "moe_aux_loss_coeff" if megatron.moe_aux_loss_coeff else "moe_z_loss_coeff"
+    if megatron.context_parallel_size > 1:
+        yield f"megatron.{name} was not tested with context_parallel_size above 1: set that to 1, or leave the weight out"
+    if model.lora is not None:
+        yield f"megatron.{name} is a loss of the routers, which model.lora freezes: leave one of them out"
+    if objective.needs.masker and objective.loss.elsewhere == "skip":
+        yield (
+            f"megatron.{name} is weighed by the number of tokens that carry loss, and objective.loss.elsewhere=skip "
+            "knows that number only after the pass: set elsewhere to teacher, or leave the weight out"
         )

@@ -201,6 +201,7 @@ def _contradictions(
         yield from contradictions.of_grpo(objective, rollout)
     yield from contradictions.of_optimizer(optimizer)
     yield from contradictions.of_megatron(megatron, optimizer, model)
+    yield from contradictions.of_auxiliary_losses(megatron, model, objective)
 
 
 def _read_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:

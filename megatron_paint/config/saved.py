@@ -39,6 +39,8 @@ MAY_CHANGE = {f"run.{name}" for name in MAY_CHANGE_IN_RUN} | {
     "megatron.account_for_embedding_in_pipeline_split",
     "megatron.account_for_loss_in_pipeline_split",
     "megatron.pipeline_model_parallel_layout",
+    "megatron.expert_model_parallel_size",
+    "megatron.expert_tensor_parallel_size",
     "megatron.sequence_parallel",
     "megatron.overlap_grad_reduce",
     "megatron.recompute_granularity",
@@ -62,7 +64,7 @@ MAY_CHANGE_ALL = ("rollout.vllm.",)  # sections
 MEANING_OF_NULL = {"evaluation.max_new_tokens": LONGEST_ANSWER, "rollout.samples_per_problem": 1}
 # What a checkpoint itself holds: another value would be ignored, or the checkpoint would not fit.
 IN_CHECKPOINT = {f"optimizer.{name}" for name in ("name", "beta1", "beta2", "eps", "momentum")}
-IN_CHECKPOINT |= {"model.lora", "model.lora.rank", "model.dtype", "model.adapter_path"}
+IN_CHECKPOINT |= {"model.lora", "model.lora.rank", "model.lora.experts", "model.dtype", "model.adapter_path"}
 IN_CHECKPOINT |= {"megatron.use_distributed_optimizer", "objective.name"}
 # Which sets of weights it has.
 IN_CHECKPOINT |= {"objective.teacher.weights", "objective.teacher.ema_anchor"}

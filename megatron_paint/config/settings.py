@@ -38,8 +38,13 @@ FORMAT = (
 class LoraSettings:
     """Low-rank adapters, which train in place of the weights."""
 
-    rank: Annotated[Count, setting("rank of the adapters on all seven projections", source=OPSD)] = 64
+    rank: Annotated[
+        Count, setting("rank of the adapters on all seven projections; of a mixture, on the attention's", source=OPSD)
+    ] = 64
     alpha: Annotated[Positive, setting("the adapters' output is scaled by alpha / rank", source=OPSD)] = 128.0
+    experts: Annotated[
+        Flag, setting("a mixture: adapters on each expert too; the routers stay as they are in either case")
+    ] = False
     export: Annotated[
         Literal["merged", "adapter"], setting("an export is a complete model, or a PEFT folder of the adapters alone")
     ] = "merged"
@@ -267,8 +272,33 @@ class MegatronSettings:
         ),
     ] = None
     expert_model_parallel_size: Annotated[
-        Count, setting("data-parallel ranks that share the experts", source=MEGATRON)
+        Count, setting("ranks of a stage that share the experts of a mixture: each has some of them", source=MEGATRON)
     ] = 1
+    expert_tensor_parallel_size: Annotated[
+        Count | None,
+        setting(
+            "ranks that share each expert of a mixture; null: tensor_model_parallel_size. 1 is usual for Qwen3, whose "
+            "experts are small",
+            source=MEGATRON,
+        ),
+    ] = None
+    moe_router_load_balancing_type: Annotated[
+        Literal["none", "aux_loss"],
+        setting(
+            "aux_loss: an auxiliary loss asks for an even load of a mixture's experts, of each micro-batch",
+            source=MEGATRON_NAME,
+        ),
+    ] = "none"
+    moe_aux_loss_coeff: Annotated[
+        Number, setting("weight of that loss, mean over all tokens of a step, prompts included", source=MEGATRON, ge=0)
+    ] = 0.0
+    moe_z_loss_coeff: Annotated[
+        Positive | None,
+        setting(
+            "weight of the z-loss of a mixture's routers (mean square of log sum exp), which keeps their logits small",
+            source=MEGATRON,
+        ),
+    ] = None
     sequence_parallel: Annotated[
         Flag, setting("split activations between layers over the tensor-parallel ranks", source=MEGATRON)
     ] = False
@@ -329,6 +359,16 @@ class MegatronSettings:
             source=MEGATRON_NAME,
         ),
     ] = None
+
+    @property
+    def has_auxiliary_loss(self) -> bool:
+        """Whether the routers of a mixture have a loss of their own."""
+        return self.moe_router_load_balancing_type != "none" or self.moe_z_loss_coeff is not None
+
+    @property
+    def expert_parallel_ranks(self) -> int:
+        """The ranks of a stage that together have all experts of a layer once."""
+        return self.expert_model_parallel_size * (self.expert_tensor_parallel_size or self.tensor_model_parallel_size)
 
 
 @settings_class

@@ -1,6 +1,7 @@
 """Megatron -> Hugging Face: makes a folder that `transformers` and vLLM can load, a few tensors at a time."""
 
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ from megatron_paint.checkpoints.hf_writer import (
 )
 from megatron_paint.checkpoints.manifest import manifest_entry, write_manifest
 from megatron_paint.checkpoints.megatron_source import Lora, MegatronSource
-from megatron_paint.checkpoints.peft import ADAPTER_FILE, adapter_name, copy_tokenizer, write_config
+from megatron_paint.checkpoints.peft import ADAPTER_FILE, STACKED, adapter_name, copy_tokenizer, write_config
+from megatron_paint.checkpoints.stacked_adapters import expert_weight, packed, stacked_key
 from megatron_paint.convert.work import Task, check_names, cut_tasks, fingerprint, merged
 from megatron_paint.models.qwen3.mapping import Entry, checkpoint_entries, hugging_face_shapes
 from megatron_paint.models.qwen3.shape import read_shape
@@ -182,10 +184,18 @@ class ToAdapter:
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         source = MegatronSource(self.source, read_shape(self.base))
         for name in source.entry_of:
-            if (pair := source.adapter(name)) is not None:
+            if expert_weight(name) is None and (pair := source.adapter(name)) is not None:
                 for side, values in zip("AB", pair, strict=True):
-                    dtype = getattr(torch, self.dtype) if self.dtype else values.dtype
-                    yield adapter_name(name, side), cast(values, dtype, adapter_name(name, side))
+                    yield self._cast(adapter_name(name, side), values)
+        if source.adapts_experts:
+            for layer, stacked in itertools.product(range(source.shape.num_layers), STACKED):
+                for side in "AB":
+                    yield self._cast(
+                        stacked_key(layer, stacked, side), packed(side, source.stacked(layer, stacked, side))
+                    )
+
+    def _cast(self, name: str, values: Tensor) -> tuple[str, Tensor]:
+        return name, cast(values, getattr(torch, self.dtype) if self.dtype else values.dtype, name)
 
     def notes(self) -> Sequence[str]:
         return ()
@@ -198,5 +208,13 @@ class ToAdapter:
         return work
 
     def finish(self, folder: Path, records: Sequence[dict[str, Any]]) -> None:
-        write_config(folder, rank=self.lora.rank, alpha=self.lora.alpha, base=os.path.abspath(self.base))
+        source = MegatronSource(self.source, read_shape(self.base))
+        write_config(
+            folder,
+            rank=self.lora.rank,
+            alpha=self.lora.alpha,
+            base=os.path.abspath(self.base),
+            mixture=source.shape.num_experts > 0,
+            experts=source.adapts_experts,
+        )
         copy_tokenizer(self.base, folder)

@@ -99,6 +99,25 @@ def cut_micro_batches(sizes: Sequence[int], limit: int, *, multiple: int = 1) ->
     return groups
 
 
+def computed_tokens(
+    sequences: Sequence[ScoredSequence],
+    assignment: Assignment,
+    *,
+    limit: int,
+    multiple: int,
+    context: ContextGroup | None,
+    in_groups_of: int = 1,
+) -> int:
+    """The tokens of all micro-batches of all replicas, padding included. Arguments as of `make_micro_batches`."""
+    row_multiple, multiple = _multiples(multiple, context)
+    tokens = [
+        sum(_padded(sequences[i].num_tokens, row_multiple) for i in group)
+        for groups in _groups(sequences, assignment, limit, row_multiple, multiple, in_groups_of)
+        for group in groups
+    ]
+    return sum(_padded(count, multiple) or multiple for count in tokens)
+
+
 def make_micro_batches(
     sequences: Sequence[ScoredSequence],
     assignment: Assignment,
@@ -117,15 +136,8 @@ def make_micro_batches(
     alone. multiple: each rank's tokens are padded to a multiple of it. context: None if a replica has one rank for
     all tokens. in_groups_of: the number of micro-batches is a multiple of it.
     """
-    row_multiple = context.row_multiple if context is not None else 1
-    if context is not None:
-        multiple = math.lcm(row_multiple, multiple * context.size)
-    replicas = assignment.replicas
-    sizes = [_padded(sequence.num_tokens, row_multiple) for sequence in sequences]
-    cuts = [cut_micro_batches([sizes[i] for i in taken], limit, multiple=multiple) for taken in replicas]
-    groups = [tuple(replicas[replica][place] for place in group) for group in cuts[replica]]
-    most = max(map(len, cuts))
-    groups += [()] * (most + -most % in_groups_of - len(groups))
+    row_multiple, multiple = _multiples(multiple, context)
+    groups = _groups(sequences, assignment, limit, row_multiple, multiple, in_groups_of)[replica]
     how = {"multiple": multiple, "row_multiple": row_multiple, "device": device}
     packed = [
         _pack([sequences[i] for i in group], number=number, indices=group, **how) for number, group in enumerate(groups)
@@ -137,6 +149,34 @@ def make_micro_batches(
 
 def _padded(size: int, multiple: int) -> int:
     return size + -size % multiple
+
+
+def _multiples(multiple: int, context: ContextGroup | None) -> tuple[int, int]:
+    """What the tokens of a row, and those of a call, are padded to."""
+    if context is None:
+        return 1, multiple
+    return context.row_multiple, math.lcm(context.row_multiple, multiple * context.size)
+
+
+def _groups(
+    sequences: Sequence[ScoredSequence],
+    assignment: Assignment,
+    limit: int,
+    row_multiple: int,
+    multiple: int,
+    in_groups_of: int,
+) -> list[list[tuple[int, ...]]]:
+    """For each replica, the sequences of its micro-batches; all replicas have the same number of these."""
+    sizes = [_padded(sequence.num_tokens, row_multiple) for sequence in sequences]
+    groups = [
+        [
+            tuple(taken[place] for place in group)
+            for group in cut_micro_batches([sizes[i] for i in taken], limit, multiple=multiple)
+        ]
+        for taken in assignment.replicas
+    ]
+    most = _padded(max(map(len, groups)), in_groups_of)
+    return [found + [()] * (most - len(found)) for found in groups]
 
 
 def _pack(

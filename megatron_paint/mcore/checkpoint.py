@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_a
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_paint.base.errors import UserError, about
@@ -166,7 +167,17 @@ def _sizes(stage: Stage) -> dict[str, Any]:
         "head_dim": config.kv_channels,
         "intermediate_size": config.ffn_hidden_size,
         "tie_word_embeddings": stage.tied,
+        **(_expert_sizes(config) if config.num_moe_experts else {}),
         **stage.rotary,
+    }
+
+
+def _expert_sizes(config: TransformerConfig) -> dict[str, Any]:
+    return {
+        "num_experts": config.num_moe_experts,
+        "num_experts_per_tok": config.moe_router_topk,
+        "moe_intermediate_size": config.moe_ffn_hidden_size,
+        "norm_topk_prob": not config.moe_router_pre_softmax,
     }
 
 

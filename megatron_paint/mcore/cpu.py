@@ -65,6 +65,7 @@ def redirect_cuda_to_cpu() -> None:
     _redirect_device_keywords()
     _redirect_random_state()
     _redirect_experts()
+    _redirect_uneven_parts()
     _is_redirected = True
 
 
@@ -138,3 +139,39 @@ def _redirect_experts() -> None:
         return all_to_all(output, input, *sizes, *args, **kwargs)
 
     torch.distributed.all_to_all_single = all_to_all_single
+
+
+def _redirect_uneven_parts() -> None:
+    """Pads parts of different sizes to the largest one: gloo gathers and reduces only parts of one size.
+
+    Megatron's dispatcher of tokens has such parts if several ranks share an expert.
+    """
+    import megatron.core.tensor_parallel.mappings as mappings
+
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_uneven(input_, group, output_split_sizes=None, use_global_buffer=False):
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, output_split_sizes, use_global_buffer)
+        most = max(output_split_sizes)
+        parts = input_.new_empty((group.size(), most, *input_.shape[1:]))
+        if most:
+            torch.distributed.all_gather_into_tensor(parts.flatten(0, 1), _padded(input_, most), group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, output_split_sizes, strict=True)])
+
+    def reduce_scatter_uneven(input_, group, input_split_sizes=None, use_global_buffer=False):
+        if input_split_sizes is None or group.size() == 1:
+            return reduce_scatter(input_, group, input_split_sizes, use_global_buffer)
+        most = max(input_split_sizes)
+        mine = input_.new_empty((most, *input_.shape[1:]))
+        if most:
+            parts = torch.cat([_padded(part, most) for part in input_.split(input_split_sizes)])
+            torch.distributed.reduce_scatter_tensor(mine, parts, group=group)
+        return mine[: input_split_sizes[group.rank()]]
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather_uneven, reduce_scatter_uneven
+
+
+def _padded(part: torch.Tensor, size: int) -> torch.Tensor:
+    """The part with rows of zeros at its end, `size` rows together."""
+    return torch.cat((part, part.new_zeros((size - len(part), *part.shape[1:]))))

@@ -13,7 +13,7 @@ from megatron_paint.mcore.collectives import gather_entries
 from megatron_paint.mcore.hf_checkpoint import base_parameters
 from megatron_paint.mcore.lora import merged_weight
 from megatron_paint.mcore.model import Stage
-from megatron_paint.mcore.ranks import Ranks
+from megatron_paint.mcore.ranks import Ranks, is_expert
 from megatron_paint.mcore.weight_source import StageWeights
 from megatron_paint.models.qwen3.mapping import hugging_face_shapes
 from megatron_paint.models.shape import ModelShape
@@ -22,8 +22,9 @@ from megatron_paint.models.shape import ModelShape
 class ReplicaWeights(StageWeights):
     """Implements `rollouts.vllm.weights.DeviceWeights`.
 
-    The tensor-parallel ranks of a stage gather a module, and the stage broadcasts it to the other stages. So every rank
-    of a replica has every tensor for the time of one message. Rank 0 could send it with a gather to one rank, but a
+    The tensor-parallel ranks of a stage gather a module, for experts the ranks that together have all of a layer, and
+    the stage broadcasts it to the other stages. So every rank of a replica has every tensor for the time of one
+    message. Rank 0 could send it with a gather to one rank, but a
     server on a rank's own GPU can only read what that rank has.
     A tied head is not sent: on a GPU it is the memory of the embedding.
     """
@@ -32,6 +33,9 @@ class ReplicaWeights(StageWeights):
         """all_replicas: False: only the ranks of the first replica gather; the others have no tensor."""
         super().__init__(stage, shape, ranks, model)
         self.takes_part = all_replicas or ranks.dp_cp_rank == 0
+        # A rank of another copy of the weights may have experts that the first one lacks.
+        first = ranks.expert_shards.replica * dist.get_world_size(ranks.expert_group)
+        self.lends_experts = self.takes_part or (shape.num_experts > 0 and first < ranks.tp_size)
         self.stages: list[int] = []  # the stage of each message
         self.names: list[list[str]] = []  # of each message
 
@@ -41,7 +45,8 @@ class ReplicaWeights(StageWeights):
     def plan(self, message_bytes: int) -> list[list[str]]:
         self._divide(message_bytes)
         mine = [
-            [name for parameter in message for name in self._rule(parameter).hf_shapes()] for message in self.messages
+            [name for parameter in message for rule in self._rules(parameter) for name in rule.hf_shapes()]
+            for message in self.messages
         ]
         stages = gather_entries({self.ranks.pp_rank: mine}, self.ranks)
         self.stages = [stage for stage in sorted(stages) for _ in stages[stage]]
@@ -50,19 +55,21 @@ class ReplicaWeights(StageWeights):
 
     @torch.no_grad()
     def message(self, number: int) -> dict[str, Tensor]:
-        if not self.takes_part:
+        if not self.lends_experts:
             return {}
         stage, ranks = self.stages[number], self.ranks
         with self._apart():
             if stage == ranks.pp_rank:
                 found = self._own(number - self.stages.index(stage))
+            elif not self.takes_part:
+                found = {}
             else:
                 shapes = self.shapes()
                 found = {
                     name: torch.empty(shapes[name], dtype=self.dtype, device=ranks.device)
                     for name in self.names[number]
                 }
-            if ranks.pp_size > 1:
+            if ranks.pp_size > 1 and self.takes_part:
                 for tensor in found.values():
                     dist.broadcast(tensor, group=ranks.pp_group, group_src=stage)
         return found
@@ -72,15 +79,20 @@ class ReplicaWeights(StageWeights):
             torch.cuda.empty_cache()
 
     def _own(self, number: int) -> dict[str, Tensor]:
-        """The tensors of message `number` of this stage."""
+        """The tensors of message `number` of this stage; empty on a rank that only lends its experts."""
         parameters, tensors = dict(base_parameters(self.stage)), {}
         for name in self.messages[number]:
+            expert = is_expert(name)
+            if not (self.takes_part or expert):
+                continue
+            group = self.ranks.expert_group if expert else self.ranks.tp_group
             value = merged_weight(self.stage, name, parameters[name]).to(self.dtype).contiguous()
-            shards = [value]
-            if self.ranks.tp_size > 1:
-                shards = [torch.empty_like(value) for _ in range(self.ranks.tp_size)]
-                dist.all_gather(shards, value, group=self.ranks.tp_group)
-            tensors |= {key: tensor.contiguous() for key, tensor in self._rule(name).unload(shards).items()}
+            parts = [value]
+            if (size := dist.get_world_size(group)) > 1:
+                parts = [torch.empty_like(value) for _ in range(size)]
+                dist.all_gather(parts, value, group=group)
+            if self.takes_part:
+                tensors |= {key: tensor.contiguous() for key, tensor in self._unload(name, parts).items()}
         return tensors
 
     @cached_property

@@ -57,6 +57,11 @@ class ForwardPass:
             return None
         return ContextGroup(group=ranks.cp_group, rank=ranks.cp_rank, size=ranks.cp_size)
 
+    @property
+    def in_groups_of(self) -> int:
+        """The number of micro-batches is a multiple of it: the interleaved schedule takes as many as stages at once."""
+        return self.ranks.pp_size if len(self.models) > 1 else 1
+
     def run(
         self,
         sequences: Sequence[ScoredSequence],
@@ -107,8 +112,7 @@ class ForwardPass:
             multiple=self.token_multiple,
             context=self.context,
             device=self.ranks.device,
-            # Of the interleaved schedule, which handles as many micro-batches as stages at a time.
-            in_groups_of=self.ranks.pp_size if len(self.models) > 1 else 1,
+            in_groups_of=self.in_groups_of,
         )
         return get_forward_backward_func()(
             forward_step_func=forward_step,

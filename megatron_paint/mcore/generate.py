@@ -20,6 +20,7 @@ from megatron_paint.mcore.batch import assign_replicas
 from megatron_paint.mcore.collectives import gather_entries
 from megatron_paint.mcore.decoded_rows import DecodedRows
 from megatron_paint.mcore.float32_product import Float32Product
+from megatron_paint.mcore.lock_step import LockStep
 from megatron_paint.mcore.model import Stage
 from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.mcore.response_rows import response_rows
@@ -50,6 +51,7 @@ class MegatronSampler:
         self.token_multiple = token_multiple  # layout and FP8 require calls of a multiple of this many tokens
         self.limits = limits
         self.look_every = LOOK_EVERY if ranks.device.type == "cuda" else 1
+        self.lock_step = LockStep(None, every=1)
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParameters) -> list[Rollout]:
         """One rollout per request, in order, on every rank."""
@@ -75,12 +77,17 @@ class MegatronSampler:
     def generate_on_copy(self, requests: Sequence[GenerationRequest], sampling: SamplingParameters) -> list[Rollout]:
         """One rollout per request, in order, on the ranks of this copy of the weights, which call together.
 
-        Requests of similar length are decoded together.
+        Requests of similar length are decoded together. Replicas that share the experts of a mixture call together too,
+        each with its own requests or with none.
         """
         self.stage.set_is_first_microbatch()  # otherwise Transformer Engine uses cached FP8 weights
         self.stage.eval()  # otherwise Megatron prepares each layer for recomputation
+        self.lock_step = LockStep(self.ranks.step_group, every=self.look_every)
         try:
-            return self._generate(requests, sampling)
+            rollouts = self._generate(requests, sampling)
+            while self.lock_step.others_work():
+                self._run_padding()
+            return rollouts
         finally:
             self.stage.train()
 
@@ -145,9 +152,15 @@ class MegatronSampler:
         rows = next_token_rows(batch.positions, end=batch.end, padding=padding, cache=cache)
         return logits.after_tokens(self._run_stages(F.pad(batch.inputs, (0, padding)), rows), count)
 
+    def _run_padding(self) -> None:
+        """A call whose result nobody reads."""
+        ids_T = torch.zeros(self.token_multiple, dtype=torch.int64, device=self.ranks.device)
+        self._run_stages(ids_T, token_rows([], padding=self.token_multiple, device=self.ranks.device))
+
     def _run_stages(self, ids_T: Tensor, rows: TokenRows) -> Tensor:
         """Hidden states [T, 1, H] of this stage's last chunk. Those of each chunk are sent to the next one."""
         mark_progress()
+        self.lock_step.begin_call()
         ranks, config = self.ranks, self.stage.config
         for chunk in self.stage.chunks:
             if not chunk.pre_process:

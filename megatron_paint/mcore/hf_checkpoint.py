@@ -24,7 +24,7 @@ from megatron_paint.config.settings import LoraSettings
 from megatron_paint.mcore.collectives import fill_folder
 from megatron_paint.mcore.lora import gathered_adapters, merged_weight
 from megatron_paint.mcore.model import Stage
-from megatron_paint.mcore.ranks import Ranks
+from megatron_paint.mcore.ranks import Ranks, is_expert
 from megatron_paint.mcore.vocabulary import load_vocab_rows
 from megatron_paint.models.qwen3.mapping import hugging_face_shapes, rule_of
 from megatron_paint.models.shape import ModelShape
@@ -49,13 +49,14 @@ def load_stage(
     with about("model.hf_path"):
         reader = HuggingFaceReader(folder, shape)
     read = reader if merged is None else merged.merged(reader)
-    first_expert = ranks.ep_rank * shape.num_experts // ranks.ep_size
+    first_expert = ranks.first_expert(shape.num_experts)
     for name, parameter in base_parameters(stage):
         rule = rule_of(name, shape, first_expert=first_expert)
         if name in VOCABULARY:
             value = load_vocab_rows(rule, read, ranks)
         else:
-            value = rule.load(read, rank=ranks.tp_rank, ranks=ranks.tp_size)
+            shards = ranks.shards_of(name)
+            value = rule.load(read, rank=shards.rank, ranks=shards.size)
         if value.shape != parameter.shape:
             raise AssertionError(f"{name}: rule returns {tuple(value.shape)}, parameter is {tuple(parameter.shape)}")
         parameter.copy_(value)
@@ -72,21 +73,24 @@ def gathered_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face tensors of this stage, one after another, each on one of `writers` ranks in turn.
 
-    The writers are the ranks of the first copy of the weights, then those of the next. prepare: applied to each shard
-    before it is gathered. All tensor-parallel ranks of the stage must iterate together. A tied copy of the embedding is
-    left out.
+    The writers are the ranks of the first copy of the weights, then those of the next. Each rank's experts are written
+    by the ranks that have shards of them. prepare: applied to each shard before it is gathered. All ranks of the stage
+    must iterate together. A tied copy of the embedding is left out.
     """
+    first_expert = ranks.first_expert(shape.num_experts)
     for number, (name, value) in enumerate(named):
-        copy, owner = divmod(number % writers, ranks.tp_size)
-        if copy != ranks.dp_cp_rank or (name == "output_layer.weight" and shape.tied):
+        shards = ranks.shards_of(name)
+        most = writers // ranks.ep_size if is_expert(name) else writers
+        replica, owner = divmod(number % max(1, min(most, shards.size * shards.replicas)), shards.size)
+        if replica != shards.replica or (name == "output_layer.weight" and shape.tied):
             continue
         value = prepare(name, value)
-        shards = [value]
-        if ranks.tp_size > 1:
-            shards = [torch.empty_like(value) for _ in range(ranks.tp_size)] if ranks.tp_rank == owner else None
-            dist.gather(value.contiguous(), shards, group_dst=owner, group=ranks.tp_group)
-        if ranks.tp_rank == owner:
-            yield from rule_of(name, shape).unload(shards).items()
+        parts = [value]
+        if shards.size > 1:
+            parts = [torch.empty_like(value) for _ in range(shards.size)] if shards.rank == owner else None
+            dist.gather(value.contiguous(), parts, group_dst=owner, group=shards.group)
+        if shards.rank == owner:
+            yield from rule_of(name, shape, first_expert=first_expert).unload(parts).items()
 
 
 @torch.no_grad()
@@ -152,10 +156,8 @@ def export_adapters(
     """
 
     def write(folder: Path) -> str | None:
-        if ranks.dp_cp_rank > 0:
-            return None
         tensors = dict(gathered_adapters(stage, ranks))
-        if ranks.tp_rank > 0:
+        if ranks.dp_cp_rank > 0 or ranks.tp_rank > 0:
             return None
         file = f"stage{ranks.pp_rank:03d}.safetensors"
         write_tensors(folder / file, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
@@ -165,7 +167,14 @@ def export_adapters(
         parts = [folder / file for file in written if file is not None]
         tensors = {name: tensor for part in parts for name, tensor in load_file(part).items()}
         write_tensors(folder / ADAPTER_FILE, tensors)
-        write_config(folder, rank=lora.rank, alpha=lora.alpha, base=os.path.abspath(source))
+        write_config(
+            folder,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            base=os.path.abspath(source),
+            mixture=bool(stage.config.num_moe_experts),
+            experts=lora.experts,
+        )
         for folder_of in (source, tokenizer):
             if folder_of is not None:
                 copy_tokenizer(Path(folder_of), folder)

@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_paint.config.settings import MegatronSettings, ModelSettings
 from megatron_paint.mcore.attention import LocalAttention, transformer_engine_attention
 from megatron_paint.mcore.fp8_emulation import emulate_fp8
-from megatron_paint.mcore.ranks import Ranks
+from megatron_paint.mcore.ranks import Ranks, is_expert
 from megatron_paint.mcore.rotary import attention_scale, inverse_frequencies
 from megatron_paint.mcore.stage import Chunk, Stage
 from megatron_paint.models.shape import ModelShape
@@ -110,15 +110,18 @@ def _pipeline_settings(megatron: MegatronSettings) -> dict:
 
 
 def _expert_settings(shape: ModelShape, megatron: MegatronSettings) -> dict:
-    """The router: float32 softmax over the chosen experts, or over all if not normalised; no auxiliary losses."""
+    """The router: float32 softmax over the chosen experts, or over all if not normalised. No token is dropped."""
     return {
         "expert_model_parallel_size": megatron.expert_model_parallel_size,
+        "expert_tensor_parallel_size": (megatron.expert_tensor_parallel_size or megatron.tensor_model_parallel_size),
         "num_moe_experts": shape.num_experts,
         "moe_router_topk": shape.experts_per_token,
         "moe_ffn_hidden_size": shape.expert_ffn_size,
         "moe_router_pre_softmax": not shape.normalise_experts,
         "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "none",
+        "moe_router_load_balancing_type": megatron.moe_router_load_balancing_type,
+        "moe_aux_loss_coeff": megatron.moe_aux_loss_coeff,
+        "moe_z_loss_coeff": megatron.moe_z_loss_coeff,
         "moe_grouped_gemm": use_transformer_engine(megatron),
     }
 
@@ -230,10 +233,26 @@ def _build_chunk(
 
 
 def _mark_sharded_weights(stage: Stage) -> None:
-    """Marks the weights that are shards, for the gradient norm: Megatron marks only weights that it initialises."""
+    """Marks the weights that are shards, for the gradient norm: Megatron marks only weights that it initialises.
+
+    A weight of an expert always counts as a shard: no other rank of its optimiser's group has it. The gradient norm of
+    megatron-core 0.16 would otherwise leave out those on tensor-parallel ranks above 0.
+    """
     split_dims = {"linear_qkv": 0, "linear_fc1": 0, "word_embeddings": 0, "output_layer": 0}
     split_dims |= {"linear_proj": 1, "linear_fc2": 1}
     for name, parameter in stage.named_parameters():
         *_, module, kind = name.split(".")
-        if kind == "weight" and module in split_dims and not getattr(parameter, "tensor_model_parallel", False):
+        if is_expert(name):
+            mark_expert(parameter, dim=split_dims[module])
+        elif kind == "weight" and module in split_dims and not getattr(parameter, "tensor_model_parallel", False):
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=split_dims[module], stride=1)
+
+
+def mark_expert(parameter: torch.nn.Parameter, *, dim: int) -> None:
+    """Marks a parameter of an expert: it has gradient buffers and an optimiser of its own, at every layout.
+
+    Megatron does that only for expert-parallel sizes above 1. Without it, 0.16.1 does not sum the gradient over the
+    tensor-parallel ranks if an expert is on one of them, and a checkpoint of size 1 does not load at size 2.
+    """
+    parameter.allreduce = False
+    parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride = True, dim, 1

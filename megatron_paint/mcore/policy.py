@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,13 +24,14 @@ from megatron_paint.losses import token_logprobs
 from megatron_paint.losses.elementwise.choose import loss_kernel
 from megatron_paint.losses.interface import ResponseRows, TokenLoss
 from megatron_paint.mcore.async_writer import Writer
-from megatron_paint.mcore.batch import Assignment, MicroBatch, assign
+from megatron_paint.mcore.batch import Assignment, MicroBatch, assign, computed_tokens
 from megatron_paint.mcore.checkpoint import copy_checkpoint, load_checkpoint
 from megatron_paint.mcore.collectives import gather_entries
 from megatron_paint.mcore.forward_pass import ForwardPass, LossResult
 from megatron_paint.mcore.fp8_emulation import without_fp8
 from megatron_paint.mcore.optimizer import cosine, main_gradients, make_optimizer, take_step, wrap_data_parallel
 from megatron_paint.mcore.ranks import Ranks
+from megatron_paint.mcore.routing import RoutingCounts
 from megatron_paint.mcore.runner import ModelRunner
 from megatron_paint.mcore.scores import NonFinite, score_samples
 from megatron_paint.mcore.teacher import Teacher, TeacherStates, Weights
@@ -70,6 +72,7 @@ class MegatronPolicy(ModelRunner):
         )
         self.writer = Writer(ranks)
         self.vocab = vocab_axis(shape, ranks, self.stage.config)
+        self.routing = RoutingCounts(self.stage, ranks)
         self.forward = ForwardPass(
             ranks=ranks,
             stage=self.stage,
@@ -88,7 +91,7 @@ class MegatronPolicy(ModelRunner):
         with timer("teacher"):
             states = self.teacher_states(samples, loss)
         mark_progress("student")
-        with timer("student"):
+        with timer("student"), self.routing.counting():
             scores = self.backward(samples, loss, states)
         with timer("rollout"):
             self.before_change()  # the gradient rests in its buffers, which a pass without gradient leaves alone
@@ -96,7 +99,7 @@ class MegatronPolicy(ModelRunner):
         with timer("optimizer"):
             norm = take_step(self.optimizer, lr=lr, weight_decay=self.settings.optimizer.weight_decay)
             self.teacher.follow()
-        return UpdateReport(scores=scores, grad_norm=norm, seconds=timer.seconds)
+        return UpdateReport(scores=scores, grad_norm=norm, seconds=timer.seconds, metrics=self.routing.metrics())
 
     def evaluate_loss(
         self, samples: Sequence[Sample], loss: TokenLoss, *, teach_itself: bool = False
@@ -230,8 +233,29 @@ class MegatronPolicy(ModelRunner):
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         score = self._score_with(loss, samples, states)
-        found = self.forward.run_backward(_student_sequences(samples), self._assignment(samples), score)
+        sequences, assignment = _student_sequences(samples), self._assignment(samples)
+        if self.settings.megatron.has_auxiliary_loss:
+            self._scale_auxiliary_losses(sequences, assignment)
+        found = self.forward.run_backward(sequences, assignment, score)
         return self._gather_scores(found, len(samples))
+
+    def _scale_auxiliary_losses(self, sequences: Sequence[ScoredSequence], assignment: Assignment) -> None:
+        """Makes the losses of a mixture's routers means over all tokens of the pass.
+
+        Megatron multiplies such a loss by the tokens of its micro-batch, and divides the sum by the tokens that carry
+        the main loss: all response tokens.
+        """
+        forward = self.forward
+        computed = computed_tokens(
+            sequences,
+            assignment,
+            limit=forward.micro_batch_tokens,
+            multiple=forward.token_multiple,
+            context=forward.context,
+            in_groups_of=forward.in_groups_of,
+        )
+        scale = sum(len(sequence.response_ids) for sequence in sequences) / computed
+        self.stage.config.moe_grad_scale_func = partial(torch.tensor, scale)
 
     def _score_with(
         self, loss: TokenLoss, samples: Sequence[Sample], states: TeacherStates

@@ -1,6 +1,7 @@
 """Processes, devices and their groups, started the same way by torchrun, srun and the local launcher."""
 
 import logging
+import math
 import os
 import random
 import resource
@@ -27,6 +28,17 @@ TIMEOUT = timedelta(minutes=10)  # torch's default for NCCL
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShardRanks:
+    """The ranks of a stage that each have one shard of a weight, and the copies of these shards on other ranks."""
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup
+    replica: int  # which copy this rank has a shard of
+    replicas: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ranks:
     """This process's rank in each dimension.
 
@@ -50,8 +62,11 @@ class Ranks:
     dp_size: int
     dp_cp_rank: int  # of the copies of the weights: each context-parallel rank of each replica has one
     dp_cp_size: int
-    ep_rank: int  # expert parallel: neighbouring replicas share a layer's experts
+    ep_rank: int  # expert parallel: which part of each layer's experts this rank has
     ep_size: int
+    expert_shards: ShardRanks  # of each expert: expert tensor parallel, and the copies of the experts of a layer
+    expert_group: dist.ProcessGroup  # the ranks of a stage that together have all experts of a layer once
+    step_group: dist.ProcessGroup | None  # gloo: copies that share experts, all stages; None: they share none
     copy_group: dist.ProcessGroup  # the ranks of one copy of the weights: stage by stage, tensor-parallel ranks within
     host_group: dist.ProcessGroup  # gloo, all ranks: for records and messages
     writer_group: dist.ProcessGroup  # the same, for a thread that writes while they are busy
@@ -61,12 +76,36 @@ class Ranks:
         return self.tp_size * self.pp_size
 
     @property
+    def dense_shards(self) -> ShardRanks:
+        """Of every weight except the experts'."""
+        return ShardRanks(
+            rank=self.tp_rank,
+            size=self.tp_size,
+            group=self.tp_group,
+            replica=self.dp_cp_rank,
+            replicas=self.dp_cp_size,
+        )
+
+    def shards_of(self, name: str) -> ShardRanks:
+        """The ranks that share the parameter `name` of a stage."""
+        return self.expert_shards if is_expert(name) else self.dense_shards
+
+    def first_expert(self, num_experts: int) -> int:
+        """Global index of this rank's first expert."""
+        return self.ep_rank * num_experts // self.ep_size
+
+    @property
     def is_first_stage(self) -> bool:
         return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter of a stage belongs to an expert of a mixture."""
+    return ".mlp.experts." in name
 
 
 def start_ranks(megatron: MegatronSettings, *, hang_seconds: float | None = None, backend: str | None = None) -> Ranks:
@@ -98,6 +137,7 @@ def start_ranks(megatron: MegatronSettings, *, hang_seconds: float | None = None
         virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         context_parallel_size=megatron.context_parallel_size,
         expert_model_parallel_size=megatron.expert_model_parallel_size,
+        expert_tensor_parallel_size=megatron.expert_tensor_parallel_size,
         distributed_timeout_minutes=timeout // timedelta(minutes=1),
     )
     _seed_libraries()
@@ -120,10 +160,41 @@ def start_ranks(megatron: MegatronSettings, *, hang_seconds: float | None = None
         dp_cp_size=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
         ep_size=parallel_state.get_expert_model_parallel_world_size(),
+        expert_shards=ShardRanks(
+            rank=parallel_state.get_expert_tensor_parallel_rank(),
+            size=parallel_state.get_expert_tensor_parallel_world_size(),
+            group=parallel_state.get_expert_tensor_parallel_group(),
+            replica=parallel_state.get_expert_data_parallel_rank(),
+            replicas=parallel_state.get_expert_data_parallel_world_size(),
+        ),
+        expert_group=parallel_state.get_expert_tensor_and_model_parallel_group(),
+        step_group=_step_group(megatron, timeout),
         copy_group=parallel_state.get_model_parallel_group(),
         host_group=dist.new_group(backend="gloo", timeout=HOST_TIMEOUT),
         writer_group=dist.new_group(backend="gloo", timeout=HOST_TIMEOUT),
     )
+
+
+def _step_group(megatron: MegatronSettings, timeout: timedelta) -> dist.ProcessGroup | None:
+    """The group of `Ranks.step_group`.
+
+    A stage has its replicas one after another, and so the sets of ranks that have all experts once. Where a set has
+    ranks of several replicas, these replicas must call their layers together.
+    """
+    replica, experts = megatron.tensor_model_parallel_size, megatron.expert_parallel_ranks
+    together, stage = math.lcm(replica, experts), dist.get_world_size() // megatron.pipeline_model_parallel_size
+    mine = None
+    if together == replica:
+        return mine
+    for first in range(0, stage, together):
+        ranks = [
+            begin + first + place
+            for begin in range(0, dist.get_world_size(), stage)
+            for place in range(min(together, stage - first))
+        ]
+        group = dist.new_group(ranks, backend="gloo", timeout=timeout)
+        mine = group if dist.get_rank() in ranks else mine
+    return mine
 
 
 def _collective_timeout(megatron: MegatronSettings, hang_seconds: float | None) -> timedelta:

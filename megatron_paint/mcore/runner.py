@@ -42,7 +42,7 @@ class ModelRunner:
         load_stage(self.stage, model.hf_path, shape, ranks, merged=adapter if model.lora is None else None)
         start = None if model.megatron_path is None else megatron_folder(model.megatron_path)
         # What the user should know about the weights.
-        self.notes = () if adapter is None else (adapter.note(merges=model.lora is None),)
+        self.notes = () if adapter is None else (adapter.note(model.lora),)
         if (on_hub := hub_model(model.hf_path)) is not None:
             self.notes += (f"the model is {on_hub.id} on the hub, revision {on_hub.revision}",)
         adapted = start is not None and loads_adapters and model.lora is not None and has_adapters(start)

@@ -1,6 +1,6 @@
 """The current weights under their Hugging Face names, message by message, for engines outside of this process."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -12,8 +12,8 @@ from megatron_paint.config.settings import ModelSettings
 from megatron_paint.mcore.hf_checkpoint import base_parameters, export_adapters, export_stage
 from megatron_paint.mcore.lora import merged_weight
 from megatron_paint.mcore.model import DTYPES, Stage
-from megatron_paint.mcore.ranks import Ranks
-from megatron_paint.models.qwen3.mapping import hugging_face_shapes, rule_of
+from megatron_paint.mcore.ranks import Ranks, is_expert
+from megatron_paint.models.qwen3.mapping import Rule, hugging_face_shapes, rule_of
 from megatron_paint.models.shape import ModelShape
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -22,8 +22,9 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 class StageWeights:
     """Implements `rollouts.vllm.weights.WeightSource`.
 
-    The ranks of the first replica gather. The messages of a stage go round among its tensor-parallel ranks, so that
-    they share the writing. A tied head is sent as well: on a CPU, vLLM has a packed copy of it.
+    The ranks of the first replica gather, and for experts the ranks that together have all experts of a layer. The
+    messages of a stage go round among the first replica's tensor-parallel ranks, so that they share the writing. A tied
+    head is sent as well: on a CPU, vLLM has a packed copy of it.
     """
 
     def __init__(self, stage: Stage, shape: ModelShape, ranks: Ranks, model: ModelSettings):
@@ -44,15 +45,12 @@ class StageWeights:
 
     @torch.no_grad()
     def message(self, number: int) -> dict[str, Tensor]:
-        if number >= len(self.messages) or self.ranks.dp_cp_rank > 0:
+        if number >= len(self.messages):
             return {}
         parameters = dict(base_parameters(self.stage))
-        gathered = {name: self._gathered(name, parameters[name], number) for name in self.messages[number]}
-        if not self._owns(number):
-            return {}
-        tensors = {}
-        for parameter, shards in gathered.items():
-            found = self._rule(parameter).unload(shards)
+        tensors: dict[str, Tensor] = {}
+        for parameter in self.messages[number]:
+            found = self._complete(parameter, parameters[parameter], number)
             tensors |= {name: tensor.cpu().contiguous() for name, tensor in found.items()}
             if self.shape.tied and EMBEDDING in found:
                 tensors[HEAD] = tensors[EMBEDDING]
@@ -102,33 +100,53 @@ class StageWeights:
         for name, _ in base_parameters(self.stage):
             if name == "output_layer.weight" and self.shape.tied:
                 continue
-            layer, is_expert, _ = name.partition(".mlp.experts.")
-            if is_expert:
-                experts.setdefault(layer, []).append(name)
+            if is_expert(name):
+                experts.setdefault(name.partition(".mlp.experts.")[0], []).append(name)
             else:
                 yield [name]
         yield from experts.values()
 
+    def _owner(self, number: int) -> int:
+        """The tensor-parallel rank of the first replica that writes a message of this stage."""
+        return number % self.ranks.tp_size
+
     def _owns(self, number: int) -> bool:
         ranks = self.ranks
-        return ranks.dp_cp_rank == 0 and number < len(self.messages) and number % ranks.tp_size == ranks.tp_rank
+        return ranks.dp_cp_rank == 0 and number < len(self.messages) and ranks.tp_rank == self._owner(number)
 
-    def _rule(self, parameter: str):
-        return rule_of(parameter, self.shape)
+    def _rules(self, parameter: str) -> list[Rule]:
+        """The rules of a parameter; of one of an expert, those that the expert-parallel ranks have under this name."""
+        experts, ranks = self.shape.num_experts, self.ranks.ep_size if is_expert(parameter) else 1
+        return [rule_of(parameter, self.shape, first_expert=rank * experts // ranks) for rank in range(ranks)]
 
     def _names(self, parameter: str) -> list[str]:
-        names = list(self._rule(parameter).hf_shapes())
+        names = [name for rule in self._rules(parameter) for name in rule.hf_shapes()]
         return names + ([HEAD] if self.shape.tied and EMBEDDING in names else [])
 
     def _nbytes(self, parameter: str) -> int:
-        rule = self._rule(parameter)
-        return sum(torch.Size(shape).numel() for shape in rule.hf_shapes().values()) * self.dtype.itemsize
+        shapes = (shape for rule in self._rules(parameter) for shape in rule.hf_shapes().values())
+        return sum(torch.Size(shape).numel() for shape in shapes) * self.dtype.itemsize
 
-    def _gathered(self, name: str, parameter: Tensor, number: int) -> list[Tensor]:
-        """The parts of all tensor-parallel ranks, on the rank that writes the message."""
-        value, ranks = merged_weight(self.stage, name, parameter).to(self.dtype), self.ranks
-        if ranks.tp_size == 1:
-            return [value]
-        parts = [torch.empty_like(value) for _ in range(ranks.tp_size)] if self._owns(number) else None
-        dist.gather(value.contiguous(), parts, group_dst=number % ranks.tp_size, group=ranks.tp_group)
-        return parts or []
+    def _complete(self, name: str, parameter: Tensor, number: int) -> dict[str, Tensor]:
+        """The Hugging Face tensors of a parameter, on the rank that writes the message; empty on the others."""
+        ranks, owner = self.ranks, self._owner(number)
+        group, block, owners = ranks.tp_group, ranks.dp_cp_rank, 0
+        if is_expert(name):
+            group, block = ranks.expert_group, ranks.expert_shards.replica
+            owners, owner = divmod(owner, dist.get_world_size(group))
+        if block != owners:
+            return {}
+        value = merged_weight(self.stage, name, parameter).to(self.dtype)
+        parts = [value]
+        if (size := dist.get_world_size(group)) > 1:
+            parts = [torch.empty_like(value) for _ in range(size)] if self._owns(number) else None
+            dist.gather(value.contiguous(), parts, group_dst=owner, group=group)
+        return self._unload(name, parts) if self._owns(number) else {}
+
+    def _unload(self, name: str, parts: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The Hugging Face tensors of a parameter. parts: of all ranks that have it, or an expert under its name."""
+        rules = self._rules(name)
+        shards, tensors = len(parts) // len(rules), {}
+        for place, rule in enumerate(rules):
+            tensors |= rule.unload(parts[place * shards : (place + 1) * shards])
+        return tensors

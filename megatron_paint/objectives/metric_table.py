@@ -6,6 +6,7 @@ A new metric has its line here and is computed in `metrics.py` or by its objecti
 from dataclasses import dataclass
 
 KEPT = "PAINT, OPSD with rollout.keep or peer_rollout"
+MIXTURE = "mixtures of experts"
 GRADED = f"GRPO; {KEPT}; all with data.order=adastar"
 
 
@@ -280,6 +281,36 @@ METRICS: dict[str, Metric] = {
         unit="responses",
         healthy="steady; more responses a problem (rollout.samples_per_problem) make it smaller",
         only="objective.reveal.solution=peer_rollout",
+    ),
+    "experts/tokens_mean": Metric(
+        meaning=(
+            "tokens that an expert of a layer computes in the student's pass, padding included; mean over experts, "
+            "layers and updates"
+        ),
+        unit="tokens",
+        healthy="num_tokens and the prompts, times the experts of a token, over the experts of a layer",
+        only=MIXTURE,
+    ),
+    "experts/tokens_max": Metric(
+        meaning="the same of the expert with most tokens of all layers", unit="tokens", healthy="steady", only=MIXTURE
+    ),
+    "experts/imbalance": Metric(
+        meaning="tokens of a layer's expert with most of them, divided by the mean of its experts; mean over layers",
+        unit="1 (even) to the experts of a layer",
+        healthy="steady; if it grows, ranks wait for the one with most tokens (moe_router_load_balancing_type)",
+        only=MIXTURE,
+    ),
+    "experts/idle_share": Metric(
+        meaning="share of experts without a token in the student's pass",
+        unit="0 to 1",
+        healthy="near 0 where a step has many tokens",
+        only=MIXTURE,
+    ),
+    "router/entropy_mean": Metric(
+        meaning="entropy of the routers' probabilities of all experts, mean over tokens and layers",
+        unit="nats",
+        healthy="steady; near 0 or near the logarithm of the experts of a layer, the routers choose no more",
+        only=MIXTURE,
     ),
     "skipped": Metric(
         meaning="which loss or gradient was not finite; the step was skipped and changed no weight",

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_paint.config.domains import BOXED_GRADERS, DomainSettings, domain_of
 from megatron_paint.grading.boxes import ANY_BOX, box_spans
-from megatron_paint.records import Reveal, Sample, SampleScore, StepReport, StepResult, TokenIds
+from megatron_paint.records import Reveal, Sample, SampleScore, StepReport, StepResult, TokenIds, UpdateReport
 
 PHASES = ("rollout", "mask", "teacher", "student", "optimizer")
 CLIP_LIMIT = 0.2  # mean clipped share; ours
@@ -72,6 +72,7 @@ def metrics_of(result: StepResult, *, step: int, lr: float, seconds: Mapping[str
         "tokens_per_second": ratio(tokens, sum(phases.values()) if total is None else total),
         **_support_metrics(scores),
         **_staleness(samples, scores),
+        **_policy_metrics(result.updates),
         **result.extras,
     }
 
@@ -93,6 +94,12 @@ def _support_metrics(scores: Sequence[SampleScore]) -> dict[str, float]:
         return {}
     names = {"support/outside_mass": "outside_mass", "support/size": "support_size"}
     return {key: mean_of(name, scores, lambda s: s.num_tokens) for key, name in names.items()}
+
+
+def _policy_metrics(updates: Sequence[UpdateReport]) -> dict[str, float]:
+    """Means over the updates of what the policy itself measures."""
+    names = updates[0].metrics if updates else {}
+    return {name: ratio(sum(update.metrics[name] for update in updates), len(updates)) for name in names}
 
 
 def _staleness(samples: Sequence[Sample], scores: Sequence[SampleScore]) -> dict[str, float]:

@@ -9,6 +9,10 @@ feed-forward size, split over the tensor-parallel ranks except H:
     norms            input and output of each: 4 H; plain torch with trained weights also the normalised values: 6 H
     attention        fused q, k, v (Q + 2 K); norm, rotation and kernel save q and k once each, v and the output once
     feed-forward     gate and up 2 F, their product F; plain torch also silu(gate) and a copy of up: 5 F
+    experts          of each of a token's experts its input H, gate and up, the product before and after it is scaled
+                     by the router's probability: H + 4 F; plain torch H + 6 F. Frozen experts save F and H less.
+                     Routing: places and probabilities of the token's experts, and values and masks of all experts.
+                     The experts' load is taken to be even
 """
 
 from dataclasses import dataclass
@@ -16,6 +20,8 @@ from dataclasses import dataclass
 from megatron_paint.models.shape import ModelShape
 
 FLOAT32 = 4
+ROUTED_BYTES = 40  # of each chosen expert of a token: its place several times, its probability. Counted as above
+CANDIDATE_BYTES = 6  # of each expert for each token: masks and float32 values of the router
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +36,8 @@ class LayerKind:
     context: int = 1  # ranks that share the tokens of a row
     lora_rank: int | None
     selective: bool = False  # the attention kernel is computed again in the backward pass
+    etp: int = 1  # expert tensor parallel
+    adapts_experts: bool = False  # LoRA on experts too
 
     @property
     def hidden(self) -> float:
@@ -46,7 +54,15 @@ class LayerKind:
 
     @property
     def ffn(self) -> float:
+        """Feed-forward units of a token on this rank, of all its experts together in a mixture."""
+        if self.shape.num_experts:
+            return self.expert_tokens * self.shape.expert_ffn_size / self.etp
         return self.shape.ffn_size / self.tp
+
+    @property
+    def expert_tokens(self) -> float:
+        """Tokens that this rank's experts compute for each token of a micro-batch, if all experts have as many."""
+        return self.shape.experts_per_token * self.etp / self.tp
 
     def input_bytes(self) -> float:
         """Bytes of a layer's input for each token: all that full recomputation keeps of it."""
@@ -68,38 +84,57 @@ class LayerKind:
         if self.selective and not self.engine:
             attention -= self.queries + self.keys
         feed_forward = (3 if self.engine else 5) * self.ffn
+        if self.shape.num_experts and (self.lora_rank is None or self.adapts_experts):
+            # The inputs of both matrices, which frozen experts without adapters do not save.
+            feed_forward += self.ffn + self.expert_tokens * self.shape.hidden_size
         units = norms + attention + feed_forward + self._adapter_units() + 4 * self.shape.head_dim  # cosines and sines
         row = self.shape.hidden_size / self.hidden
         scales = 2 / row + heads + groups + (0 if self.selective else heads)  # of the norms; of attention's softmax
-        return units * self.width + scales * FLOAT32
+        return units * self.width + scales * FLOAT32 + self._routing_bytes()
+
+    def _routing_bytes(self) -> float:
+        """What the router and the dispatcher of tokens save for each token."""
+        if not self.shape.num_experts:
+            return 0.0
+        local = 1 / self.tp  # tokens are routed where they are
+        return local * (self.shape.experts_per_token * ROUTED_BYTES + self.shape.num_experts * CANDIDATE_BYTES)
 
     def working_bytes(self) -> float:
         """Bytes for each token that exist besides while a layer's gradient is computed: about its widest part."""
-        return self._widest(4 * self.ffn) + self._gathered()
+        return self._widest(4 * self.ffn + self._dispatched()) + self._gathered()
 
     def forward_bytes(self) -> float:
         """The same of a forward pass without gradients.
 
         Beside the output of a layer with adapters exists theirs, joined from two parts and scaled.
         """
-        return self._widest((4 if self.lora_rank is None else 6) * self.ffn) + self._gathered()
+        return self._widest((4 if self.lora_rank is None else 6) * self.ffn + self._dispatched()) + self._gathered()
 
     def _gathered(self) -> float:
         """Keys and values of all context-parallel ranks, of one layer; Transformer Engine passes them on in turn."""
         return 2 * self.keys * self.width * (2 if self.engine else self.context) if self.context > 1 else 0.0
+
+    def _dispatched(self) -> float:
+        """Hidden units of the experts' inputs and outputs, before and after they are sorted."""
+        return 4 * self.expert_tokens * self.shape.hidden_size if self.shape.num_experts else 0.0
 
     def _widest(self, feed_forward: float) -> float:
         return (3 * self.hidden + max(3 * self.queries + 4 * self.keys, feed_forward)) * self.width
 
     def saved_weights(self) -> float:
         """Bytes of the joined A of adapters that a layer saves, however many tokens there are."""
-        return 0.0 if self.lora_rank is None else 5 * self.lora_rank * self.shape.hidden_size * self.width
+        joined = 3 if self.shape.num_experts else 5
+        return 0.0 if self.lora_rank is None else joined * self.lora_rank * self.shape.hidden_size * self.width
 
     def _adapter_units(self) -> float:
         """Inputs of the B of adapters: of five for every token, of two for this rank's slice of the tokens."""
         if self.lora_rank is None:
             return 0.0
-        return self.lora_rank * (5 + 2 * self.hidden / self.shape.hidden_size)
+        share = self.hidden / self.shape.hidden_size
+        if not self.shape.num_experts:
+            return self.lora_rank * (5 + 2 * share)
+        of_experts = 2 * self.expert_tokens if self.adapts_experts else 0
+        return self.lora_rank * (3 + share + of_experts)
 
 
 @dataclass(frozen=True, kw_only=True)

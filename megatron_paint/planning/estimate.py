@@ -53,7 +53,7 @@ class Peak:
 class HostMemory:
     """Bytes of host memory while a checkpoint is copied and written."""
 
-    rank: float  # a rank that writes: one of the first replica
+    rank: float  # a rank that writes
     node: float  # the node with most
     ranks: int  # of that node
 
@@ -118,16 +118,21 @@ class StageMemory:
             stage=stage,
             layers=layout.split.count(stage),
             lora_rank=None if lora is None else lora.rank,
+            ep=layout.expert_parallel,
+            etp=layout.expert_tensor_parallel,
+            adapts_experts=lora is not None and lora.experts,
         )
         self.kind = LayerKind(
             shape=self.shape,
             width=self.width,
             tp=self.tp,
+            etp=layout.expert_tensor_parallel,
             sequence_parallel=megatron.sequence_parallel,
             engine=engine,
             context=self.cp,
             lora_rank=None if lora is None else lora.rank,
             selective=megatron.recompute_granularity == "selective",
+            adapts_experts=lora is not None and lora.experts,
         )
         self.recompute = Recompute(
             granularity=megatron.recompute_granularity,
@@ -193,8 +198,11 @@ class StageMemory:
     def optimizer_bytes(self) -> float:
         """The optimiser's state: float32 main weights, unless the weights are float32, and its moments."""
         main = 0 if self.width == FLOAT32 else 1
-        shards = self.dp * self.cp if self.settings.megatron.use_distributed_optimizer else 1
-        return self.weights.trained * FLOAT32 * (main + self._moments()) / shards
+        experts, shards = self.weights.trained_experts, (1, 1)
+        if self.settings.megatron.use_distributed_optimizer:
+            shards = (self.dp * self.cp, self.layout.expert_replicas)
+        weights = (self.weights.trained - experts) / shards[0] + experts / shards[1]
+        return weights * FLOAT32 * (main + self._moments())
 
     def cache_bytes(self, *, rows: int, new_tokens: int) -> float:
         """The most bytes of keys and values of a batch of so many rows.
@@ -235,18 +243,20 @@ class StageMemory:
         tile = min(TILE_ELEMENTS[self.on_gpus], entries) * TILE_BUFFERS * FLOAT32
         return min(tile, chunk / 2, chunk - logits)
 
-    def saved(self) -> float:
-        """Bytes of this rank's part of a checkpoint in host memory, if it belongs to the first replica.
+    def saved(self) -> tuple[float, float]:
+        """Bytes of this rank's part of a checkpoint in host memory: of experts and of the rest.
 
-        Weights, optimiser and the teacher's own weights. Megatron gathers the optimiser's shards of the other replicas
-        in host memory first, so they exist twice.
+        Ranks that have the first copy of a weight save it. Weights, optimiser and the teacher's own weights. Megatron
+        gathers the optimiser's shards of the other copies in host memory first, so they exist twice.
         """
         weights = self.weights
         copies = 2 if self.settings.megatron.use_distributed_optimizer else 1
-        optimizer = weights.trained * FLOAT32 * (1 + self._moments()) * copies
-        return (
-            (weights.base + weights.adapters) * self.width + optimizer + weights.trained * teacher_bytes(self.settings)
-        )
+        trained = FLOAT32 * (1 + self._moments()) * copies + teacher_bytes(self.settings)
+        lora = self.settings.model.lora
+        adapters = weights.trained_experts if lora is not None else 0
+        experts = (weights.experts + adapters) * self.width + weights.trained_experts * trained
+        every = (weights.base + weights.adapters) * self.width + weights.trained * trained
+        return experts, every - experts
 
     def _held(self) -> dict[str, float]:
         """What the GPU holds all the time."""
@@ -266,7 +276,9 @@ class StageMemory:
         return 0 if optimizer.name == "sgd" and not optimizer.momentum else MOMENTS[optimizer.name]
 
     def _own_of_cuda(self) -> float:
-        groups = (self.tp, self.pp, self.dp * self.cp, self.cp, self.tp * self.pp if min(self.tp, self.pp) > 1 else 1)
+        groups = [self.tp, self.pp, self.dp * self.cp, self.cp, self.tp * self.pp if min(self.tp, self.pp) > 1 else 1]
+        if self.shape.num_experts:
+            groups += [self.layout.expert_parallel, self.layout.expert_replicas]
         return CUDA_BYTES + NCCL_BYTES * sum(size > 1 for size in groups) if self.on_gpus else 0.0
 
     def _passing_bytes(self) -> int:
@@ -397,9 +409,17 @@ def teacher_bytes(settings: Settings) -> int:
 
 
 def _host(
-    settings: Settings, layout: Layout, saved_by_stage: list[float], *, on_gpus: bool, ranks_per_node: int
+    settings: Settings,
+    layout: Layout,
+    saved_by_stage: list[tuple[float, float]],
+    *,
+    on_gpus: bool,
+    ranks_per_node: int,
 ) -> HostMemory:
-    """Each rank has its process and an offloaded teacher; the first replica's ranks hold their part of a checkpoint."""
+    """Each rank has its process and an offloaded teacher. Ranks with a first copy of weights have a checkpoint's part.
+
+    saved_by_stage: bytes of experts and of the rest.
+    """
     tp, dp, pp = layout.tensor_parallel, layout.data_parallel, layout.pipeline_parallel
     teacher = settings.objective.teacher
     lora = settings.model.lora
@@ -412,14 +432,17 @@ def _host(
             stage=stage,
             layers=layout.split.count(stage),
             lora_rank=None if lora is None else lora.rank,
+            ep=layout.expert_parallel,
+            etp=layout.expert_tensor_parallel,
+            adapts_experts=lora is not None and lora.experts,
         )
         offloaded = weights.trained * teacher_bytes(settings) if teacher.offload else 0
         resting.append(PROCESS_BYTES[on_gpus] + offloaded)
+    sharing = layout.expert_parallel * layout.expert_tensor_parallel
     ranks = [
-        resting[stage] + (saved_by_stage[stage] if copy == 0 else 0.0)
+        resting[stage] + saved_by_stage[stage][0] * (place < sharing) + saved_by_stage[stage][1] * (place < tp)
         for stage in range(pp)  # the order of Megatron's ranks: stages, then copies, then tensor-parallel ranks
-        for copy in range(dp * layout.context_parallel)
-        for _ in range(tp)
+        for place in range(dp * layout.context_parallel * tp)
     ]
     nodes = [ranks[first : first + ranks_per_node] for first in range(0, len(ranks), ranks_per_node)]
     most = max(nodes, key=sum)
@@ -429,7 +452,7 @@ def _host(
 def checkpoint_bytes(settings: Settings, shape: ModelShape) -> int:
     """Estimated bytes of one checkpoint: weights, the optimiser's float32 state, and the teacher's own weights."""
     lora = settings.model.lora
-    adapters = 0 if lora is None else adapter_parameters(shape, lora.rank)
+    adapters = 0 if lora is None else adapter_parameters(shape, lora.rank, experts=lora.experts)
     trained = shape.num_parameters if lora is None else adapters
     optimizer = FLOAT32 * (1 + MOMENTS["adam"])
     weights = (shape.num_parameters + adapters) * WIDTHS[settings.model.dtype]

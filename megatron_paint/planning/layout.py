@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from megatron_paint.base.errors import UserError, about
@@ -28,6 +29,13 @@ class Layout:
     split: LayerSplit  # the layers of each stage
     context_parallel: int = 1
     uses_engine: bool  # layers of Transformer Engine
+    expert_parallel: int = 1  # parts of each layer's experts
+    expert_tensor_parallel: int = 1  # parts of each expert
+
+    @property
+    def expert_replicas(self) -> int:
+        """Copies of each expert."""
+        return self.processes // (self.pipeline_parallel * self.expert_parallel * self.expert_tensor_parallel)
 
 
 def check_layout(
@@ -51,7 +59,16 @@ def layout_of(shape: ModelShape, megatron: MegatronSettings, *, processes: int, 
         context_parallel=megatron.context_parallel_size,
         split=split_layers(shape, megatron),
         uses_engine=uses_engine,
+        **expert_sizes(shape, megatron),
     )
+
+
+def expert_sizes(shape: ModelShape, megatron: MegatronSettings) -> dict[str, int]:
+    """The parallel sizes of a layout's experts; a dense model has none."""
+    if not shape.num_experts:
+        return {}
+    sharing = megatron.expert_tensor_parallel_size or megatron.tensor_model_parallel_size
+    return {"expert_parallel": megatron.expert_model_parallel_size, "expert_tensor_parallel": sharing}
 
 
 def check_profiled_ranks(profile: ProfileSettings | None, *, processes: int) -> None:
@@ -75,12 +92,13 @@ def check_model(model: ModelSettings, megatron: MegatronSettings, rollout: Rollo
 
 def check_shape(shape: ModelShape, model: ModelSettings, megatron: MegatronSettings, rollout: RolloutSettings) -> None:
     """What `check_model` checks once it has read the sizes of the model. UserError as in `check_layout`."""
-    _refuse_experts(megatron, shape)
+    _check_experts(megatron, shape)
+    _check_expert_adapters(model, megatron, shape)
     tp = megatron.tensor_model_parallel_size
     for size, what in (
         (shape.num_heads, "attention heads"),
         (shape.num_groups, "key-value groups"),
-        (shape.ffn_size, "feed-forward size"),
+        *([] if shape.num_experts else [(shape.ffn_size, "feed-forward size")]),
     ):
         together = math.gcd(size, common_tensor_parallel_size(shape))
         _must_divide("megatron.tensor_model_parallel_size", tp, size, what, shape, together=together)
@@ -135,6 +153,18 @@ def data_parallel_size(processes: int, megatron: MegatronSettings) -> int:
             f"number must be a multiple of {replica} "
             f"(nearest: --processes {max(1, round(processes / replica)) * replica})"
         )
+    pp = megatron.pipeline_model_parallel_size
+    stage, sharing = processes // pp, megatron.expert_parallel_ranks
+    if stage % sharing:
+        names = (
+            f"expert_model_parallel_size={megatron.expert_model_parallel_size} x {_expert_tensor_parallel(megatron)}"
+        )
+        multiple = math.lcm(replica // pp, sharing) * pp
+        raise UserError(
+            f"a pipeline stage of {stage} processes cannot hold complete sets of experts of megatron.{names}: the "
+            f"number of processes must be a multiple of {multiple} (nearest: --processes "
+            f"{max(1, round(processes / multiple)) * multiple}), or set one of the two smaller"
+        )
     return processes // replica
 
 
@@ -150,22 +180,82 @@ def cache_bytes_per_token(shape: ModelShape, *, dtype: str, megatron: MegatronSe
     return layers * 2 * shape.num_groups // megatron.tensor_model_parallel_size * shape.head_dim * WIDTHS[dtype]
 
 
-def _refuse_experts(megatron: MegatronSettings, shape: ModelShape) -> None:
-    if shape.num_experts:
+def _check_experts(megatron: MegatronSettings, shape: ModelShape) -> None:
+    """UserError: settings of experts do not fit a mixture, or the model is none."""
+    ep, etp = megatron.expert_model_parallel_size, megatron.expert_tensor_parallel_size
+    if not shape.num_experts:
+        for name, given in (("expert_model_parallel_size", ep > 1), ("expert_tensor_parallel_size", etp is not None)):
+            if given:
+                raise UserError(
+                    f"megatron.{name}={getattr(megatron, name)} splits experts over ranks, and {shape.source} has "
+                    "none; leave it out"
+                )
+        if megatron.has_auxiliary_loss:
+            name = "moe_aux_loss_coeff" if megatron.moe_aux_loss_coeff else "moe_z_loss_coeff"
+            raise UserError(f"megatron.{name} is a loss of routers, and {shape.source} has none; leave it out")
+        return
+    experts = shape.num_experts
+    _must_divide("megatron.expert_model_parallel_size", ep, experts, "number of experts", shape, together=experts)
+    size = shape.expert_ffn_size
+    if etp is None and size % megatron.tensor_model_parallel_size:
         raise UserError(
-            f"{shape.source} is a mixture of experts: its checkpoints can be converted (megatron-paint convert), but "
-            "training one is not possible yet; give a dense model"
+            f"megatron.expert_tensor_parallel_size is not set, so tensor_model_parallel_size="
+            f"{megatron.tensor_model_parallel_size} ranks share each expert, and that does not divide the feed-forward "
+            f"size of an expert, {size}, of {shape.source}; set it to 1"
         )
-    if megatron.expert_model_parallel_size > 1:
+    what = "feed-forward size of an expert"
+    _must_divide("megatron.expert_tensor_parallel_size", etp or 1, size, what, shape, together=size)
+    if megatron.tensor_model_parallel_size > 1 and not megatron.sequence_parallel:
         raise UserError(
-            f"megatron.expert_model_parallel_size={megatron.expert_model_parallel_size} splits experts over ranks, and "
-            f"{shape.source} has none; set it to 1"
+            f"megatron.tensor_model_parallel_size={megatron.tensor_model_parallel_size} needs "
+            f"megatron.sequence_parallel=true with a mixture of experts ({shape.source}): every rank would route all "
+            "tokens otherwise"
         )
+
+
+def _check_expert_adapters(model: ModelSettings, megatron: MegatronSettings, shape: ModelShape) -> None:
+    """UserError: adapters on experts do not fit the model or the layout."""
+    if model.lora is None or not model.lora.experts:
+        return
+    if not shape.num_experts:
+        raise UserError(f"model.lora.experts=true adapts experts, and {shape.source} has none; leave it out")
+    if (sharing := megatron.expert_tensor_parallel_size or megatron.tensor_model_parallel_size) > 1:
+        raise UserError(
+            f"model.lora.experts=true needs each expert complete on a rank, and {sharing} ranks share one "
+            f"({_expert_tensor_parallel(megatron)}): set megatron.expert_tensor_parallel_size=1"
+        )
+
+
+def check_auxiliary_losses(megatron: MegatronSettings, *, version: str | None) -> None:
+    """UserError: this version of megatron-core cannot scale the losses of routers. None: it is not installed."""
+    if version is None or not megatron.has_auxiliary_loss or tuple(map(int, version.split(".")[:2])) >= (0, 19):
+        return
+    name = "moe_aux_loss_coeff" if megatron.moe_aux_loss_coeff else "moe_z_loss_coeff"
+    raise UserError(
+        f"megatron.{name} needs megatron-core 0.19 or newer, and {version} is installed: it multiplies the losses of "
+        "routers by the tokens of a micro-batch, divides them by the response tokens and by the tensor-parallel size, "
+        "and has nothing to correct that with. Leave it out, or install a newer version (Python 3.12)"
+    )
+
+
+def megatron_version() -> str | None:
+    """The installed version of megatron-core; None: it is not installed."""
+    try:
+        return metadata.version("megatron-core")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _expert_tensor_parallel(megatron: MegatronSettings) -> str:
+    if megatron.expert_tensor_parallel_size is not None:
+        return f"expert_tensor_parallel_size={megatron.expert_tensor_parallel_size}"
+    return f"tensor_model_parallel_size={megatron.tensor_model_parallel_size} (expert_tensor_parallel_size is not set)"
 
 
 def common_tensor_parallel_size(shape: ModelShape) -> int:
     """The largest tensor-parallel size that divides everything that is split over ranks. Its divisors are valid too."""
-    return math.gcd(shape.num_heads, shape.num_groups, shape.ffn_size)
+    sizes = (shape.num_heads, shape.num_groups)
+    return math.gcd(*sizes) if shape.num_experts else math.gcd(*sizes, shape.ffn_size)
 
 
 def _must_divide(key: str, ranks: int, size: int, what: str, shape: ModelShape, *, together: int) -> None:

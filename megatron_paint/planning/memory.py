@@ -7,7 +7,15 @@ from dataclasses import dataclass, replace
 from megatron_paint.config.settings import Settings
 from megatron_paint.planning.estimate import MemoryEstimate, Peak, checkpoint_bytes, estimate, micro_batch_tokens
 from megatron_paint.planning.hardware import gpu_bytes
-from megatron_paint.planning.layout import Layout, check_layout, check_profiled_ranks, common_tensor_parallel_size
+from megatron_paint.planning.layout import (
+    Layout,
+    check_auxiliary_losses,
+    check_layout,
+    check_profiled_ranks,
+    common_tensor_parallel_size,
+    expert_sizes,
+    megatron_version,
+)
 
 __all__ = ["Plan", "checkpoint_bytes", "make_plan"]
 
@@ -48,7 +56,7 @@ class Plan(Layout):
             f"{', tied' if shape.tied else ''}",
             f"layout     {self.processes} processes = tensor {self.tensor_parallel} x pipeline "
             f"{self.pipeline_parallel}{f' x context {self.context_parallel}' if self.context_parallel > 1 else ''} x "
-            f"data {self.data_parallel}; {self.split}, "
+            f"data {self.data_parallel}{self._experts_text()}; {self.split}, "
             f"{shape.vocab_rows(self.tensor_parallel):,} vocabulary rows a rank",
             f"layers     {'Transformer Engine' if self.uses_engine else 'plain torch'}, {settings.model.dtype}"
             f"{f', FP8 {settings.megatron.fp8} {settings.megatron.fp8_recipe}' if settings.megatron.fp8 else ''}",
@@ -59,6 +67,14 @@ class Plan(Layout):
             f"of at most {tokens:,} tokens{alone}; {settings.run.steps} steps",
             *self.memory_lines(),
         ]
+
+    def _experts_text(self) -> str:
+        if not self.shape.num_experts:
+            return ""
+        return (
+            f"; {self.shape.num_experts} experts a layer = expert {self.expert_parallel} x expert tensor "
+            f"{self.expert_tensor_parallel} x copies {self.expert_replicas}"
+        )
 
     def memory_lines(self) -> list[str]:
         """The estimate alone: the two peaks of a rank, the GPU's memory, and host memory."""
@@ -113,6 +129,7 @@ class Plan(Layout):
                 context_parallel=self.context_parallel,
                 split=self.split,
                 uses_engine=self.uses_engine,
+                **expert_sizes(self.shape, changed.megatron),
             )
             after = _estimate(changed, layout, self.target).peak
             if after < 0.99 * self.memory.peak:
@@ -134,6 +151,7 @@ def make_plan(
     """
     layout = check_layout(settings.model, settings.megatron, settings.rollout, processes=processes)
     check_profiled_ranks(settings.run.profile, processes=processes)
+    check_auxiliary_losses(settings.megatron, version=megatron_version())
     # Imports torch, which a mistake in the settings must not wait for.
     from megatron_paint.losses.elementwise.choose import loss_kernel, missing_for_triton
 
@@ -187,6 +205,16 @@ def _changes(settings: Settings, layout: Layout) -> Iterator[tuple[str, Settings
     megatron, data, rollout, ranks = settings.megatron, settings.data, settings.rollout, layout.processes
     tp, most = layout.tensor_parallel, common_tensor_parallel_size(layout.shape)
     places = ranks // (layout.pipeline_parallel * layout.context_parallel)
+    experts, of_one = layout.shape.num_experts, layout.expert_tensor_parallel
+    of_stage = ranks // layout.pipeline_parallel
+    parts = [
+        n for n in range(layout.expert_parallel + 1, experts + 1) if experts % n == 0 and of_stage % (n * of_one) == 0
+    ]
+    for size in parts[:1]:
+        changed = replace(megatron, expert_model_parallel_size=size)
+        yield f"megatron.expert_model_parallel_size={size}", replace(settings, megatron=changed), ranks
+    if experts and megatron.expert_tensor_parallel_size is None:
+        most = math.gcd(most, layout.shape.expert_ffn_size, of_stage // layout.expert_parallel)
     larger = [size for size in range(tp + 1, places + 1) if most % size == 0 and places % size == 0]
     for size in larger[:1]:
         changed = replace(megatron, tensor_model_parallel_size=size, sequence_parallel=True)

@@ -11,6 +11,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from megatron_paint.base.errors import UserError
 from megatron_paint.checkpoints.adapter_reader import Adapter
 from megatron_paint.checkpoints.hf_reader import HuggingFaceReader
+from megatron_paint.config.settings import LoraSettings
 from megatron_paint.models.qwen3.mapping import hugging_face_shapes
 from megatron_paint.models.qwen3.shape import read_shape
 
@@ -117,7 +118,7 @@ CONFIGS = {
     "biases of the adapters": ({"lora_bias": True}, "lora_bias=True"),
     "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' also changed the weights"),
     "OLoRA": ({"init_lora_weights": "olora"}, "init_lora_weights='olora' also changed the weights"),
-    "target_parameters": ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters=['mlp.experts"),
+    "target_parameters": ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters names experts, and"),
     "layers repeated": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication=[[0, 2], [1, 2]]"),
     "tokens": ({"trainable_token_indices": [5]}, "trainable_token_indices=[5]"),
     "activated": ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens=[1]"),
@@ -215,7 +216,7 @@ def test_a_run_of_adapters_that_cannot_continue_is_told(case, bases, tmp_path):
     folder = make_adapter(bases[False], tmp_path / "adapter", **{"target_modules": ["q_proj", "v_proj"]} | config)
     adapter = Adapter(folder, read_shape(bases[False]))
     with pytest.raises(UserError) as caught:
-        adapter.check_continues(**lora)
+        adapter.check_continues(LoraSettings(**lora))
     assert says in str(caught.value)
     if "set model.lora.rank" in says:
-        adapter.check_continues(rank=4, alpha=12 if case == "rank-stabilised" else 6)
+        adapter.check_continues(LoraSettings(rank=4, alpha=12.0 if case == "rank-stabilised" else 6.0))

@@ -37,9 +37,11 @@ def test_what_a_run_logs(unbroken):
     run_dir, lines = unbroken
     for line in lines:
         # Of settings that this run does not have.
-        others = {key for key in METRICS if key.startswith(("support/", "order/", "rollout/", "importance/"))} | {
-            "reveal/without_peer"
-        }
+        others = {
+            key
+            for key in METRICS
+            if key.startswith(("support/", "order/", "rollout/", "importance/", "experts/", "router/"))
+        } | {"reveal/without_peer"}
         assert {*line, *others, "skipped"} == set(METRICS)  # it has all that other objectives log, and more
         assert 0 < line["reward/mean"] < 1
         assert line["updates"] == 2

@@ -276,9 +276,9 @@ CONFIGS = {
     "heads that no group divides": ({"num_attention_heads": 5}, "5 attention heads"),
     "a size of 0": ({"hidden_size": 0}, "hidden_size=0"),
     "a size that is text": ({"num_hidden_layers": "many"}, "not a Qwen3 config"),
-    "a mixture of experts": (
+    "a mixture of experts over a dense model's weights": (
         {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
-        "mixture of experts",
+        "model.layers.0.mlp.up_proj.weight does not belong to the model of the config",
     ),
     "attention bias": ({"attention_bias": True}, "attention_bias"),
     "other sizes than the weights": ({"intermediate_size": 128}, "shape"),

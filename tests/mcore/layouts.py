@@ -15,6 +15,8 @@ class Layout:
     sequence_parallel: bool = False
     recompute: str | None = None
     cp: int = 1
+    ep: int = 1
+    etp: int | None = None
     pipeline: dict = field(default_factory=dict)  # what else says which layers a stage has
     layers: int = 4  # of the model
 
@@ -33,6 +35,8 @@ class Layout:
             "pipeline_model_parallel_size": self.pp,
             "context_parallel_size": self.cp,
             "sequence_parallel": self.sequence_parallel,
+            "expert_model_parallel_size": self.ep,
+            "expert_tensor_parallel_size": self.etp,
             **recompute,
             **self.pipeline,
         }
@@ -58,10 +62,23 @@ PIPELINES = {
         2, 1, 2, recompute="full", pipeline={"pipeline_model_parallel_layout": "E|tt|tttt|tL"}, layers=7
     ),
 }
+# Layouts of a mixture of experts. ep2: replicas share experts, and there are two copies of each expert. tp2-etp1: an
+# expert is complete on both tensor-parallel ranks. tp2-ep2-etp1: the experts are cut over tensor-parallel ranks alone.
+# tp2-ep2-etp2: two replicas have each expert once, in halves.
+EXPERT_LAYOUTS = {
+    "experts-tp1": Layout(1, 1, 1),
+    "ep2": Layout(4, 1, 1, ep=2),
+    "tp2-etp1": Layout(2, 2, 1, True, etp=1),
+    "tp2-ep2-etp1": Layout(4, 2, 1, True, recompute="selective", ep=2, etp=1),
+    "tp2-ep2-etp2": Layout(4, 2, 1, True, ep=2),
+    "pp2-ep2": Layout(4, 1, 2, recompute="full", ep=2),
+    "cp2-ep2": Layout(2, 1, 1, cp=2, ep=2),
+    "pp2-vp2-ep2": Layout(4, 1, 2, ep=2, pipeline={"virtual_pipeline_model_parallel_size": 2}),
+}
 
 
 def layout_of(name: str) -> Layout:
-    return (LAYOUTS | PIPELINES)[name]
+    return (LAYOUTS | PIPELINES | EXPERT_LAYOUTS)[name]
 
 
 def run_worker(module: str, layout: str, *arguments: str | Path) -> None:

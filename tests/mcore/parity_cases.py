@@ -49,6 +49,18 @@ class Case:
     num_samples: int = 5  # 1 leaves a data-parallel replica without any
     yarn: bool = False
     layers: int = 4
+    experts: bool = False  # a mixture
+    adapts_experts: bool = False  # LoRA on its experts too
+
+    def checkpoint(self, folder: Path, name: str) -> Path:
+        """The folder of its weights `name`: start or moved."""
+        return checkpoint(folder, name, self.tied, self.yarn, self.experts, self.layers)
+
+    def changes(self, weight: str) -> bool:
+        """Whether the weight of this Hugging Face name is trained."""
+        if ".experts." in weight:
+            return not self.lora or self.adapts_experts
+        return not self.lora or any(f".{target}." in weight for target in LORA_TARGETS)
 
     @property
     def loss_settings(self) -> dict:
@@ -319,16 +331,16 @@ def make_checkpoints(folder: Path) -> None:
             torch.manual_seed(seed)
             model = Qwen3ForCausalLM(Qwen3Config(**sizes, **rope, tie_word_embeddings=tied))
             if name == "moved":
-                start = Qwen3ForCausalLM.from_pretrained(checkpoint(folder, "start", tied, yarn, layers))
+                start = Qwen3ForCausalLM.from_pretrained(checkpoint(folder, "start", tied, yarn, layers=layers))
                 with torch.no_grad():
                     for p, q in zip(model.parameters(), start.parameters(), strict=True):
                         p.copy_(q + 0.1 * p)
-            model.save_pretrained(checkpoint(folder, name, tied, yarn, layers))
+            model.save_pretrained(checkpoint(folder, name, tied, yarn, layers=layers))
 
 
-def checkpoint(folder: Path, name: str, tied: bool, yarn: bool = False, layers: int = 4) -> Path:
+def checkpoint(folder: Path, name: str, tied: bool, yarn: bool = False, experts: bool = False, layers: int = 4) -> Path:
     deep = f"-{layers}" if layers != SIZES["num_hidden_layers"] else ""
-    return folder / f"{name}-{'tied' if tied else 'untied'}{'-yarn' * yarn}{deep}"
+    return folder / f"{name}-{'tied' if tied else 'untied'}{'-yarn' * yarn}{'-experts' * experts}{deep}"
 
 
 def adapter_value(name: str, shape: torch.Size) -> torch.Tensor:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
+from megatron_paint.checkpoints.stacked_adapters import packed, stacked_key, unpacked
 from megatron_paint.config.objective import GrpoSettings, ObjectiveSettings, TeacherSettings
 from megatron_paint.config.settings import (
     DataSettings,
@@ -23,7 +24,7 @@ from megatron_paint.losses import InterpolationLossConfig
 from megatron_paint.losses.objectives import CrossEntropyLoss, DistillationLoss
 from megatron_paint.mcore import hf_checkpoint
 from megatron_paint.mcore.hf_checkpoint import gathered_tensors, load_stage
-from megatron_paint.mcore.lora import adapters_of
+from megatron_paint.mcore.lora import adapters_of, named_expert_adapters
 from megatron_paint.mcore.policy import MegatronPolicy
 from megatron_paint.mcore.ranks import start_ranks, stop_ranks
 from megatron_paint.models.qwen3.shape import read_shape
@@ -40,9 +41,9 @@ RANK, ALPHA = 4, 8
 def settings_of(case: parity.Case, folder: Path, megatron: dict) -> Settings:
     return Settings(
         model=ModelSettings(
-            hf_path=str(parity.checkpoint(folder, "start", case.tied, case.yarn, case.layers)),
+            hf_path=str(case.checkpoint(folder, "start")),
             dtype="float32",
-            lora=LoraSettings(rank=RANK, alpha=ALPHA) if case.lora else None,
+            lora=LoraSettings(rank=RANK, alpha=ALPHA, experts=case.adapts_experts) if case.lora else None,
         ),
         data=DataSettings(train="unused", micro_batch_tokens=40),
         run=RunSettings(dir="unused"),
@@ -118,7 +119,7 @@ def grpo_records(step: int, case: parity.Case) -> list[Sample]:
 def adapters_by_peft_name(policy: MegatronPolicy) -> dict[str, torch.nn.Parameter]:
     found = {}
     for name, p in policy.stage.named_parameters():
-        if "_adapters." not in name:
+        if "_adapters." not in name or "expert_adapters." in name:
             continue
         *_, layer, block, _, side, projection = name.split(".")
         hf_block = {"self_attention": "self_attn", "mlp": "mlp"}[block]
@@ -135,6 +136,16 @@ def set_adapters(policy: MegatronPolicy) -> None:
         if p.tensor_model_parallel:
             whole = whole.chunk(policy.ranks.tp_size, dim=p.partition_dim)[policy.ranks.tp_rank]
         p.data.copy_(whole)
+    for layer, stacked, side, p in named_expert_adapters(policy.stage):
+        name = short_key(layer, stacked, side)
+        experts = policy.shape.num_experts
+        like = packed(side, torch.empty(experts, *p.shape[1:]))
+        value = unpacked(side, parity.adapter_value(name, like.shape), experts)
+        p.data.copy_(value.chunk(policy.ranks.ep_size)[policy.ranks.ep_rank])
+
+
+def short_key(layer: int, stacked: str, side: str) -> str:
+    return stacked_key(layer, stacked, side).removeprefix("base_model.model.").removesuffix(".weight")
 
 
 def everyones(policy: MegatronPolicy, mine: dict) -> dict:
@@ -154,7 +165,20 @@ def gradients(policy: MegatronPolicy) -> dict[str, torch.Tensor]:
             parts = [torch.empty_like(parts[0]) for _ in range(ranks.tp_size)]
             dist.all_gather(parts, p.main_grad.contiguous(), group=ranks.tp_group)
         mine[name] = torch.cat(parts, dim=max(p.partition_dim, 0)) if p.tensor_model_parallel else parts[0]
-    return everyones(policy, mine)
+    return everyones(policy, mine) | expert_adapter_gradients(policy)
+
+
+def expert_adapter_gradients(policy: MegatronPolicy) -> dict[str, torch.Tensor]:
+    """Those of the adapters of all experts, by PEFT's names."""
+    mine = {
+        (layer, stacked, side, policy.ranks.ep_rank): p.main_grad.clone()
+        for layer, stacked, side, p in named_expert_adapters(policy.stage)
+    }
+    found = everyones(policy, mine)
+    whole = {key[:3]: [] for key in found}
+    for key in sorted(found):
+        whole[key[:3]].append(found[key])
+    return {short_key(*key): packed(key[2], torch.cat(parts)) for key, parts in whole.items()}
 
 
 def teacher_hidden(policy: MegatronPolicy, samples: list[Sample]) -> dict[int, torch.Tensor]:
@@ -174,7 +198,7 @@ def run_case(case: parity.Case, folder: Path, out: Path, ranks, megatron: dict) 
     settings = settings_of(case, folder, megatron)
     shape = read_shape(settings.model.hf_path)
     policy = MegatronPolicy(settings, shape, ranks)
-    load_stage(policy.stage, parity.checkpoint(folder, "moved", case.tied, case.yarn, case.layers), shape, ranks)
+    load_stage(policy.stage, case.checkpoint(folder, "moved"), shape, ranks)
     set_adapters(policy)
     policy.optimizer.reload_model_params()
     if not case.lora:
@@ -190,7 +214,7 @@ def run_case(case: parity.Case, folder: Path, out: Path, ranks, megatron: dict) 
         loss = DistillationLoss(
             config=config, chunk_bytes=4e3, token_temperature=1.1, importance_limit=case.importance_limit
         )
-    result = {"losses": [], "gradients": [], "norms": [], "hidden": {}, "clipped": [], "logprobs": {}}
+    result = {"losses": [], "gradients": [], "norms": [], "hidden": {}, "clipped": [], "logprobs": {}, "metrics": []}
     if case.has_teacher_prompt:
         result["hidden"] = teacher_hidden(policy, records(0, case))
         sequences = [
@@ -207,6 +231,7 @@ def run_case(case: parity.Case, folder: Path, out: Path, ranks, megatron: dict) 
         for report in reports or objective.update(policy, samples, lr=case.lr)[0]:
             result["losses"].append([score.loss_sum for score in report.scores])
             result["norms"].append(report.grad_norm)
+            result["metrics"].append(report.metrics)
             result["clipped"].append(sum(score.sums.get("clipped_ratios", 0.0) for score in report.scores))
     policy.export(out / case.name)
     if ranks.rank == 0:

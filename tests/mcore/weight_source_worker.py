@@ -15,19 +15,26 @@ from megatron_paint.mcore.policy import MegatronPolicy
 from megatron_paint.mcore.ranks import start_ranks, stop_ranks
 from megatron_paint.mcore.weight_source import StageWeights
 from megatron_paint.models.qwen3.shape import read_shape
+from tests.mcore import expert_cases
 from tests.mcore import parity_cases as parity
-from tests.mcore.layouts import layout_of
+from tests.mcore.layouts import EXPERT_LAYOUTS, layout_of
 from tests.mcore.parity_worker import settings_of
 
 CASES = {case.name: case for case in parity.CASES if case.name in ("full-initial-sgd", "lora-initial-adam")}
+EXPERT_CASES = {
+    case.name: case for case in expert_cases.CASES if case.name in ("full-initial-sgd", "lora-experts-initial-sgd")
+}
 SIZES = (1, 20_000, 10**9)
 
 
 def main() -> None:
     layout, folder, out = layout_of(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+    cases = EXPERT_CASES if sys.argv[1] in EXPERT_LAYOUTS else CASES
     torch.set_num_threads(1)
     ranks = start_ranks(MegatronSettings(**layout.megatron))
-    for name, case in CASES.items():
+    for name, case in cases.items():
+        if not expert_cases.fits(case, layout):
+            continue
         for dtype in ("float32", "bfloat16"):
             settings = settings_of(case, folder, layout.megatron)
             settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype=dtype))

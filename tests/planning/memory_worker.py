@@ -48,6 +48,7 @@ CHANGES = {
     ),
     "ema": ("objective.teacher={weights: ema, ema_anchor: 0.1}", "megatron.use_distributed_optimizer=false"),
     "bfloat16": ("model.dtype=bfloat16",),
+    "lora experts": ("model.lora={rank: 8, alpha: 16, experts: true}",),
 }
 
 
@@ -166,7 +167,8 @@ def sample(policy: MegatronPolicy, settings: Settings, *, stop_ids: Collection[i
 def measure(settings: Settings, ranks: Ranks) -> dict[str, float]:
     policy = MegatronPolicy(settings, read_shape(settings.model.hf_path), ranks)
     weights = own_storages(policy.stage.parameters())
-    gradients = own_storages(buffer.grad_data for chunk in policy.wrapped for buffer in chunk.buffers)
+    buffers = (b for chunk in policy.wrapped for b in (*chunk.buffers, *chunk.expert_parallel_buffers))
+    gradients = own_storages(buffer.grad_data for buffer in buffers)
     step = samples(settings)
     objective = settings.objective
     loss = DistillationLoss(config=objective.loss, chunk_bytes=objective.chunk_bytes, token_temperature=1.0)

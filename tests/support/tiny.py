@@ -5,7 +5,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 MARKERS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 ROWS = 264  # 256 bytes, the markers, and rows that no token has
@@ -26,9 +32,10 @@ def make_model(
     head_dim: int = 8,
     **sizes: int,
 ) -> Path:
-    """Writes a Hugging Face folder of a random model that fits TP 2 and PP 2."""
+    """Writes a Hugging Face folder of a random model that fits TP 2 and PP 2; with num_experts, of a mixture."""
     torch.manual_seed(seed)
-    config = Qwen3Config(
+    mixture = "num_experts" in sizes
+    config = (Qwen3MoeConfig if mixture else Qwen3Config)(
         vocab_size=rows,
         hidden_size=32,
         intermediate_size=64,
@@ -43,7 +50,7 @@ def make_model(
         pad_token_id=256,
         **sizes,
     )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    (Qwen3MoeForCausalLM if mixture else Qwen3ForCausalLM)(config).save_pretrained(folder)
     vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,0 +1,61 @@
+"""At one layout: gradients with and without a loss of the routers, and the micro-batches of all replicas."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+
+from megatron_paint.config.settings import MegatronSettings
+from megatron_paint.losses.objectives import CrossEntropyLoss
+from megatron_paint.mcore.batch import make_micro_batches
+from megatron_paint.mcore.policy import MegatronPolicy, _student_sequences
+from megatron_paint.mcore.ranks import start_ranks, stop_ranks
+from megatron_paint.models.qwen3.shape import read_shape
+from tests.mcore.expert_cases import CASES
+from tests.mcore.layouts import EXPERT_LAYOUTS
+from tests.mcore.parity_worker import gradients, records, settings_of
+
+COEFFICIENT = 0.5
+KINDS = {
+    "none": {},
+    "aux": {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": COEFFICIENT},
+    "z": {"moe_z_loss_coeff": COEFFICIENT},
+}
+
+
+def main() -> None:
+    layout, folder, out = EXPERT_LAYOUTS[sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    ranks = start_ranks(MegatronSettings(**layout.megatron))
+    (case,) = (case for case in CASES if case.name == "sft-sgd")
+    found = {}
+    for kind, changes in KINDS.items():
+        settings = settings_of(case, folder, layout.megatron)
+        settings = dataclasses.replace(settings, megatron=dataclasses.replace(settings.megatron, **changes))
+        policy = MegatronPolicy(settings, read_shape(settings.model.hf_path), ranks)
+        samples = records(0, case)
+        loss = CrossEntropyLoss(chunk_bytes=1e9)
+        policy.backward(samples, loss, policy.teacher_states(samples, loss))
+        found[kind] = gradients(policy)
+    sequences, replicas = _student_sequences(samples), policy._replicas(samples)
+    forward = policy.forward
+    found["batches"] = [
+        (batch.ids_T.tolist(), batch.rows.packed_lengths)
+        for replica in range(ranks.dp_size)
+        for batch in make_micro_batches(
+            sequences,
+            replicas,
+            replica=replica,
+            limit=forward.micro_batch_tokens,
+            multiple=forward.token_multiple,
+            device=ranks.device,
+        )
+    ]
+    if ranks.rank == 0:
+        torch.save(found, out / "found.pt")
+    stop_ranks()
+
+
+if __name__ == "__main__":
+    main()

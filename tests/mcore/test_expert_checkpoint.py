@@ -1,0 +1,61 @@
+"""Checkpoints of a mixture of experts: any layout loads what any other saved, and resumes to the bit at its own."""
+
+import json
+
+import pytest
+import torch
+
+from tests.mcore.expert_cases import fits, make_checkpoints
+from tests.mcore.expert_checkpoint_worker import CASES
+from tests.mcore.layouts import EXPERT_LAYOUTS, run_worker
+from tests.support.exports import same, weights
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """(saved checkpoints, output of the unbroken run, output of the runs that load) by layout."""
+    checkpoints, saved = (tmp_path_factory.mktemp(name) for name in ("hf", "saved"))
+    make_checkpoints(checkpoints)
+    unbroken, loaded = {}, {}
+    for layout in EXPERT_LAYOUTS:
+        unbroken[layout] = tmp_path_factory.mktemp(f"unbroken-{layout}")
+        run_worker("expert_checkpoint_worker", layout, checkpoints, saved, unbroken[layout])
+
+    def of(layout: str):
+        if layout not in loaded:
+            loaded[layout] = tmp_path_factory.mktemp(f"loaded-{layout}")
+            run_worker("expert_checkpoint_worker", layout, checkpoints, saved, loaded[layout], *EXPERT_LAYOUTS)
+        return saved, unbroken, loaded[layout]
+
+    return of
+
+
+PAIRS = [(reader, case) for reader, layout in EXPERT_LAYOUTS.items() for case in CASES if fits(case, layout)]
+
+
+@pytest.mark.parametrize(("reader", "case"), PAIRS, ids=lambda value: getattr(value, "name", value))
+def test_the_next_step_is_the_same(reader, case, runs):
+    """Of a run that any layout saved, compared with the run at that layout that was never broken."""
+    _, unbroken, loaded = runs(reader)
+    for writer, layout in EXPERT_LAYOUTS.items():
+        if not fits(case, layout):
+            continue
+        wanted = torch.load(unbroken[writer] / f"{case.name}-unbroken.pt")
+        found = torch.load(loaded / f"{case.name}-{writer}.pt")
+        ours, theirs = weights(loaded / f"{case.name}-{writer}"), weights(unbroken[writer] / f"{case.name}-unbroken")
+        assert ours.keys() == theirs.keys()
+        if writer == reader:
+            assert found == wanted
+            assert same(ours, theirs)
+            continue
+        assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
+        assert found["norm"] == pytest.approx(wanted["norm"], rel=1e-5)
+        for name, tensor in theirs.items():
+            assert (ours[name] - tensor).norm() <= 1e-7 * tensor.norm(), (writer, name)
+
+
+def test_a_checkpoint_names_the_experts_sizes(runs):
+    saved, *_ = runs("experts-tp1")
+    sizes = json.loads((saved / "ep2" / "full-plain" / "run_state.json").read_text())["model"]
+    wanted = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+    assert {name: sizes[name] for name in wanted} == wanted

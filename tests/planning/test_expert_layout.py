@@ -1,0 +1,167 @@
+"""Layouts of a mixture of experts: what is refused and with which advice, and how many weights a rank has."""
+
+import json
+import re
+
+import pytest
+
+from megatron_paint.base.errors import UserError
+from megatron_paint.config.settings import LoraSettings, MegatronSettings, ModelSettings, RolloutSettings
+from megatron_paint.models.qwen3.shape import read_shape
+from megatron_paint.planning.layout import check_auxiliary_losses, check_layout
+from megatron_paint.planning.weights import adapter_parameters, rank_weights
+
+SIZES = {  # Qwen3-30B-A3B
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SIZES))
+    return tmp_path
+
+
+def check(folder, *, processes: int = 8, lora: LoraSettings | None = None, **megatron):
+    settings = MegatronSettings(**megatron)
+    return check_layout(ModelSettings(hf_path=str(folder), lora=lora), settings, RolloutSettings(), processes=processes)
+
+
+SP = {"sequence_parallel": True}
+REFUSED = {
+    "experts that no rank count divides": (
+        {"expert_model_parallel_size": 6},
+        "megatron.expert_model_parallel_size=6 does not divide the number of experts, 128",
+        "the nearest that fits the model is 4",
+    ),
+    "experts cut where they do not divide": (
+        {"expert_tensor_parallel_size": 5},
+        "megatron.expert_tensor_parallel_size=5 does not divide the feed-forward size of an expert, 768",
+        "the nearest that fits the model is 4",
+    ),
+    "no sequence parallelism": (
+        {"tensor_model_parallel_size": 2},
+        "megatron.tensor_model_parallel_size=2 needs megatron.sequence_parallel=true with a mixture of experts",
+        "every rank would route all tokens otherwise",
+    ),
+    "more experts' parts than ranks": (
+        {"expert_model_parallel_size": 16, "expert_tensor_parallel_size": 1},
+        "a pipeline stage of 8 processes cannot hold complete sets of experts",
+        "expert_model_parallel_size=16 x expert_tensor_parallel_size=1: the number of processes must be a multiple of "
+        "16 (nearest: --processes 16)",
+    ),
+    "experts cut over the tensor-parallel ranks by default": (
+        {"expert_model_parallel_size": 8, "tensor_model_parallel_size": 2, **SP},
+        "expert_model_parallel_size=8 x tensor_model_parallel_size=2 (expert_tensor_parallel_size is not set)",
+        "(nearest: --processes 16)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals_name_setting_and_fix(case, folder):
+    megatron, *parts = REFUSED[case]
+    with pytest.raises(UserError) as caught:
+        check(folder, **megatron)
+    assert "\n" not in str(caught.value)
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+@pytest.mark.parametrize(
+    ("name", "megatron"),
+    [
+        ("expert_model_parallel_size=2", {"expert_model_parallel_size": 2}),
+        ("expert_tensor_parallel_size=1", {"expert_tensor_parallel_size": 1}),
+        ("moe_z_loss_coeff", {"moe_z_loss_coeff": 1e-3}),
+    ],
+)
+def test_a_dense_model_has_no_experts(name, megatron, folder):
+    (folder / "config.json").write_text(json.dumps(SIZES | {"model_type": "qwen3"}))
+    with pytest.raises(UserError, match=rf"megatron\.{name} .* has none; leave it out"):
+        check(folder, **megatron)
+    with pytest.raises(UserError, match=r"model\.lora\.experts=true adapts experts, and .* has none"):
+        check(folder, lora=LoraSettings(experts=True))
+
+
+def test_adapters_on_experts_need_complete_experts(folder):
+    megatron = {"tensor_model_parallel_size": 2, **SP}
+    with pytest.raises(UserError, match=re.escape("set megatron.expert_tensor_parallel_size=1")):
+        check(folder, lora=LoraSettings(experts=True), **megatron)
+    check(folder, lora=LoraSettings(experts=True), expert_tensor_parallel_size=1, **megatron)
+    check(folder, lora=LoraSettings(), **megatron)
+
+
+def test_losses_of_routers_need_a_version_that_scales_them(folder):
+    megatron = MegatronSettings(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=1e-3)
+    with pytest.raises(
+        UserError, match=r"megatron\.moe_aux_loss_coeff needs megatron-core 0\.19 or newer, and 0\.16\.1"
+    ):
+        check_auxiliary_losses(megatron, version="0.16.1")
+    check_auxiliary_losses(megatron, version="0.19.2")
+    check_auxiliary_losses(MegatronSettings(), version="0.16.1")
+
+
+@pytest.mark.parametrize(
+    ("processes", "megatron", "copies"),
+    [
+        (8, {"expert_model_parallel_size": 8}, 1),
+        (16, {"expert_model_parallel_size": 8}, 2),
+        (8, {"expert_model_parallel_size": 4, "tensor_model_parallel_size": 2, **SP}, 1),
+        (
+            8,
+            {"expert_model_parallel_size": 4, "tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1, **SP},
+            2,
+        ),
+        (8, {"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 2),
+    ],
+)
+def test_copies_of_an_expert(processes, megatron, copies, folder):
+    assert check(folder, processes=processes, **megatron).expert_replicas == copies
+
+
+def test_a_model_of_other_feed_forward_size_than_its_experts(folder):
+    """The dense feed-forward size of the config is no size of a mixture: it need not divide."""
+    (folder / "config.json").write_text(json.dumps(SIZES | {"intermediate_size": 6145}))
+    check(folder, tensor_model_parallel_size=2, **SP)
+
+
+def test_ranks_together_have_the_model(folder):
+    """Qwen3-30B-A3B has 30,532,122,624 weights, by its model card 30.5B."""
+    shape = read_shape(folder)
+    assert shape.num_parameters == 30_532_122_624
+    (alone,) = (rank_weights(shape, tp=1, pp=1, stage=0, lora_rank=None),)
+    assert alone.base == shape.num_parameters
+    assert alone.experts == 48 * 128 * 3 * 2048 * 768
+    for tp, ep, etp in ((1, 8, 1), (2, 4, 2), (4, 8, 1)):
+        rank = rank_weights(shape, tp=tp, pp=1, stage=0, lora_rank=None, ep=ep, etp=etp)
+        replicated = 48 * (2 * 2048 + 2 * 128 + 128 * 2048) + 2048  # norms and routers
+        dense = alone.base - alone.experts - replicated
+        assert rank.experts == alone.experts // (ep * etp)
+        assert rank.base == rank.experts + dense // tp + replicated
+        assert rank.trained_experts == rank.experts
+
+
+def test_adapters_of_a_mixture(folder):
+    """Attention has four pairs; an expert has one for gate and up together and one for down."""
+    shape = read_shape(folder)
+    attention = 64 * ((2048 + 4096) + 2 * (2048 + 512) + (4096 + 2048))
+    experts = 128 * 64 * ((2048 + 2 * 768) + (768 + 2048))
+    assert adapter_parameters(shape, 64) == 48 * attention
+    assert adapter_parameters(shape, 64, experts=True) == 48 * (attention + experts)
+    rank = rank_weights(shape, tp=1, pp=2, stage=0, lora_rank=64, ep=8, adapts_experts=True)
+    assert rank.trained == rank.adapters == 24 * (attention + experts // 8)
+    assert rank.trained_experts == 24 * experts // 8
