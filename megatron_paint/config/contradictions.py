@@ -365,7 +365,7 @@ def of_auxiliary_losses(
         return
     name = "moe_aux_loss_coeff" if megatron.moe_aux_loss_coeff else "moe_z_loss_coeff"
     if megatron.context_parallel_size > 1:
-        yield f"megatron.{name} was not tested with context_parallel_size above 1: set that to 1, or leave the weight out"
+        yield f"megatron.{name} was not tested with context_parallel_size above 1: set that to 1, or leave it out"
     if model.lora is not None:
         yield f"megatron.{name} is a loss of the routers, which model.lora freezes: leave one of them out"
     if objective.needs.masker and objective.loss.elsewhere == "skip":
