@@ -56,11 +56,14 @@ LAYOUTS = {
 PIPELINES = {
     "pp2-vp2": Layout(2, 1, 2, pipeline={"virtual_pipeline_model_parallel_size": 2}),
     "tp2-pp2-vp2-sp": Layout(4, 2, 2, True, recompute="full", pipeline={"virtual_pipeline_model_parallel_size": 2}),
+    "pp2-vp2-dp2": Layout(4, 1, 2, pipeline={"virtual_pipeline_model_parallel_size": 2}),
     "pp2-first4": Layout(2, 1, 2, recompute="full", pipeline={"num_layers_in_first_pipeline_stage": 4}, layers=7),
     "pp4-ends": Layout(4, 1, 4, pipeline={"pipeline_model_parallel_layout": "E|t*3|t*4|L"}, layers=7),
     "pp2-vp2-uneven": Layout(
         2, 1, 2, recompute="full", pipeline={"pipeline_model_parallel_layout": "E|tt|tttt|tL"}, layers=7
     ),
+    # Two neighbours in a ring of three have the same parity, by which Megatron orders sends and receives.
+    "pp3-vp2": Layout(3, 1, 3, pipeline={"pipeline_model_parallel_layout": "Et|t|t|tt|t|tL"}, layers=7),
 }
 # Layouts of a mixture of experts. ep2: replicas share experts, and there are two copies of each expert. tp2-etp1: an
 # expert is complete on both tensor-parallel ranks. tp2-ep2-etp1: the experts are cut over tensor-parallel ranks alone.

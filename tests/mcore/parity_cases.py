@@ -240,9 +240,11 @@ AT_PIPELINES = {
         "sft-tied-adam",
         "grpo-kl-sgd",
     ),
+    "pp2-vp2-dp2": ("full-tied-ema-adam", "full-current-distributed-adam", "full-one-sample"),
     "pp2-first4": ("full-tied-ema-adam", "lora-ema-sgd", "grpo-kl-sgd"),
     "pp4-ends": ("full-tied-ema-adam", "grpo-kl-sgd", "sft-tied-adam"),
     "pp2-vp2-uneven": ("full-tied-ema-adam", "lora-ema-sgd", "grpo-kl-sgd"),
+    "pp3-vp2": ("full-tied-ema-adam", "lora-ema-sgd"),
 }
 DEEP = 7  # layers
 DEEP_CASES = {

@@ -16,7 +16,9 @@ from tests.mcore.layouts import PIPELINES, Layout, layout_of
 from tests.mcore.parity_worker import records
 
 CASES = (
-    parity.Case(name="full", tied=True, teacher="ema", optimizer="adam", distributed_optimizer=True),
+    parity.Case(
+        name="full", tied=True, teacher="ema", optimizer="adam", distributed_optimizer=True, overlap_grad_reduce=True
+    ),
     parity.Case(name="lora", tied=False, teacher="ema", optimizer="adam", lora=True, ema_anchor=0.3),
 )
 

@@ -15,6 +15,8 @@ BETWEEN = [  # written at, read at
     ("pp2-vp2", "tp1"),
     ("pp2-vp2", "pp2"),
     ("pp2-vp2", "tp2-pp2-vp2-sp"),
+    ("pp2-vp2-dp2", "tp1"),
+    ("tp1", "pp2-vp2-dp2"),
     ("tp1", "pp2-vp2"),
     ("pp2", "pp2-vp2"),
     ("pp4-ends", "pp2-first4"),
