@@ -40,7 +40,7 @@ LAYOUTS = {
 }
 # Layouts of a mixture of experts. ep2: replicas share experts, and there are two copies of each expert. tp2-etp1: an
 # expert is complete on both tensor-parallel ranks. tp2-ep2-etp1: the experts are cut over tensor-parallel ranks alone.
-# tp2-ep2-etp2: two replicas have each expert once, in halves.
+# tp2-ep2-etp2: two replicas have each expert once, in halves. ep2-etp2: the same of four replicas, without other cuts.
 EXPERT_LAYOUTS = {
     "experts-tp1": Layout(1, 1, 1),
     "ep2": Layout(4, 1, 1, ep=2),
@@ -48,6 +48,7 @@ EXPERT_LAYOUTS = {
     "tp2-ep2-etp1": Layout(4, 2, 1, True, recompute="selective", ep=2, etp=1),
     "tp2-ep2-etp2": Layout(4, 2, 1, True, ep=2),
     "pp2-ep2": Layout(4, 1, 2, recompute="full", ep=2),
+    "ep2-etp2": Layout(4, 1, 1, ep=2, etp=2),
 }
 EVERY_LAYOUT = LAYOUTS | EXPERT_LAYOUTS
 
