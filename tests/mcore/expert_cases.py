@@ -60,8 +60,8 @@ CASES = (
 )
 
 
-# `make test` runs all cases where experts and dense weights are cut differently. At the other layouts it runs those that
-# touch what only these have. `make test-all` runs the rest.
+# `make test` runs all cases where experts and dense weights are cut differently. At the other layouts it runs what
+# only they have. `make test-all` runs the rest.
 TOUCHING = {
     "ep2": ("full-initial-sgd", "full-ema-clip-distributed", "sft-sgd", "grpo-kl-sgd", "lora-experts-ema-distributed"),
     "tp2-etp1": ("full-ema-clip-distributed", "full-ema-clip-adam"),
