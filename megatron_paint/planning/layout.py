@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 from megatron_paint.base.errors import UserError, about
@@ -87,7 +86,6 @@ def check_shape(shape: ModelShape, model: ModelSettings, megatron: MegatronSetti
             "megatron.sequence_parallel=true splits activations over tensor-parallel ranks, but "
             "tensor_model_parallel_size=1; set it to false"
         )
-    _check_recomputed_units(megatron, layers=layers // pp)
     _check_cache(shape, model=model, megatron=megatron, rollout=rollout)
     start = model.megatron_path
     if start is not None and not Path(start).is_dir():
@@ -140,31 +138,6 @@ def _must_divide(key: str, ranks: int, size: int, what: str, shape: ModelShape, 
             f"{key}={ranks} does not divide the {what}, {size}, of {shape.source}; the nearest that fits the model is "
             f"{nearest}"
         )
-
-
-def _check_recomputed_units(megatron: MegatronSettings, *, layers: int) -> None:
-    """UserError where the last recomputed unit would reach beyond the `layers` layers of a stage.
-
-    Megatron-Core 0.16 then fails with an IndexError in the first forward pass; 0.19 makes the last unit smaller.
-    """
-    unit = megatron.recompute_num_layers or 1
-    if megatron.recompute_granularity != "full" or megatron.recompute_method != "uniform" or layers % unit == 0:
-        return
-    version = megatron_version()
-    if version is not None and tuple(map(int, version.split(".")[:2])) < (0, 19):
-        nearest = min((n for n in range(1, layers + 1) if layers % n == 0), key=lambda n: (abs(n - unit), n))
-        raise UserError(
-            f"megatron.recompute_num_layers={unit} does not divide the {layers} layers of a stage, which "
-            f"recompute_method=uniform divides into units; the nearest that does is {nearest}"
-        )
-
-
-def megatron_version() -> str | None:
-    """The installed version of megatron-core; None: it is not installed."""
-    try:
-        return metadata.version("megatron-core")
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _check_cache(

@@ -31,7 +31,7 @@ from megatron_paint.records import Problem, Rollout, Sample
 from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
 
 LENGTH = 127  # tokens of a sequence: a prompt of one token, and the response, whose last token is no input
-PER_MICRO_BATCH, PER_REPLICA = 2, 4  # sequences
+PER_MICRO_BATCH = 2  # sequences
 CHANGES = {
     "full": (),
     "full selective": ("megatron.recompute_granularity=selective",),
@@ -128,7 +128,7 @@ def caches() -> Iterator[list[int]]:
         yield found
 
 
-def samples(ranks: Ranks) -> list[Sample]:
+def samples(settings: Settings) -> list[Sample]:
     response = tuple(range(5, 5 + LENGTH))
     return [
         Sample(
@@ -137,7 +137,7 @@ def samples(ranks: Ranks) -> list[Sample]:
             rollout=Rollout(problem_id=str(i), prompt_ids=(1,), response_ids=response),
             teacher_prompt_ids=(2,),
         )
-        for i in range(max(PER_REPLICA, PER_MICRO_BATCH * ranks.pp_size) * ranks.dp_size)
+        for i in range(settings.data.problems_per_step)
     ]
 
 
@@ -165,7 +165,7 @@ def measure(settings: Settings, ranks: Ranks) -> dict[str, float]:
     policy = MegatronPolicy(settings, read_shape(settings.model.hf_path), ranks)
     weights = own_storages(policy.stage.parameters())
     gradients = own_storages(buffer.grad_data for buffer in policy.wrapped.buffers)
-    step = samples(ranks)
+    step = samples(settings)
     objective = settings.objective
     loss = DistillationLoss(config=objective.loss, chunk_bytes=objective.chunk_bytes, token_temperature=1.0)
     states = policy.teacher_states(step, loss)
@@ -229,7 +229,7 @@ class Allocations(TorchDispatchMode):
 def measure_peaks(settings: Settings, ranks: Ranks) -> dict[str, int]:
     """All bytes of the process's tensors in each moment of a run."""
     torch.set_num_threads(1)  # the loss has a tile for each thread
-    objective, step = settings.objective, samples(ranks)
+    objective, step = settings.objective, samples(settings)
     loss = DistillationLoss(config=objective.loss, chunk_bytes=objective.chunk_bytes, token_temperature=1.0)
     with Allocations() as live:
         policy = MegatronPolicy(settings, read_shape(settings.model.hf_path), ranks)

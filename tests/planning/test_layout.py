@@ -6,7 +6,6 @@ import pytest
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import MegatronSettings, ModelSettings, RolloutSettings
-from megatron_paint.planning import layout
 from megatron_paint.planning.layout import check_model
 
 SIZES = {
@@ -45,29 +44,6 @@ def test_the_suggested_tensor_parallel_size_holds(tp, changes, nearest, tmp_path
     with pytest.raises(UserError, match=rf"=\d+ does not divide .*; the nearest that fits the model is {nearest}$"):
         check(tmp_path, tp=tp, **changes)
     assert check(tmp_path, tp=nearest, **changes).num_layers == 6
-
-
-def test_recomputed_units_fill_a_stage(tmp_path, monkeypatch):
-    """Uniform recomputation of Megatron-Core 0.16 indexes layers that do not exist otherwise. Three layers a stage."""
-    monkeypatch.setattr(layout, "megatron_version", lambda: "0.16.1")
-    (tmp_path / "config.json").write_text(json.dumps(SIZES))
-
-    def recomputing(layers: int, method: str):
-        megatron = MegatronSettings(
-            pipeline_model_parallel_size=2,
-            recompute_granularity="full",
-            recompute_method=method,
-            recompute_num_layers=layers,
-        )
-        return check_model(ModelSettings(hf_path=str(tmp_path)), megatron, RolloutSettings())
-
-    for layers, nearest in ((2, 1), (5, 3)):
-        with pytest.raises(UserError, match=rf"={layers} does not divide the 3 layers of a stage.* does is {nearest}$"):
-            recomputing(layers, "uniform")
-        recomputing(layers, "block")
-    recomputing(3, "uniform")
-    monkeypatch.setattr(layout, "megatron_version", lambda: "0.19.2")
-    recomputing(2, "uniform")  # its last unit is smaller
 
 
 def test_the_suggested_pipeline_parallel_size_holds(tmp_path):

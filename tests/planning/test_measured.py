@@ -10,15 +10,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from megatron_paint.config.load import load_settings
 from megatron_paint.planning.estimate import StageMemory
 from megatron_paint.planning.layout import check_layout
-from tests.planning.memory_worker import CHANGES, LENGTH, PER_MICRO_BATCH, PER_REPLICA
+from tests.planning.memory_worker import CHANGES, LENGTH, PER_MICRO_BATCH
 from tests.support import forked_ranks
 
 WITHIN = 0.05
 LAYOUTS = {  # processes, tensor parallel, pipeline parallel, sequence parallel
-    "one process": (1, 1, 1, False),
-    "pipeline 2": (2, 1, 2, False),
-    "tensor 2 x pipeline 2, sequence parallel": (4, 2, 2, True),
-    "tensor 2 x data 2": (4, 2, 1, False),
     "tensor 2": (2, 2, 1, False),
     "tensor 2, sequence parallel": (2, 2, 1, True),
     "data 2": (2, 1, 1, False),
@@ -27,7 +23,12 @@ LAYOUTS = {  # processes, tensor parallel, pipeline parallel, sequence parallel
     "tensor 2 x pipeline 2": (4, 2, 2, False),
     "tensor 2 x data 2, sequence parallel": (4, 2, 1, True),
     "data 4": (4, 1, 1, False),
+    "one process": (1, 1, 1, False),
+    "pipeline 2": (2, 1, 2, False),
+    "tensor 2 x pipeline 2, sequence parallel": (4, 2, 2, True),
+    "tensor 2 x data 2": (4, 2, 1, False),
 }
+PER_REPLICA = {"pipeline 4": 8}  # sequences, else 4: as many micro-batches as a stage may have at once
 
 
 def write_model(folder: Path, *, tied: bool) -> Path:
@@ -48,9 +49,10 @@ def write_model(folder: Path, *, tied: bool) -> Path:
     return folder
 
 
-def write_settings(folder: Path, model: Path, *, processes: int, tp: int, pp: int, sequence_parallel: bool) -> Path:
+def write_settings(folder: Path, model: Path, name: str) -> Path:
+    processes, tp, pp, sequence_parallel = LAYOUTS[name]
     path = folder / "settings.yaml"
-    problems = max(PER_REPLICA, PER_MICRO_BATCH * pp) * processes // (tp * pp)
+    problems = PER_REPLICA.get(name, 4) * processes // (tp * pp)
     path.write_text(
         f"""\
 model: {{hf_path: {model}, dtype: float32}}
@@ -89,6 +91,18 @@ def expected(settings, *, processes: int, stage: int) -> dict[str, float]:
 
 # Short lists: every case of four ranks takes some seconds. `make test` runs every case and every layout once at least.
 CASES = {
+    "shards": ("tensor 2", False, ["full", "lora"]),
+    "more of shards": ("tensor 2", True, ["full recompute", "lora recompute"]),
+    "more of sequence parallel shards": ("tensor 2, sequence parallel", False, ["full selective", "lora"]),
+    "more of replicas": ("data 2", True, ["full", "lora recompute", "ema"]),
+    "more stages": ("pipeline 4", False, ["full selective", "full recompute", "lora"]),
+    "more of stages and replicas": ("pipeline 2 x data 2", False, ["full recompute", "lora"]),
+    "more of stages and shards alone": ("tensor 2 x pipeline 2", True, ["full", "lora recompute"]),
+    "more of replicas of sequence parallel shards": (
+        *("tensor 2 x data 2, sequence parallel", False),
+        ["full recompute", "lora"],
+    ),
+    "more of four replicas": ("data 4", False, ["full", "lora"]),
     "all weights": ("one process", False, ["full", "full selective", "full recompute"]),
     "teacher and type": ("one process", False, ["ema", "bfloat16"]),
     "adapters": ("one process", False, ["lora", "lora recompute"]),
@@ -98,18 +112,6 @@ CASES = {
     "stages and shards": ("tensor 2 x pipeline 2, sequence parallel", False, ["full recompute", "lora"]),
     "shards and replicas": ("tensor 2 x data 2", True, ["full selective", "ema"]),
     "more of shards and replicas": ("tensor 2 x data 2", True, ["full recompute", "lora"]),
-    "shards": ("tensor 2", False, ["full", "lora"]),
-    "more of shards": ("tensor 2", True, ["full recompute", "lora recompute"]),
-    "more of sequence parallel shards": ("tensor 2, sequence parallel", False, ["full selective", "lora"]),
-    "more of replicas": ("data 2", True, ["full", "lora recompute", "ema"]),
-    "more stages": ("pipeline 4", False, ["full selective", "full recompute", "lora"]),
-    "more of stages and replicas": ("pipeline 2 x data 2", False, ["full recompute", "lora"]),
-    "more of stages and shards": ("tensor 2 x pipeline 2", True, ["full", "lora recompute"]),
-    "more of replicas of sequence parallel shards": (
-        *("tensor 2 x data 2, sequence parallel", False),
-        ["full recompute", "lora"],
-    ),
-    "more of four replicas": ("data 4", False, ["full", "lora"]),
 }
 MARKED = [
     pytest.param(*case, id=name, marks=pytest.mark.long if name.startswith("more") else ())
@@ -119,9 +121,8 @@ MARKED = [
 
 def measure(what: str, folder: Path, name: str, *, tied: bool, cases: list[str]) -> tuple[Path, list[dict]]:
     """The settings, and what each rank of a layout measured."""
-    processes, tp, pp, sequence_parallel = LAYOUTS[name]
-    model = write_model(folder / "model", tied=tied)
-    settings = write_settings(folder, model, processes=processes, tp=tp, pp=pp, sequence_parallel=sequence_parallel)
+    processes = LAYOUTS[name][0]
+    settings = write_settings(folder, write_model(folder / "model", tied=tied), name)
     worker = {"target": "tests.planning.memory_worker:main", "processes": processes, "limit": 600}
     ended = forked_ranks.run(folder, what, settings, folder, *cases, **worker)
     assert ended.statuses == [0] * processes, "\n".join(text[-3000:] for text in ended.err)
