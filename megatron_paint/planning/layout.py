@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 from megatron_paint.base.errors import UserError, about

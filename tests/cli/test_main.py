@@ -41,7 +41,7 @@ def test_overrides_stand_anywhere(arguments):
         (["train"], "SETTINGS.yaml"),
         (["evaluate", "s.yaml", "--out"], "--out"),
         (["doctor", "a=1"], "unknown argument 'a=1'"),
-        (["paint"], "unknown command 'paint': choose from train, search, evaluate"),
+        (["finetune"], "unknown command 'finetune': choose from train, search, evaluate"),
         ([], "COMMAND"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -11,6 +11,7 @@ from megatron_paint.config.load import load_settings, settings_of
 from megatron_paint.config.schedule import due_after, learning_rate
 from megatron_paint.config.settings import OptimizerSettings, RunSettings, Settings
 from megatron_paint.planning.memory import make_plan
+from megatron_paint.planning.search.sizes import FOLDER
 from tests.support import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +63,33 @@ def test_presets_fit_their_model_and_its_gpus(name, size, tmp_path):
     responses = settings.data.problems_per_step * max(settings.needs.samples_per_problem, 1)
     assert responses == 32
     assert settings.run.dir == f"runs/qwen3_{size}/{name}"
+
+
+MIXTURES = {  # GPUs, tensor, pipeline and expert parallel
+    "qwen3_30b_a3b": (8, 2, 1, 4),
+    "qwen3_235b_a22b": (16, 4, 2, 8),
+}
+
+
+@pytest.mark.parametrize("size", MIXTURES)
+@pytest.mark.parametrize("name", ["paint", "support", "opsd", "grpo", "sft"])
+def test_presets_of_mixtures_fit_their_gpus(name, size):
+    """The config.json of a size is that of the planner, whose numbers of weights tests/planning/search compares."""
+    gpus, tp, pp, ep = MIXTURES[size]
+    folder = ROOT / "examples" / size
+    model = [f"model.hf_path={FOLDER / size}"]
+    settings = load_settings(folder / f"{name}.yaml", model)
+    plan = make_plan(settings, processes=gpus, gpu_memory=80e9, on_gpu_nodes=True, ranks_per_node=8)
+    assert plan.memory.peak < 80e9
+    assert plan.warnings() == []
+    assert (plan.tensor_parallel, plan.pipeline_parallel, plan.data_parallel) == (tp, pp, gpus // (tp * pp))
+    assert (settings.megatron.expert_model_parallel_size, settings.megatron.expert_tensor_parallel_size) == (ep, 1)
+    paint = load_settings(folder / "paint.yaml", model)
+    assert settings.objective.name == {"support": "opsd"}.get(name, name)
+    assert (settings.model, settings.optimizer, settings.megatron) == (paint.model, paint.optimizer, paint.megatron)
+    assert settings.model.lora.rank == 64
+    assert settings.data.problems_per_step * max(settings.needs.samples_per_problem, 1) == 32
+    assert settings.run.dir == f"runs/{size}/{name}"
 
 
 def test_a_file_lies_over_its_base(tmp_path):

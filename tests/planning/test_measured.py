@@ -100,6 +100,18 @@ def expected(settings, *, processes: int, stage: int) -> dict[str, float]:
 
 # Short lists: every case of four ranks takes some seconds. `make test` runs every case and every layout once at least.
 CASES = {
+    "shards": ("tensor 2", False, ["full", "lora"]),
+    "more of shards": ("tensor 2", True, ["full recompute", "lora recompute"]),
+    "more of sequence parallel shards": ("tensor 2, sequence parallel", False, ["full selective", "lora"]),
+    "more of replicas": ("data 2", True, ["full", "lora recompute", "ema"]),
+    "more stages": ("pipeline 4", False, ["full selective", "full recompute", "lora"]),
+    "more of stages and replicas": ("pipeline 2 x data 2", False, ["full recompute", "lora"]),
+    "more of stages and shards alone": ("tensor 2 x pipeline 2", True, ["full", "lora recompute"]),
+    "more of replicas of sequence parallel shards": (
+        *("tensor 2 x data 2, sequence parallel", False),
+        ["full recompute", "lora"],
+    ),
+    "more of four replicas": ("data 4", False, ["full", "lora"]),
     "all weights": ("one process", False, ["full", "full selective", "full recompute"]),
     "teacher and type": ("one process", False, ["ema", "bfloat16"]),
     "adapters": ("one process", False, ["lora", "lora recompute"]),
@@ -114,18 +126,6 @@ CASES = {
     "more of chunks of layers": ("pipeline 2, chunks", False, ["full recompute", "full selective"]),
     "more of uneven stages": ("pipeline 2, uneven", True, ["full recompute", "full selective"]),
     "more of shards and replicas": ("tensor 2 x data 2", True, ["full recompute", "lora"]),
-    "shards": ("tensor 2", False, ["full", "lora"]),
-    "more of shards": ("tensor 2", True, ["full recompute", "lora recompute"]),
-    "more of sequence parallel shards": ("tensor 2, sequence parallel", False, ["full selective", "lora"]),
-    "more of replicas": ("data 2", True, ["full", "lora recompute", "ema"]),
-    "more stages": ("pipeline 4", False, ["full selective", "full recompute", "lora"]),
-    "more of stages and replicas": ("pipeline 2 x data 2", False, ["full recompute", "lora"]),
-    "more of stages and shards": ("tensor 2 x pipeline 2", True, ["full", "lora recompute"]),
-    "more of replicas of sequence parallel shards": (
-        *("tensor 2 x data 2, sequence parallel", False),
-        ["full recompute", "lora"],
-    ),
-    "more of four replicas": ("data 4", False, ["full", "lora"]),
 }
 MARKED = [
     pytest.param(*case, id=name, marks=pytest.mark.long if name.startswith("more") else ())

@@ -11,6 +11,7 @@ from megatron_paint.cli.main import main, parse
 from megatron_paint.config.settings import RunSettings
 from megatron_paint.launch.slurm.options import make_options
 from megatron_paint.launch.slurm.rendering import render
+from megatron_paint.planning.search.sizes import find_model, folder_of
 
 REPOSITORY = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden"
@@ -63,7 +64,7 @@ GOLDEN_CASES: dict[str, list[str]] = {
     "no_preflight": ["--nodes=2", "--no-preflight"],
     "overrides": ["--nodes=2", "optimizer.lr=1e-5", "model.hf_path=/models/my model"],
 }
-EXAMPLE_NODES = {"qwen3_8b": 1, "qwen3_14b": 2, "qwen3_32b": 4}
+EXAMPLE_NODES = {"qwen3_8b": 1, "qwen3_14b": 2, "qwen3_32b": 4, "qwen3_30b_a3b": 4, "qwen3_235b_a22b": 32}
 # hidden, feed-forward, layers, heads
 SHAPES = {
     "Qwen3-8B": (4096, 12288, 36, 32),
@@ -96,6 +97,8 @@ def example_script(model: str) -> str:
         Path("examples").symlink_to(REPOSITORY / "examples")
         for name, shape in SHAPES.items():
             write_config(Path(name), *shape)
+        for name in ("Qwen3-30B-A3B", "Qwen3-235B-A22B"):
+            Path(name).symlink_to(folder_of(find_model(name)[1]))
         status = main([*example_command(model), "--dry-run"])
     assert status == 0, printed.getvalue()
     return printed.getvalue().partition("\n# would be submitted with:\n")[0]

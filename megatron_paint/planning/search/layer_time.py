@@ -77,9 +77,10 @@ class LayerTime:
 
     def forward(self, tokens: float, context: float) -> Seconds:
         """A forward pass. tokens: of a micro-batch, over all context-parallel ranks. context: keys of a token, mean."""
-        return self._at_least_the_host(self._device(tokens, context))
+        return self._at_least_the_host(self.device(tokens, context))
 
-    def _device(self, tokens: float, context: float) -> Seconds:
+    def device(self, tokens: float, context: float) -> Seconds:
+        """A forward pass without the host's part."""
         rows = tokens / self.layout.cp
         experts = self.shape.experts_per_token * rows / self.layout.tp  # rows that a rank's experts get, evenly spread
         parts = Seconds(

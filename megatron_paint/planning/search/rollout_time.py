@@ -39,7 +39,7 @@ class RolloutTime:
         """One decoding step of `rows` rows: every stage after the other, and a token's logits."""
         layer, shape, tp = self.layer, self.layer.shape, self.layer.layout.tp
         keys = 2 * shape.num_groups * shape.head_dim / tp * WIDTH
-        each = replace(layer._device(rows, context), attention=layer.read(rows * context * keys))
+        each = replace(layer.device(rows, context), attention=layer.read(rows * context * keys))
         wait = max(0.0, layer.host_seconds(self.host) - each.total)
         rest = Seconds(
             products=layer.product(rows, shape.vocab_rows(tp) * shape.hidden_size), host=HOST_PER_TOKEN[self.host]

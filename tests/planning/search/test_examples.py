@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from megatron_paint.config.load import load_settings
-from megatron_paint.planning.search.as_settings import phase_bytes
-from megatron_paint.planning.search.candidate import Candidate
-from megatron_paint.planning.search.search import search
+from megatron_paint.planning.search.as_settings import phase_bytes, refusal, settings_for
+from megatron_paint.planning.search.candidate import Candidate, layouts
+from megatron_paint.planning.search.search import Question, search
 from tests.planning.search.asked import ask
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
-GPUS = {"qwen3_14b": 8, "qwen3_32b": 8}
-WITHIN = 1.12  # of the fastest one's time
+GPUS = {"qwen3_14b": 8, "qwen3_32b": 8, "qwen3_30b_a3b": 8, "qwen3_235b_a22b": 16}
+WITHIN = {"qwen3_14b": 1.12, "qwen3_32b": 1.12, "qwen3_30b_a3b": 1.2, "qwen3_235b_a22b": 1.2}  # of the fastest time
 
 
 def layout_of(size: str, preset: str, *, gpus: int) -> Candidate:
@@ -26,6 +26,18 @@ def layout_of(size: str, preset: str, *, gpus: int) -> Candidate:
     return replace(layout, ep=megatron.expert_model_parallel_size, etp=experts) if experts else layout
 
 
+def recomputing(question: Question) -> float:
+    """Seconds of the fastest layout that fits with full recomputation, which the presets have."""
+    machine, shape, seconds = question.machine, question.shape, []
+    for layout in layouts(shape, gpus=machine.gpus, gpus_per_node=8, searched=("tp", "pp", "ep", "etp")):
+        candidate = replace(layout, recompute="full")
+        settings = settings_for(question.settings, candidate, shape)
+        if refusal(settings, shape, gpus=machine.gpus) is None:
+            peak = max(phase_bytes(settings, shape, gpus=machine.gpus).values())
+            seconds += [question.model().step(candidate).total] if peak <= question.usable else []
+    return min(seconds)
+
+
 @pytest.mark.parametrize("preset", ["paint", "support", "opsd", "reference_free", "grpo", "sft"])
 @pytest.mark.parametrize("size", GPUS)
 def test_a_preset_is_near_the_planner_s_best(size, preset):
@@ -34,6 +46,7 @@ def test_a_preset_is_near_the_planner_s_best(size, preset):
         return
     question = ask(size, GPUS[size], config=EXAMPLES / size / f"{preset}.yaml")
     layout = layout_of(size, preset, gpus=GPUS[size])
-    best = search(question, top=1).ranked[0].time.total
-    assert question.model().step(layout).total <= WITHIN * best
-    assert max(phase_bytes(question.settings, question.shape, gpus=GPUS[size]).values()) < 0.6 * 80e9
+    fastest = search(question, top=1).ranked[0].candidate
+    best = recomputing(question) if question.shape.num_experts else question.model().step(fastest).total
+    assert question.model().step(layout).total <= WITHIN[size] * best
+    assert max(phase_bytes(question.settings, question.shape, gpus=GPUS[size]).values()) < 0.65 * 80e9

@@ -210,6 +210,19 @@ def test_32b_on_1024_gpus_takes_less_than_5_seconds():
     assert len(found.ranked) == 10
 
 
+def test_all_dimensions_of_235b_on_1024_gpus_leave_time():
+    """As if every setting existed: all layouts that its layers and groups allow are timed."""
+    question = ask("qwen3_235b_a22b", 1024, problems_per_step=1024)
+    begin, model, count = time.process_time(), question.model(), 0
+    every = ("tp", "pp", "vpp", "balanced", "cp", "ep", "etp")
+    for layout in layouts(question.shape, gpus=1024, gpus_per_node=8, searched=every):
+        layers = 94 + 2 * layout.balanced
+        if layout.tp <= 4 and layers % (layout.pp * layout.vpp) == 0:
+            count += model.step(layout).total > 0
+    assert count > 4000
+    assert time.process_time() - begin < 5
+
+
 def test_235b_on_1024_gpus_takes_less_than_5_seconds():
     shape = find_model("qwen3_235b_a22b")[1]
     begin = time.process_time()
