@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from megatron_paint.base.errors import UserError, about
