@@ -13,10 +13,11 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from megatron_paint.config.load import load_settings
 from megatron_paint.planning.estimate import StageMemory
 from megatron_paint.planning.layout import check_layout
-from tests.planning.memory_worker import CHANGES, LENGTH, PER_MICRO_BATCH, PER_REPLICA
+from tests.planning.memory_worker import CHANGES, LENGTH, PER_MICRO_BATCH
 from tests.support import forked_ranks
 
 WITHIN = 0.05
+PER_REPLICA = 4  # sequences
 LAYOUTS = {  # processes, tensor parallel, further settings
     "one process": (1, 1, {}),
     "experts 2": (2, 1, {"expert_model_parallel_size": 2}),
