@@ -6,6 +6,7 @@ through the second chunk of every stage, and so on. Layers, stages and chunks ar
 
 import re
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 
 from megatron_paint.base.errors import UserError
@@ -16,6 +17,7 @@ PIPELINE, VIRTUAL = "pipeline_model_parallel_size", "virtual_pipeline_model_para
 FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
 EMBEDDING, LOSS = "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"
 LAYOUT = "pipeline_model_parallel_layout"
+RULES = (PIPELINE, VIRTUAL, FIRST, LAST, EMBEDDING, LOSS)  # what divides the layers where no layout is written
 DIVIDING = (FIRST, LAST, EMBEDDING, LOSS, LAYOUT)  # what divides the layers among stages by other rules than evenly
 
 
@@ -67,7 +69,8 @@ def split_layers(shape: ModelShape, megatron: MegatronSettings) -> LayerSplit:
         try:
             sizes = _sizes(shape, megatron)
         except _Unfit as unfit:
-            value, instead = getattr(megatron, unfit.setting), _instead(shape, megatron, unfit.setting)
+            value = getattr(megatron, unfit.setting)
+            instead = _instead(shape, tuple(getattr(megatron, name) for name in RULES), unfit.setting)
             raise UserError(f"megatron.{unfit.setting}={value} {unfit}; {instead}") from None
     begins = [0]
     for chunk in range(len(sizes[0])):
@@ -163,8 +166,13 @@ def divides(megatron: MegatronSettings, name: str) -> bool:
     return (value or 1) > 1 if name == VIRTUAL else value != getattr(MegatronSettings, name)
 
 
-def _instead(shape: ModelShape, megatron: MegatronSettings, setting: str) -> str:
-    """What to set instead: the nearest value that fits."""
+@lru_cache(maxsize=4096)
+def _instead(shape: ModelShape, rules: tuple, setting: str) -> str:
+    """What to set instead: the nearest value that fits. rules: the values of RULES.
+
+    A search over layouts asks for the same ones many times.
+    """
+    megatron = MegatronSettings(**dict(zip(RULES, rules, strict=True)))
 
     def fits(value: int) -> bool:
         try:

@@ -143,11 +143,11 @@ def test_ranks_together_have_the_model(folder):
     """Qwen3-30B-A3B has 30,532,122,624 weights, by its model card 30.5B."""
     shape = read_shape(folder)
     assert shape.num_parameters == 30_532_122_624
-    (alone,) = (rank_weights(shape, tp=1, pp=1, stage=0, lora_rank=None),)
+    (alone,) = (rank_weights(shape, tp=1, pp=1, stage=0, layers=48, lora_rank=None),)
     assert alone.base == shape.num_parameters
     assert alone.experts == 48 * 128 * 3 * 2048 * 768
     for tp, ep, etp in ((1, 8, 1), (2, 4, 2), (4, 8, 1)):
-        rank = rank_weights(shape, tp=tp, pp=1, stage=0, lora_rank=None, ep=ep, etp=etp)
+        rank = rank_weights(shape, tp=tp, pp=1, stage=0, layers=48, lora_rank=None, ep=ep, etp=etp)
         replicated = 48 * (2 * 2048 + 2 * 128 + 128 * 2048) + 2048  # norms and routers
         dense = alone.base - alone.experts - replicated
         assert rank.experts == alone.experts // (ep * etp)
@@ -162,6 +162,6 @@ def test_adapters_of_a_mixture(folder):
     experts = 128 * 64 * ((2048 + 2 * 768) + (768 + 2048))
     assert adapter_parameters(shape, 64) == 48 * attention
     assert adapter_parameters(shape, 64, experts=True) == 48 * (attention + experts)
-    rank = rank_weights(shape, tp=1, pp=2, stage=0, lora_rank=64, ep=8, adapts_experts=True)
+    rank = rank_weights(shape, tp=1, pp=2, stage=0, layers=24, lora_rank=64, ep=8, adapts_experts=True)
     assert rank.trained == rank.adapters == 24 * (attention + experts // 8)
     assert rank.trained_experts == 24 * experts // 8
