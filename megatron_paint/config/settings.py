@@ -234,6 +234,14 @@ class OptimizerSettings:
     weight_decay: Annotated[Number, setting("decoupled weight decay", ge=0)] = 0.0
     momentum: Annotated[Number, setting("momentum of sgd", ge=0, lt=1)] = 0.0
     clip_grad: Annotated[Number, setting("largest global gradient norm; 0: no clipping", source=OPSD, ge=0)] = 0.1
+    grad_norm_skip_threshold: Annotated[
+        Positive | None,
+        setting(
+            "a step whose global gradient norm before clipping is larger changes no weight, and counts for "
+            "run.max_skipped_steps; null: no limit",
+            source=MEGATRON_NAME,
+        ),
+    ] = None
 
 
 @settings_class

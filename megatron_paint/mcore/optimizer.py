@@ -86,10 +86,12 @@ def cosine(one: list[tuple[list[Tensor], Any]], other: list[tuple[list[Tensor], 
     return float(total[0] / (total[1] * total[2]).sqrt())
 
 
-def take_step(optimizer: MegatronOptimizer, *, lr: float, weight_decay: float) -> float:
+def take_step(
+    optimizer: MegatronOptimizer, *, lr: float, weight_decay: float, largest_norm: float | None = None
+) -> float:
     """One clipped step; returns the gradient's global norm before clipping. Weights of norms are not decayed.
 
-    FloatingPointError: the gradient is not finite; no weight has been changed.
+    FloatingPointError: the gradient is not finite, or its norm is above `largest_norm`; no weight has been changed.
     """
     for group in optimizer.param_groups:  # as Megatron's own scheduler does, which this replaces
         group["lr"] = lr
@@ -101,5 +103,9 @@ def take_step(optimizer: MegatronOptimizer, *, lr: float, weight_decay: float) -
     norm = float(optimizer.get_grad_norm())
     if overflow or not norm < float("inf"):
         raise FloatingPointError(f"the gradient's norm is {norm}")
+    if largest_norm is not None and norm > largest_norm:
+        raise FloatingPointError(
+            f"the gradient's norm, {norm:.4g}, is above optimizer.grad_norm_skip_threshold={largest_norm:g}"
+        )
     optimizer.step()
     return norm

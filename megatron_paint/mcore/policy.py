@@ -84,7 +84,8 @@ class MegatronPolicy(ModelRunner):
     def update(self, samples: Sequence[Sample], loss: TokenLoss, *, lr: float) -> UpdateReport:
         """One optimiser step.
 
-        FloatingPointError: a loss or the gradient is not finite; the optimiser has not changed any weight.
+        FloatingPointError: a loss or the gradient is not finite, or the gradient is larger than the settings allow;
+        the optimiser has not changed any weight.
         """
         timer = Timer(_device_time)
         mark_progress("teacher")
@@ -97,7 +98,13 @@ class MegatronPolicy(ModelRunner):
             self.before_change()  # the gradient rests in its buffers, which a pass without gradient leaves alone
         mark_progress("optimizer")
         with timer("optimizer"):
-            norm = take_step(self.optimizer, lr=lr, weight_decay=self.settings.optimizer.weight_decay)
+            settings = self.settings.optimizer
+            norm = take_step(
+                self.optimizer,
+                lr=lr,
+                weight_decay=settings.weight_decay,
+                largest_norm=settings.grad_norm_skip_threshold,
+            )
             self.teacher.follow()
         return UpdateReport(scores=scores, grad_norm=norm, seconds=timer.seconds, metrics=self.routing.metrics())
 
