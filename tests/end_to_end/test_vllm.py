@@ -26,6 +26,8 @@ ROOT = Path(__file__).parents[2]
 STAND_IN = f"[{sys.executable},-m,tests.support.vllm_stand_in]"
 MODE = 8  # requests that ask a server for its --logprobs-mode, before any other
 TP, PP = "tensor_model_parallel_size: 2, sequence_parallel: true", "pipeline_model_parallel_size: 2"
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+EXPERT_LAYOUTS = {"ep2": "expert_model_parallel_size: 2", "tp2-ep2": f"{TP}, expert_model_parallel_size: 2"}
 LAYOUTS = {"dp2": (2, ""), "tp2": (2, TP), "tp2-pp2": (4, f"{TP}, {PP}")}
 
 
@@ -83,6 +85,19 @@ def test_a_run(layout, model, tmp_path):
     assert not servers_of(model[0])
     assert not transfer_of(tmp_path / "run").exists()
     assert not (tmp_path / "run" / "vllm").exists()
+
+
+@pytest.mark.parametrize(
+    ("layout", "processes", "more"),
+    [("ep2", 2, ""), pytest.param("tp2-ep2", 2, ", expert_tensor_parallel_size: 1", marks=pytest.mark.long)],
+)
+def test_a_run_of_a_mixture(layout, processes, more, tmp_path):
+    """The trainer's ranks share the experts, and a server has all of them."""
+    model = tiny.make_model(tmp_path / "model", tied=False, **EXPERTS), tiny.make_problems(tmp_path / "problems.jsonl")
+    settings = write_settings(tmp_path, model, layout=EXPERT_LAYOUTS[layout] + more)
+    ended = forked_ranks.train(tmp_path, settings, processes=processes)
+    assert ended.statuses == [0] * processes, ended
+    check(tmp_path / "run")
 
 
 def failures() -> list:

@@ -14,7 +14,8 @@ from tests.mcore import parity_cases as parity
 from tests.mcore.expert_adapter_worker import sequences
 from tests.mcore.expert_cases import make_checkpoints
 from tests.mcore.layouts import run_worker
-from tests.support.exports import same
+from tests.mcore.plain_runs import by_expert
+from tests.support.exports import same, weights
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +78,13 @@ def test_a_converted_checkpoint_is_the_export(models, output, tmp_path):
     convert_to_hf(output / "checkpoint", tmp_path / "adapter", base=base, lora="adapter")
     ours, theirs = (load_file(f / "adapter_model.safetensors") for f in (tmp_path / "adapter", output / "trained"))
     assert same(ours, theirs)
+
+
+def test_a_merged_conversion_is_peft_s_merge(models, output, tmp_path):
+    base = parity.checkpoint(models, "start", tied=False, experts=True)
+    convert_to_hf(output / "checkpoint", tmp_path / "merged", base=base)
+    model = PeftModel.from_pretrained(Qwen3MoeForCausalLM.from_pretrained(base), output / "trained")
+    wanted, found = by_expert(model.merge_and_unload().state_dict()), weights(tmp_path / "merged")
+    assert found.keys() == wanted.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-6, atol=1e-6)

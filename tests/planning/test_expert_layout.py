@@ -2,13 +2,16 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
 from megatron_paint.base.errors import UserError
+from megatron_paint.config.load import load_settings
 from megatron_paint.config.settings import LoraSettings, MegatronSettings, ModelSettings, RolloutSettings
 from megatron_paint.models.qwen3.shape import read_shape
 from megatron_paint.planning.layout import check_auxiliary_losses, check_layout
+from megatron_paint.planning.memory import make_plan
 from megatron_paint.planning.weights import adapter_parameters, rank_weights
 
 SIZES = {  # Qwen3-30B-A3B
@@ -165,3 +168,16 @@ def test_adapters_of_a_mixture(folder):
     rank = rank_weights(shape, tp=1, pp=2, stage=0, layers=24, lora_rank=64, ep=8, adapts_experts=True)
     assert rank.trained == rank.adapters == 24 * (attention + experts // 8)
     assert rank.trained_experts == 24 * experts // 8
+
+
+def test_too_little_memory_gets_advice_that_fits(folder):
+    """More parts of the experts come first; every advised size is one that the layout accepts."""
+    preset = Path(__file__).parents[2] / "examples" / "qwen3_8b" / "paint.yaml"
+    changes = [f"model.hf_path={folder}", "megatron.tensor_model_parallel_size=1", "megatron.sequence_parallel=false"]
+    changes += ["model.lora=null", "megatron.expert_model_parallel_size=2"]
+    plan = make_plan(load_settings(preset, changes), processes=8, gpu_memory=80e9)
+    (warning,) = plan.warnings()
+    advised = re.findall(r"(megatron\.\S+=\S+(?: megatron\.\S+=\S+)*) \(to", warning)
+    assert advised[0] == "megatron.expert_model_parallel_size=4"
+    for advice in advised:
+        make_plan(load_settings(preset, [*changes, *advice.split()]), processes=8, gpu_memory=80e9)

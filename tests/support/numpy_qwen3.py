@@ -1,4 +1,4 @@
-"""A dense Qwen3 in float64 numpy, from a Hugging Face folder: the logits after a sequence's last token."""
+"""A Qwen3 in float64 numpy, dense or a mixture of experts, from a Hugging Face folder: logits after the last token."""
 
 import json
 from collections.abc import Sequence
@@ -39,10 +39,28 @@ class NumpyQwen3:
             name = f"model.layers.{layer}."
             x = x + self._attention(name, self._norm(x, name + "input_layernorm"), cos, sin, mask, past)
             y = self._norm(x, name + "post_attention_layernorm")
-            gate, up = (y @ weights[f"{name}mlp.{which}_proj.weight"].T for which in ("gate", "up"))
-            x = x + (gate / (1 + np.exp(-gate)) * up) @ weights[name + "mlp.down_proj.weight"].T
+            mixture = "num_experts" in config or "num_local_experts" in config
+            x = x + (self._mixture(name + "mlp.", y) if mixture else self._feed_forward(name + "mlp.", y))
         head = "model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"
         return self._norm(x[-1], "model.norm") @ weights[head].T
+
+    def _feed_forward(self, name: str, y: np.ndarray) -> np.ndarray:
+        gate, up = (y @ self.weights[f"{name}{which}_proj.weight"].T for which in ("gate", "up"))
+        return (gate / (1 + np.exp(-gate)) * up) @ self.weights[name + "down_proj.weight"].T
+
+    def _mixture(self, name: str, y: np.ndarray) -> np.ndarray:
+        """Each token's experts, weighed by their probabilities, which sum to 1 if the config says so."""
+        logits = y @ self.weights[name + "gate.weight"].T
+        probabilities = np.exp(logits - logits.max(-1, keepdims=True))
+        probabilities /= probabilities.sum(-1, keepdims=True)
+        out = np.zeros_like(y)
+        for token, row in enumerate(probabilities):
+            chosen = np.argsort(-row, kind="stable")[: self.config["num_experts_per_tok"]]
+            total = row[chosen].sum() if self.config["norm_topk_prob"] else 1.0
+            for expert in chosen:
+                part = self._feed_forward(f"{name}experts.{expert}.", y[token : token + 1])[0]
+                out[token] += row[expert] / total * part
+        return out
 
     def _attention(
         self, name: str, x: np.ndarray, cos: np.ndarray, sin: np.ndarray, mask: np.ndarray, past: Past
