@@ -19,7 +19,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_paint", "megatron_paint.*"]),
-    package_data={"megatron_paint.data": ["templates/*.jinja"], "megatron_paint.launch.slurm": ["*.jinja"]},
+    package_data={
+        "megatron_paint.data": ["templates/*.jinja"],
+        "megatron_paint.launch.slurm": ["*.jinja"],
+        "megatron_paint.report": ["assets/*", "assets/uplot/*"],
+    },
     install_requires=[
         "torch>=2.8",  # the first with products of bfloat16 matrices in float32
         # 0.16.1 is the newest for Python 3.11; the attention of the two lines is driven in the same way.
@@ -54,6 +58,7 @@ setup(
             "tensorboard>=2.16",
             "optuna>=5,<6",
             "httpx>=0.27",
+            "selenium>=4.20",
         ],
         "gpu": ["transformer-engine[pytorch,core_cu13]>=2.14", "triton>=3"],
         "tensorboard": ["tensorboard>=2.16"],
