@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +14,7 @@ from megatron_paint.report.curves import meanings, plots_for
 from megatron_paint.report.page import render
 from megatron_paint.report.pages import MOST_INLINE_BYTES, PageStore, encode
 from megatron_paint.report.reader import RunData, RunReader, sample_columns
-from megatron_paint.report.samples import QUANTITIES, page_content, read_sample_file
+from megatron_paint.report.samples import QUANTITIES
 from megatron_paint.report.settings_table import settings_rows
 from megatron_paint.runtime.files import disk_errors, write_atomically
 
@@ -39,11 +39,12 @@ def write_report(runs: Sequence[Path], out: Path, *, budget: int = MOST_INLINE_B
     """
     begun = time.monotonic()
     readers = make_readers(runs)
-    found = [reader.read() for reader in readers]
     store = PageStore(out, budget=budget)
     with disk_errors(out):
-        for number, (reader, data) in enumerate(zip(readers, found, strict=True)):
-            add_pages(reader, data, lambda key, content, number=number: store.add(f"r{number}_{key}", encode(content)))
+        found = [
+            reader.read(lambda key, content, number=number: store.add(f"r{number}_{key}", encode(content)))
+            for number, reader in enumerate(readers)
+        ]
         folder = store.finish()
     data = report_data(runs, found)
     data["pages"] = None if folder is None else folder.name
@@ -68,18 +69,6 @@ def make_readers(runs: Sequence[Path]) -> list[RunReader]:
     for reader in readers:
         reader.check()
     return readers
-
-
-def add_pages(reader: RunReader, data: RunData, add: Callable[[str, Any], None]) -> None:
-    """Passes every page of samples of a run to `add`, with its key within the run."""
-    texts = reader.texts(data.tree)
-    there = {row[0] for row in data.sample_rows}
-    for step, file in reader.sample_files():
-        if step not in there:
-            continue  # new or damaged since the list was made
-        content = read_sample_file(file, step)
-        for part, samples in enumerate(content.pages):
-            add(content.page_key(part), page_content(samples, texts))
 
 
 def report_data(paths: Sequence[Path], runs: Sequence[RunData]) -> dict[str, Any]:

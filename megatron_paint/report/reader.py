@@ -1,7 +1,7 @@
 """Reads a run folder for the report. What is missing or damaged becomes a notice of one line, never an error."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ from megatron_paint.data.decoding import load_decoder
 from megatron_paint.report.console_events import read_console
 from megatron_paint.report.curves import columns, phases
 from megatron_paint.report.evaluations import Known, read_evaluations
-from megatron_paint.report.samples import COLUMNS, SampleFile, list_row, read_sample_file
+from megatron_paint.report.samples import COLUMNS, SampleFile, list_row, page_content, read_sample_file
 from megatron_paint.report.token_texts import TokenTexts
 from megatron_paint.run.console_log import CONSOLE_LOG
 from megatron_paint.run.folder import CHANGES, STEP_NAME, RunFolder
+
+AddPage = Callable[[str, dict[str, Any]], None]
 
 
 @dataclass(kw_only=True)
@@ -50,16 +52,18 @@ class RunReader:
                 "of a run"
             )
 
-    def read(self) -> RunData:
-        """Reads everything except the details of samples."""
+    def read(self, add_page: AddPage | None = None) -> RunData:
+        """Reads everything except the details of samples.
+
+        add_page: gets the pages with these details, one by one, each with its key within the run.
+        """
         notices: list[str] = []
         tree = self._settings(notices)
         lines = self._metrics(notices)
         evaluations, damaged = read_evaluations(self.folder, self._evaluations)
         notices += damaged
-        rows = [row for _, rows in self._sample_rows(notices) for row in rows]
-        texts = self.texts(tree) if rows else None
-        if rows and texts is None:
+        rows = list(self._sample_rows(notices, tree, add_page))
+        if rows and self.texts(tree) is None:
             notices.append(f"responses are shown without tokens: {self._tokenizer_error}")
         done = [line for line in lines if "skipped" not in line]
         steps = _planned(tree)
@@ -128,14 +132,16 @@ class RunReader:
             notices.append(f"{file.name}: {_count(bad, 'line')} cannot be read and {_is(bad)} left out")
         return [found[step] for step in sorted(found)]
 
-    def _sample_rows(self, notices: list[str]) -> Iterator[tuple[int, list[list[Any]]]]:
+    def _sample_rows(
+        self, notices: list[str], tree: dict[str, Any] | None, add_page: AddPage | None
+    ) -> Iterator[list[Any]]:
         bad_lines = bad_files = files = 0
         for step, file in self.sample_files():
             files += 1
             try:
                 status = file.stat()
                 stamp = (status.st_mtime_ns, status.st_size)
-                if self._rows.get(file, (None,))[0] != stamp:
+                if add_page is not None or self._rows.get(file, (None,))[0] != stamp:
                     content = read_sample_file(file, step)
                     self._rows[file] = (stamp, _rows(content), content.bad_lines)
             except OSError:
@@ -143,7 +149,9 @@ class RunReader:
                 continue
             _, rows, bad = self._rows[file]
             bad_lines += bad
-            yield step, rows
+            yield from rows
+            for part, samples in enumerate(content.pages if add_page is not None else ()):
+                add_page(content.page_key(part), page_content(samples, self.texts(tree)))
         if not files:
             notices.append("there are no samples: the run folder has no files in samples/")
         if bad_lines:

@@ -10,7 +10,7 @@ from megatron_paint.report.token_texts import TokenTexts, length_in_browser
 
 PAGE_BYTES = 1_500_000  # of sample lines on a page; ours: a page opens in a fraction of a second
 PAGE_SAMPLES = 64
-DIGITS = 3  # significant digits of a value of one token
+DIGITS = 4  # significant digits of a number of a sample
 # Values of single tokens that a sample line may have: label and unit.
 QUANTITIES = {
     "divergence": ("divergence to the target", "nats"),
@@ -149,7 +149,7 @@ def _values(sample: Mapping[str, Any], tokens: int) -> Iterator[tuple[str, list[
     for name in QUANTITIES:
         values = sample.get(name)
         if isinstance(values, list) and len(values) == tokens and tokens:
-            yield name, [_short(value) for value in values]
+            yield name, _numbers(values)
 
 
 def _top(sample: Mapping[str, Any], tokens: int) -> Iterator[tuple[str, dict[str, list[Any]]]]:
@@ -157,8 +157,12 @@ def _top(sample: Mapping[str, Any], tokens: int) -> Iterator[tuple[str, dict[str
     for side in SIDES:
         top = _mapping(sample.get(f"{side}_top"))
         ids, shares = top.get("ids"), top.get("probabilities")
-        if isinstance(ids, list) and isinstance(shares, list) and len(ids) == len(shares) == tokens:
-            yield side, {"ids": ids, "probabilities": [[_short(share) for share in row] for row in shares]}
+        if _are_rows(ids, tokens) and _are_rows(shares, tokens):
+            yield side, {"ids": ids, "probabilities": [_numbers(row) for row in shares]}
+
+
+def _are_rows(value: Any, tokens: int) -> bool:
+    return isinstance(value, list) and len(value) == tokens and all(isinstance(row, list) for row in value)
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -167,6 +171,11 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
+
+
+def _numbers(values: Sequence[Any]) -> Sequence[float | None]:
+    """The values themselves where all are numbers, as the run has rounded them; None in place of anything else."""
+    return values if all(type(value) is float for value in values) else [_short(value) for value in values]
 
 
 def _short(value: Any) -> float | None:

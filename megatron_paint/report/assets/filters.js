@@ -123,7 +123,7 @@
 
   paint.filterBar = (changed) => {
     const progress = el("span", { class: "progress", role: "status" });
-    const text = el("input", { type: "search", autocomplete: "off", spellcheck: "false", placeholder: "problem, response, solution, prompt" });
+    const text = el("input", { type: "search", autocomplete: "off", spellcheck: "false", placeholder: "problem or text" });
     text.value = state.text;
     let timer = 0;
     const look = () => search(changed, (message) => (progress.textContent = message));

@@ -21,17 +21,26 @@
     });
   };
 
+  const WHOLE = [1, 10, 100, 1e3, 1e4, 1e5, 1e6, 1e7].flatMap((power) => [power, 2 * power, 5 * power]);
   const isPower = (value) => Math.abs(Math.log10(value) - Math.round(Math.log10(value))) < 1e-9;
+  // Of a logarithmic scale only the powers of ten.
+  const powers = (log) => (_, ticks) => (log ? ticks.map((value) => (isPower(value) ? value : null)) : ticks);
   const axes = (unitDigits, log) => [
-    { stroke: color("muted"), font: FONT, grid: { show: false }, ticks: { stroke: color("rule"), size: 4 }, size: 26 },
     {
       stroke: color("muted"),
       font: FONT,
-      grid: { stroke: color("rule"), width: 1 },
+      grid: { show: false },
+      ticks: { stroke: color("rule"), size: 4 },
+      size: 26,
+      incrs: WHOLE, // steps are whole numbers
+    },
+    {
+      stroke: color("muted"),
+      font: FONT,
+      grid: { stroke: color("rule"), width: 1, filter: powers(log) },
       ticks: { show: false },
       size: 54,
-      // Of a logarithmic scale only the powers of ten.
-      filter: (_, ticks) => (log ? ticks.map((value) => (isPower(value) ? value : null)) : ticks),
+      filter: powers(log),
       values: (_, ticks) => ticks.map((value) => (value === null ? "" : number(value, unitDigits))),
     },
   ];

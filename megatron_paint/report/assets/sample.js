@@ -141,9 +141,12 @@
     let content;
     try {
       const entry = await paint.sample(index);
-      content = [head(index), factsOf(entry, index),
-        el("section", {}, el("h3", { text: "Response" }), paint.responseView(entry)),
-        el("div", { class: "pair" }, solution(entry), anchors(entry)), prompts(entry)];
+      const { response, info } = paint.responseView(entry);
+      content = [head(index), factsOf(entry, index), el("div", { class: info ? "columns" : "" },
+        el("div", {},
+          el("section", {}, el("h3", { text: "Response" }), response),
+          el("div", { class: "pair" }, solution(entry), anchors(entry)), prompts(entry)),
+        info)];
     } catch (error) {
       content = [head(index), el("p", { class: "callout", role: "alert", text: `This sample cannot be shown: ${error.message}` })];
     }

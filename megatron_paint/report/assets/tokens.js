@@ -55,7 +55,7 @@
     return sizes.length ? sizes[Math.min(sizes.length - 1, Math.floor(0.98 * sizes.length))] : 0;
   };
 
-  const level = (value, end) => (isNumber(value) && end ? Math.ceil(Math.min(1, Math.abs(value) / end) * LEVELS) : 0);
+  const level = (value, end) => (isNumber(value) && end ? Math.round(Math.min(1, Math.abs(value) / end) * LEVELS) : 0);
   const heat = (value, end, signed) => {
     const found = level(value, end);
     return found ? `${signed && value < 0 ? "cold" : "heat"}-${found}` : "";
@@ -77,6 +77,8 @@
       el("span", { text: text[0] }), el("span", { class: "cells" }, ...cells), el("span", { text: text[1] }));
   };
 
+  const share = (value) => (isNumber(value) && value < 0.0005 ? "< 0.1 %" : percent(value));
+
   const likely = (entry, position) => {
     const sides = ["teacher", "student"].filter((side) => entry.top?.[side]);
     if (!sides.length) return null;
@@ -88,7 +90,7 @@
         const own = id === entry.ids[position];
         return el("tr", { class: own ? "own" : "" },
           el("td", {}, el("code", { text: shown(entry.texts[id] ?? `token ${id}`) }), own ? el("span", { class: "hidden-text", text: " (sampled)" }) : null),
-          el("td", { class: "number" }, bar, el("span", { text: percent(probabilities[position][rank]) })));
+          el("td", { class: "number" }, bar, el("span", { text: share(probabilities[position][rank]) })));
       });
       return el("table", { class: "likely" }, el("caption", { text: `${side === "teacher" ? "Teacher" : "Student"} would say` }), el("tbody", {}, ...rows));
     });
@@ -138,14 +140,14 @@
   paint.responseView = (entry) => {
     if (!entry.lengths) {
       const reason = el("p", { class: "note", text: "The tokens of this response are not known, so it has no heat map." });
-      return el("div", {}, reason, paint.plainText(entry.text, "response"));
+      return { response: el("div", {}, reason, paint.plainText(entry.text, "response")), info: null };
     }
     const quantities = quantitiesOf(entry);
     const pieces = piecesOf(entry);
     const known = quantities.some(([name]) => name === state.quantity);
     let [quantity, cursor, all] = [known ? state.quantity : quantities[0][0], -1, false];
     const box = el("div", { class: "tokens", tabindex: "0", role: "group", "aria-label": "Response, token by token. Arrow keys move between tokens." });
-    const info = el("div", { class: "info", role: "status", "aria-label": "Token" }, el("p", { class: "note", text: "Point at a token, or move between tokens with the arrow keys." }));
+    const info = el("div", { class: "info", role: "status", tabindex: "0", "aria-label": "Token" }, el("p", { class: "note", text: "Point at a token, or move between tokens with the arrow keys." }));
     const legend = el("span", {});
     const more = el("p", {});
 
@@ -184,6 +186,7 @@
       if (!span) return;
       span.classList.add("cursor");
       if (scroll) span.scrollIntoView({ block: "nearest" });
+      info.classList.add("chosen");
       info.replaceChildren(...information(entry, pieces[cursor], quantities));
     };
 
@@ -235,6 +238,6 @@
     };
     draw();
     const controls = el("div", { class: "controls" }, paint.field("Colour", choose, "quantity"), legend, el("span", { class: "mark-note" }, el("span", { class: "token selected", text: "underlined" }), " selected"));
-    return el("div", {}, controls, el("div", { class: "response" }, el("div", {}, box, more), info));
+    return { response: el("div", {}, controls, box, more), info };
   };
 })();
