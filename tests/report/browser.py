@@ -32,7 +32,12 @@ def chromium(*, width: int = 1280, height: int = 900) -> Iterator["Browser"]:
     options = webdriver.ChromeOptions()
     options.binary_location = next(path for name in BINARIES["chromium"] if (path := shutil.which(name)))
     arguments = ["--headless=new", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", "--no-first-run"]
-    arguments += ["--force-color-profile=srgb", "--disable-background-networking", f"--window-size={width},{height}"]
+    arguments += [
+        "--force-color-profile=srgb",
+        "--enable-precise-memory-info",
+        "--disable-background-networking",
+        f"--window-size={width},{height}",
+    ]
     for argument in [*arguments, *(["--no-sandbox"] if os.geteuid() == 0 else [])]:
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
