@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "report")
-    parser.add_argument("--sample", default="0/4_0/3", help="run / page / place of the sample to show")
+    parser.add_argument("--sample", default="0/3_0/16", help="run / page / place of the sample to show")
     options = parser.parse_args()
     if reason := missing():
         parser.error(f"missing: {reason}")
@@ -57,6 +57,8 @@ def sample(browser: Browser, file: Path, name: str, picture: Path, *, scheme: st
     browser.run("document.querySelector('#sample .tokens').focus({preventScroll: true})")
     browser.press("m")
     browser.run("document.querySelector('#sample').scrollTop = 0; scrollTo(0, 0)")
+    if size == NARROW:
+        browser.run("document.querySelector('#sample section').scrollIntoView()")
     browser.picture(picture)
 
 

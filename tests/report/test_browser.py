@@ -253,6 +253,21 @@ def test_hostile_text_is_text(browser, tmp_path):
     is_clean(browser, asked=tmp_path)
 
 
+def test_curves_of_extreme_numbers(browser, tmp_path):
+    """A logarithmic axis over hundreds of powers of ten would take gigabytes."""
+    run = make_run(tmp_path / "run", steps=0)
+    folder = RunFolder(run)
+    for step, value in enumerate((5e-324, 1e-300, 1e-3, 1e300, 1.7e308), start=1):
+        folder.append_metrics(metrics(step) | {"loss": value, "grad_norm": value, "own/metric": -value})
+    browser.open(write_report([run], tmp_path / "report.html").file)
+    browser.wait("return document.querySelectorAll('#curves .u-wrap').length >= 5")
+    assert browser.run("return performance.memory.usedJSHeapSize") < 500e6
+    assert browser.messages() == []
+    browser.run("document.querySelector('#curves figure:first-child .numbers').open = true")
+    browser.wait("return document.querySelector('#curves .numbers table')")
+    assert browser.texts("#curves .numbers td")[1::2] == ["4.94e-324", "1e-300", "0.001", "1e300", "1.7e308"]
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_serious(browser, report, comparison, scheme):
     browser.prefer(scheme)

@@ -6,6 +6,7 @@
   const LINES = 6; // colours of the palette
   const FONT = '11px system-ui, "Segoe UI", sans-serif';
   const HEIGHT = 180;
+  const SMALLEST = 1e-12;
   const drawn = new Set(); // plots that exist, to draw again in another theme or width
 
   const lineColor = (index) => color(`line-${index % LINES}`);
@@ -135,8 +136,12 @@
     if (plot.uplot) plot.uplot.destroy();
     const { options } = plot;
     const log = options.log && plot.lines.some((line) => line.values.some((value) => value > 0));
+    // A logarithmic scale has at most so many powers of ten, from the largest value on.
+    const largest = Math.max(...plot.lines.map((line) => line.values.reduce((most, v) => (v > most ? v : most), 0)));
     const values = plot.lines.map((line) =>
-      log ? line.values.map((value) => (value > 0 ? value : null)) : line.values.map((v) => (isNumber(v) ? v : null)),
+      log
+        ? line.values.map((value) => (value > largest * SMALLEST ? value : null))
+        : line.values.map((value) => (isNumber(value) ? value : null)),
     );
     const few = plot.x.length < 30;
     const series = plot.lines.map((line) => ({
