@@ -44,8 +44,9 @@ def main() -> None:
         parser.error(f"missing: {reason}")
     with tempfile.TemporaryDirectory() as folder:
         runs = options.runs or [large_run(Path(folder) / "run", options)]
+        begun = time.process_time()
         written = write_report(runs, Path(folder) / "report.html")
-        print_written(written)
+        print_written(written, cpu_seconds=time.process_time() - begun)
         measure(written.file, rounds=options.rounds)
 
 
@@ -82,10 +83,11 @@ def long_sample(number: int, tokens: int, *, likely: bool) -> dict:
     return sample(1, number % 10) | own | rounded | {"id": f"problem-{number}", "student_top": top, "teacher_top": top}
 
 
-def print_written(written: Written) -> None:
+def print_written(written: Written, *, cpu_seconds: float) -> None:
     beside = 0 if written.folder is None else len(list(written.folder.iterdir()))
     size = written.file.stat().st_size
-    print(f"written in {written.seconds:.2f} s: {written.samples:,} samples; report.html {size / 1e6:.2f} MB", end="")
+    print(f"written in {written.seconds:.2f} s ({cpu_seconds:.2f} s of the CPU): {written.samples:,} samples", end="")
+    print(f"; report.html {size / 1e6:.2f} MB", end="")
     print(f", {beside} files beside it, {written.bytes / 1e6:.0f} MB in all")
 
 

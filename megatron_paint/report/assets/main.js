@@ -102,7 +102,9 @@
   window.addEventListener("hashchange", follow);
   window.addEventListener("beforeprint", () => {
     for (const details of document.querySelectorAll("main details.prompt")) details.open = true;
+    document.documentElement.dataset.theme = "light";
   });
+  window.addEventListener("afterprint", () => setTheme(current));
   follow();
   if (paint.data.live) poll(null);
   document.body.dataset.ready = "yes";
