@@ -137,8 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
         if stamp:
             self.send_header("ETag", f'"{stamp}"')
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
         """Requests are not printed."""
