@@ -23,6 +23,7 @@ setup(
         "megatron_paint.data": ["templates/*.jinja"],
         "megatron_paint.launch.slurm": ["*.jinja"],
         "megatron_paint.planning.search": ["*.yaml", "sizes/*/config.json"],
+        "megatron_paint.report": ["assets/*", "assets/uplot/*"],
     },
     install_requires=[
         "torch>=2.8",  # the first with products of bfloat16 matrices in float32
@@ -58,6 +59,7 @@ setup(
             "tensorboard>=2.16",
             "optuna>=5,<6",
             "httpx>=0.27",
+            "selenium>=4.20",
         ],
         "gpu": ["transformer-engine[pytorch,core_cu13]>=2.14", "triton>=3"],
         "tensorboard": ["tensorboard>=2.16"],

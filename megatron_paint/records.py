@@ -150,6 +150,14 @@ class SamplerGap:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LikelyTokens:
+    """What one side would say at each response token, at temperature 1: the likeliest token first."""
+
+    ids: tuple[TokenIds, ...]
+    probabilities: tuple[tuple[float, ...], ...]  # over the complete vocabulary
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SampleScore:
     """What the loss measured on one sample. Sums run over its response tokens, in nats unless noted otherwise.
 
@@ -162,7 +170,8 @@ class SampleScore:
     clipped_entries: number of clipped vocabulary entries (under the clip of tokens: of tokens), where loss is carried.
     clipped_ratios: number of tokens whose probability ratio is clipped (GRPO).
     outside_mass, support_size: the target's mass outside the support, and the entries of the support.
-    per_token: by name, a value for each response token.
+    per_token: by name, a value for each response token, of the samples whose tokens are kept (`run.keep_token_values`).
+    likely: by side, student or teacher, with `run.keep_top_tokens`.
     """
 
     loss_sum: float
@@ -171,6 +180,7 @@ class SampleScore:
     selected: tuple[int, ...] = ()  # positions in the response, from 0
     sums: dict[str, float] = field(default_factory=dict)
     per_token: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    likely: dict[str, LikelyTokens] = field(default_factory=dict)
     token_logprobs: tuple[float, ...] | None = None  # of the response, where the loss asks for them
     sampler_gap: SamplerGap | None = None  # None: no log-probabilities of the sampler
 

@@ -26,6 +26,7 @@ LONGEST = (
     "losses/test_losses_triton.py",
     "end_to_end/test_run.py",
     "end_to_end/test_shown.py",
+    "report/test_browser.py",
     "planning/test_measured.py",
     "mcore/test_generation.py",
     "end_to_end/test_resume.py",

@@ -28,6 +28,7 @@ ORDER = (
     "objectives",
     "mcore",
     "run",
+    "report",
     "launch",
     "training",
     "search",

@@ -40,6 +40,9 @@ def make_parser() -> argparse.ArgumentParser:
     _add_samples(kinds.add_parser("samples", help="one sample of a step: what was hidden, found and selected"))
     _add_profile(kinds.add_parser("profile", help="where the time of profiled steps went: phases and operators"))
     _add_status(commands.add_parser("status", help="the state of a run, also while it runs"))
+    _add_report(
+        commands.add_parser("report", help="curves, evaluations, settings, warnings and samples of runs as a web page")
+    )
     convert = commands.add_parser("convert", help="Qwen3 checkpoints between Hugging Face and Megatron")
     add_convert_commands(convert.add_subparsers(required=True, metavar="ACTION"))
     launch = commands.add_parser("launch", help="submit a run or a search to a cluster")
@@ -140,6 +143,16 @@ def _add_status(status: argparse.ArgumentParser) -> None:
 def _add_plan(plan: argparse.ArgumentParser) -> None:
     add_plan_options(plan)
     plan.set_defaults(run=_run("plan"))
+
+
+def _add_report(report: argparse.ArgumentParser) -> None:
+    report.add_argument("runs", type=Path, metavar="RUN", nargs="+", help="run folders, also of runs that still train")
+    report.add_argument(
+        "--out", type=Path, metavar="FILE", help="HTML file; default: RUN/report.html, or report.html for several runs"
+    )
+    report.add_argument("--serve", action="store_true", help="write no file, but follow the runs on 127.0.0.1")
+    report.add_argument("--port", type=int, help="port for --serve; default: any free one")
+    report.set_defaults(run=_run("report"))
 
 
 def _add_settings_command(settings: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ from megatron_paint.config.settings import (
     ModelSettings,
     OptimizerSettings,
     RolloutSettings,
+    RunSettings,
 )
 from megatron_paint.config.vllm import VllmSettings
 
@@ -280,6 +281,14 @@ def of_grpo(objective: ObjectiveSettings, rollout: RolloutSettings) -> Iterator[
         yield (
             f"objective.grpo.kl_weight={grpo.kl_weight} keeps the model near the weights of objective.teacher, and "
             "with objective.teacher.weights=current these are the model's own: set it to initial or ema"
+        )
+
+
+def of_tokens(run: RunSettings) -> Iterator[str]:
+    if run.keep_top_tokens and not run.keep_token_values:
+        yield (
+            f"run.keep_top_tokens={run.keep_top_tokens} is of the samples whose tokens are kept, and "
+            "run.keep_token_values=0 keeps none: set it to a number of samples, or run.keep_top_tokens to 0"
         )
 
 

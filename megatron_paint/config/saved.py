@@ -25,6 +25,8 @@ MAY_CHANGE_IN_RUN = {
     "allow_changes",
     "tensorboard",
     "async_save",
+    "keep_token_values",
+    "keep_top_tokens",
 }
 MAY_CHANGE_IN_RUN |= {"keep_last", "keep_every", "exit_before_limit_s", "hang_timeout_s", "max_skipped_steps"}
 MAY_CHANGE_IN_RUN |= {"sampler_gap_limit", "self_check_limit"}

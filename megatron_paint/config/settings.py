@@ -472,6 +472,23 @@ class RunSettings:
         setting("settings that this start may change in a run that it resumes, such as [optimizer.lr]"),
     ] = ()
     tensorboard: Annotated[Flag, setting("write TensorBoard files")] = True
+    keep_token_values: Annotated[
+        Whole,
+        setting(
+            "how many samples of each step, the first ones, are stored with values of each token: divergence, "
+            "entropies, and the difference between trainer and sampler",
+            ge=0,
+        ),
+    ] = 32
+    keep_top_tokens: Annotated[
+        Whole,
+        setting(
+            "how many tokens that teacher and student find likeliest are stored at each token of these samples; 0: "
+            "none; two more products with the output layer over these samples",
+            ge=0,
+            le=20,
+        ),
+    ] = 0
     profile: Annotated[
         ProfileSettings | None, setting("where the time of chosen steps goes (docs/debugging.md); null: no profile")
     ] = None

@@ -18,6 +18,9 @@ from megatron_paint.losses import (
 from megatron_paint.losses.importance import prefix_weights
 from megatron_paint.losses.interface import ResponseRows
 
+# Sums of the losses without a sparse set, and the names of their values at single tokens.
+KEPT_NAMES = {"divergence_other": "divergence", "student_entropy": "student_entropy"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationLoss:
@@ -90,6 +93,11 @@ class DistillationLoss:
                 **importance,
             },
             per_token=support,
+            kept={
+                "divergence": output.divergence_T,
+                "student_entropy": output.student_entropy_T,
+                "teacher_entropy": output.teacher_entropy_T,
+            },
         )
 
     def _importance(self, rows: ResponseRows) -> torch.Tensor | None:
@@ -232,4 +240,5 @@ def _on_all_tokens(loss_T: torch.Tensor, *, logp_T: torch.Tensor, sums: dict[str
         selected_T=~everywhere_T,
         token_logp_T=logp_T.detach(),
         sums=sums,
+        kept={KEPT_NAMES[name]: sums[name] for name in KEPT_NAMES if name in sums},
     )

@@ -47,6 +47,7 @@ class LossOutput:
     sums: per-token values [T] by name. Each is added up over all tokens of a response and becomes
     `SampleScore.sums[name]`. A loss puts 0 where a token does not count, and leaves out what it does not measure.
     per_token: values [T] by name that `SampleScore.per_token` keeps for each token.
+    kept: more of them, for the samples whose tokens are kept (`run.keep_token_values`).
     """
 
     loss_T: torch.Tensor
@@ -54,4 +55,5 @@ class LossOutput:
     selected_T: torch.Tensor
     sums: dict[str, torch.Tensor]
     per_token: dict[str, torch.Tensor] = field(default_factory=dict)
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
     token_logp_T: torch.Tensor | None = None

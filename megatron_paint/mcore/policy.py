@@ -29,6 +29,7 @@ from megatron_paint.mcore.checkpoint import copy_checkpoint, load_checkpoint
 from megatron_paint.mcore.collectives import gather_entries
 from megatron_paint.mcore.forward_pass import ForwardPass, LossResult
 from megatron_paint.mcore.fp8_emulation import without_fp8
+from megatron_paint.mcore.likely_tokens import likely_tokens
 from megatron_paint.mcore.optimizer import cosine, main_gradients, make_optimizer, take_step, wrap_data_parallel
 from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.mcore.routing import RoutingCounts
@@ -239,7 +240,7 @@ class MegatronPolicy(ModelRunner):
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        score = self._score_with(loss, samples, states)
+        score = self._score_with(loss, samples, states, kept=self.settings.run.keep_token_values)
         sequences, assignment = _student_sequences(samples), self._assignment(samples)
         if self.settings.megatron.has_auxiliary_loss:
             self._scale_auxiliary_losses(sequences, assignment)
@@ -265,27 +266,39 @@ class MegatronPolicy(ModelRunner):
         self.stage.config.moe_grad_scale_func = partial(torch.tensor, scale)
 
     def _score_with(
-        self, loss: TokenLoss, samples: Sequence[Sample], states: TeacherStates
+        self, loss: TokenLoss, samples: Sequence[Sample], states: TeacherStates, *, kept: int = 0
     ) -> Callable[[MicroBatch, Tensor], LossResult[dict[int, SampleScore | NonFinite]]]:
-        """The loss step of one micro-batch: its result is the score of each sample, by the sample's index."""
+        """The loss step of one micro-batch: its result is the score of each sample, by the sample's index.
+
+        kept: how many samples, the first ones, keep the values of their tokens.
+        """
+        run, chunk_bytes = self.settings.run, self.settings.objective.chunk_bytes
 
         def score(batch: MicroBatch, student_NH: Tensor) -> LossResult[dict[int, SampleScore | NonFinite]]:
-            output = loss(
-                ResponseRows(
-                    samples=tuple(samples[i] for i in batch.indices),
-                    lengths=batch.lengths,
-                    token_ids_N=batch.token_ids_N,
-                    student_hidden_NH=student_NH,
-                    output_weight_VH=self.stage.output_weight(),
-                    vocab=self.vocab,
-                    teacher_hidden_NH=_rows_of(states.hidden_NH, batch, like=student_NH),
-                    teacher_output_weight_VH=states.output_weight_VH,
-                    full_teacher_hidden_NH=_rows_of(states.full_hidden_NH, batch, like=student_NH),
-                    initial_hidden_NH=_rows_of(states.initial_hidden_NH, batch, like=student_NH),
-                    initial_output_weight_VH=states.initial_output_weight_VH,
-                )
+            rows = ResponseRows(
+                samples=tuple(samples[i] for i in batch.indices),
+                lengths=batch.lengths,
+                token_ids_N=batch.token_ids_N,
+                student_hidden_NH=student_NH,
+                output_weight_VH=self.stage.output_weight(),
+                vocab=self.vocab,
+                teacher_hidden_NH=_rows_of(states.hidden_NH, batch, like=student_NH),
+                teacher_output_weight_VH=states.output_weight_VH,
+                full_teacher_hidden_NH=_rows_of(states.full_hidden_NH, batch, like=student_NH),
+                initial_hidden_NH=_rows_of(states.initial_hidden_NH, batch, like=student_NH),
+                initial_output_weight_VH=states.initial_output_weight_VH,
             )
-            scores = score_samples(output, batch, samples, rank=self.ranks.rank, keep_logprobs=loss.keeps_logprobs)
+            likely = likely_tokens(rows, batch.indices, kept=kept, count=run.keep_top_tokens, chunk_bytes=chunk_bytes)
+            output = loss(rows)
+            scores = score_samples(
+                output,
+                batch,
+                samples,
+                rank=self.ranks.rank,
+                keep_logprobs=loss.keeps_logprobs,
+                kept=kept,
+                likely=likely,
+            )
             return LossResult(output.loss_T.sum(), output.carries_loss_T.sum().to(torch.int), scores)
 
         return score

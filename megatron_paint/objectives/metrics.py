@@ -7,11 +7,21 @@ from typing import Any
 
 from megatron_paint.config.domains import BOXED_GRADERS, DomainSettings, domain_of
 from megatron_paint.grading.boxes import ANY_BOX, box_spans
-from megatron_paint.records import Reveal, Sample, SampleScore, StepReport, StepResult, TokenIds, UpdateReport
+from megatron_paint.records import (
+    LikelyTokens,
+    Reveal,
+    Sample,
+    SampleScore,
+    StepReport,
+    StepResult,
+    TokenIds,
+    UpdateReport,
+)
 
 PHASES = ("rollout", "mask", "teacher", "student", "optimizer")
 CLIP_LIMIT = 0.2  # mean clipped share; ours
 CLIP_STEPS = 10
+DIGITS = 4  # significant digits of a value of one token
 
 
 def ratio(total: float, count: float) -> float:
@@ -120,8 +130,10 @@ def sample_lines(report: StepReport, *, decode: Callable[[Sequence[int]], str]) 
     decode: token ids -> text, special tokens included. `loss` is in nats per token that carries loss; it is 0 if no
     token does. A sample without a reveal has null in `overlap` and `reveal`, and no `anchors`. `finished` is null for a
     response that was not sampled. `advantage` is null except under GRPO. With a support `outside_mass` and
-    `support_size` have a value for each response token. Where PAINT and OPSD grade, `correct` is the verdict, and
-    `left_out` is there for a response that is not trained on. `sampler_gap` compares the
+    `support_size` have a value for each response token. So have `divergence`, `student_entropy`, `teacher_entropy` and
+    `logprob_gap` (trainer minus sampler) of the samples that `run.keep_token_values` keeps, with 4 significant digits.
+    `student_top` and `teacher_top` have what `run.keep_top_tokens` asks for. Where PAINT and OPSD grade, `correct` is
+    the verdict, and `left_out` is there for a response that is not trained on. `sampler_gap` compares the
     log-probabilities of sampler and trainer, where the sampler has them. `origin` says where, and with which weights,
     an engine outside of the run sampled the response. A file of these lines, or a folder of such files, can be
     replayed.
@@ -147,10 +159,29 @@ def sample_lines(report: StepReport, *, decode: Callable[[Sequence[int]], str]) 
             **({} if sample.left_out is None else {"left_out": sample.left_out}),
             **({} if sample.rollout.origin is None else {"origin": asdict(sample.rollout.origin)}),
             **({} if score.sampler_gap is None else {"sampler_gap": asdict(score.sampler_gap)}),
-            **{name: [round(value, 6) for value in values] for name, values in score.per_token.items()},
+            **{name: _values(name, values) for name, values in score.per_token.items()},
+            **{f"{side}_top": _likely(tokens) for side, tokens in score.likely.items()},
         }
         for sample, score in zip(report.samples, report.scores, strict=True)
     ]
+
+
+def _values(name: str, values: Sequence[float]) -> list[float]:
+    """Six decimals of what every sample has, four significant digits of what few samples have."""
+    if name in ("outside_mass", "support_size"):
+        return [round(value, 6) for value in values]
+    return [_short(value) for value in values]
+
+
+def _likely(tokens: LikelyTokens) -> dict[str, list[list[float]]]:
+    return {
+        "ids": [list(ids) for ids in tokens.ids],
+        "probabilities": [[_short(value) for value in row] for row in tokens.probabilities],
+    }
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
 
 
 def no_answer_share(lines: Sequence[Mapping[str, Any]], domains: Mapping[str, DomainSettings]) -> float:

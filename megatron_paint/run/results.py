@@ -34,6 +34,7 @@ def print_results(folder: RunFolder, progress: Progress, *, last: int) -> None:
 def look_next(folder: RunFolder, *, last: int) -> list[str]:
     """Commands that can be pasted into a shell, each with what it shows."""
     commands = {
+        ("megatron-paint", "report", str(folder.path)): "curves and every sample as a web page",
         ("megatron-paint", "inspect", "samples", str(folder.path), str(last)): "a sample of the last step",
         ("megatron-paint", "status", str(folder.path)): "speed, checkpoints and attempts",
         ("tail", "-n", "1", str(folder.metrics_file)): "the metrics of the last step",

@@ -27,6 +27,7 @@ SHORT = (
     ),
     *("evaluation.grading_seconds=60", "rollout.samples_per_problem=4", "run.seed=2"),
 )
+TOKEN_VALUES = ("divergence", "student_entropy", "teacher_entropy", "logprob_gap")
 OASIS = ("rollout.keep=shortest_correct", "objective.reveal.solution=peer_rollout")
 
 
@@ -88,6 +89,8 @@ def test_the_layout_does_not_change_the_step(unbroken, processes, layout, tmp_pa
         assert other.pop("loss") == pytest.approx(sample.pop("loss"), rel=1e-4, abs=1e-7)
         gaps = [line.pop("sampler_gap")["largest"] for line in (other, sample) if "sampler_gap" in line]
         assert max(gaps, default=0.0) < 1e-4
+        for name in TOKEN_VALUES:
+            assert other.pop(name, []) == pytest.approx(sample.pop(name, []), rel=1e-3, abs=1e-5), name
         assert other == sample
     for name in ("loss", "grad_norm", "overlap/mean", "reveal/mean", "rollout/kept", "reveal/without_peer"):
         assert found[0][name] == pytest.approx(lines[0][name], rel=1e-4), name

@@ -34,11 +34,11 @@ OUTPUT = LossOutput(
 )
 
 
-def scores(output: LossOutput, *, keep_logprobs: bool = False):
+def scores(output: LossOutput, *, keep_logprobs: bool = False, kept: int = 0):
     sequences = [ScoredSequence(prompt_ids=s.student_prompt_ids, response_ids=s.response_ids) for s in SAMPLES]
     (batch,) = make_micro_batches(sequences, [[0, 1]], replica=0, limit=64, multiple=1, device=torch.device("cpu"))
     assert batch.indices == (1, 0)
-    return score_samples(output, batch, SAMPLES, rank=3, keep_logprobs=keep_logprobs)
+    return score_samples(output, batch, SAMPLES, rank=3, keep_logprobs=keep_logprobs, kept=kept)
 
 
 def test_sums_are_added_up_by_name():
@@ -51,6 +51,21 @@ def test_sums_are_added_up_by_name():
     assert found[0].sampler_gap == SamplerGap(largest=0.5, position=0, total=0.5, above=1)
     assert found[1].token_logprobs is None
     assert scores(OUTPUT, keep_logprobs=True)[1].token_logprobs == (-1.0, -2.25, -3.0)
+
+
+def test_the_first_samples_keep_the_values_of_their_tokens():
+    """Sample 1 comes first in the micro-batch: three tokens, then one of sample 0."""
+    values_T = torch.tensor([0.5, 0.25, 0.125, 2.0])
+    output = dataclasses.replace(OUTPUT, kept={"divergence": values_T}, per_token={"outside_mass": values_T / 2})
+    none, first, both = (scores(output, kept=kept) for kept in (0, 1, 2))
+    assert none[0].per_token == {"outside_mass": (1.0,)}
+    assert first[0].per_token["divergence"] == (2.0,)
+    assert first[1].per_token == {"outside_mass": (0.25, 0.125, 0.0625)}
+    assert both[1].per_token["divergence"] == (0.5, 0.25, 0.125)
+    # With its sign: trainer minus sampler.
+    for index, found in both.items():
+        gap = max(found.per_token["logprob_gap"], key=abs)
+        assert abs(gap) == found.sampler_gap.largest, index
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -98,6 +98,7 @@ def test_the_same_command_again_starts_no_ranks(folder, monkeypatch, capsys, mod
     if not mode:
         assert "nothing is left to do" in printed.out
         assert f"\n  megatron-paint inspect samples {folder.path} {STEPS} " in printed.out
+        assert f"\n  megatron-paint report {folder.path} " in printed.out
     assert {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")} == before
     with pytest.raises(Started):
         main([*command, "optimizer.weight_decay=0.1"])

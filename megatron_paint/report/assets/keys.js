@@ -1,0 +1,72 @@
+// Keys of the complete page, and the dialog that lists them.
+"use strict";
+(() => {
+  const { el } = paint;
+  const state = { single: paint.stored("keys", true) };
+  const KEYS = [
+    ["1 to 5", "overview, evaluations, samples, settings, log"],
+    ["j, k", "next and previous sample"],
+    ["/", "search the samples"],
+    ["Enter", "from the list into the sample"],
+    ["Esc", "from the sample back to the list"],
+    ["h", "colour the response by the next quantity"],
+    ["arrow keys", "in the list: sample by sample; in the response: token by token"],
+    ["m", "in the response: the next selected token"],
+    ["t", "theme: of the system, light, dark"],
+    ["?", "this list"],
+  ];
+
+  const dialog = document.getElementById("help");
+  const build = () => {
+    const single = el("input", { type: "checkbox", id: "single-keys", onchange: () => {
+      state.single = single.checked;
+      paint.store("keys", single.checked);
+    } });
+    single.checked = state.single;
+    dialog.replaceChildren(
+      el("h2", { id: "help-title", text: "Keys" }),
+      el("dl", {}, ...KEYS.map(([key, what]) => el("div", {}, el("dt", {}, el("kbd", { text: key })), el("dd", { text: what })))),
+      el("label", { class: "run", for: "single-keys" }, single, "Keys without Ctrl are on (except in lists and responses, where they always are)"),
+      el("p", { class: "note", text: `megatron-paint ${paint.data.version}. Plots by uPlot (MIT). This page loads nothing from a network.` }),
+      el("form", { method: "dialog" }, el("button", { text: "Close", onclick: (event) => {
+        event.preventDefault();
+        dialog.close();
+      } })),
+    );
+  };
+  const help = () => {
+    if (dialog.open) return;
+    build();
+    dialog.showModal();
+  };
+
+  const views = ["overview", "evaluations", "samples", "settings", "log"];
+  const actions = {
+    j: () => paint.nextSample(1),
+    k: () => paint.nextSample(-1),
+    h: () => paint.nextQuantity?.(),
+    t: () => paint.nextTheme(),
+    "?": help,
+  };
+
+  document.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented || dialog.open) return;
+    const typing = event.target.closest?.("input, select, textarea");
+    if (event.key === "Escape" && paint.view === "samples" && !typing) {
+      paint.closeSample();
+      return;
+    }
+    if (typing || !state.single) return;
+    if (/^[1-5]$/.test(event.key)) {
+      location.hash = `#${views[Number(event.key) - 1]}`;
+    } else if (event.key === "/") {
+      if (paint.view !== "samples") paint.show("samples");
+      document.getElementById("search").focus();
+    } else if (event.key in actions) {
+      if ("jk".includes(event.key) && paint.view !== "samples") paint.show("samples");
+      actions[event.key]();
+    } else return;
+    event.preventDefault();
+  });
+  document.getElementById("help-open").addEventListener("click", help);
+})();

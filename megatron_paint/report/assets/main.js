@@ -1,0 +1,111 @@
+// Starts the page: views by address, theme, and the updates of a live report.
+"use strict";
+(() => {
+  const { el } = paint;
+  const POLL = 2000; // milliseconds between the questions of a live report
+  const VIEWS = { overview: "Overview", evaluations: "Evaluations", samples: "Samples", settings: "Settings", log: "Log" };
+  const SHOW = { overview: "showOverview", evaluations: "showEvaluations", samples: "showSamples", settings: "showSettings", log: "showLog" };
+  const THEMES = ["auto", "light", "dark"];
+  const drawn = new Set(); // views that show the present data
+  paint.view = "";
+
+  const head = () => {
+    const { runs, made, live } = paint.data;
+    document.getElementById("title").textContent = paint.visible(runs.map((run) => run.name).join(", "));
+    const last = runs.length === 1 ? `${runs[0].objective ?? "run"}, step ${paint.count(runs[0].last)}${runs[0].planned ? ` of ${paint.count(runs[0].planned)}` : ""}` : `${runs.length} runs`;
+    const when = `${made.slice(0, 10)} ${made.slice(11, 16)} UTC`;
+    document.getElementById("subtitle").textContent = `${last} · ${live ? "live, " : ""}${when}`;
+    const links = Object.entries(VIEWS).map(([name, label]) => {
+      const number = { samples: paint.data.samples.run.length, log: runs.reduce((sum, run) => sum + run.events.length + run.skipped.length, 0) }[name];
+      const link = el("a", { href: `#${name}` }, label, number ? el("span", { class: "badge", text: paint.count(number) }) : null);
+      if (name === paint.view) link.setAttribute("aria-current", "page");
+      return el("li", {}, link);
+    });
+    document.getElementById("views").replaceChildren(...links);
+  };
+
+  paint.show = (name) => {
+    if (!(name in VIEWS)) name = "overview";
+    paint.view = name;
+    for (const other of Object.keys(VIEWS)) document.getElementById(`view-${other}`).hidden = other !== name;
+    document.body.dataset.view = name;
+    head();
+    if (!drawn.has(name)) {
+      paint[SHOW[name]](document.getElementById(`view-${name}`));
+      drawn.add(name);
+    } else if (name === "samples") paint.updateList();
+    if (name === "samples" && !location.hash.startsWith("#samples")) history.replaceState(null, "", "#samples");
+  };
+
+  const follow = () => {
+    const [name, run, page, place] = location.hash.slice(1).split("/");
+    paint.show(name);
+    if (paint.view !== "samples" || place === undefined) return;
+    const index = paint.sampleAt(run, decodeURIComponent(page), place);
+    if (index === null || index === paint.openedSample()) return;
+    paint.openSample(index);
+    paint.markInList(index);
+  };
+
+  const theme = () => {
+    const chosen = paint.stored("theme", "auto");
+    return THEMES.includes(chosen) ? chosen : "auto";
+  };
+  let current = theme();
+  const setTheme = (name) => {
+    current = name;
+    document.documentElement.dataset.theme = name;
+    document.getElementById("theme").textContent = `Theme: ${name === "auto" ? "system" : name}`;
+    paint.store("theme", name);
+  };
+  const redraw = () => {
+    drawn.delete("overview");
+    drawn.delete("evaluations");
+    if (paint.view !== "samples" && paint.view) paint.show(paint.view);
+  };
+  paint.nextTheme = () => {
+    setTheme(THEMES[(THEMES.indexOf(current) + 1) % THEMES.length]);
+    redraw();
+  };
+
+  const update = (data) => {
+    const rewritten = paint.data.samples.run.length > data.samples.run.length;
+    paint.data = data;
+    paint.forgetPages();
+    if (rewritten) drawn.delete("samples");
+    for (const name of Object.keys(VIEWS)) if (name !== "samples") drawn.delete(name);
+    if (paint.view === "samples") {
+      head();
+      paint.updateList();
+    } else paint.show(paint.view);
+  };
+
+  const poll = async (stamp) => {
+    try {
+      const answer = await fetch("/data", { headers: stamp ? { "If-None-Match": stamp } : {}, cache: "no-store" });
+      if (answer.status === 200) {
+        const data = await answer.json();
+        if (stamp !== null || data.samples.run.length !== paint.data.samples.run.length) update(data);
+        stamp = answer.headers.get("ETag");
+      }
+      document.body.classList.remove("lost");
+    } catch {
+      document.body.classList.add("lost");
+      paint.say("The server of this report does not answer.");
+    }
+    setTimeout(poll, POLL, stamp);
+  };
+
+  setTheme(current);
+  document.getElementById("theme").addEventListener("click", paint.nextTheme);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+  window.addEventListener("hashchange", follow);
+  window.addEventListener("beforeprint", () => {
+    for (const details of document.querySelectorAll("main details.prompt")) details.open = true;
+    document.documentElement.dataset.theme = "light";
+  });
+  window.addEventListener("afterprint", () => setTheme(current));
+  follow();
+  if (paint.data.live) poll(null);
+  document.body.dataset.ready = "yes";
+})();

@@ -1,0 +1,208 @@
+// Plots by uPlot. Each has a legend of real text, a label for screen readers, and a table of its numbers.
+"use strict";
+(() => {
+  const { el, number, color, isNumber } = paint;
+  const DASHES = [[], [7, 4], [2, 3], [9, 3, 2, 3], [4, 2], [12, 4]];
+  const LINES = 6; // colours of the palette
+  const FONT = '11px system-ui, "Segoe UI", sans-serif';
+  const HEIGHT = 180;
+  const SMALLEST = 1e-12;
+  const drawn = new Set(); // plots that exist, to draw again in another theme or width
+
+  const lineColor = (index) => color(`line-${index % LINES}`);
+
+  // Exponential moving average; weight 0 is no smoothing. The first value starts it, so there is no bias to 0.
+  const smooth = (values, weight) => {
+    if (!weight) return values;
+    let mean = null;
+    return values.map((value) => {
+      if (!isNumber(value)) return null;
+      mean = mean === null ? value : weight * mean + (1 - weight) * value;
+      return mean;
+    });
+  };
+
+  const WHOLE = [1, 10, 100, 1e3, 1e4, 1e5, 1e6, 1e7].flatMap((power) => [power, 2 * power, 5 * power]);
+  const isPower = (value) => Math.abs(Math.log10(value) - Math.round(Math.log10(value))) < 1e-9;
+  // Of a logarithmic scale only the powers of ten.
+  const powers = (log) => (_, ticks) => (log ? ticks.map((value) => (isPower(value) ? value : null)) : ticks);
+  const axes = (unitDigits, log) => [
+    {
+      stroke: color("muted"),
+      font: FONT,
+      grid: { show: false },
+      ticks: { stroke: color("rule"), size: 4 },
+      size: 26,
+      incrs: WHOLE, // steps are whole numbers
+    },
+    {
+      stroke: color("muted"),
+      font: FONT,
+      grid: { stroke: color("rule"), width: 1, filter: powers(log) },
+      ticks: { show: false },
+      size: 54,
+      filter: powers(log),
+      values: (_, ticks) => ticks.map((value) => (value === null ? "" : number(value, unitDigits))),
+    },
+  ];
+
+  const swatch = (line) => {
+    const mark = el("canvas", { class: "swatch", width: 44, height: 8, "aria-hidden": "true" });
+    const context = mark.getContext("2d");
+    context.strokeStyle = line.fill ? "transparent" : line.stroke;
+    context.lineWidth = 4;
+    context.setLineDash((line.dash ?? []).map((part) => part * 2));
+    context.beginPath();
+    context.moveTo(0, 4);
+    context.lineTo(44, 4);
+    context.stroke();
+    if (line.fill) {
+      context.fillStyle = line.fill;
+      context.fillRect(0, 0, 44, 8);
+    }
+    return mark;
+  };
+
+  // lines: [{label, values, shown?, stroke, dash?, fill?}] over the same x. Returns a figure.
+  // options: title, unit, log, share, note, table (heads and rows, lazily), hooks, bars, y (function of lines)
+  const figure = (options, x, lines) => {
+    const legend = el("ul", { class: "legend" });
+    const entries = lines.map((line) => {
+      const value = el("span", { class: "value" });
+      legend.append(el("li", {}, swatch(line), el("span", { text: line.label }), value));
+      return value;
+    });
+    const place = el("div", { class: "plot" });
+    place.style.height = `${options.height ?? HEIGHT}px`;
+    const show = (index) => {
+      lines.forEach((line, at) => {
+        const values = line.shown ?? line.values;
+        let chosen = index;
+        if (chosen === null) for (chosen = values.length - 1; chosen > 0 && !isNumber(values[chosen]);) chosen -= 1;
+        entries[at].textContent = number(values[chosen]);
+      });
+      stepText.textContent = index === null ? "last" : `${options.xName ?? "step"} ${x[index]}`;
+    };
+    const stepText = el("span", { class: "at" });
+    const named = [options.title, options.unit].filter(Boolean).join(", ");
+    place.setAttribute("role", "img");
+    place.setAttribute("aria-label", `${named}: ${lines.map((line) => summary(line)).join("; ")}`);
+    const details = el("details", { class: "numbers" }, el("summary", { text: "Numbers" }));
+    details.addEventListener("toggle", () => {
+      if (!details.open || details.childElementCount > 1) return;
+      details.append(numbersTable(options, x, lines));
+    });
+    const made = el(
+      "figure",
+      { class: options.class ?? "" },
+      el(
+        "figcaption",
+        {},
+        el("h3", { text: options.title }),
+        el("span", { class: "unit", text: options.unit ?? "" }),
+        stepText,
+      ),
+      legend,
+      place,
+      options.note ? el("p", { class: "note", text: options.note }) : null,
+      details,
+    );
+    if (options.meaning) made.querySelector("h3").title = options.meaning;
+    show(null);
+    const plot = { place, options, x, lines, show, uplot: null };
+    drawn.add(plot);
+    observer.observe(place);
+    return made;
+  };
+
+  const summary = (line) => {
+    const values = (line.shown ?? line.values).filter(isNumber);
+    if (!values.length) return `${line.label} has no values`;
+    return `${line.label} from ${number(values[0])} to ${number(values.at(-1))}`;
+  };
+
+  const numbersTable = (options, x, lines) => {
+    const heads = [options.xName ?? "step", ...lines.map((line) => line.label)];
+    const rows = x.map((step, index) => [
+      String(step),
+      ...lines.map((line) => number((line.shown ?? line.values)[index])),
+    ]);
+    return paint.table(`${options.title}: numbers`, heads, rows, { numeric: heads.map((_, index) => index) });
+  };
+
+  const draw = (plot) => {
+    const width = Math.floor(plot.place.clientWidth);
+    if (width < 40) return;
+    if (plot.uplot) plot.uplot.destroy();
+    const { options } = plot;
+    const log = options.log && plot.lines.some((line) => line.values.some((value) => value > 0));
+    // A logarithmic scale has at most so many powers of ten, from the largest value on.
+    const largest = Math.max(...plot.lines.map((line) => line.values.reduce((most, v) => (v > most ? v : most), 0)));
+    const values = plot.lines.map((line) =>
+      log
+        ? line.values.map((value) => (value > largest * SMALLEST ? value : null))
+        : line.values.map((value) => (isNumber(value) ? value : null)),
+    );
+    const few = plot.x.length < 30;
+    const series = plot.lines.map((line) => ({
+      stroke: line.stroke,
+      fill: line.fill,
+      width: line.width ?? 1.6,
+      dash: line.dash,
+      spanGaps: true,
+      points: { show: options.bars ? false : options.points ?? few, size: 5, fill: line.stroke, width: 0 },
+      paths: options.bars ? uPlot.paths.bars({ size: [0.86, 48], gap: 0 }) : undefined,
+    }));
+    plot.uplot = new uPlot(
+      {
+        width,
+        height: options.height ?? HEIGHT,
+        padding: [8, 10, 0, 0],
+        legend: { show: false },
+        cursor: {
+          sync: { key: options.sync ?? "steps" },
+          drag: { x: !options.bars, y: false },
+          points: { show: !options.bars, size: 7 },
+        },
+        scales: { x: { time: false, range: xRange(plot) }, y: yScale(options, log) },
+        axes: axes(3, log),
+        series: [{}, ...series],
+        hooks: {
+          setCursor: [(uplot) => plot.show(uplot.cursor.idx ?? null)],
+          ...(options.hooks ?? {}),
+        },
+      },
+      [plot.x, ...values],
+      plot.place,
+    );
+  };
+
+  const xRange = (plot) => (uplot, low, high) => {
+    const pad = plot.options.bars || plot.options.pad ? Math.max((high - low) * 0.03, plot.options.bars ?? 0.5) : 0;
+    return low === high ? [low - 1, high + 1] : [low - pad, high + pad];
+  };
+
+  const yScale = (options, log) => {
+    if (log) return { distr: 3, log: 10 };
+    if (options.range) return { range: options.range };
+    if (options.share) return { range: (_, low, high) => [Math.min(0, low), Math.max(high * 1.08, 0.02)] };
+    if (options.bars) return { range: (_, low, high) => [0, high * 1.05 || 1] };
+    return {};
+  };
+
+  const observer = new ResizeObserver((entries) => {
+    for (const entry of entries) {
+      for (const plot of drawn) if (plot.place === entry.target) draw(plot);
+    }
+  });
+
+  paint.clearPlots = (within) => {
+    for (const plot of drawn) {
+      if (within && !within.contains(plot.place)) continue;
+      observer.unobserve(plot.place);
+      if (plot.uplot) plot.uplot.destroy();
+      drawn.delete(plot);
+    }
+  };
+  Object.assign(paint, { figure, smooth, lineColor, DASHES });
+})();

@@ -1,0 +1,355 @@
+"""The report in a real browser: what a reader sees and does, on a screen, a phone and a keyboard."""
+
+import json
+import threading
+
+import pytest
+
+from megatron_paint.report.build import write_report
+from megatron_paint.report.live import address_of, make_server
+from megatron_paint.run.folder import RunFolder
+from tests.report.browser import chromium, missing
+from tests.report.made_run import make_run, metrics, sample
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(bool(missing()), reason=f"missing: {missing()}"),
+]
+VIEWS = ("overview", "evaluations", "samples", "settings", "log")
+SCRIPT = "<script>document.title='owned'</script>"
+HOSTILE = f"<img src=x onerror=\"document.title='owned'\">{SCRIPT}&lt;b&gt;\u202eevil\x07\x1b[31m"
+MEGABYTE = "<b>7</b>" * 131072
+ENTER, ESCAPE, TAB, DOWN, RIGHT, END = "\ue007", "\ue00c", "\ue004", "\ue015", "\ue014", "\ue010"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """One run with 12 samples."""
+    folder = tmp_path_factory.mktemp("report")
+    return write_report([make_run(folder / "run")], folder / "report.html").file
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    """Two runs, whose samples do not fit into the file."""
+    folder = tmp_path_factory.mktemp("comparison")
+    runs = [make_run(folder / "one", seed=7), make_run(folder / "two", steps=2)]
+    return write_report(runs, folder / "report.html", budget=0).file
+
+
+def show(browser, view):
+    browser.run("location.hash = `#${arguments[0]}`", view)
+    browser.wait(f"return document.body.dataset.view === '{view}'")
+
+
+def is_clean(browser, *, asked):
+    """No message on the console, and no request except for the files of the report itself."""
+    assert browser.messages() == []
+    found = browser.requests()
+    assert found
+    assert [address for address in found if not address.startswith(asked.as_uri())] == []
+
+
+def listed(browser):
+    return browser.texts("#view-samples .row .problem")
+
+
+def test_curves_evaluations_settings_and_log(browser, report):
+    browser.resize(1280, 900)
+    browser.open(report)
+    assert browser.text("h1") == "run"
+    assert "step 3 of 3" in browser.text("#subtitle")
+    titles = browser.texts("#curves h3")
+    assert titles[:4] == ["Loss", "Overlap and reveal", "Entropy", "Gradient norm"]
+    assert "Time by phase" in titles
+    browser.wait("return document.querySelectorAll('#curves .grid canvas:not(.swatch)').length >= 6")
+    # The numbers of a plot, for those who cannot see it.
+    assert browser.run("return document.querySelector('#curves .plot').getAttribute('aria-label')") == (
+        "Loss, nats a token: loss from 1 to 0.3333"
+    )
+    browser.run("document.querySelector('#curves .numbers').open = true")
+    browser.wait("return document.querySelector('#curves .numbers table')")
+    assert browser.texts("#curves .numbers td") == ["1", "1", "2", "0.5", "3", "0.3333"]
+    assert "Of all steps: rollout 50 %, student 25 %, other 25 %." in browser.texts("#curves .note")
+    show(browser, "evaluations")
+    assert "75.0 [50.0, 100.0]" in browser.text("#view-evaluations table")
+    assert "+50.0 [" in browser.text("#view-evaluations table")
+    show(browser, "settings")
+    assert "run.steps" in browser.text("#view-settings table")
+    assert "optimizer.lr" not in browser.text("#view-settings table")
+    show(browser, "log")
+    kinds = browser.texts("#view-log .kind")
+    assert kinds == ["start", "warning", "end", "start", "warning"]
+    assert "the second warning" in browser.texts("#view-log td")[-1]
+    is_clean(browser, asked=report.parent)
+
+
+def test_filters_sort_and_search(browser, report):
+    browser.open(report)
+    show(browser, "samples")
+    assert browser.text(".total") == "12 samples"
+    browser.run(
+        "const set = (id, value, kind) => { const one = document.getElementById(id); one.value = value;"
+        "one.dispatchEvent(new Event(kind)); };"
+        "set('filter-step-from', 2, 'input'); set('filter-overlap-to', 0.5, 'input'); set('sort', 'loss', 'change');"
+    )
+    assert browser.text(".total") == "6 of 12 samples"
+    assert browser.text(".filters summary") == "Filters (2)"
+    # Loss (step + number) / 8: 2, 3, 3, 4, 4 and 5 eighths; equal ones in the order of the run.
+    assert listed(browser) == [f"problem-{number}" for number in (0, 1, 0, 2, 1, 2)]
+    browser.run("document.querySelector('[aria-label=\"Order: ascending\"]').click()")
+    assert listed(browser) == [f"problem-{number}" for number in (2, 2, 1, 1, 0, 0)]
+    browser.run(
+        "const one = document.getElementById('filter-ended'); one.value = 'cut';one.dispatchEvent(new Event('change'));"
+    )
+    assert listed(browser) == ["problem-1", "problem-1"]
+    browser.run("document.querySelector('.filters button').click()")
+    assert browser.text(".total") == "12 samples"
+    # The text search looks into the pages: 53 is in the responses of problem 3 and in the solution of problem 2.
+    browser.run("document.getElementById('search').focus()")
+    browser.press("5", "3")
+    browser.wait("return document.querySelector('.total').textContent.startsWith('6 of')")
+    assert sorted(set(listed(browser))) == ["problem-2", "problem-3"]
+    is_clean(browser, asked=report.parent)
+
+
+def test_a_sample_shows_what_was_hidden_found_and_selected(browser, report):
+    browser.open(report)
+    browser.run("location.hash = '#samples/0/2_0/1'")
+    browser.wait("return document.querySelector('#sample .tokens')")
+    assert browser.text("#sample h2") == "problem-1"
+    assert browser.texts("#sample header .tag") == ["wrong", "cut off"]
+    assert browser.text("#sample .solution").startswith("41+8=")
+    assert browser.run("return document.querySelector('#sample .cut').textContent").endswith("52\n\\boxed{52}")
+    assert browser.texts("#sample .cut mark.missing") == ["52", "52"]
+    assert browser.texts("#sample .solution > mark.found") == ["41"]
+    assert browser.texts("#sample .anchors li") == ["41\nnumber", "52\nboxed"]
+    tokens = browser.texts("#sample .token[data-at]")
+    assert len(tokens) == 13
+    assert tokens[-1] == "<|im_end|>"
+    assert browser.run(
+        "return [...document.querySelectorAll('#sample .tokens .selected')].map((one) => one.dataset.at)"
+    ) == ["2", "5"]
+    # Divergence 0.01 a token up to 0.12, the end of the scale: 0.06 is half of it.
+    classes = browser.run("return [...document.querySelectorAll('#sample .tokens .token')].map((one) => one.className)")
+    assert classes[0] == "token"
+    assert "heat-4" in classes[6].split()
+    assert "heat-8" in classes[12].split()
+    assert browser.texts("#sample details.prompt summary") == ["Prompt of the student", "Prompt of the teacher"]
+
+
+def test_everything_works_with_the_keyboard(browser, report):
+    browser.open(report)
+    browser.press("3", "j", "j")
+    browser.wait("return document.querySelector('#sample h2')?.textContent === 'problem-1'")
+    browser.press("k")
+    browser.wait("return document.querySelector('#sample h2')?.textContent === 'problem-0'")
+    # The list: arrows choose, Enter leads into the sample, Escape leads back.
+    browser.run("document.querySelector('.rows').focus()")
+    browser.press(DOWN, DOWN, ENTER)
+    browser.wait(
+        "return document.activeElement.id === 'sample'"
+        " && document.querySelector('#sample h2').textContent === 'problem-2'"
+    )
+    browser.press(ESCAPE)
+    browser.wait("return document.activeElement.className === 'rows'")
+    # The response is reached by Tab, and its tokens by arrows.
+    browser.press(ENTER)
+    for _ in range(8):
+        browser.press(TAB)
+        if browser.run("return document.activeElement.className") == "tokens":
+            break
+    browser.press(RIGHT, "m")
+    assert "token 3 of 13, id 12, selected" in browser.text(".info")
+    assert "divergence to the target\n0.02 nats" in browser.text(".info")
+    assert browser.texts(".info caption") == ["Teacher would say", "Student would say"]
+    assert browser.texts(".info table:first-child td") == ["2", "50.0 %", "0", "25.0 %"]
+    browser.press("h")
+    assert browser.run("return document.getElementById('quantity').value") == "student_entropy"
+    browser.press("?")
+    browser.wait("return document.getElementById('help').open")
+    assert "next and previous sample" in browser.text("#help")
+    assert browser.axe() == []
+    browser.press(ESCAPE)
+    browser.wait("return !document.getElementById('help').open")
+    browser.press("/")
+    assert browser.run("return document.activeElement.id") == "search"
+    browser.press("j")  # types, and changes no sample
+    assert browser.run("return document.getElementById('search').value") == "j"
+    is_clean(browser, asked=report.parent)
+
+
+def test_several_runs_and_samples_beside_the_file(browser, comparison):
+    browser.open(comparison)
+    assert browser.texts("#view-overview .run") == ["one", "two"]
+    assert browser.texts("#curves .grid:first-child figure:first-child .legend li")[0].startswith("one")
+    browser.run("document.getElementById('run-0').click()")
+    assert len(browser.texts("#curves .grid:first-child figure:first-child .legend li")) == 1
+    show(browser, "settings")
+    assert "run.seed" in browser.text("#view-settings table")
+    assert "run.steps" not in browser.text("#view-settings table")
+    show(browser, "samples")
+    browser.press("j")
+    browser.wait("return document.querySelector('#sample .tokens')")
+    assert browser.text("#sample .where") == "one, step 1, sample 0"
+    asked = browser.requests()
+    assert [address.rpartition("/")[2] for address in asked if "report_files" in address] == ["r0_1_0.js"]
+    assert browser.messages() == []
+
+
+def test_a_page_that_is_gone_is_named(browser, comparison):
+    page = comparison.parent / "report_files" / "r1_2_0.js"
+    text = page.read_text()
+    page.unlink()
+    try:
+        browser.open(comparison)
+        browser.run("location.hash = '#samples/1/2_0/0'")
+        browser.wait("return document.querySelector('#sample [role=alert]')")
+        assert "report_files/r1_2_0.js cannot be read: keep this folder beside the report" in browser.text("#sample")
+    finally:
+        page.write_text(text)
+
+
+def test_hostile_text_is_text(browser, tmp_path):
+    run = make_run(tmp_path / "run", steps=1, log=f"12:00:00  warning: {HOSTILE}\n")
+    odd = {"id": HOSTILE, "response_text": HOSTILE, "anchors": [{"kind": HOSTILE, "text": HOSTILE, "found": True}]}
+    odd["reveal"] = {
+        "shown_text": HOSTILE,
+        "reference_text": HOSTILE * 2,
+        "shown_tokens": 1,
+        "total_tokens": 2,
+        "share": 0.5,
+    }
+    long = sample(1, 1) | {"id": "long", "response_text": MEGABYTE, "response_ids": [22] * 1_000_000, "divergence": []}
+    lines = [sample(1, 0) | odd | {"response_ids": [10**9, 15]}, long]
+    (run / "samples" / "step_000001.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("train.jsonl", "'<img src=x onerror=1>'"))
+    report = write_report([run], tmp_path / "report.html").file
+    browser.open(report)
+    title = browser.run("return document.title")
+    browser.run("location.hash = '#samples/0/1_0/0'")
+    browser.wait("return document.querySelector('#sample .tokens, #sample .text')")
+    for view in VIEWS:
+        show(browser, view)
+    assert browser.run("return document.querySelectorAll('main img, main b, main script').length") == 0
+    assert browser.run("return document.title") == title
+    show(browser, "samples")
+    browser.wait("return document.querySelector('#sample h2').textContent.startsWith('<img')")
+    heading = browser.text("#sample h2")
+    assert f"{SCRIPT}&lt;b&gt;" in heading
+    assert heading.endswith("\u27e8202E\u27e9evil\u2407\u241b[31m")  # control characters have a shape
+    # A million tokens: the first ones at once, all of them on request.
+    browser.run("location.hash = '#samples/0/1_1/0'")
+    browser.wait("return document.querySelector('#sample h2').textContent === 'long'")
+    assert browser.run("return document.querySelectorAll('#sample .tokens .token').length") == 6000
+    assert "Show all 1,000,000 tokens" in browser.text("#sample")
+    is_clean(browser, asked=tmp_path)
+
+
+def test_curves_of_extreme_numbers(browser, tmp_path):
+    """A logarithmic axis over hundreds of powers of ten would take gigabytes."""
+    run = make_run(tmp_path / "run", steps=0)
+    folder = RunFolder(run)
+    for step, value in enumerate((5e-324, 1e-300, 1e-3, 1e300, 1.7e308), start=1):
+        folder.append_metrics(metrics(step) | {"loss": value, "grad_norm": value, "own/metric": -value})
+    browser.open(write_report([run], tmp_path / "report.html").file)
+    browser.wait("return document.querySelectorAll('#curves .u-wrap').length >= 5")
+    assert browser.run("return performance.memory.usedJSHeapSize") < 500e6
+    assert browser.messages() == []
+    browser.run("document.querySelector('#curves figure:first-child .numbers').open = true")
+    browser.wait("return document.querySelector('#curves .numbers table')")
+    assert browser.texts("#curves .numbers td")[1::2] == ["4.94e-324", "1e-300", "0.001", "1e300", "1.7e308"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(browser, report, comparison, scheme):
+    browser.prefer(scheme)
+    browser.resize(1280, 900)
+    try:
+        for file in (report, comparison):
+            browser.open(file)
+            for view in VIEWS:
+                show(browser, view)
+                if view == "samples":
+                    browser.run("document.querySelector('.filters').open = true")
+                    browser.press("j")
+                    browser.wait("return document.querySelector('#sample .tokens')")
+                    browser.run("document.querySelectorAll('#sample details').forEach((one) => { one.open = true; })")
+                    browser.run("document.querySelector('#sample .tokens').focus()")
+                assert browser.axe() == [], (file, view)
+        dark = browser.run("return getComputedStyle(document.body).backgroundColor")
+        assert dark == {"light": "rgb(248, 248, 246)", "dark": "rgb(18, 20, 23)"}[scheme]
+    finally:
+        browser.prefer("light")
+
+
+@pytest.mark.parametrize("width", [360, 820, 1280])
+def test_nothing_is_wider_than_the_screen(browser, report, comparison, width):
+    browser.resize(width, 740)
+    try:
+        for file in (report, comparison):
+            browser.open(file)
+            for view in VIEWS:
+                show(browser, view)
+                assert browser.run("return document.documentElement.scrollWidth") <= width, (file, view)
+            show(browser, "samples")
+            browser.run("document.querySelector('.filters').open = true")
+            assert browser.run("return document.documentElement.scrollWidth") <= width
+            browser.run("document.querySelector('.row').click()")
+            browser.wait("return document.querySelector('#sample .tokens')")
+            browser.run("document.querySelectorAll('#sample details').forEach((one) => { one.open = true; })")
+            browser.run("document.querySelector('#sample .tokens').focus()")
+            assert browser.run("return document.documentElement.scrollWidth") <= width
+            if width == 360:
+                assert browser.run("return getComputedStyle(document.querySelector('.sidebar')).display") == "none"
+                browser.run("document.querySelector('.back').click()")
+                assert browser.run("return getComputedStyle(document.querySelector('#sample')).display") == "none"
+    finally:
+        browser.resize(1280, 900)
+
+
+def test_the_theme_can_be_chosen(browser, report):
+    browser.open(report)
+    colors = []
+    for _ in range(3):
+        browser.press("t")
+        colors.append((browser.text("#theme"), browser.run("return getComputedStyle(document.body).backgroundColor")))
+    assert colors == [
+        ("Theme: light", "rgb(248, 248, 246)"),
+        ("Theme: dark", "rgb(18, 20, 23)"),
+        ("Theme: system", "rgb(248, 248, 246)"),
+    ]
+
+
+def test_a_live_report_follows_its_run(browser, tmp_path):
+    run = make_run(tmp_path / "run", steps=2)
+    server = make_server([run])
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        browser.open(address_of(server))
+        assert "step 2 of 3" in browser.text("#subtitle")
+        browser.press("3", "j")
+        browser.wait("return document.querySelector('#sample .tokens')")
+        folder = RunFolder(run)
+        folder.append_metrics(metrics(3))
+        folder.write_samples(3, [sample(3, 0)])
+        browser.wait("return document.querySelector('#subtitle').textContent.includes('step 3 of 3')")
+        assert browser.text(".total") == "9 samples"
+        assert browser.text("#sample h2") == "problem-0"  # the reader keeps his place
+        show(browser, "overview")
+        assert browser.text("#curves .legend .value") == "0.3333"
+        assert browser.messages() == []
+        origins = {address.split("/")[2] for address in browser.requests()}
+        assert origins == {f"127.0.0.1:{server.server_port}"}
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
