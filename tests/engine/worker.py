@@ -184,7 +184,7 @@ def check(case: Case, models: Path, out: Path) -> dict:
     wrapped = wrap_data_parallel(stage, settings.megatron)
     optimizer = make_optimizer(wrapped, settings.optimizer, settings.megatron)
     wanted = load_file(Path(settings.model.hf_path) / "model.safetensors")
-    found = unloaded(stage, shape, ranks) if case.ep == 1 else None
+    found = unloaded(stage, shape, ranks)
     result = {
         "layers": {
             "linear_qkv": type(layer.self_attention.linear_qkv).__name__,
@@ -194,9 +194,7 @@ def check(case: Case, models: Path, out: Path) -> dict:
         },
         "fp8": str(getattr(stage.config, "fp8_recipe", None)) if stage.config.fp8 else None,
         "not_filled": [name for name, p in stage.named_parameters() if not p.isfinite().all()],
-        "differs": None
-        if found is None
-        else sorted(
+        "differs": sorted(
             name for name in wanted if not (name in found and torch.equal(found[name], wanted[name].bfloat16()))
         ),
         "sharded": sharded(stage),
