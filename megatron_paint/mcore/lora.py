@@ -30,7 +30,6 @@ from megatron_paint.checkpoints.peft import adapter_name
 from megatron_paint.config.settings import LoraSettings
 from megatron_paint.mcore.model import Stage
 from megatron_paint.mcore.ranks import Ranks
-from megatron_paint.mcore.stage import LAYERS
 from megatron_paint.models.qwen3.mapping import part
 from megatron_paint.models.shape import ModelShape
 
@@ -187,9 +186,8 @@ def merged_weight(stage: Stage, name: str, parameter: Tensor) -> Tensor:
     """A base parameter of the stage plus the change of its adapters, added in float32 and rounded once."""
     path = name.split(".")
     adapters = None
-    if tuple(path[:2]) == LAYERS and path[-1] == "weight" and path[-2] in _SIBLINGS:
-        block = stage.layers[int(path[2])].get_submodule(".".join(path[3:-2]))
-        adapters = getattr(block, _SIBLINGS[path[-2]], None)
+    if len(path) > 2 and path[-1] == "weight" and path[-2] in _SIBLINGS:
+        adapters = getattr(stage.get_submodule(".".join(path[:-2])), _SIBLINGS[path[-2]], None)
     if adapters is None:
         return parameter.detach()
     return (parameter.float() + adapters.weight_change()).to(parameter.dtype)
