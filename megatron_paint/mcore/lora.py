@@ -26,7 +26,6 @@ from megatron_paint.mcore.expert_lora import LINEAR, ExpertAdapters, new_expert_
 from megatron_paint.mcore.lora_layers import Adapters, ColumnAdapters, RowAdapters
 from megatron_paint.mcore.model import Stage
 from megatron_paint.mcore.ranks import Ranks
-from megatron_paint.mcore.stage import LAYERS
 from megatron_paint.models.qwen3.mapping import part
 from megatron_paint.models.shape import ModelShape
 

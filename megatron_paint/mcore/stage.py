@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from megatron_paint.mcore.attention import TokenRows
 from megatron_paint.models.shape import ModelShape
 
-LAYERS = ("decoder", "layers")  # how the name of a layer's module or parameter begins
-
 
 class Chunk(GPTModel):
     """Consecutive layers of a GPTModel that ends in hidden states: the loss computes the logits.
@@ -96,6 +94,11 @@ class Stage:
     def modules(self) -> Iterator[nn.Module]:
         return (module for chunk in self.chunks for module in chunk.modules())
 
+    def get_submodule(self, name: str) -> nn.Module:
+        """A module of a layer, such as decoder.layers.5.mlp."""
+        *_, number, inside = name.split(".", 3)
+        return self.layers[int(number)].get_submodule(inside)
+
     def train(self, mode: bool = True) -> None:
         """Sets the mode of all chunks: training, or evaluation."""
         for chunk in self.chunks:
@@ -136,7 +139,7 @@ def _first_layer(chunk: Chunk) -> int:
 
 def _renumbered(name: str, first_layer: int) -> str:
     """A name in a chunk whose first layer has this index, as the name in the complete model."""
-    parts = name.split(".")
-    if tuple(parts[:2]) == LAYERS:
-        parts[2] = str(int(parts[2]) + first_layer)
-    return ".".join(parts)
+    if not name.startswith("decoder.layers."):
+        return name
+    *begin, number, rest = name.split(".", 3)
+    return ".".join((*begin, str(int(number) + first_layer), rest))

@@ -3,12 +3,13 @@
 import faulthandler
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
 from megatron_paint.config.settings import MegatronSettings
 from megatron_paint.losses.objectives import CrossEntropyLoss
-from megatron_paint.mcore import model
+from megatron_paint.mcore import forward_pass, model
 from megatron_paint.mcore.policy import MegatronPolicy
 from megatron_paint.mcore.ranks import start_ranks, stop_ranks
 from megatron_paint.mcore.teacher import TeacherStates
@@ -51,8 +52,10 @@ def main() -> None:
     assert policy.stage.config.batch_p2p_comm is (not ours)
     none = TeacherStates(hidden_NH=None, full_hidden_NH=None, output_weight_VH=None)
     out.with_name(f"begun{ranks.rank}").touch()
-    scores = policy.backward(equal_samples(), CrossEntropyLoss(chunk_bytes=1e9), none)
-    found = {"losses": [score.loss_sum for score in scores], "gradients": gradients(policy)}
+    marks: list[None] = []
+    with patch.object(forward_pass, "mark_progress", lambda: marks.append(None)):
+        scores = policy.backward(equal_samples(), CrossEntropyLoss(chunk_bytes=1e9), none)
+    found = {"losses": [score.loss_sum for score in scores], "gradients": gradients(policy), "marks": len(marks)}
     if ranks.rank == 0:
         torch.save(found, out)
     stop_ranks()

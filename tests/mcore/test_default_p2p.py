@@ -48,7 +48,9 @@ def farthest(found: dict, plain) -> float:
 
 def test_our_setting_is_right(checkpoints, plain, tmp_path):
     run_worker("default_p2p_worker", LAYOUT, checkpoints, tmp_path / "found.pt", "ours")
-    assert farthest(torch.load(tmp_path / "found.pt"), plain) < 1e-5
+    found = torch.load(tmp_path / "found.pt")
+    assert farthest(found, plain) < 1e-5
+    assert found["marks"] == len(equal_samples())  # the heartbeat, once for each micro-batch of one sample
 
 
 def test_megatrons_default_is_wrong(checkpoints, plain, tmp_path):

@@ -108,7 +108,13 @@ def on_one_rank(checkpoints, tmp_path_factory):
     return {n: (f, sampled("tp1", f, tmp_path_factory), greedy_of_transformers(f)) for n, f in folders.items()}
 
 
-@pytest.mark.parametrize("layout", PIPELINES)
+# More ranks than the others, and nothing else new for sampling.
+LONG = ("pp2-vp2-dp2", "pp3-vp2")
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in PIPELINES]
+)
 def test_chunks_and_uneven_stages_sample_the_same(layout, on_one_rank, tmp_path_factory):
     folder, wanted, greedy = on_one_rank[PIPELINES[layout].layers]
     found = sampled(layout, folder, tmp_path_factory)
