@@ -243,12 +243,17 @@ def _weights(stage: Stage) -> dict:
     state = stage.sharded_state_dict(metadata=dict(_METADATA))
     if stage.config.fp8 is not None and stage.config.fp8_recipe == "delayed":
         return state
-    return {key: entry for key, entry in state.items() if not key.endswith(ENGINE_STATE)}
+    return {key: entry for key, entry in state.items() if not _is_engine_state(key)}
+
+
+def _is_engine_state(key: str) -> bool:
+    """Whether Transformer Engine keeps an entry for itself. A layer with all experts has one for each, numbered."""
+    return key.rstrip("0123456789").endswith(ENGINE_STATE)
 
 
 def _fill(stage: Stage, state: dict) -> None:
     differences = stage.load_state_dict(state, strict=False)
-    wrong = [key for key in differences.missing_keys if not key.endswith(ENGINE_STATE)] + differences.unexpected_keys
+    wrong = [key for key in differences.missing_keys if not _is_engine_state(key)] + differences.unexpected_keys
     if wrong:
         raise AssertionError(f"the checkpoint's entries do not fit the model: {wrong[:3]}")
 
