@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from megatron_paint.mcore.checkpoint import _is_engine_state
 from tests.mcore.expert_cases import fits, make_checkpoints
 from tests.mcore.expert_checkpoint_worker import CASES
 from tests.mcore.layouts import EXPERT_LAYOUTS, run_worker
@@ -70,3 +71,11 @@ def test_a_checkpoint_names_the_experts_sizes(runs):
     sizes = json.loads((saved / "ep2" / "full-plain" / "run_state.json").read_text())["model"]
     wanted = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": False}
     assert {name: sizes[name] for name in wanted} == wanted
+
+
+def test_entries_of_transformer_engine():
+    """Its layer with all experts of a rank has an entry for each expert, numbered from the second one on."""
+    layer = "decoder.layers.0.mlp.experts.linear_fc1."
+    assert _is_engine_state(f"{layer}_extra_state")
+    assert _is_engine_state(f"{layer}_extra_state12")
+    assert not _is_engine_state(f"{layer}weight12")
