@@ -29,6 +29,7 @@ class Plot:
     series: tuple[Series, ...]
     log: bool = False  # whether a logarithmic scale is what most readers want
     share: bool = False  # whether the values are shares from 0 to 1
+    zero: bool = False  # whether the scale begins at 0
 
 
 def _series(**labels: str) -> tuple[Series, ...]:
@@ -102,6 +103,13 @@ PLOTS = (
     ),
     Plot(id="kept", title="Responses that are trained on", unit="responses", series=_series(rollout__kept="kept")),
     Plot(id="lr", title="Learning rate", unit="", series=_series(lr="learning rate")),
+    Plot(
+        id="memory",
+        title="Memory of rank 0",
+        unit="GB",
+        series=_series(memory__host_gb="host", memory__device_gb="device"),
+        zero=True,
+    ),
     Plot(id="speed", title="Speed", unit="tokens a second", series=_series(tokens_per_second="tokens a second")),
 )
 # What no plot of the second group shows: counts that other metrics repeat.

@@ -133,7 +133,7 @@
     if (!lines.length) return null;
     const log = state.scale === "log" || (state.scale === "auto" && plot.log);
     const meaning = plot.series.map((series) => paint.data.meanings[series.key]).filter(Boolean).join("\n");
-    return figure({ title: plot.title, unit: plot.unit, share: plot.share && !log, log, meaning }, steps, lines);
+    return figure({ title: plot.title, unit: plot.unit, share: (plot.share || plot.zero) && !log, log, meaning }, steps, lines);
   };
 
   const faint = (stroke) => `${stroke}59`; // with 35 % opacity
