@@ -18,6 +18,8 @@
     return run.planned ? `step ${count(run.last)} of ${count(run.planned)}` : `step ${count(run.last)}`;
   };
 
+  paint.warnings = (run) => run.events.filter((event) => event.kind === "warning").length;
+
   const accuracy = (evaluation) =>
     `${percent(evaluation.avg)} [${(100 * evaluation.low).toFixed(1)}, ${(100 * evaluation.high).toFixed(1)}]`;
 
@@ -26,7 +28,7 @@
     const rows = runs().map((run) => {
       const losses = (run.metrics.loss ?? []).filter(isNumber);
       const [first, last] = [run.evaluations[0], run.evaluations.at(-1)];
-      const warnings = run.events.length + run.skipped.length;
+      const warnings = paint.warnings(run);
       return [
         runName(run),
         run.objective ?? "–",
