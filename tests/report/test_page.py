@@ -1,9 +1,7 @@
 """The file of a report: its data, its pages of samples, and that nothing of a run becomes markup."""
 
-import base64
 import json
 import re
-import zlib
 
 import pytest
 
@@ -12,13 +10,9 @@ from megatron_paint.cli.main import main
 from megatron_paint.report.build import write_report
 from megatron_paint.report.page import ASSETS, SCRIPTS, STYLES, TEMPLATE, asset, json_block
 from megatron_paint.report.pages import encode
-from tests.report.made_run import make_run, read_block
+from tests.report.made_run import decode, make_run, read_block
 
 HOSTILE = "</script><script>alert(1)</script><!-- \u2028 ' \" & \x00 <img src=x onerror=alert(2)>"
-
-
-def decode(text):
-    return json.loads(zlib.decompress(base64.b64decode(text)))
 
 
 @pytest.fixture
