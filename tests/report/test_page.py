@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from megatron_paint.report.page import ASSETS, SCRIPTS, STYLES, TEMPLATE, asset,
 from megatron_paint.report.pages import encode
 from tests.report.made_run import decode, make_run, read_block
 
+ROOT = Path(__file__).parents[2]
 HOSTILE = "</script><script>alert(1)</script><!-- \u2028 ' \" & \x00 <img src=x onerror=alert(2)>"
 
 
@@ -136,6 +138,16 @@ def test_assets_end_no_block_and_load_nothing():
 def test_every_asset_is_used_or_a_licence():
     there = {path.relative_to(ASSETS).as_posix() for path in ASSETS.rglob("*") if path.is_file()}
     assert there == {*STYLES, *SCRIPTS, TEMPLATE, "uplot/LICENSE"}
+
+
+def test_a_wheel_has_every_asset():
+    from distutils.core import run_setup
+
+    from setuptools import Distribution  # noqa: F401  (it provides distutils from Python 3.12 on)
+
+    globs = run_setup(str(ROOT / "setup.py"), stop_after="init").package_data["megatron_paint.report"]
+    packed = {path for pattern in globs for path in ASSETS.parent.glob(pattern) if path.is_file()}
+    assert packed == {path for path in ASSETS.rglob("*") if path.is_file()}
 
 
 def test_the_command(run, tmp_path, capsys):
