@@ -28,8 +28,8 @@ def _serve(options: argparse.Namespace) -> int:
     if options.out is not None:
         raise UserError("--out and --serve exclude each other: --serve writes no file; leave one of them out")
     server = make_server(options.runs, port=options.port or 0)
-    print(f"{address_of(server)} follows {', '.join(map(str, options.runs))}; Ctrl-C ends it", flush=True)
     try:
+        print(f"{address_of(server)} follows {', '.join(map(str, options.runs))}; Ctrl-C ends it", flush=True)
         server.serve_forever()
     except KeyboardInterrupt:
         pass

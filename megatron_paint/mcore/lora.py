@@ -101,7 +101,7 @@ _SIBLINGS = {
 
 
 _EXPERT = re.compile(
-    r"mlp\.experts\.(?:local_experts\.(?P<local>\d+)\.(?P<one>linear_fc[12])\.weight"
+    r"(?P<mlp>.*\.mlp)\.experts\.(?:local_experts\.(?P<local>\d+)\.(?P<one>linear_fc[12])\.weight"
     r"|(?P<many>linear_fc[12])\.weight(?P<grouped>\d+))"
 )
 
@@ -111,16 +111,13 @@ def merged_weight(stage: Stage, name: str, parameter: Tensor) -> Tensor:
     """A base parameter of the stage plus the change of its adapters, added in float32 and rounded once."""
     path = name.split(".")
     adapters, change = None, None
-    if tuple(path[:2]) != LAYERS:
-        return parameter.detach()
-    layer = stage.layers[int(path[2])]
-    if expert := _EXPERT.fullmatch(".".join(path[3:])):
-        adapters = getattr(layer.mlp, "expert_adapters", None)
+    if expert := _EXPERT.fullmatch(name):
+        adapters = getattr(stage.get_submodule(expert["mlp"]), "expert_adapters", None)
         linear, number = expert["one"] or expert["many"], int(expert["local"] or expert["grouped"] or 0)
         if adapters is not None:
             change = adapters.weight_change(next(p for p, of in LINEAR.items() if of == linear), number)
-    elif path[-1] == "weight" and path[-2] in _SIBLINGS:
-        adapters = getattr(layer.get_submodule(".".join(path[3:-2])), _SIBLINGS[path[-2]], None)
+    elif len(path) > 2 and path[-1] == "weight" and path[-2] in _SIBLINGS:
+        adapters = getattr(stage.get_submodule(".".join(path[:-2])), _SIBLINGS[path[-2]], None)
         change = None if adapters is None else adapters.weight_change()
     return parameter.detach() if change is None else (parameter.float() + change).to(parameter.dtype)
 

@@ -196,6 +196,10 @@ METRICS: dict[str, Metric] = {
     "time/student_s": Metric(meaning="time for the student's forward and backward pass", unit="s"),
     "time/optimizer_s": Metric(meaning="time for the optimiser step and the moving average", unit="s"),
     "tokens_per_second": Metric(meaning="response tokens, divided by the time of the complete step", unit="tokens / s"),
+    "memory/host_gb": Metric(meaning="largest memory of rank 0's process since its start", unit="GB"),
+    "memory/device_gb": Metric(
+        meaning="largest memory of tensors on rank 0's GPU since the step before", unit="GB", only="on a GPU"
+    ),
     "reward/mean": Metric(
         meaning="share of responses with the right answer; with scores of a function of yours, their mean",
         unit="0 to 1",

@@ -1,5 +1,6 @@
 """Which metrics share a plot, and the series that the report computes from them."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,6 +9,7 @@ from megatron_paint.objectives.metric_table import METRICS
 
 Line = Mapping[str, Any]
 TIME = "time/"
+LARGEST = sys.float_info.max
 MOST_DIGITS = 6  # significant digits of a value in the report
 
 
@@ -29,6 +31,7 @@ class Plot:
     series: tuple[Series, ...]
     log: bool = False  # whether a logarithmic scale is what most readers want
     share: bool = False  # whether the values are shares from 0 to 1
+    zero: bool = False  # whether the scale begins at 0
 
 
 def _series(**labels: str) -> tuple[Series, ...]:
@@ -102,6 +105,13 @@ PLOTS = (
     ),
     Plot(id="kept", title="Responses that are trained on", unit="responses", series=_series(rollout__kept="kept")),
     Plot(id="lr", title="Learning rate", unit="", series=_series(lr="learning rate")),
+    Plot(
+        id="memory",
+        title="Memory of rank 0",
+        unit="GB",
+        series=_series(memory__host_gb="host", memory__device_gb="device"),
+        zero=True,
+    ),
     Plot(id="speed", title="Speed", unit="tokens a second", series=_series(tokens_per_second="tokens a second")),
 )
 # What no plot of the second group shows: counts that other metrics repeat.
@@ -114,7 +124,7 @@ def columns(lines: Sequence[Line]) -> dict[str, list[float | None]]:
     A series that never has a value is left out.
     """
     full = [{**line, **derived(line)} for line in lines]
-    keys = dict.fromkeys(key for line in full for key, value in line.items() if _is_number(value))
+    keys = dict.fromkeys(key for line in full for key, value in line.items() if is_number(value))
     return {key: [_rounded(line.get(key)) for line in full] for key in keys if key != "step"}
 
 
@@ -122,11 +132,11 @@ def derived(line: Line) -> dict[str, float]:
     """The difference of entropies (student - teacher), and the seconds of a step outside of its phases."""
     found: dict[str, float] = {}
     student, teacher = line.get("entropy/student_mean"), line.get("entropy/teacher_mean")
-    if _is_number(student) and _is_number(teacher):
+    if is_number(student) and is_number(teacher):
         found["entropy/gap"] = student - teacher
     tokens, speed = line.get("num_tokens"), line.get("tokens_per_second")
-    phases = [value for key, value in line.items() if key.startswith(TIME) and _is_number(value)]
-    if phases and _is_number(tokens) and _is_number(speed) and speed > 0:
+    phases = [value for key, value in line.items() if key.startswith(TIME) and is_number(value)]
+    if phases and is_number(tokens) and is_number(speed) and speed > 0:
         found[f"{TIME}other_s"] = max(0.0, tokens / speed - sum(phases))
     return found
 
@@ -172,9 +182,10 @@ def _meaning(key: str, own: Mapping[str, str]) -> str:
     return metric.meaning if metric.healthy == "-" else f"{metric.meaning}. Healthy: {metric.healthy}"
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def is_number(value: Any) -> bool:
+    """Whether it is a number that a browser has too; a damaged file may hold 1e999 or an integer of 400 digits."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
 
 
 def _rounded(value: Any) -> float | None:
-    return float(f"{value:.{MOST_DIGITS}g}") if _is_number(value) else None
+    return float(f"{value:.{MOST_DIGITS}g}") if is_number(value) else None

@@ -32,7 +32,7 @@ def read_evaluations(folder: RunFolder, known: Known) -> tuple[list[dict[str, An
             if rows and first is None:
                 first = read_report(folder.path / "eval" / f"{step_name(rows[0]['step'])}.json")
             row = _row(report, first)
-        except (UserError, KeyError, OSError) as error:
+        except (UserError, KeyError, TypeError, AttributeError, ValueError, OSError) as error:
             notices.append(f"eval/{file.name} is left out: {_one_line(error)}")
             continue
         first = first or report

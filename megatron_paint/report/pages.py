@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_paint.base.errors import UserError
+from megatron_paint.base.json_text import to_json
 from megatron_paint.runtime.files import NewFolder
 
 # Of samples in the report's file. With curves and scripts, 100 steps of 32 samples stay below 5 MB.
@@ -23,7 +24,10 @@ LEVEL = 3  # of zlib: a quarter of the time of 6, for 12 % more bytes
 
 def encode(content: Any) -> str:
     """The text of a page, which consists of letters, digits, +, / and =."""
-    text = json.dumps(content, allow_nan=False, separators=(",", ":"))
+    try:
+        text = json.dumps(content, allow_nan=False, separators=(",", ":"))
+    except ValueError:  # an infinity of a damaged file
+        text = json.dumps(json.loads(to_json(content)), separators=(",", ":"))
     return base64.b64encode(zlib.compress(text.encode("ascii"), LEVEL)).decode("ascii")
 
 

@@ -10,7 +10,7 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.config.saved import read_config
 from megatron_paint.data.decoding import load_decoder
 from megatron_paint.report.console_events import read_console
-from megatron_paint.report.curves import columns, phases
+from megatron_paint.report.curves import columns, is_number, phases
 from megatron_paint.report.evaluations import Known, read_evaluations
 from megatron_paint.report.samples import COLUMNS, SampleFile, list_row, page_content, read_sample_file
 from megatron_paint.report.token_texts import TokenTexts
@@ -75,7 +75,7 @@ class RunReader:
             "planned": steps,
             "last": last,
             "finished": steps is not None and last >= steps,
-            "tokens": sum(line.get("num_tokens") or 0 for line in done),
+            "tokens": sum(value for line in done if is_number(value := line.get("num_tokens"))),
             "steps": [line["step"] for line in done],
             "metrics": (metrics := columns(done)),
             "phases": phases(list(metrics)),
@@ -126,7 +126,7 @@ class RunReader:
             try:
                 content = json.loads(line, parse_constant=lambda _: None)
                 found[int(content["step"])] = {**content, "step": int(content["step"])}
-            except (ValueError, TypeError, KeyError, RecursionError):
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
                 bad += 1
         if bad:
             notices.append(f"{file.name}: {_count(bad, 'line')} cannot be read and {_is(bad)} left out")

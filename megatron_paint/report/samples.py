@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_paint.report.curves import is_number
 from megatron_paint.report.token_texts import TokenTexts, length_in_browser
 
 PAGE_BYTES = 1_500_000  # of sample lines on a page; ours: a page opens in a fraction of a second
@@ -179,4 +180,4 @@ def _numbers(values: Sequence[Any]) -> Sequence[float | None]:
 
 
 def _short(value: Any) -> float | None:
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, int | float) and not isinstance(value, bool) else None
+    return float(f"{value:.{DIGITS}g}") if is_number(value) else None

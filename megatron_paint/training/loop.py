@@ -24,6 +24,7 @@ from megatron_paint.runtime.pace import Pace
 from megatron_paint.runtime.rank_zero import OnRankZero
 from megatron_paint.runtime.stop import StopRequested
 from megatron_paint.runtime.timer import Timer
+from megatron_paint.training.peak_memory import peak_memory
 from megatron_paint.training.recorder import Recorder
 
 
@@ -89,7 +90,7 @@ class Run:
                 with timer("step"):
                     result = self.objective.step(self.policy, self.order.batch(step), step=step, lr=lr, timer=timer)
                 metrics = metrics_of(result, step=step, lr=lr, seconds=timer.seconds)
-                metrics |= self.order.record(step, result.verdicts) | self.sampler.metrics()
+                metrics |= self.order.record(step, result.verdicts) | self.sampler.metrics() | peak_memory()
                 report = StepReport(
                     step=step,
                     metrics=metrics,

@@ -37,11 +37,8 @@ def test_what_a_run_logs(unbroken):
     run_dir, lines = unbroken
     for line in lines:
         # Of settings that this run does not have.
-        others = {
-            key
-            for key in METRICS
-            if key.startswith(("support/", "order/", "rollout/", "importance/", "experts/", "router/"))
-        } | {"reveal/without_peer"}
+        sections = ("support/", "order/", "rollout/", "importance/", "experts/", "router/")
+        others = {key for key in METRICS if key.startswith(sections)} | {"reveal/without_peer", "memory/device_gb"}
         assert {*line, *others, "skipped"} == set(METRICS)  # it has all that other objectives log, and more
         assert 0 < line["reward/mean"] < 1
         assert line["updates"] == 2

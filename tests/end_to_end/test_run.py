@@ -32,7 +32,7 @@ METRICS = {
         "time/mask_s",
         "time/teacher_s",
     ),
-    *("time/student_s", "time/optimizer_s"),
+    *("time/student_s", "time/optimizer_s", "memory/host_gb"),
 }
 
 

@@ -55,6 +55,14 @@ def test_distillation_counts_each_value_where_it_belongs():
     assert got.sums.keys() == expected.keys()
     assert all(relative(got.sums[name], expected[name]) <= 1e-12 for name in expected)
     assert not any(values_T.requires_grad for values_T in got.sums.values())
+    # Of the samples whose tokens are kept: at every token, selected or not.
+    tokens = {
+        "divergence": "divergence_T",
+        "student_entropy": "student_entropy_T",
+        "teacher_entropy": "teacher_entropy_T",
+    }
+    assert got.kept.keys() == tokens.keys()
+    assert all(relative(got.kept[name], getattr(want, field)) <= 1e-12 for name, field in tokens.items())
 
 
 def test_cross_entropy_reports_its_loss_and_the_student_s_entropy():
@@ -68,3 +76,5 @@ def test_cross_entropy_reports_its_loss_and_the_student_s_entropy():
     assert relative(got.sums["student_entropy"], -(logp_TV.exp() * logp_TV).sum(1)) <= 1e-12
     assert got.carries_loss_T.all()
     assert not got.selected_T.any()
+    assert got.kept.keys() == {"student_entropy", "divergence"}
+    assert relative(got.kept["divergence"], loss_T) <= 1e-12

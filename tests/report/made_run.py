@@ -1,6 +1,8 @@
 """Run folders made by hand, with the tokenizer of the quickstart: what a report shows of them is known."""
 
+import base64
 import json
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -150,9 +152,18 @@ def make_run(path: Path, *, steps: int = 3, samples: int = 4, log: str = LOG, **
     return path
 
 
+def decode(text: str) -> Any:
+    """The content of a page of samples."""
+    return json.loads(zlib.decompress(base64.b64decode(text)))
+
+
 def read_block(page: str, name: str) -> Any:
-    """The JSON of a script block of the page."""
+    """The strict JSON of a script block of the page."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
     start = page.index(f'<script type="application/json" id="{name}">')
     text = page[page.index(">", start) + 1 : page.index("</script>", start)]
     assert "<" not in text
-    return json.loads(text)
+    return json.loads(text, parse_constant=refuse)

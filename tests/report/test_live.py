@@ -3,8 +3,13 @@
 import base64
 import http.client
 import json
+import re
+import signal
+import subprocess
+import sys
 import threading
 import zlib
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +17,8 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.report.live import make_server
 from megatron_paint.run.folder import RunFolder
 from tests.report.made_run import make_run, metrics, read_block, sample
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -90,6 +97,17 @@ def test_only_get_is_answered(server, method):
 
 def test_it_listens_on_this_machine_alone(server):
     assert server.server_address[0] == "127.0.0.1"
+
+
+def test_the_command_ends_with_ctrl_c(run):
+    command = [sys.executable, "-m", "megatron_paint", "report", str(run), "--serve"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        line = process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert re.fullmatch(rf"http://127\.0\.0\.1:\d+/ follows {run}; Ctrl-C ends it\n", line)
+    assert (process.returncode, out, err) == (0, "", "")
 
 
 def test_refusals(run, server, tmp_path):

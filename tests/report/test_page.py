@@ -1,9 +1,8 @@
 """The file of a report: its data, its pages of samples, and that nothing of a run becomes markup."""
 
-import base64
 import json
 import re
-import zlib
+from pathlib import Path
 
 import pytest
 
@@ -12,13 +11,10 @@ from megatron_paint.cli.main import main
 from megatron_paint.report.build import write_report
 from megatron_paint.report.page import ASSETS, SCRIPTS, STYLES, TEMPLATE, asset, json_block
 from megatron_paint.report.pages import encode
-from tests.report.made_run import make_run, read_block
+from tests.report.made_run import decode, make_run, read_block
 
+ROOT = Path(__file__).parents[2]
 HOSTILE = "</script><script>alert(1)</script><!-- \u2028 ' \" & \x00 <img src=x onerror=alert(2)>"
-
-
-def decode(text):
-    return json.loads(zlib.decompress(base64.b64decode(text)))
 
 
 @pytest.fixture
@@ -142,6 +138,16 @@ def test_assets_end_no_block_and_load_nothing():
 def test_every_asset_is_used_or_a_licence():
     there = {path.relative_to(ASSETS).as_posix() for path in ASSETS.rglob("*") if path.is_file()}
     assert there == {*STYLES, *SCRIPTS, TEMPLATE, "uplot/LICENSE"}
+
+
+def test_a_wheel_has_every_asset():
+    from distutils.core import run_setup
+
+    from setuptools import Distribution  # noqa: F401  (it provides distutils from Python 3.12 on)
+
+    globs = run_setup(str(ROOT / "setup.py"), stop_after="init").package_data["megatron_paint.report"]
+    packed = {path for pattern in globs for path in ASSETS.parent.glob(pattern) if path.is_file()}
+    assert packed == {path for path in ASSETS.rglob("*") if path.is_file()}
 
 
 def test_the_command(run, tmp_path, capsys):

@@ -13,7 +13,7 @@ from megatron_paint.report.curves import columns, derived, phases, plots_for
 from megatron_paint.report.reader import RunReader, sample_columns
 from megatron_paint.report.samples import page_content, read_sample_file
 from megatron_paint.report.settings_table import settings_rows
-from tests.report.made_run import LOG, evaluation, make_run, sample
+from tests.report.made_run import LOG, decode, evaluation, make_run, read_block, sample
 
 
 @pytest.fixture
@@ -216,6 +216,37 @@ def test_lines_of_other_types_are_no_traceback(run):
     written = write_report([run], run / "report.html")
     assert written.samples == 12
     assert written.notices == ("samples/: 1 line cannot be read and is left out",)
+
+
+def test_numbers_that_no_browser_has_are_left_out(run):
+    huge = "1" + 400 * "0"
+    with open(run / "metrics.jsonl", "a") as stream:
+        stream.write(
+            f'{{"step": 4, "loss": 1e999, "num_tokens": {huge}, "tokens_per_second": {huge}, "time/a_s": 1}}\n'
+        )
+        stream.write('{"step": 1e999, "loss": 1}\n')
+    line = json.dumps(sample(2, 0)).replace('"divergence": [0.0,', '"divergence": [-1e999,')
+    line = line.replace('"loss": 0.25', f'"loss": {huge}')
+    (run / "samples" / "step_000002.jsonl").write_text(line + "\n")
+    data = read(run)
+    assert data.summary["metrics"]["loss"] == [1.0, 0.5, 0.333333, None]
+    assert data.summary["tokens"] == 300
+    assert data.summary["notices"] == ["metrics.jsonl: 1 line cannot be read and is left out"]
+    assert sample_columns([data])["loss"][4] is None
+    page = write_report([run], run / "report.html").file.read_text()
+    read_block(page, "report-data")
+    assert decode(read_block(page, "report-pages")["r0_2_0"])["samples"][0]["values"]["divergence"][:2] == [None, 0.01]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"metrics": [], "answers": [], "step": 3, "benchmark": "a", "num_problems": 1, "samples_per_problem": 1}', "{}"],
+)
+def test_an_odd_evaluation_is_named(run, content):
+    (run / "eval" / "step_000003.json").write_text(content)
+    (notice,) = notices(run)
+    assert notice.startswith("eval/step_000003.json is left out: ")
+    assert len(read(run).summary["evaluations"]) == 1
 
 
 def test_without_the_tokenizer_responses_have_no_tokens(run, tmp_path):

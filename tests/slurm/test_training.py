@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CLOCK = ("time/", "tokens_per_second")  # metrics of how fast, not of what
+CLOCK = ("time/", "memory/", "tokens_per_second")  # metrics of how fast, not of what
 MINUTES = 600.0  # several processes import torch at once, on a machine with few cores
 HEAD = """#!/bin/bash
 #SBATCH --nodes=2 --ntasks-per-node=2 --cpus-per-task=12 --gpus-per-node=2 --mem=64G

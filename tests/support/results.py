@@ -12,10 +12,13 @@ SAMPLER = ("sampler_gap/max", "sampler_gap/mean", "sampler_gap/above_share")
 
 
 def metrics(run: Path, *, without: Collection[str] = ()) -> list[dict]:
-    """The lines of metrics.jsonl, without times and without the keys that are named."""
+    """The lines of metrics.jsonl, without times and memory, and without the keys that are named."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     left_out = {"tokens_per_second", *without}
-    return [{k: v for k, v in line.items() if not k.startswith("time/") and k not in left_out} for line in lines]
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("time/", "memory/")) and k not in left_out}
+        for line in lines
+    ]
 
 
 def events(ended: Ended, *kinds: str) -> list[tuple[str, int]]:

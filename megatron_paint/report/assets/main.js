@@ -16,7 +16,7 @@
     const when = `${made.slice(0, 10)} ${made.slice(11, 16)} UTC`;
     document.getElementById("subtitle").textContent = `${last} · ${live ? "live, " : ""}${when}`;
     const links = Object.entries(VIEWS).map(([name, label]) => {
-      const number = { samples: paint.data.samples.run.length, log: runs.reduce((sum, run) => sum + run.events.length + run.skipped.length, 0) }[name];
+      const number = { samples: paint.data.samples.run.length, log: runs.reduce((sum, run) => sum + paint.warnings(run), 0) }[name];
       const link = el("a", { href: `#${name}` }, label, number ? el("span", { class: "badge", text: paint.count(number) }) : null);
       if (name === paint.view) link.setAttribute("aria-current", "page");
       return el("li", {}, link);

@@ -18,6 +18,8 @@
     return run.planned ? `step ${count(run.last)} of ${count(run.planned)}` : `step ${count(run.last)}`;
   };
 
+  paint.warnings = (run) => run.events.filter((event) => event.kind === "warning").length;
+
   const accuracy = (evaluation) =>
     `${percent(evaluation.avg)} [${(100 * evaluation.low).toFixed(1)}, ${(100 * evaluation.high).toFixed(1)}]`;
 
@@ -26,7 +28,7 @@
     const rows = runs().map((run) => {
       const losses = (run.metrics.loss ?? []).filter(isNumber);
       const [first, last] = [run.evaluations[0], run.evaluations.at(-1)];
-      const warnings = run.events.length + run.skipped.length;
+      const warnings = paint.warnings(run);
       return [
         runName(run),
         run.objective ?? "–",
@@ -133,7 +135,7 @@
     if (!lines.length) return null;
     const log = state.scale === "log" || (state.scale === "auto" && plot.log);
     const meaning = plot.series.map((series) => paint.data.meanings[series.key]).filter(Boolean).join("\n");
-    return figure({ title: plot.title, unit: plot.unit, share: plot.share && !log, log, meaning }, steps, lines);
+    return figure({ title: plot.title, unit: plot.unit, share: (plot.share || plot.zero) && !log, log, meaning }, steps, lines);
   };
 
   const faint = (stroke) => `${stroke}59`; // with 35 % opacity
