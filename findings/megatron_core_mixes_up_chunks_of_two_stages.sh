@@ -4,9 +4,9 @@
 # In the interleaved schedule, each of two stages is both the previous and the next stage of the other one. With the
 # defaults (overlap_p2p_comm=False, batch_p2p_comm=True) a stage sends a gradient and an activation in one batch. Only
 # their order tells them apart: the sender starts with the gradient, but the receiver starts with the activation. If all
-# micro-batches have one shape, losses and gradients are wrong without an error. If their lengths differ, the run hangs
-# according to Megatron-LM's issue 1450. Megatron-LM's training script refuses these settings for two stages, but
-# megatron.core does not. Set overlap_p2p_comm=True and batch_p2p_comm=False. Seen with gloo on a CPU.
+# micro-batches have one shape, losses and gradients are wrong without an error. Megatron-LM's training script refuses
+# these settings for two stages, but megatron.core does not. Set overlap_p2p_comm=True and batch_p2p_comm=False. Seen
+# with gloo on a CPU.
 #
 # The probe has four chunks on two stages. Each chunk computes weight * x + 10. One process without a pipeline is the
 # reference. Exits 0 as long as megatron-core does so.
