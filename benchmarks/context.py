@@ -3,7 +3,7 @@
     python benchmarks/context.py [--tokens 4096] [--response 256] [--rounds 5] [--cores 0,1]
 
 A Qwen3 of 8 layers and hidden size 512 with random float32 weights; SFT on one sequence of --tokens tokens. Each rank
-has one core and one thread. `zig-zag`: the pieces that the product gives a rank. `contiguous`: neighbouring pieces,
+has one core and one thread. `zig-zag`: the pieces that this package gives a rank. `contiguous`: neighbouring pieces,
 which give the last rank more work of causal attention. Everything is in alternating rounds; the figures are medians.
 """
 

@@ -151,7 +151,7 @@ class SamplerGap:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LikelyTokens:
-    """What one side would say at each response token, at temperature 1: the likeliest token first."""
+    """The likeliest tokens of one side at each response token, at temperature 1: the likeliest token first."""
 
     ids: tuple[TokenIds, ...]
     probabilities: tuple[tuple[float, ...], ...]  # over the complete vocabulary

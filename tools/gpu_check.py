@@ -7,7 +7,7 @@ Each part runs in a process of its own with a time limit. The file has the resul
 that fails, crashes or hangs costs only itself. The exit status is 0 if no part failed.
 
     versions         driver, libraries, the GPU
-    engine           one linear layer of Transformer Engine with each FP8 recipe, against torch
+    engine           one linear layer of Transformer Engine without FP8 and with three FP8 recipes, against torch
     tests            tests/gpu
     loss             benchmarks/loss.py: the fused loss against its products, and peers that are installed
     step             training steps of PAINT and of SFT in bfloat16: seconds, FLOP/s, memory against the estimate
@@ -397,7 +397,7 @@ def write(file: Path, found: dict[str, Any]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu_check.json"), help="file of the results")
-    parser.add_argument("--parts", default=",".join(PARTS), help="names, in this order")
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated names, run in the given order")
     parser.add_argument("--limit", type=float, default=480.0, help="seconds for all parts")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)

@@ -1,6 +1,6 @@
 """Compares the planner's model of time with published speeds, and prints the table of docs/planner.md.
 
-`python tools/planner_published.py --check` ends with status 1 if the page has another one.
+`python tools/planner_published.py --check` ends with status 1 if the page has another table.
 
 A row has the layout that its source states; what a source leaves open is chosen here and marked by "assumed".
 """

@@ -250,8 +250,8 @@ class Adapter:
             raise UserError(f"{self.folder} adapts {other[0]}, which a run of adapters cannot; {merge}")
         if single := [weight for weight in sizes if expert_weight(weight) and not self._is_stacked(weight)]:
             raise UserError(
-                f"{self.folder} adapts {single[0]} apart from the other experts of its layer; a run has adapters of "
-                f"transformers 5's stacked parameters (target_parameters); {merge}"
+                f"{self.folder} adapts {single[0]} without the other experts of its layer. A run adapts all experts of "
+                f"a layer together (target_parameters of transformers 5); {merge}"
             )
         if self.config.stacked and not lora.experts:
             raise UserError(f"{self.folder} has adapters on experts: set model.lora.experts=true, or {merge}")

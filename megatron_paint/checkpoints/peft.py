@@ -122,7 +122,8 @@ def _stacked_targets(raw: Mapping[str, Any]) -> tuple[str, ...]:
     names = tuple(map(str, raw.get("target_parameters") or ()))
     if other := [name for name in names if name.removeprefix("mlp.experts.") not in STACKED]:
         raise ValueError(
-            f"target_parameters has {other[0]}, and not only mlp.experts.{' and mlp.experts.'.join(STACKED)}"
+            f"target_parameters has {other[0]}, which is not supported; only mlp.experts."
+            f"{' and mlp.experts.'.join(STACKED)} are"
         )
     return tuple(name for name in STACKED if any(target.endswith(name) for target in names))
 

@@ -28,7 +28,7 @@ def _add_work(plan: argparse.ArgumentParser) -> None:
         ("max-new-tokens", "rollout.max_new_tokens"),
         ("micro-batch-tokens", "data.micro_batch_tokens"),
         ("batch-size", "rollout.batch_size"),
-        ("lora", "rank of model.lora; 0: all weights are trained, as without --config"),
+        ("lora", "rank of model.lora; 0: train all weights (the default without --config)"),
         ("sampling-gpus", "GPUs of the vLLM servers, beside the N of --gpus; default: one node"),
     ):
         plan.add_argument(f"--{name}", type=int, metavar="N", help=meaning)

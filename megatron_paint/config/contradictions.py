@@ -287,8 +287,8 @@ def of_grpo(objective: ObjectiveSettings, rollout: RolloutSettings) -> Iterator[
 def of_tokens(run: RunSettings) -> Iterator[str]:
     if run.keep_top_tokens and not run.keep_token_values:
         yield (
-            f"run.keep_top_tokens={run.keep_top_tokens} is of the samples whose tokens are kept, and "
-            "run.keep_token_values=0 keeps none: set it to a number of samples, or run.keep_top_tokens to 0"
+            f"run.keep_top_tokens={run.keep_top_tokens} applies to the samples of run.keep_token_values, and that is "
+            "0: set run.keep_token_values to a number of samples, or run.keep_top_tokens to 0"
         )
 
 
@@ -338,8 +338,8 @@ def of_megatron(megatron: MegatronSettings, optimizer: OptimizerSettings, model:
         )
     if megatron.moe_router_load_balancing_type == "aux_loss" and not megatron.moe_aux_loss_coeff:
         yield (
-            "megatron.moe_aux_loss_coeff is 0, and moe_router_load_balancing_type=aux_loss has this weight: set it, "
-            "such as 1e-3, or set the type to none"
+            "megatron.moe_aux_loss_coeff is 0, so moe_router_load_balancing_type=aux_loss has no effect: set the "
+            "coefficient, such as 1e-3, or set the type to none"
         )
 
 
@@ -379,6 +379,6 @@ def of_auxiliary_losses(
         yield f"megatron.{name} is a loss of the routers, which model.lora freezes: leave one of them out"
     if objective.needs.masker and objective.loss.elsewhere == "skip":
         yield (
-            f"megatron.{name} is weighed by the number of tokens that carry loss, and objective.loss.elsewhere=skip "
-            "knows that number only after the pass: set elsewhere to teacher, or leave the weight out"
+            f"megatron.{name} is scaled by the number of tokens that carry loss. With objective.loss.elsewhere=skip "
+            f"this number is known only after the pass: set elsewhere to teacher, or leave megatron.{name} out"
         )

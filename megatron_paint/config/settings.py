@@ -39,12 +39,14 @@ class LoraSettings:
     """Low-rank adapters, which train in place of the weights."""
 
     rank: Annotated[
-        Count, setting("rank of the adapters on all seven projections; of a mixture, on the attention's", source=OPSD)
+        Count,
+        setting(
+            "rank of the adapters: on all seven projections of a dense model, on the four of attention in a mixture",
+            source=OPSD,
+        ),
     ] = 64
     alpha: Annotated[Positive, setting("the adapters' output is scaled by alpha / rank", source=OPSD)] = 128.0
-    experts: Annotated[
-        Flag, setting("a mixture: adapters on each expert too; the routers stay as they are in either case")
-    ] = False
+    experts: Annotated[Flag, setting("mixture of experts: also adapt each expert; routers are never adapted")] = False
     export: Annotated[
         Literal["merged", "adapter"], setting("an export is a complete model, or a PEFT folder of the adapters alone")
     ] = "merged"
@@ -274,8 +276,9 @@ class MegatronSettings:
     pipeline_model_parallel_layout: Annotated[
         Text | None,
         setting(
-            "what each chunk has, such as Et*3|t*4L: E the embedding, t a layer, L the loss, | begins the next chunk, "
-            "stage by stage and then the next chunk of each; null: the layers are divided by the settings above",
+            "which layers each chunk has, such as Et*3|t*4L. E is the embedding, t a layer, L the loss; | begins the "
+            "next chunk. First come the first chunks of all stages, then their second chunks. null: the settings above "
+            "divide the layers",
             source=MEGATRON,
         ),
     ] = None
@@ -293,12 +296,15 @@ class MegatronSettings:
     moe_router_load_balancing_type: Annotated[
         Literal["none", "aux_loss"],
         setting(
-            "aux_loss: an auxiliary loss asks for an even load of a mixture's experts, of each micro-batch",
+            "aux_loss: an auxiliary loss that balances the load of the experts within each micro-batch",
             source=MEGATRON_NAME,
         ),
     ] = "none"
     moe_aux_loss_coeff: Annotated[
-        Number, setting("weight of that loss, mean over all tokens of a step, prompts included", source=MEGATRON, ge=0)
+        Number,
+        setting(
+            "coefficient of the auxiliary loss: a mean over all tokens of a step, prompts too", source=MEGATRON, ge=0
+        ),
     ] = 0.0
     moe_z_loss_coeff: Annotated[
         Positive | None,
@@ -342,7 +348,7 @@ class MegatronSettings:
     ] = "blockwise"
     fp8_emulate: Annotated[
         Flag,
-        setting("compute FP8's products in plain torch, slowly: for experiments without a GPU that has it"),
+        setting("emulate FP8's products in plain torch: slow, for experiments without a GPU that supports FP8"),
     ] = False
     fp8_margin: Annotated[Whole, setting("margin of delayed scaling", source=MEGATRON, ge=0)] = 0
     fp8_amax_history_len: Annotated[Count, setting("steps of history that delayed scaling keeps", source=MEGATRON)] = 1
@@ -457,7 +463,12 @@ class RunSettings:
         ),
     ] = 600.0
     max_skipped_steps: Annotated[
-        Whole, setting("number of steps that a run may skip because a loss or gradient is not finite", ge=0)
+        Whole,
+        setting(
+            "number of steps that a run may skip because a loss or gradient is not finite, or the gradient norm is "
+            "above optimizer.grad_norm_skip_threshold",
+            ge=0,
+        ),
     ] = 0
     seed: Annotated[Whole, setting("random key of all sampling", ge=0)] = 1
     resume: Annotated[
@@ -475,16 +486,16 @@ class RunSettings:
     keep_token_values: Annotated[
         Whole,
         setting(
-            "how many samples of each step, the first ones, are stored with values of each token: divergence, "
-            "entropies, and the difference between trainer and sampler",
+            "number of samples of each step, from the first one on, that are stored with values of each token: "
+            "divergence, entropies, and the difference between trainer and sampler",
             ge=0,
         ),
     ] = 32
     keep_top_tokens: Annotated[
         Whole,
         setting(
-            "how many tokens that teacher and student find likeliest are stored at each token of these samples; 0: "
-            "none; two more products with the output layer over these samples",
+            "number of likeliest tokens of teacher and of student that are stored for each token of these samples; 0: "
+            "none. Costs two more products with the output layer for these samples",
             ge=0,
             le=20,
         ),

@@ -32,7 +32,8 @@ class MicroBatch:
     """Packed sequences on the device. The hidden states at the places `predicting_N` predict the response tokens.
 
     With context parallelism `indices`, `lengths` and `token_ids_N` are of the sequences that this rank owns, and
-    `predicting_N` are the places of response tokens that it has, of any sequence; `exchange` leads from these to those.
+    `predicting_N` are the places of response tokens that it has, of any sequence; `exchange` sends their hidden states
+    to the owners.
     """
 
     number: int  # in its replica's pass
@@ -65,8 +66,8 @@ def assign_replicas(costs: Sequence[int], replicas: int) -> list[list[int]]:
 def assign(sequences: Sequence[ScoredSequence], costs: Sequence[int], *, replicas: int, contexts: int) -> Assignment:
     """Deals sequences out to replicas by cost, and each replica's to its context-parallel ranks.
 
-    The ranks of a replica get its sequences there and back, in order of falling length. So they get like numbers of
-    response tokens of every micro-batch, whose sequences are neighbours in this order.
+    The sequences of a replica, sorted by falling length, are dealt to its ranks back and forth. So each rank gets about
+    the same number of response tokens of every micro-batch.
     """
     assigned = assign_replicas(costs, replicas)
     owners = [0] * len(sequences)

@@ -22,10 +22,10 @@ from megatron_paint.models.shape import ModelShape
 class ReplicaWeights(StageWeights):
     """Implements `rollouts.vllm.weights.DeviceWeights`.
 
-    The tensor-parallel ranks of a stage gather a module, for experts the ranks that together have all of a layer, and
-    the stage broadcasts it to the other stages. So every rank of a replica has every tensor for the time of one
-    message. Rank 0 could send it with a gather to one rank, but a
-    server on a rank's own GPU can only read what that rank has.
+    The tensor-parallel ranks of a stage gather each module. Experts are gathered over the ranks that together have all
+    experts of a layer. The stage then broadcasts the tensors to the other stages. So every rank of a replica has every
+    tensor while one message is sent. A gather to rank 0 would be enough for rank 0, but a server on another rank's GPU
+    can read only what that rank has.
     A tied head is not sent: on a GPU it is the memory of the embedding.
     """
 

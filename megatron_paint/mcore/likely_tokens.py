@@ -1,4 +1,4 @@
-"""What teacher and student would rather say at each token of the samples that are kept.
+"""The tokens that teacher and student find likeliest, at each token of the samples that are kept.
 
 Axes: N response tokens of a micro-batch, M those of its samples that are kept, H hidden size, K likeliest tokens.
 """

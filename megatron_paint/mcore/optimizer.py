@@ -60,7 +60,7 @@ def make_optimizer(
 def main_gradients(optimizer: MegatronOptimizer) -> list[tuple[list[Tensor], Any]]:
     """The gradient of the last backward pass: tensors on the host, and the group over which they are summed.
 
-    One pair for each optimiser that Megatron chains. Over its group every weight is there once.
+    One pair for each optimiser that Megatron chains. Each weight occurs exactly once within its group.
     """
     optimizer.prepare_grads()
     return [

@@ -178,8 +178,8 @@ def start_ranks(megatron: MegatronSettings, *, hang_seconds: float | None = None
 def _step_group(megatron: MegatronSettings, timeout: timedelta) -> dist.ProcessGroup | None:
     """The group of `Ranks.step_group`.
 
-    A stage has its replicas one after another, and so the sets of ranks that have all experts once. Where a set has
-    ranks of several replicas, these replicas must call their layers together.
+    The copies of a stage are neighbouring ranks, and so are the ranks of a set that has all experts once. If a set
+    contains ranks of several copies, these copies must call their layers together.
     """
     replica, experts = megatron.tensor_model_parallel_size, megatron.expert_parallel_ranks
     together, stage = math.lcm(replica, experts), dist.get_world_size() // megatron.pipeline_model_parallel_size

@@ -196,9 +196,9 @@ METRICS: dict[str, Metric] = {
     "time/student_s": Metric(meaning="time for the student's forward and backward pass", unit="s"),
     "time/optimizer_s": Metric(meaning="time for the optimiser step and the moving average", unit="s"),
     "tokens_per_second": Metric(meaning="response tokens, divided by the time of the complete step", unit="tokens / s"),
-    "memory/host_gb": Metric(meaning="largest memory of rank 0's process since its start", unit="GB"),
+    "memory/host_gb": Metric(meaning="peak resident memory of rank 0's process since its start", unit="GB"),
     "memory/device_gb": Metric(
-        meaning="largest memory of tensors on rank 0's GPU since the step before", unit="GB", only="on a GPU"
+        meaning="peak memory of tensors on rank 0's GPU since the previous step", unit="GB", only="on a GPU"
     ),
     "reward/mean": Metric(
         meaning="share of responses with the right answer; with scores of a function of yours, their mean",
@@ -292,14 +292,17 @@ METRICS: dict[str, Metric] = {
             "layers and updates"
         ),
         unit="tokens",
-        healthy="num_tokens and the prompts, times the experts of a token, over the experts of a layer",
+        healthy="about (tokens of prompts and responses) x (experts of a token) / (experts of a layer)",
         only=MIXTURE,
     ),
     "experts/tokens_max": Metric(
-        meaning="the same of the expert with most tokens of all layers", unit="tokens", healthy="steady", only=MIXTURE
+        meaning="tokens of the busiest expert of any layer; mean over updates",
+        unit="tokens",
+        healthy="steady",
+        only=MIXTURE,
     ),
     "experts/imbalance": Metric(
-        meaning="tokens of a layer's expert with most of them, divided by the mean of its experts; mean over layers",
+        meaning="tokens of the busiest expert of a layer, divided by the mean over its experts; mean over layers",
         unit="1 (even) to the experts of a layer",
         healthy="steady; if it grows, ranks wait for the one with most tokens (moe_router_load_balancing_type)",
         only=MIXTURE,
@@ -313,11 +316,17 @@ METRICS: dict[str, Metric] = {
     "router/entropy_mean": Metric(
         meaning="entropy of the routers' probabilities of all experts, mean over tokens and layers",
         unit="nats",
-        healthy="steady; near 0 or near the logarithm of the experts of a layer, the routers choose no more",
+        healthy=(
+            "steady. Near 0, all probability is on one expert; near the logarithm of the number of experts, the router "
+            "prefers none"
+        ),
         only=MIXTURE,
     ),
     "skipped": Metric(
-        meaning="which loss or gradient was not finite; the step was skipped and changed no weight",
+        meaning=(
+            "why the step was skipped: a loss or gradient that is not finite, or a gradient norm above "
+            "optimizer.grad_norm_skip_threshold; no weight changed"
+        ),
         unit="text",
         healthy="absent",
         only="lines of skipped steps, which have only step and skipped",

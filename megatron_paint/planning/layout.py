@@ -121,8 +121,8 @@ def _check_adapted_stages(split: LayerSplit, model: ModelSettings) -> None:
     empty = [stage for stage in range(len(split.layers)) if not split.count(stage)]
     if model.lora is not None and empty:
         raise UserError(
-            f"model.lora trains layers alone, and pipeline stage {empty[0]} of {len(split.layers)} has none by the "
-            "settings under megatron: give it a layer, or set model.lora to null"
+            f"model.lora trains only layers, and the settings under megatron give pipeline stage {empty[0]} of "
+            f"{len(split.layers)} no layer: give it one, or set model.lora to null"
         )
 
 
@@ -181,7 +181,7 @@ def cache_bytes_per_token(shape: ModelShape, *, dtype: str, megatron: MegatronSe
 
 
 def _check_experts(megatron: MegatronSettings, shape: ModelShape) -> None:
-    """UserError: settings of experts do not fit a mixture, or the model is none."""
+    """UserError: settings of experts do not fit the mixture, or the model has no experts."""
     ep, etp = megatron.expert_model_parallel_size, megatron.expert_tensor_parallel_size
     if not shape.num_experts:
         for name, given in (("expert_model_parallel_size", ep > 1), ("expert_tensor_parallel_size", etp is not None)):
@@ -232,9 +232,9 @@ def check_auxiliary_losses(megatron: MegatronSettings, *, version: str | None) -
         return
     name = "moe_aux_loss_coeff" if megatron.moe_aux_loss_coeff else "moe_z_loss_coeff"
     raise UserError(
-        f"megatron.{name} needs megatron-core 0.19 or newer, and {version} is installed: it multiplies the losses of "
-        "routers by the tokens of a micro-batch, divides them by the response tokens and by the tensor-parallel size, "
-        "and has nothing to correct that with. Leave it out, or install a newer version (Python 3.12)"
+        f"megatron.{name} needs megatron-core 0.19 or newer, and {version} is installed. That version scales the "
+        "losses of routers by tokens of a micro-batch and by the tensor-parallel size, and it offers no setting that "
+        f"corrects this. Leave megatron.{name} out, or install a newer version (Python 3.12)"
     )
 
 

@@ -205,8 +205,8 @@ def _layout_rows(megatron: MegatronSettings) -> list[str]:
         written = re.sub(pattern, lambda found: found[1] * int(found[2]), written)
     if unknown := sorted(set(written) - {*_KINDS, "|"}):
         raise UserError(
-            f"{name} has {unknown[0]!r}, which means nothing in it: E is the embedding, t a layer, L the loss, | begins"
-            " the next chunk, and x*3 or (xy)*3 repeats, as in 'Et*3|t*4L'"
+            f"{name} has {unknown[0]!r}, which is not a known letter: E is the embedding, t a layer, L the loss; | "
+            "begins the next chunk; x*3 or (xy)*3 repeats, as in 'Et*3|t*4L'"
         )
     rows = written.split("|")
     if len(rows) % pp:

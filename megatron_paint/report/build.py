@@ -36,8 +36,8 @@ class Written:
 def write_report(runs: Sequence[Path], out: Path, *, budget: int = MOST_INLINE_BYTES) -> Written:
     """Writes the report of the runs to the file `out`, and its samples beside it if they do not fit.
 
-    budget: bytes of samples that the file may hold. UserError: a folder is no run folder, two are the same, or the
-    disk refuses.
+    budget: bytes of samples that the file may hold. UserError: a folder is not a run folder, two are the same, or the
+    writing to the disk fails.
     """
     begun = time.monotonic()
     readers = make_readers(runs)
@@ -75,7 +75,7 @@ def _without_collector() -> Iterator[None]:
 
 
 def make_readers(runs: Sequence[Path]) -> list[RunReader]:
-    """A reader for each folder. UserError: a folder is no run folder, or is there twice."""
+    """A reader for each folder. UserError: a folder is not a run folder, or is given twice."""
     same = [path for path in runs if sum(path.resolve() == other.resolve() for other in runs) > 1]
     if same:
         raise UserError(f"{same[0]} is given twice; name each run once")

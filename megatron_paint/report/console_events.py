@@ -1,4 +1,4 @@
-"""What logs/console.log says of a run: its starts, its warnings in order, and the facts that a start prints."""
+"""Reads logs/console.log of a run: its starts, its warnings in order, and the facts that a start prints."""
 
 import re
 from dataclasses import dataclass, field
@@ -35,7 +35,7 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True)
 class Console:
-    """All of it."""
+    """The starts, events and facts of a console.log."""
 
     starts: list[Start] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)

@@ -102,7 +102,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.headers.get("Host", "") not in self.server.hosts:
             # A page of another site whose name leads to this machine must not read the report.
-            self._answer(HTTPStatus.MISDIRECTED_REQUEST, "text/plain", b"This server answers for localhost alone.\n")
+            self._answer(
+                HTTPStatus.MISDIRECTED_REQUEST, "text/plain", b"This server answers only requests for localhost.\n"
+            )
             return
         path, report = urlsplit(self.path).path, self.server.report
         if path == "/":

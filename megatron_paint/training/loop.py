@@ -78,7 +78,7 @@ class Run:
         return True
 
     def step(self, step: int) -> None:
-        """One step of the objective, recorded; or counted as skipped if its loss or gradient is not finite.
+        """One step of the objective, recorded; or counted as skipped if a loss or gradient is not finite or too large.
 
         The order of the problems does not count a skipped step: no weight has learned from its problems.
         """

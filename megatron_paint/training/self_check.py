@@ -74,7 +74,7 @@ def self_check(
 
 
 def report_fp8_noise(settings: Settings, policy: "MegatronPolicy", samples: list[Sample], progress: Progress) -> None:
-    """Prints how far FP8 turns the gradient.
+    """Prints the cosine between the gradients with FP8 and without.
 
     The model's loss against itself does not show this: with blockwise scaling it is 0, because no scale depends on
     other rows, and the gradient is as noisy as with one scale for a tensor.

@@ -31,7 +31,7 @@ def test_what_was_searched_is_printed(capsys):
     assert "recomputation none, selective, full" in line
     assert "not searched: " in out
     assert "expert" in out[out.index("not searched") :].splitlines()[0]
-    assert "Times are of a model, not measured" in out
+    assert "The times come from a model and were not measured" in out
 
 
 def test_json(capsys):

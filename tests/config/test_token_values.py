@@ -18,7 +18,7 @@ def settings(**run):
     [
         (
             {"keep_top_tokens": 5, "keep_token_values": 0},
-            r"run\.keep_top_tokens=5 .* run\.keep_token_values=0 keeps none",
+            r"run\.keep_top_tokens=5 .* run\.keep_token_values, and that is 0",
         ),
         ({"keep_top_tokens": 21}, r"run\.keep_top_tokens"),
         ({"keep_top_tokens": -1}, r"run\.keep_top_tokens"),

@@ -89,7 +89,7 @@ def test_a_unit_of_recomputation_divides_every_chunk(unit, pp, more, what, neare
 def test_adapters_need_a_layer_on_every_stage(tmp_path):
     """All weights can be trained there: the embedding and the output layer."""
     ends = {"pipeline_model_parallel_layout": "E|ttt|ttt|L"}
-    with pytest.raises(UserError, match="pipeline stage 0 of 4 has none"):
+    with pytest.raises(UserError, match="give pipeline stage 0 of 4 no layer"):
         check(tmp_path, pp=4, megatron=ends, lora=True)
     check(tmp_path, pp=4, megatron=ends)
     check(tmp_path, pp=2, megatron=ends, lora=True)

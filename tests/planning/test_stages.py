@@ -105,8 +105,8 @@ def test_layers_of_each_chunk(layers, settings, wanted, text):
         (7, {"pp": 2, "vp": 2}, "pipeline_model_parallel_size=2 does not divide the number of layers, 7, of "
             "config.json; no value of it fits with the other settings of the pipeline: give the layers of each stage "
             "in pipeline_model_parallel_layout"),
-        (7, {"pp": 2, "layout": "Etttm|tttL"}, "pipeline_model_parallel_layout='Etttm|tttL' has 'm', which means "
-            "nothing in it: E is the embedding, t a layer, L the loss, | begins the next chunk, and x*3 or (xy)*3 "
+        (7, {"pp": 2, "layout": "Etttm|tttL"}, "pipeline_model_parallel_layout='Etttm|tttL' has 'm', which is not "
+            "a known letter: E is the embedding, t a layer, L the loss; | begins the next chunk; x*3 or (xy)*3 "
             "repeats, as in 'Et*3|t*4L'"),
         (7, {"pp": 2, "layout": "Ett|tt|ttL"}, "pipeline_model_parallel_layout='Ett|tt|ttL' has 3 chunks, and "
             "megatron.pipeline_model_parallel_size=2 stages need the same number each: give 2 chunks, or a multiple of "

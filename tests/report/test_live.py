@@ -86,7 +86,7 @@ def test_nothing_else_is_served(server, path):
 def test_other_hosts_are_refused(server, host):
     """A site that gives its own name the address of this machine gets nothing."""
     answer, body = ask(server, "/data", Host=host.format(port=server.server_port))
-    assert (answer.status, body) == (421, b"This server answers for localhost alone.\n")
+    assert (answer.status, body) == (421, b"This server answers only requests for localhost.\n")
     assert ask(server, "/", Host=f"localhost:{server.server_port}")[0].status == 200
 
 

@@ -22,8 +22,8 @@ from megatron_paint.planning.search.search import Found, Planned, Question
 
 REASONS = 12  # refusals that are printed
 WARNING = (
-    "Times are of a model, not measured: docs/planner.md has its formulas and compares it with published speeds. "
-    "Layouts whose times are close may be in another order on a machine."
+    "The times come from a model and were not measured. docs/planner.md has its formulas and compares it with "
+    "published speeds. On a machine, layouts with close times may rank in another order."
 )
 
 
@@ -141,7 +141,7 @@ def _dropped(question: Question, found: Found) -> Iterator[str]:
     if found.slower:
         reasons.append(f"{_layouts(found.slower)}: slower than those above; their memory was not estimated")
     for number, reason in enumerate(reasons):
-        yield f"{'dropped' if number == 0 else '':10} {reason}"
+        yield f"{'left out' if number == 0 else '':10} {reason}"
 
 
 def settings_text(question: Question, planned: Planned, *, config: Path | None, file: Path | None, name: str) -> str:

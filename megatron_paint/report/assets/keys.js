@@ -26,7 +26,7 @@
     dialog.replaceChildren(
       el("h2", { id: "help-title", text: "Keys" }),
       el("dl", {}, ...KEYS.map(([key, what]) => el("div", {}, el("dt", {}, el("kbd", { text: key })), el("dd", { text: what })))),
-      el("label", { class: "run", for: "single-keys" }, single, "Keys without Ctrl are on (except in lists and responses, where they always are)"),
+      el("label", { class: "run", for: "single-keys" }, single, "Single-key shortcuts (lists and responses always have them)"),
       el("p", { class: "note", text: `megatron-paint ${paint.data.version}. Plots by uPlot (MIT). This page loads nothing from a network.` }),
       el("form", { method: "dialog" }, el("button", { text: "Close", onclick: (event) => {
         event.preventDefault();

@@ -271,7 +271,7 @@
 
   const evaluationsTable = () => {
     const several = paint.data.runs.length > 1;
-    const heads = [...(several ? ["Run"] : []), "Step", "Benchmark", "Problems", "n", "Accuracy, %", "From the first, points", "Greedy", "pass@n", "maj@n", "Cut off", "Mean tokens"];
+    const heads = [...(several ? ["Run"] : []), "Step", "Benchmark", "Problems", "n", "Accuracy, %", "Difference from the first, points", "Greedy", "pass@n", "maj@n", "Cut off", "Mean tokens"];
     const rows = runs().flatMap((run) =>
       run.evaluations.map((one) => [
         ...(several ? [run.name] : []),

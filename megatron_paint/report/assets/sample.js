@@ -17,7 +17,7 @@
       case "other_example": return `Worked example, problem ${reveal.of}${view}`;
       case "peer_rollout": return `Response ${reveal.peer} to this problem, in place of the solution`;
       case "none": return "Solution, which the teacher did not see";
-      case "reference_free": return "Solution, which the teacher, in its thinking mode, did not see";
+      case "reference_free": return "Solution (the teacher did not see it; it answered in thinking mode)";
       default: return `Solution${view}`;
     }
   };
@@ -56,7 +56,7 @@
   const MOST = 100000; // characters of a solution whose anchors are marked
   const solution = (entry) => {
     const { reveal } = entry;
-    if (!reveal) return el("section", {}, el("h3", { text: "Solution" }), el("p", { class: "note", text: "The teacher saw none." }));
+    if (!reveal) return el("section", {}, el("h3", { text: "Solution" }), el("p", { class: "note", text: "The teacher saw no solution." }));
     const [shown, reference] = [reveal.shown_text ?? "", reveal.reference_text ?? ""];
     const title = el("h3", {}, visible(whose(reveal)), el("span", { class: "unit", text: `${count(reveal.shown_tokens)} of ${count(reveal.total_tokens)} tokens shown` }));
     const parts = [];
