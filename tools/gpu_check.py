@@ -163,8 +163,13 @@ def tests(sizes: Sizes) -> dict[str, Any]:
         suite = ElementTree.parse(report).getroot().find("testsuite")
         names = ("tests", "failures", "errors", "skipped")
         found = {name: int(suite.get(name, 0)) for name in names}
-        failed = [case.get("name") for case in suite.iter("testcase") if case.find("failure") is not None]
-        return {**found, "failed": failed}
+        wrong = ("failure", "error")
+        failed = [
+            case.get("name") for case in suite.iter("testcase") if any(case.find(one) is not None for one in wrong)
+        ]
+        if failed:
+            raise RuntimeError(f"{len(failed)} of {found['tests']} tests failed: {', '.join(failed[:20])}")
+        return found
 
 
 def loss(sizes: Sizes) -> dict[str, Any]:

@@ -47,7 +47,8 @@ def _print(options: argparse.Namespace, question: Question, found: Found) -> Non
         print(f"\nsettings of 1: {options.yaml}")
     if options.slurm:
         file = str(options.yaml or "SETTINGS.yaml")
-        print(f"\nslurm      {report.slurm_command(question, settings_file=file, hf_path=options.model)}")
+        hf_path = None if options.config else options.model  # a settings file names its own
+        print(f"\nslurm      {report.slurm_command(question, settings_file=file, hf_path=hf_path)}")
 
 
 def _write(options: argparse.Namespace, text: str) -> None:

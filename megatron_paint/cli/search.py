@@ -10,7 +10,7 @@ from megatron_paint.cli.ranks import console_mode
 from megatron_paint.cli.search_options import check_search_options
 from megatron_paint.config.load import load_settings
 from megatron_paint.launch.rank_environment import find_rank_environment
-from megatron_paint.planning.layout import check_layout, ranks_of_replica
+from megatron_paint.planning.layout import check_layout, fewest_processes
 from megatron_paint.planning.local_model import with_local_model
 from megatron_paint.search.folder import open_folder, read_folder
 from megatron_paint.search.space import Space, read_space, search_tree
@@ -133,7 +133,7 @@ def _places(options: argparse.Namespace, space: Space) -> "tuple[list[Place], li
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     gpus = visible.split(",") if count and visible else [str(number) for number in range(count)]
     given = with_local_model(trial_0(space))
-    replica = ranks_of_replica(given.megatron)
+    replica = fewest_processes(given.megatron)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found = places(jobs=options.jobs, processes=options.processes, gpus=gpus, cores=cores, ranks=replica)
     check_places(found, gpus=gpus, asked=options.processes)

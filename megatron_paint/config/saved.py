@@ -49,8 +49,8 @@ MAY_CHANGE = {f"run.{name}" for name in MAY_CHANGE_IN_RUN} | {
     "megatron.recompute_method",
     "megatron.recompute_num_layers",
     "megatron.distributed_timeout_minutes",
-    # Sizes of what is in memory at once. The result does not depend on them, and a run that ran out of memory resumes
-    # with smaller ones.
+    # Sizes of what is in memory at once. The result does not depend on them, except on micro_batch_tokens with an
+    # auxiliary loss of routers, which is of each micro-batch. A run that ran out of memory resumes with smaller ones.
     "data.micro_batch_tokens",
     "objective.chunk_bytes",
     "objective.teacher.offload",

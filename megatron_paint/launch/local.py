@@ -13,7 +13,7 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import MegatronSettings
 from megatron_paint.launch.exit_status import ended_by, reason
 from megatron_paint.launch.failure_notes import NOTES_FOLDER, read_failure_notes
-from megatron_paint.planning.layout import ranks_of_replica
+from megatron_paint.planning.layout import fewest_processes
 from megatron_paint.runtime.processes import LAUNCHER
 from megatron_paint.runtime.signals import RecordedSignals
 from megatron_paint.runtime.stop import STOPPED, STOPPING
@@ -30,7 +30,7 @@ def number_of_processes(megatron: MegatronSettings, asked: int | None) -> int:
 
     gpus = torch.cuda.device_count()
     if asked is None:
-        return gpus or ranks_of_replica(megatron)
+        return gpus or fewest_processes(megatron)
     if asked < 1:
         raise UserError(f"--processes must be at least 1, got {asked}")
     if gpus and asked > gpus:

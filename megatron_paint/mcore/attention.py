@@ -227,7 +227,10 @@ def transformer_engine_attention() -> type:
         def forward(self, query, key, value, attention_mask=None, *, packed_seq_params: TokenRows, **kwargs) -> Tensor:
             rows = packed_seq_params
             query, key, value = query[:, 0], key[:, 0], value[:, 0]
-            if rows.cache is not None:
+            # With context parallelism, Transformer Engine's attention is a collective of the ranks that share a row. A
+            # call of sampling is of one copy of the weights alone.
+            alone = rows.context is None and self.config.context_parallel_size > 1
+            if rows.cache is not None or alone:
                 scale = self.config.softmax_scale
                 out_TND = attend_rows(query, key, value, rows=rows, layer=self.layer_number, scale=scale)
                 return out_TND.flatten(1)[:, None]

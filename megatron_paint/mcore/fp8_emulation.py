@@ -44,7 +44,12 @@ class Rounding:
     gradients: torch.dtype
 
     def rows(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """Activations or gradients, whose last axis is summed: float32 values that FP8 has."""
+        """Activations or gradients, whose last axis is summed: float32 values that FP8 has.
+
+        An expert without a token has none.
+        """
+        if not values.numel():
+            return values.float()
         return _in_blocks(values, dtype, rows=1) if self.blockwise else _at_one_scale(values, dtype)
 
     def weight(self, values: Tensor) -> Tensor:

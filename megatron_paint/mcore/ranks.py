@@ -187,11 +187,7 @@ def _step_group(megatron: MegatronSettings, timeout: timedelta) -> dist.ProcessG
     if together == replica:
         return mine
     for first in range(0, stage, together):
-        ranks = [
-            begin + first + place
-            for begin in range(0, dist.get_world_size(), stage)
-            for place in range(min(together, stage - first))
-        ]
+        ranks = [begin + first + place for begin in range(0, dist.get_world_size(), stage) for place in range(together)]
         group = dist.new_group(ranks, backend="gloo", timeout=timeout)
         mine = group if dist.get_rank() in ranks else mine
     return mine

@@ -48,7 +48,8 @@ def score_samples(
     losses, carries, selected = map(by_sample, (output.loss_T, output.carries_loss_T, output.selected_T))
     sums = {name: by_sample(values_N) for name, values_N in output.sums.items()}
     per_token = {name: by_sample(values_N) for name, values_N in output.per_token.items()}
-    of_kept = {name: by_sample(values_N) for name, values_N in output.kept.items()} if kept else {}
+    keeps = any(index < kept for index in batch.indices)
+    of_kept = {name: by_sample(values_N) for name, values_N in output.kept.items()} if keeps else {}
     logps = None if output.token_logp_T is None else by_sample(output.token_logp_T)
     scores: dict[int, SampleScore | NonFinite] = {}
     for place, index in enumerate(batch.indices):

@@ -187,7 +187,9 @@ class StageMemory:
                 "key-value cache": cache,
                 # Beside a step of the layers: one layer of the cache is copied when finished rows are dropped.
                 "working memory": max(
-                    prefill * self.kind.forward_bytes(), cache / max(1, self.layout.split.count(self.stage)), 0.0
+                    prefill * replace(self.kind, context=1).forward_bytes(),
+                    cache / max(1, self.layout.split.count(self.stage)),
+                    0.0,
                 ),
                 "logits": self._sampling_logits(rows, nucleus) if self.last else 0.0,
                 "packed output layer": self._packed_output_layer(new_tokens),

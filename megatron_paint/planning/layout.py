@@ -103,7 +103,7 @@ def check_shape(shape: ModelShape, model: ModelSettings, megatron: MegatronSetti
         together = math.gcd(size, common_tensor_parallel_size(shape))
         _must_divide("megatron.tensor_model_parallel_size", tp, size, what, shape, together=together)
     split = split_layers(shape, megatron)
-    _check_adapted_stages(split, model)
+    _check_empty_stages(split, model, shape)
     _check_recomputed_units(split, megatron, shape)
     if megatron.sequence_parallel and tp == 1:
         raise UserError(
@@ -116,9 +116,17 @@ def check_shape(shape: ModelShape, model: ModelSettings, megatron: MegatronSetti
         raise UserError(f"model.megatron_path: {start} is not a folder; give the folder of a Megatron checkpoint")
 
 
-def _check_adapted_stages(split: LayerSplit, model: ModelSettings) -> None:
-    """UserError where a stage would train nothing: without a state, Megatron's optimiser saves no count of steps."""
+def _check_empty_stages(split: LayerSplit, model: ModelSettings, shape: ModelShape) -> None:
+    """UserError where an optimiser of a stage would have no weight: Megatron's then saves no count of steps.
+
+    Adapters are in layers alone. Experts have an optimiser of their own.
+    """
     empty = [stage for stage in range(len(split.layers)) if not split.count(stage)]
+    if shape.num_experts and empty:
+        raise UserError(
+            f"{shape.source} is a mixture of experts, and the settings under megatron give pipeline stage {empty[0]} "
+            f"of {len(split.layers)} no layer: give it one"
+        )
     if model.lora is not None and empty:
         raise UserError(
             f"model.lora trains only layers, and the settings under megatron give pipeline stage {empty[0]} of "
@@ -166,6 +174,12 @@ def data_parallel_size(processes: int, megatron: MegatronSettings) -> int:
             f"{max(1, round(processes / multiple)) * multiple}), or set one of the two smaller"
         )
     return processes // replica
+
+
+def fewest_processes(megatron: MegatronSettings) -> int:
+    """The smallest number of processes that this layout has."""
+    replica, pp = ranks_of_replica(megatron), megatron.pipeline_model_parallel_size
+    return math.lcm(replica // pp, megatron.expert_parallel_ranks) * pp
 
 
 def ranks_of_replica(megatron: MegatronSettings) -> int:

@@ -158,10 +158,11 @@ def make_plan(
     kernel, found = loss_kernel(settings.objective.kernel), gpu_bytes() if on_gpu_nodes is None else None
     # Of GPUs elsewhere nothing is known except the settings: what they ask for will be there.
     elsewhere = found is None and (on_gpu_nodes or (on_gpu_nodes is None and gpu_memory is not None))
+    asks_engine = settings.megatron.transformer_impl != "local" and not settings.megatron.fp8_emulate
     target = Target(
         gpus=elsewhere or found is not None,
         gpu_memory=gpu_memory or found,
-        engine=settings.megatron.transformer_impl != "local" if elsewhere else layout.uses_engine,
+        engine=asks_engine if elsewhere else layout.uses_engine,
         triton=settings.objective.kernel != "torch" if elsewhere else kernel == "triton",
         ranks_per_node=ranks_per_node or processes,
     )
@@ -216,11 +217,13 @@ def _changes(settings: Settings, layout: Layout) -> Iterator[tuple[str, Settings
     if experts and megatron.expert_tensor_parallel_size is None:
         most = math.gcd(most, layout.shape.expert_ffn_size, of_stage // layout.expert_parallel)
     larger = [size for size in range(tp + 1, places + 1) if most % size == 0 and places % size == 0]
+    if settings.model.lora is not None and settings.model.lora.experts and megatron.expert_tensor_parallel_size is None:
+        larger = []  # ranks would share an expert, which its adapters do not allow
     for size in larger[:1]:
         changed = replace(megatron, tensor_model_parallel_size=size, sequence_parallel=True)
         text = f"megatron.tensor_model_parallel_size={size} megatron.sequence_parallel=true"
         yield text, replace(settings, megatron=changed), ranks
-    if not megatron.use_distributed_optimizer and layout.data_parallel > 1:
+    if not megatron.use_distributed_optimizer and layout.data_parallel * layout.context_parallel > 1:
         changed = replace(megatron, use_distributed_optimizer=True)
         yield "megatron.use_distributed_optimizer=true", replace(settings, megatron=changed), ranks
     if megatron.recompute_granularity != "full":

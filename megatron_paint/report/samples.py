@@ -158,7 +158,7 @@ def _top(sample: Mapping[str, Any], tokens: int) -> Iterator[tuple[str, dict[str
     for side in SIDES:
         top = _mapping(sample.get(f"{side}_top"))
         ids, shares = top.get("ids"), top.get("probabilities")
-        if _are_rows(ids, tokens) and _are_rows(shares, tokens):
+        if _are_rows(ids, tokens) and _are_rows(shares, tokens) and all(type(one) is int for row in ids for one in row):
             yield side, {"ids": ids, "probabilities": [_numbers(row) for row in shares]}
 
 

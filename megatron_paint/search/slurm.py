@@ -17,7 +17,7 @@ from megatron_paint.config.settings import Settings
 from megatron_paint.launch.slurm.options import SlurmOptions, check_run_dir, default_job_name, make_options
 from megatron_paint.launch.slurm.rendering import log_file, render_worker
 from megatron_paint.launch.slurm.submission import submit
-from megatron_paint.planning.layout import ranks_of_replica
+from megatron_paint.planning.layout import fewest_processes
 from megatron_paint.runtime.files import write_atomically
 from megatron_paint.search.folder import open_folder
 from megatron_paint.search.space import Space, read_space, search_tree
@@ -118,7 +118,7 @@ def _check_inputs(space: Space, given: argparse.Namespace) -> None:
 
 def _replica(settings: Settings) -> int:
     """Ranks of one replica of the model."""
-    return ranks_of_replica(settings.megatron)
+    return fewest_processes(settings.megatron)
 
 
 def _write_copies(out: Path, space: Space) -> None:

@@ -50,13 +50,34 @@ def test_a_settings_file_over_a_preset(tmp_path, capsys):
     preset, file = ROOT / "examples/qwen3_14b/paint.yaml", tmp_path / "best.yaml"
     command = ["plan", "qwen3_14b", "--gpus", "32", "--gpu", "h200", "--config", str(preset), "--yaml", str(file)]
     assert main([*command, "--problems-per-step", "64", "--slurm"]) == 0
-    assert f"megatron-paint launch slurm {file} model.hf_path=qwen3_14b " in capsys.readouterr().out
+    assert f"megatron-paint launch slurm {file} --nodes 4 " in capsys.readouterr().out
     best, given = load_settings(file), load_settings(preset)
     assert best.data.problems_per_step == 64
     assert (best.rollout, best.optimizer, best.model) == (given.rollout, given.optimizer, given.model)
     text = file.read_text()
     assert text.startswith("base: ../")
     assert "tensor_model_parallel_size" in text
+
+
+def test_a_settings_file_without_an_objective_and_with_stages(tmp_path, capsys):
+    """The section has defaults. The file's stages are replaced, as its layout is."""
+    file = tmp_path / "settings.yaml"
+    file.write_text(
+        "model: {hf_path: m, lora: {rank: 8, alpha: 16}}\ndata: {train: p.jsonl}\nrun: {dir: r}\n"
+        'megatron: {pipeline_model_parallel_size: 2, pipeline_model_parallel_layout: "Et*14|t*14L"}\n'
+    )
+    command = ["plan", "qwen3_1p7b", "--gpus", "8", "--gpu", "h200", "--config", str(file), "--top", "1"]
+    assert main([*command, "--json"]) == 0
+    (best,) = json.loads(capsys.readouterr().out)["ranked"]
+    assert best["layout"]["pp"] == 1
+    assert best["megatron"].get("pipeline_model_parallel_layout") is None
+
+
+def test_fp8_of_a_settings_file(tmp_path, capsys):
+    file = tmp_path / "settings.yaml"
+    file.write_text("model: {hf_path: m}\ndata: {train: p.jsonl}\nrun: {dir: r}\nmegatron: {fp8: hybrid}\n")
+    assert main(["plan", "qwen3_1p7b", "--gpus", "8", "--gpu", "a100-80", "--config", str(file)]) == 2
+    assert "megatron.fp8=hybrid: a100-80 has no FP8 (fp8: null); set it to null" in capsys.readouterr().err
 
 
 def test_a_gpu_of_a_file(tmp_path, capsys):

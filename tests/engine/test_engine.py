@@ -112,6 +112,10 @@ def test_both_kinds_of_layers_load_each_others_checkpoints(case, ranks):
         assert found["loaded"] == {"plain from engine": [], "engine from plain": []}
 
 
+def test_calls_of_sampling_wait_for_no_rank_of_a_row(case, ranks):
+    assert [found["sampling_differs"] for found in ranks[case.name]] == [0.0] * case.processes
+
+
 def test_gradients_have_buffers_and_the_optimiser_is_sharded(case, ranks):
     for found in ranks[case.name]:
         assert found["has_buffers"]

@@ -172,6 +172,25 @@ def loads(saving, loading, folder: Path, *, shape, ranks) -> list[str]:
     return sorted(name for name in theirs if not (name in ours and torch.equal(ours[name], theirs[name])))
 
 
+def sampling_attention_differs() -> float:
+    """How far attention of a call of sampling is from plain attention, in a model with context parallelism.
+
+    Padding calls have no cache. They must not enter Transformer Engine's attention, which waits for other ranks.
+    """
+    from megatron_paint.mcore.attention import LocalAttention, token_rows, transformer_engine_attention
+
+    config = SimpleNamespace(softmax_scale=None, context_parallel_size=2)
+    generator, rows = torch.Generator().manual_seed(0), token_rows([], padding=4, device=torch.device("cpu"))
+    parts = [torch.randn(4, 1, heads, 8, generator=generator) for heads in (4, 2, 2)]
+    found = []
+    for kind in (transformer_engine_attention(), LocalAttention):
+        attention = kind.__new__(kind)
+        torch.nn.Module.__init__(attention)
+        attention.config, attention.layer_number = config, 1
+        found.append(kind.forward(attention, *parts, packed_seq_params=rows))
+    return float((found[0] - found[1]).abs().max())
+
+
 def check(case: Case, models: Path, out: Path) -> dict:
     """What one rank finds out."""
     from megatron_paint.mcore.optimizer import make_optimizer, wrap_data_parallel
@@ -208,6 +227,7 @@ def check(case: Case, models: Path, out: Path) -> dict:
         }
         if case.crosses
         else {},
+        "sampling_differs": sampling_attention_differs(),
         "has_buffers": all(hasattr(p, "main_grad") for p in stage.parameters() if p.requires_grad),
     }
     stop_ranks()

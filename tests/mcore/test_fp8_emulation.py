@@ -114,6 +114,15 @@ def test_gradients_are_products_of_rounded_values(blockwise, gradients):
     torch.testing.assert_close(weight.grad.double(), wanted, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("blockwise", [False, True])
+def test_an_expert_without_a_token(blockwise):
+    x, weight = torch.empty(0, 1, 16, requires_grad=True), torch.randn(8, 16, requires_grad=True)
+    output = product(blockwise=blockwise, gradients=E5M2)(x, weight)
+    assert output.shape == (0, 1, 8)
+    output.sum().backward()
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
 def test_a_frozen_weight_gets_no_gradient():
     x, weight = torch.randn(4, 1, 16, requires_grad=True), torch.randn(8, 16)
     product(blockwise=True, gradients=E4M3)(x, weight).sum().backward()

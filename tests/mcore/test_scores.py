@@ -7,10 +7,16 @@ import pytest
 import torch
 
 from megatron_paint.losses import LossOutput
-from megatron_paint.mcore.batch import make_micro_batches
+from megatron_paint.mcore.batch import Assignment, make_micro_batches
 from megatron_paint.mcore.scores import NonFinite, score_samples
 from megatron_paint.policy import ScoredSequence
 from megatron_paint.records import Problem, Rollout, Sample, SamplerGap
+
+
+def micro_batches(sequences, replicas, **how):
+    """Without context parallelism."""
+    assignment = Assignment(replicas=replicas, owners=[0] * len(sequences))
+    return make_micro_batches(sequences, assignment, context=None, device=torch.device("cpu"), **how)
 
 
 def sample(name: str, *logprobs: float) -> Sample:
@@ -36,7 +42,7 @@ OUTPUT = LossOutput(
 
 def scores(output: LossOutput, *, keep_logprobs: bool = False, kept: int = 0):
     sequences = [ScoredSequence(prompt_ids=s.student_prompt_ids, response_ids=s.response_ids) for s in SAMPLES]
-    (batch,) = make_micro_batches(sequences, [[0, 1]], replica=0, limit=64, multiple=1, device=torch.device("cpu"))
+    (batch,) = micro_batches(sequences, [[0, 1]], replica=0, limit=64, multiple=1)
     assert batch.indices == (1, 0)
     return score_samples(output, batch, SAMPLES, rank=3, keep_logprobs=keep_logprobs, kept=kept)
 
@@ -80,11 +86,8 @@ def test_a_loss_that_is_not_finite_names_its_problem(bad):
 def test_every_replica_runs_equally_many_micro_batches():
     """Two sequences of 4 tokens with a limit of 5: the replica with one of them gets an empty micro-batch too."""
     sequences = [ScoredSequence(prompt_ids=(1, 2), response_ids=(3, 4, 5))] * 3
-    made = [
-        make_micro_batches(sequences, [[0, 2], [1]], replica=r, limit=5, multiple=2, device=torch.device("cpu"))
-        for r in (0, 1)
-    ]
+    made = [micro_batches(sequences, [[0, 2], [1]], replica=r, limit=5, multiple=2) for r in (0, 1)]
     assert [[batch.indices for batch in batches] for batches in made] == [[(0,), (2,)], [(1,), ()]]
     assert made[1][0].predicting_N.tolist() == [1, 2, 3]
-    assert made[1][0].ids_T.tolist() == [1, 2, 3, 4]
-    assert (made[1][1].ids_T.tolist(), made[1][1].lengths) == ([0, 0], ())
+    assert made[1][0].ids_L.tolist() == [1, 2, 3, 4]
+    assert (made[1][1].ids_L.tolist(), made[1][1].lengths) == ([0, 0], ())

@@ -10,7 +10,7 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import load_settings
 from megatron_paint.config.settings import LoraSettings, MegatronSettings, ModelSettings, RolloutSettings
 from megatron_paint.models.qwen3.shape import read_shape
-from megatron_paint.planning.layout import check_auxiliary_losses, check_layout
+from megatron_paint.planning.layout import check_auxiliary_losses, check_layout, data_parallel_size, fewest_processes
 from megatron_paint.planning.memory import make_plan
 from megatron_paint.planning.weights import adapter_parameters, rank_weights
 
@@ -73,6 +73,31 @@ REFUSED = {
         "(nearest: --processes 16)",
     ),
 }
+
+
+def test_every_stage_of_a_mixture_has_a_layer(folder):
+    """Its experts have an optimiser of their own, which saves no count of steps without a weight."""
+    layout = {"pipeline_model_parallel_size": 4, "pipeline_model_parallel_layout": "E|t*24|t*24|L"}
+    with pytest.raises(UserError, match=r"is a mixture of experts, .* give pipeline stage 0 of 4 no layer: give it one"):
+        check(folder, **layout)
+
+
+@pytest.mark.parametrize(
+    ("megatron", "fewest"),
+    [
+        ({}, 1),
+        ({"expert_model_parallel_size": 2}, 2),
+        ({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 3, "expert_model_parallel_size": 4}, 24),
+        ({"context_parallel_size": 2, "expert_model_parallel_size": 3, "expert_tensor_parallel_size": 1}, 6),
+    ],
+)
+def test_the_fewest_processes_hold_every_expert(megatron, fewest):
+    settings = MegatronSettings(**megatron)
+    assert fewest_processes(settings) == fewest
+    assert data_parallel_size(fewest, settings) >= 1
+    if fewest > 1:
+        with pytest.raises(UserError):
+            data_parallel_size(fewest // 2, settings)
 
 
 @pytest.mark.parametrize("case", REFUSED)

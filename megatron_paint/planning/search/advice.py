@@ -1,6 +1,7 @@
 """What to say where no layout can be proposed: the closest one, and what would make one fit."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 from megatron_paint.base.errors import UserError
@@ -51,7 +52,8 @@ def _changes(question: Question) -> Iterator[tuple[str, Question]]:
             yield f"--gpus {gpus}", changed
             break
     if settings.model.lora is None:
-        yield f"--lora {LORA}", with_changes(question, model_lora={"rank": LORA, "alpha": 2 * LORA})
+        with suppress(UserError):  # other settings may contradict adapters
+            yield f"--lora {LORA}", with_changes(question, model_lora={"rank": LORA, "alpha": 2 * LORA})
     tokens = settings.data.micro_batch_tokens
     for part in (2, 4):
         if tokens // part >= settings.rollout.max_new_tokens or not settings.needs.samples_per_problem:

@@ -56,6 +56,12 @@ RECOMPUTE: Mapping[str, dict[str, Any]] = {
     "selective": {"recompute_granularity": "selective", "recompute_method": None, "recompute_num_layers": None},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
+# Rules for the layers of stages that no candidate has. A settings file's layout is replaced.
+NOT_SEARCHED = (
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "pipeline_model_parallel_layout",
+)
 PHASES = {  # moments of the estimate, by phase of a step
     "rollouts": "sampling",
     "evaluation": "sampling",
@@ -80,6 +86,7 @@ def megatron_changes(candidate: Candidate, shape: ModelShape) -> dict[str, Any]:
         if dimension.exists:
             fits = used and (shape.num_experts or not dimension.experts)
             changes |= {name: value if fits else FIELDS[name].default for name in dimension.settings}
+    changes |= {name: FIELDS[name].default for name in NOT_SEARCHED if name in FIELDS}
     return {**changes, "sequence_parallel": candidate.tp > 1, **RECOMPUTE[candidate.recompute]}
 
 
@@ -159,5 +166,5 @@ def complete_estimate(settings: Settings, shape: ModelShape, *, gpus: int, ranks
 
 
 def _layout(settings: Settings, shape: ModelShape, *, gpus: int) -> Layout:
-    engine = settings.megatron.transformer_impl != "local"
+    engine = settings.megatron.transformer_impl != "local" and not settings.megatron.fp8_emulate
     return layout_of(shape, settings.megatron, processes=gpus, uses_engine=engine)

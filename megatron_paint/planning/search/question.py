@@ -53,6 +53,8 @@ def question_of(asked: Asked) -> Question:
         raise UserError(f"--fp8={asked.fp8}: {machine.name} has no FP8 (fp8: null); leave it out")
     tree = _tree(asked, name=name, folder=folder_of(shape))
     settings = settings_of(tree)
+    if settings.megatron.fp8 is not None and machine.gpu.fp8 is None:
+        raise UserError(f"megatron.fp8={settings.megatron.fp8}: {machine.name} has no FP8 (fp8: null); set it to null")
     if settings.model.dtype != "bfloat16":
         raise UserError(f"model.dtype={settings.model.dtype}: the model of time is for bfloat16; set it to bfloat16")
     return Question(
@@ -97,7 +99,7 @@ def _tree(asked: Asked, *, name: str, folder: str) -> dict[str, Any]:
         "rollout.max_new_tokens": asked.max_new_tokens,
         "rollout.batch_size": asked.batch_size,
         "rollout.engine": asked.engine,
-        "model.lora": {"rank": asked.lora, "alpha": 2 * asked.lora} if asked.lora else None,
+        "model.lora": {**_given_lora(tree), "rank": asked.lora, "alpha": 2 * asked.lora} if asked.lora else None,
         "megatron.fp8": None if asked.fp8 is None else FP8_FORMAT.get(asked.fp8, "hybrid"),
         "megatron.fp8_recipe": asked.fp8,
         "model.hf_path": folder,
@@ -109,6 +111,10 @@ def _tree(asked: Asked, *, name: str, folder: str) -> dict[str, Any]:
     if asked.lora == 0:
         tree["model"]["lora"] = None
     return tree
+
+
+def _given_lora(tree: dict[str, Any]) -> dict[str, Any]:
+    return (tree.get("model") or {}).get("lora") or {}
 
 
 def with_changes(question: Question, **changes: Any) -> Question:

@@ -156,7 +156,7 @@ def settings_text(question: Question, planned: Planned, *, config: Path | None, 
             values = {key: value for key, value in tree.get(section, {}).items() if key in OPTIONS[section]}
             changed |= {section: values} if values else {}
         objective: dict[str, Any] = {"name": question.settings.objective.name}
-        if "offload" in (tree["objective"].get("teacher") or {}):
+        if "offload" in ((tree.get("objective") or {}).get("teacher") or {}):
             objective["teacher"] = {"offload": planned.candidate.offload}
         tree, head = {"base": relative(config, to=file), "objective": objective, **changed}, ""
     out = io.StringIO()
@@ -173,17 +173,11 @@ OPTIONS = {  # settings that an option of the command may have changed
 }
 
 
-def slurm_command(question: Question, *, settings_file: str, hf_path: str) -> str:
-    """The command that submits the run."""
+def slurm_command(question: Question, *, settings_file: str, hf_path: str | None) -> str:
+    """The command that submits the run. hf_path: None if the settings name the model and the data."""
     machine = question.machine
-    words = [
-        "megatron-paint",
-        "launch",
-        "slurm",
-        settings_file,
-        f"model.hf_path={hf_path}",
-        "data.train=problems.jsonl",
-    ]
+    words = ["megatron-paint", "launch", "slurm", settings_file]
+    words += [f"model.hf_path={hf_path}", "data.train=problems.jsonl"] if hf_path is not None else []
     words += ["--nodes", str(machine.nodes), "--gpus-per-node", str(machine.gpus_on_node)]
     words += ["--gpu-memory", f"{machine.gpu.memory / 1e9:g}GB"]
     words += ["--account", "ACCOUNT", "--partition", "PARTITION", "--time", "24:00:00"]
