@@ -102,10 +102,17 @@ def test_it_listens_on_this_machine_alone(server):
 def test_the_command_ends_with_ctrl_c(run):
     command = [sys.executable, "-m", "megatron_paint", "report", str(run), "--serve"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
-        line = process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+
+    def heed_ctrl_c() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
+
+    with subprocess.Popen(command, cwd=ROOT, preexec_fn=heed_ctrl_c, **pipes) as process:
+        try:
+            line = process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert re.fullmatch(rf"http://127\.0\.0\.1:\d+/ follows {run}; Ctrl-C ends it\n", line)
     assert (process.returncode, out, err) == (0, "", "")
 
