@@ -86,7 +86,7 @@ def send_complete(weights: ReplicaWeights, folder: Path, rank: int) -> None:
 @torch.no_grad()
 def spoil(stage, ranks) -> None:
     """One number of the last layer's output projection, on one rank."""
-    if ranks.is_last_stage and ranks.tp_rank == ranks.tp_size - 1 and ranks.dp_rank == 0:
+    if ranks.is_last_stage and ranks.tp_rank == ranks.tp_size - 1 and ranks.dp_cp_rank == 0:
         stage.layers[max(stage.layers)].self_attention.linear_proj.weight[0, 0] = torch.nan
 
 
