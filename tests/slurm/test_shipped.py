@@ -1,5 +1,7 @@
 """`megatron-paint launch slurm` on a real cluster: its runs reach the same weights, whatever happens."""
 
+import re
+
 import pytest
 
 from tests.slurm.shipped import (
@@ -39,8 +41,10 @@ def test_a_run_of_one_task_a_rank(cluster, undisturbed, tmp_path):
 
 @pytest.mark.parametrize("script", READY_MADE, ids=[file.stem for file in READY_MADE])
 def test_the_ready_made_scripts_are_accepted(cluster, script):
-    """As they are; ACCOUNT is not checked here, and PARTITION is one of the cluster's."""
-    done = cluster.run(["sbatch", "--test-only", "--partition=debug", script], cwd=ROOT)
+    """As they are; ACCOUNT is not checked here, and PARTITION and most nodes are those of the cluster."""
+    asked = int(re.search(r"^#SBATCH --nodes=(\d+)$", script.read_text(), re.MULTILINE)[1])
+    nodes = min(asked, len(cluster.names))
+    done = cluster.run(["sbatch", "--test-only", "--partition=debug", f"--nodes={nodes}", script], cwd=ROOT)
     assert "to start at" in done.stderr
 
 
