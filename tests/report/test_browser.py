@@ -2,6 +2,7 @@
 
 import json
 import threading
+from contextlib import contextmanager
 
 import pytest
 
@@ -328,12 +329,22 @@ def test_the_theme_can_be_chosen(browser, report):
     ]
 
 
-def test_a_live_report_follows_its_run(browser, tmp_path):
-    run = make_run(tmp_path / "run", steps=2)
-    server = make_server([run])
+@contextmanager
+def serving(runs):
+    server = make_server(runs)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def test_a_live_report_follows_its_run(browser, tmp_path):
+    run = make_run(tmp_path / "run", steps=2)
+    with serving([run]) as server:
         browser.open(address_of(server))
         assert "step 2 of 3" in browser.text("#subtitle")
         browser.press("3", "j")
@@ -349,7 +360,31 @@ def test_a_live_report_follows_its_run(browser, tmp_path):
         assert browser.messages() == []
         origins = {address.split("/")[2] for address in browser.requests()}
         assert origins == {f"127.0.0.1:{server.server_port}"}
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+
+
+def test_new_samples_of_one_run_leave_the_reader_of_another_in_his_place(browser, tmp_path):
+    runs = [make_run(tmp_path / "first", steps=2), make_run(tmp_path / "second", steps=2)]
+    with serving(runs) as server:
+        browser.open(address_of(server))
+        show(browser, "samples")
+        browser.run("document.getElementById('search').focus()")
+        browser.press(*"problem-2")
+        browser.wait("return document.querySelector('.total').textContent === '4 of 16 samples'")
+        browser.run(
+            "[...document.querySelectorAll('.row')].find((one) => one.textContent.includes('second · step 1')).click()"
+        )
+        browser.wait("return document.querySelector('#sample .tokens')")
+        assert browser.text("#sample .where") == "second, step 1, sample 0"
+        folder = RunFolder(runs[0])
+        folder.append_metrics(metrics(3))
+        folder.write_samples(3, [sample(3, 0), sample(3, 2)])
+        browser.wait("return document.querySelector('.total').textContent === '5 of 18 samples'")
+        assert listed(browser) == ["problem-2"] * 5
+        assert browser.text(".row[aria-selected=true] .where").startswith("second · step 1")
+        browser.run("document.querySelector('#sample .steps button:last-child').click()")
+        browser.wait("return !document.querySelector('#sample .where').textContent.includes('second, step 1,')")
+        rows = browser.texts(".row .where")
+        following = browser.text("#sample .where").replace(", step", " · step").removesuffix(", sample 0")
+        at = [row.startswith("second · step 1") for row in rows].index(True)
+        assert rows[at + 1].startswith(following)
+        assert browser.messages() == []

@@ -79,7 +79,15 @@
 
   paint.pageKey = (index) => `r${paint.data.samples.run[index]}_${paint.data.samples.page[index]}`;
   paint.sample = async (index) => {
+    const place = paint.data.samples.place[index];
     const page = await paint.page(paint.pageKey(index));
-    return { ...page.samples[paint.data.samples.place[index]], texts: page.tokens };
+    return { ...page.samples[place], texts: page.tokens };
+  };
+
+  const addressesOf = ({ run, page, place }) => run.map((number, index) => `${number}/${page[index]}/${place[index]}`);
+  // The new index of each old one. New samples of one run move those of the runs after it. A sample that is gone has none.
+  paint.movedSamples = (before, after) => {
+    const indices = new Map(addressesOf(after).map((address, index) => [address, index]));
+    return addressesOf(before).map((address) => indices.get(address));
   };
 })();

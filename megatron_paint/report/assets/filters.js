@@ -54,8 +54,8 @@
     (entry.reveal?.reference_text ?? "").toLowerCase().includes(wanted) ||
     Object.values(entry.prompts ?? {}).some((prompt) => prompt.toLowerCase().includes(wanted));
 
-  // Looks into the pages one after another; a newer search ends an older one.
-  const search = async (changed, progress) => {
+  // Looks into the pages one after another; a newer search ends an older one. `kept` are listed until the search ends.
+  const search = async (changed, progress, kept = []) => {
     const number = (state.search += 1);
     const wanted = state.text.trim().toLowerCase();
     if (!wanted) {
@@ -73,7 +73,8 @@
       if (!pages.has(key)) pages.set(key, []);
       pages.get(key).push(index);
     }
-    state.hits = hits;
+    const listed = () => (state.hits = new Set([...kept, ...hits]));
+    listed();
     changed();
     let done = 0;
     let shown = performance.now();
@@ -89,13 +90,16 @@
       done += 1;
       if (performance.now() - shown > 200) {
         shown = performance.now();
+        listed();
         progress(`searched ${done} of ${pages.size} pages`);
         changed();
       }
     }
+    state.hits = hits;
     progress("");
     changed();
   };
+  paint.searchAgain = () => {}; // of the present filter bar
 
   const active = () =>
     [state.run, state.ended, state.answer, state.trained].filter(Boolean).length +
@@ -126,11 +130,14 @@
     const text = el("input", { type: "search", autocomplete: "off", spellcheck: "false", placeholder: "problem or text" });
     text.value = state.text;
     let timer = 0;
-    const look = () => search(changed, (message) => (progress.textContent = message));
+    const look = (kept) => search(changed, (message) => (progress.textContent = message), kept);
+    paint.searchAgain = (moved) => {
+      if (state.hits) look([...state.hits].map((index) => moved[index]));
+    };
     text.addEventListener("input", () => {
       state.text = text.value;
       clearTimeout(timer);
-      timer = setTimeout(look, WAIT);
+      timer = setTimeout(() => look(), WAIT);
     });
     const summary = el("summary", {});
     const update = () => {

@@ -103,6 +103,7 @@
     }
   };
   paint.updateList = () => list.box && update();
+  paint.moveList = (moved) => (list.indices = list.indices.map((index) => moved[index]));
   paint.markInList = (index) => {
     list.at = list.indices.indexOf(index);
     if (list.at >= 0) intoSight();

@@ -70,14 +70,18 @@
 
   const update = (data) => {
     const rewritten = paint.data.samples.run.length > data.samples.run.length;
+    const moved = paint.movedSamples(paint.data.samples, data.samples);
     paint.data = data;
     paint.forgetPages();
+    paint.moveOpened(moved);
+    paint.moveList(moved);
     if (rewritten) drawn.delete("samples");
     for (const name of Object.keys(VIEWS)) if (name !== "samples") drawn.delete(name);
     if (paint.view === "samples") {
       head();
       paint.updateList();
     } else paint.show(paint.view);
+    paint.searchAgain(moved);
   };
 
   const poll = async (stamp) => {

@@ -141,6 +141,10 @@
     let content;
     try {
       const entry = await paint.sample(index);
+      if (paint.data.samples !== samples) { // a live report was updated meanwhile
+        if (number === opened.number && opened.index !== null) paint.openSample(opened.index, { focus });
+        return;
+      }
       const { response, info } = paint.responseView(entry);
       content = [head(index), factsOf(entry, index), el("div", { class: info ? "columns" : "" },
         el("div", {},
@@ -158,6 +162,10 @@
     if (focus) place.focus();
     else if (moved) ([...place.querySelectorAll("header button")].find((one) => one.textContent === label) ?? place).focus();
     paint.say(`Problem ${samples.id[index]}, step ${samples.step[index]}`);
+  };
+
+  paint.moveOpened = (moved) => {
+    if (opened.index !== null) opened.index = moved[opened.index] ?? null;
   };
 
   paint.closeSample = () => {
