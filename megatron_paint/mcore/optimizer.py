@@ -65,11 +65,17 @@ def main_gradients(optimizer: MegatronOptimizer) -> list[tuple[list[Tensor], Any
     optimizer.prepare_grads()
     return [
         (
-            [grad.detach().to("cpu", torch.float32, copy=True) for grad in part.get_main_grads_for_grad_norm()],
+            [grad.detach().to("cpu", torch.float32, copy=True) for grad in _gradients_of(part)],
             part.get_grad_stats_parallel_group(),
         )
         for part in optimizer.chained_optimizers
     ]
+
+
+def _gradients_of(part: MegatronOptimizer) -> list[Tensor]:
+    if hasattr(part, "get_main_grads_for_grad_norm"):  # megatron-core before 0.19
+        return part.get_main_grads_for_grad_norm()
+    return part.get_grads_for_grad_norm()
 
 
 def cosine(one: list[tuple[list[Tensor], Any]], other: list[tuple[list[Tensor], Any]], device: torch.device) -> float:

@@ -38,17 +38,18 @@ def main() -> None:
         loss = CrossEntropyLoss(chunk_bytes=1e9)
         policy.backward(samples, loss, policy.teacher_states(samples, loss))
         found[kind] = gradients(policy)
-    sequences, replicas = _student_sequences(samples), policy._replicas(samples)
+    sequences, assignment = _student_sequences(samples), policy._assignment(samples)
     forward = policy.forward
     found["batches"] = [
-        (batch.ids_T.tolist(), batch.rows.packed_lengths)
+        (batch.ids_L.tolist(), batch.rows.packed_lengths)
         for replica in range(ranks.dp_size)
         for batch in make_micro_batches(
             sequences,
-            replicas,
+            assignment,
             replica=replica,
             limit=forward.micro_batch_tokens,
             multiple=forward.token_multiple,
+            context=None,
             device=ranks.device,
         )
     ]

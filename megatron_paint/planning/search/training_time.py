@@ -122,9 +122,12 @@ class TrainingTime:
         """`count` micro-batches through all stages. each: a layer's time; last: the time after the last layer.
 
         1F1B: the slowest stage works all the time except while the first micro-batch fills the pipeline and the last
-        one drains it: (stages - 1) / chunks times the mean of the stages.
+        one drains it: (stages - 1) / chunks times the mean of the stages. A virtual pipeline takes micro-batches in
+        groups of as many as stages. Where the last group is not full, a chunk still waits for all stages.
         """
         pp, layers = self.layer.layout.pp, self.stage_layers
+        if self.layer.layout.vpp > 1:
+            count += -count % pp
         stages = [number * each + (last if stage == pp - 1 else Seconds()) for stage, number in enumerate(layers)]
         slowest = max(stages, key=lambda stage: stage.total) + sent
         mean = sum(stage.total for stage in stages) / pp + sent.total

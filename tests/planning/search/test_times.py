@@ -102,6 +102,15 @@ def test_the_bubble_of_a_pipeline():
     assert found[2].bubble == pytest.approx(3 / 2 * (9 * each.total + 2 * sent))
 
 
+def test_a_virtual_pipeline_takes_as_many_micro_batches_as_stages():
+    """5 micro-batches through 4 stages with two chunks each take the time of 8."""
+    times = TrainingTime(layer=layer(layout=Candidate(pp=4, vpp=2)), overlap=False)
+    loss = Loss(tokens=0, products=0, logit_sets=0)
+    found = [times.student(Batch(sequences=n, length=4096, micro_batch_tokens=4096), loss).total for n in (5, 8, 9)]
+    assert found[0] == pytest.approx(found[1])
+    assert found[2] > 1.3 * found[1]
+
+
 def test_the_loss_is_on_the_last_stage():
     """4,096 tokens: three products with 151,936 x 4,096 weights, and five passes over float32 logits."""
     times = TrainingTime(layer=layer(), overlap=False)
