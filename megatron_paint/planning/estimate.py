@@ -94,7 +94,7 @@ def estimate(
     ]
     training = max((peak for stage in stages for peak in stage.training()), key=lambda peak: peak.total)
     sampling = max((peak for stage in stages for peak in stage.sampling()), key=lambda peak: peak.total, default=None)
-    host = _host(settings, layout, [stage.saved() for stage in stages], on_gpus=on_gpus, ranks_per_node=ranks_per_node)
+    host = _host(stages, settings, layout, ranks_per_node=ranks_per_node)
     return MemoryEstimate(training=training, sampling=sampling, host=host)
 
 
@@ -410,42 +410,20 @@ def teacher_bytes(settings: Settings) -> int:
     return (FLOAT32 if teacher.weights == "ema" else 0) + initial
 
 
-def _host(
-    settings: Settings,
-    layout: Layout,
-    saved_by_stage: list[tuple[float, float]],
-    *,
-    on_gpus: bool,
-    ranks_per_node: int,
-) -> HostMemory:
-    """Each rank has its process and an offloaded teacher. Ranks with a first copy of weights have a checkpoint's part.
-
-    saved_by_stage: bytes of experts and of the rest.
-    """
-    tp, dp, pp = layout.tensor_parallel, layout.data_parallel, layout.pipeline_parallel
-    teacher = settings.objective.teacher
-    lora = settings.model.lora
-    resting = []
-    for stage in range(pp):
-        weights = rank_weights(
-            layout.shape,
-            tp=tp,
-            pp=pp,
-            stage=stage,
-            layers=layout.split.count(stage),
-            lora_rank=None if lora is None else lora.rank,
-            ep=layout.expert_parallel,
-            etp=layout.expert_tensor_parallel,
-            adapts_experts=lora is not None and lora.experts,
-        )
-        offloaded = weights.trained * teacher_bytes(settings) if teacher.offload else 0
-        resting.append(PROCESS_BYTES[on_gpus] + offloaded)
+def _host(stages: list[StageMemory], settings: Settings, layout: Layout, *, ranks_per_node: int) -> HostMemory:
+    """A rank has its process and an offloaded teacher. Ranks with a first copy of weights have a checkpoint's part."""
+    offloads = settings.objective.teacher.offload
     sharing = layout.expert_parallel * layout.expert_tensor_parallel
-    ranks = [
-        resting[stage] + saved_by_stage[stage][0] * (place < sharing) + saved_by_stage[stage][1] * (place < tp)
-        for stage in range(pp)  # the order of Megatron's ranks: stages, then copies, then tensor-parallel ranks
-        for place in range(dp * layout.context_parallel * tp)
-    ]
+    copies = layout.data_parallel * layout.context_parallel
+    ranks = []
+    for stage in stages:  # the order of Megatron's ranks: stages, then copies, then tensor-parallel ranks
+        offloaded = stage.weights.trained * teacher_bytes(settings) if offloads else 0
+        resting = PROCESS_BYTES[stage.on_gpus] + offloaded
+        experts, rest = stage.saved()
+        ranks += [
+            resting + experts * (place < sharing) + rest * (place < layout.tensor_parallel)
+            for place in range(copies * layout.tensor_parallel)
+        ]
     nodes = [ranks[first : first + ranks_per_node] for first in range(0, len(ranks), ranks_per_node)]
     most = max(nodes, key=sum)
     return HostMemory(rank=max(ranks), node=sum(most), ranks=len(most))

@@ -12,6 +12,7 @@ from tests.checkpoints.test_adapter_reader import ALL, make_adapter
 from tests.mcore import parity_cases as parity
 from tests.mcore.adapter_worker import sequences
 from tests.mcore.layouts import run_worker
+from tests.mcore.peft_logprobs import peft_logprobs
 from tests.support.exports import weights
 
 ADAPTERS = {
@@ -57,13 +58,7 @@ def read(out):
 def logprobs(models, adapter) -> list[list[float]]:
     """Of PEFT's model."""
     base = Qwen3ForCausalLM.from_pretrained(parity.checkpoint(models, "start", tied=False))
-    model, found = PeftModel.from_pretrained(base, adapter).eval(), []
-    for sequence in sequences():
-        ids = torch.tensor([[*sequence.prompt_ids, *sequence.response_ids]])
-        with torch.no_grad():
-            logp = model(input_ids=ids).logits[0, len(sequence.prompt_ids) - 1 : -1].log_softmax(-1)
-        found.append(logp.gather(1, torch.tensor(sequence.response_ids)[:, None])[:, 0].tolist())
-    return found
+    return peft_logprobs(base, adapter, sequences())
 
 
 def assert_equal(found, wanted):

@@ -17,13 +17,6 @@ LAYOUT = "pp2-vp2"
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoints")
-    parity.make_checkpoints(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def plain(checkpoints) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and gradients of plain torch."""
     model = Qwen3ForCausalLM.from_pretrained(parity.checkpoint(checkpoints, "start", tied=False))

@@ -14,6 +14,7 @@ from tests.mcore import parity_cases as parity
 from tests.mcore.expert_adapter_worker import sequences
 from tests.mcore.expert_cases import make_checkpoints
 from tests.mcore.layouts import run_worker
+from tests.mcore.peft_logprobs import peft_logprobs
 from tests.mcore.plain_runs import by_expert
 from tests.support.exports import same, weights
 
@@ -38,13 +39,7 @@ def output(request, models, tmp_path_factory):
 def logprobs(models, adapter) -> list[list[float]]:
     """Of PEFT's model."""
     base = Qwen3MoeForCausalLM.from_pretrained(parity.checkpoint(models, "start", tied=False, experts=True))
-    model, found = PeftModel.from_pretrained(base, adapter).eval(), []
-    for sequence in sequences():
-        ids = torch.tensor([[*sequence.prompt_ids, *sequence.response_ids]])
-        with torch.no_grad():
-            logp = model(input_ids=ids).logits[0, len(sequence.prompt_ids) - 1 : -1].log_softmax(-1)
-        found.append(logp.gather(1, torch.tensor(sequence.response_ids)[:, None])[:, 0].tolist())
-    return found
+    return peft_logprobs(base, adapter, sequences())
 
 
 @pytest.mark.parametrize("key", ["start", "trained"])

@@ -14,13 +14,6 @@ LAYOUTS = [name for name in ALL if "cp2" not in name or name == "cp2-dp2"]
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    parity.make_checkpoints(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def model_folder(checkpoints):
     return parity.checkpoint(checkpoints, "start", tied=True)
 

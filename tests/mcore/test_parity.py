@@ -14,13 +14,6 @@ from tests.mcore.plain_runs import assert_equals_plain, plain_run
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoints")
-    parity.make_checkpoints(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def outputs(checkpoints, tmp_path_factory):
     """Output folder of a case at a layout: one process group runs all cases of a part (`parity_cases.part_of`)."""
     made = {}

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.mcore import parity_cases as parity
 from tests.mcore.layouts import PIPELINES, layout_of, run_worker
 from tests.mcore.pipeline_checkpoint_worker import cases_at
 from tests.support.exports import same, weights
@@ -23,13 +22,6 @@ BETWEEN = [  # written at, read at
     ("pp2-vp2-uneven", "pp4-ends"),
     pytest.param("pp2-first4", "pp2-vp2-uneven", marks=pytest.mark.long),
 ]
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoints")
-    parity.make_checkpoints(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@
   const VIEWS = { overview: "Overview", evaluations: "Evaluations", samples: "Samples", settings: "Settings", log: "Log" };
   const SHOW = { overview: "showOverview", evaluations: "showEvaluations", samples: "showSamples", settings: "showSettings", log: "showLog" };
   const THEMES = ["auto", "light", "dark"];
+  const dark = matchMedia("(prefers-color-scheme: dark)");
   const drawn = new Set(); // views that show the present data
   paint.view = "";
 
@@ -54,7 +55,7 @@
   let current = theme();
   const setTheme = (name) => {
     current = name;
-    document.documentElement.dataset.theme = name;
+    document.documentElement.dataset.theme = name === "auto" ? (dark.matches ? "dark" : "light") : name;
     document.getElementById("theme").textContent = `Theme: ${name === "auto" ? "system" : name}`;
     paint.store("theme", name);
   };
@@ -102,7 +103,10 @@
 
   setTheme(current);
   document.getElementById("theme").addEventListener("click", paint.nextTheme);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+  dark.addEventListener("change", () => {
+    setTheme(current);
+    redraw();
+  });
   window.addEventListener("hashchange", follow);
   window.addEventListener("beforeprint", () => {
     for (const details of document.querySelectorAll("main details.prompt")) details.open = true;
