@@ -3,8 +3,8 @@
     python tools/gpu_check.py [--out gpu_check.json] [--parts versions,engine,...] [--limit 480]
     python tools/gpu_check.py --tiny          # tiny sizes, also on a CPU: exercises the check itself
 
-Each part runs in a process of its own with a time limit. The file has the result of every part that has ended; a part
-that fails, crashes or hangs costs only itself. The exit status is 0 if no part failed.
+Each part runs in a separate process with a time limit. The file has the result of every part that has ended. The other
+parts still run if one fails, crashes or hangs. The exit status is 0 if no part failed.
 
     versions         driver, libraries, the GPU
     engine           one linear layer of Transformer Engine without FP8 and with three FP8 recipes, against torch

@@ -33,7 +33,7 @@ class ReplicaWeights(StageWeights):
         """all_replicas: False: only the ranks of the first replica gather; the others have no tensor."""
         super().__init__(stage, shape, ranks, model)
         self.takes_part = all_replicas or ranks.dp_cp_rank == 0
-        # A rank of another copy of the weights may have experts that the first one lacks.
+        # The first copy of the weights may lack some experts. Ranks of other copies have them.
         first = ranks.expert_shards.replica * dist.get_world_size(ranks.expert_group)
         self.lends_experts = self.takes_part or (shape.num_experts > 0 and first < ranks.tp_size)
         self.stages: list[int] = []  # the stage of each message

@@ -69,7 +69,7 @@ def main() -> None:
     cross_entropy = CrossEntropyLoss(chunk_bytes=1e9)
     itself = DistillationLoss(config=InterpolationLossConfig(positions="none"), chunk_bytes=1e9, token_temperature=1.0)
     for kind, fp8 in KINDS.items():
-        # The distributed optimiser would leave a rank with the sums of its own shard.
+        # With the distributed optimiser a rank has the summed gradients of its shard alone.
         plain = layout.megatron | {"use_distributed_optimizer": False}
         policy = MegatronPolicy(settings_of(model, plain | fp8), shape, ranks)
         scores = policy.backward(samples, cross_entropy, policy.teacher_states(samples, cross_entropy))

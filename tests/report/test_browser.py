@@ -327,6 +327,12 @@ def test_the_theme_can_be_chosen(browser, report):
         ("Theme: dark", "rgb(18, 20, 23)"),
         ("Theme: system", "rgb(248, 248, 246)"),
     ]
+    try:
+        browser.prefer("dark")
+        browser.wait("return getComputedStyle(document.body).backgroundColor === 'rgb(18, 20, 23)'")
+        assert browser.text("#theme") == "Theme: system"
+    finally:
+        browser.prefer("light")
 
 
 @contextmanager

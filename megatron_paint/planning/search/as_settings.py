@@ -137,7 +137,7 @@ def refusal_of_tree(tree: Mapping[str, Any]) -> str | None:
 
 
 def can_offload(settings: Settings) -> bool:
-    """Whether the teacher has weights of its own that could rest in host memory."""
+    """Whether the teacher keeps a separate copy of weights. `teacher.offload` keeps such a copy in host memory."""
     return teacher_bytes(settings) > 0
 
 
