@@ -249,7 +249,7 @@ def _mark_sharded_weights(stage: Stage) -> None:
 
 
 def mark_expert(parameter: torch.nn.Parameter, *, dim: int) -> None:
-    """Marks a parameter of an expert. Experts then have separate gradient buffers and a separate optimiser at every layout.
+    """Marks a parameter of an expert. They then have separate gradient buffers and a separate optimiser.
 
     Megatron does that only for expert-parallel sizes above 1. Without it, 0.16.1 does not sum the gradient over the
     tensor-parallel ranks if an expert is on one of them, and a checkpoint of size 1 does not load at size 2.
