@@ -14,11 +14,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_paint.base.json_text import to_json
+from megatron_paint.config.secrets import without_secret_arguments
 from megatron_paint.evaluation.statistics import length_text, paired_difference
 from megatron_paint.evaluation.summary import domain_text, error_warning, truncation_warning
 from megatron_paint.records import EvalReport, StepReport
 from megatron_paint.run.console_log import ConsoleLog
-from megatron_paint.run.tensorboard import TensorBoardLog
 
 Mode = Literal["normal", "quiet", "json", "silent"]
 RECENT = 20  # the time left is estimated from so many steps
@@ -35,7 +35,7 @@ STEP_LINE = {  # parts of a step's line, in this order, by what they show
 
 
 class Progress:
-    """Console and TensorBoard of one run.
+    """The console of one run.
 
     normal: a line per step, and a table at the end. quiet: warnings and the table. json: one JSON object per event on
     stdout, with `event` one of note, result, step, evaluation, warning, end. silent: nothing, for ranks above 0.
@@ -47,7 +47,6 @@ class Progress:
         *,
         steps: int,
         console: Console | None = None,
-        tensorboard: TensorBoardLog | None = None,
         log: ConsoleLog | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -56,7 +55,7 @@ class Progress:
         self.console = console or Console(highlight=False)
         if not self.console.is_terminal:
             self.console.width = LOG_WIDTH
-        self.tensorboard, self.log = tensorboard, log
+        self.log = log
         if log is not None:
             log.on_failure = self.warn
         self._clock = clock
@@ -83,7 +82,7 @@ class Progress:
     @contextmanager
     def logging(self, logs: Path, arguments: Sequence[str]) -> Iterator[None]:
         """Writes everything printed so far and from now on into the log of a run, and the error that ends the block."""
-        self.log.open(logs, command=["megatron-paint", *arguments])
+        self.log.open(logs, command=["megatron-paint", *without_secret_arguments(arguments)])
         try:
             yield
         finally:
@@ -102,8 +101,6 @@ class Progress:
         self._emit("step", values, self._step_line(report, left), quiet=False)
         for warning in report.warnings:
             self.warn(warning)
-        if self.tensorboard is not None and self.mode != "silent":
-            self.tensorboard.add(report.step, report.metrics)
 
     def evaluation(self, report: EvalReport) -> None:
         """Prints one evaluation, and a warning if too many answers are cut off."""
@@ -115,9 +112,6 @@ class Progress:
         for warning in (truncation_warning(report), error_warning(report)):
             if warning is not None:
                 self.warn(warning)
-        if self.tensorboard is not None and self.mode != "silent":
-            scores = {f"eval/{report.benchmark}/{name}": value for name, value in report.metrics.items()}
-            self.tensorboard.add(report.step, scores)
 
     def end(
         self,
@@ -142,8 +136,6 @@ class Progress:
         self._emit("end", values, end_table(before, after, model=model) if after else "")
         if folder:
             self._show(f"Results: {escape(folder)}", quiet=True)
-        if self.tensorboard is not None:
-            self.tensorboard.close()
 
     def seconds_left(self, step: int) -> float:
         """The seconds that the steps after `step` will take, at the mean speed of the last 20."""

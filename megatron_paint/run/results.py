@@ -5,8 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.saved import dotted, read_config, settings_tree
+from megatron_paint.config.saved import dotted, read_config
 from megatron_paint.config.schedule import due_after
+from megatron_paint.config.secrets import recorded_tree, without_secrets
 from megatron_paint.config.settings import Settings
 from megatron_paint.records import EvalReport
 from megatron_paint.run.console import Progress
@@ -70,10 +71,10 @@ def is_finished(folder: RunFolder, settings: Settings) -> bool:
 
 def _has_same_settings(folder: RunFolder, settings: Settings) -> bool:
     try:
-        before = dotted(read_config(folder.config_file))
+        before = dotted(without_secrets(read_config(folder.config_file)))
     except UserError:
         return False  # the usual start finds out what is wrong
-    now = dotted(settings_tree(settings))
+    now = dotted(recorded_tree(settings))
     for key in MAY_DIFFER:
         before[key] = now[key]  # an earlier version may not have had it
     return before == now

@@ -13,6 +13,7 @@ from megatron_paint.records import StepReport
 from megatron_paint.run.console import Progress
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.run.learning_watch import LearningWatch
+from megatron_paint.run.loggers.loggers import Loggers
 from megatron_paint.run.results import print_results
 
 
@@ -25,6 +26,7 @@ class Recorder:
     progress: Progress
     prompts: Prompts
     graders: Graders | None  # None where nothing is evaluated on this rank
+    loggers: Loggers = field(default_factory=Loggers)
     clip_watch: ClipWatch = field(default_factory=ClipWatch)
     learning_watch: LearningWatch = field(default_factory=LearningWatch)
 
@@ -40,6 +42,7 @@ class Recorder:
         self.folder.append_metrics(metrics)
         self.folder.write_samples(report.step, lines)
         self.progress.step(report)
+        self.loggers.step(report, lines)
         if self.settings.objective.loss.clips_entries and (warning := self.clip_watch.update(metrics)):
             self.progress.warn(warning)
         for warning in self.learning_watch.update(metrics):
@@ -67,7 +70,9 @@ class Recorder:
         report = evaluator.report(answers, step=step, benchmark=benchmark, graders=self.graders)
         self.folder.write_eval(report)
         self.progress.evaluation(report)
+        self.loggers.evaluation(report)
 
     def end(self) -> None:
-        """Prints the results, as the run folder has them."""
+        """Completes the logs, and prints the results as the run folder has them."""
+        self.loggers.close("finished")
         print_results(self.folder, self.progress, last=self.settings.run.steps)
