@@ -288,9 +288,7 @@ def of_loggers(run: RunSettings) -> Iterator[str]:
     if len(set(run.loggers)) != len(run.loggers):
         yield "run.loggers names a logger twice; name each once"
     if "tensorboard" in run.loggers and not run.tensorboard:
-        yield (
-            "run.loggers names tensorboard, and run.tensorboard=false turns it off: leave one of them out"
-        )
+        yield ("run.loggers names tensorboard, and run.tensorboard=false turns it off: leave one of them out")
 
 
 def of_tokens(run: RunSettings) -> Iterator[str]:

@@ -19,6 +19,8 @@ from megatron_paint.evaluation.statistics import length_text, paired_difference
 from megatron_paint.evaluation.summary import domain_text, error_warning, truncation_warning
 from megatron_paint.records import EvalReport, StepReport
 from megatron_paint.run.console_log import ConsoleLog
+from megatron_paint.run.live_line import clock as duration
+from megatron_paint.run.live_line import live_line, plain_lines
 
 Mode = Literal["normal", "quiet", "json", "silent"]
 RECENT = 20  # the time left is estimated from so many steps
@@ -37,6 +39,9 @@ STEP_LINE = {  # parts of a step's line, in this order, by what they show
 class Progress:
     """The console of one run.
 
+    log_every: the console has the line of each step at a multiple of it, and that of the first and last one. The log
+    has all.
+
     normal: a line per step, and a table at the end. quiet: warnings and the table. json: one JSON object per event on
     stdout, with `event` one of note, result, step, evaluation, warning, end. silent: nothing, for ranks above 0.
     """
@@ -48,6 +53,7 @@ class Progress:
         steps: int,
         console: Console | None = None,
         log: ConsoleLog | None = None,
+        log_every: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.mode = mode
@@ -55,7 +61,7 @@ class Progress:
         self.console = console or Console(highlight=False)
         if not self.console.is_terminal:
             self.console.width = LOG_WIDTH
-        self.log = log
+        self.log, self.log_every = log, log_every
         if log is not None:
             log.on_failure = self.warn
         self._clock = clock
@@ -98,7 +104,8 @@ class Progress:
         self._times.append(self._clock())
         left = self.seconds_left(report.step)
         values = {**report.metrics, "steps": self.steps, "seconds": report.seconds, "seconds_left": left}
-        self._emit("step", values, self._step_line(report, left), quiet=False)
+        is_shown = report.step % self.log_every == 0 or report.step in (1, self.steps)
+        self._emit("step", values, self._step_line(report, left), quiet=False, shown=is_shown)
         for warning in report.warnings:
             self.warn(warning)
 
@@ -156,17 +163,42 @@ class Progress:
         parts += [f"{metrics['tokens_per_second']:,.0f} tokens/s", f"{duration(left)} left"]
         return "  ".join(parts)
 
-    def _emit(self, event: str, values: Mapping[str, Any], rendered: "str | Table", *, quiet: bool = True) -> None:
-        """quiet: whether --quiet prints it too."""
+    @contextmanager
+    def live(self, *, plain: bool = False) -> Iterator[None]:
+        """Shows what the run does now, on a terminal and in the normal mode, until the block ends.
+
+        plain: without a terminal, a line about long work every 30 seconds.
+        """
+        if self.mode != "normal":
+            yield
+        elif self.console.is_interactive and not self.console.is_dumb_terminal:
+            with live_line(self.console, steps=self.steps):
+                yield
+        elif plain:
+            with plain_lines(self.note):
+                yield
+        else:
+            yield
+
+    def _emit(
+        self,
+        event: str,
+        values: Mapping[str, Any],
+        rendered: "str | Table",
+        *,
+        quiet: bool = True,
+        shown: bool = True,
+    ) -> None:
+        """quiet: whether --quiet prints it too. shown: whether the console prints it, besides the log."""
         if self.mode == "json":
             # rich would wrap and colour the line.
             print(to_json({"event": event, **values}), file=self.console.file, flush=True)
         if rendered != "":
-            self._show(rendered, quiet=quiet)
+            self._show(rendered, quiet=quiet, shown=shown)
 
-    def _show(self, rendered: "str | Table", *, quiet: bool) -> None:
+    def _show(self, rendered: "str | Table", *, quiet: bool, shown: bool = True) -> None:
         """Prints a text or table. The log has everything, in the form of the normal mode."""
-        if self.mode == "normal" or (self.mode == "quiet" and quiet):
+        if shown and (self.mode == "normal" or (self.mode == "quiet" and quiet)):
             self.console.print(rendered, soft_wrap=isinstance(rendered, str))
         if self.log is not None and self.mode != "silent":
             self.log.add(rendered)
@@ -211,9 +243,3 @@ def _further(report: EvalReport) -> tuple[str, ...]:
 def _difference_text(old: EvalReport, new: EvalReport) -> str:
     found = paired_difference(before=old, after=new)
     return rf"{100 * found.mean:+.1f} \[{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds as h:mm:ss."""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

@@ -1,8 +1,10 @@
 """The results of a run, read from its folder: at the end of the run, and whenever a finished run is started again."""
 
 import shlex
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.saved import dotted, read_config
@@ -10,7 +12,7 @@ from megatron_paint.config.schedule import due_after
 from megatron_paint.config.secrets import recorded_tree, without_secrets
 from megatron_paint.config.settings import Settings
 from megatron_paint.records import EvalReport
-from megatron_paint.run.console import Progress
+from megatron_paint.run.console import Progress, duration
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.run.learning_watch import LearningWatch
 from megatron_paint.runtime.checksums import Damaged, damage, read_checksums
@@ -26,10 +28,39 @@ def print_results(folder: RunFolder, progress: Progress, *, last: int) -> None:
         watch.update(line)
     for warning in watch.summary():
         progress.warn(warning)
+    phases = time_by_phase(folder.read_metrics())
+    if phases:
+        progress.note(shares_text("time of the steps", phases), **{f"time/{name}": s for name, s in phases.items()})
     for line in look_next(folder, last=last):
         progress.note(line)
     before, after = _evaluation(folder, 0), _evaluation(folder, last)
     progress.end(before=before if after else [], after=after, folder=str(folder.path))
+
+
+def time_by_phase(lines: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds of all steps by phase, the longest first; `other` is the rest of the steps. lines: of metrics.jsonl."""
+    found: dict[str, float] = {}
+    total = 0.0
+    for line in lines:
+        if line.get("tokens_per_second"):
+            total += line["num_tokens"] / line["tokens_per_second"]
+        for key, seconds in line.items():
+            if key.startswith("time/") and seconds:
+                name = key.removeprefix("time/").removesuffix("_s")
+                found[name] = found.get(name, 0.0) + seconds
+    rest = total - sum(found.values())
+    if rest > 0:
+        found["other"] = rest
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def shares_text(title: str, seconds: Mapping[str, float]) -> str:
+    """A line with the times of parts and their shares."""
+    total = sum(seconds.values())
+    if not total:
+        return f"{title}: {duration(0)}"
+    parts = ", ".join(f"{name} {duration(value)} ({value / total:.0%})" for name, value in seconds.items())
+    return f"{title}: {duration(total)}: {parts}"
 
 
 def look_next(folder: RunFolder, *, last: int) -> list[str]:

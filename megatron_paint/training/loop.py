@@ -74,7 +74,7 @@ class Run:
             return False
         mark_progress("checkpoint")
         self.finish_save()
-        self.on_rank_zero(self.recorder.end)
+        self.on_rank_zero(lambda: self.recorder.end(self.pace.total))
         return True
 
     def step(self, step: int) -> None:

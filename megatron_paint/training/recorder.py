@@ -1,5 +1,6 @@
 """What rank 0 writes into the run folder and prints while a run trains."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from megatron_paint.base.errors import UserError
@@ -14,7 +15,7 @@ from megatron_paint.run.console import Progress
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.run.learning_watch import LearningWatch
 from megatron_paint.run.loggers.loggers import Loggers
-from megatron_paint.run.results import print_results
+from megatron_paint.run.results import print_results, shares_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,12 @@ class Recorder:
         self.progress.evaluation(report)
         self.loggers.evaluation(report)
 
-    def end(self) -> None:
-        """Completes the logs, and prints the results as the run folder has them."""
+    def end(self, waited: Mapping[str, float]) -> None:
+        """Completes the logs, and prints the results as the run folder has them.
+
+        waited: seconds of this start by part: step, checkpoint, export, evaluation.
+        """
         self.loggers.close("finished")
+        if len(waited) > 1:
+            self.progress.note(shares_text("time of this start", waited))
         print_results(self.folder, self.progress, last=self.settings.run.steps)

@@ -52,6 +52,7 @@ def train(
     settings: Settings,
     *,
     mode: Mode = "normal",
+    log_every: int = 1,
     self_check_only: bool = False,
     prints_plan: bool = True,
     inputs: Inputs | None = None,
@@ -61,10 +62,10 @@ def train(
 ) -> bool:
     """Runs a training run in the ranks that the environment describes.
 
-    prints_plan: False if another process has printed the plan and the size of the data. inputs: what `check_inputs` has
-    read in this process, if it was called. lock, log: those of the run folder, if this process has opened them.
-    on_interrupt: called at the first Ctrl-C. Returns False if the run was asked to stop; it has left a checkpoint then.
-    Raises UserError for bad input.
+    log_every: the console prints the line of every so many steps. prints_plan: False if another process has printed the
+    plan and the size of the data. inputs: what `check_inputs` has read in this process, if it was called. lock, log:
+    those of the run folder, if this process has opened them. on_interrupt: called at the first Ctrl-C. Returns False if
+    the run was asked to stop; it has left a checkpoint then. Raises UserError for bad input.
     """
     from megatron_paint.mcore.ranks import joined_ranks
 
@@ -79,7 +80,17 @@ def train(
             run_self_check(settings, ranks, inputs, mode=mode, prints_plan=prints_plan)
             return True
         own = partial(owned_run, settings, ranks, lock=lock, log=log)
-        run = prepare(settings, ranks, inputs, own, mode=mode, prints_plan=prints_plan, stack=stack, request=request)
+        run = prepare(
+            settings,
+            ranks,
+            inputs,
+            own,
+            mode=mode,
+            log_every=log_every,
+            prints_plan=prints_plan,
+            stack=stack,
+            request=request,
+        )
         run.sampler.sync_weights(run.start + 1)
         self_check(settings, run.policy, run.sampler, run.problems, run.recorder.prompts, run.progress)
         run.sampler.release_memory()
@@ -111,6 +122,7 @@ def prepare(
     own: Callable[[], AbstractContextManager[OwnedRun]],
     *,
     mode: Mode,
+    log_every: int,
     prints_plan: bool,
     stack: ExitStack,
     request: StopRequest,
@@ -133,7 +145,8 @@ def prepare(
     changed = on_rank_zero(lambda: _changes(folder, settings))
     start = on_rank_zero(lambda: folder.prepare(settings))
     watch_over(settings, folder, ranks, stack)
-    progress = Progress(mode if first else "silent", steps=settings.run.steps, log=owned.log)
+    progress = Progress(mode if first else "silent", steps=settings.run.steps, log=owned.log, log_every=log_every)
+    stack.enter_context(progress.live())
     notes = [*plan.lines(settings), *inputs.notes] if prints_plan else []
     _print_start(progress, notes, [*([*plan.warnings(), *inputs.warnings] if prints_plan else []), *warnings])
     loggers = _open_loggers(settings, folder, progress, start=start, stack=stack) if first else Loggers()

@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.run.loggers.interface import Logger, Outcome
 
 OPEN_SECONDS = 15.0  # most that the start of a run waits for the connection
@@ -20,9 +21,7 @@ class BackgroundLogger:
     with a temporary error is repeated, and the calls after it wait.
     """
 
-    def __init__(
-        self, logger: Logger, *, pause: float = PAUSE_SECONDS, close_seconds: float = CLOSE_SECONDS
-    ) -> None:
+    def __init__(self, logger: Logger, *, pause: float = PAUSE_SECONDS, close_seconds: float = CLOSE_SECONDS) -> None:
         self.logger, self._pause, self._close_seconds = logger, pause, close_seconds
         self.failure: Exception | None = None
         self.notices: deque[str] = deque()
@@ -64,7 +63,7 @@ class BackgroundLogger:
             self._is_open.set()
             while (act := self._next()) is not None:
                 self._repeat(act)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             self.failure = self.failure or error
         finally:
             self._is_open.set()
@@ -80,13 +79,13 @@ class BackgroundLogger:
             return self._calls.popleft() if self._calls and self.failure is None else None
 
     def _repeat(self, act: Callable[[], None]) -> None:
-        """Makes the call until it succeeds or fails with an error that is not temporary. At the end, any error counts."""
+        """Repeats the call until it succeeds or fails with an error that is not temporary; at the end, with any."""
         attempt = 0
         while self.failure is None:
             try:
                 act()
             except Exception as error:
-                if self._ends or not self.logger.is_temporary(error):
+                if self._ends or isinstance(error, UserError) or not self.logger.is_temporary(error):
                     raise
                 if attempt == 0:
                     self.notices.append(f"{error}; its values wait, and are sent later")

@@ -75,12 +75,12 @@ class Loggers:
         for logger in tuple(self._direct):
             try:
                 line = act(logger)
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:
                 self._direct.remove(logger)
                 self._warn(_failure_line(logger, error))
             else:
                 if line:
-                    self._note(f"{logger.name}: {line}")
+                    self._note(f"{logger.name}: {_one_line(line)}")
         for background in self._background if in_background and self._is_open else ():
             background.call(lambda logger=background.logger: act(logger))
 
@@ -142,9 +142,7 @@ def open_loggers(
 ) -> Loggers:
     """The loggers that the settings name, for rank 0. start: last step done."""
     info = run_info(settings, folder, start=start)
-    made = [
-        getattr(import_module(f"{HERE}.{name}"), CLASSES[name])(info) for name in logger_names(settings.run)
-    ]
+    made = [getattr(import_module(f"{HERE}.{name}"), CLASSES[name])(info) for name in logger_names(settings.run)]
     loggers = Loggers(made, samples_every=settings.run.log_samples_every, note=note, warn=warn)
     loggers.open()
     return loggers

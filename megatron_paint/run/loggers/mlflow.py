@@ -45,7 +45,10 @@ class MlflowLogger:
             from mlflow import MlflowClient
         except ImportError as error:
             raise UserError(MISSING) from error
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or (self.info.folder / "mlflow").as_uri()
+        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        if not uri:
+            uri = (self.info.folder / "mlflow").as_uri()
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow from 3.13 on asks for it
         self._client = MlflowClient(tracking_uri=uri)
         place = without_credentials(uri)
         stored = read_ids(self.info.folder, self.name)
@@ -82,7 +85,9 @@ class MlflowLogger:
         """A server that does not answer. What it refuses is a `RestException`."""
         from mlflow.exceptions import MlflowException, RestException
 
-        return isinstance(error, MlflowException) and not isinstance(error, RestException) and "API request" in str(error)
+        return (
+            isinstance(error, MlflowException) and not isinstance(error, RestException) and "API request" in str(error)
+        )
 
     def _create_run(self) -> str:
         project = self.info.project or os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT

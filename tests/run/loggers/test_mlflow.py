@@ -13,7 +13,7 @@ mlflow = pytest.importorskip("mlflow")
 
 @pytest.fixture(autouse=True)
 def local(monkeypatch):
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_NAME"):
+    for name in ("MLFLOW_ALLOW_FILE_STORE", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_NAME"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -67,6 +67,7 @@ def test_a_server_that_is_not_there_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     lines = train(tmp_path, (1,))
     assert lines[-1].startswith("mlflow: ")
-    assert lines[-1].endswith("; check MLFLOW_TRACKING_URI and its server, or unset it: MLflow then writes into "
-                              "RUN/mlflow")
+    assert lines[-1].endswith(
+        "; check MLFLOW_TRACKING_URI and its server, or unset it: MLflow then writes into RUN/mlflow"
+    )
     assert not [line for line in lines if "secret" in line]

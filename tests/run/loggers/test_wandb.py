@@ -102,6 +102,7 @@ def test_a_server_that_is_not_there_is_one_line(offline, monkeypatch):
     monkeypatch.setattr("megatron_paint.run.loggers.wandb.INIT_SECONDS", 3.0)
     (line,) = train(offline, (1,))
     assert line.startswith("wandb: ")
-    assert line.endswith("The run continues without it; WANDB_MODE=offline keeps the data in run.dir, and `wandb sync` "
-                         "sends it later")
+    assert line.endswith(
+        "The run continues without it; WANDB_MODE=offline keeps the data in run.dir, and `wandb sync` sends it later"
+    )
     assert "0" * 40 not in line
