@@ -42,7 +42,7 @@ def time_by_phase(lines: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     found: dict[str, float] = {}
     total = 0.0
     for line in lines:
-        if line.get("tokens_per_second"):
+        if line.get("tokens_per_second") and "num_tokens" in line:
             total += line["num_tokens"] / line["tokens_per_second"]
         for key, seconds in line.items():
             if key.startswith("time/") and seconds:

@@ -111,8 +111,13 @@ class MlflowLogger:
 
 
 def metric_name(name: str) -> str:
-    """The name that MLflow accepts: pass@4 becomes pass_at_4, and other special characters become _."""
-    return NOT_IN_A_NAME.sub("_", name.replace("@", "_at_"))
+    """The name that MLflow accepts: pass@4 becomes pass_at_4, and other special characters become _.
+
+    Only the first slash stays, and the others become dots: a local folder has a file for each metric, so eval/x/avg and
+    eval/x/avg/low cannot exist together.
+    """
+    group, slash, rest = NOT_IN_A_NAME.sub("_", name.replace("@", "_at_")).partition("/")
+    return group + slash + rest.replace("/", ".")
 
 
 def _parameter(value: Any) -> str:

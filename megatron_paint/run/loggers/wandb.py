@@ -3,6 +3,7 @@
 import os
 import secrets
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 from megatron_paint.base.errors import UserError
@@ -12,6 +13,7 @@ from megatron_paint.run.loggers.remote_ids import read_ids, write_ids
 MISSING = "it is not installed: pip install 'megatron-paint[wandb]'"
 NO_LOGIN = "no API key is known: run `wandb login` or set WANDB_API_KEY, or set WANDB_MODE=offline"
 INIT_SECONDS = 60.0
+FINISH_SECONDS = 45.0  # less than the limit of `BackgroundLogger`
 
 
 class WandbLogger:
@@ -37,13 +39,14 @@ class WandbLogger:
             raise UserError(MISSING) from error
         self._wandb = wandb
         mode = os.environ.get("WANDB_MODE", "online")
-        if mode in ("online", "run", "shared") and not _has_key(wandb):
+        is_online = mode in ("online", "run", "shared")
+        if is_online and not _has_key(wandb):
             raise UserError(NO_LOGIN)
         stored = read_ids(self.info.folder, self.name)
         run_id = stored.get("id") or secrets.token_hex(4)
         self._run = wandb.init(
             id=run_id,
-            resume="allow" if mode == "online" else None,  # a run that is not online ignores it with a warning
+            resume="allow" if is_online else None,  # a run that is not online ignores it with a warning
             entity=stored.get("entity") or None,
             project=stored.get("project") or self.info.project or os.environ.get("WANDB_PROJECT") or PROJECT,
             name=self.info.name or os.environ.get("WANDB_NAME") or self.info.folder.name,
@@ -53,6 +56,11 @@ class WandbLogger:
                 silent=True,
                 init_timeout=INIT_SECONDS,
                 x_disable_meta=True,  # it has the command line, which may hold secrets
+                **(
+                    {"finish_timeout": FINISH_SECONDS, "finish_timeout_raises": True}
+                    if _has_finish_limit(wandb)
+                    else {}
+                ),
             ),
         )
         self._run.config.update(dict(self.info.settings), allow_val_change=True)
@@ -60,8 +68,9 @@ class WandbLogger:
         self._run.define_metric("*", step_metric="step")
         ids = {"id": run_id, "entity": self._run.entity, "project": self._run.project}
         write_ids(self.info.folder, self.name, {name: value for name, value in ids.items() if value})
-        url = getattr(self._run, "url", None)
-        return f"logging to {url}" if url else f"logging to {self.info.folder / 'wandb'}; `wandb sync` sends it"
+        if is_online:
+            return f"logging to {self._run.url}"
+        return f"logging to {self.info.folder / 'wandb'}; `wandb sync` sends it"
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({**values, "step": step})
@@ -79,6 +88,13 @@ class WandbLogger:
         return False  # wandb repeats its requests itself
 
 
+def _has_finish_limit(wandb: Any) -> bool:
+    """Whether this version of wandb can end without a network. An older one waits for it when the process ends."""
+    return "finish_timeout" in getattr(wandb.Settings, "model_fields", ())
+
+
 def _has_key(wandb: Any) -> bool:
-    """Whether wandb knows an API key. Without one, `wandb.init` would ask on a terminal."""
+    """Whether wandb knows an API key or another login. Without one, `wandb.init` would ask on a terminal."""
+    if "prompt" in signature(wandb.login).parameters:  # of newer versions
+        return wandb.login(prompt=False)
     return wandb.api.api_key is not None

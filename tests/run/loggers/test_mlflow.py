@@ -30,7 +30,8 @@ def train(folder, steps, *, start=0, settings=SETTINGS, outcome="finished"):
 
 
 def test_a_local_folder_and_a_run_that_resumes_as_the_same_run(tmp_path):
-    (line,) = train(tmp_path, (1, 2), outcome="stopped")
+    line, *more = train(tmp_path, (1, 2), outcome="stopped")
+    assert more == []
     stored = json.loads((tmp_path / "loggers.json").read_text())["mlflow"]
     assert line == f"mlflow: logging to {(tmp_path / 'mlflow').as_uri()}, run {stored['run_id']}"
     client = mlflow.MlflowClient(tracking_uri=(tmp_path / "mlflow").as_uri())
@@ -46,7 +47,7 @@ def test_a_local_folder_and_a_run_that_resumes_as_the_same_run(tmp_path):
     steps = [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, "loss")]
     assert sorted(steps) == [(1, 0.5), (2, 0.5), (2, 0.5), (3, 0.5)]
     assert run.data.metrics["pass_at_4"] == 0.25
-    assert run.data.metrics["eval/tiny/avg"] == 1.0
+    assert run.data.metrics["eval/tiny.avg"] == 1.0
     folder = client.download_artifacts(run.info.run_id, "samples", str(tmp_path))
     table = json.loads((tmp_path / "samples" / "step_000002.json").read_text())
     assert folder.rstrip("/").endswith("samples")
@@ -57,8 +58,8 @@ def test_a_local_folder_and_a_run_that_resumes_as_the_same_run(tmp_path):
 
 
 def test_every_key_of_a_run_is_a_name_that_mlflow_accepts():
-    assert metric_name("eval/tiny/pass@16") == "eval/tiny/pass_at_16"
-    assert metric_name("eval/my (set)/avg") == "eval/my _set_/avg"
+    assert metric_name("eval/tiny/pass@16") == "eval/tiny.pass_at_16"
+    assert metric_name("eval/my (set)/avg") == "eval/my _set_.avg"
     assert metric_name("time/rollout_s") == "time/rollout_s"
 
 

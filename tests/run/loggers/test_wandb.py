@@ -1,6 +1,8 @@
 """The real library, offline, and its failures at the start."""
 
 import json
+import struct
+import time
 
 import pytest
 
@@ -8,7 +10,9 @@ from megatron_paint.run.loggers.loggers import Loggers
 from megatron_paint.run.loggers.wandb import WandbLogger
 from tests.run.loggers.stand_ins import evaluation, info, report
 
-pytest.importorskip("wandb")
+wandb = pytest.importorskip("wandb")
+BLOCK, HEAD = 32768, 7
+COMPLETE, LAST = 1, 4  # kinds of a part
 
 
 @pytest.fixture
@@ -18,23 +22,34 @@ def offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     for name in ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_NAME", "WANDB_ENTITY"):
         monkeypatch.delenv(name, raising=False)
-    return tmp_path
+    wandb.teardown()  # it reads the environment once
+    yield tmp_path
+    wandb.teardown()
 
 
 def records(folder):
     """The records of all offline runs in a run folder, in their order."""
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
-    found = []
-    for file in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
-        store = DataStore()
-        store.open_for_scan(str(file))
-        while (data := store.scan_data()) is not None:
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            found.append(record)
-    return found
+    files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda file: file.stat().st_mtime_ns)
+    return [wandb_internal_pb2.Record.FromString(data) for file in files for data in chunks(file.read_bytes())]
+
+
+def chunks(content):
+    """The records of a log in LevelDB's format, after wandb's 7 bytes: blocks of 32 KiB with parts of records."""
+    assert content[:4] == b":W&B"
+    at, parts = 7, []
+    while at < len(content):
+        left = BLOCK - at % BLOCK
+        if left < HEAD:
+            at += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, at)
+        parts.append(content[at + HEAD : at + HEAD + length])
+        at += HEAD + length
+        if kind in (COMPLETE, LAST):
+            yield b"".join(parts)
+            parts = []
 
 
 def train(folder, steps, *, start=0):
@@ -53,7 +68,8 @@ def train(folder, steps, *, start=0):
 def test_a_run_offline_that_resumes_as_the_same_run(offline):
     (line,) = train(offline, (1, 2))
     assert line == f"wandb: logging to {offline / 'wandb'}; `wandb sync` sends it"
-    train(offline, (2, 3), start=1)
+    time.sleep(1.1)  # wandb names a folder after the second and the id
+    assert train(offline, (2, 3), start=1) == [line]
     found = records(offline)
     runs = [record.run for record in found if record.WhichOneof("record_type") == "run"]
     stored = json.loads((offline / "loggers.json").read_text())["wandb"]
@@ -66,9 +82,9 @@ def test_a_run_offline_that_resumes_as_the_same_run(offline):
             rows.append(row)
     assert [row["step"] for row in rows if row.get("loss") == 0.5] == [1, 2, 2, 3]
     assert [row["step"] for row in rows if "eval/tiny/avg" in row] == [2, 3]
-    tables = [row for row in rows if "samples" in row]
+    tables = [row for row in rows if "samples/_type" in row]
     assert [row["step"] for row in tables] == [1, 2, 2]
-    assert tables[0]["samples"]["_type"] == "table-file"
+    assert (tables[0]["samples/_type"], tables[0]["samples/nrows"]) == ("table-file", 1)
     settings = [
         (item.key or "/".join(item.nested_key), item.value_json)
         for record in found
