@@ -38,7 +38,7 @@ def print_results(folder: RunFolder, progress: Progress, *, last: int) -> None:
 
 
 def time_by_phase(lines: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds of all steps by phase, the longest first; `other` is the rest of the steps. lines: of metrics.jsonl."""
+    """Seconds of all steps by phase; `other` is the rest of the steps. lines: of metrics.jsonl."""
     found: dict[str, float] = {}
     total = 0.0
     for line in lines:
@@ -51,15 +51,16 @@ def time_by_phase(lines: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     rest = total - sum(found.values())
     if rest > 0:
         found["other"] = rest
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+    return found
 
 
 def shares_text(title: str, seconds: Mapping[str, float]) -> str:
-    """A line with the times of parts and their shares."""
+    """A line with the times of parts and their shares, the longest first."""
     total = sum(seconds.values())
     if not total:
         return f"{title}: {duration(0)}"
-    parts = ", ".join(f"{name} {duration(value)} ({value / total:.0%})" for name, value in seconds.items())
+    longest_first = sorted(seconds.items(), key=lambda item: -item[1])
+    parts = ", ".join(f"{name} {duration(value)} ({value / total:.0%})" for name, value in longest_first)
     return f"{title}: {duration(total)}: {parts}"
 
 

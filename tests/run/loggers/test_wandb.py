@@ -70,6 +70,7 @@ def test_a_run_offline_that_resumes_as_the_same_run(offline):
     assert line == f"wandb: logging to {offline / 'wandb'}; `wandb sync` sends it"
     time.sleep(1.1)  # wandb names a folder after the second and the id
     assert train(offline, (2, 3), start=1) == [line]
+    wandb.teardown()  # its service ends, so the files are complete
     found = records(offline)
     runs = [record.run for record in found if record.WhichOneof("record_type") == "run"]
     stored = json.loads((offline / "loggers.json").read_text())["wandb"]
