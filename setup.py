@@ -63,6 +63,8 @@ setup(
         ],
         "gpu": ["transformer-engine[pytorch,core_cu13]>=2.14", "triton>=3"],
         "tensorboard": ["tensorboard>=2.16"],
+        "wandb": ["wandb>=0.19"],
+        "mlflow": ["mlflow-skinny>=2.14"],
         "search": ["optuna>=5,<6"],
         "vllm": ["httpx>=0.27"],  # vLLM itself may be in another environment, with this package beside it
     },

@@ -119,6 +119,20 @@ OPTIONAL = (
         cost="no TensorBoard files are written",
         imported=False,
     ),
+    Package(
+        name="Weights & Biases",
+        module="wandb",
+        distribution="wandb",
+        cost="run.loggers=[wandb] logs nothing",
+        imported=False,
+    ),
+    Package(
+        name="MLflow",
+        module="mlflow",
+        distribution="mlflow-skinny",
+        cost="run.loggers=[mlflow] logs nothing",
+        imported=False,
+    ),
 )
 EXTENSIONS = (
     Package(

@@ -109,7 +109,7 @@ def _evaluate(asked: Requested, ranks: "Ranks", shape: ModelShape, *, mode: Mode
     for note in notes(asked, shape, evaluators):
         progress.note(note)
     found: dict[str, Answers] = {}
-    with ExitStack() as stack:
+    with progress.live(), ExitStack() as stack:
         of_engine = _servers if settings.rollout.engine == "vllm" else _own_model
         sampler, at_once = of_engine(asked, ranks, shape, evaluators, progress, stack)
         for name, evaluator in evaluators:

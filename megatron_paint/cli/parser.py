@@ -72,6 +72,9 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--gpu-memory", metavar="SIZE", help="plan for GPUs of this memory, such as 80GB; default: this machine's"
     )
+    train.add_argument(
+        "--log-every", type=int, default=1, metavar="N", help="print the line of every Nth step, the first and the last"
+    )
     train.add_argument("--self-check", action="store_true", help="compare the model with itself, and end")
     train.set_defaults(run=_run("train"))
 

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.cli.ranks import console_mode, number_of_ranks, rank_environment_of, start_ranks_here
 from megatron_paint.config.load import load_settings
 from megatron_paint.config.settings import Settings
@@ -27,6 +28,8 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     environment = rank_environment_of(options)
     settings = with_local_model(load_settings(options.config, options.overrides))
     check_model(settings.model, settings.megatron, settings.rollout)
+    if options.log_every < 1:
+        raise UserError(f"--log-every={options.log_every} is below 1: give the steps between two printed lines")
     if environment is not None:
         if options.dry_run and environment.rank == 0:
             _check_and_print_plan(settings, options, environment.size, _progress(settings, options), is_rank=True)
@@ -87,12 +90,12 @@ def _check_and_print_plan(
     )
     inputs = None
     if not _data_exists(settings):
-        inputs = _check_inputs(settings, options, plan.shape)
+        inputs = _check_inputs(settings, options, plan.shape, progress)
     for line in plan.lines(settings):
         progress.note(line)
     for warning in plan.warnings():
         progress.warn(warning)
-    inputs = inputs or _check_inputs(settings, options, plan.shape)
+    inputs = inputs or _check_inputs(settings, options, plan.shape, progress)
     for line in inputs.summary():
         progress.note(line)
     for warning in inputs.warnings:
@@ -106,10 +109,13 @@ def _data_exists(settings: Settings) -> bool:
     return all(source is None or Path(source).exists() for source in sources)
 
 
-def _check_inputs(settings: Settings, options: argparse.Namespace, shape: "ModelShape") -> "Inputs":
+def _check_inputs(
+    settings: Settings, options: argparse.Namespace, shape: "ModelShape", progress: "Progress"
+) -> "Inputs":
     from megatron_paint.training.inputs import check_inputs  # imports transformers: usually after the plan is printed
 
-    return check_inputs(settings, shape, run_folder=not options.self_check)
+    with progress.live(plain=True):
+        return check_inputs(settings, shape, run_folder=not options.self_check)
 
 
 def _own_and_train(
@@ -181,5 +187,11 @@ def _train(settings: Settings, options: argparse.Namespace, **more: Any) -> int:
     from megatron_paint.runtime.stop import exit_status
     from megatron_paint.training.start import train
 
-    finished = train(settings, mode=console_mode(options), self_check_only=options.self_check, **more)
+    finished = train(
+        settings,
+        mode=console_mode(options),
+        log_every=options.log_every,
+        self_check_only=options.self_check,
+        **more,
+    )
     return 0 if finished else exit_status()

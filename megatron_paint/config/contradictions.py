@@ -284,6 +284,13 @@ def of_grpo(objective: ObjectiveSettings, rollout: RolloutSettings) -> Iterator[
         )
 
 
+def of_loggers(run: RunSettings) -> Iterator[str]:
+    if len(set(run.loggers)) != len(run.loggers):
+        yield "run.loggers names a logger twice; name each once"
+    if "tensorboard" in run.loggers and not run.tensorboard:
+        yield ("run.loggers names tensorboard, and run.tensorboard=false turns it off: leave one of them out")
+
+
 def of_tokens(run: RunSettings) -> Iterator[str]:
     if run.keep_top_tokens and not run.keep_token_values:
         yield (

@@ -65,6 +65,7 @@ def settings_of(tree: Mapping[str, Any]) -> Settings:
         contradictions.of_data(settings.data, objective),
         contradictions.of_ahead(rollout, settings.data, objective),
         profile.contradictions_of(settings.run.profile, steps=settings.run.steps),
+        contradictions.of_loggers(settings.run),
         contradictions.of_tokens(settings.run),
         _contradictions(settings.model, objective, rollout, settings.optimizer, settings.megatron),
         _of_domains(settings.domains, data=settings.data.domain, evaluation=settings.evaluation.domain),

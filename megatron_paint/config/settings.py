@@ -483,6 +483,20 @@ class RunSettings:
         setting("settings that this start may change in a run that it resumes, such as [optimizer.lr]"),
     ] = ()
     tensorboard: Annotated[Flag, setting("write TensorBoard files")] = True
+    loggers: Annotated[
+        tuple[Literal["tensorboard", "wandb", "mlflow"], ...],
+        setting("services that show the run, such as [wandb, mlflow]; tensorboard need not be named"),
+    ] = ()
+    name: Annotated[Text | None, setting("name of the run in them; null: the name of the folder")] = None
+    project: Annotated[
+        Text | None,
+        setting(
+            "project of wandb, experiment of mlflow; null: WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME, or megatron-paint"
+        ),
+    ] = None
+    log_samples_every: Annotated[
+        Whole, setting("steps between tables of samples in loggers, after that of step 1; 0: none", ge=0)
+    ] = 25
     keep_token_values: Annotated[
         Whole,
         setting(

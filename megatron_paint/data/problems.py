@@ -48,6 +48,7 @@ from megatron_paint.data.statistics import oddities
 from megatron_paint.grading.final_answers import letter_of
 from megatron_paint.grading.grade import Grade
 from megatron_paint.records import Problem
+from megatron_paint.runtime.work import work
 
 if TYPE_CHECKING:
     from megatron_paint.config.settings import DataSettings, EvaluationSettings
@@ -290,8 +291,10 @@ def _load(
     )
     read = [reader(row) for row in rows]
     found = _Found(checks, checks.verdicts(one[0] for one in read if not isinstance(one, BadRow)))
-    for row, one in zip(rows, read, strict=True):
-        found.add(row, one)
+    with work("checking problems", total=len(rows), unit="rows") as checked:
+        for row, one in zip(rows, read, strict=True):
+            found.add(row, one)
+            checked.advance()
     check_shared_faults(found.bad, columns, count=len(rows))
     bad_rows = tuple(f"{row.where}: {reason}" for row, reason in found.bad)
     if bad_rows and not skip:

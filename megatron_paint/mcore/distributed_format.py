@@ -27,6 +27,7 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.mcore.collectives import all_ranks_do, rank_zero_does
 from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.runtime.files import disk_errors
+from megatron_paint.runtime.work import Work, work
 
 
 def copy_distributed(state: dict[str, Any], folder: Path, ranks: Ranks, *, named: Path) -> Callable[[Ranks], None]:
@@ -90,11 +91,15 @@ class _Copy:
         mine: list[SavePlan | None] = [None]
         dist.scatter_object_list(mine, plans, src=0, group=ranks.host_group)
         self.plan = planner.finish_plan(mine[0])
+        self.written: Work | None = None
         self.data = {item.index: _in_host_memory(planner.resolve_data(item)) for item in self.plan.items}
 
     def resolve_data(self, item: WriteItem) -> Any:
         """The data of one item; torch's writer calls this."""
-        return self.data[item.index]
+        data = self.data[item.index]
+        if self.written is not None:
+            self.written.advance(_nbytes(data))
+        return data
 
     def write(self, ranks: Ranks) -> None:
         """Writes every rank's tensors, then rank 0's two files that make them a checkpoint."""
@@ -104,7 +109,9 @@ class _Copy:
         rank_zero_does(ranks, lambda: self._finish(everyones))
 
     def _write_mine(self) -> list[WriteResult]:
-        with disk_errors(self.named):
+        total = sum(map(_nbytes, self.data.values()))
+        saving = work("saving", total=total, unit="bytes", in_background=True)
+        with disk_errors(self.named), saving as self.written:
             return self.writer.write_data(self.plan, self).wait()
 
     def _finish(self, results: list[list[WriteResult]]) -> None:
@@ -122,3 +129,7 @@ def _gathered(mine: Any, ranks: Ranks) -> list | None:
 
 def _in_host_memory(data: Any) -> Any:
     return data.detach().to("cpu", copy=True) if isinstance(data, torch.Tensor) else data
+
+
+def _nbytes(data: Any) -> int:
+    return data.nbytes if isinstance(data, torch.Tensor) else 0

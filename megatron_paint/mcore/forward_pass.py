@@ -21,6 +21,7 @@ from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.mcore.response_rows import response_rows
 from megatron_paint.policy import ScoredSequence
 from megatron_paint.runtime.heartbeat import mark_progress
+from megatron_paint.runtime.work import work
 
 Result = TypeVar("Result")
 
@@ -97,6 +98,7 @@ class ForwardPass:
         def forward_step(batches: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Callable]:
             if model is self.models[0]:  # once a micro-batch, which a virtual pipeline computes in several calls
                 mark_progress()
+                begun.advance()
             batch = next(batches)
 
             def finish(hidden_T1H: Tensor, non_loss_data: bool = False) -> Result:
@@ -114,16 +116,18 @@ class ForwardPass:
             device=self.ranks.device,
             in_groups_of=self.in_groups_of,
         )
-        return get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[iter(batches) for _ in self.models],
-            model=list(self.models),
-            num_microbatches=len(batches),
-            seq_length=self.token_multiple,  # the real lengths travel with the tensors
-            micro_batch_size=1,
-            forward_only=forward_only,
-            collect_non_loss_data=forward_only,
-        )
+        name = "forward" if forward_only else "forward and backward"
+        with work(name, total=len(batches), unit="micro-batches") as begun:
+            return get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=[iter(batches) for _ in self.models],
+                model=list(self.models),
+                num_microbatches=len(batches),
+                seq_length=self.token_multiple,  # the real lengths travel with the tensors
+                micro_batch_size=1,
+                forward_only=forward_only,
+                collect_non_loss_data=forward_only,
+            )
 
     def _response_rows(self, hidden_T1H: Tensor, batch: MicroBatch) -> Tensor:
         # Under sequence parallelism the loss returns each rank's part of the gradient; the rows' backward sums them.

@@ -28,6 +28,7 @@ from megatron_paint.mcore.sampling import choose_tokens
 from megatron_paint.records import Rollout
 from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
 from megatron_paint.runtime.heartbeat import mark_progress
+from megatron_paint.runtime.work import Work, work
 
 COMPACT_AT = 0.25  # fraction of finished rows at which a batch drops them; ours
 LOOK_EVERY = 16  # tokens between two looks at a GPU: is a row finished? Ours. A look at a CPU is free
@@ -94,9 +95,14 @@ class MegatronSampler:
     def _generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParameters) -> list[Rollout]:
         by_length = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
         rollouts: dict[int, Rollout] = {}
-        for batch in self._batches([(i, requests[i]) for i in by_length], sampling.max_new_tokens):
-            decoded = self._decode([request for _, request in batch], sampling)
-            rollouts |= {index: rollout for (index, _), rollout in zip(batch, decoded, strict=True)}
+        batches = self._batches([(i, requests[i]) for i in by_length], sampling.max_new_tokens)
+        total = len(requests) * sampling.max_new_tokens
+        with work("sampling", total=total, unit="tokens", at_most=True) as tokens:
+            for batch in batches:
+                decoded = self._decode([request for _, request in batch], sampling, tokens)
+                rollouts |= {index: rollout for (index, _), rollout in zip(batch, decoded, strict=True)}
+                tokens.done = sum(len(rollout.response_ids) for rollout in rollouts.values())
+                tokens.total = tokens.done + (len(requests) - len(rollouts)) * sampling.max_new_tokens
         return [rollouts[i] for i in range(len(requests))]
 
     def _batches(
@@ -114,8 +120,8 @@ class MegatronSampler:
             batches[-1].append(item)
         return batches
 
-    def _decode(self, requests: list[GenerationRequest], sampling: SamplingParameters) -> list[Rollout]:
-        """One rollout per request of a batch."""
+    def _decode(self, requests: list[GenerationRequest], sampling: SamplingParameters, tokens: Work) -> list[Rollout]:
+        """One rollout per request of a batch. tokens: counts them."""
         lengths = [len(request.prompt_ids) for request in requests]
         # The last token is never an input, so the cache has no place for it.
         cache = KeyValueCache(rows=len(requests), length=max(lengths) + sampling.max_new_tokens - 1)
@@ -124,6 +130,7 @@ class MegatronSampler:
         logits_LV = self._prefill(requests, cache, logits)
         while True:
             batch.add(*self._choose(logits_LV, batch.uniform, sampling))
+            tokens.advance(len(batch.live))
             if batch.step == sampling.max_new_tokens:
                 break
             if batch.step % self.look_every == 0:

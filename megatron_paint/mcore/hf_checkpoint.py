@@ -4,7 +4,7 @@ Every rank reads its own slices, and all ranks share the writing.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from megatron_paint.mcore.vocabulary import load_vocab_rows
 from megatron_paint.models.qwen3.mapping import hugging_face_shapes, rule_of
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.runtime.files import sync
+from megatron_paint.runtime.work import work
 
 WRITER_BYTES = 10**9  # ours: one rank writes about this much of a stage's weights
 
@@ -50,7 +51,7 @@ def load_stage(
         reader = HuggingFaceReader(folder, shape)
     read = reader if merged is None else merged.merged(reader)
     first_expert = ranks.first_expert(shape.num_experts)
-    for name, parameter in base_parameters(stage):
+    for name, parameter in _counted(list(base_parameters(stage)), "loading"):
         rule = rule_of(name, shape, first_expert=first_expert)
         if name in VOCABULARY:
             value = load_vocab_rows(rule, read, ranks)
@@ -116,7 +117,7 @@ def export_stage(
 
     def write(folder: Path) -> dict[str, dict[str, int]]:
         tensors = gathered_tensors(
-            base_parameters(stage),
+            _counted(list(base_parameters(stage)), "exporting"),
             shape,
             ranks,
             writers=writers,
@@ -182,6 +183,14 @@ def export_adapters(
             part.unlink()
 
     fill_folder(out, ranks, write=write, finish=finish)
+
+
+def _counted(named: Sequence[tuple[str, Tensor]], what: str) -> Iterator[tuple[str, Tensor]]:
+    """The same, as work that displays show."""
+    with work(what, total=sum(tensor.nbytes for _, tensor in named), unit="bytes") as begun:
+        for name, tensor in named:
+            yield name, tensor
+            begun.advance(tensor.nbytes)
 
 
 def _write_shards(

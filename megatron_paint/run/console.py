@@ -14,11 +14,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_paint.base.json_text import to_json
+from megatron_paint.config.secrets import without_secret_arguments
 from megatron_paint.evaluation.statistics import length_text, paired_difference
 from megatron_paint.evaluation.summary import domain_text, error_warning, truncation_warning
 from megatron_paint.records import EvalReport, StepReport
 from megatron_paint.run.console_log import ConsoleLog
-from megatron_paint.run.tensorboard import TensorBoardLog
+from megatron_paint.run.live_line import clock as duration
+from megatron_paint.run.live_line import live_line, plain_lines
 
 Mode = Literal["normal", "quiet", "json", "silent"]
 RECENT = 20  # the time left is estimated from so many steps
@@ -35,7 +37,10 @@ STEP_LINE = {  # parts of a step's line, in this order, by what they show
 
 
 class Progress:
-    """Console and TensorBoard of one run.
+    """The console of one run.
+
+    log_every: the console has the line of each step at a multiple of it, and that of the first and last one. The log
+    has all.
 
     normal: a line per step, and a table at the end. quiet: warnings and the table. json: one JSON object per event on
     stdout, with `event` one of note, result, step, evaluation, warning, end. silent: nothing, for ranks above 0.
@@ -47,8 +52,8 @@ class Progress:
         *,
         steps: int,
         console: Console | None = None,
-        tensorboard: TensorBoardLog | None = None,
         log: ConsoleLog | None = None,
+        log_every: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.mode = mode
@@ -56,7 +61,7 @@ class Progress:
         self.console = console or Console(highlight=False)
         if not self.console.is_terminal:
             self.console.width = LOG_WIDTH
-        self.tensorboard, self.log = tensorboard, log
+        self.log, self.log_every = log, log_every
         if log is not None:
             log.on_failure = self.warn
         self._clock = clock
@@ -83,7 +88,7 @@ class Progress:
     @contextmanager
     def logging(self, logs: Path, arguments: Sequence[str]) -> Iterator[None]:
         """Writes everything printed so far and from now on into the log of a run, and the error that ends the block."""
-        self.log.open(logs, command=["megatron-paint", *arguments])
+        self.log.open(logs, command=["megatron-paint", *without_secret_arguments(arguments)])
         try:
             yield
         finally:
@@ -99,11 +104,10 @@ class Progress:
         self._times.append(self._clock())
         left = self.seconds_left(report.step)
         values = {**report.metrics, "steps": self.steps, "seconds": report.seconds, "seconds_left": left}
-        self._emit("step", values, self._step_line(report, left), quiet=False)
+        is_shown = report.step % self.log_every == 0 or report.step in (1, self.steps)
+        self._emit("step", values, self._step_line(report, left), quiet=False, shown=is_shown)
         for warning in report.warnings:
             self.warn(warning)
-        if self.tensorboard is not None and self.mode != "silent":
-            self.tensorboard.add(report.step, report.metrics)
 
     def evaluation(self, report: EvalReport) -> None:
         """Prints one evaluation, and a warning if too many answers are cut off."""
@@ -115,9 +119,6 @@ class Progress:
         for warning in (truncation_warning(report), error_warning(report)):
             if warning is not None:
                 self.warn(warning)
-        if self.tensorboard is not None and self.mode != "silent":
-            scores = {f"eval/{report.benchmark}/{name}": value for name, value in report.metrics.items()}
-            self.tensorboard.add(report.step, scores)
 
     def end(
         self,
@@ -142,8 +143,6 @@ class Progress:
         self._emit("end", values, end_table(before, after, model=model) if after else "")
         if folder:
             self._show(f"Results: {escape(folder)}", quiet=True)
-        if self.tensorboard is not None:
-            self.tensorboard.close()
 
     def seconds_left(self, step: int) -> float:
         """The seconds that the steps after `step` will take, at the mean speed of the last 20."""
@@ -164,17 +163,42 @@ class Progress:
         parts += [f"{metrics['tokens_per_second']:,.0f} tokens/s", f"{duration(left)} left"]
         return "  ".join(parts)
 
-    def _emit(self, event: str, values: Mapping[str, Any], rendered: "str | Table", *, quiet: bool = True) -> None:
-        """quiet: whether --quiet prints it too."""
+    @contextmanager
+    def live(self, *, plain: bool = False) -> Iterator[None]:
+        """Shows what the run does now, on a terminal and in the normal mode, until the block ends.
+
+        plain: without a terminal, a line about long work every 30 seconds.
+        """
+        if self.mode != "normal":
+            yield
+        elif self.console.is_interactive and not self.console.is_dumb_terminal:
+            with live_line(self.console, steps=self.steps):
+                yield
+        elif plain:
+            with plain_lines(self.note):
+                yield
+        else:
+            yield
+
+    def _emit(
+        self,
+        event: str,
+        values: Mapping[str, Any],
+        rendered: "str | Table",
+        *,
+        quiet: bool = True,
+        shown: bool = True,
+    ) -> None:
+        """quiet: whether --quiet prints it too. shown: whether the console prints it, besides the log."""
         if self.mode == "json":
             # rich would wrap and colour the line.
             print(to_json({"event": event, **values}), file=self.console.file, flush=True)
         if rendered != "":
-            self._show(rendered, quiet=quiet)
+            self._show(rendered, quiet=quiet, shown=shown)
 
-    def _show(self, rendered: "str | Table", *, quiet: bool) -> None:
+    def _show(self, rendered: "str | Table", *, quiet: bool, shown: bool = True) -> None:
         """Prints a text or table. The log has everything, in the form of the normal mode."""
-        if self.mode == "normal" or (self.mode == "quiet" and quiet):
+        if shown and (self.mode == "normal" or (self.mode == "quiet" and quiet)):
             self.console.print(rendered, soft_wrap=isinstance(rendered, str))
         if self.log is not None and self.mode != "silent":
             self.log.add(rendered)
@@ -219,9 +243,3 @@ def _further(report: EvalReport) -> tuple[str, ...]:
 def _difference_text(old: EvalReport, new: EvalReport) -> str:
     found = paired_difference(before=old, after=new)
     return rf"{100 * found.mean:+.1f} \[{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds as h:mm:ss."""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

@@ -24,10 +24,10 @@ from megatron_paint.config.saved import (
     forbidden_changes,
     moved_decay_end,
     read_config,
-    settings_tree,
     to_yaml,
 )
 from megatron_paint.config.schedule import Task
+from megatron_paint.config.secrets import recorded_tree, without_secrets
 from megatron_paint.records import EvalReport
 from megatron_paint.run.lock_watch import LOCK
 from megatron_paint.runtime.files import (
@@ -79,7 +79,7 @@ class RunFolder:
                 now = datetime.now(UTC).isoformat(timespec="seconds")
                 change = {"after_step": step, "setting": name, "old": old, "new": new, "time": now}
                 append_line(self.path / CHANGES, to_json(change))
-            write_atomically(self.config_file, to_yaml(settings_tree(settings)))
+            write_atomically(self.config_file, to_yaml(recorded_tree(settings)))
             for folder in (self.path / "samples", self.path / "eval", self.path / "checkpoints", self.logs):
                 folder.mkdir(exist_ok=True)
         self._take_back(step)
@@ -87,7 +87,7 @@ class RunFolder:
 
     def check(self, settings: Any) -> int:
         """What `prepare` would return or raise. It leaves nothing behind."""
-        new = settings_tree(settings)
+        new = recorded_tree(settings)
         resume = new["run"]["resume"]
         held = self._held()
         if resume == "never" and held:
@@ -121,7 +121,11 @@ class RunFolder:
         """What a start with these settings changes because run.allow_changes names it: key -> (old, new)."""
         if not self.config_file.exists():
             return {}
-        return allowed_changes(old=read_config(self.config_file), new=settings_tree(settings))
+        return allowed_changes(old=self._read_config(), new=recorded_tree(settings))
+
+    def _read_config(self) -> dict[str, Any]:
+        """config.yaml without secrets, which earlier versions have written."""
+        return without_secrets(read_config(self.config_file))
 
     def _held(self) -> list[str]:
         with about("run.dir"), disk_errors(self.path):
@@ -135,7 +139,7 @@ class RunFolder:
             raise UserError(
                 f"run.dir={self.path} is neither empty nor a run folder: it has no config.yaml. Give another run.dir"
             )
-        old = read_config(self.config_file)
+        old = self._read_config()
         if changed := forbidden_changes(old=old, new=new):
             names = [change.partition(":")[0] for change in changed]
             purpose = f", or change them on purpose with run.allow_changes=[{', '.join(names)}]"

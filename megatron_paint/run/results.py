@@ -1,15 +1,18 @@
 """The results of a run, read from its folder: at the end of the run, and whenever a finished run is started again."""
 
 import shlex
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.saved import dotted, read_config, settings_tree
+from megatron_paint.config.saved import dotted, read_config
 from megatron_paint.config.schedule import due_after
+from megatron_paint.config.secrets import recorded_tree, without_secrets
 from megatron_paint.config.settings import Settings
 from megatron_paint.records import EvalReport
-from megatron_paint.run.console import Progress
+from megatron_paint.run.console import Progress, duration
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.run.learning_watch import LearningWatch
 from megatron_paint.runtime.checksums import Damaged, damage, read_checksums
@@ -25,10 +28,40 @@ def print_results(folder: RunFolder, progress: Progress, *, last: int) -> None:
         watch.update(line)
     for warning in watch.summary():
         progress.warn(warning)
+    phases = time_by_phase(folder.read_metrics())
+    if phases:
+        progress.note(shares_text("time of the steps", phases), **{f"time/{name}": s for name, s in phases.items()})
     for line in look_next(folder, last=last):
         progress.note(line)
     before, after = _evaluation(folder, 0), _evaluation(folder, last)
     progress.end(before=before if after else [], after=after, folder=str(folder.path))
+
+
+def time_by_phase(lines: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds of all steps by phase; `other` is the rest of the steps. lines: of metrics.jsonl."""
+    found: dict[str, float] = {}
+    total = 0.0
+    for line in lines:
+        if line.get("tokens_per_second") and "num_tokens" in line:
+            total += line["num_tokens"] / line["tokens_per_second"]
+        for key, seconds in line.items():
+            if key.startswith("time/") and seconds:
+                name = key.removeprefix("time/").removesuffix("_s")
+                found[name] = found.get(name, 0.0) + seconds
+    rest = total - sum(found.values())
+    if rest > 0:
+        found["other"] = rest
+    return found
+
+
+def shares_text(title: str, seconds: Mapping[str, float]) -> str:
+    """A line with the times of parts and their shares, the longest first."""
+    total = sum(seconds.values())
+    if not total:
+        return f"{title}: {duration(0)}"
+    longest_first = sorted(seconds.items(), key=lambda item: -item[1])
+    parts = ", ".join(f"{name} {duration(value)} ({value / total:.0%})" for name, value in longest_first)
+    return f"{title}: {duration(total)}: {parts}"
 
 
 def look_next(folder: RunFolder, *, last: int) -> list[str]:
@@ -70,10 +103,10 @@ def is_finished(folder: RunFolder, settings: Settings) -> bool:
 
 def _has_same_settings(folder: RunFolder, settings: Settings) -> bool:
     try:
-        before = dotted(read_config(folder.config_file))
+        before = dotted(without_secrets(read_config(folder.config_file)))
     except UserError:
         return False  # the usual start finds out what is wrong
-    now = dotted(settings_tree(settings))
+    now = dotted(recorded_tree(settings))
     for key in MAY_DIFFER:
         before[key] = now[key]  # an earlier version may not have had it
     return before == now

@@ -70,6 +70,7 @@ class Watchdog:
             0,
             time.time(),
         )  # phase, step, since; a single assignment, so that no thread sees a part of it
+        self._phase_begun = time.monotonic()
         self._marking = threading.Lock()  # a thread that samples ahead marks progress beside the one that trains
         self._is_written = False  # whether the last heartbeat is in the file
         self._observer = RankObserver(folder, ranks=ranks, limit=limit or 0.0)
@@ -96,7 +97,14 @@ class Watchdog:
         """Records that this rank makes progress, and in which phase and step; None: the same as before."""
         with self._marking:
             phase_before, step_before, _ = self._state
+            if phase not in (None, phase_before):
+                self._phase_begun = time.monotonic()
             self._state = (phase or phase_before, step_before if step is None else step, time.time())
+
+    def phase_now(self) -> tuple[str, int, float]:
+        """Phase, step, and seconds in this phase."""
+        phase, step, _ = self._state
+        return phase, step, time.monotonic() - self._phase_begun
 
     def _watch(self) -> None:
         self._before = time.monotonic()
@@ -254,3 +262,8 @@ def mark_progress(phase: str | None = None, step: int | None = None) -> None:
     """Records that this process makes progress; None: in the same phase and step. Does nothing without a watchdog."""
     if _watchdog is not None:
         _watchdog.mark_progress(phase, step)
+
+
+def phase_now() -> tuple[str, int, float] | None:
+    """Phase and step of this process, and seconds in this phase; None without a watchdog."""
+    return None if (watchdog := _watchdog) is None else watchdog.phase_now()

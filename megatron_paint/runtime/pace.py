@@ -12,6 +12,7 @@ class Pace:
         self._clock = clock
         self._took: dict[str, float] = {}
         self._begun: dict[str, float] = {}
+        self.total: dict[str, float] = {}  # of the parts that the run waited for, all together
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -19,6 +20,7 @@ class Pace:
         begun = self._clock()
         yield
         self._took[part] = self._clock() - begun
+        self.total[part] = self.total.get(part, 0.0) + self._took[part]
 
     def begin(self, part: str) -> None:
         """Records the start of a part in the background."""

@@ -22,7 +22,7 @@ from megatron_paint.data.prompts import Prompts
 from megatron_paint.data.repeats import leaks
 from megatron_paint.data.tokenizers import load_tokenizer
 from megatron_paint.evaluation.benchmarks import load_benchmark
-from megatron_paint.grading.grade import GradingPool, Rules
+from megatron_paint.grading.grade import Grade, GradingPool, Rules
 from megatron_paint.grading.graders import Graders
 from megatron_paint.launch.failure_notes import NOTES_FOLDER
 from megatron_paint.masker.reveal import check_extractors
@@ -35,6 +35,7 @@ from megatron_paint.rollouts.source import RolloutSource
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.run.lock_watch import refuse_if_in_use
 from megatron_paint.runtime.rank_zero import OnRankZero, directly
+from megatron_paint.runtime.work import Work, work
 from megatron_paint.training.partners import check_partners
 from megatron_paint.training.turn_notes import sft_warnings, thinking_without_effect, turn_notes, used_thinking_settings
 
@@ -211,12 +212,13 @@ def _read_problems(settings: Settings, shape: ModelShape, prompts: Prompts) -> t
     mistake = None if needs.samples_per_problem else prompts.sft_mistake
     needed_by = f"objective.name: {settings.objective.name}" if needs.solutions else None
     reveal = settings.objective.reveal
-    with GradingPool(rules=rules) as graders:
+    grader = _CountingGrader()
+    with GradingPool(rules=rules, on_verdict=grader.count) as grader.pool:
         problems = load_problems(
             settings.data,
             solution_needed_by=needed_by,
             view=reveal.view if needs.masker else "full",
-            grade=graders.grade,
+            grade=grader.grade,
             prompt_limit=limit,
             mistake=mistake,
             domains=settings.domains,
@@ -247,6 +249,23 @@ def _read_problems(settings: Settings, shape: ModelShape, prompts: Prompts) -> t
         warnings=(*problems.warnings, *held_out.warnings, *leaked),
     )
     return problems, held_out.problems
+
+
+class _CountingGrader:
+    """Grades, as work that displays show."""
+
+    def __init__(self) -> None:
+        self.pool: GradingPool | None = None
+        self._work: Work | None = None
+
+    def grade(self, pairs: list[tuple[str, str]]) -> list[Grade]:
+        """The grades of (solution, answer) pairs. The simple ones are not counted, so the work may end early."""
+        with work("checking answers", total=len(pairs), unit="answers", at_most=True) as self._work:
+            return self.pool.grade(pairs)
+
+    def count(self) -> None:
+        """Counts one verdict."""
+        self._work.advance()
 
 
 def _prompt_limit(settings: Settings, shape: ModelShape, prompts: Prompts) -> PromptLimit:

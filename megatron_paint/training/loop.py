@@ -5,8 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.saved import settings_tree
 from megatron_paint.config.schedule import due_after, expired_checkpoints, learning_rate
+from megatron_paint.config.secrets import recorded_tree
 from megatron_paint.config.settings import Settings
 from megatron_paint.data.order import ProblemOrder
 from megatron_paint.data.problems import ProblemSet
@@ -74,7 +74,7 @@ class Run:
             return False
         mark_progress("checkpoint")
         self.finish_save()
-        self.on_rank_zero(self.recorder.end)
+        self.on_rank_zero(lambda: self.recorder.end(self.pace.total))
         return True
 
     def step(self, step: int) -> None:
@@ -162,7 +162,7 @@ class Run:
         self.finish_save()  # the checkpoint before
         ahead = self.rollouts.state_dict(wait=wait)
         self.pace.begin("write")
-        state = {"step": step, "settings": settings_tree(self.settings)}
+        state = {"step": step, "settings": recorded_tree(self.settings)}
         if order := self.order.state_dict():
             state["order"] = order
         if ahead:

@@ -1,5 +1,6 @@
 """What rank 0 writes into the run folder and prints while a run trains."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from megatron_paint.base.errors import UserError
@@ -13,7 +14,8 @@ from megatron_paint.records import StepReport
 from megatron_paint.run.console import Progress
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.run.learning_watch import LearningWatch
-from megatron_paint.run.results import print_results
+from megatron_paint.run.loggers.loggers import Loggers
+from megatron_paint.run.results import print_results, shares_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,7 @@ class Recorder:
     progress: Progress
     prompts: Prompts
     graders: Graders | None  # None where nothing is evaluated on this rank
+    loggers: Loggers = field(default_factory=Loggers)
     clip_watch: ClipWatch = field(default_factory=ClipWatch)
     learning_watch: LearningWatch = field(default_factory=LearningWatch)
 
@@ -40,6 +43,7 @@ class Recorder:
         self.folder.append_metrics(metrics)
         self.folder.write_samples(report.step, lines)
         self.progress.step(report)
+        self.loggers.step(report, lines)
         if self.settings.objective.loss.clips_entries and (warning := self.clip_watch.update(metrics)):
             self.progress.warn(warning)
         for warning in self.learning_watch.update(metrics):
@@ -67,7 +71,14 @@ class Recorder:
         report = evaluator.report(answers, step=step, benchmark=benchmark, graders=self.graders)
         self.folder.write_eval(report)
         self.progress.evaluation(report)
+        self.loggers.evaluation(report)
 
-    def end(self) -> None:
-        """Prints the results, as the run folder has them."""
+    def end(self, waited: Mapping[str, float]) -> None:
+        """Completes the logs, and prints the results as the run folder has them.
+
+        waited: seconds of this start by part: step, checkpoint, export, evaluation.
+        """
+        self.loggers.close("finished")
+        if len(waited) > 1:
+            self.progress.note(shares_text("time of this start", waited))
         print_results(self.folder, self.progress, last=self.settings.run.steps)

@@ -28,7 +28,7 @@ from megatron_paint.run.console import Mode, Progress
 from megatron_paint.run.console_log import ConsoleLog
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.run.lock import RunLock
-from megatron_paint.run.tensorboard import open_tensorboard
+from megatron_paint.run.loggers.loggers import Loggers, open_loggers
 from megatron_paint.runtime.heartbeat import LONG, Watchdog, mark_progress, start_watchdog, stop_watchdog
 from megatron_paint.runtime.stop import StopRequest, job_end
 from megatron_paint.training.engines import start_servers, training_rollouts, training_samplers
@@ -52,6 +52,7 @@ def train(
     settings: Settings,
     *,
     mode: Mode = "normal",
+    log_every: int = 1,
     self_check_only: bool = False,
     prints_plan: bool = True,
     inputs: Inputs | None = None,
@@ -61,10 +62,10 @@ def train(
 ) -> bool:
     """Runs a training run in the ranks that the environment describes.
 
-    prints_plan: False if another process has printed the plan and the size of the data. inputs: what `check_inputs` has
-    read in this process, if it was called. lock, log: those of the run folder, if this process has opened them.
-    on_interrupt: called at the first Ctrl-C. Returns False if the run was asked to stop; it has left a checkpoint then.
-    Raises UserError for bad input.
+    log_every: the console prints the line of every so many steps. prints_plan: False if another process has printed the
+    plan and the size of the data. inputs: what `check_inputs` has read in this process, if it was called. lock, log:
+    those of the run folder, if this process has opened them. on_interrupt: called at the first Ctrl-C. Returns False if
+    the run was asked to stop; it has left a checkpoint then. Raises UserError for bad input.
     """
     from megatron_paint.mcore.ranks import joined_ranks
 
@@ -79,7 +80,17 @@ def train(
             run_self_check(settings, ranks, inputs, mode=mode, prints_plan=prints_plan)
             return True
         own = partial(owned_run, settings, ranks, lock=lock, log=log)
-        run = prepare(settings, ranks, inputs, own, mode=mode, prints_plan=prints_plan, stack=stack, request=request)
+        run = prepare(
+            settings,
+            ranks,
+            inputs,
+            own,
+            mode=mode,
+            log_every=log_every,
+            prints_plan=prints_plan,
+            stack=stack,
+            request=request,
+        )
         run.sampler.sync_weights(run.start + 1)
         self_check(settings, run.policy, run.sampler, run.problems, run.recorder.prompts, run.progress)
         run.sampler.release_memory()
@@ -111,6 +122,7 @@ def prepare(
     own: Callable[[], AbstractContextManager[OwnedRun]],
     *,
     mode: Mode,
+    log_every: int,
     prints_plan: bool,
     stack: ExitStack,
     request: StopRequest,
@@ -133,9 +145,11 @@ def prepare(
     changed = on_rank_zero(lambda: _changes(folder, settings))
     start = on_rank_zero(lambda: folder.prepare(settings))
     watch_over(settings, folder, ranks, stack)
-    progress = _open_console(settings, folder, mode=mode if first else "silent", start=start, log=owned.log)
+    progress = Progress(mode if first else "silent", steps=settings.run.steps, log=owned.log, log_every=log_every)
+    stack.enter_context(progress.live())
     notes = [*plan.lines(settings), *inputs.notes] if prints_plan else []
     _print_start(progress, notes, [*([*plan.warnings(), *inputs.warnings] if prints_plan else []), *warnings])
+    loggers = _open_loggers(settings, folder, progress, start=start, stack=stack) if first else Loggers()
     fleets: list[Fleet] = []  # one on rank 0, if the run has servers
     on_rank_zero(lambda: fleets.extend(start_servers(settings, plan.shape, note=progress.note, stack=stack)))
     policy = MegatronPolicy(settings, plan.shape, ranks)
@@ -172,7 +186,14 @@ def prepare(
         rollouts=rollouts,
         sampler=evaluation_sampler,
         evaluator=_evaluator(settings, inputs),
-        recorder=Recorder(settings=settings, folder=folder, progress=progress, prompts=inputs.prompts, graders=graders),
+        recorder=Recorder(
+            settings=settings,
+            folder=folder,
+            progress=progress,
+            prompts=inputs.prompts,
+            graders=graders,
+            loggers=loggers,
+        ),
         progress=progress,
         start=start,
         on_rank_zero=on_rank_zero,
@@ -217,15 +238,13 @@ def _print_start(progress: Progress, lines: Sequence[str], warnings: Sequence[st
         progress.warn(warning)
 
 
-def _open_console(settings: Settings, folder: RunFolder, *, mode: Mode, start: int, log: ConsoleLog | None) -> Progress:
-    """The console of this rank, with TensorBoard files on rank 0."""
-    board, note = None, ""
-    if mode != "silent" and settings.run.tensorboard:
-        board, note = open_tensorboard(folder.path / "tensorboard", resume_step=start)
-    progress = Progress(mode, steps=settings.run.steps, tensorboard=board, log=log)
-    if note:
-        progress.note(note)
-    return progress
+def _open_loggers(
+    settings: Settings, folder: RunFolder, progress: Progress, *, start: int, stack: ExitStack
+) -> Loggers:
+    """The loggers of rank 0. A run that does not close them itself was stopped, or has failed."""
+    loggers = open_loggers(settings, folder, start=start, note=progress.note, warn=progress.warn)
+    stack.push(lambda kind, *_: loggers.close("stopped" if kind is None else "failed"))
+    return loggers
 
 
 def set_damaged_aside(folder: RunFolder, ranks: "Ranks") -> list[str]:

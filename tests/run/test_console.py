@@ -1,6 +1,5 @@
 """What the console says, as plain text and as JSON."""
 
-import builtins
 import io
 import json
 import math
@@ -12,7 +11,6 @@ from rich.console import Console
 from megatron_paint.evaluation.statistics import build_report
 from megatron_paint.records import Graded, StepReport
 from megatron_paint.run.console import Progress, duration
-from megatron_paint.run.tensorboard import open_tensorboard
 
 
 def graded(problem, outcome, index=0):
@@ -137,36 +135,6 @@ def test_duration():
     assert duration(3723.4) == "1:02:03"
     assert duration(0) == "0:00:00"
     assert duration(90000) == "25:00:00"
-
-
-def test_tensorboard_holds_what_was_logged(tmp_path):
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    log, reason = open_tensorboard(tmp_path)
-    assert reason == ""
-    progress = Progress("quiet", steps=4, console=Console(file=io.StringIO()), tensorboard=log)
-    progress.step(step(1, loss=0.5, **{"overlap/mean": math.nan}))
-    progress.step(step(2, loss=0.25))
-    progress.evaluation(AFTER)
-    progress.end()
-    events = reader.EventAccumulator(str(tmp_path)).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
-    assert [event.step for event in events.Scalars("overlap/mean")] == [2]
-    assert events.Scalars("eval/tiny/avg")[0].value == 1.0
-
-
-def test_a_missing_tensorboard_is_one_line(tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def refuse(name, *args, **kwargs):
-        if name.startswith("torch.utils.tensorboard"):
-            raise ImportError("no tensorboard")
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
-    log, reason = open_tensorboard(tmp_path)
-    assert log is None
-    assert "pip install tensorboard" in reason
-    assert "\n" not in reason
 
 
 def test_the_table_names_n_and_what_was_cut_off():

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from megatron_paint.cli.main import main
-from megatron_paint.run.results import is_finished
+from megatron_paint.run.results import is_finished, shares_text, time_by_phase
 from tests.support.finished import ROOT, SETTINGS, STEPS, make_finished_run, quickstart
 
 
@@ -102,3 +102,18 @@ def test_the_same_command_again_starts_no_ranks(folder, monkeypatch, capsys, mod
     assert {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")} == before
     with pytest.raises(Started):
         main([*command, "optimizer.weight_decay=0.1"])
+
+
+def test_the_time_of_all_steps_by_phase():
+    lines = [
+        {"step": 1, "num_tokens": 100, "tokens_per_second": 10.0, "time/rollout_s": 6.0, "time/student_s": 3.0},
+        {"step": 2, "num_tokens": 100, "tokens_per_second": 10.0, "time/rollout_s": 5.0, "time/grade_s": None},
+        {"step": 3, "skipped": "loss"},
+    ]
+    phases = time_by_phase(lines)
+    assert phases == {"rollout": 11.0, "other": 6.0, "student": 3.0}
+    assert shares_text("time of the steps", phases) == (
+        "time of the steps: 0:00:20: rollout 0:00:11 (55%), other 0:00:06 (30%), student 0:00:03 (15%)"
+    )
+    assert time_by_phase([]) == {}
+    assert shares_text("time", {"step": 0.0}) == "time: 0:00:00"

@@ -15,12 +15,14 @@ from megatron_paint.mcore import ranks as ranks_module
 from megatron_paint.records import Graded, Problem, Rollout, SamplerGap, SampleScore, StepResult
 from megatron_paint.run.console import Progress
 from megatron_paint.run.folder import RunFolder
+from megatron_paint.run.loggers.loggers import Loggers
 from megatron_paint.runtime.files import NewFolder
 from megatron_paint.runtime.pace import Pace
 from megatron_paint.training import start
 from megatron_paint.training.loop import Run
 from megatron_paint.training.recorder import Recorder
 from megatron_paint.training.self_check import self_check
+from tests.run.loggers.stand_ins import Recorded
 
 ANSWER = Graded(
     problem_id="a", sample_index=0, response_text="", num_tokens=1, finished=True, outcome="right", extracted=None
@@ -91,6 +93,7 @@ def attempt(
     notes=None,
     pace=None,
     order=None,
+    loggers=(),
     **run,
 ) -> Notes:
     """One attempt of a run; what it did."""
@@ -107,7 +110,14 @@ def attempt(
         rollouts=notes,
         sampler=notes,
         evaluator=notes,
-        recorder=Recorder(settings=made, folder=folder, progress=progress, prompts=prompts, graders=None),
+        recorder=Recorder(
+            settings=made,
+            folder=folder,
+            progress=progress,
+            prompts=prompts,
+            graders=None,
+            loggers=Loggers(loggers, samples_every=2),
+        ),
         progress=progress,
         start=folder.prepare(made),
         on_rank_zero=on_rank_zero,
@@ -115,6 +125,21 @@ def attempt(
         pace=pace or Pace(),
     ).train()
     return notes
+
+
+def test_a_logger_gets_steps_and_evaluations_and_one_that_fails_ends_no_run(tmp_path):
+    kept, broken = Recorded(), Recorded("broken", fails={"metrics": [OSError("no route")]})
+    notes = attempt(tmp_path, loggers=[broken, kept])
+    assert [step for kind, step in notes if kind == "step"] == [1, 2, 3, 4, 5]
+    calls = [call[:2] for call in kept.calls]
+    assert calls == [
+        *[("metrics", 0), ("metrics", 1), ("samples", 1)],
+        *[("metrics", 2), ("samples", 2), ("metrics", 2)],  # of the step and of the evaluation after it
+        *[("metrics", 3), ("metrics", 4), ("samples", 4), ("metrics", 4)],
+        *[("metrics", 5), ("metrics", 5), ("close", "finished")],
+    ]
+    assert kept.calls[1][2]["loss"] == 0.0
+    assert broken.calls == []
 
 
 def test_what_follows_which_step(tmp_path):

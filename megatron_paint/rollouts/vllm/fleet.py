@@ -22,6 +22,7 @@ from megatron_paint.rollouts.vllm.command import ServerOptions, server_command, 
 from megatron_paint.rollouts.vllm.logprobs_check import logprobs_mode_of
 from megatron_paint.rollouts.vllm.process import ServerProcess, free_port
 from megatron_paint.runtime.heartbeat import mark_progress
+from megatron_paint.runtime.work import work
 
 T = TypeVar("T")
 
@@ -131,30 +132,32 @@ class Fleet:
         longest = min((server.longest for server in self.live), default=0)
         if self.live:
             check_requests(requests, sampling, vocab_size=self.vocab_size, max_model_len=longest)
-        while self.live and (missing := {i: request for i, request in enumerate(requests) if i not in found}):
-            servers = self.live
-            parts = balanced(missing, len(servers), response=sampling.max_new_tokens)
+        with work("sampling", total=len(requests), unit="responses", in_background=True) as shown:
+            while self.live and (missing := {i: request for i, request in enumerate(requests) if i not in found}):
+                servers = self.live
+                parts = balanced(missing, len(servers), response=sampling.max_new_tokens)
 
-            async def ask(server: Server, part: Sequence[int]) -> None:
-                slots = asyncio.Semaphore(self.settings.requests)
+                async def ask(server: Server, part: Sequence[int]) -> None:
+                    slots = asyncio.Semaphore(self.settings.requests)
 
-                async def one(number: int) -> None:
-                    async with slots:
-                        found[number] = await self.generate(
-                            server, requests[number], sampling, version=version, wants_logprobs=wants_logprobs
-                        )
-                    mark_progress()
+                    async def one(number: int) -> None:
+                        async with slots:
+                            found[number] = await self.generate(
+                                server, requests[number], sampling, version=version, wants_logprobs=wants_logprobs
+                            )
+                        mark_progress()
+                        shown.done = len(found)
 
-                async with server.client.watched():
-                    await all_of(one(number) for number in part)
+                    async with server.client.watched():
+                        await all_of(one(number) for number in part)
 
-            await asyncio.gather(
-                *(
-                    self._guarded(server, ask(server, part), "sampling")
-                    for server, part in zip(servers, parts, strict=True)
-                    if part
+                await asyncio.gather(
+                    *(
+                        self._guarded(server, ask(server, part), "sampling")
+                        for server, part in zip(servers, parts, strict=True)
+                        if part
+                    )
                 )
-            )
         return found
 
     async def generate(self, server: Server, *asked: Any, version: str | None, wants_logprobs: bool) -> Rollout:

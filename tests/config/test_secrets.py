@@ -1,0 +1,78 @@
+"""What is hidden where a run writes its settings, and what is not."""
+
+import pytest
+
+from megatron_paint.config.load import settings_of
+from megatron_paint.config.secrets import recorded_tree, without_credentials, without_secret_arguments
+from megatron_paint.run.folder import RunFolder
+from megatron_paint.run.results import _has_same_settings
+
+TREE = {
+    "model": {"hf_path": "m"},
+    "data": {"train": "https://me:pw@data.org/p.jsonl"},
+    "rollout": {
+        "engine": "vllm",
+        "vllm": {
+            "environment": {"HF_TOKEN": "hf_abc", "OMP_NUM_THREADS": "4"},
+            "command": ["/envs/vllm", "serve", "--hf-token", "hf_def"],
+            "extra_args": ["--api-key", "sk-1", "--api-key=sk-2", "--max-num-batched-tokens", "8192"],
+        },
+    },
+}
+SECRETS = ("me:pw", "hf_abc", "hf_def", "sk-1", "sk-2")
+
+
+def settings(path, **run):
+    return settings_of({**TREE, "run": {"dir": str(path), **run}})
+
+
+def test_values_are_hidden_and_names_are_kept(tmp_path):
+    made = settings(tmp_path)
+    tree = recorded_tree(made)
+    assert tree["rollout"]["vllm"]["environment"] == {"HF_TOKEN": "(hidden)", "OMP_NUM_THREADS": "(hidden)"}
+    assert tree["rollout"]["vllm"]["command"] == ["/envs/vllm", "serve", "--hf-token", "(hidden)"]
+    assert tree["rollout"]["vllm"]["extra_args"] == [
+        *("--api-key", "(hidden)", "--api-key=(hidden)", "--max-num-batched-tokens", "8192")
+    ]
+    assert tree["data"]["train"] == "https://(hidden)@data.org/p.jsonl"
+    assert made.rollout.vllm.environment["HF_TOKEN"] == "hf_abc"  # the servers still get it
+    assert settings_of(tree).rollout.vllm.requests == 256  # what is written can be read again
+
+
+def test_a_run_folder_has_no_secret_and_resumes(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.prepare(settings(folder.path))
+    text = folder.config_file.read_text()
+    assert not [secret for secret in SECRETS if secret in text]
+    again = settings(folder.path, resume="auto")
+    assert folder.check(again) == 0
+    assert _has_same_settings(folder, again)
+
+
+def test_a_folder_of_an_earlier_version_which_has_them_resumes_too(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.prepare(settings(folder.path))
+    folder.config_file.write_text(folder.config_file.read_text().replace("(hidden)@", "me:pw@"))
+    assert folder.check(settings(folder.path, resume="auto")) == 0
+
+
+@pytest.mark.parametrize(
+    ("argument", "written"),
+    [
+        ("rollout.vllm.environment.HF_TOKEN=hf_abc", "rollout.vllm.environment.HF_TOKEN=(hidden)"),
+        ("rollout.vllm.environment={HF_TOKEN: hf_abc}", "rollout.vllm.environment=(hidden)"),
+        ("rollout.vllm={environment: {HF_TOKEN: hf_abc}}", "rollout.vllm=(hidden)"),
+        ("rollout.vllm.extra_args=[--api-key, sk-1]", "rollout.vllm.extra_args=(hidden)"),
+        ("rollout.vllm.servers=2", "rollout.vllm.servers=2"),
+        ("data.train=s3://me:pw@bucket/x", "data.train=s3://(hidden)@bucket/x"),
+        ("run.dir=runs/me@home", "run.dir=runs/me@home"),
+        ("my settings.yaml", "my settings.yaml"),
+    ],
+)
+def test_arguments_of_a_command(argument, written):
+    assert without_secret_arguments(["train", argument]) == ["train", written]
+
+
+def test_an_error_message_keeps_its_address():
+    text = "API request to http://me:pw@host:5000/api failed, mail a@b.org"
+    assert without_credentials(text) == "API request to http://(hidden)@host:5000/api failed, mail a@b.org"
