@@ -46,4 +46,6 @@ def test_the_papers_are_those_of_the_readme(citation):
 
 def test_the_schema():
     cffconvert = pytest.importorskip("cffconvert")
-    cffconvert.Citation(FILE.read_text()).validate(verbose=True)
+    cffconvert.Citation(FILE.read_text()).validate()
+    with pytest.raises(Exception, match="authros"):  # of jsonschema
+        cffconvert.Citation(FILE.read_text().replace("\nauthors:", "\nauthros:")).validate()

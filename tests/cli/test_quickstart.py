@@ -10,6 +10,7 @@ from megatron_paint.cli.main import main
 from megatron_paint.cli.quickstart import copy_quickstart
 from megatron_paint.config.load import load_settings
 from megatron_paint.config.saved import dotted, settings_tree
+from tests.support import finished
 from tests.support.finished import ROOT
 
 SHIPPED = ROOT / "examples" / "quickstart"
@@ -46,6 +47,20 @@ def test_a_second_call_changes_nothing(tmp_path):
     copy_quickstart(tmp_path / "a")
     assert (tmp_path / "a" / "paint.yaml").read_text() == "run: {}\n"
     assert not (tmp_path / "a" / "train.jsonl").exists()
+
+
+def test_a_second_call_prints_the_results_of_a_finished_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    copy_quickstart(tmp_path / "quickstart")
+    settings = tmp_path / "quickstart" / "paint.yaml"
+    settings.write_text(settings.read_text().replace("steps: 50", f"steps: {finished.STEPS}"))
+    monkeypatch.setattr(finished, "quickstart", lambda _: load_settings(settings))
+    run = finished.make_finished_run(tmp_path / "quickstart" / "runs" / "quickstart")
+    monkeypatch.setattr(train, "_check_and_print_plan", None)  # what a run that is not finished does next
+    assert main(["quickstart"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"{run.path} has all {finished.STEPS} steps with these settings: nothing is left to do" in out
+    assert "100.0 %" in out  # the last evaluation
 
 
 def test_an_empty_folder_is_filled(tmp_path):
