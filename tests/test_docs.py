@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ def commands(page: Path) -> list[list[str]]:
     for line in "".join(blocks(page, "bash", "sh")).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         names = [index for index, word in enumerate(words) if Path(word).name == "megatron-paint"]
-        found += [words[index + 1 :] for index in names]
+        found += [list(takewhile(lambda word: word != ">", words[index + 1 :])) for index in names]
     return found
 
 

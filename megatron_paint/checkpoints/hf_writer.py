@@ -22,6 +22,7 @@ from megatron_paint.checkpoints.tensor_places import TensorPlace
 
 SHARD_BYTES = 5 * 10**9  # the default of Hugging Face's tools
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+CARD = "README.md"  # the model card
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -143,6 +144,12 @@ def _write_index(folder: Path, file_of: Mapping[str, str], nbytes: int) -> None:
     if len(set(file_of.values())) > 1:
         index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(file_of.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_card(folder: Path, card: str | None) -> None:
+    """Writes the model card over that of the base. None: the folder keeps what it has."""
+    if card is not None:
+        (folder / CARD).write_text(card, encoding="utf-8", errors="backslashreplace")
 
 
 def copy_companions(source: Path, folder: Path, *, dtype: torch.dtype) -> None:

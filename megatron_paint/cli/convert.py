@@ -21,6 +21,7 @@ from megatron_paint.convert.folders import check_folder
 from megatron_paint.convert.to_hf import ToAdapter, ToHuggingFace
 from megatron_paint.convert.to_megatron import ToMegatron
 from megatron_paint.convert.work import Job, convert, processes_for
+from megatron_paint.report.model_card import card_of_checkpoint
 
 DIFFERENCES_SHOWN = 10
 
@@ -40,14 +41,16 @@ def run_to_hf(options: argparse.Namespace) -> int:
     if options.lora == "adapter" and options.shard_size is not None:
         raise UserError("--shard-size: PEFT reads adapters from one file; leave this option out")
     options.source = megatron_folder(options.source)
+    card = card_of_checkpoint(options.source, options.base, adapter=options.lora == "adapter")
     if options.lora == "adapter":
-        return _convert(ToAdapter(source=options.source, base=options.base, dtype=options.dtype), options)
+        return _convert(ToAdapter(source=options.source, base=options.base, dtype=options.dtype, card=card), options)
     job = ToHuggingFace(
         source=options.source,
         base=options.base,
         dtype=options.dtype,
         shard_bytes=options.shard_size or SHARD_BYTES,
         checksums=options.checksums,
+        card=card,
     )
     return _convert(job, options)
 

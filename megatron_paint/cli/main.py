@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Sequence
 
 from megatron_paint.base.errors import UserError
+from megatron_paint.cli.completion import complete
 from megatron_paint.cli.parser import make_parser
 from megatron_paint.launch.failure_notes import leave_failure_note
 from megatron_paint.runtime.processes import end_with_launcher
@@ -14,6 +15,8 @@ from megatron_paint.runtime.processes import end_with_launcher
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status. A UserError becomes one line on stderr, without a traceback."""
+    if "_ARGCOMPLETE" in os.environ:
+        complete(make_parser())
     end_with_launcher()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:

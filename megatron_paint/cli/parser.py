@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_paint import __version__
 from megatron_paint.base.argument_parser import Parser
 from megatron_paint.cli.convert_options import add_commands as add_convert_commands
+from megatron_paint.cli.help_examples import add_examples
 from megatron_paint.cli.launch_search import add_command as add_launch_search
 from megatron_paint.cli.launch_slurm import add_commands as add_launch_commands
 from megatron_paint.cli.plan_options import add_plan_options
@@ -54,6 +55,12 @@ def make_parser() -> argparse.ArgumentParser:
         commands.add_parser("settings", help="every setting: its type, limits, default, meaning and source")
     )
     _add_doctor(commands.add_parser("doctor", help="what this machine has, and what is missing and its cost"))
+    _add_init(commands.add_parser("init", help="print a complete settings file for a model size and an objective"))
+    _add_quickstart(
+        commands.add_parser("quickstart", help="train a tiny model that comes with the package on 4 CPU processes")
+    )
+    _add_push(commands.add_parser("push", help="upload an exported model to the Hugging Face hub; dry by default"))
+    add_examples(parser)
     return parser
 
 
@@ -169,6 +176,41 @@ def _add_settings_command(settings: argparse.ArgumentParser) -> None:
 def _add_doctor(doctor: argparse.ArgumentParser) -> None:
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_run("doctor"))
+
+
+def _add_init(init: argparse.ArgumentParser) -> None:
+    init.add_argument("size", nargs="?", metavar="SIZE", help="a model size such as qwen3_8b")
+    init.add_argument("objective", nargs="?", metavar="OBJECTIVE", help="such as paint, opsd or grpo")
+    init.add_argument("--list", action="store_true", help="print the sizes and the objectives of each")
+    init.set_defaults(run=_run("init_settings"))
+
+
+def _add_quickstart(quickstart: argparse.ArgumentParser) -> None:
+    quickstart.add_argument(
+        "--out",
+        type=Path,
+        default=Path("quickstart"),
+        metavar="FOLDER",
+        help="gets model, problems, settings and the run; default: quickstart",
+    )
+    quickstart.add_argument("--processes", type=int, default=4, metavar="N", help="number of ranks; default: 4")
+    quickstart.add_argument("--dry-run", action="store_true", help="copy and check everything, and end")
+    console = quickstart.add_mutually_exclusive_group()
+    console.add_argument("--quiet", action="store_true", help="print only warnings and the final table")
+    console.add_argument("--json", action="store_true", help="print one JSON object per event")
+    quickstart.set_defaults(run=_run("quickstart"))
+
+
+def _add_push(push: argparse.ArgumentParser) -> None:
+    push.add_argument("folder", type=Path, metavar="FOLDER", help="an exported Hugging Face or PEFT folder")
+    push.add_argument("repository", metavar="OWNER/NAME", help="the model on the hub")
+    push.add_argument(
+        "--base", metavar="OWNER/NAME", help="the base's name on the hub; a PEFT folder with a local base needs it"
+    )
+    push.add_argument("--yes", action="store_true", help="upload; without it, only print what would be done")
+    push.add_argument("--private", action="store_true", help="make a new model private")
+    push.add_argument("--message", metavar="TEXT", help="of the commit; default: the name of the folder")
+    push.set_defaults(run=_run("push"))
 
 
 def _add_settings(parser: argparse.ArgumentParser, *, needed: bool = True) -> None:

@@ -216,15 +216,15 @@ def _read_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         return tree
     if not isinstance(base, str):
         raise UserError(f"settings file {path}: base is {base!r}; it must be the path of another settings file")
-    return _merged(_read_with_base(path.parent / base, (*above, path.resolve())), tree)
+    return merged_trees(_read_with_base(path.parent / base, (*above, path.resolve())), tree)
 
 
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def merged_trees(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Merges section by section; a value or a list of `above` replaces that of `below`."""
     both = dict(below)
     for key, value in above.items():
         nested = isinstance(value, Mapping) and isinstance(both.get(key), Mapping)
-        both[key] = _merged(both[key], value) if nested else value
+        both[key] = merged_trees(both[key], value) if nested else value
     return both
 
 

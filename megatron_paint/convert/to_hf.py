@@ -22,6 +22,7 @@ from megatron_paint.checkpoints.hf_writer import (
     begin_files,
     copy_companions,
     lay_out,
+    write_card,
     write_index,
     write_tensors,
 )
@@ -47,6 +48,7 @@ class ToHuggingFace:
     dtype: str | None = None
     shard_bytes: int = SHARD_BYTES
     checksums: bool = True
+    card: str | None = None  # the text of the model card; None: that of the base
 
     @property
     def sources(self) -> tuple[Path, ...]:
@@ -148,6 +150,7 @@ class ToHuggingFace:
         # With mixed types the config keeps its type.
         dtype = dtypes.pop() if len(dtypes) == 1 else getattr(torch, self.shape.dtype)
         copy_companions(self.base, folder, dtype=dtype)
+        write_card(folder, self.card)
         write_manifest(folder, source=self.source, base=self.base, tensors=tensors)
 
 
@@ -158,6 +161,7 @@ class ToAdapter:
     source: Path
     base: Path
     dtype: str | None = None
+    card: str | None = None  # the text of the model card; None: no card
 
     @property
     def sources(self) -> tuple[Path, ...]:
@@ -218,3 +222,4 @@ class ToAdapter:
             experts=source.adapts_experts,
         )
         copy_tokenizer(self.base, folder)
+        write_card(folder, self.card)

@@ -17,7 +17,7 @@ from megatron_paint.base.errors import about
 from megatron_paint.checkpoints.adapter_reader import Adapter
 from megatron_paint.checkpoints.dtypes import cast
 from megatron_paint.checkpoints.hf_reader import HuggingFaceReader
-from megatron_paint.checkpoints.hf_writer import SHARD_BYTES, copy_companions, name_shards, write_tensors
+from megatron_paint.checkpoints.hf_writer import SHARD_BYTES, copy_companions, name_shards, write_card, write_tensors
 from megatron_paint.checkpoints.megatron_source import VOCABULARY
 from megatron_paint.checkpoints.peft import ADAPTER_FILE, copy_tokenizer, write_config
 from megatron_paint.config.settings import LoraSettings
@@ -105,12 +105,13 @@ def export_stage(
     source: str | Path,
     tokenizer: str | Path | None = None,
     shard_bytes: int = SHARD_BYTES,
+    card: str | None = None,
 ) -> None:
     """Writes a Hugging Face folder from the model in memory, adapters merged; `out` appears complete or not at all.
 
     Ranks share the writing of a large model; no rank holds more than the content of one file. Config, tokenizer and
     chat template are copied from `source`, the checkpoint that the run started from. tokenizer: a folder whose
-    tokenizer files replace those of `source`.
+    tokenizer files replace those of `source`. card: the text of the model card; None: that of `source`.
     """
     share = shape.num_parameters * dtype.itemsize / ranks.pp_size / WRITER_BYTES
     writers = max(1, min(ranks.tp_size * ranks.dp_cp_size, round(share)))
@@ -136,6 +137,7 @@ def export_stage(
             copy_companions(Path(source), folder, dtype=dtype)
         if tokenizer is not None:
             copy_tokenizer(Path(tokenizer), folder)
+        write_card(folder, card)
 
     fill_folder(out, ranks, write=write, finish=finish)
 
@@ -148,10 +150,12 @@ def export_adapters(
     ranks: Ranks,
     source: str | Path,
     tokenizer: str | Path | None = None,
+    card: str | None = None,
 ) -> None:
     """Writes the adapters as a PEFT folder for the model in `source`; `out` appears complete or not at all.
 
-    Tokenizer and chat template are copied from `source`, and from the folder `tokenizer` over them.
+    Tokenizer and chat template are copied from `source`, and from the folder `tokenizer` over them. card: the text of
+    the model card; None: no card.
 
     Each stage writes its own file, and the first rank merges them: PEFT reads only one.
     """
@@ -179,6 +183,7 @@ def export_adapters(
         for folder_of in (source, tokenizer):
             if folder_of is not None:
                 copy_tokenizer(Path(folder_of), folder)
+        write_card(folder, card)
         for part in parts:
             part.unlink()
 

@@ -186,13 +186,13 @@ class MegatronPolicy(ModelRunner):
     def load(self, folder: Path) -> dict[str, Any]:
         return load_checkpoint(folder, self.stage, self.optimizer, self.teacher)
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, *, card: str | None = None) -> None:
         model = self.settings.model
         weights = StageWeights(self.stage, self.shape, self.ranks, model)
         if model.lora is not None and model.lora.export == "adapter":
-            weights.export_adapters(folder)
+            weights.export_adapters(folder, card=card)
         else:
-            weights.export(folder)
+            weights.export(folder, card=card)
 
     def teacher_states(
         self,

@@ -63,7 +63,7 @@ class StageWeights:
             if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
                 raise UserError(f"{name} is not finite: the training diverged. No server gets these weights")
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, *, card: str | None = None) -> None:
         export_stage(
             self.stage,
             folder,
@@ -72,9 +72,10 @@ class StageWeights:
             dtype=self.dtype,
             source=self.model.hf_path,
             tokenizer=self.model.adapter_path,
+            card=card,
         )
 
-    def export_adapters(self, folder: Path) -> None:
+    def export_adapters(self, folder: Path, *, card: str | None = None) -> None:
         export_adapters(
             self.stage,
             folder,
@@ -82,6 +83,7 @@ class StageWeights:
             ranks=self.ranks,
             source=self.model.hf_path,
             tokenizer=self.model.adapter_path,
+            card=card,
         )
 
     def _divide(self, message_bytes: int) -> None:

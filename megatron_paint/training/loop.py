@@ -5,20 +5,23 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from megatron_paint.base.errors import UserError
+from megatron_paint.checkpoints.hf_writer import CARD
 from megatron_paint.config.schedule import due_after, expired_checkpoints, learning_rate
 from megatron_paint.config.secrets import recorded_tree
 from megatron_paint.config.settings import Settings
 from megatron_paint.data.order import ProblemOrder
 from megatron_paint.data.problems import ProblemSet
-from megatron_paint.evaluation.evaluator import Evaluator
+from megatron_paint.evaluation.evaluator import Answers, Evaluator
 from megatron_paint.objectives import Objective
 from megatron_paint.objectives.metrics import metrics_of
 from megatron_paint.policy import Policy
 from megatron_paint.records import StepReport
+from megatron_paint.report.model_card import card_of_run
 from megatron_paint.rollouts.engine import Sampler
 from megatron_paint.rollouts.source import RolloutSource
 from megatron_paint.run.console import Progress
 from megatron_paint.run.folder import RunFolder
+from megatron_paint.runtime.files import write_atomically
 from megatron_paint.runtime.heartbeat import mark_progress
 from megatron_paint.runtime.pace import Pace
 from megatron_paint.runtime.rank_zero import OnRankZero
@@ -197,8 +200,9 @@ class Run:
             raise UserError(f"{error}. And the checkpoint that was being written is not complete: {another}") from error
 
     def export(self, step: int) -> None:
-        """Writes a Hugging Face checkpoint."""
-        self.policy.export(self.folder.hf_folder(step))
+        """Writes a Hugging Face checkpoint with a model card."""
+        card = self.on_rank_zero(lambda: card_of_run(self.folder, self.settings, step))
+        self.policy.export(self.folder.hf_folder(step), card=card)
 
     def evaluate(self, step: int) -> None:
         """Evaluates the current weights if there are held-out problems."""
@@ -206,4 +210,10 @@ class Run:
             self.sampler.sync_weights(step + 1)
             answers = self.evaluator.sample(self.sampler)
             self.sampler.release_memory()
-            self.on_rank_zero(lambda: self.recorder.evaluation(self.evaluator, answers, step))
+            self.on_rank_zero(lambda: self.record_evaluation(answers, step))
+
+    def record_evaluation(self, answers: Answers, step: int) -> None:
+        """Writes the report of an evaluation, and adds it to the model card of the same step's export."""
+        self.recorder.evaluation(self.evaluator, answers, step)
+        if self.folder.hf_folder(step).is_dir():
+            write_atomically(self.folder.hf_folder(step) / CARD, card_of_run(self.folder, self.settings, step))

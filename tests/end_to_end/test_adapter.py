@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from megatron_paint.cli.main import main
@@ -45,6 +46,18 @@ def test_it_is_evaluated_as_the_merged_model(trained, tmp_path):
     tokenizer = json.loads((adapter / "tokenizer.json").read_text())
     assert tokenizer == json.loads((folder / "model" / "tokenizer.json").read_text())
     assert (adapter / "chat_template.jinja").read_text() == (folder / "model" / "chat_template.jinja").read_text()
+
+
+def test_its_model_card_says_how_it_is_loaded(trained):
+    folder, _ = trained
+    card = ModelCard.load(folder / "run" / "hf" / "step_000001" / "README.md")
+    assert (card.data.base_model, card.data.library_name) == ("model", "peft")
+    assert "this folder holds the adapters alone" in card.text
+    assert 'from_pretrained("model")' in card.text
+    assert str(folder) not in card.content
+    merged = ModelCard.load(folder / "merged" / "README.md")  # of convert to-hf
+    assert (merged.data.base_model, merged.data.library_name) == ("model", "transformers")
+    assert "the adapters are merged into the weights" in merged.text
 
 
 def test_the_next_run_continues_from_it(trained, tmp_path):

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from megatron_paint.cli.main import main
@@ -110,6 +111,14 @@ def test_weights_changed_and_load(trained):
     for (name, new), old in zip(model.named_parameters(), start.parameters(), strict=True):
         assert not torch.equal(new, old), name
     assert AutoTokenizer.from_pretrained(out).chat_template == tiny.CHAT
+
+
+def test_the_export_has_a_model_card(trained):
+    card = ModelCard.load(trained.run / "hf" / "step_000004" / "README.md")
+    assert card.data.base_model == "model"
+    assert card.data.library_name == "transformers"
+    assert "# model, PAINT, step 4\n" in card.text
+    assert str(trained.folder) not in card.content
 
 
 def test_killed_run_goes_on_bit_for_bit(trained, tmp_path):

@@ -48,7 +48,8 @@ class Notes(list):
     def state_dict(self, *, wait):
         return {"waited": wait}
 
-    def export(self, folder):
+    def export(self, folder, *, card):
+        self.card = card
         self.append(("export", int(folder.name[-6:])))
         self._write(folder, mark=False)
 
@@ -140,6 +141,21 @@ def test_a_logger_gets_steps_and_evaluations_and_one_that_fails_ends_no_run(tmp_
     ]
     assert kept.calls[1][2]["loss"] == 0.0
     assert broken.calls == []
+
+
+def evaluated_steps(card):
+    """The steps in the table of evaluations of a model card."""
+    return [int(line.split("|")[1]) for line in card.splitlines() if line.startswith(("| 0 |", "| 4 |", "| 5 |"))]
+
+
+def test_the_model_card_has_the_evaluation_of_its_step(tmp_path):
+    """The export comes before the evaluation of the same step, which is added to the card afterwards."""
+    notes = attempt(tmp_path)
+    folder = RunFolder(tmp_path)
+    assert "# m, PAINT, step 5\n" in notes.card
+    assert evaluated_steps(notes.card) == [0, 4]
+    assert evaluated_steps((folder.hf_folder(5) / "README.md").read_text()) == [0, 5]
+    assert not (folder.hf_folder(3) / "README.md").exists()  # this policy writes none, and no evaluation came after it
 
 
 def test_what_follows_which_step(tmp_path):
