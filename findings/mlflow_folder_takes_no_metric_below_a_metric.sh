@@ -3,7 +3,8 @@
 #
 # MLflow allows slashes in names of metrics, and its page groups metrics by them. A tracking folder keeps each metric in a
 # file of that name. So a value and the lower end of its interval below it cannot both be logged: the second call raises
-# NotADirectoryError or IsADirectoryError, no MlflowException, and which one is lost depends on the order. An SQLite store takes both. Who logs to either must choose names of which none is a folder of another.
+# NotADirectoryError or IsADirectoryError, no MlflowException, and which one is lost depends on the order. An SQLite store
+# takes both. Who logs to either must choose names of which none is a folder of another.
 #
 # Exits 0 as long as MLflow does so.
 set -euo pipefail
