@@ -69,6 +69,8 @@ def card_of_checkpoint(checkpoint: Path, base: Path, *, adapter: bool) -> str | 
     """
     try:
         state = json.loads((checkpoint / RUN_STATE).read_text(encoding="utf-8"))
+        if isinstance(state, dict) and "settings" not in state:
+            return None
         tree, step = state["settings"], int(state["step"])
         tree = tree | {"model": tree["model"] | {"hf_path": str(base)}}
     except FileNotFoundError:
@@ -92,7 +94,7 @@ def model_card(
     of the base's card, which the export keeps.
     """
     base, objective = model_name(tree["model"]["hf_path"]), tree["objective"]["name"]
-    method = METHODS[objective][0]
+    method, _ = published(objective)
     return "\n".join(
         [
             "---",
@@ -108,6 +110,11 @@ def model_card(
             *_versions(),
         ]
     )
+
+
+def published(objective: str) -> tuple[str, str | None]:
+    """The name of an objective's method and the address of its paper; a new objective has its own name and no paper."""
+    return METHODS.get(objective, (objective, None))
 
 
 def model_name(path: str) -> str:
@@ -144,7 +151,7 @@ def _tags(tree: Mapping[str, Any]) -> list[str]:
 
 
 def _trained(tree: Mapping[str, Any], base: str, step: int, adapter: bool) -> Iterator[str]:
-    method, source = METHODS[tree["objective"]["name"]]
+    method, source = published(tree["objective"]["name"])
     named = f"[{method}]({source})" if source else method
     yield f"`{_code(base)}` was trained with {named} by megatron_paint {__version__}."
     yield ""

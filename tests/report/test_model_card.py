@@ -154,8 +154,18 @@ def test_a_checkpoint_has_the_settings(tmp_path):
     (checkpoint / "run_state.json").write_text("[]")
     with pytest.raises(UserError, match=r"run_state\.json is damaged"):
         card_of_checkpoint(checkpoint, tmp_path, adapter=False)
+    (checkpoint / "run_state.json").write_text('{"step": 2}')
+    assert card_of_checkpoint(checkpoint, tmp_path, adapter=False) is None
     (checkpoint / "run_state.json").unlink()
     assert card_of_checkpoint(checkpoint, tmp_path, adapter=False) is None
+
+
+def test_an_objective_of_the_user_has_its_own_name():
+    made = tree()
+    made["objective"]["name"] = "mine"
+    card = model_card(made, step=1)
+    assert ", mine, step 1" in card
+    assert "was trained with mine by" in card
 
 
 def test_hostile_names_stay_text():
