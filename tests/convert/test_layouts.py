@@ -24,8 +24,8 @@ def family(tmp_path_factory):
     return folder
 
 
-# `make test` leaves out the layouts of one kind of parallelism: others combine it with a second kind.
-LONG = ("tp2", "pp2", "ep2")
+# `make test` leaves out layouts whose kinds of parallelism other layouts have, in other pairs or with more ranks.
+LONG = ("tp2", "pp2", "ep2", "tp2-ep2")
 MARKED = [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in LAYOUTS]
 
 

@@ -76,7 +76,7 @@ def test_what_a_run_logs(unbroken):
 @pytest.mark.parametrize(
     ("processes", "layout"),
     [
-        (1, LAYOUT),
+        pytest.param(1, LAYOUT, marks=pytest.mark.long),
         (4, LAYOUT),  # with at most 4 kept responses, some replicas have none
         (4, ("megatron.pipeline_model_parallel_size=1",)),  # tensor parallel 2 x data parallel 2
     ],
@@ -156,7 +156,11 @@ COMBINATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", COMBINATIONS)
+LONG = ("a partner that sees the complete peer", "a moving average", "the support of the initial weights")
+MARKED = [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in COMBINATIONS]
+
+
+@pytest.mark.parametrize("name", MARKED)
 def test_combinations(name, tmp_path):
     """A step on two replicas changes the weights, and every kept response has a loss."""
     (line,) = train(tmp_path, tmp_path / "run", "run.steps=1", *COMBINATIONS[name])

@@ -267,9 +267,24 @@ NOT_FINITE = {
     "full-initial-sgd": "bfloat16",
     "full-current-distributed-adam": "bfloat16",
 }
-# `make test` runs every case at tp1 and at tp2-pp2-sp, which has all collectives of tensor and pipeline parallelism. At
-# the others it runs the cases that touch what only they have, and `make test-all` runs the rest.
+# `make test` runs every case at tp1. At the other layouts of `layouts.COVERING` it runs the cases that touch what they
+# have, and `make test-all` runs the rest.
 TOUCHING = {
+    "tp2-pp2-sp": (  # shards of the vocabulary, and all collectives of tensor and pipeline parallelism
+        "full-initial-sgd",
+        "full-tied-ema-adam",
+        "full-current-distributed-adam",
+        "full-one-sample",
+        "full-support-initial",
+        "lora-initial-adam",
+        "lora-ema-sgd",
+        "lora-random-reweight",
+        "lora-support-ema",
+        "yarn-ema-adam",
+        "sft-tied-adam",
+        "grpo-kl-sgd",
+        "grpo-lora-adam",
+    ),
     "pp2": (  # a pipeline whose stages hold complete layers: what crosses it, or is shared by its ends
         "full-initial-sgd",
         "full-tied-ema-adam",

@@ -9,9 +9,6 @@ from tests.mcore.expert_cases import make_checkpoints
 from tests.mcore.generation_cases import BATCHES, SAMPLING, STOP, requests
 from tests.mcore.layouts import EXPERT_LAYOUTS, run_worker
 
-LONG = ("tp2-etp1", "tp2-ep2-etp1", "ep2-etp2")
-LAYOUTS = [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in EXPERT_LAYOUTS]
-
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
@@ -48,13 +45,13 @@ def wanted_greedy(model_folder):
     return answers
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
 def test_greedy_equals_transformers(layout, rollouts, wanted_greedy):
     for batch in BATCHES:
         assert [rollout.response_ids for rollout in rollouts(layout)[f"greedy-{batch}"]] == wanted_greedy
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
 @pytest.mark.parametrize("case", SAMPLING)
 def test_same_at_every_layout_and_batch(layout, case, rollouts):
     wanted = rollouts("experts-tp1")[f"{case}-64"]
@@ -65,7 +62,7 @@ def test_same_at_every_layout_and_batch(layout, case, rollouts):
             assert one.logprobs == pytest.approx(other.logprobs, abs=2e-5)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
 def test_one_request_alone(layout, rollouts):
     """All replicas except one have nothing to sample."""
     (alone,), together = rollouts(layout)["alone-64"], rollouts(layout)["plain-64"]

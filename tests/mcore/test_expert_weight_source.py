@@ -13,10 +13,10 @@ from tests.mcore.layouts import EXPERT_LAYOUTS, run_worker
 from tests.mcore.weight_source_worker import EXPERT_CASES, SIZES
 from tests.support.exports import weights
 
-LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("tp2-etp1", "pp2-ep2", "ep2-etp2")]
+AT = ("ep2", "tp2-ep2-etp1", "tp2-ep2-etp2", "tp2-etp1", "pp2-ep2", "ep2-etp2")
 
 
-@pytest.fixture(scope="module", params=["ep2", "tp2-ep2-etp1", "tp2-ep2-etp2", *LONG])
+@pytest.fixture(scope="module", params=AT)
 def sent(request, tmp_path_factory) -> tuple[str, Path]:
     folder, out = (tmp_path_factory.mktemp(name) for name in ("checkpoints", "out"))
     make_checkpoints(folder)

@@ -1,5 +1,7 @@
 """Rollouts in process: greedy ones equal `transformers.generate`, sampled ones are the same at every layout."""
 
+from functools import cache
+
 import pytest
 import torch
 from transformers import Qwen3ForCausalLM
@@ -25,8 +27,8 @@ def yarn_folder(checkpoints):
 
 @pytest.fixture(scope="module")
 def rollouts(model_folder, tmp_path_factory):
-    """Rollouts of all cases by layout."""
-    return {layout: sampled(layout, model_folder, tmp_path_factory) for layout in LAYOUTS}
+    """Rollouts of all cases at a layout."""
+    return cache(lambda layout: sampled(layout, model_folder, tmp_path_factory))
 
 
 @pytest.fixture(scope="module", params=["tp1", "tp2-pp2-sp"])
@@ -62,7 +64,7 @@ def greedy_of_transformers(model_folder):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("batch", BATCHES)
 def test_greedy_equals_transformers(layout, batch, rollouts, wanted_greedy):
-    for wanted, rollout in zip(wanted_greedy, rollouts[layout][f"greedy-{batch}"], strict=True):
+    for wanted, rollout in zip(wanted_greedy, rollouts(layout)[f"greedy-{batch}"], strict=True):
         assert rollout.response_ids == wanted
         assert rollout.finished == (rollout.response_ids[-1] == STOP)
 
@@ -70,9 +72,9 @@ def test_greedy_equals_transformers(layout, batch, rollouts, wanted_greedy):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", SAMPLING)
 def test_same_at_every_layout_and_batch(layout, case, rollouts):
-    wanted = rollouts["tp1"][f"{case}-64"]
+    wanted = rollouts("tp1")[f"{case}-64"]
     for batch in BATCHES:
-        found = rollouts[layout][f"{case}-{batch}"]
+        found = rollouts(layout)[f"{case}-{batch}"]
         assert [r.response_ids for r in found] == [r.response_ids for r in wanted]
         assert [r.problem_id for r in found] == [r.problem_id for r in requests()]
         for one, other in zip(found, wanted, strict=True):
@@ -81,13 +83,13 @@ def test_same_at_every_layout_and_batch(layout, case, rollouts):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_independent_of_the_batch(layout, rollouts):
-    alone, together = rollouts[layout]["alone-64"][0], rollouts[layout]["plain-64"][2]
+    alone, together = rollouts(layout)["alone-64"][0], rollouts(layout)["plain-64"][2]
     assert alone.response_ids == together.response_ids
 
 
 @pytest.mark.parametrize("case", ["plain", "nucleus", "top-k"])
 def test_logprobs_are_the_models(case, rollouts, model_folder):
-    check_logprobs(rollouts["tp1"][f"{case}-64"], SAMPLING[case], model_folder, atol=2e-5)
+    check_logprobs(rollouts("tp1")[f"{case}-64"], SAMPLING[case], model_folder, atol=2e-5)
 
 
 def test_with_yarn(yarn_rollouts, yarn_folder):
@@ -100,20 +102,18 @@ def test_with_yarn(yarn_rollouts, yarn_folder):
 
 @pytest.fixture(scope="module")
 def on_one_rank(checkpoints, tmp_path_factory):
-    """For each number of layers of `PIPELINES`: the model, its rollouts on one rank, transformers' greedy responses."""
-    folders = {n: parity.checkpoint(checkpoints, "start", tied=True, layers=n) for n in (4, 7)}
-    return {n: (f, sampled("tp1", f, tmp_path_factory), greedy_of_transformers(f)) for n, f in folders.items()}
+    """For a number of layers: the model, its rollouts on one rank, transformers' greedy responses."""
+
+    def of(layers: int):
+        folder = parity.checkpoint(checkpoints, "start", tied=True, layers=layers)
+        return folder, sampled("tp1", folder, tmp_path_factory), greedy_of_transformers(folder)
+
+    return cache(of)
 
 
-# More ranks than the others, and nothing else new for sampling.
-LONG = ("pp2-vp2-dp2", "pp3-vp2")
-
-
-@pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in PIPELINES]
-)
+@pytest.mark.parametrize("layout", PIPELINES)
 def test_chunks_and_uneven_stages_sample_the_same(layout, on_one_rank, tmp_path_factory):
-    folder, wanted, greedy = on_one_rank[PIPELINES[layout].layers]
+    folder, wanted, greedy = on_one_rank(PIPELINES[layout].layers)
     found = sampled(layout, folder, tmp_path_factory)
     for batch in BATCHES:
         assert [rollout.response_ids for rollout in found[f"greedy-{batch}"]] == greedy
@@ -138,8 +138,8 @@ def check_logprobs(rollouts, sampling, model_folder, *, atol):
 
 def test_responses_differ_and_stop(rollouts):
     """The cases are worth something: draws differ between keys, some rows stop early, some run to the limit."""
-    found = rollouts["tp1"]["plain-64"]
+    found = rollouts("tp1")["plain-64"]
     assert len({r.response_ids for r in found}) == len(found)
-    lengths = {len(r.response_ids) for case in SAMPLING for r in rollouts["tp1"][f"{case}-64"]}
+    lengths = {len(r.response_ids) for case in SAMPLING for r in rollouts("tp1")[f"{case}-64"]}
     assert len(lengths) > 2
-    assert {r.finished for case in SAMPLING for r in rollouts["tp1"][f"{case}-64"]} == {True, False}
+    assert {r.finished for case in SAMPLING for r in rollouts("tp1")[f"{case}-64"]} == {True, False}

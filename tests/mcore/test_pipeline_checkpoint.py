@@ -13,14 +13,17 @@ BETWEEN = [  # written at, read at
     ("pp2-vp2", "pp2-vp2"),
     ("pp2-vp2", "tp1"),
     ("pp2-vp2", "pp2"),
-    pytest.param("pp2-vp2", "tp2-pp2-vp2-sp", marks=pytest.mark.long),
+    ("pp2-vp2", "tp2-pp2-vp2-sp"),
     ("pp2-vp2-dp2", "tp1"),
     ("tp1", "pp2-vp2-dp2"),
     ("tp1", "pp2-vp2"),
     ("pp2", "pp2-vp2"),
     ("pp4-ends", "pp2-first4"),
     ("pp2-vp2-uneven", "pp4-ends"),
-    pytest.param("pp2-first4", "pp2-vp2-uneven", marks=pytest.mark.long),
+    ("pp2-first4", "pp2-vp2-uneven"),
+    ("pp2-vp2-uneven", "pp2-vp2-uneven"),
+    ("pp2-vp2-uneven", "tp1"),
+    ("tp1", "pp2-vp2-uneven"),
 ]
 
 

@@ -53,7 +53,10 @@ def run(folder: Path, layout: dict, processes: int, part: str, *paths: Path) -> 
     return out
 
 
-@pytest.fixture(scope="module", params=SPLITS)
+EASY, HARD = SPLITS  # `make test` runs the second
+
+
+@pytest.fixture(scope="module", params=[pytest.param(EASY, marks=pytest.mark.long), HARD])
 def trained(request, tmp_path_factory):
     """(split, models, output on one rank, output at the layout)."""
     split, folder = SPLITS[request.param], tmp_path_factory.mktemp("vocabulary")
