@@ -80,7 +80,7 @@ EXPERT_LAYOUTS = {
     "ep2-etp2": Layout(4, 1, 1, ep=2, etp=2),
 }
 # Layouts that `make test` runs. Between them they cut weights, rows and batches in every way: over tensor-parallel
-# ranks, stages, chunks of uneven stages, replicas, context-parallel ranks and experts. `make test-all` runs all layouts.
+# ranks, stages, chunks of uneven stages, replicas, context-parallel ranks, experts. `make test-all` runs all layouts.
 COVERING = (
     *("tp1", "tp2-pp2-sp", "tp2-dp2", "tp2-cp2-sp", "pp2-vp2-uneven"),
     *("experts-tp1", "tp2-ep2-etp1", "pp2-vp2-ep2"),
