@@ -43,7 +43,7 @@ class Faults:
 def faulty() -> None:
     """Runs the command line. Its last argument is the faults, as JSON."""
     faults = Faults(json.loads(sys.argv.pop()))
-    sync, start, generate, send = VllmSampler.sync_weights, Fleet.start_sampling, Client.generate, Fleet.send
+    sync, start, generate, send = VllmSampler.sync_weights, Fleet.sample, Client.generate, Fleet.send
     fleets: list[Fleet] = []
 
     def sync_weights(self, step):
@@ -51,7 +51,7 @@ def faulty() -> None:
         fleets.clear()
         sync(self, step)
 
-    def start_sampling(self, *arguments, **options):
+    def sample_all(self, *arguments, **options):
         fleets[:] = [self]
         faults.requests.clear()
         return start(self, *arguments, **options)
@@ -76,7 +76,7 @@ def faulty() -> None:
             os.killpg(group_of(next(server for server in self.live if server.number == fault[1])), signal.SIGKILL)
         return sent
 
-    VllmSampler.sync_weights, Fleet.start_sampling = sync_weights, start_sampling
+    VllmSampler.sync_weights, Fleet.sample = sync_weights, sample_all
     Client.generate, Fleet.send = sample, send_message
     run()
 
