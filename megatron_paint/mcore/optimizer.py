@@ -8,8 +8,11 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from torch import Tensor
 
+from megatron_paint.config.offload import STATE_TYPES
 from megatron_paint.config.settings import MegatronSettings, OptimizerSettings
 from megatron_paint.mcore.model import Stage
+
+STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def wrap_data_parallel(stage: Stage, megatron: MegatronSettings) -> list[DistributedDataParallel]:
@@ -51,10 +54,27 @@ def make_optimizer(
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=megatron.use_distributed_optimizer,
+        **_state_settings(megatron),
     )
     optimizer = get_megatron_optimizer(config, wrapped)
     model.grad_scale_func = optimizer.scale_loss
     return optimizer
+
+
+def _state_settings(megatron: MegatronSettings) -> dict[str, Any]:
+    """How and where the optimiser stores its state, for Megatron's OptimizerConfig."""
+    if not megatron.use_precision_aware_optimizer:
+        return {}
+    found: dict[str, Any] = {name: STATE_DTYPES[getattr(megatron, name)] for name in STATE_TYPES}
+    found |= {
+        "use_precision_aware_optimizer": True,
+        # Megatron would save the lower half of each main weight, and cannot load it (0.16.1 and 0.19.2).
+        "store_param_remainders": False,
+    }
+    if megatron.optimizer_cpu_offload:
+        names = ("optimizer_cpu_offload", "optimizer_offload_fraction", "overlap_cpu_optimizer_d2h_h2d")
+        found |= {name: getattr(megatron, name) for name in (*names, "pin_cpu_grads")}
+    return found
 
 
 def main_gradients(optimizer: MegatronOptimizer) -> list[tuple[list[Tensor], Any]]:
