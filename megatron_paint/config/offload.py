@@ -51,7 +51,7 @@ def _of_state_types(megatron: MegatronSettings) -> Iterator[str]:
         if (chosen := getattr(megatron, name)) not in STATE_BYTES:
             yield (
                 f"megatron.{name}={chosen} is not supported: Transformer Engine scales this type by one factor for "
-                "each shard of a weight, so a resumed run would round in another way than the run before. Set "
+                "each shard of a weight, so a checkpoint would be rounded again when another layout loads it. Set "
                 f"megatron.{name} to {'fp32' if name == 'main_params_dtype' else 'fp32 or bf16'}"
             )
 

@@ -53,8 +53,8 @@ def test_accepted(given):
             "the gradients of all its tokens and divides once, and such a sum loses too many digits in bfloat16. "
             "Leave it out"),
         (AWARE | {"main_params_dtype": "fp16"}, {}, "megatron.main_params_dtype=fp16 is not supported: Transformer "
-            "Engine scales this type by one factor for each shard of a weight, so a resumed run would round in "
-            "another way than the run before. Set megatron.main_params_dtype to fp32"),
+            "Engine scales this type by one factor for each shard of a weight, so a checkpoint would be rounded again "
+            "when another layout loads it. Set megatron.main_params_dtype to fp32"),
         (AWARE | {"exp_avg_dtype": "fp8"}, {}, "Set megatron.exp_avg_dtype to fp32 or bf16"),
         (AWARE | {"exp_avg_sq_dtype": "fp16"}, {}, "Set megatron.exp_avg_sq_dtype to fp32 or bf16"),
         ({"optimizer_cpu_offload": True}, {}, "megatron.optimizer_cpu_offload=true needs "

@@ -5,11 +5,13 @@ Megatron's own optimiser for this runs on a CPU, with memory that counts as the 
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.checkpoints.torch_dist import CheckpointReader
 from megatron_paint.config.offload import STATE_TYPES
 from megatron_paint.config.settings import MegatronSettings
-from megatron_paint.mcore.optimizer import _state_settings
+from megatron_paint.mcore.optimizer import _refusals_of_adam, _state_settings
 from tests.mcore import expert_cases
 from tests.mcore import parity_cases as parity
 from tests.mcore.layouts import run_worker
@@ -99,3 +101,17 @@ def test_the_names_and_values_of_megatrons_settings():
     found = _state_settings(MegatronSettings(use_precision_aware_optimizer=True, **moved))
     floats = dict.fromkeys(STATE_TYPES, torch.float32)
     assert found == aware | floats | moved | {"optimizer_offload_fraction": 1.0}
+
+
+def test_an_older_transformer_engine_is_named():
+    aware, usual = MegatronSettings(use_precision_aware_optimizer=True), MegatronSettings()
+    told = "FusedAdam only supports fp32/fp16/fp8 exp_avg."
+    with pytest.raises(UserError) as error, _refusals_of_adam(aware):
+        raise RuntimeError(told)
+    assert str(error.value) == (
+        f"megatron.use_precision_aware_optimizer=true: Transformer Engine refuses it ({told}); install a newer one, or "
+        "set it to false"
+    )
+    for kind, megatron in ((torch.OutOfMemoryError, aware), (dist.DistError, aware), (RuntimeError, usual)):
+        with pytest.raises(kind, match="as it is"), _refusals_of_adam(megatron):
+            raise kind("as it is")
