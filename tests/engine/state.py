@@ -1,5 +1,6 @@
 """What a stage of Transformer Engine's layers does with the settings that save memory: imported by the worker alone."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,10 +120,39 @@ def offloading(shape, settings: Settings) -> dict:
     return {name: getattr(config, name) for name in ("cpu_offloading", "cpu_offloading_num_layers")}
 
 
-def offloading_stage(shape, settings: Settings, ranks) -> list[str]:
-    """The kinds of the contexts in which the layers of a stage run, and of what moves tensors between them."""
+def offloading_stage(shape, settings: Settings, ranks) -> dict:
+    """The context in which layers run, and whether it leaves gradients alone between passes without gradients."""
     megatron = replace(settings.megatron, cpu_offloading=True, cpu_offloading_num_layers=1)
-    stage = build_model(shape, settings.model, megatron, ranks)
-    decoder = stage.chunks[0].decoder
+    decoder = build_model(shape, settings.model, megatron, ranks).chunks[0].decoder
     context = type(decoder.offload_context)
-    return [f"{context.__module__}.{context.__name__}", str(callable(decoder.group_prefetch_offload_commit_async))]
+    return {
+        "context": f"{context.__module__}.{context.__name__}",
+        "gradients": [torch.equal(*pair) for pair in zip(passes(decoder), passes(None), strict=True)],
+    }
+
+
+def passes(decoder) -> list[torch.Tensor]:
+    """Gradients of two passes in their order in a step, as Megatron runs layers; decoder: None for no context.
+
+    Before each come passes without gradients: samples, the teacher. The layers are torch's, which compute on a CPU.
+    """
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(4, 4) for _ in range(2)]
+
+    def run(hidden: torch.Tensor) -> torch.Tensor:
+        for layer in layers:
+            with nullcontext() if decoder is None else decoder.offload_context:
+                hidden = layer(hidden).sin()
+            if decoder is not None and torch.is_grad_enabled():
+                hidden = decoder.group_prefetch_offload_commit_async(hidden)
+        return hidden
+
+    found = []
+    for step in range(2):
+        with torch.no_grad():
+            for _ in range(1 + step):
+                run(torch.ones(3, 4))
+        for micro_batch in range(2):
+            run(torch.full((3, 4), 1.0 + micro_batch)).square().sum().backward()
+        found += [p.grad.clone() for layer in layers for p in layer.parameters()]
+    return found
