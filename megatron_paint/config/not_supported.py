@@ -13,7 +13,7 @@ NOT_SUPPORTED = MappingProxyType(
         "megatron.offload_modules": _FINE_GRAINED,
         "megatron.activation_offload_fraction": _FINE_GRAINED,
         "megatron.min_offloaded_tensor_size": _FINE_GRAINED,
-        "megatron.cpu_offloading_weights": "is not supported: Transformer Engine 2 ignores it",
+        "megatron.cpu_offloading_weights": "is not supported: newer versions of Transformer Engine ignore it",
         "megatron.cpu_offloading_retain_pinned_cpu_buffers": (
             "is not supported: it needs micro-batches of one shape, and here each has another number of tokens"
         ),
