@@ -50,6 +50,18 @@ def make_policy(case, checkpoints: Path, layout, ranks, *, moved: bool) -> Megat
     return policy
 
 
+def host_bytes(policy: MegatronPolicy) -> tuple[int, int]:
+    """The bytes that this rank's optimisers hold in host memory, and the number of their weights."""
+    size = weights = 0
+    for optimizer in (one.optimizer for one in policy.optimizer.chained_optimizers):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        moments = [optimizer.state[p][name] for p in parameters for name in ("exp_avg", "exp_avg_sq")]
+        copies = [*optimizer.param_to_fp32_param.values(), *optimizer.cpu_copy_map_grad.values()]
+        size += sum(tensor.nbytes for tensor in (*moments, *copies))
+        weights += sum(p.numel() for p in parameters)
+    return size, weights
+
+
 def main() -> None:
     layout, part = layout_of(sys.argv[1]), sys.argv[2]
     checkpoints, saved, out = (Path(path) for path in sys.argv[3:6])
@@ -71,6 +83,8 @@ def main() -> None:
             "norms": [report.grad_norm for report in reports],
             "optimisers": [type(one.optimizer).__name__ for one in policy.optimizer.chained_optimizers],
         }
+        if part == "all":
+            found[case.name]["host"] = host_bytes(policy)
         if part in ("none", "first", "again"):
             folder = (out if part == "again" else saved) / case.name
             policy.save(folder, {"step": end})
