@@ -17,6 +17,7 @@ from megatron_paint.evaluation.summary import Evaluated, domain_text, error_warn
 from megatron_paint.grading.grade import Rules
 from megatron_paint.grading.graders import Graders
 from megatron_paint.models.shape import ModelShape
+from megatron_paint.planning.hardware import check_offloading_device
 from megatron_paint.planning.layout import cache_bytes_per_token, check_layout
 from megatron_paint.records import EvalReport, Problem, Rollout
 from megatron_paint.rollouts.engine import Sampler
@@ -93,6 +94,7 @@ def evaluate(asked: Requested, *, mode: Mode = "normal") -> None:
     settings = asked.settings
     with joined_ranks(settings.megatron) as ranks:
         layout = check_layout(settings.model, settings.megatron, settings.rollout, processes=ranks.size)
+        check_offloading_device(settings.megatron, settings.rollout)
         _evaluate(asked, ranks, layout.shape, mode=mode)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from megatron_paint.base.errors import UserError
+from megatron_paint.config.not_supported import NOT_SUPPORTED
 from megatron_paint.config.settings import Settings
 
 USERS_NAME = "NAME"  # in the key of a section that the user names
@@ -76,7 +77,9 @@ def general(key: str) -> str:
 
 
 def unknown(key: str) -> str:
-    """The message about a key that does not exist, with the nearest one."""
+    """The message about a key that does not exist: why, or the nearest one."""
+    if key in NOT_SUPPORTED:
+        return f"{key} {NOT_SUPPORTED[key]}"
     return f"unknown setting {key}: {_suggestion(key)}"
 
 

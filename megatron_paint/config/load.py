@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config import contradictions, profile
+from megatron_paint.config import contradictions, offload, profile
 from megatron_paint.config.allow_changes import check_allow_changes
 from megatron_paint.config.domains import DomainSettings, contradictions_of
 from megatron_paint.config.mistakes import mistakes, user_error
@@ -204,6 +204,9 @@ def _contradictions(
     yield from contradictions.of_optimizer(optimizer)
     yield from contradictions.of_megatron(megatron, optimizer, model)
     yield from contradictions.of_auxiliary_losses(megatron, model, objective)
+    yield from offload.of_optimizer_state(megatron, optimizer, model)
+    yield from offload.of_activation_offload(megatron)
+    yield from offload.of_cuda_graphs(rollout, megatron)
 
 
 def _read_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:

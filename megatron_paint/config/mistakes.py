@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError, create_model
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.dialect import CLOSED
+from megatron_paint.config.not_supported import NOT_SUPPORTED
 
 MISSING = ("missing", "missing_keyword_only_argument")  # pydantic's types of an error where a key is not set
 
@@ -52,6 +53,8 @@ def _fields_model(section: type) -> type[BaseModel]:
 
 def unknown_setting(key: str, names: Iterable[str]) -> str:
     """The message for a key that does not exist; names: the keys that exist in its section."""
+    if key in NOT_SUPPORTED:
+        return f"{key} {NOT_SUPPORTED[key]}"
     parent, _, name = key.rpartition(".")
     close = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.5)
     dotted = f"{parent}." if parent else ""

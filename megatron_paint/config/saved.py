@@ -53,6 +53,11 @@ MAY_CHANGE = {f"run.{name}" for name in MAY_CHANGE_IN_RUN} | {
     "megatron.recompute_method",
     "megatron.recompute_num_layers",
     "megatron.distributed_timeout_minutes",
+    # Where tensors are between two uses; no value changes.
+    "megatron.cpu_offloading",
+    "megatron.cpu_offloading_num_layers",
+    "megatron.overlap_cpu_optimizer_d2h_h2d",
+    "megatron.pin_cpu_grads",
     # Sizes of what is in memory at once. The result does not depend on them, except on micro_batch_tokens with an
     # auxiliary loss of routers, which is of each micro-batch. A run that ran out of memory resumes with smaller ones.
     "data.micro_batch_tokens",
@@ -60,6 +65,7 @@ MAY_CHANGE = {f"run.{name}" for name in MAY_CHANGE_IN_RUN} | {
     "objective.teacher.offload",
     "rollout.batch_size",
     "rollout.cache_bytes",
+    "rollout.cuda_graphs",
     # How weights reach the servers; where these are is in `rollout.vllm`.
     "rollout.transfer_bytes",
     "rollout.lora_transfer",
@@ -72,6 +78,8 @@ MEANING_OF_NULL = {"evaluation.max_new_tokens": LONGEST_ANSWER, "rollout.samples
 IN_CHECKPOINT = {f"optimizer.{name}" for name in ("name", "beta1", "beta2", "eps", "momentum")}
 IN_CHECKPOINT |= {"model.lora", "model.lora.rank", "model.lora.experts", "model.dtype", "model.adapter_path"}
 IN_CHECKPOINT |= {"megatron.use_distributed_optimizer", "objective.name"}
+# The groups of an offloaded optimiser have other entries.
+IN_CHECKPOINT |= {"megatron.optimizer_cpu_offload"}
 # Which sets of weights it has.
 IN_CHECKPOINT |= {"objective.teacher.weights", "objective.teacher.ema_anchor"}
 IN_CHECKPOINT |= {"objective.loss.support", "objective.loss.partner"}

@@ -185,6 +185,13 @@ class RolloutSettings:
             "ipc also of the buffer on each GPU"
         ),
     ] = 2.56e8
+    cuda_graphs: Annotated[
+        Flag,
+        setting(
+            "sampling in the trainer: capture a decoding step as a CUDA graph and replay it; one graph for each bucket "
+            "of positions. Not measured on a GPU"
+        ),
+    ] = False
     lora_transfer: Annotated[
         Literal["merged", "adapter"],
         setting(
@@ -322,6 +329,71 @@ class MegatronSettings:
     overlap_grad_reduce: Annotated[Flag, setting("reduce gradients while the backward pass runs", source=MEGATRON)] = (
         False
     )
+    use_precision_aware_optimizer: Annotated[
+        Flag,
+        setting(
+            "Transformer Engine's Adam keeps the main weights, and its moments in the types below. Not measured on a "
+            "GPU",
+            source=MEGATRON,
+        ),
+    ] = False
+    main_grads_dtype: Annotated[
+        Literal["fp32", "bf16"],
+        setting(
+            "type of the gradients that use_precision_aware_optimizer reads; only fp32 is accepted", source=MEGATRON
+        ),
+    ] = "fp32"
+    main_params_dtype: Annotated[
+        Literal["fp32", "fp16"],
+        setting("type of the main weights with use_precision_aware_optimizer; only fp32 is accepted", source=MEGATRON),
+    ] = "fp32"
+    exp_avg_dtype: Annotated[
+        Literal["fp32", "bf16", "fp16", "fp8"],
+        setting(
+            "type of the first moment with use_precision_aware_optimizer; fp16 and fp8 are refused", source=MEGATRON
+        ),
+    ] = "fp32"
+    exp_avg_sq_dtype: Annotated[
+        Literal["fp32", "bf16", "fp16", "fp8"],
+        setting(
+            "type of the second moment with use_precision_aware_optimizer; fp16 and fp8 are refused", source=MEGATRON
+        ),
+    ] = "fp32"
+    optimizer_cpu_offload: Annotated[
+        Flag,
+        setting(
+            "keep the optimiser's state in host memory and take its steps on the CPU; needs "
+            "use_precision_aware_optimizer. Not measured on a GPU",
+            source=MEGATRON,
+        ),
+    ] = False
+    optimizer_offload_fraction: Annotated[
+        Number,
+        setting(
+            "share of the weights whose state optimizer_cpu_offload moves; only 1 is accepted",
+            source=MEGATRON_NAME,
+            gt=0,
+            le=1,
+        ),
+    ] = 1.0
+    overlap_cpu_optimizer_d2h_h2d: Annotated[
+        Flag,
+        setting("optimizer_cpu_offload copies gradients and weights while it steps other weights", source=MEGATRON),
+    ] = False
+    pin_cpu_grads: Annotated[
+        Flag, setting("optimizer_cpu_offload keeps its copy of the gradients in pinned memory", source=MEGATRON)
+    ] = True
+    cpu_offloading: Annotated[
+        Flag,
+        setting(
+            "keep activations of the first cpu_offloading_num_layers layers in host memory between forward and "
+            "backward pass. Not measured on a GPU",
+            source=MEGATRON,
+        ),
+    ] = False
+    cpu_offloading_num_layers: Annotated[
+        Whole, setting("layers whose activations cpu_offloading moves: fewer than the model has", source=MEGATRON, ge=0)
+    ] = 0
     transformer_impl: Annotated[
         Literal["auto", "local", "transformer_engine"],
         setting(

@@ -272,8 +272,13 @@ def _begin_state(optimizer: MegatronOptimizer) -> None:
             for parameter in group["params"]:
                 if parameter.numel():  # Transformer Engine's and Apex's Adam refuse an empty shard
                     parameter.grad = torch.zeros_like(parameter)
+                    if hasattr(parameter, "decoupled_grad"):  # a precision-aware optimiser reads it in place of grad
+                        parameter.decoupled_grad = parameter.grad
         inner.step()
         inner.zero_grad(set_to_none=True)
+        for group in inner.param_groups:  # a precision-aware optimiser has dropped only its own
+            for parameter in group["params"]:
+                parameter.grad = None
         for group, (lr, step) in zip(inner.param_groups, kept, strict=True):
             group["lr"] = lr
             if "step" in group:  # Transformer Engine's and Apex's count
@@ -339,11 +344,26 @@ def _set_with_step(part: DistributedOptimizer, model_param: torch.Tensor, tensor
     DistributedOptimizer._set_main_param_and_optimizer_states(part, model_param, {"step": state["step"], **tensors})
 
 
+def _remove_classes(state: dict) -> None:
+    """Removes Python classes from the groups of an optimiser's state.
+
+    Groups of Megatron's offloaded optimiser name two. Megatron saves them and cannot load them (0.16.1 and 0.19.2).
+    """
+    for key, value in state.items():
+        if key == "param_groups":
+            for group in value:
+                for name in [name for name, entry in group.items() if isinstance(entry, type)]:
+                    del group[name]
+        elif isinstance(value, dict):
+            _remove_classes(value)
+
+
 def _sharded_state(stage: Stage, optimizer: MegatronOptimizer, teacher: Teacher, *, is_loading: bool) -> dict:
     model = _weights(stage)
     state = {"model": model}
     with _offsets_without_padding(optimizer):
         state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(_METADATA))
+    _remove_classes(state["optimizer"])
     return state | teacher.sharded_state_dict(model)
 
 

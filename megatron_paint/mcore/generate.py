@@ -6,7 +6,7 @@ chunk of a stage. The last stage sends the chosen tokens back.
 Axes: R rows of a batch, L rows of it that are still decoded, T tokens of a call, H hidden size, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from megatron_paint.mcore.attention import KeyValueCache, TokenRows, next_token_
 from megatron_paint.mcore.batch import assign_replicas
 from megatron_paint.mcore.collectives import gather_entries
 from megatron_paint.mcore.decoded_rows import DecodedRows
+from megatron_paint.mcore.fixed_steps import BUCKET, Capture, FixedSteps, Step
 from megatron_paint.mcore.float32_product import Float32Product
 from megatron_paint.mcore.lock_step import LockStep
 from megatron_paint.mcore.model import Stage
@@ -31,6 +32,7 @@ from megatron_paint.runtime.heartbeat import mark_progress
 from megatron_paint.runtime.work import Work, work
 
 COMPACT_AT = 0.25  # fraction of finished rows at which a batch drops them; ours
+COMPACT_CAPTURED_AT = 0.5  # the same where each number of rows is captured again; ours
 LOOK_EVERY = 16  # tokens between two looks at a GPU: is a row finished? Ours. A look at a CPU is free
 
 
@@ -46,11 +48,22 @@ class BatchLimits:
 class MegatronSampler:
     """Implements `Sampler` with the model that is trained; all copies of the weights share the requests."""
 
-    def __init__(self, stage: Stage, ranks: Ranks, *, token_multiple: int, limits: BatchLimits):
+    def __init__(
+        self,
+        stage: Stage,
+        ranks: Ranks,
+        *,
+        token_multiple: int,
+        limits: BatchLimits,
+        capture: Callable[[], Capture] | None = None,
+    ):
+        """capture: makes what captures the steps of a batch; None: every step launches its kernels."""
         self.stage = stage
         self.ranks = ranks
         self.token_multiple = token_multiple  # layout and FP8 require calls of a multiple of this many tokens
         self.limits = limits
+        self.capture = capture
+        self.bucket = BUCKET
         self.look_every = LOOK_EVERY if ranks.device.type == "cuda" else 1
         self.lock_step = LockStep(None, every=1)
 
@@ -128,6 +141,7 @@ class MegatronSampler:
         logits = _Logits(self.stage, self.ranks, rows=len(requests), calls=sampling.max_new_tokens)
         batch = DecodedRows(requests, sampling, self.ranks.device)
         logits_LV = self._prefill(requests, cache, logits)
+        step, compact_at = self._step(batch, cache), COMPACT_CAPTURED_AT if self.capture else COMPACT_AT
         while True:
             batch.add(*self._choose(logits_LV, batch.uniform, sampling))
             tokens.advance(len(batch.live))
@@ -137,10 +151,13 @@ class MegatronSampler:
                 unfinished = batch.unfinished()
                 if not unfinished:
                     break
-                if len(batch.live) - len(unfinished) >= COMPACT_AT * len(batch.live):
+                if len(batch.live) - len(unfinished) >= compact_at * len(batch.live):
                     cache.keep_rows(unfinished)
                     batch.keep(unfinished)
-            logits_LV = self._next(batch, cache, logits)
+                    step = self._step(batch, cache)
+            self._begin_call()
+            hidden_T1H = step(batch.inputs, batch.positions, batch.end)
+            logits_LV = logits.after_tokens(hidden_T1H, len(batch.live))
         return batch.rollouts()
 
     def _prefill(self, requests: list[GenerationRequest], cache: KeyValueCache, logits: "_Logits") -> Tensor | None:
@@ -149,25 +166,42 @@ class MegatronSampler:
         lengths = [len(request.prompt_ids) for request in requests]
         padding = -len(tokens) % self.token_multiple
         rows = token_rows(lengths, padding=padding, device=self.ranks.device, cache=cache)
+        self._begin_call()
         hidden_T1H = self._run_stages(torch.tensor(tokens + [0] * padding, device=self.ranks.device), rows)
         return logits.after_prompts(hidden_T1H, torch.tensor(lengths, device=self.ranks.device).cumsum(0) - 1)
 
-    def _next(self, batch: DecodedRows, cache: KeyValueCache, logits: "_Logits") -> Tensor | None:
-        """The logits after the last tokens of the rows, which it writes to the cache."""
-        count = len(batch.live)
-        padding = -count % self.token_multiple
-        rows = next_token_rows(batch.positions, end=batch.end, padding=padding, cache=cache)
-        return logits.after_tokens(self._run_stages(F.pad(batch.inputs, (0, padding)), rows), count)
+    def _step(self, batch: DecodedRows, cache: KeyValueCache) -> Step:
+        """A function that computes hidden states after the last tokens of the rows, which it writes to the cache."""
+
+        def run(input_L: Tensor, position_L: Tensor, end: int) -> Tensor:
+            padding = -len(input_L) % self.token_multiple
+            rows = next_token_rows(position_L, end=end, padding=padding, cache=cache)
+            return self._run_stages(F.pad(input_L, (0, padding)), rows)
+
+        if self.capture is None:
+            return run
+        return FixedSteps(
+            run,
+            rows=len(batch.live),
+            length=cache.length,
+            device=self.ranks.device,
+            capture=self.capture(),
+            bucket=self.bucket,
+        )
 
     def _run_padding(self) -> None:
         """A call whose result nobody reads."""
         ids_T = torch.zeros(self.token_multiple, dtype=torch.int64, device=self.ranks.device)
+        self._begin_call()
         self._run_stages(ids_T, token_rows([], padding=self.token_multiple, device=self.ranks.device))
+
+    def _begin_call(self) -> None:
+        """Must be called before each call of the model."""
+        mark_progress()
+        self.lock_step.begin_call()
 
     def _run_stages(self, ids_T: Tensor, rows: TokenRows) -> Tensor:
         """Hidden states [T, 1, H] of this stage's last chunk. Those of each chunk are sent to the next one."""
-        mark_progress()
-        self.lock_step.begin_call()
         ranks, config = self.ranks, self.stage.config
         for chunk in self.stage.chunks:
             if not chunk.pre_process:

@@ -51,6 +51,8 @@ def transformer_config(shape: ModelShape, model: ModelSettings, megatron: Megatr
         **(_expert_settings(shape, megatron) if shape.num_experts else {}),
         **_pipeline_settings(megatron),
     }
+    if megatron.cpu_offloading:
+        optional |= {name: getattr(megatron, name) for name in ("cpu_offloading", "cpu_offloading_num_layers")}
     if megatron.fp8 is not None and not megatron.fp8_emulate:
         names = ("fp8", "fp8_recipe", "fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo")
         names += ("first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")

@@ -1,5 +1,7 @@
 """Megatron's data-parallel wrapper and optimiser, configured for a loss that is one sum, divided once."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,8 +10,12 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from torch import Tensor
 
+from megatron_paint.base.errors import UserError
+from megatron_paint.config.offload import STATE_TYPES
 from megatron_paint.config.settings import MegatronSettings, OptimizerSettings
 from megatron_paint.mcore.model import Stage
+
+STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def wrap_data_parallel(stage: Stage, megatron: MegatronSettings) -> list[DistributedDataParallel]:
@@ -38,23 +44,57 @@ def make_optimizer(
     """AdamW or SGD with float32 main weights."""
     model = wrapped[0].module.config
     dtype = model.params_dtype
-    config = OptimizerConfig(
-        optimizer=settings.name,
-        lr=settings.lr,
-        min_lr=settings.min_lr,
-        weight_decay=settings.weight_decay,
-        adam_beta1=settings.beta1,
-        adam_beta2=settings.beta2,
-        adam_eps=settings.eps,
-        sgd_momentum=settings.momentum,
-        clip_grad=settings.clip_grad,
-        bf16=dtype is torch.bfloat16,
-        params_dtype=dtype,
-        use_distributed_optimizer=megatron.use_distributed_optimizer,
-    )
-    optimizer = get_megatron_optimizer(config, wrapped)
+    with _refusals_of_adam(megatron):
+        config = OptimizerConfig(
+            optimizer=settings.name,
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.beta1,
+            adam_beta2=settings.beta2,
+            adam_eps=settings.eps,
+            sgd_momentum=settings.momentum,
+            clip_grad=settings.clip_grad,
+            bf16=dtype is torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=megatron.use_distributed_optimizer,
+            **_state_settings(megatron),
+        )
+        optimizer = get_megatron_optimizer(config, wrapped)
     model.grad_scale_func = optimizer.scale_loss
     return optimizer
+
+
+@contextmanager
+def _refusals_of_adam(megatron: MegatronSettings) -> Iterator[None]:
+    """Makes a UserError of what an older Transformer Engine says to a precision-aware optimiser."""
+    try:
+        yield
+    except (AssertionError, RuntimeError) as error:
+        of_others = isinstance(error, (torch.OutOfMemoryError, dist.DistError))  # RuntimeErrors too
+        if of_others or not megatron.use_precision_aware_optimizer:
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"megatron.use_precision_aware_optimizer=true: Transformer Engine refuses it ({reason}); install a newer "
+            "one, or set it to false"
+        ) from error
+
+
+def _state_settings(megatron: MegatronSettings) -> dict[str, Any]:
+    """How and where the optimiser stores its state, for Megatron's OptimizerConfig."""
+    if not megatron.use_precision_aware_optimizer:
+        return {}
+    found: dict[str, Any] = {name: STATE_DTYPES[getattr(megatron, name)] for name in STATE_TYPES}
+    found |= {
+        "use_precision_aware_optimizer": True,
+        # Megatron would save the lower half of each main weight, and cannot load it (0.16.1 and 0.19.2).
+        "store_param_remainders": False,
+    }
+    if megatron.optimizer_cpu_offload:
+        names = ("optimizer_cpu_offload", "optimizer_offload_fraction", "overlap_cpu_optimizer_d2h_h2d")
+        found |= {name: getattr(megatron, name) for name in (*names, "pin_cpu_grads")}
+    return found
 
 
 def main_gradients(optimizer: MegatronOptimizer) -> list[tuple[list[Tensor], Any]]:

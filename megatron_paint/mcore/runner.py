@@ -6,6 +6,7 @@ from megatron_paint.checkpoints.megatron_folder import megatron_folder
 from megatron_paint.config.settings import MegatronSettings, ModelSettings, RolloutSettings
 from megatron_paint.mcore.batch import token_multiple
 from megatron_paint.mcore.checkpoint import has_adapters, load_weights
+from megatron_paint.mcore.fixed_steps import CudaCapture
 from megatron_paint.mcore.generate import BatchLimits, MegatronSampler
 from megatron_paint.mcore.hf_checkpoint import load_stage
 from megatron_paint.mcore.lora import add_adapters, load_adapters
@@ -65,4 +66,5 @@ class ModelRunner:
                 prefill_tokens=micro_batch_tokens,
                 cache_tokens=int(rollout.cache_bytes // token_bytes),
             ),
+            capture=CudaCapture if rollout.cuda_graphs else None,
         )

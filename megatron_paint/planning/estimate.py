@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from megatron_paint.config.offload import STATE_BYTES
 from megatron_paint.config.settings import Settings
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.activations import (
@@ -198,13 +199,43 @@ class StageMemory:
         return peaks
 
     def optimizer_bytes(self) -> float:
-        """The optimiser's state: float32 main weights, unless the weights are float32, and its moments."""
-        main = 0 if self.width == FLOAT32 else 1
+        """The optimiser's state on the GPU: float32 main weights, unless the weights are float32, and its moments."""
+        megatron = self.settings.megatron
+        if megatron.optimizer_cpu_offload:
+            return 0.0
+        main = 0 if self.width == FLOAT32 else FLOAT32
+        if megatron.use_precision_aware_optimizer:
+            moments = STATE_BYTES[megatron.exp_avg_dtype] + STATE_BYTES[megatron.exp_avg_sq_dtype]
+        else:
+            moments = FLOAT32 * self._moments()
+        return self._optimizer_weights() * (main + moments)
+
+    def _optimizer_weights(self) -> float:
+        """The weights whose optimiser state this rank has."""
         experts, shards = self.weights.trained_experts, (1, 1)
         if self.settings.megatron.use_distributed_optimizer:
             shards = (self.dp * self.cp, self.layout.expert_replicas)
-        weights = (self.weights.trained - experts) / shards[0] + experts / shards[1]
-        return weights * FLOAT32 * (main + self._moments())
+        return (self.weights.trained - experts) / shards[0] + experts / shards[1]
+
+    def offloaded_bytes(self) -> float:
+        """What the settings move to host memory: teacher, optimiser and activations.
+
+        An optimiser in host memory also has a copy of its gradients there.
+        """
+        settings, found = self.settings, 0.0
+        if settings.objective.teacher.offload:
+            found += self.weights.trained * teacher_bytes(settings)
+        if settings.megatron.optimizer_cpu_offload:
+            found += self._optimizer_weights() * FLOAT32 * (1 + self._moments() + 1)
+        if layers := self._offloaded_layers():
+            one = stage_activations(self.kind, self.recompute, layers=layers, tokens=self._rank_tokens())
+            found += one.kept
+        return found
+
+    def _offloaded_layers(self) -> int:
+        """Layers whose activations wait in host memory: only on a single stage, and without recomputation."""
+        megatron = self.settings.megatron
+        return megatron.cpu_offloading_num_layers if megatron.cpu_offloading else 0
 
     def cache_bytes(self, *, rows: int, new_tokens: int) -> float:
         """The most bytes of keys and values of a batch of so many rows.
@@ -295,7 +326,9 @@ class StageMemory:
         counts = in_flight(split, stage, micro_batches=self._sequences())  # a micro-batch has at least one sequence
         found = []
         for layers, count in zip(split.sizes(stage), counts, strict=True):
-            one = stage_activations(self.kind, self.recompute, layers=layers, tokens=self._rank_tokens())
+            # Before a layer saves its activations, those of another one have left the GPU.
+            on_gpu = max(0, layers - self._offloaded_layers())
+            one = stage_activations(self.kind, self.recompute, layers=on_gpu, tokens=self._rank_tokens())
             found.append(replace(one, inputs=count * one.inputs, kept=count * one.kept))
         return found
 
@@ -411,14 +444,12 @@ def teacher_bytes(settings: Settings) -> int:
 
 
 def _host(stages: list[StageMemory], settings: Settings, layout: Layout, *, ranks_per_node: int) -> HostMemory:
-    """A rank has its process and an offloaded teacher. Ranks with a first copy of weights have a checkpoint's part."""
-    offloads = settings.objective.teacher.offload
+    """A rank has its process and what is offloaded. Ranks with a first copy of weights have a checkpoint's part."""
     sharing = layout.expert_parallel * layout.expert_tensor_parallel
     copies = layout.data_parallel * layout.context_parallel
     ranks = []
     for stage in stages:  # the order of Megatron's ranks: stages, then copies, then tensor-parallel ranks
-        offloaded = stage.weights.trained * teacher_bytes(settings) if offloads else 0
-        resting = PROCESS_BYTES[stage.on_gpus] + offloaded
+        resting = PROCESS_BYTES[stage.on_gpus] + stage.offloaded_bytes()
         experts, rest = stage.saved()
         ranks += [
             resting + experts * (place < sharing) + rest * (place < layout.tensor_parallel)

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.settings import MegatronSettings
+from megatron_paint.config.settings import MegatronSettings, RolloutSettings
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +58,25 @@ def use_transformer_engine(megatron: MegatronSettings) -> bool:
             "fp8_emulate=true to compute the same rounding slowly in plain torch"
         )
     return missing is None and megatron.transformer_impl != "local"
+
+
+def check_optimizer_device(megatron: MegatronSettings) -> None:
+    """UserError: the optimiser needs Transformer Engine or a GPU, and this machine cannot use it."""
+    if megatron.use_precision_aware_optimizer and (missing := missing_for_engine()):
+        raise UserError(
+            "megatron.use_precision_aware_optimizer=true needs the Adam of Transformer Engine on a GPU: "
+            f"{missing}; set it to false"
+        )
+
+
+def check_offloading_device(megatron: MegatronSettings, rollout: RolloutSettings) -> None:
+    """UserError: activation offload or CUDA graphs are set, and this machine cannot do that."""
+    if megatron.cpu_offloading and (missing := missing_for_engine()):
+        raise UserError(
+            f"megatron.cpu_offloading=true needs the layers of Transformer Engine on a GPU: {missing}; set it to false"
+        )
+    if rollout.cuda_graphs and gpu_bytes() is None:
+        raise UserError("rollout.cuda_graphs=true captures CUDA graphs, and no CUDA device was found; set it to false")
 
 
 def engine_environment(megatron: MegatronSettings) -> dict[str, str]:

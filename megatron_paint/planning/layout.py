@@ -105,6 +105,12 @@ def check_shape(shape: ModelShape, model: ModelSettings, megatron: MegatronSetti
     split = split_layers(shape, megatron)
     _check_empty_stages(split, model, shape)
     _check_recomputed_units(split, megatron, shape)
+    _check_offloaded_layers(megatron, shape)
+    if rollout.cuda_graphs and shape.num_experts:
+        raise UserError(
+            f"rollout.cuda_graphs=true cannot capture a step of a mixture of experts ({shape.source}): the host reads "
+            "how many tokens each expert gets. Set it to false"
+        )
     if megatron.sequence_parallel and tp == 1:
         raise UserError(
             "megatron.sequence_parallel=true splits activations over tensor-parallel ranks, but "
@@ -146,6 +152,15 @@ def _check_recomputed_units(split: LayerSplit, megatron: MegatronSettings, shape
         raise UserError(
             f"megatron.recompute_num_layers={unit} divides layers into units with recompute_method=uniform, and the "
             f"{what} of {shape.source} have {' and '.join(map(str, sizes))} layers; the nearest that fits is {nearest}"
+        )
+
+
+def _check_offloaded_layers(megatron: MegatronSettings, shape: ModelShape) -> None:
+    """UserError where all layers or more would be offloaded, which Megatron refuses."""
+    if megatron.cpu_offloading and megatron.cpu_offloading_num_layers >= shape.num_layers:
+        raise UserError(
+            f"megatron.cpu_offloading_num_layers={megatron.cpu_offloading_num_layers} must be less than the "
+            f"{shape.num_layers} layers of {shape.source}; the nearest that fits is {shape.num_layers - 1}"
         )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from megatron_paint.config.settings import Settings
 from megatron_paint.planning.estimate import MemoryEstimate, Peak, checkpoint_bytes, estimate, micro_batch_tokens
-from megatron_paint.planning.hardware import gpu_bytes
+from megatron_paint.planning.hardware import check_offloading_device, check_optimizer_device, gpu_bytes
 from megatron_paint.planning.layout import (
     Layout,
     check_auxiliary_losses,
@@ -158,6 +158,9 @@ def make_plan(
     kernel, found = loss_kernel(settings.objective.kernel), gpu_bytes() if on_gpu_nodes is None else None
     # Of GPUs elsewhere nothing is known except the settings: what they ask for will be there.
     elsewhere = found is None and (on_gpu_nodes or (on_gpu_nodes is None and gpu_memory is not None))
+    if not elsewhere:
+        check_optimizer_device(settings.megatron)
+        check_offloading_device(settings.megatron, settings.rollout)
     asks_engine = settings.megatron.transformer_impl != "local" and not settings.megatron.fp8_emulate
     target = Target(
         gpus=elsewhere or found is not None,

@@ -73,6 +73,23 @@ def test_a_settings_file_without_an_objective_and_with_stages(tmp_path, capsys):
     assert best["megatron"].get("pipeline_model_parallel_layout") is None
 
 
+def test_offloading_of_a_settings_file(tmp_path, capsys):
+    """Only layouts of one stage without recomputation are ranked; the others contradict the file."""
+    file = tmp_path / "settings.yaml"
+    megatron = "use_precision_aware_optimizer: true, optimizer_cpu_offload: true, "
+    megatron += "cpu_offloading: true, cpu_offloading_num_layers: 4"
+    file.write_text(f"model: {{hf_path: m}}\ndata: {{train: p.jsonl}}\nrun: {{dir: r}}\nmegatron: {{{megatron}}}\n")
+    command = ["plan", "qwen3_1p7b", "--gpus", "8", "--gpu", "h200", "--config", str(file), "--top", "3"]
+    assert main(command) == 0
+    told = "offloaded  megatron.optimizer_cpu_offload and megatron.cpu_offloading: their memory counts, the time of "
+    assert f"{told}their copies does not" in capsys.readouterr().out
+    assert main([*command, "--json"]) == 0
+    ranked = json.loads(capsys.readouterr().out)["ranked"]
+    assert [(each["layout"]["pp"], each["layout"]["recompute"]) for each in ranked] == [(1, "none")] * 3
+    assert main(["plan", "qwen3_1p7b", "--gpus", "8", "--gpu", "h200", "--top", "1"]) == 0
+    assert "offloaded" not in capsys.readouterr().out
+
+
 def test_fp8_of_a_settings_file(tmp_path, capsys):
     file = tmp_path / "settings.yaml"
     file.write_text("model: {hf_path: m}\ndata: {train: p.jsonl}\nrun: {dir: r}\nmegatron: {fp8: hybrid}\n")

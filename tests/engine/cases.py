@@ -19,6 +19,11 @@ class Case:
         return not self.lora and self.fp8_recipe != "delayed"
 
     @property
+    def saves_state(self) -> bool:
+        """Whether the state of a precision-aware optimiser is saved and loaded."""
+        return self.fp8_recipe is None
+
+    @property
     def processes(self) -> int:
         return self.tp * self.pp * self.ep
 

@@ -120,3 +120,28 @@ def test_gradients_have_buffers_and_the_optimiser_is_sharded(case, ranks):
     for found in ranks[case.name]:
         assert found["has_buffers"]
         assert set(found["optimizer"]) == {"DistributedOptimizer"}
+
+
+def test_the_state_of_a_precision_aware_optimiser_comes_back(case, ranks):
+    """Main weights in float32, moments in bfloat16. Its checkpoint has the entries of the usual optimiser's."""
+    if not case.saves_state:
+        assert all("saved" not in found for found in ranks[case.name])
+        return
+    types = {"exp_avg": "torch.bfloat16", "exp_avg_sq": "torch.bfloat16", "master_param": "torch.float32"}
+    for found in ranks[case.name]:
+        saved = found["saved"]
+        assert saved["class"] == ["transformer_engine.pytorch.optimizers.fused_adam"]
+        assert (saved["began at"], saved["steps"], saved["left"]) == ([0], [7], 0)
+        assert (saved["changed"], saved["comes back"]) == (True, True)
+        assert saved["types"] == types
+        assert found["from usual"]
+
+
+def test_offloaded_activations_are_transformer_engines(case, ranks):
+    for found in ranks[case.name]:
+        if case.pp > 1:
+            assert "offloading" not in found
+            continue
+        assert found["offloading"] == {"cpu_offloading": True, "cpu_offloading_num_layers": 1}
+        assert found["offload context"]["context"].startswith("transformer_engine.pytorch.cpu_offload")
+        assert found["offload context"]["gradients"] == [True] * 8

@@ -195,6 +195,7 @@ def check(case: Case, models: Path, out: Path) -> dict:
     """What one rank finds out."""
     from megatron_paint.mcore.optimizer import make_optimizer, wrap_data_parallel
     from megatron_paint.mcore.ranks import start_ranks, stop_ranks
+    from tests.engine.state import loads_the_usual_state, offloading, offloading_stage, saved_and_loaded
 
     ranks = start_ranks(settings_of(case, models, engine=False).megatron)
     stage, settings, shape = built(case, models, ranks, engine=True)
@@ -230,6 +231,12 @@ def check(case: Case, models: Path, out: Path) -> dict:
         "sampling_differs": sampling_attention_differs(),
         "has_buffers": all(hasattr(p, "main_grad") for p in stage.parameters() if p.requires_grad),
     }
+    if case.saves_state:
+        result["saved"] = saved_and_loaded(stage, settings, out / f"{case.name}-aware", ranks)
+        result["from usual"] = loads_the_usual_state(stage, settings, out / f"{case.name}-usual", ranks)
+    if case.pp == 1:
+        result["offloading"] = offloading(shape, settings)
+        result["offload context"] = offloading_stage(shape, settings, ranks)
     stop_ranks()
     return result
 

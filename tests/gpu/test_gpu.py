@@ -25,11 +25,13 @@ from megatron_paint.losses import (
 )
 from megatron_paint.losses.objectives import DistillationLoss
 from megatron_paint.mcore.decoded_rows import DecodedRows
+from megatron_paint.mcore.fixed_steps import CudaCapture
 from megatron_paint.mcore.sampling import choose_tokens
 from megatron_paint.planning.hardware import missing_for_engine
 from megatron_paint.records import Problem, Rollout, Sample
 from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
 from tests.losses.losses_cases import options
+from tests.mcore.eager_capture import EagerCapture
 from tests.mcore.sampling_cases import normal
 
 pytestmark = [
@@ -136,6 +138,87 @@ def test_sampler_and_trainer_agree(folder, ranks, implementation):
     rollouts = policy.sampler.generate(requests, sampling)
     scored = [replace(s, rollout=r) for s, r in zip(samples(), rollouts, strict=True)]
     assert max(score.sampler_gap.largest for score in policy.evaluate_loss(scored, LOSS)) < 0.3
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=8, alpha=16)], ids=["full", "lora"])
+@pytest.mark.parametrize("implementation", ["local", pytest.param("transformer_engine", marks=with_engine)])
+def test_captured_decoding_samples_the_tokens_of_eager_decoding(folder, ranks, implementation, lora):
+    """Greedy, with buckets that end at the same positions in both: the same kernels on the same shapes."""
+    policy = make_policy(folder, ranks, lora=lora, transformer_impl=implementation)
+    fill_adapters(policy)
+    sampling = SamplingParameters(max_new_tokens=40, temperature=0.0, top_p=1.0, top_k=0, stop_ids=frozenset({0}))
+    requests = [
+        GenerationRequest(problem_id=s.problem.id, sample_index=0, prompt_ids=s.student_prompt_ids, key=s.key)
+        for s in samples()
+    ]
+    policy.sampler.bucket = 16
+    found = []
+    for capture in (EagerCapture, CudaCapture):
+        policy.sampler.capture = capture
+        found.append(policy.sampler.generate(requests, sampling))
+    assert [r.response_ids for r in found[0]] == [r.response_ids for r in found[1]]
+    for one, other in zip(*found, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3)
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+@with_engine
+def test_a_precision_aware_optimiser_takes_the_usual_steps_and_resumes(folder, ranks, moments, tmp_path):
+    """With float32 moments the weights agree to bfloat16's rounding; a resumed run takes the same step to the bit."""
+    usual = make_policy(folder, ranks)
+    types = {"exp_avg_dtype": moments, "exp_avg_sq_dtype": moments}
+    aware = make_policy(folder, ranks, use_precision_aware_optimizer=True, **types)
+    for _ in range(3):
+        for policy in (usual, aware):
+            policy.update(samples(), LOSS, lr=1e-3)
+    pairs = zip(usual.stage.parameters(), aware.stage.parameters(), strict=True)
+    assert all((one - other).norm() < 0.02 * one.norm() for one, other in pairs)
+    resumes_to_the_bit(aware, make_policy(folder, ranks, use_precision_aware_optimizer=True, **types), tmp_path)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@with_engine
+def test_an_optimiser_in_host_memory_takes_the_usual_steps_and_resumes(folder, ranks, overlap, tmp_path):
+    moved = {"use_precision_aware_optimizer": True, "optimizer_cpu_offload": True}
+    moved |= {"overlap_cpu_optimizer_d2h_h2d": overlap}
+    usual, host = make_policy(folder, ranks), make_policy(folder, ranks, **moved)
+    for _ in range(3):
+        for policy in (usual, host):
+            policy.update(samples(), LOSS, lr=1e-3)
+    pairs = zip(usual.stage.parameters(), host.stage.parameters(), strict=True)
+    assert all((one - other).norm() < 0.02 * one.norm() for one, other in pairs)
+    state = next(iter(host.optimizer.chained_optimizers[0].optimizer.state.values()))
+    assert {state[name].device.type for name in ("exp_avg", "exp_avg_sq", "master_param")} == {"cpu"}
+    resumes_to_the_bit(host, make_policy(folder, ranks, **moved), tmp_path)
+
+
+def resumes_to_the_bit(policy, other, folder):
+    """Asserts that another policy, which loads this one's checkpoint, takes the same step on the same gradient."""
+    from megatron_paint.mcore.optimizer import take_step
+
+    policy.save(folder / "saved", {"step": 3})
+    policy.finish_save(wait=True)
+    assert other.load(folder / "saved")["step"] == 3
+    before = [p.clone() for p in policy.stage.parameters()]
+    policy.backward(samples(), LOSS, policy.teacher_states(samples(), LOSS))
+    for one, same in zip(policy.stage.parameters(), other.stage.parameters(), strict=True):
+        same.main_grad.copy_(one.main_grad)  # a backward pass on a GPU may add up in another order each time
+    for each in (policy, other):
+        take_step(each.optimizer, lr=1e-3, weight_decay=0.0)
+    assert all(map(torch.equal, policy.stage.parameters(), other.stage.parameters()))
+    assert not all(map(torch.equal, policy.stage.parameters(), before))
+
+
+@with_engine
+def test_gradients_with_offloaded_activations(folder, ranks):
+    """One of two layers; the tensors are as large as Transformer Engine asks for, 256 Ki numbers."""
+    found = []
+    for megatron in ({}, {"cpu_offloading": True, "cpu_offloading_num_layers": 1}):
+        policy = make_policy(folder, ranks, **megatron)
+        policy.teacher_states(samples(24), LOSS)  # passes without gradients leave the offloading in order
+        policy.backward(samples(24), LOSS, policy.teacher_states(samples(24), LOSS))
+        found.append([p.main_grad.clone() for p in policy.stage.parameters()])
+    assert all((one - other).norm() < 1e-2 * one.norm() for one, other in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.95, 0), (0.95, 20)])

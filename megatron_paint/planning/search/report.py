@@ -8,6 +8,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from megatron_paint.config.settings import Settings
 from megatron_paint.planning.memory import size_text
 from megatron_paint.planning.search.as_settings import (
     DIMENSIONS,
@@ -65,10 +66,18 @@ def _head(question: Question, found: Found) -> Iterator[str]:
     if work.new_tokens:
         servers = f" servers on {question.sampling_gpus} GPUs of their own" if settings.rollout.engine == "vllm" else ""
         yield f"sampling   {settings.rollout.engine}{servers}"
+    if moved := offloaded_text(settings):
+        yield f"offloaded  {moved}: their memory counts, the time of their copies does not"
     yield f"searched   {found.layouts} layouts: {searched_text(question)}"
     left_out = not_searched_text(question)
     if left_out:
         yield f"           not searched: {left_out}"
+
+
+def offloaded_text(settings: Settings) -> str:
+    """What the settings move to host memory at each step, which the model of times leaves out."""
+    names = ("optimizer_cpu_offload", "cpu_offloading")
+    return " and ".join(f"megatron.{name}" for name in names if getattr(settings.megatron, name))
 
 
 def searched_text(question: Question) -> str:

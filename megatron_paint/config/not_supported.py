@@ -1,0 +1,43 @@
+"""Settings of Megatron-Core that do not exist here, and why: the error for such a key prints the reason."""
+
+from types import MappingProxyType
+
+_FINE_GRAINED = (
+    "belongs to Megatron's fine-grained offloading of activations, which is not supported: it replays the order of "
+    "micro-batches of the first step, and here each step has another number of them. "
+    "megatron.cpu_offloading moves complete layers"
+)
+NOT_SUPPORTED = MappingProxyType(
+    {
+        "megatron.fine_grained_activation_offloading": _FINE_GRAINED,
+        "megatron.offload_modules": _FINE_GRAINED,
+        "megatron.activation_offload_fraction": _FINE_GRAINED,
+        "megatron.min_offloaded_tensor_size": _FINE_GRAINED,
+        "megatron.cpu_offloading_weights": "is not supported: newer versions of Transformer Engine ignore it",
+        "megatron.cpu_offloading_retain_pinned_cpu_buffers": (
+            "is not supported: it needs micro-batches of one shape, and here each has another number of tokens"
+        ),
+        "megatron.store_param_remainders": (
+            "is not supported: a checkpoint of any layout needs complete main weights, and Megatron cannot load the "
+            "halves that it would save"
+        ),
+        "megatron.use_torch_optimizer_for_cpu_offload": "is not supported: Megatron-Core reads it and does not use it",
+        "megatron.pin_cpu_params": "is not supported: Megatron-Core always pins these weights",
+        "megatron.cuda_graph_impl": (
+            "is not supported: a step of training has micro-batches of many lengths. rollout.cuda_graphs captures the "
+            "decoding of samples"
+        ),
+        "megatron.enable_cuda_graph": (
+            "is not supported: a step of training has micro-batches of many lengths. rollout.cuda_graphs captures the "
+            "decoding of samples"
+        ),
+        "megatron.overlap_param_gather": (
+            "is not supported: teacher, sampling and export read the weights after each step, before a forward pass "
+            "of training would gather them"
+        ),
+        "megatron.num_distributed_optimizer_instances": (
+            "is not supported: megatron-core 0.16 needs a package for it that it does not install"
+        ),
+        "megatron.reduce_scatter_with_fp32_accumulation": "is not needed: gradients are reduced in float32",
+    }
+)
