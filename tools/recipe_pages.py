@@ -1,0 +1,147 @@
+"""The recipe page of each model size: from the presets in examples/, the estimate of memory and the planner's model."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from megatron_paint.config.examples import examples_folder, objectives, preset_file, sizes
+from megatron_paint.config.load import load_settings
+from megatron_paint.models.shape import ModelShape
+from megatron_paint.planning.memory import Plan, checkpoint_bytes, make_plan
+from megatron_paint.planning.search.question import Asked, question_of
+from megatron_paint.planning.search.search import search
+from megatron_paint.planning.search.sizes import find_model, folder_of
+
+GPU_MEMORY = 80e9
+GPU = "h100-80"
+GPUS_OF_A_NODE = 8
+NODES = {"one node": 1, "two nodes": 2}
+HEAD = re.compile(r"# (?P<model>Qwen3-\S+) with .* on (?P<nodes>one node|two nodes) of 8 GPUs with 80 GB each\.")
+WHAT = {
+    "paint": "PAINT",
+    "opsd": "OPSD, the baseline: shows the complete solution, mixes nothing",
+    "support": "PAINT; the target keeps to what the initial model finds plausible",
+    "reference_free": "shows no solution to the teacher",
+    "grpo": "GRPO: rewards instead of a teacher",
+    "sft": "supervised fine-tuning on the solutions",
+}
+NOTE = """`python tools/make_docs.py` writes this page from the presets, the estimate of memory ([memory](../memory.md)) and the
+planner's model of time ([planner](../planner.md)). Do not edit it by hand. **Memory and times are estimates. None was measured on a GPU.**
+"""
+Table = Callable[[Iterable[str], Iterable[Iterable[str]]], str]
+
+
+def index_page(table: Table) -> str:
+    """The text of docs/recipes/index.md: a line for each size."""
+    rows = []
+    for size in sizes():
+        model, gpus = head_of(size)
+        plan, shape = preset_plan(size, "paint", gpus=gpus), find_model(size)[1]
+        cells = (f"[{model}]({size}.md)", f"{shape.num_parameters / 1e9:.2f}", str(gpus), layout_text(plan))
+        rows.append((*cells, f"{plan.memory.peak / 1e9:.1f}"))
+    head = ("model", "billion weights", "GPUs of 80 GB", "layout of the presets", "PAINT: GB a GPU")
+    return (
+        "# Recipes\n\nA page for each model size: how to train it, what each preset needs, and which layout is the fastest on more GPUs. "
+        f"[One node of 8 GPUs](../guides/one_node.md)\nand [Slurm](../guides/slurm.md) explain the commands.\n\n{NOTE}\n{table(head, rows)}"
+    )
+
+
+def recipe_page(size: str, table: Table) -> str:
+    """The text of the page of a size such as qwen3_8b."""
+    model, gpus = head_of(size)
+    shape = find_model(size)[1]
+    nodes = gpus // GPUS_OF_A_NODE
+    experts = f", {shape.num_experts} experts a layer, {shape.experts_per_token} a token" if shape.num_experts else ""
+    parts = [
+        f"# {model}\n\n{NOTE}",
+        f"{shape.num_parameters:,} weights, {shape.num_layers} layers, hidden size {shape.hidden_size}{experts}. The presets are for "
+        f"{nodes} node{'s' * (nodes > 1)} of {GPUS_OF_A_NODE} GPUs with 80 GB.\n",
+        f"## Train\n\n{_commands(size, model, nodes)}",
+        f"## Presets\n\n{_presets(size, shape, gpus, table)}",
+        f"## On more GPUs\n\n{_more_gpus(size, gpus, table)}",
+    ]
+    return "\n".join(parts)
+
+
+def head_of(size: str) -> tuple[str, int]:
+    """The name of the model and the number of GPUs that the first line of a size's preset names."""
+    first = preset_file(size, "paint").read_text(encoding="utf-8").split("\n", 1)[0]
+    found = HEAD.fullmatch(first)
+    if found is None:
+        raise ValueError(f"examples/{size}/paint.yaml begins with {first!r}, which names no model and no nodes")
+    return found["model"], NODES[found["nodes"]] * GPUS_OF_A_NODE
+
+
+def preset_plan(size: str, preset: str, *, gpus: int) -> Plan:
+    """The layout and the estimate of a preset, on GPUs with 80 GB."""
+    folder = folder_of(find_model(size)[1])
+    settings = load_settings(examples_folder() / size / f"{preset}.yaml", [f"model.hf_path={folder}"])
+    return make_plan(settings, processes=gpus, gpu_memory=GPU_MEMORY)
+
+
+def layout_text(plan: Plan) -> str:
+    """Such as "tensor 2 x data 4"."""
+    sizes = {"tensor": plan.tensor_parallel, "pipeline": plan.pipeline_parallel, "data": plan.data_parallel}
+    text = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    return f"{text}, expert {plan.expert_parallel}" if plan.expert_parallel > 1 else text
+
+
+def _commands(size: str, model: str, nodes: int) -> str:
+    inputs = f"model.hf_path=/models/{model} data.train=problems.jsonl"
+    slurm = (
+        f"megatron-paint launch slurm {size}.yaml {inputs} \\\n    --nodes {nodes} --account team --partition gpu "
+        "--time 24:00:00"
+    )
+    lines = [f"megatron-paint init {size} paint > {size}.yaml"]
+    if nodes == 1:
+        lines.append(f"megatron-paint train {size}.yaml {inputs} --dry-run")
+        lines.append(f"megatron-paint train {size}.yaml {inputs}")
+        more = f"On Slurm ([guide](../guides/slurm.md)):\n\n```bash\n{slurm}\n```\n"
+        return "```bash\n" + "\n".join(lines) + f"\n```\n\n{more}"
+    lines += [f"{slurm} --dry-run", slurm]
+    return "On Slurm ([guide](../guides/slurm.md)):\n\n```bash\n" + "\n".join(lines) + "\n```\n"
+
+
+def _presets(size: str, shape: ModelShape, gpus: int, table: Table) -> str:
+    rows = []
+    for name in objectives(size):
+        plan = preset_plan(size, name, gpus=gpus)
+        memory, lora = plan.memory, plan.settings.model.lora
+        rows.append(
+            (
+                f"[{name}](../../examples/{size}/{name}.yaml)",
+                WHAT[name],
+                "all weights" if lora is None else f"LoRA {lora.rank}",
+                layout_text(plan),
+                _gb(memory.training.total),
+                "-" if memory.sampling is None else _gb(memory.sampling.total),
+                _gb(memory.host.node),
+                _gb(checkpoint_bytes(plan.settings, shape)),
+            )
+        )
+    head = ("preset", "objective", "trains", "layout", "GB a GPU, training", "sampling", "GB of host memory a node", "GB a checkpoint")
+    return f"On {gpus} GPUs. The host memory is that needed while a checkpoint is copied.\n\n{table(head, rows)}"
+
+
+def _more_gpus(size: str, gpus: int, table: Table) -> str:
+    head = ("GPUs", "layout", "saves memory by", "s a step", "of these, sampling", "trained tokens/s a GPU", "GB a GPU")
+    text = (
+        f"The fastest layout of `paint` that fits on H100 GPUs with 80 GB, by the planner's model: `megatron-paint plan "
+        f"{size} --gpus {gpus} --gpu {GPU} --config examples/{size}/paint.yaml`\nprints the first line with its reasons and its settings. A batch of "
+        "32 problems is small for many GPUs, so more of them shorten a step little: raise `data.problems_per_step` too.\n"
+    )
+    return f"{text}\n{table(head, _fastest(size, gpus))}"
+
+
+def _fastest(size: str, gpus: int) -> Iterator[tuple[str, ...]]:
+    for count in (gpus, 2 * gpus, 4 * gpus):
+        config = Path(examples_folder() / size / "paint.yaml")
+        question = question_of(Asked(model=size, gpus=count, gpu=GPU, config=config))
+        best = search(question, top=1).ranked[0]
+        speed = question.model().work.trained_tokens / best.time.total / count
+        times = (f"{best.time.total:.1f}", f"{best.time.rollout:.1f}", f"{speed:,.0f}")
+        yield str(count), best.candidate.layout_text(), best.candidate.savings_text(), *times, _gb(best.peak)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f}"
