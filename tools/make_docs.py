@@ -102,7 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path in old:
         if not check:
             path.write_text(PAGES[path](), encoding="utf-8")
-        print(f"{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name} {'is not current: run python tools/make_docs.py' if check else 'written'}")
+        name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
+        print(f"{name} {'is not current: run python tools/make_docs.py' if check else 'written'}")
     return int(check and bool(old))
 
 

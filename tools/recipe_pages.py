@@ -2,9 +2,8 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
-from megatron_paint.config.examples import examples_folder, objectives, preset_file, sizes
+from megatron_paint.config.examples import objectives, preset_file, sizes
 from megatron_paint.config.load import load_settings
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.memory import Plan, checkpoint_bytes, make_plan
@@ -25,8 +24,19 @@ WHAT = {
     "grpo": "GRPO: rewards instead of a teacher",
     "sft": "supervised fine-tuning on the solutions",
 }
-NOTE = """`python tools/make_docs.py` writes this page from the presets, the estimate of memory ([memory](../memory.md)) and the
-planner's model of time ([planner](../planner.md)). Do not edit it by hand. **Memory and times are estimates. None was measured on a GPU.**
+NOTE = """`python tools/make_docs.py` writes this page from the presets, the estimate of memory ([memory](../memory.md))
+and the planner's model of time ([planner](../planner.md)). Do not edit it by hand. **Memory and times are estimates.
+None was measured on a GPU.**
+"""
+INDEX = """# Recipes
+
+A page for each model size: how to train it, what each preset needs, and which layout is the fastest on more GPUs.
+[One node of 8 GPUs](../guides/one_node.md) and [Slurm](../guides/slurm.md) explain the commands.
+"""
+MORE_GPUS = """The fastest layout of `paint` that fits on H100 GPUs with 80 GB, by the planner's model.
+`{command}`
+prints the first line with its reasons and its settings. A step of {problems} problems is small for many GPUs, so more
+GPUs shorten it little. Raise `data.problems_per_step` too.
 """
 Table = Callable[[Iterable[str], Iterable[Iterable[str]]], str]
 
@@ -40,10 +50,7 @@ def index_page(table: Table) -> str:
         cells = (f"[{model}]({size}.md)", f"{shape.num_parameters / 1e9:.2f}", str(gpus), layout_text(plan))
         rows.append((*cells, f"{plan.memory.peak / 1e9:.1f}"))
     head = ("model", "billion weights", "GPUs of 80 GB", "layout of the presets", "PAINT: GB a GPU")
-    return (
-        "# Recipes\n\nA page for each model size: how to train it, what each preset needs, and which layout is the fastest on more GPUs. "
-        f"[One node of 8 GPUs](../guides/one_node.md)\nand [Slurm](../guides/slurm.md) explain the commands.\n\n{NOTE}\n{table(head, rows)}"
-    )
+    return f"{INDEX}\n{NOTE}\n{table(head, rows)}"
 
 
 def recipe_page(size: str, table: Table) -> str:
@@ -54,8 +61,8 @@ def recipe_page(size: str, table: Table) -> str:
     experts = f", {shape.num_experts} experts a layer, {shape.experts_per_token} a token" if shape.num_experts else ""
     parts = [
         f"# {model}\n\n{NOTE}",
-        f"{shape.num_parameters:,} weights, {shape.num_layers} layers, hidden size {shape.hidden_size}{experts}. The presets are for "
-        f"{nodes} node{'s' * (nodes > 1)} of {GPUS_OF_A_NODE} GPUs with 80 GB.\n",
+        f"{shape.num_parameters:,} weights, {shape.num_layers} layers, hidden size {shape.hidden_size}{experts}.\n"
+        f"The presets are for {nodes} node{'s' * (nodes > 1)} of {GPUS_OF_A_NODE} GPUs with 80 GB.\n",
         f"## Train\n\n{_commands(size, model, nodes)}",
         f"## Presets\n\n{_presets(size, shape, gpus, table)}",
         f"## On more GPUs\n\n{_more_gpus(size, gpus, table)}",
@@ -75,7 +82,7 @@ def head_of(size: str) -> tuple[str, int]:
 def preset_plan(size: str, preset: str, *, gpus: int) -> Plan:
     """The layout and the estimate of a preset, on GPUs with 80 GB."""
     folder = folder_of(find_model(size)[1])
-    settings = load_settings(examples_folder() / size / f"{preset}.yaml", [f"model.hf_path={folder}"])
+    settings = load_settings(preset_file(size, preset), [f"model.hf_path={folder}"])
     return make_plan(settings, processes=gpus, gpu_memory=GPU_MEMORY)
 
 
@@ -119,23 +126,30 @@ def _presets(size: str, shape: ModelShape, gpus: int, table: Table) -> str:
                 _gb(checkpoint_bytes(plan.settings, shape)),
             )
         )
-    head = ("preset", "objective", "trains", "layout", "GB a GPU, training", "sampling", "GB of host memory a node", "GB a checkpoint")
+    head = (
+        "preset",
+        "objective",
+        "trains",
+        "layout",
+        "GB a GPU, training",
+        "sampling",
+        "GB of host memory a node",
+        "GB a checkpoint",
+    )
     return f"On {gpus} GPUs. The host memory is that needed while a checkpoint is copied.\n\n{table(head, rows)}"
 
 
 def _more_gpus(size: str, gpus: int, table: Table) -> str:
     head = ("GPUs", "layout", "saves memory by", "s a step", "of these, sampling", "trained tokens/s a GPU", "GB a GPU")
-    text = (
-        f"The fastest layout of `paint` that fits on H100 GPUs with 80 GB, by the planner's model: `megatron-paint plan "
-        f"{size} --gpus {gpus} --gpu {GPU} --config examples/{size}/paint.yaml`\nprints the first line with its reasons and its settings. A batch of "
-        "32 problems is small for many GPUs, so more of them shorten a step little: raise `data.problems_per_step` too.\n"
-    )
+    command = f"megatron-paint plan {size} --gpus {gpus} --gpu {GPU} --config examples/{size}/paint.yaml"
+    problems = load_settings(preset_file(size, "paint")).data.problems_per_step
+    text = MORE_GPUS.format(command=command, problems=problems)
     return f"{text}\n{table(head, _fastest(size, gpus))}"
 
 
 def _fastest(size: str, gpus: int) -> Iterator[tuple[str, ...]]:
     for count in (gpus, 2 * gpus, 4 * gpus):
-        config = Path(examples_folder() / size / "paint.yaml")
+        config = preset_file(size, "paint")
         question = question_of(Asked(model=size, gpus=count, gpu=GPU, config=config))
         best = search(question, top=1).ranked[0]
         speed = question.model().work.trained_tokens / best.time.total / count

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
-from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
@@ -28,9 +27,8 @@ def execute(path: Path) -> nbformat.NotebookNode:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), before)))  # the kernel inherits it
     try:
         with tempfile.TemporaryDirectory() as folder:
-            kernel = AsyncKernelManager(kernel_name="python3", transport="ipc")
             options = {"record_timing": False, "resources": {"metadata": {"path": folder}}}
-            NotebookClient(notebook, km=kernel, timeout=SECONDS, **options).execute()
+            NotebookClient(notebook, kernel_name="python3", timeout=SECONDS, **options).execute()
     finally:
         os.environ.pop("PYTHONPATH")
         if before is not None:

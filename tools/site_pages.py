@@ -33,7 +33,9 @@ def on_files(files: Files, config: Any) -> Files:
     """Adds the pages. A link to a file that does not exist is a warning, which ends a strict build."""
     for file in list(files):
         if file.src_uri.endswith(".ipynb"):
-            files.append(File.generated(config, site_path(f"{DOCS}{file.src_uri}"), content=_text_of(DOCS + file.src_uri)))
+            files.append(
+                File.generated(config, site_path(f"{DOCS}{file.src_uri}"), content=_text_of(DOCS + file.src_uri))
+            )
     files.append(File.generated(config, site_path(HOME), content=_text_of(HOME)))
     waiting = [file for file in files if file.is_documentation_page()]
     while waiting:
@@ -109,7 +111,9 @@ def _text_of(path: str) -> str:
         return text
     if path.endswith(".ipynb"):
         return notebook_text(json.loads(text), path)
-    return f"---\nsearch: {{exclude: true}}\n---\n\n# {path}\n\n{_block(text, LANGUAGES.get(Path(path).suffix, 'text'))}"
+    return (
+        f"---\nsearch: {{exclude: true}}\n---\n\n# {path}\n\n{_block(text, LANGUAGES.get(Path(path).suffix, 'text'))}"
+    )
 
 
 def notebook_text(notebook: dict[str, Any], path: str) -> str:
