@@ -1,8 +1,8 @@
 """The documentation site: a strict build has every page, loads nothing from other hosts, and finds broken links."""
 
 import importlib
-import logging
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -131,23 +131,24 @@ def test_a_file_with_fences_is_one_block():
     assert site_pages._block("a\n```\nb\n", "text") == "````text\na\n```\nb\n````"
 
 
-def test_a_link_to_no_file_is_a_warning(tmp_path, monkeypatch, caplog):
-    from mkdocs.config import load_config
-    from mkdocs.structure.files import File, Files
-
+def test_a_link_to_no_file_ends_a_strict_build(tmp_path):
     (tmp_path / "docs").mkdir()
-    (tmp_path / "README.md").write_text("# Home\n[right](tool.py) [wrong](tols.py) [page](docs/a.md)")
+    (tmp_path / "tools").mkdir()
+    shutil.copy(ROOT / "tools" / "site_pages.py", tmp_path / "tools")
+    (tmp_path / "mkdocs.yml").write_text("site_name: a\nhooks: [tools/site_pages.py]\n")
     (tmp_path / "tool.py").write_text("print(1)\n")
-    (tmp_path / "docs" / "a.md").write_text("# A\n[folder](../docs)")
-    (tmp_path / "mkdocs.yml").write_text("site_name: a\n")
-    config = load_config(str(tmp_path / "mkdocs.yml"))
-    monkeypatch.setattr(site_pages, "ROOT", tmp_path)
-    with caplog.at_level(logging.WARNING):
-        files = site_pages.on_files(
-            Files([File("a.md", str(tmp_path / "docs"), str(tmp_path / "site"), False)]), config
-        )
-    assert sorted(file.src_uri for file in files) == ["a.md", "index.md", "source/tool.py.md"]
-    assert [record.getMessage() for record in caplog.records] == [
-        "README.md links to tols.py, which is no file of the repository",
-        "docs/a.md links to ../docs, which is no file of the repository",
-    ]
+    (tmp_path / "docs" / "a.md").write_text("# A\n[home](../README.md)")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
+    (tmp_path / "README.md").write_text("# Home\n[wrong](tols.py) [folder](docs)")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.findall(r"WARNING -  (.* no file of the repository)", done.stderr) == WRONG
+    (tmp_path / "README.md").write_text("# Home\n[right](tool.py) [page](docs/a.md)")
+    subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
+    assert (tmp_path / "site" / "source" / "tool.py" / "index.html").is_file()
+
+
+WRONG = [
+    "README.md links to tols.py, which is no file of the repository",
+    "README.md links to docs, which is no file of the repository",
+]
