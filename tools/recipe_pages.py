@@ -18,7 +18,7 @@ NODES = {"one node": 1, "two nodes": 2}
 HEAD = re.compile(r"# (?P<model>Qwen3-\S+) with .* on (?P<nodes>one node|two nodes) of 8 GPUs with 80 GB each\.")
 WHAT = {
     "paint": "PAINT",
-    "opsd": "OPSD, the baseline: shows the complete solution, mixes nothing",
+    "opsd": "OPSD: shows the complete solution, mixes nothing",
     "support": "PAINT; the target keeps to what the initial model finds plausible",
     "reference_free": "shows no solution to the teacher",
     "grpo": "GRPO: rewards instead of a teacher",
@@ -33,10 +33,18 @@ INDEX = """# Recipes
 A page for each model size: how to train it, what each preset needs, and which layout is the fastest on more GPUs.
 [One node of 8 GPUs](../guides/one_node.md) and [Slurm](../guides/slurm.md) explain the commands.
 """
-MORE_GPUS = """The fastest layout of `paint` that fits on H100 GPUs with 80 GB, by the planner's model.
-`{command}`
-prints the first line with its reasons and its settings. A step of {problems} problems is small for many GPUs, so more
-GPUs shorten it little. Raise `data.problems_per_step` too.
+PRESETS = """Each trains {trains}. `optimizer.lr`, sampling and the rest are in their bases, such as
+[paint](../../examples/qwen3_base/paint.yaml). `megatron-paint init` prints a preset with its base as one file. The host
+memory is needed while a checkpoint is copied.
+"""
+ON_SLURM = "On Slurm ([guide](../guides/slurm.md)):\n"
+MORE_GPUS = """The fastest layout of `paint` that fits on H100 GPUs with 80 GB, by the planner's model. A step of
+{problems} problems is small for many GPUs, so more GPUs shorten it little. Raise `data.problems_per_step` too. This
+command explains the first line and prints its settings:
+
+```bash
+{command}
+```
 """
 Table = Callable[[Iterable[str], Iterable[Iterable[str]]], str]
 
@@ -94,49 +102,30 @@ def layout_text(plan: Plan) -> str:
 
 
 def _commands(size: str, model: str, nodes: int) -> str:
-    inputs = f"model.hf_path=/models/{model} data.train=problems.jsonl"
+    inputs = f"{size}.yaml model.hf_path=/models/{model} data.train=problems.jsonl"
     slurm = (
-        f"megatron-paint launch slurm {size}.yaml {inputs} \\\n    --nodes {nodes} --account team --partition gpu "
-        "--time 24:00:00"
+        f"megatron-paint launch slurm {inputs} \\\n    --nodes {nodes} --account team --partition gpu --time 24:00:00"
     )
-    lines = [f"megatron-paint init {size} paint > {size}.yaml"]
-    if nodes == 1:
-        lines.append(f"megatron-paint train {size}.yaml {inputs} --dry-run")
-        lines.append(f"megatron-paint train {size}.yaml {inputs}")
-        more = f"On Slurm ([guide](../guides/slurm.md)):\n\n```bash\n{slurm}\n```\n"
-        return "```bash\n" + "\n".join(lines) + f"\n```\n\n{more}"
-    lines += [f"{slurm} --dry-run", slurm]
-    return "On Slurm ([guide](../guides/slurm.md)):\n\n```bash\n" + "\n".join(lines) + "\n```\n"
+    first = f"megatron-paint init {size} paint > {size}.yaml\n"
+    train = f"megatron-paint train {inputs} --dry-run\nmegatron-paint train {inputs}\n"
+    if nodes > 1:
+        return f"{ON_SLURM}\n```bash\n{first}{slurm} --dry-run\n{slurm}\n```\n"
+    return f"```bash\n{first}{train}```\n\n{ON_SLURM}\n```bash\n{slurm}\n```\n"
 
 
 def _presets(size: str, shape: ModelShape, gpus: int, table: Table) -> str:
-    rows = []
+    rows, same = [], set()
     for name in objectives(size):
         plan = preset_plan(size, name, gpus=gpus)
         memory, lora = plan.memory, plan.settings.model.lora
-        rows.append(
-            (
-                f"[{name}](../../examples/{size}/{name}.yaml)",
-                WHAT[name],
-                "all weights" if lora is None else f"LoRA {lora.rank}",
-                layout_text(plan),
-                _gb(memory.training.total),
-                "-" if memory.sampling is None else _gb(memory.sampling.total),
-                _gb(memory.host.node),
-                _gb(checkpoint_bytes(plan.settings, shape)),
-            )
-        )
-    head = (
-        "preset",
-        "objective",
-        "trains",
-        "layout",
-        "GB a GPU, training",
-        "sampling",
-        "GB of host memory a node",
-        "GB a checkpoint",
-    )
-    return f"On {gpus} GPUs. The host memory is that needed while a checkpoint is copied.\n\n{table(head, rows)}"
+        same.add(f"{'all weights' if lora is None else f'LoRA {lora.rank}'} on {gpus} GPUs: {layout_text(plan)}")
+        link = f"[{name}](../../examples/{size}/{name}.yaml)"
+        sampling = "-" if memory.sampling is None else _gb(memory.sampling.total)
+        sizes = (_gb(memory.training.total), sampling, _gb(memory.host.node))
+        rows.append((link, WHAT[name], *sizes, _gb(checkpoint_bytes(plan.settings, shape))))
+    (trains,) = same  # a preset that differs needs a column
+    head = ("preset", "objective", "GB a GPU, training", "sampling", "GB of host memory a node", "GB a checkpoint")
+    return f"{PRESETS.format(trains=trains)}\n{table(head, rows)}"
 
 
 def _more_gpus(size: str, gpus: int, table: Table) -> str:
