@@ -77,6 +77,7 @@ setup(
             "mkdocstrings[python]>=0.28,<2",
             "nbclient>=0.10",
             "ipykernel>=6.29",
+            "ruff>=0.6",  # formats the signatures of the reference
         ],
         "gpu": ["transformer-engine[pytorch,core_cu13]>=2.14", "triton>=3"],
         "tensorboard": ["tensorboard>=2.16"],

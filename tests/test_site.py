@@ -5,12 +5,16 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from functools import partial
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 import megatron_paint
+from tests.report.browser import chromium, missing
 
 pytest.importorskip("mkdocs", reason="the site needs the extra docs: pip install -e '.[docs]'")
 pytest.importorskip("mkdocstrings", reason="the site needs the extra docs: pip install -e '.[docs]'")
@@ -101,6 +105,40 @@ def test_a_notebook_is_a_page_with_its_outputs(site):
 
 def test_the_file_of_a_code_block_is_its_title(site):
     assert '<span class="filename">mine.jsonl</span>' in (site / "guides" / "laptop.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def address(site):
+    """Where a server on this machine shows the site."""
+    handler = partial(SilentHandler, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+class SilentHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(bool(missing()), reason=f"missing: {missing()}")
+def test_pages_in_a_browser_ask_this_site_alone(address):
+    """Also when the search is used. The console has no error."""
+    with chromium() as browser:
+        browser.driver.get("about:blank")
+        browser.requests()  # of the browser's own first page
+        for page in ("index.html", "guides/laptop.html", "api/losses.html", "notebooks/report_data.html"):
+            browser.driver.get(address + page)
+            browser.wait("return document.readyState === 'complete' && document.querySelector('.md-search__input')")
+        browser.run("const field = document.querySelector('.md-search__input'); field.focus(); field.value = 'reveal';")
+        browser.run("document.querySelector('.md-search__input').dispatchEvent(new Event('keyup'))")
+        browser.wait("return document.querySelectorAll('.md-search-result__item').length > 3")
+        asked = browser.requests()
+        assert len(asked) > 10
+        assert not [url for url in asked if not url.startswith((address, f"blob:{address}"))]
+        assert browser.messages() == []
 
 
 @pytest.mark.parametrize(
