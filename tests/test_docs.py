@@ -100,6 +100,18 @@ def test_python_files_exist(page):
 
 
 @pages
+def test_lists_are_lists_on_the_site_too(page):
+    """Python-Markdown wants an empty line before a list, and four spaces before a list in a list. Code hosts do not."""
+    before = ""
+    for line in FENCE.sub("", page.read_text()).splitlines():
+        item = re.match(r"( *)(?:[*-]|\d+\.) ", line)
+        assert not item or len(item[1]) in (0, 4), f"{page.name}: {line}"
+        follows = not before or before.startswith("  ") or re.match(r" *(?:[*-]|\d+\.) ", before)
+        assert not item or follows, f"{page.name}: {line}"
+        before = line
+
+
+@pages
 def test_commands_parse(page):
     for arguments in commands(page):
         try:

@@ -175,6 +175,17 @@ def test_a_guide_s_settings_and_commands(guide, folder, model, capsys):
     assert not [text for text in SAYS[guide] if text not in printed]
 
 
+def test_what_the_slurm_guide_changes_later(folder, model):
+    """Its table names overrides for the command of step 4."""
+    changes = re.findall(r"the command of step 4 with `([^`]+)` after `my.yaml`", (GUIDES / "slurm.md").read_text())
+    assert len(changes) == 2
+    (init, *_), (dry, *_) = ([each for each in commands("slurm.md") if name in each] for name in ("init", "--dry-run"))
+    run_dry(init, model, folder)
+    save_files("slurm.md", folder, model=model)
+    for change in changes:
+        run_dry([*dry[:3], *change.split(), *dry[3:]], model, folder)
+
+
 def test_a_launch_without_a_dry_run_is_one_that_was_looked_at():
     """The guide's command to submit is the one that it has shown with --dry-run."""
     launches = [arguments for arguments in commands("slurm.md") if arguments[0] == "launch"]
