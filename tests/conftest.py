@@ -27,6 +27,7 @@ LONGEST = (
     "end_to_end/test_run.py",
     "end_to_end/test_shown.py",
     "report/test_browser.py",
+    "tools/test_run_notebooks.py",
     "planning/test_measured.py",
     "mcore/test_generation.py",
     "end_to_end/test_resume.py",

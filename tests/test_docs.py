@@ -1,5 +1,6 @@
 """README and docs/ say what is true: links, paths, commands, settings, code and drawings."""
 
+import fnmatch
 import json
 import os
 import re
@@ -12,17 +13,22 @@ from pathlib import Path
 
 import pytest
 
+import megatron_paint
 from megatron_paint.cli.main import make_parser, parse
+from megatron_paint.config import describe
 from megatron_paint.config.load import load_settings
 from megatron_paint.config.settings import DataSettings
 from megatron_paint.data.problems import load_problems
 from megatron_paint.grading.grade import GradingPool
+from megatron_paint.objectives.metric_table import METRICS
+from megatron_paint.objectives.metrics import CLIP_LIMIT, CLIP_STEPS
 from megatron_paint.planning.memory import make_plan
+from megatron_paint.run.learning_watch import SIGNS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megatron_paint"
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 FOLDERS = ("megatron_paint", "docs", "tests", "examples", "tools", "benchmarks")
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NEW_FILE = re.compile(r"^```\w+ file=(\S+)", re.MULTILINE)  # a page may show a file that a reader is to add
@@ -31,7 +37,7 @@ PYTHON_FILE = re.compile(r"`([\w./-]+\.py)`")
 PLACEHOLDER = re.compile(r"\b[A-Z][A-Z_]+\b")  # such as examples/MODEL/paint.yaml
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
-pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
@@ -91,6 +97,18 @@ def test_python_files_exist(page):
         known = (ROOT / path).exists() or any(file.match(f"**/{path}") for file in PACKAGE.rglob("*.py"))
         known = known or any(file.match(f"**/{path}") for file in (ROOT / "tests").rglob("*.py"))
         assert known, f"{page.name} names {path}"
+
+
+@pages
+def test_lists_are_lists_on_the_site_too(page):
+    """Python-Markdown wants an empty line before a list, and four spaces before a list in a list. Code hosts do not."""
+    before = ""
+    for line in FENCE.sub("", page.read_text()).splitlines():
+        item = re.match(r"( *)(?:[*-]|\d+\.) ", line)
+        assert not item or len(item[1]) in (0, 4), f"{page.name}: {line}"
+        follows = not before or before.startswith("  ") or re.match(r" *(?:[*-]|\d+\.) ", before)
+        assert not item or follows, f"{page.name}: {line}"
+        before = line
 
 
 @pages
@@ -194,8 +212,54 @@ def test_every_size_is_in_the_readme():
 
 
 def test_the_readme_lists_every_page():
+    """A folder with an index needs only that."""
     text = README.read_text()
-    assert not [page.name for page in PAGES[1:] if f"(docs/{page.name})" not in text]
+    listed = [page for page in PAGES[1:] if page.name == "index.md" or not page.with_name("index.md").exists()]
+    listed += sorted((ROOT / "docs").rglob("*.ipynb"))
+    assert not [page.name for page in listed if f"({page.relative_to(ROOT)})" not in text]
+
+
+def test_an_index_lists_the_pages_of_its_folder():
+    for index in (page for page in PAGES if page.name == "index.md"):
+        text = index.read_text()
+        others = [page for page in PAGES if page.parent == index.parent and page != index]
+        assert not [page.name for page in others if f"({page.name})" not in text], index
+
+
+def test_the_reference_has_every_public_name():
+    found = {page: re.findall(r"^::: megatron_paint\.(\w+)$", page.read_text(), re.MULTILINE) for page in PAGES}
+    names = sorted(name for names in found.values() for name in names)
+    assert names == sorted(set(megatron_paint.__all__) - {"__version__"})
+    index = (ROOT / "docs" / "api" / "index.md").read_text()
+    assert not [name for name in megatron_paint.__all__ if f"`{name}`" not in index]
+
+
+WHY = ROOT / "docs" / "why_not_learning.md"
+
+
+@pytest.mark.parametrize("sign", SIGNS, ids=lambda sign: sign.metric)
+def test_the_warnings_of_a_run_are_those_of_the_code(sign):
+    causes = "; ".join(f"({number}) {cause}" for number, cause in enumerate(sign.causes, start=1))
+    row = f"| {sign.text} (`{sign.metric}` {sign.value:g}) | {sign.steps} | {causes} |"
+    assert row in WHY.read_text().splitlines(), f"docs/why_not_learning.md does not have:\n{row}"
+
+
+def test_metrics_and_settings_of_the_symptoms_exist():
+    sections = describe.sections()
+    known = {section.key for section in sections} | {
+        setting.key for section in sections for setting in section.settings
+    }
+    text = FENCE.sub("", WHY.read_text())
+    named = set(re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)(?:=[^`]*)?`", text)) - {"megatron_paint.grade"}
+    metrics = set(re.findall(r"`([a-z_]+/[a-z_*]+)`", text))
+    assert named <= known, named - known
+    assert {name for name in metrics if not fnmatch.filter(METRICS, name)} == set()
+    assert len(named) > 25
+    assert len(metrics) > 20
+
+
+def test_the_limit_of_the_clip_is_that_of_the_code():
+    assert f"| `clip/share` above {CLIP_LIMIT} (a clip of entries) | {CLIP_STEPS} |" in WHY.read_text()
 
 
 def test_drawings_are_those_of_their_scripts(tmp_path):

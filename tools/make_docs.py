@@ -1,14 +1,16 @@
-"""Writes docs/settings.md and docs/metrics.md from the code: `python tools/make_docs.py`.
+"""Writes docs/settings.md, docs/metrics.md and docs/recipes/ from the code: `python tools/make_docs.py`.
 
 `--check` writes nothing and ends with status 1 if a page is not current.
 """
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from megatron_paint.config import describe
+from megatron_paint.config.examples import sizes
 from megatron_paint.objectives.metric_table import METRICS, Metric
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +72,25 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
-PAGES = {ROOT / "docs" / "settings.md": settings_page, ROOT / "docs" / "metrics.md": metrics_page}
+def _recipe_page(size: str) -> str:
+    from recipe_pages import recipe_page  # it imports torch
+
+    return recipe_page(size, _table)
+
+
+def _recipe_index() -> str:
+    from recipe_pages import index_page
+
+    return index_page(_table)
+
+
+DOCS = ROOT / "docs"
+PAGES: dict[Path, Callable[[], str]] = {
+    DOCS / "settings.md": settings_page,
+    DOCS / "metrics.md": metrics_page,
+    DOCS / "recipes" / "index.md": _recipe_index,
+    **{DOCS / "recipes" / f"{size}.md": partial(_recipe_page, size) for size in sizes()},
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,7 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path in old:
         if not check:
             path.write_text(PAGES[path](), encoding="utf-8")
-        print(f"docs/{path.name} {'is not current: run python tools/make_docs.py' if check else 'written'}")
+        name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
+        print(f"{name} {'is not current: run python tools/make_docs.py' if check else 'written'}")
     return int(check and bool(old))
 
 
