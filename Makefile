@@ -19,7 +19,7 @@ PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=25 $(OP
 # `make check` leaves out the folders and files that start ranks, nodes or compilers, or that train.
 STARTS = end_to_end reliability slurm gpu convert mcore losses/test_losses_parallel.py losses/test_losses_triton.py \
     objectives/test_add_an_objective.py report/test_browser.py planning/test_measured.py search/test_search.py tools/test_testbed.py \
-    tools/test_run_notebooks.py
+    tools/test_run_notebooks.py test_site.py
 
 .PHONY: help quickstart testbed testbed-full test check test-all test-slurm test-vllm test-vllm-all test-engine soak test-gpu \
         bench docs docs-serve install

@@ -141,6 +141,19 @@ def test_pages_in_a_browser_ask_this_site_alone(address):
         assert browser.messages() == []
 
 
+@pytest.mark.browser
+@pytest.mark.skipif(bool(missing()), reason=f"missing: {missing()}")
+@pytest.mark.parametrize(("scheme", "palette"), [("light", "default"), ("dark", "slate")])
+def test_axe_finds_nothing_serious(address, scheme, palette):
+    with chromium() as browser:
+        browser.prefer(scheme)
+        for page in ("index.html", "guides/laptop.html", "api/losses.html", "notebooks/loss.html", "settings.html"):
+            browser.driver.get(address + page)
+            browser.wait("return document.querySelector('.md-search')?.ariaLabel === 'Search'")
+            assert browser.run("return document.body.dataset.mdColorScheme") == palette
+            assert browser.axe() == [], page
+
+
 @pytest.mark.parametrize(
     ("path", "page"),
     [
