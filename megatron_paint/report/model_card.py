@@ -253,8 +253,8 @@ def _license(folder: Path) -> dict[str, str]:
         return {}
     match = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
     try:
-        head = YAML(typ="safe", pure=True).load(match[1]) if match else None
-    except YAMLError:
+        head = YAML(typ="base", pure=True).load(match[1]) if match else None  # texts alone: a date need not exist
+    except (YAMLError, ValueError, RecursionError):
         return {}
     found = head if isinstance(head, dict) else {}
     return {key: found[key] for key in LICENSE_KEYS if isinstance(found.get(key), str)}

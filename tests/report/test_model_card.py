@@ -137,6 +137,9 @@ def test_the_license_of_the_base_stays(tmp_path):
     data = ModelCard(card).data.to_dict()
     assert (data["license"], data["license_name"]) == ("other", "qwen")
     assert "license_link" not in data
+    (base / "README.md").write_text("---\nlicense: mit\ndate: 2024-13-45\n---\n")  # no such month
+    card = card_of_run(RunFolder(tmp_path / "run"), tree(f"model.hf_path={base}"), 25)
+    assert ModelCard(card).data.to_dict()["license"] == "mit"
     for damaged in ("---\n[\n---\n", "no head", "---\n- a\n---\n"):
         (base / "README.md").write_text(damaged)
         card = card_of_run(RunFolder(tmp_path / "run"), tree(f"model.hf_path={base}"), 25)
