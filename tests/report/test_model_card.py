@@ -207,3 +207,13 @@ def test_names_of_models(path, name, monkeypatch):
 )
 def test_names_of_data(source, name):
     assert data_name(source) == name
+
+
+def test_a_checkpoint_of_an_earlier_version_lacks_settings(tmp_path):
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_000002"
+    checkpoint.mkdir(parents=True)
+    settings = settings_tree(quickstart("x"))
+    del settings["model"]["lora"], settings["evaluation"], settings["run"]["loggers"]
+    (checkpoint / "run_state.json").write_text(json.dumps({"step": 2, "settings": settings}))
+    card = card_of_checkpoint(checkpoint, tmp_path / "Base", adapter=False)
+    assert "* Weights: all weights were trained." in card
