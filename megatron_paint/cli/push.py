@@ -11,6 +11,7 @@ from megatron_paint.checkpoints.peft import ADAPTER_CONFIG, ADAPTER_FILE, MODEL_
 
 CARD, CONFIG = "README.md", "config.json"
 MANIFEST = "conversion.json"  # of convert; checkpoints/manifest.py has the name too, but imports torch
+MOST_OF_A_REASON = 300  # characters of what the hub answers
 UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "B"))
 
 
@@ -162,7 +163,7 @@ def upload(files: list[File], repository: str, *, private: bool, message: str) -
         api.create_repo(repository, private=private, exist_ok=True)
         commit = api.create_commit(repository, operations, commit_message=message)
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = " ".join(str(error).split())[:MOST_OF_A_REASON] or type(error).__name__
         raise UserError(f"{repository}: the hub refused the upload ({reason}); the same command tries again") from None
     except Exception as error:  # the HTTP library has other errors
         if not type(error).__module__.startswith(("httpx", "httpcore", "requests")):

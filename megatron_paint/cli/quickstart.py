@@ -31,7 +31,7 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def copy_quickstart(folder: Path) -> None:
-    """Copies model, problems, templates and settings to `folder`, which appears complete or not at all.
+    """Copies model, problems, templates and settings to `folder`. The settings come last, so they mark a complete copy.
 
     The copied settings name the files by their new paths. A folder with the settings stays as it is, so that a run in
     it resumes. UserError: the folder holds something else, or cannot be written.
@@ -48,7 +48,9 @@ def copy_quickstart(folder: Path) -> None:
         shutil.copytree(examples_folder() / "quickstart", unfinished, copy_function=shutil.copyfile)
         for path in sorted(unfinished.glob("*.yaml")):
             path.write_text(_moved(path.read_text(encoding="utf-8"), folder), encoding="utf-8")
-        unfinished.rename(folder)
+        folder.mkdir(exist_ok=True)  # one that exists is kept: it may be the current folder of a shell
+        for path in sorted(unfinished.iterdir(), key=lambda path: path.name == SETTINGS):
+            path.rename(folder / path.name)
     except OSError as error:
         raise UserError(f"--out={folder} cannot be written: {error}") from error
     finally:

@@ -176,10 +176,28 @@ def _is_allowed(name: str, allowed: set[str]) -> bool:
     return any(name == key or name.startswith(f"{key}.") for key in allowed)
 
 
+def _smallest() -> dict[str, Any]:
+    return settings_tree(
+        Settings(model=ModelSettings(hf_path="-"), data=DataSettings(train="-"), run=RunSettings(dir="-"))
+    )
+
+
 def _defaults() -> dict[str, Any]:
-    smallest = Settings(model=ModelSettings(hf_path="-"), data=DataSettings(train="-"), run=RunSettings(dir="-"))
     needed = ("model.hf_path", "data.train", "run.dir")
-    return {name: value for name, value in dotted(settings_tree(smallest)).items() if name not in needed}
+    return {name: value for name, value in dotted(_smallest()).items() if name not in needed}
+
+
+def with_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved settings, with the defaults of those that the version which saved them did not have."""
+    return _filled(_smallest(), tree)
+
+
+def _filled(defaults: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:
+    filled = {**defaults, **tree}
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and isinstance(defaults.get(name), Mapping):
+            filled[name] = _filled(defaults[name], value)
+    return filled
 
 
 def moved_decay_end(*, old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:

@@ -14,7 +14,12 @@ HIDDEN = "(hidden)"
 ENVIRONMENT = "rollout.vllm.environment"
 EXTRA_ARGUMENTS = ("rollout.vllm.extra_args", "rollout.vllm.command")
 SECRET_WORDS = {"key", "token", "password", "secret"}  # in the name of an option, such as --api-key
-IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+@")  # user and password of a URL
+IN_ADDRESS = re.compile(r"(?<=://)[^/\s]+@")  # user and password of a URL; a password may have an @
+# NAME=value in a command, as `env HF_TOKEN=...` has it
+ASSIGNED = re.compile(
+    r"""\b(?P<name>\w*(?:KEY|TOKEN|PASSWORD|SECRET)\w*)=("[^"]*"|'[^']*'|[^\s;"']+)""",
+    re.IGNORECASE,
+)
 
 
 def recorded_tree(settings: Any) -> dict[str, Any]:
@@ -34,7 +39,7 @@ def _hidden(value: Any, key: str) -> Any:
             return dict.fromkeys(value, HIDDEN)
         return without_secrets(value, f"{key}.")
     if isinstance(value, list | tuple):
-        words = _without_secret_options(value) if key in EXTRA_ARGUMENTS else value
+        words = without_secret_options(value) if key in EXTRA_ARGUMENTS else value
         return [_hidden(word, key) for word in words]
     return without_credentials(value) if isinstance(value, str) else value
 
@@ -44,18 +49,22 @@ def without_credentials(text: str) -> str:
     return IN_ADDRESS.sub(f"{HIDDEN}@", text)
 
 
-def _without_secret_options(words: Sequence[Any]) -> list[Any]:
-    """Options of a command; the value of --api-key and the like is hidden, in one word with it or in the next one."""
+def without_secret_options(words: Sequence[str]) -> list[str]:
+    """Words of a command. Hidden are the values of --api-key and the like, in one word with it or in the next ones, and
+    what variables such as HF_TOKEN=... are set to."""
     found, is_secret = [], False
     for word in words:
-        name, equals, _ = str(word).partition("=")
+        name, equals, _ = word.partition("=")
         if name.startswith("-"):
             is_secret = bool(SECRET_WORDS & set(re.split("[-_]", name.lower())))
-            found.append(f"{name}={HIDDEN}" if is_secret and equals else word)
-        else:
-            found.append(HIDDEN if is_secret else word)
-            is_secret = False
+            found.append(f"{name}={HIDDEN}" if is_secret and equals else _without_assigned(word))
+        else:  # an option may have several values
+            found.append(HIDDEN if is_secret else _without_assigned(word))
     return found
+
+
+def _without_assigned(word: str) -> str:
+    return ASSIGNED.sub(rf"\g<name>={HIDDEN}", word)
 
 
 def without_secret_arguments(arguments: Sequence[str]) -> list[str]:

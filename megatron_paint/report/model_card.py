@@ -20,7 +20,7 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.checkpoints.hf_writer import CARD
 from megatron_paint.checkpoints.hub import hub_model
 from megatron_paint.checkpoints.run_state import RUN_STATE
-from megatron_paint.config.saved import to_yaml
+from megatron_paint.config.saved import to_yaml, with_defaults
 from megatron_paint.config.secrets import recorded_tree
 from megatron_paint.records import EvalReport
 from megatron_paint.report.settings_table import settings_rows
@@ -77,7 +77,7 @@ def card_of_checkpoint(checkpoint: Path, base: Path, *, adapter: bool) -> str | 
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{checkpoint / RUN_STATE} is damaged ({error!r}); copy the checkpoint again") from error
-    return card_of_run(RunFolder(checkpoint.parent.parent), tree, step, adapter=adapter)
+    return card_of_run(RunFolder(checkpoint.parent.parent), with_defaults(tree), step, adapter=adapter)
 
 
 def model_card(
@@ -253,8 +253,8 @@ def _license(folder: Path) -> dict[str, str]:
         return {}
     match = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
     try:
-        head = YAML(typ="safe", pure=True).load(match[1]) if match else None
-    except YAMLError:
+        head = YAML(typ="base", pure=True).load(match[1]) if match else None  # texts alone: a date need not exist
+    except (YAMLError, ValueError, RecursionError):
         return {}
     found = head if isinstance(head, dict) else {}
     return {key: found[key] for key in LICENSE_KEYS if isinstance(found.get(key), str)}

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.saved import read_config
+from megatron_paint.config.secrets import without_secrets
 from megatron_paint.data.decoding import load_decoder
 from megatron_paint.report.console_events import read_console
 from megatron_paint.report.curves import columns, is_number, phases
@@ -115,7 +116,7 @@ class RunReader:
 
     def _settings(self, notices: list[str]) -> dict[str, Any] | None:
         try:
-            return read_config(self.folder.config_file)
+            return without_secrets(read_config(self.folder.config_file))  # earlier versions have written them
         except UserError as error:
             notices.append(f"the settings are not known: {_first_sentence(error)}")
             return None

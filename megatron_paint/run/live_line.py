@@ -1,5 +1,6 @@
 """What a run does now: a line at the bottom of a terminal, or lines about long work where there is no terminal."""
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ def live_line(console: Console, *, steps: int) -> Iterator[None]:
         get_renderable=lambda: line_now(steps=steps),
         refresh_per_second=A_SECOND,
         transient=True,
+        redirect_stderr=sys.stderr.isatty(),  # else errors would not reach the file that a user gave
     )
     with shown:
         console.show_cursor(True)  # a process that is killed could not show it again

@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.saved import dotted, read_config, to_yaml
+from megatron_paint.config.secrets import without_secrets
 from megatron_paint.run.lock_watch import LOCK
 from megatron_paint.runtime.files import disk_errors, write_atomically
 from megatron_paint.search.journal import StudyLock
@@ -35,7 +36,10 @@ def read_folder(out: Path, tree: Mapping[str, Any]) -> None:
     """UserError: there is no search in the folder, or one with other settings, another space or another seed."""
     if not (out / SEARCH).exists():
         raise UserError(f"--out={out} has no search: it has no {SEARCH}. Give the folder of a search")
-    old, new = dotted(read_config(out / SEARCH)), dotted(tree)
+    before = read_config(out / SEARCH)
+    if isinstance(settings := before.get("settings"), Mapping):  # earlier versions have written secrets
+        before |= {"settings": without_secrets(settings)}
+    old, new = dotted(before), dotted(tree)
     names = [name for name in {**old, **new} if _listed(old.get(name)) != _listed(new.get(name))]
     if names:
         changed = "; ".join(f"{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in names[:5])

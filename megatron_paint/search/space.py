@@ -15,6 +15,7 @@ from megatron_paint.config.dialect import Count, Flag, Number, Text, Whole, sett
 from megatron_paint.config.load import read_tree, settings_of
 from megatron_paint.config.mistakes import user_error
 from megatron_paint.config.saved import dotted, settings_tree
+from megatron_paint.config.secrets import recorded_tree
 from megatron_paint.config.settings import Settings
 
 # The search sets these itself, or they decide what an accuracy means.
@@ -388,7 +389,7 @@ def search_tree(space: Space, *, seed: int) -> dict[str, Any]:
     return {
         "seed": seed,
         "space": _without_null(dataclasses.asdict(space.settings)),
-        "settings": settings_tree(space.given),
+        "settings": recorded_tree(space.given),
     }
 
 

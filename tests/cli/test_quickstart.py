@@ -1,6 +1,7 @@
 """`megatron-paint quickstart`: what it copies, what it runs, and when it refuses."""
 
 import filecmp
+from pathlib import Path
 
 import pytest
 
@@ -97,3 +98,10 @@ def test_it_trains_with_the_copied_settings(tmp_path, monkeypatch, capsys, given
     assert [name for name in ("dry_run", "quiet", "json") if getattr(options, name)] == flags
     out = capsys.readouterr().out
     assert out == "" if "json" in flags else f"megatron-paint train {options.config} --processes 4" in out
+
+
+def test_a_current_folder_that_is_empty_stays_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    copy_quickstart(tmp_path)
+    assert Path("paint.yaml").is_file()
+    assert Path.cwd() == tmp_path

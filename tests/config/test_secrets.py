@@ -3,23 +3,28 @@
 import pytest
 
 from megatron_paint.config.load import settings_of
-from megatron_paint.config.secrets import recorded_tree, without_credentials, without_secret_arguments
+from megatron_paint.config.secrets import (
+    recorded_tree,
+    without_credentials,
+    without_secret_arguments,
+    without_secret_options,
+)
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.run.results import _has_same_settings
 
 TREE = {
     "model": {"hf_path": "m"},
-    "data": {"train": "https://me:pw@data.org/p.jsonl"},
+    "data": {"train": "https://me:p@pw@data.org/p.jsonl"},
     "rollout": {
         "engine": "vllm",
         "vllm": {
             "environment": {"HF_TOKEN": "hf_abc", "OMP_NUM_THREADS": "4"},
-            "command": ["/envs/vllm", "serve", "--hf-token", "hf_def"],
-            "extra_args": ["--api-key", "sk-1", "--api-key=sk-2", "--max-num-batched-tokens", "8192"],
+            "command": ["env", "HF_TOKEN=hf_ghi", "/envs/vllm", "serve", "--hf-token", "hf_def"],
+            "extra_args": ["--api-key", "sk-1", "sk-3", "--api-key=sk-2", "--max-num-batched-tokens", "8192"],
         },
     },
 }
-SECRETS = ("me:pw", "hf_abc", "hf_def", "sk-1", "sk-2")
+SECRETS = ("me:p", "pw@", "hf_abc", "hf_def", "hf_ghi", "sk-1", "sk-2", "sk-3")
 
 
 def settings(path, **run):
@@ -30,9 +35,11 @@ def test_values_are_hidden_and_names_are_kept(tmp_path):
     made = settings(tmp_path)
     tree = recorded_tree(made)
     assert tree["rollout"]["vllm"]["environment"] == {"HF_TOKEN": "(hidden)", "OMP_NUM_THREADS": "(hidden)"}
-    assert tree["rollout"]["vllm"]["command"] == ["/envs/vllm", "serve", "--hf-token", "(hidden)"]
+    assert tree["rollout"]["vllm"]["command"] == [
+        *("env", "HF_TOKEN=(hidden)", "/envs/vllm", "serve", "--hf-token", "(hidden)")
+    ]
     assert tree["rollout"]["vllm"]["extra_args"] == [
-        *("--api-key", "(hidden)", "--api-key=(hidden)", "--max-num-batched-tokens", "8192")
+        *("--api-key", "(hidden)", "(hidden)", "--api-key=(hidden)", "--max-num-batched-tokens", "8192")
     ]
     assert tree["data"]["train"] == "https://(hidden)@data.org/p.jsonl"
     assert made.rollout.vllm.environment["HF_TOKEN"] == "hf_abc"  # the servers still get it
@@ -52,7 +59,7 @@ def test_a_run_folder_has_no_secret_and_resumes(tmp_path):
 def test_a_folder_of_an_earlier_version_which_has_them_resumes_too(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.prepare(settings(folder.path))
-    folder.config_file.write_text(folder.config_file.read_text().replace("(hidden)@", "me:pw@"))
+    folder.config_file.write_text(folder.config_file.read_text().replace("(hidden)@", "me:p@pw@"))
     assert folder.check(settings(folder.path, resume="auto")) == 0
 
 
@@ -76,3 +83,18 @@ def test_arguments_of_a_command(argument, written):
 def test_an_error_message_keeps_its_address():
     text = "API request to http://me:pw@host:5000/api failed, mail a@b.org"
     assert without_credentials(text) == "API request to http://(hidden)@host:5000/api failed, mail a@b.org"
+
+
+def test_words_of_a_command():
+    words = [
+        "bash",
+        "-c",
+        "HF_TOKEN='a b' vllm --max-num-seqs=8",
+        "--env=API_KEY=sk-1",
+        "--api-key",
+        "x",
+    ]
+    assert without_secret_options(words) == [
+        *("bash", "-c", "HF_TOKEN=(hidden) vllm --max-num-seqs=8", "--env=API_KEY=(hidden)"),
+        *("--api-key", "(hidden)"),
+    ]

@@ -137,6 +137,9 @@ def test_the_license_of_the_base_stays(tmp_path):
     data = ModelCard(card).data.to_dict()
     assert (data["license"], data["license_name"]) == ("other", "qwen")
     assert "license_link" not in data
+    (base / "README.md").write_text("---\nlicense: mit\ndate: 2024-13-45\n---\n")  # no such month
+    card = card_of_run(RunFolder(tmp_path / "run"), tree(f"model.hf_path={base}"), 25)
+    assert ModelCard(card).data.to_dict()["license"] == "mit"
     for damaged in ("---\n[\n---\n", "no head", "---\n- a\n---\n"):
         (base / "README.md").write_text(damaged)
         card = card_of_run(RunFolder(tmp_path / "run"), tree(f"model.hf_path={base}"), 25)
@@ -204,3 +207,13 @@ def test_names_of_models(path, name, monkeypatch):
 )
 def test_names_of_data(source, name):
     assert data_name(source) == name
+
+
+def test_a_checkpoint_of_an_earlier_version_lacks_settings(tmp_path):
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_000002"
+    checkpoint.mkdir(parents=True)
+    settings = settings_tree(quickstart("x"))
+    del settings["model"]["lora"], settings["evaluation"], settings["run"]["loggers"]
+    (checkpoint / "run_state.json").write_text(json.dumps({"step": 2, "settings": settings}))
+    card = card_of_checkpoint(checkpoint, tmp_path / "Base", adapter=False)
+    assert "* Weights: all weights were trained." in card

@@ -2,13 +2,14 @@
 
 import io
 import re
+import sys
 import time
 
 import pytest
 from rich.console import Console
 
 from megatron_paint.run.console import Progress
-from megatron_paint.run.live_line import line_now, plain_lines, work_text
+from megatron_paint.run.live_line import line_now, live_line, plain_lines, work_text
 from megatron_paint.runtime import heartbeat
 from megatron_paint.runtime.heartbeat import Watchdog, phase_now
 from megatron_paint.runtime.work import Work, work
@@ -132,3 +133,12 @@ def test_the_console_prints_every_nth_step_and_the_log_all(tmp_path):
     shown = re.findall(r"^step (\d)/7", console.file.getvalue(), re.MULTILINE)
     assert shown == ["1", "3", "6", "7"]
     assert re.findall(r"  step (\d)/7", (tmp_path / "console.log").read_text()) == list("1234567")
+
+
+def test_errors_stay_on_stderr_where_that_is_a_file(monkeypatch):
+    terminal, errors = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(sys, "stderr", errors)
+    with live_line(Console(file=terminal, force_terminal=True, width=80), steps=3):
+        print("a mistake", file=sys.stderr)
+    assert errors.getvalue() == "a mistake\n"
+    assert "a mistake" not in terminal.getvalue()

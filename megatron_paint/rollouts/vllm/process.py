@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from megatron_paint.config.secrets import without_secret_options
 from megatron_paint.runtime import guard
 from megatron_paint.runtime.files import disk_errors
 
@@ -30,7 +31,7 @@ class ServerProcess:
         with disk_errors(log):
             log.parent.mkdir(parents=True, exist_ok=True)
             with open(log, "ab") as file:
-                file.write(f"$ {' '.join(command)}\n".encode())
+                file.write(f"$ {' '.join(without_secret_options(command))}\n".encode())
                 file.flush()
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", guard.__name__, str(os.getpid()), str(remove or ""), *command],

@@ -1,15 +1,14 @@
 """Calls a logger from a thread, so that no step waits for a network."""
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.run.loggers.interface import Logger, Outcome
 
-OPEN_SECONDS = 15.0  # most that the start of a run waits for the connection
-CLOSE_SECONDS = 60.0  # most that its end waits for what is not sent yet
+OPEN_SECONDS = 15.0  # most that the start of a run waits for the connections of all loggers
+CLOSE_SECONDS = 60.0  # most that its end waits for what is not sent yet by any of them
 PAUSE_SECONDS = 30.0  # between two attempts to send the same values
 MOST_WAITING = 1000  # calls that wait for the network; more of them end the logger
 
@@ -21,8 +20,8 @@ class BackgroundLogger:
     with a temporary error is repeated, and the calls after it wait.
     """
 
-    def __init__(self, logger: Logger, *, pause: float = PAUSE_SECONDS, close_seconds: float = CLOSE_SECONDS) -> None:
-        self.logger, self._pause, self._close_seconds = logger, pause, close_seconds
+    def __init__(self, logger: Logger, *, pause: float = PAUSE_SECONDS) -> None:
+        self.logger, self._pause = logger, pause
         self.failure: Exception | None = None
         self.notices: deque[str] = deque()
         self._calls: deque[Callable[[], None]] = deque()
@@ -31,10 +30,13 @@ class BackgroundLogger:
         self._ends = False
         self._thread = threading.Thread(target=self._work, name=f"logger {logger.name}", daemon=True)
 
-    def open(self, *, wait: float = OPEN_SECONDS) -> None:
-        """Starts the thread, and waits for the connection or an error, but no longer than `wait` seconds."""
+    def open(self) -> None:
+        """Starts the thread, which connects. It returns at once."""
         self._thread.start()
-        self._is_open.wait(wait)
+
+    def wait_open(self, seconds: float) -> None:
+        """Waits for the connection or an error, but no longer than so many seconds."""
+        self._is_open.wait(seconds)
 
     def call(self, act: Callable[[], None]) -> None:
         """Adds a call. It returns at once."""
@@ -47,15 +49,17 @@ class BackgroundLogger:
             self._changed.notify()
 
     def close(self, outcome: Outcome) -> None:
-        """Waits until everything is sent, but no longer than the limit."""
-        deadline = time.monotonic() + self._close_seconds
+        """Adds the last call. It returns at once."""
         self.call(lambda: self.logger.close(outcome))
         with self._changed:
             self._ends = True
             self._changed.notify()
-        self._thread.join(max(0.0, deadline - time.monotonic()))
+
+    def wait_closed(self, seconds: float) -> None:
+        """Waits until everything is sent, but no longer than so many seconds."""
+        self._thread.join(seconds)
         if self._thread.is_alive() and self.failure is None:
-            self.failure = TimeoutError(f"not everything was sent within {self._close_seconds:g} seconds")
+            self.failure = TimeoutError(f"not everything was sent within {CLOSE_SECONDS:g} seconds")
 
     def _work(self) -> None:
         try:

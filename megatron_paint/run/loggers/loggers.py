@@ -1,6 +1,7 @@
 """The loggers of a run: opens those that the settings name, and lets none of them end the run."""
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
@@ -11,7 +12,7 @@ from megatron_paint.config.settings import RunSettings, Settings
 from megatron_paint.evaluation.benchmarks import benchmark_name
 from megatron_paint.records import EvalReport, StepReport
 from megatron_paint.run.folder import RunFolder
-from megatron_paint.run.loggers.background import BackgroundLogger
+from megatron_paint.run.loggers.background import CLOSE_SECONDS, OPEN_SECONDS, BackgroundLogger
 from megatron_paint.run.loggers.interface import Logger, Outcome, RunInfo
 from megatron_paint.run.loggers.samples import sample_table
 
@@ -44,23 +45,27 @@ class Loggers:
         self._each(lambda logger: logger.open(), in_background=False)
         for background in self._background:
             background.open()
+        deadline = time.monotonic() + OPEN_SECONDS
+        for background in self._background:
+            background.wait_open(max(0.0, deadline - time.monotonic()))
         self._print_background()
 
     def step(self, report: StepReport, lines: Sequence[Mapping[str, Any]]) -> None:
         """Logs one step. lines: those of its samples."""
         if not self._is_open:
             return
-        values = finite(report.metrics)
-        self._each(lambda logger: logger.metrics(report.step, values))
-        if self.samples_every and (report.step == 1 or report.step % self.samples_every == 0):
+        step, values = report.step, finite(report.metrics)  # a call that waits must not keep the report in memory
+        self._each(lambda logger: logger.metrics(step, values))
+        if self.samples_every and (step == 1 or step % self.samples_every == 0):
             table = sample_table(report, lines)
-            self._each(lambda logger: logger.samples(report.step, table))
+            self._each(lambda logger: logger.samples(step, table))
         self._print_background()
 
     def evaluation(self, report: EvalReport) -> None:
         """Logs the numbers of one evaluation."""
+        step = report.step
         values = finite({f"eval/{report.benchmark}/{name}": value for name, value in report.metrics.items()})
-        self._each(lambda logger: logger.metrics(report.step, values))
+        self._each(lambda logger: logger.metrics(step, values))
         self._print_background()
 
     def close(self, outcome: Outcome) -> None:
@@ -68,6 +73,9 @@ class Loggers:
         self._each(lambda logger: logger.close(outcome), in_background=False)
         for background in self._background:
             background.close(outcome)
+        deadline = time.monotonic() + CLOSE_SECONDS
+        for background in self._background:
+            background.wait_closed(max(0.0, deadline - time.monotonic()))
         self._print_background()
         self._direct, self._background, self._is_open = [], [], False
 

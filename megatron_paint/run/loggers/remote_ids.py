@@ -1,6 +1,7 @@
 """RUN/loggers.json: which runs of other services show this run, so that a resumed run continues them."""
 
 import json
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from megatron_paint.base.json_text import to_json
 from megatron_paint.runtime.files import write_atomically
 
 LOGGERS = "loggers.json"
+_writing = threading.Lock()  # each logger writes in its own thread
 
 
 def read_ids(folder: Path, logger: str) -> dict[str, str]:
@@ -21,10 +23,11 @@ def read_ids(folder: Path, logger: str) -> dict[str, str]:
 
 def write_ids(folder: Path, logger: str, ids: Mapping[str, str]) -> None:
     """Stores the ids of one logger. It keeps those of the others."""
-    try:
-        stored = json.loads((folder / LOGGERS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        stored = {}
-    if not isinstance(stored, dict):
-        stored = {}
-    write_atomically(folder / LOGGERS, to_json({**stored, logger: dict(ids)}, indent=1) + "\n")
+    with _writing:
+        try:
+            stored = json.loads((folder / LOGGERS).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            stored = {}
+        if not isinstance(stored, dict):
+            stored = {}
+        write_atomically(folder / LOGGERS, to_json({**stored, logger: dict(ids)}, indent=1) + "\n")

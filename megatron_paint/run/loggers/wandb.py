@@ -44,6 +44,8 @@ class WandbLogger:
             raise UserError(NO_LOGIN)
         stored = read_ids(self.info.folder, self.name)
         run_id = stored.get("id") or secrets.token_hex(4)
+        # Before the run exists there: a start that is killed meanwhile continues it.
+        write_ids(self.info.folder, self.name, {**stored, "id": run_id})
         self._run = wandb.init(
             id=run_id,
             resume="allow" if is_online else None,  # a run that is not online ignores it with a warning
@@ -66,7 +68,7 @@ class WandbLogger:
         self._run.config.update(dict(self.info.settings), allow_val_change=True)
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
-        ids = {"id": run_id, "entity": self._run.entity, "project": self._run.project}
+        ids = {**stored, "id": run_id, "entity": self._run.entity, "project": self._run.project}
         write_ids(self.info.folder, self.name, {name: value for name, value in ids.items() if value})
         if is_online:
             return f"logging to {self._run.url}"

@@ -123,3 +123,18 @@ def test_a_server_that_is_not_there_is_one_line(offline, monkeypatch):
         "The run continues without it; WANDB_MODE=offline keeps the data in run.dir, and `wandb sync` sends it later"
     )
     assert "0" * 40 not in line
+
+
+def test_the_id_is_stored_before_the_run_exists_there(offline, monkeypatch):
+    found = []
+
+    def init(**arguments):
+        found.append((arguments["id"], json.loads((offline / "loggers.json").read_text())["wandb"]))
+        raise RuntimeError("killed here")
+
+    monkeypatch.setattr(wandb, "init", init)
+    train(offline, (1,))
+    train(offline, (1,))
+    (first, stored), (second, _) = found
+    assert stored == {"id": first}
+    assert second == first

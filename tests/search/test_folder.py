@@ -1,0 +1,24 @@
+"""search.yaml has no secret, also not in the message about another search."""
+
+import pytest
+
+from megatron_paint.base.errors import UserError
+from megatron_paint.config.secrets import recorded_tree
+from megatron_paint.search.folder import open_folder, read_folder
+
+
+def tree(token, lr=1.0e-5):
+    settings = {"optimizer": {"lr": lr}, "rollout": {"vllm": {"environment": {"HF_TOKEN": token}}}}
+    return {"seed": 0, "space": {}, "settings": recorded_tree(settings)}
+
+
+def test_a_search_of_an_earlier_version_which_has_secrets_continues(tmp_path):
+    out = tmp_path / "search"
+    open_folder(out, tree("hf_abc"))
+    file = out / "search.yaml"
+    assert "hf_abc" not in file.read_text()
+    file.write_text(file.read_text().replace("(hidden)", "hf_abc"))
+    read_folder(out, tree("hf_def"))
+    with pytest.raises(UserError, match=r"optimizer\.lr: 1e-05 -> 0\.1") as error:
+        read_folder(out, tree("hf_def", lr=0.1))
+    assert "hf_" not in str(error.value)
