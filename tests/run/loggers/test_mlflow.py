@@ -66,6 +66,7 @@ def test_every_key_of_a_run_is_a_name_that_mlflow_accepts():
 def test_a_server_that_is_not_there_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr("megatron_paint.run.loggers.loggers.OPEN_SECONDS", 1.0)
     lines = train(tmp_path, (1,))
     assert lines[-1].startswith("mlflow: ")
     assert lines[-1].endswith(
