@@ -12,6 +12,7 @@ from ruamel.yaml.error import YAMLError
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.profile import ProfileSettings
 from megatron_paint.config.settings import LONGEST_ANSWER, DataSettings, ModelSettings, RunSettings, Settings
+from megatron_paint.config.tree import settings_tree
 
 # What a resumed run may change: how long, how often and where. None of these changes what a step computes, except
 # run.steps where a decay ends there; `moved_decay_end` checks this.
@@ -85,18 +86,6 @@ IN_CHECKPOINT |= {"objective.teacher.weights", "objective.teacher.ema_anchor"}
 IN_CHECKPOINT |= {"objective.loss.support", "objective.loss.partner"}
 DECAY_END = {"optimizer.decay_steps", "run.steps"}
 ABSENT = "(absent)"
-
-
-def settings_tree(settings: Any) -> dict[str, Any]:
-    """Settings as nested dictionaries of YAML's own types. Accepts a settings class or such a dictionary."""
-    value = dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else settings
-    return {key: _plain(item) for key, item in value.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return settings_tree(value)
-    return list(value) if isinstance(value, tuple) else value
 
 
 def to_yaml(settings: Any) -> str:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_paint.config.saved import settings_tree
+from megatron_paint.config.tree import settings_tree
 
 HIDDEN = "(hidden)"
 ENVIRONMENT = "rollout.vllm.environment"

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.saved import settings_tree, to_yaml
+from megatron_paint.config.saved import to_yaml
+from megatron_paint.config.tree import settings_tree
 from megatron_paint.evaluation.benchmarks import Benchmark, load_benchmark
 from megatron_paint.evaluation.statistics import (
     Interval,

@@ -9,7 +9,8 @@ import numpy as np
 
 from megatron_paint.base.json_text import to_json
 from megatron_paint.base.keys import derive_key, uniforms
-from megatron_paint.config.saved import settings_tree, to_yaml
+from megatron_paint.config.saved import to_yaml
+from megatron_paint.config.tree import settings_tree
 from megatron_paint.evaluation.statistics import LEVEL, Interval, paired_difference
 from megatron_paint.records import EvalReport
 from megatron_paint.run.folder import RunFolder

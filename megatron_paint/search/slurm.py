@@ -12,8 +12,9 @@ from pathlib import Path
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import load_settings
-from megatron_paint.config.saved import settings_tree, to_yaml
+from megatron_paint.config.saved import to_yaml
 from megatron_paint.config.settings import Settings
+from megatron_paint.config.tree import settings_tree
 from megatron_paint.launch.slurm.options import SlurmOptions, check_run_dir, default_job_name, make_options
 from megatron_paint.launch.slurm.rendering import log_file, render_worker
 from megatron_paint.launch.slurm.submission import submit

@@ -14,9 +14,10 @@ from megatron_paint.config import describe
 from megatron_paint.config.dialect import Count, Flag, Number, Text, Whole, setting, settings_class
 from megatron_paint.config.load import read_tree, settings_of
 from megatron_paint.config.mistakes import user_error
-from megatron_paint.config.saved import dotted, settings_tree
+from megatron_paint.config.saved import dotted
 from megatron_paint.config.secrets import recorded_tree
 from megatron_paint.config.settings import Settings
+from megatron_paint.config.tree import settings_tree
 
 # The search sets these itself, or they decide what an accuracy means.
 FIXED = ("run", "evaluation", "grading")

@@ -10,7 +10,8 @@ from megatron_paint.cli import train
 from megatron_paint.cli.main import main
 from megatron_paint.cli.quickstart import copy_quickstart
 from megatron_paint.config.load import load_settings
-from megatron_paint.config.saved import dotted, settings_tree
+from megatron_paint.config.saved import dotted
+from megatron_paint.config.tree import settings_tree
 from tests.support import finished
 from tests.support.finished import ROOT
 

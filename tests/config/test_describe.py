@@ -9,7 +9,8 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.config import describe
 from megatron_paint.config.dialect import OPSD_GRPO
 from megatron_paint.config.load import settings_of
-from megatron_paint.config.saved import dotted, settings_tree
+from megatron_paint.config.saved import dotted
+from megatron_paint.config.tree import settings_tree
 
 SMALLEST = {"model": {"hf_path": "m", "lora": {}}, "data": {"train": "p.jsonl"}, "run": {"dir": "r"}}
 ENVIRONMENT = "rollout.vllm.environment"

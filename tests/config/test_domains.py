@@ -6,7 +6,8 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.config import describe
 from megatron_paint.config.domains import DomainSettings, domain_of, known_domains
 from megatron_paint.config.load import domains_of, evaluate_settings_of, load_settings, settings_of
-from megatron_paint.config.saved import forbidden_changes, settings_tree, to_yaml
+from megatron_paint.config.saved import forbidden_changes, to_yaml
+from megatron_paint.config.tree import settings_tree
 
 SMALLEST = {"model": {"hf_path": "m"}, "data": {"train": "p.jsonl"}, "run": {"dir": "r", "resume": "auto"}}
 

@@ -6,7 +6,8 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.config.allow_changes import check_allow_changes
 from megatron_paint.config.load import settings_of
 from megatron_paint.config.not_supported import NOT_SUPPORTED
-from megatron_paint.config.saved import forbidden_changes, settings_tree
+from megatron_paint.config.saved import forbidden_changes
+from megatron_paint.config.tree import settings_tree
 
 SMALLEST = {"model": {"hf_path": "m"}, "data": {"train": "p.jsonl"}, "run": {"dir": "r"}}
 AWARE = {"use_precision_aware_optimizer": True}

@@ -5,7 +5,8 @@ import pytest
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import settings_of
 from megatron_paint.config.profile import ProfileSettings
-from megatron_paint.config.saved import forbidden_changes, settings_tree
+from megatron_paint.config.saved import forbidden_changes
+from megatron_paint.config.tree import settings_tree
 from megatron_paint.planning.layout import check_profiled_ranks
 
 

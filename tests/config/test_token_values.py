@@ -4,7 +4,8 @@ import pytest
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import settings_of
-from megatron_paint.config.saved import changes, settings_tree
+from megatron_paint.config.saved import changes
+from megatron_paint.config.tree import settings_tree
 
 
 def settings(**run):

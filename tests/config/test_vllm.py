@@ -4,7 +4,8 @@ import pytest
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import settings_of
-from megatron_paint.config.saved import changes, forbidden_changes, settings_tree
+from megatron_paint.config.saved import changes, forbidden_changes
+from megatron_paint.config.tree import settings_tree
 
 URLS = ["http://a:1", "http://b:1"]
 LORA = {"rank": 8, "alpha": 16.0}

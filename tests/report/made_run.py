@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_paint.base.json_text import to_json
-from megatron_paint.config.saved import settings_tree, to_yaml
+from megatron_paint.config.saved import to_yaml
 from megatron_paint.config.settings import DataSettings, ModelSettings, RunSettings, Settings
+from megatron_paint.config.tree import settings_tree
 from megatron_paint.records import EvalReport, Graded
 from megatron_paint.run.folder import RunFolder
 

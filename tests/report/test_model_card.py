@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 import megatron_paint
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import load_settings
-from megatron_paint.config.saved import settings_tree
+from megatron_paint.config.tree import settings_tree
 from megatron_paint.report.model_card import card_of_checkpoint, card_of_run, data_name, model_card, model_name
 from megatron_paint.run.folder import RunFolder
 from tests.support.finished import ROOT, STEPS, make_finished_run, quickstart

@@ -49,7 +49,7 @@ def test_a_trial_has_the_chosen_settings_and_those_of_the_search(tmp_path):
 
 
 def given_tree() -> dict:
-    from megatron_paint.config.saved import settings_tree
+    from megatron_paint.config.tree import settings_tree
 
     return settings_tree(given())
 

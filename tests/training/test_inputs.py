@@ -8,8 +8,9 @@ import pytest
 from megatron_paint.base.errors import UserError
 from megatron_paint.cli.main import main
 from megatron_paint.config.load import settings_of
-from megatron_paint.config.saved import forbidden_changes, settings_tree
+from megatron_paint.config.saved import forbidden_changes
 from megatron_paint.config.settings import LONGEST_ANSWER, EvaluationSettings
+from megatron_paint.config.tree import settings_tree
 from megatron_paint.records import Problem
 from megatron_paint.training.inputs import fit_answers, shorter_answers
 from tests.support import tiny
