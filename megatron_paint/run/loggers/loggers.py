@@ -112,7 +112,7 @@ def _failure_line(logger: Logger, error: Exception) -> str:
     if isinstance(error, UserError):  # it has its own fix
         return f"{logger.name}: {_one_line(str(error))}. The run continues without it"
     what = _one_line(f"{type(error).__name__}: {error}")
-    return f"{logger.name}: {what}. The run continues without it; {logger.fix}"
+    return f"{logger.name}: {what.rstrip('.')}. The run continues without it; {logger.fix}"
 
 
 def _one_line(text: str) -> str:

@@ -1,9 +1,14 @@
 """Weights & Biases: metrics, settings, evaluations and samples of a run."""
 
+import atexit
 import os
 import secrets
+import signal
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 from megatron_paint.base.errors import UserError
@@ -14,6 +19,8 @@ MISSING = "it is not installed: pip install 'megatron-paint[wandb]'"
 NO_LOGIN = "no API key is known: run `wandb login` or set WANDB_API_KEY, or set WANDB_MODE=offline"
 INIT_SECONDS = 60.0
 FINISH_SECONDS = 45.0  # less than the limit of `BackgroundLogger`
+EXIT_SECONDS = 30.0  # most that the end of the process waits for W&B's own process
+SERVICE = "wandb-core"  # W&B's own process, a child of this one
 
 
 class WandbLogger:
@@ -46,7 +53,22 @@ class WandbLogger:
         run_id = stored.get("id") or secrets.token_hex(4)
         # Before the run exists there: a start that is killed meanwhile continues it.
         write_ids(self.info.folder, self.name, {**stored, "id": run_id})
-        self._run = wandb.init(
+        atexit.unregister(_limit_exit)
+        try:
+            self._run = self._init(wandb, run_id, stored, is_online=is_online)
+        finally:
+            atexit.register(_limit_exit)  # after W&B's own function, so it is called before that one
+        self._run.config.update(dict(self.info.settings), allow_val_change=True)
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+        ids = {**stored, "id": run_id, "entity": self._run.entity, "project": self._run.project}
+        write_ids(self.info.folder, self.name, {name: value for name, value in ids.items() if value})
+        if is_online:
+            return f"logging to {self._run.url}"
+        return f"logging to {self.info.folder / 'wandb'}; `wandb sync` sends it"
+
+    def _init(self, wandb: Any, run_id: str, stored: Mapping[str, str], *, is_online: bool) -> Any:
+        return wandb.init(
             id=run_id,
             resume="allow" if is_online else None,  # a run that is not online ignores it with a warning
             entity=stored.get("entity") or None,
@@ -65,14 +87,6 @@ class WandbLogger:
                 ),
             ),
         )
-        self._run.config.update(dict(self.info.settings), allow_val_change=True)
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
-        ids = {**stored, "id": run_id, "entity": self._run.entity, "project": self._run.project}
-        write_ids(self.info.folder, self.name, {name: value for name, value in ids.items() if value})
-        if is_online:
-            return f"logging to {self._run.url}"
-        return f"logging to {self.info.folder / 'wandb'}; `wandb sync` sends it"
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({**values, "step": step})
@@ -100,3 +114,19 @@ def _has_key(wandb: Any) -> bool:
     if "prompt" in signature(wandb.login).parameters:  # of newer versions
         return wandb.login(prompt=False)
     return wandb.api.api_key is not None
+
+
+def _limit_exit() -> None:
+    """Ends W&B's own process after a time, because W&B waits for it without a limit when this process ends."""
+    timer = threading.Timer(EXIT_SECONDS, end_service)
+    timer.daemon = True
+    timer.start()
+
+
+def end_service() -> None:
+    """Kills W&B's own process. What it has not sent is in run.dir."""
+    for task in Path("/proc/self/task").glob("*/children"):
+        for pid in task.read_text().split():
+            with suppress(OSError):
+                if Path(f"/proc/{pid}/comm").read_text().strip() == SERVICE:
+                    os.kill(int(pid), signal.SIGKILL)

@@ -2,12 +2,16 @@
 
 import json
 import struct
+import subprocess
+import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from megatron_paint.run.loggers.loggers import Loggers
-from megatron_paint.run.loggers.wandb import WandbLogger
+from megatron_paint.run.loggers.wandb import WandbLogger, end_service
 from tests.run.loggers.stand_ins import evaluation, info, report
 
 wandb = pytest.importorskip("wandb")
@@ -24,7 +28,10 @@ def offline(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     wandb.teardown()  # it reads the environment once
     yield tmp_path
-    wandb.teardown()
+    limit = threading.Timer(20.0, end_service)
+    limit.start()
+    wandb.teardown()  # waits for its process without a limit
+    limit.cancel()
 
 
 def records(folder):
@@ -138,3 +145,21 @@ def test_the_id_is_stored_before_the_run_exists_there(offline, monkeypatch):
     (first, stored), (second, _) = found
     assert stored == {"id": first}
     assert second == first
+
+
+def test_a_stuck_service_does_not_keep_the_process(offline):
+    """W&B's own process is suspended. W&B would wait for it for ever when the run's process ends."""
+    with open(offline / "out", "w+") as out:
+        started = time.monotonic()
+        ended = subprocess.run(
+            [sys.executable, "-m", "tests.run.loggers.stuck_service", offline],
+            cwd=Path(__file__).parents[3],
+            stdout=out,  # no pipe: the suspended process would hold it
+            stderr=subprocess.STDOUT,
+            timeout=120,
+        )
+        out.seek(0)
+        text = out.read()
+    assert ended.returncode == 0, text
+    assert "wandb: TimeoutError: not everything was sent within 3 seconds. The run continues" in text
+    assert time.monotonic() - started < 60

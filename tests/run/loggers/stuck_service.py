@@ -1,0 +1,30 @@
+"""Logs one step with W&B offline, suspends W&B's own process and ends. Argument: a run folder."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from megatron_paint.run.loggers import background, loggers, wandb
+from tests.run.loggers.stand_ins import info, report
+
+
+def main() -> None:
+    wandb.FINISH_SECONDS = 2.0
+    loggers.CLOSE_SECONDS = background.CLOSE_SECONDS = 3.0
+    wandb.EXIT_SECONDS = 3.0
+    opened = loggers.Loggers([wandb.WandbLogger(info(Path(sys.argv[1])))], samples_every=2)
+    opened.open()
+    opened.step(*report(1, **{"pass@4": 0.25}))
+    (service,) = services()
+    os.kill(service, signal.SIGSTOP)
+    opened.close("finished")
+
+
+def services() -> list[int]:
+    children = [int(pid) for task in Path("/proc/self/task").glob("*/children") for pid in task.read_text().split()]
+    return [pid for pid in children if Path(f"/proc/{pid}/comm").read_text().strip() == wandb.SERVICE]
+
+
+if __name__ == "__main__":
+    main()
