@@ -12,7 +12,7 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 
 def stand_in_for_gpu_memory() -> None:
-    """Changes this process for good: a test runs it in one of its own."""
+    """Changes the process. It cannot be undone, so each test of it has its own process."""
     choose = HybridDeviceOptimizer._get_sub_optimizer_param_groups
 
     def choose_with_gpu(self, offload_fraction: float):
