@@ -98,10 +98,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--check", action="store_true", help="only compare the pages with the code")
     check = parser.parse_args(arguments).check
-    old = [path for path, text in PAGES.items() if not path.exists() or path.read_text(encoding="utf-8") != text()]
-    for path in old:
+    made = {path: text() for path, text in PAGES.items()}
+    old = {path: text for path, text in made.items() if not path.exists() or path.read_text(encoding="utf-8") != text}
+    for path, text in old.items():
         if not check:
-            path.write_text(PAGES[path](), encoding="utf-8")
+            path.write_text(text, encoding="utf-8")
         name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
         print(f"{name} {'is not current: run python tools/make_docs.py' if check else 'written'}")
     return int(check and bool(old))

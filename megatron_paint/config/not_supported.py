@@ -7,6 +7,10 @@ _FINE_GRAINED = (
     "micro-batches of the first step, and here each step has another number of them. "
     "megatron.cpu_offloading moves complete layers"
 )
+_CUDA_GRAPHS = (
+    "is not supported: a step of training has micro-batches of many lengths. rollout.cuda_graphs captures the decoding "
+    "of samples"
+)
 NOT_SUPPORTED = MappingProxyType(
     {
         "megatron.fine_grained_activation_offloading": _FINE_GRAINED,
@@ -23,14 +27,8 @@ NOT_SUPPORTED = MappingProxyType(
         ),
         "megatron.use_torch_optimizer_for_cpu_offload": "is not supported: Megatron-Core reads it and does not use it",
         "megatron.pin_cpu_params": "is not supported: Megatron-Core always pins these weights",
-        "megatron.cuda_graph_impl": (
-            "is not supported: a step of training has micro-batches of many lengths. rollout.cuda_graphs captures the "
-            "decoding of samples"
-        ),
-        "megatron.enable_cuda_graph": (
-            "is not supported: a step of training has micro-batches of many lengths. rollout.cuda_graphs captures the "
-            "decoding of samples"
-        ),
+        "megatron.cuda_graph_impl": _CUDA_GRAPHS,
+        "megatron.enable_cuda_graph": _CUDA_GRAPHS,
         "megatron.overlap_param_gather": (
             "is not supported: teacher, sampling and export read the weights after each step, before a forward pass "
             "of training would gather them"

@@ -19,8 +19,7 @@ from megatron_paint.evaluation.statistics import length_text, paired_difference
 from megatron_paint.evaluation.summary import domain_text, error_warning, truncation_warning
 from megatron_paint.records import EvalReport, StepReport
 from megatron_paint.run.console_log import ConsoleLog
-from megatron_paint.run.live_line import clock as duration
-from megatron_paint.run.live_line import live_line, plain_lines
+from megatron_paint.run.live_line import duration, live_line, plain_lines
 
 Mode = Literal["normal", "quiet", "json", "silent"]
 RECENT = 20  # the time left is estimated from so many steps

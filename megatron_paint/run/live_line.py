@@ -47,7 +47,7 @@ def line_now(*, steps: int) -> RenderableType:
             parts.append(f"step {step}/{steps}")
         parts.append(phase)
         if now is None:
-            parts.append(f"for {clock(seconds)}")
+            parts.append(f"for {duration(seconds)}")
     if now is None:
         return Text("  ".join(parts), style="dim")
     table = Table.grid(padding=(0, 2))
@@ -65,10 +65,10 @@ def work_text(now: Work) -> str:
     if now.rate:
         text += f"  {now.rate:,.3g} a second" if now.rate < 10 else f"  {now.rate:,.0f} a second"
     left = now.seconds_left
-    return text if left is None else f"{text}  {most}{clock(left)} left"
+    return text if left is None else f"{text}  {most}{duration(left)} left"
 
 
-def clock(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Hours, minutes and seconds as h:mm:ss."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

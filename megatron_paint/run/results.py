@@ -12,9 +12,10 @@ from megatron_paint.config.schedule import due_after
 from megatron_paint.config.secrets import recorded_tree, without_secrets
 from megatron_paint.config.settings import Settings
 from megatron_paint.records import EvalReport
-from megatron_paint.run.console import Progress, duration
+from megatron_paint.run.console import Progress
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.run.learning_watch import LearningWatch
+from megatron_paint.run.live_line import duration
 from megatron_paint.runtime.checksums import Damaged, damage, read_checksums
 
 MAY_DIFFER = ("run.dir", "run.resume", "run.allow_changes")  # settings that change nothing in a finished run
@@ -23,12 +24,12 @@ READERS = 4  # threads that compute checksums; ours
 
 def print_results(folder: RunFolder, progress: Progress, *, last: int) -> None:
     """Prints what taught nothing, where to look next, and the evaluations before the run and after its step `last`."""
-    watch = LearningWatch()
-    for line in folder.read_metrics():
+    metrics, watch = folder.read_metrics(), LearningWatch()
+    for line in metrics:
         watch.update(line)
     for warning in watch.summary():
         progress.warn(warning)
-    phases = time_by_phase(folder.read_metrics())
+    phases = time_by_phase(metrics)
     if phases:
         progress.note(shares_text("time of the steps", phases), **{f"time/{name}": s for name, s in phases.items()})
     for line in look_next(folder, last=last):

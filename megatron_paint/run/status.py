@@ -9,8 +9,8 @@ from typing import Any
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.saved import read_config
-from megatron_paint.run.console import duration
 from megatron_paint.run.folder import RunFolder, step_name
+from megatron_paint.run.live_line import duration
 from megatron_paint.runtime.heartbeat import Heartbeat, read_heartbeats, slowest
 
 RECENT = 20  # the speed is the median of so many steps

@@ -60,22 +60,6 @@ CASES = (
 )
 
 
-# `make test` runs all cases where experts and dense weights are cut differently. At the other layouts it runs what
-# only they have. `make test-all` runs the rest.
-TOUCHING = {
-    "ep2": ("full-initial-sgd", "full-ema-clip-distributed", "sft-sgd", "grpo-kl-sgd", "lora-experts-ema-distributed"),
-    "tp2-etp1": ("full-ema-clip-distributed", "full-ema-clip-adam"),
-    "tp2-ep2-etp2": ("full-initial-sgd", "full-ema-clip-distributed", "full-one-sample", "sft-sgd", "grpo-kl-sgd"),
-    "pp2-ep2": ("full-initial-sgd", "full-ema-clip-adam", "sft-sgd", "grpo-kl-sgd"),
-    "ep2-etp2": (),
-}
-
-
-def touches(layout: str, name: str) -> bool:
-    """Whether `make test` runs a case at a layout."""
-    return name in TOUCHING.get(layout, (name,))
-
-
 def fits(case: Case, layout: Layout) -> bool:
     """Adapters on experts need each expert complete on a rank."""
     return not case.adapts_experts or (layout.etp or layout.tp) == 1

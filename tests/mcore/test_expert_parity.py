@@ -1,11 +1,13 @@
 """A mixture of experts at every layout against plain torch over `transformers`' Qwen3-MoE."""
 
+from functools import cache
+
 import pytest
 import torch
 from transformers import Qwen3MoeForCausalLM
 
 from tests.mcore import parity_cases as parity
-from tests.mcore.expert_cases import CASES, EXPERTS, fits, make_checkpoints, touches
+from tests.mcore.expert_cases import CASES, EXPERTS, fits, make_checkpoints
 from tests.mcore.layouts import EXPERT_LAYOUTS, run_worker
 from tests.mcore.plain_runs import assert_equals_plain, plain_run
 
@@ -28,22 +30,18 @@ def plain(checkpoints):
 
 @pytest.fixture(scope="module")
 def outputs(checkpoints, tmp_path_factory):
-    """Output folder of a case at a layout: one process group runs all that touch the layout, another one the rest."""
-    made = {}
+    """Output folder of a layout: one process group runs all its cases."""
 
-    def of(layout: str, name: str):
-        part = layout, touches(layout, name)
-        if part not in made:
-            made[part] = tmp_path_factory.mktemp(layout)
-            names = [case for case in NAMED if touches(layout, case) == part[1]]
-            run_worker("expert_worker", layout, checkpoints, made[part], *names)
-        return made[part]
+    def of(layout: str):
+        out = tmp_path_factory.mktemp(layout)
+        run_worker("expert_worker", layout, checkpoints, out)
+        return out
 
-    return of
+    return cache(of)
 
 
 FITTING = [
-    pytest.param(layout, name, marks=() if touches(layout, name) else pytest.mark.long, id=f"{layout}-{name}")
+    pytest.param(layout, name, id=f"{layout}-{name}")
     for layout, at in EXPERT_LAYOUTS.items()
     for name, case in NAMED.items()
     if fits(case, at)
@@ -52,12 +50,12 @@ FITTING = [
 
 @pytest.mark.parametrize(("layout", "name"), FITTING)
 def test_equals_plain_torch(layout, name, outputs, plain):
-    assert_equals_plain(NAMED[name], outputs(layout, name), plain[name])
+    assert_equals_plain(NAMED[name], outputs(layout), plain[name])
 
 
 def test_routing_is_that_of_transformers(outputs, checkpoints):
     """One process pads nothing, so its routers see the prompts and responses of the step alone."""
-    found = torch.load(outputs("experts-tp1", "sft-sgd") / "sft-sgd.pt")["metrics"][0]
+    found = torch.load(outputs("experts-tp1") / "sft-sgd.pt")["metrics"][0]
     model = Qwen3MoeForCausalLM.from_pretrained(NAMED["sft-sgd"].checkpoint(checkpoints, "moved"))
     rows = [torch.tensor([[*prompt, *response[:-1]]]) for prompt, *_, response in parity.step_samples(0)]
     with torch.no_grad():
@@ -79,8 +77,6 @@ def test_routing_is_that_of_transformers(outputs, checkpoints):
 @pytest.mark.parametrize("layout", ["tp2-ep2-etp1"])
 def test_routing_is_counted_over_all_ranks(layout, outputs):
     """Padding of a micro-batch is counted too, so tokens may be more, but no rank's are missing."""
-    alone, together = (
-        torch.load(outputs(at, "sft-sgd") / "sft-sgd.pt")["metrics"][0] for at in ("experts-tp1", layout)
-    )
+    alone, together = (torch.load(outputs(at) / "sft-sgd.pt")["metrics"][0] for at in ("experts-tp1", layout))
     assert alone["experts/tokens_mean"] <= together["experts/tokens_mean"] < 1.2 * alone["experts/tokens_mean"]
     assert together["router/entropy_mean"] == pytest.approx(alone["router/entropy_mean"], rel=0.05)

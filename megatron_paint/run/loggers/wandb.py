@@ -125,8 +125,19 @@ def _limit_exit() -> None:
 
 def end_service() -> None:
     """Kills W&B's own process. What it has not sent is in run.dir."""
+    for pid in service_processes():
+        with suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def service_processes() -> list[int]:
+    """The ids of W&B's own processes that this process has started."""
+    children, found = [], []
     for task in Path("/proc/self/task").glob("*/children"):
-        for pid in task.read_text().split():
-            with suppress(OSError):
-                if Path(f"/proc/{pid}/comm").read_text().strip() == SERVICE:
-                    os.kill(int(pid), signal.SIGKILL)
+        with suppress(OSError):  # the thread has ended meanwhile
+            children += task.read_text().split()
+    for pid in children:
+        with suppress(OSError):  # the process has
+            if Path(f"/proc/{pid}/comm").read_text().strip() == SERVICE:
+                found.append(int(pid))
+    return found

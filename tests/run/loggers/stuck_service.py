@@ -16,14 +16,9 @@ def main() -> None:
     opened = loggers.Loggers([wandb.WandbLogger(info(Path(sys.argv[1])))], samples_every=2)
     opened.open()
     opened.step(*report(1, **{"pass@4": 0.25}))
-    (service,) = services()
+    (service,) = wandb.service_processes()
     os.kill(service, signal.SIGSTOP)
     opened.close("finished")
-
-
-def services() -> list[int]:
-    children = [int(pid) for task in Path("/proc/self/task").glob("*/children") for pid in task.read_text().split()]
-    return [pid for pid in children if Path(f"/proc/{pid}/comm").read_text().strip() == wandb.SERVICE]
 
 
 if __name__ == "__main__":
