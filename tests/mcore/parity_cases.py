@@ -76,7 +76,7 @@ class Case:
 
 
 CASES = (
-    Case(name="full-initial-sgd", tied=False, teacher="initial", optimizer="sgd", lr=5e-2, offload=True),
+    Case(name="full-initial-sgd", tied=False, teacher="initial", optimizer="sgd", lr=0.3, offload=True),
     Case(name="full-tied-ema-adam", tied=True, teacher="ema", optimizer="adam", clip_grad=0.5, weight_decay=0.3),
     Case(
         name="full-anchored-token-clip",
