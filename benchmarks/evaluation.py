@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from random_model import make_model
 
-from megatron_paint.config.settings import DataSettings, MegatronSettings, ModelSettings, RolloutSettings, RunSettings
+from megatron_paint.config.megatron import MegatronSettings
+from megatron_paint.config.settings import DataSettings, ModelSettings, RolloutSettings, RunSettings
 from megatron_paint.grading.boxes import last_box
 from megatron_paint.grading.grade import GradingPool
 from megatron_paint.mcore.ranks import start_ranks, stop_ranks

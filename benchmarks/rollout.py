@@ -65,13 +65,8 @@ Sample = Callable[[], Timed]
 @contextmanager
 def product(work: Work, options: argparse.Namespace) -> Iterator[Sample]:
     """This checkout's sampler."""
-    from megatron_paint.config.settings import (
-        DataSettings,
-        MegatronSettings,
-        ModelSettings,
-        RolloutSettings,
-        RunSettings,
-    )
+    from megatron_paint.config.megatron import MegatronSettings
+    from megatron_paint.config.settings import DataSettings, ModelSettings, RolloutSettings, RunSettings
     from megatron_paint.mcore.ranks import start_ranks, stop_ranks
     from megatron_paint.models.qwen3.shape import read_shape
     from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters

@@ -20,11 +20,11 @@ from testbed_variants import DOMAINS, VARIANTS
 from warm_up_rows import VOCABULARY_ROWS, RowMaker, Task, draw_problems, write_problems, write_tokenizer
 
 from megatron_paint.base.errors import UserError
+from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.config.objective import ObjectiveSettings
 from megatron_paint.config.settings import (
     DataSettings,
     EvaluationSettings,
-    MegatronSettings,
     ModelSettings,
     OptimizerSettings,
     PromptSettings,

@@ -11,7 +11,8 @@ from megatron_paint.checkpoints.megatron_folder import METADATA, megatron_folder
 from megatron_paint.checkpoints.peft import ADAPTER_CONFIG, is_adapter
 from megatron_paint.checkpoints.run_state import RUN_STATE
 from megatron_paint.config.load import evaluate_settings_of, override_tree, read_tree
-from megatron_paint.config.settings import EvaluateSettings, MegatronSettings, ModelSettings
+from megatron_paint.config.megatron import MegatronSettings
+from megatron_paint.config.settings import EvaluateSettings, ModelSettings
 from megatron_paint.evaluation.benchmarks import names_in
 from megatron_paint.planning.local_model import base_of, with_local_model
 from megatron_paint.planning.stages import DIVIDING, VIRTUAL

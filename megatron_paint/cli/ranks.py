@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.settings import MegatronSettings
+from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.launch.local import number_of_processes, run_here
 from megatron_paint.launch.loopback import loopback
 from megatron_paint.launch.print_once import host_store

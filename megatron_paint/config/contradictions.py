@@ -5,11 +5,11 @@
 
 from collections.abc import Iterator
 
+from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.config.objective import ObjectiveSettings, RevealSettings, TeacherSettings
 from megatron_paint.config.settings import (
     DataSettings,
     EvaluationSettings,
-    MegatronSettings,
     ModelSettings,
     OptimizerSettings,
     RolloutSettings,

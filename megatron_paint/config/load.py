@@ -18,6 +18,7 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.config import contradictions, offload, profile
 from megatron_paint.config.allow_changes import check_allow_changes
 from megatron_paint.config.domains import DomainSettings, contradictions_of
+from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.config.mistakes import mistakes, user_error
 from megatron_paint.config.objective import ObjectiveSettings
 from megatron_paint.config.settings import (
@@ -25,7 +26,6 @@ from megatron_paint.config.settings import (
     EvaluateSettings,
     EvaluationSettings,
     GradingSettings,
-    MegatronSettings,
     ModelSettings,
     OptimizerSettings,
     RolloutSettings,

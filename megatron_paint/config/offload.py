@@ -6,8 +6,8 @@ Each function takes the sections that it compares and yields error messages.
 from collections.abc import Iterator
 from types import MappingProxyType
 
+from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.config.settings import (
-    MegatronSettings,
     ModelSettings,
     OptimizerSettings,
     RolloutSettings,

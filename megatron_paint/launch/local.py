@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.settings import MegatronSettings
+from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.launch.exit_status import ended_by, reason
 from megatron_paint.launch.failure_notes import NOTES_FOLDER, read_failure_notes
 from megatron_paint.planning.layout import fewest_processes

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_paint.config.settings import MegatronSettings
+from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.mcore.attention import TokenRows, token_rows
 from megatron_paint.mcore.context import ContextGroup, ResponseExchange, context_slice, response_exchange
 from megatron_paint.policy import ScoredSequence

@@ -27,7 +27,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from megatron_paint.config.settings import MegatronSettings
+from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.mcore.stage import Stage
 
 LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")

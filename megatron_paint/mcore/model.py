@@ -19,7 +19,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_paint.config.settings import MegatronSettings, ModelSettings
+from megatron_paint.config.megatron import MegatronSettings
+from megatron_paint.config.settings import ModelSettings
 from megatron_paint.mcore.attention import LocalAttention, transformer_engine_attention
 from megatron_paint.mcore.fp8_emulation import emulate_fp8
 from megatron_paint.mcore.ranks import Ranks, is_expert

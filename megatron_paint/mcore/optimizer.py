@@ -11,8 +11,9 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from torch import Tensor
 
 from megatron_paint.base.errors import UserError
+from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.config.offload import STATE_TYPES
-from megatron_paint.config.settings import MegatronSettings, OptimizerSettings
+from megatron_paint.config.settings import OptimizerSettings
 from megatron_paint.mcore.model import Stage
 
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_paint.config.settings import MegatronSettings
+from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.losses.cpu_math import settle_cpu_math
 from megatron_paint.mcore.cpu import redirect_cuda_to_cpu
 from megatron_paint.planning.hardware import device_of_rank, engine_environment

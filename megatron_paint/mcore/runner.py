@@ -3,7 +3,8 @@
 from megatron_paint.checkpoints.adapter_reader import checked_adapter
 from megatron_paint.checkpoints.hub import hub_model
 from megatron_paint.checkpoints.megatron_folder import megatron_folder
-from megatron_paint.config.settings import MegatronSettings, ModelSettings, RolloutSettings
+from megatron_paint.config.megatron import MegatronSettings
+from megatron_paint.config.settings import ModelSettings, RolloutSettings
 from megatron_paint.mcore.batch import token_multiple
 from megatron_paint.mcore.checkpoint import has_adapters, load_weights
 from megatron_paint.mcore.fixed_steps import CudaCapture

@@ -12,7 +12,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.settings import MegatronSettings, RolloutSettings
+from megatron_paint.config.megatron import MegatronSettings
+from megatron_paint.config.settings import RolloutSettings
 
 if TYPE_CHECKING:
     import torch

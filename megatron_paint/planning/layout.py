@@ -6,8 +6,9 @@ from importlib import metadata
 from pathlib import Path
 
 from megatron_paint.base.errors import UserError, about
+from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.config.profile import ProfileSettings
-from megatron_paint.config.settings import MegatronSettings, ModelSettings, RolloutSettings
+from megatron_paint.config.settings import ModelSettings, RolloutSettings
 from megatron_paint.models.qwen3.shape import read_shape
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.apex import refuse_foreign_apex

@@ -10,7 +10,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.settings import MegatronSettings
+from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.models.shape import ModelShape
 
 PIPELINE, VIRTUAL = "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import settings_of
-from megatron_paint.config.settings import MegatronSettings
+from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.mcore.batch import token_multiple
 from megatron_paint.planning.hardware import use_transformer_engine
 

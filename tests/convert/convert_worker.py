@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 
-from megatron_paint.config.settings import MegatronSettings, ModelSettings
+from megatron_paint.config.megatron import MegatronSettings
+from megatron_paint.config.settings import ModelSettings
 from megatron_paint.mcore.attention import token_rows
 from megatron_paint.mcore.checkpoint import load_weights
 from megatron_paint.mcore.float32_product import float32_product

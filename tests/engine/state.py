@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
+from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.config.objective import TeacherSettings
-from megatron_paint.config.settings import MegatronSettings, Settings
+from megatron_paint.config.settings import Settings
 from megatron_paint.mcore.checkpoint import _begin_state, copy_checkpoint, load_checkpoint
 from megatron_paint.mcore.model import build_model, transformer_config
 from megatron_paint.mcore.optimizer import make_optimizer, wrap_data_parallel

@@ -23,10 +23,10 @@ import torch.distributed as dist
 import transformer_engine.pytorch  # noqa: F401 - before Megatron, which imports a part of it
 from safetensors.torch import load_file
 
+from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.config.settings import (
     DataSettings,
     LoraSettings,
-    MegatronSettings,
     ModelSettings,
     OptimizerSettings,
     RunSettings,

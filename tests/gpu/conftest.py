@@ -7,7 +7,7 @@ import torch
 @pytest.fixture(scope="session")
 def ranks():
     """One process, one GPU."""
-    from megatron_paint.config.settings import MegatronSettings
+    from megatron_paint.config.megatron import MegatronSettings
     from megatron_paint.mcore.ranks import start_ranks, stop_ranks
 
     yield start_ranks(MegatronSettings())

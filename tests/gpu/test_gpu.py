@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.config.settings import (
     DataSettings,
     LoraSettings,
-    MegatronSettings,
     ModelSettings,
     RunSettings,
     Settings,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.settings import MegatronSettings
+from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.launch.exit_status import ended_by, reason
 from megatron_paint.launch.failure_notes import NOTES_FOLDER, FailureNote, leave_failure_note, read_failure_notes
 from megatron_paint.launch.local import number_of_processes

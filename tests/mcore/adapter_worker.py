@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_paint.config.settings import LoraSettings, MegatronSettings
+from megatron_paint.config.megatron import MegatronSettings
+from megatron_paint.config.settings import LoraSettings
 from megatron_paint.losses import InterpolationLossConfig
 from megatron_paint.losses.objectives import DistillationLoss
 from megatron_paint.mcore.policy import MegatronPolicy

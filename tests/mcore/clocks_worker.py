@@ -4,7 +4,7 @@ import json
 import time
 from dataclasses import asdict
 
-from megatron_paint.config.settings import MegatronSettings
+from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.mcore import clocks
 from megatron_paint.mcore.ranks import start_ranks, stop_ranks
 

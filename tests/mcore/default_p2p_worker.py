@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import torch
 
-from megatron_paint.config.settings import MegatronSettings
+from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.losses.objectives import CrossEntropyLoss
 from megatron_paint.mcore import forward_pass, model
 from megatron_paint.mcore.policy import MegatronPolicy

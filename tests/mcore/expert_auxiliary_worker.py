@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_paint.config.settings import MegatronSettings
+from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.losses.objectives import CrossEntropyLoss
 from megatron_paint.mcore.batch import make_micro_batches
 from megatron_paint.mcore.policy import MegatronPolicy, _student_sequences

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_paint.config.settings import MegatronSettings
+from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.mcore import hf_checkpoint
 from megatron_paint.mcore.ranks import start_ranks, stop_ranks
 from tests.mcore.expert_cases import CASES, fits

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_paint.config.settings import DataSettings, MegatronSettings, ModelSettings, RunSettings, Settings
+from megatron_paint.config.megatron import MegatronSettings
+from megatron_paint.config.settings import DataSettings, ModelSettings, RunSettings, Settings
 from megatron_paint.losses import InterpolationLossConfig
 from megatron_paint.losses.objectives import CrossEntropyLoss, DistillationLoss
 from megatron_paint.mcore.fp8_emulation import Fp8Product

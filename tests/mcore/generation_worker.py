@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
+from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.config.settings import (
     DataSettings,
-    MegatronSettings,
     ModelSettings,
     RolloutSettings,
     RunSettings,

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_paint.checkpoints.stacked_adapters import packed, stacked_key, unpacked
+from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.config.objective import GrpoSettings, ObjectiveSettings, TeacherSettings
 from megatron_paint.config.settings import (
     DataSettings,
     LoraSettings,
-    MegatronSettings,
     ModelSettings,
     OptimizerSettings,
     RolloutSettings,

@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.checkpoints.torch_dist import CheckpointReader
+from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.config.offload import STATE_TYPES
-from megatron_paint.config.settings import MegatronSettings
 from megatron_paint.mcore.optimizer import _refusals_of_adam, _state_settings
 from tests.mcore import expert_cases
 from tests.mcore import parity_cases as parity

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.settings import MegatronSettings
+from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.mcore.model import _pipeline_settings
 from megatron_paint.planning.stages import DIVIDING, FIRST, LAST, PIPELINE, VIRTUAL, split_layers
 from tests.planning.test_stages import SHAPE

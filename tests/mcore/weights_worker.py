@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.settings import MegatronSettings, ModelSettings
+from megatron_paint.config.megatron import MegatronSettings
+from megatron_paint.config.settings import ModelSettings
 from megatron_paint.mcore.checkpoint import load_weights
 from megatron_paint.mcore.hf_checkpoint import export_stage
 from megatron_paint.mcore.model import build_model

@@ -8,7 +8,8 @@ import pytest
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import load_settings
-from megatron_paint.config.settings import LoraSettings, MegatronSettings, ModelSettings, RolloutSettings
+from megatron_paint.config.megatron import MegatronSettings
+from megatron_paint.config.settings import LoraSettings, ModelSettings, RolloutSettings
 from megatron_paint.models.qwen3.shape import read_shape
 from megatron_paint.planning.layout import check_auxiliary_losses, check_layout, data_parallel_size, fewest_processes
 from megatron_paint.planning.memory import make_plan

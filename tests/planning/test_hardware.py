@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.settings import MegatronSettings
+from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.planning import hardware
 from megatron_paint.planning.apex import refuse_foreign_apex
 from megatron_paint.planning.hardware import (

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.settings import LoraSettings, MegatronSettings, ModelSettings, RolloutSettings
+from megatron_paint.config.megatron import MegatronSettings
+from megatron_paint.config.settings import LoraSettings, ModelSettings, RolloutSettings
 from megatron_paint.planning.layout import check_model, data_parallel_size
 
 SIZES = {

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.settings import MegatronSettings
+from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.stages import chunks_a_stage, in_flight, split_layers
 

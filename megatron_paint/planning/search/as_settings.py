@@ -12,7 +12,8 @@ from typing import Any
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import settings_of
-from megatron_paint.config.settings import MegatronSettings, Settings
+from megatron_paint.config.megatron import MegatronSettings
+from megatron_paint.config.settings import Settings
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.estimate import MemoryEstimate, StageMemory, estimate, teacher_bytes
 from megatron_paint.planning.layout import Layout, check_shape, layout_of

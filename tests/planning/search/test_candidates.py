@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from megatron_paint.config.settings import MegatronSettings
+from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.planning.search import as_settings
 from megatron_paint.planning.search.as_settings import (
     DIMENSIONS,
