@@ -9,6 +9,8 @@ from megatron_paint.config.examples import objectives, sizes
 def run(options: argparse.Namespace, _: list[str]) -> int:
     """Prints the settings file, or with --list the names of all presets."""
     if options.list:
+        if options.size is not None:
+            raise UserError(f"init --list prints all presets and takes no name: leave out {options.size} or --list")
         width = max(map(len, sizes()))
         print("\n".join(f"{size:<{width}}  {' '.join(objectives(size))}" for size in sizes()))
         return 0

@@ -30,6 +30,7 @@ def test_list(capsys):
         (["qwen3_8b"], "init needs a model size and an objective"),
         (["qwen3_8", "paint"], "did you mean qwen3_8b?"),
         (["qwen3_8b", "gropo"], "did you mean grpo?"),
+        (["--list", "qwen3_8b"], "leave out qwen3_8b or --list"),
     ],
 )
 def test_a_mistake_is_one_line(capsys, arguments, says):
