@@ -143,7 +143,9 @@ def test_pages_in_a_browser_ask_this_site_alone(address):
 
 @pytest.mark.browser
 @pytest.mark.skipif(bool(missing()), reason=f"missing: {missing()}")
-@pytest.mark.parametrize(("scheme", "palette"), [("light", "default"), ("dark", "slate")])
+@pytest.mark.parametrize(
+    ("scheme", "palette"), [("light", "default"), pytest.param("dark", "slate", marks=pytest.mark.long)]
+)
 def test_axe_finds_nothing_serious(address, scheme, palette):
     with chromium() as browser:
         browser.prefer(scheme)

@@ -25,7 +25,7 @@ def family(tmp_path_factory):
 
 
 # `make test` leaves out layouts whose kinds of parallelism other layouts have, in other pairs or with more ranks.
-LONG = ("tp2", "pp2", "ep2", "tp2-ep2")
+LONG = ("tp2", "pp2", "tp4", "ep2", "tp2-ep2")
 MARKED = [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in LAYOUTS]
 
 

@@ -160,6 +160,7 @@ def test_paint_with_anchors_of_code(settings, tmp_path):
         assert reveal["reference_text"].startswith(reveal["shown_text"])
 
 
+@pytest.mark.long
 def test_the_extractor_of_a_run_is_that_of_all_domains_without_their_own(settings, tmp_path):
     train(
         tmp_path,

@@ -149,7 +149,11 @@ def test_adapters(layout, transfer, model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("path", "count", "do"), [("/inference/v1/generate", MODE + 9, "abort"), ("/update_weights", 4, "truncate")]
+    ("path", "count", "do"),
+    [
+        pytest.param("/inference/v1/generate", MODE + 9, "abort", marks=pytest.mark.long),
+        ("/update_weights", 4, "truncate"),
+    ],
 )
 def test_wrong_answers(path, count, do, model, tmp_path):
     settings = write_settings(tmp_path, model, fault={"path": path, "count": count, "do": do})
@@ -160,7 +164,8 @@ def test_wrong_answers(path, count, do, model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("path", "count", "do"), [("/update_weights", 12, "stale"), ("/reset_prefix_cache", 2, "kept")]
+    ("path", "count", "do"),
+    [pytest.param("/update_weights", 12, "stale", marks=pytest.mark.long), ("/reset_prefix_cache", 2, "kept")],
 )
 def test_stale_weights(path, count, do, model, tmp_path):
     """The server says that it has the new weights. Its log-probabilities say that it has the old ones."""
@@ -209,8 +214,15 @@ def running_server(model: Path, *options: str) -> Iterator[str]:
         process.kill()
 
 
-@pytest.mark.parametrize(("temperature", "needed"), [(1.0, "raw_logprobs"), (0.9, "processed_logprobs")])
-@pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logprobs"])
+@pytest.mark.parametrize(
+    ("mode", "temperature", "needed"),
+    [
+        pytest.param("raw_logprobs", 1.0, "raw_logprobs", marks=pytest.mark.long),
+        ("raw_logprobs", 0.9, "processed_logprobs"),
+        ("processed_logprobs", 1.0, "raw_logprobs"),
+        ("processed_logprobs", 0.9, "processed_logprobs"),
+    ],
+)
 def test_servers_that_already_run(mode, temperature, needed, model, tmp_path):
     """They need the mode of log-probabilities that fits the temperature. The message names it."""
     settings = write_settings(tmp_path, model)
@@ -274,6 +286,7 @@ def test_a_killed_run_leaves_nothing(what, model, tmp_path):
     wait_for(lambda: not servers_of(model[0]) and not transfer_of(run).exists())
 
 
+@pytest.mark.long  # test_a_killed_run_goes_on_ahead kills one too
 def test_a_killed_run_goes_on(model, tmp_path):
     settings = write_settings(tmp_path, model)
     running = forked_ranks.start(tmp_path, "train", settings, "--json")
@@ -358,6 +371,7 @@ def test_a_server_fails_ahead(do, model, tmp_path):
     assert [event["step"] for event in printed[:restart] if event["event"] == "step"] == [1]
 
 
+@pytest.mark.long
 def test_all_servers_fail_ahead(model, tmp_path):
     """What they had not sampled of step 2 is sampled in it, with the weights of that step."""
     settings = write_settings(tmp_path, model, fault=WHILE_STEP_1_TRAINS | {"count": MODE + 12, "do": "exit"})
@@ -391,6 +405,7 @@ def test_grpo_ahead(updates, model, tmp_path):
     assert all(share > 0.1 for share in shares[1:])
 
 
+@pytest.mark.long
 def test_adapters_ahead(model, tmp_path):
     settings = write_settings(tmp_path, model)
     ended = forked_ranks.train(tmp_path, settings, AHEAD, LORA, "rollout.lora_transfer=adapter")

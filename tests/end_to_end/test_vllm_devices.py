@@ -90,7 +90,7 @@ def test_a_run(transfer, layout, tied, models, tmp_path):
     [
         ("nccl", "/update_weights", 2, "exit", 2),
         pytest.param("nccl", "/inference/v1/generate", 12, "exit", 1, marks=pytest.mark.long),
-        ("ipc", "/update_weights", 9, "exit", 1),
+        pytest.param("ipc", "/update_weights", 9, "exit", 1, marks=pytest.mark.long),
         pytest.param("ipc", "/sleep", 3, "status", 1, marks=pytest.mark.long),
     ],
 )

@@ -23,9 +23,9 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(checkpoints):
-    """Results of plain torch by case, computed once."""
+    """Results of plain torch for the name of a case, computed once."""
     torch.set_num_threads(1)
-    return {case.name: plain_run(case, checkpoints) for case in CASES}
+    return cache(lambda name: plain_run(NAMED[name], checkpoints))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ FITTING = [
 
 @pytest.mark.parametrize(("layout", "name"), FITTING)
 def test_equals_plain_torch(layout, name, outputs, plain):
-    assert_equals_plain(NAMED[name], outputs(layout), plain[name])
+    assert_equals_plain(NAMED[name], outputs(layout), plain(name))
 
 
 def test_routing_is_that_of_transformers(outputs, checkpoints):

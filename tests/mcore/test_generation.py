@@ -31,7 +31,7 @@ def rollouts(model_folder, tmp_path_factory):
     return cache(lambda layout: sampled(layout, model_folder, tmp_path_factory))
 
 
-@pytest.fixture(scope="module", params=["tp1", "tp2-pp2-sp"])
+@pytest.fixture(scope="module", params=["tp1", pytest.param("tp2-pp2-sp", marks=pytest.mark.long)])
 def yarn_rollouts(request, yarn_folder, tmp_path_factory):
     """Rollouts of a model with YaRN."""
     return sampled(request.param, yarn_folder, tmp_path_factory)

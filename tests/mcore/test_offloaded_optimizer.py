@@ -19,7 +19,7 @@ from tests.mcore.offload_worker import CASES, EXPERTS, HALF
 from tests.support.exports import same, weights
 
 WRITER = "tp2-dp2"
-LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("tp2-pp2-sp", "ep2")]
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("tp1", "tp2-pp2-sp", "ep2")]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def saved(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("layout", ["tp1", WRITER, *LONG])
+@pytest.mark.parametrize("layout", [WRITER, *LONG])
 def test_steps_and_resumes_are_those_of_the_usual_optimiser(layout, run, saved, tmp_path):
     """Weights and losses to the bit. A checkpoint before the first step resumes too, and so do experts' optimisers."""
     plain, moved = run(layout, "plain", tmp_path), run(layout, "all", tmp_path)

@@ -83,7 +83,13 @@ def expected(settings, *, processes: int) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+# `make test` has every kind of training, and experts that are shared and cut.
+LONG = ("experts 2", "tensor 2, complete experts")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in LAYOUTS]
+)
 def test_estimate_is_what_is_allocated(name, tmp_path):
     processes, tp, megatron = LAYOUTS[name]
     settings = write_settings(tmp_path, processes=processes, tp=tp, megatron=megatron)

@@ -55,7 +55,7 @@ CASES = {
     "grpo-adastar-dp2": (*GRPO, *DP, *ADASTAR),
 }
 # `make test` leaves out cases whose parts the others have: both objectives, types, orders and kinds of parallelism.
-LONG = ("paint-float32-pp2", "paint-bfloat16-tp2", "paint-bfloat16-pp2", "grpo-adastar-dp2")
+LONG = ("paint-float32-pp2", "paint-bfloat16-tp2", "paint-bfloat16-pp2", "support-float32-tp2", "grpo-adastar-dp2")
 MARKED = [pytest.param(case, marks=pytest.mark.long) if case in LONG else case for case in CASES]
 MARKED_ADASTAR = [param for case, param in zip(CASES, MARKED, strict=True) if "adastar" in case]
 OTHERS = {"pp2": (2, PP), "chunks": (2, CHUNKS), "one-rank": (1, ()), "dp2": (2, ())}

@@ -126,11 +126,11 @@ def test_the_same_weights_are_sent_again_after_a_sleep(start):
 @pytest.mark.parametrize(
     ("path", "count", "do", "together"),
     [
-        ("/get_world_size", 1, "status", True),
+        pytest.param("/get_world_size", 1, "status", True, marks=pytest.mark.long),
         pytest.param("/init_weight_transfer_engine", 1, "exit", True, marks=pytest.mark.long),
         pytest.param("/init_weight_transfer_engine", 1, "status", True, marks=pytest.mark.long),
         pytest.param("/pause", 2, "status", True, marks=pytest.mark.long),
-        ("/start_weight_update", 2, "exit", True),
+        pytest.param("/start_weight_update", 2, "exit", True, marks=pytest.mark.long),
         pytest.param("/update_weights", 2, "exit", True, marks=pytest.mark.long),
         pytest.param("/update_weights", 2, "hang", True, marks=pytest.mark.long),
         ("/update_weights", 2, "leave", True),
@@ -160,7 +160,7 @@ def test_a_server_of_a_group_fails(path, count, do, together, start, calls, tmp_
     ("path", "count", "do"),
     [
         pytest.param("/start_weight_update", 2, "exit", marks=pytest.mark.long),
-        ("/update_weights", 8, "status"),
+        pytest.param("/update_weights", 8, "status", marks=pytest.mark.long),
         ("/wake_up", 3, "exit"),
         pytest.param("/sleep", 2, "hang", marks=pytest.mark.long),
     ],

@@ -21,6 +21,7 @@ def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
+@pytest.mark.long  # `make docs` runs them too
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path):
     """Each cell asserts what its text claims. Every cell that prints when it runs also has a stored output."""
