@@ -9,9 +9,9 @@ READY := .venv/.ready
 endif
 # pip chooses the newest torch; set TORCH to pin one, such as TORCH=torch==2.13.0 (a CPU build on Python 3.11).
 TORCH ?=
-# How many test files run at the same time. Some start four processes.
-JOBS ?= 2
-# More options for pytest, such as OPTIONS=--slow-limit=60 or OPTIONS="-k parity".
+# How many test files run at the same time. Many wait: for other ranks, or for a time limit. So three keep two cores busy.
+JOBS ?= 3
+# More options for pytest, such as OPTIONS=--slow-limit=90 or OPTIONS="-k parity".
 OPTIONS ?=
 PYTEST = $(BIN)/python -m pytest
 # A file stays with one worker. tests/conftest.py puts the longest files first.
@@ -33,11 +33,11 @@ quickstart: $(READY)
 
 ## make testbed      SFT, GRPO, OPSD, PAINT and PAINT's parts on small models: 540 runs, five hours or more
 testbed: $(READY)
-	$(BIN)/python tools/testbed.py --jobs $(JOBS)
+	$(BIN)/python tools/testbed.py
 
 ## make testbed-full the same with more seeds, and every control on every variant: 3,840 runs, a day or more
 testbed-full: $(READY)
-	$(BIN)/python tools/testbed.py --jobs $(JOBS) --full
+	$(BIN)/python tools/testbed.py --full
 
 ## make test         the tests that need no GPU and no Slurm cluster, except the long ones
 test: $(READY)
