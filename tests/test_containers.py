@@ -1,9 +1,11 @@
 """The recipes of containers: linted, and in agreement with each other and with setup.py."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ DOCKERFILE = (FOLDER / "Dockerfile").read_text()
 RECIPE = (FOLDER / "megatron_paint.def").read_text()
 SCRIPT = FOLDER / "install.sh"
 PARTS = ["system", "torch", "apex", "package"]
+SOURCES = {name for names in re.findall(r"^COPY (.+) \S+$", DOCKERFILE, re.MULTILINE) for name in names.split()}
 
 
 def tool(name):
@@ -67,13 +70,11 @@ def test_both_recipes_run_all_parts_in_their_order():
 
 
 def test_both_recipes_copy_what_the_package_needs():
-    docker = re.findall(r"^COPY (.+) \S+$", DOCKERFILE, re.MULTILINE)
-    copied = {name for names in docker for name in names.split()}
-    assert copied == set(re.findall(r"^    (\S+) /opt/install/\S+$", RECIPE, re.MULTILINE))
-    assert copied >= {"setup.py", "pyproject.toml", "README.md", "megatron_paint", "examples"}
-    assert all((ROOT / name).exists() for name in copied)
+    assert set(re.findall(r"^    (\S+) /opt/install/\S+$", RECIPE, re.MULTILINE)) == SOURCES
+    assert {"setup.py", "pyproject.toml", "README.md", "megatron_paint", "examples"} <= SOURCES
+    assert all((ROOT / name).exists() for name in SOURCES)
     allowed = re.findall(r"^!(.+)$", (FOLDER / "Dockerfile.dockerignore").read_text(), re.MULTILINE)
-    assert {name.split("/")[0] for name in copied} == set(allowed)
+    assert {name.split("/")[0] for name in SOURCES} == set(allowed)
 
 
 @pytest.mark.parametrize("arguments", [[], ["all"], ["package"]])
@@ -81,3 +82,31 @@ def test_the_script_refuses_what_it_does_not_know(arguments):
     done = subprocess.run(["bash", SCRIPT, *arguments], capture_output=True, text=True, timeout=60)
     assert done.returncode != 0
     assert "usage: install.sh" in done.stderr or "give the folder of the package" in done.stderr
+
+
+@pytest.mark.long
+def test_the_script_installs_a_command_that_runs(tmp_path):
+    """Without CUDA and without an image: what the Dockerfile copies and runs after the system's packages."""
+    venv, source = tmp_path / "venv", tmp_path / "source"
+    source.mkdir()
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        else:
+            shutil.copy(ROOT / name, source / name)
+    wanted = {"VENV": str(venv), "TORCH": f"torch=={version('torch').partition('+')[0]}", "EXTRAS": "tensorboard"}
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True, timeout=120)
+    for part in (["torch"], ["package", source]):
+        done = subprocess.run(
+            ["bash", SCRIPT, *part], env=environment | wanted, capture_output=True, text=True, timeout=800
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    for arguments in (
+        ["quickstart", "--out", "quickstart", "--dry-run"],
+        ["train", "quickstart/paint.yaml", "--processes", "4", "run.steps=1", "run.dir=run"],
+    ):
+        command = [venv / "bin" / "megatron-paint", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 1
