@@ -65,7 +65,7 @@ def of_shown(objective: ObjectiveSettings, rollout: RolloutSettings) -> Iterator
         name = "hide_answer" if reveal.hide_answer else "hidden_nats"
         yield (
             f"objective.reveal.{name} is about what is hidden of a reference, and objective.reveal.solution="
-            "reference_free shows none: leave it out"
+            f"reference_free shows no reference: leave {name} out"
         )
     if reveal.solution == "peer_rollout":
         samples = rollout.samples_per_problem or 1

@@ -34,7 +34,7 @@ class ServerOptions:
     transfer: Transfer = "file"
     lora_rank: int | None = None  # adapters are loaded while it runs; None: it has none
     on_gpus: bool = True
-    remove: Path | None = None  # a folder that goes when the run's process dies
+    remove: Path | None = None  # a folder that is removed when the run's process dies
 
 
 def server_command(engine: ServerOptions, model: Path, port: int) -> list[str]:

@@ -221,7 +221,7 @@ class Fleet:
         self.run(self._each(self.live, finish, "finishing an update"))
 
     def sleep(self) -> None:
-        """Makes the live servers give back the GPU memory of their weights, keys and values (vLLM's level 2)."""
+        """Makes the live servers free the GPU memory of their weights, keys and values (vLLM's level 2)."""
 
         async def sleep(server: Server) -> None:
             await server.client.call("POST", "/sleep", params={"level": 2, "mode": "wait"})
