@@ -80,7 +80,7 @@ soak: $(READY)
 test-gpu: $(READY)
 	$(PYTEST) -m gpu $(OPTIONS) tests/gpu
 
-## make bench        the benchmarks of docs/benchmarks.md
+## make bench        benchmarks that need no other program; docs/benchmarks.md has the commands of all
 bench: $(READY)
 	for name in masker loss bf16_logits evaluation rollout checkpoint planner; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 

@@ -19,7 +19,7 @@ HEAD = re.compile(r"# (?P<model>Qwen3-\S+) with .* on (?P<nodes>one node|two nod
 WHAT = {
     "paint": "PAINT",
     "opsd": "OPSD: shows the complete solution, mixes nothing",
-    "support": "PAINT; the target keeps to what the initial model finds plausible",
+    "support": "shows the complete solution; the target has only what the initial model finds plausible",
     "reference_free": "shows no solution to the teacher",
     "grpo": "GRPO: rewards instead of a teacher",
     "sft": "supervised fine-tuning on the solutions",

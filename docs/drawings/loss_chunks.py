@@ -70,8 +70,8 @@ def draw() -> Drawing:
         24,
         380,
         "gather: softmax statistics of each rank's columns. They give normalisers, entropies and so the selection.",
-        "sum: the divergences. It runs behind the logits of the next chunk; the next gather runs behind the gradient.",
-        "Together both collectives send at most 60 bytes a token from each rank.",
+        "sum: the divergences, while the next chunk's logits are computed. The next gather overlaps with the gradient.",
+        "Together both collectives send at most 60 bytes a token from each rank, 84 with a support.",
         kind="small left",
     )
     drawing.box(

@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
         self.error(f"unknown {name} {str(value)!r}: {near}")
 
     def nearest_option(self, argument: str) -> str:
-        """A question with the option that is nearest to an unknown one; "" if none is near."""
+        """A question that suggests the nearest option, or for --KEY=VALUE the setting; "" if no option is near."""
         name, equals, value = argument.partition("=")
         if equals and "." in name:  # --optimizer.lr=1e-5
             return f"did you mean {name.lstrip('-')}={value}?"

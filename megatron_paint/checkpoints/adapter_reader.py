@@ -162,7 +162,7 @@ class Adapter:
         expected = self._expected()
         missing = [f"{key} is missing" for key in sorted(expected.keys() - self._shapes.keys())]
         surplus = [
-            f"{key} is of no weight that can be adapted" for key in sorted(self._shapes.keys() - expected.keys())
+            f"{key} belongs to no weight that can be adapted" for key in sorted(self._shapes.keys() - expected.keys())
         ]
         shapes = [
             f"{key} has shape {self._shapes[key]}, but config and model expect {wanted}"
@@ -239,7 +239,7 @@ class Adapter:
         rank, alpha = lora.rank, lora.alpha
         merge = "leave model.lora out to merge the adapter into the weights"
         if self.config.dora:
-            raise UserError(f"{self.folder} has use_dora, with which no run of adapters can continue; {merge}")
+            raise UserError(f"{self.folder} has use_dora, and a run of adapters cannot continue from it; {merge}")
         if self.saved:
             raise UserError(
                 f"{self.folder} holds the complete weights of {min(self.saved)} (modules_to_save), which a run of "

@@ -89,7 +89,7 @@ OPTIONAL = (
         name="Triton",
         module="triton",
         distribution="triton",
-        cost="the loss runs unfused: slower and more memory",
+        cost="the elementwise work of the loss runs in torch: slower, and more memory",
     ),
     Package(
         name="vLLM",

@@ -100,8 +100,8 @@ def _check_for_servers(settings: EvaluateSettings) -> None:
     if (part := model.megatron_path or model.adapter_path) is not None:
         converted = "convert it first (megatron-paint convert to-hf), or " if model.megatron_path else ""
         raise UserError(
-            f"rollout.engine=vllm loads complete Hugging Face folders, and {part} is none: {converted}evaluate it with "
-            "--engine megatron"
+            f"rollout.engine=vllm loads complete Hugging Face folders, and {part} is not one: {converted}evaluate it "
+            "with --engine megatron"
         )
 
 

@@ -24,7 +24,7 @@ def of_data(data: DataSettings, objective: ObjectiveSettings) -> Iterator[str]:
     if data.order == "adastar" and not objective.needs.samples_per_problem:
         yield (
             f"data.order=adastar orders the problems by verdicts on rollouts, and objective.name={objective.name} "
-            "samples none: set data.order=shuffled"
+            "samples no rollouts: set data.order=shuffled"
         )
 
 
@@ -65,7 +65,7 @@ def of_shown(objective: ObjectiveSettings, rollout: RolloutSettings) -> Iterator
         name = "hide_answer" if reveal.hide_answer else "hidden_nats"
         yield (
             f"objective.reveal.{name} is about what is hidden of a reference, and objective.reveal.solution="
-            "reference_free shows none: leave it out"
+            f"reference_free shows no reference: leave {name} out"
         )
     if reveal.solution == "peer_rollout":
         samples = rollout.samples_per_problem or 1
@@ -153,12 +153,12 @@ def of_ahead(rollout: RolloutSettings, data: DataSettings, objective: ObjectiveS
     if not objective.needs.samples_per_problem:
         yield (
             f"rollout.ahead=1 samples the responses of the next step, and objective.name={objective.name} samples "
-            "none: leave it out"
+            "no responses: leave rollout.ahead out"
         )
     elif not objective.needs.weighs_older:
         yield (
             f"rollout.ahead=1 samples with older weights, and objective.name={objective.name} does not weigh such "
-            "responses: leave it out"
+            "responses: leave rollout.ahead out"
         )
     if rollout.engine != "vllm":
         yield (

@@ -36,8 +36,8 @@ class DomainSettings:
     white_space: Annotated[
         Literal["strip", "collapse", "remove"],
         setting(
-            "grader=exact, regex: strip: white space at both ends does not count; collapse: and inside, any white "
-            "space is one space; remove: no white space counts"
+            "grader=exact, regex: strip: white space at both ends does not count; collapse: also, any white space "
+            "inside counts as one space; remove: no white space counts"
         ),
     ] = "strip"
 

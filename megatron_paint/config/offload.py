@@ -1,4 +1,4 @@
-"""Settings that save GPU memory or time under Megatron's names: what contradicts them, and what is refused.
+"""Settings that keep data in host memory, and CUDA graphs: what contradicts them, and what is refused.
 
 Each function takes the sections that it compares and yields error messages.
 """

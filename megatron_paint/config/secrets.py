@@ -1,7 +1,7 @@
-"""Values that may be tokens or passwords. No run folder, no log and no logger gets them.
+"""Values that may be tokens or passwords. What a run records and logs has "(hidden)" in their place.
 
-The settings themselves keep them: what a run writes goes through `recorded_tree`, and a command line through
-`without_secret_arguments`.
+The settings have the values, and so do the settings files that jobs and trials read (docs/operations.md). What a run
+writes goes through `recorded_tree`, and a command line through `without_secret_arguments`.
 """
 
 import re

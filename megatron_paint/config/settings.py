@@ -356,7 +356,7 @@ class RunSettings:
         tuple[Literal["tensorboard", "wandb", "mlflow"], ...],
         setting("services that show the run, such as [wandb, mlflow]; tensorboard need not be named"),
     ] = ()
-    name: Annotated[Text | None, setting("name of the run in them; null: the name of the folder")] = None
+    name: Annotated[Text | None, setting("name of the run in these services; null: the name of the folder")] = None
     project: Annotated[
         Text | None,
         setting(
@@ -377,8 +377,8 @@ class RunSettings:
     keep_top_tokens: Annotated[
         Whole,
         setting(
-            "number of likeliest tokens of teacher and of student that are stored for each token of these samples; 0: "
-            "none. Costs two more products with the output layer for these samples",
+            "number of likeliest tokens of teacher and of student that are stored for each token of the samples of "
+            "keep_token_values; 0: none. This costs two more products with the output layer for these samples",
             ge=0,
             le=20,
         ),

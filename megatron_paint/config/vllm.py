@@ -75,6 +75,6 @@ class VllmSettings:
         Text | None,
         setting(
             "transfer=file: folder through which weights reach the servers, which ranks and servers see; null: "
-            "/dev/shm, which is of one machine"
+            "/dev/shm, which only one machine sees"
         ),
     ] = None

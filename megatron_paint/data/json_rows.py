@@ -48,7 +48,7 @@ def _begins_array(head: bytes) -> bool:
 
 
 def _spans_lines(head: bytes) -> bool:
-    """Tells whether the first object goes on in the second line, as in the output of `jq`."""
+    """Tells whether the first object continues in the second line, as in the output of `jq`."""
     lines = [line.strip() for line in head.split(b"\n", 50) if line.strip()]
     if len(lines) < 2 or not lines[0].startswith(b"{") or _is_json(lines[0]):
         return False
@@ -208,7 +208,7 @@ class _JsonText:
             except (ValueError, RecursionError) as error:
                 raise self.mistake(f"entry {number} is not readable as JSON: {error}") from error
             else:
-                if end < len(self.text) or self.ended:  # otherwise a number may go on in the next piece
+                if end < len(self.text) or self.ended:  # otherwise a number may continue in the next piece
                     self.at = end
                     return value
             self._read()

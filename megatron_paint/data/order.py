@@ -34,9 +34,9 @@ class ProblemOrder(Protocol):
         """Returns the problems of a step, over all ranks, and changes nothing. Steps count from 1 over the run."""
 
     def record(self, step: int, verdicts: Verdicts) -> dict[str, float]:
-        """Learns the verdicts on the rollouts of a completed step. Returns the order's metrics, by their key.
+        """Updates the order with the verdicts on the rollouts of a completed step. Returns its metrics by their key.
 
-        A step that was skipped is not recorded.
+        Not called for a step that was skipped.
         """
 
     def state_dict(self) -> dict[str, Any]:

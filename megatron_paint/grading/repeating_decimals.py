@@ -8,7 +8,7 @@ BAR = re.compile(r"(?<![0-9.,])([0-9]*)\.([0-9]*)\\(?:overline|bar|overbar)\s*(?
 DOTS_OVER = re.compile(rf"(?<![0-9.,])([0-9]*)\.([0-9]*){DIGIT}(?:([0-9]*){DIGIT})?")
 PARENTHESES = re.compile(r"([-+]?)([0-9]+)\.([0-9]*)\(([0-9]+)\)")
 CONTINUED = re.compile(r"(?<![0-9.,])([0-9]*)\.([0-9]+?)\s*\\ldots(?![A-Za-z])")
-MOST_DIGITS = 40  # of a decimal that goes on; the search for its period is cubic
+MOST_DIGITS = 40  # of a decimal that continues; the search for its period is cubic
 LONG = 7  # decimals; fewer do not say which number is meant
 REPEATED = re.compile(r"([0-9]*?)([0-9])\2{2,}|([0-9]*?)([0-9]{2,}?)(?:\4)+")
 

@@ -44,16 +44,16 @@ class Rounding:
     gradients: torch.dtype
 
     def rows(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """Activations or gradients, whose last axis is summed: float32 values that FP8 has.
+        """Rounds activations or gradients, whose last axis is summed, to float32 values that FP8 can represent.
 
-        An expert without a token has none.
+        The tensor of an expert without tokens is empty, and stays empty.
         """
         if not values.numel():
             return values.float()
         return _in_blocks(values, dtype, rows=1) if self.blockwise else _at_one_scale(values, dtype)
 
     def weight(self, values: Tensor) -> Tensor:
-        """A weight. Its blocks are the same in both directions."""
+        """Rounds a weight. Its blocks are the same in both directions."""
         return _in_blocks(values, E4M3, rows=BLOCK) if self.blockwise else _at_one_scale(values, E4M3)
 
 

@@ -118,7 +118,7 @@ class Teacher:
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Moves an average towards the student; called once after each optimiser step."""
+        """Moves an average towards the student. Called after each optimiser step; other teachers do not change."""
         if self.settings.weights != "ema":
             return
         for name, parameter in self._parameters(self.held).items():

@@ -58,7 +58,7 @@ def grader_warnings(rollouts: Sequence[Rollout], grades: Sequence[Grade], *, ste
 def scores_of_all(
     samples: Sequence[Sample], taught: Sequence[int], scores: Sequence[SampleScore]
 ) -> tuple[SampleScore, ...]:
-    """The scores in the order of all samples; samples without loss have empty ones.
+    """The scores in the order of all samples; samples without loss have empty ones. `token_logprobs` are dropped.
 
     taught: the indices of the samples that `scores` belong to.
     """

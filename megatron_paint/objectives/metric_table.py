@@ -174,7 +174,8 @@ METRICS: dict[str, Metric] = {
         only="PAINT, OPSD with rollout.ahead=1",
     ),
     "importance/limited_share": Metric(
-        meaning="share of their tokens whose weight is at rollout.importance_limit",
+        meaning="of the tokens of responses that older weights have sampled, the share with the largest weight that "
+        "rollout.importance_limit allows",
         unit="0 to 1",
         healthy="near 0",
         only="PAINT, OPSD with rollout.ahead=1",

@@ -118,14 +118,14 @@ def published(objective: str) -> tuple[str, str | None]:
 
 
 def model_name(path: str) -> str:
-    """A model without the folders around it: its name on the hub if that is known, else the last part of its path."""
+    """The name of a model without its folders: that on the hub if it is known, else the last part of the path."""
     if (model := hub_model(path)) is not None:
         return model.id
     return path if _is_on_hub(path) else Path(os.path.abspath(path)).name
 
 
 def data_name(source: str) -> str:
-    """Problems without the folders around them: OWNER/NAME on the hub, a known name, or the last part of a path."""
+    """The name of problems without their folders: OWNER/NAME on the hub, a known name, or the last part of a path."""
     if DATA_FILE.search(source) or not _is_on_hub(source):
         return Path(source).name
     return source

@@ -1,8 +1,8 @@
 """Warns of training that teaches nothing, as the metrics of its steps show it.
 
 Each sign has a number of steps in a row after which it is reported once, and is reported again at the end of the run.
-A run that is shorter than that is told at its end. The numbers of steps are ours: long enough that chance does not
-explain the sign, short enough that little time is lost.
+A shorter run reports it at its end. The numbers of steps are ours: large enough that chance does not explain the sign,
+small enough that little time is lost.
 """
 
 import math

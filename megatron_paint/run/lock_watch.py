@@ -160,8 +160,8 @@ def in_use(folder: Path, held: Owner, *, job: JobState = "unknown") -> str:
     """The message about an owner that lives. job: the state of its job; a process may outlive it."""
     end = f"scancel {held.job}" if held.job and job != "ended" else f"kill {held.pid} on {held.host}"
     return (
-        f"{folder} is in use: {held} owns it since {held.since}, and lives. Wait for its end, end it ({end}), or give "
-        f"another run.dir. Its lock is {folder / LOCK}"
+        f"{folder} is in use: {held} has owned it since {held.since}, and is alive. Wait for its end, end it ({end}), "
+        f"or give another run.dir. Its lock is {folder / LOCK}"
     )
 
 

@@ -84,7 +84,7 @@ def status_lines(status: Status) -> list[str]:
             f"loss {_number(status.loss)}"
         )
     if status.skipped:
-        lines.append(f"skipped     {status.skipped} steps whose loss or gradient was not finite")
+        lines.append(f"skipped     {status.skipped} steps, which changed no weight")
     saved = (
         "none yet" if status.checkpoint is None else f"{step_name(status.checkpoint)}, {_ago(status.checkpoint_age)}"
     )

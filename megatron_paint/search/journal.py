@@ -62,7 +62,7 @@ class StudyLock:
         return True
 
     def release(self) -> None:
-        """Gives it back, if this is the outermost `acquire`."""
+        """Releases the lock if this is the outermost `acquire`."""
         self._depth -= 1
         if not self._depth:
             self._let_go()
@@ -95,7 +95,7 @@ class StudyLock:
             owner = holder if holder is not None and _is_left_over(holder) else None
             if holder is not None and time.monotonic() > say_at:
                 say_at = float("inf")
-                self._say(f"megatron-paint: waiting for the lock of {self.folder}: {holder} has it, and lives")
+                self._say(f"megatron-paint: waiting for the lock of {self.folder}: {holder} holds it, and is alive")
 
 
 def _is_left_over(holder: Owner) -> bool:

@@ -114,8 +114,8 @@ def new_fleet(
 ) -> "Fleet":
     """A fleet without servers.
 
-    remove: a folder that goes when this process dies. temperature: of the sampling; None: rollout's. lora_rank: of the
-    adapters that servers load; None: they load none. transfer: how they get weights, if they get any.
+    remove: a folder that is removed when this process dies. temperature: of the sampling; None: rollout's. lora_rank:
+    of the adapters that servers load; None: they load none. transfer: how they get weights, if they get any.
     """
     import torch
 

@@ -30,7 +30,7 @@ def test_one_step_ahead_of_what():
     assert settings(ahead).rollout.importance_limit == 2.0
     assert settings(ahead | {"temperature": 0.0, "importance_limit": None}).rollout.ahead == 1
     for rollout, more, message in (
-        (ahead, {"objective": {"name": "sft"}}, "and objective.name=sft samples none"),
+        (ahead, {"objective": {"name": "sft"}}, "and objective.name=sft samples no responses"),
         (ahead, {"data": {"order": "adastar"}}, "data.order=adastar chooses them by these verdicts"),
         (
             ahead | {"importance_limit": 3.0},

@@ -26,7 +26,7 @@ class TimeLimit:
         self._restarted = threading.Event()
 
     def restart(self, seconds: float) -> None:
-        """Starts the time again."""
+        """Starts the time again, with this limit."""
         self.began = time.monotonic()
         self.seconds = seconds
         self._restarted.set()
@@ -36,7 +36,7 @@ class TimeLimit:
         return self.began + share * self.seconds
 
     def left(self, share: float) -> float:
-        """Seconds until then."""
+        """Seconds until this share of the time is over."""
         return max(0.0, self.at(share) - time.monotonic())
 
     @property

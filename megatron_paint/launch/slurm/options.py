@@ -34,7 +34,7 @@ PLACING = {
     "exclude": ("NODES", "nodes to avoid"),
     "switches": ("N[@TIME]", "most switches between the nodes, and how long to wait for such nodes"),
     "segment": ("N", "nodes of a block that must be close to each other, on clusters with topology/block"),
-    "gres": ("LIST", "generic resources of each node; one that names gpu takes the place of --gpus-per-node"),
+    "gres": ("LIST", "generic resources of each node; one that names gpu replaces --gpus-per-node"),
     "begin": ("TIME", "earliest start, such as 20:00 or now+2hours"),
     "mail-type": ("EVENTS", "events that send an e-mail, such as END,FAIL"),
     "mail-user": ("ADDRESS", "receiver of the e-mails"),
@@ -371,7 +371,7 @@ def _env_file(path: str | None) -> str | None:
 
 
 def check_run_dir(run_dir: str) -> None:
-    """Slurm parses the path of its log file. Characters that Slurm would interpret are refused."""
+    """UserError: run.dir has characters that Slurm would interpret in the path of a log file."""
     _check_line("run.dir", run_dir)
     if re.search(r'["\\%]', run_dir):
         raise UserError(

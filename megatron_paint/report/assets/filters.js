@@ -167,7 +167,7 @@
       { class: "controls" },
       runs.length > 1 ? choice("run", "Run", runs, update) : null,
       ...Object.entries(RANGES).map(([key, label]) => rangeField(key, label, update)),
-      choice("ended", "Ended", [["whole", "by itself"], ["cut", "cut off"]], update),
+      choice("ended", "Ended", [["whole", "complete"], ["cut", "cut off"]], update),
       graded ? choice("answer", "Answer", [["right", "right"], ["wrong", "wrong"], ["none", "not graded"]], update) : null,
       left ? choice("trained", "Trained on", [["yes", "yes"], ["no", "left out"]], update) : null,
       reset,

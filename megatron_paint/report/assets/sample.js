@@ -23,7 +23,7 @@
   };
 
   const WORD = /[\p{L}\p{N}]/u;
-  // Where an anchor stands in the text as it is written; a part of a longer number or word is no such place.
+  // Where an anchor occurs in the text as it is written; a part of a longer number or word does not count.
   const places = (text, anchors) => {
     const taken = [];
     const byLength = [...anchors].sort((a, b) => b[1].length - a[1].length);

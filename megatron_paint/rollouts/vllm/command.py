@@ -34,7 +34,7 @@ class ServerOptions:
     transfer: Transfer = "file"
     lora_rank: int | None = None  # adapters are loaded while it runs; None: it has none
     on_gpus: bool = True
-    remove: Path | None = None  # a folder that goes when the run's process dies
+    remove: Path | None = None  # a folder that is removed when the run's process dies
 
 
 def server_command(engine: ServerOptions, model: Path, port: int) -> list[str]:
@@ -76,7 +76,7 @@ def server_environment(engine: ServerOptions, number: int, base: Mapping[str, st
         # Handles of CUDA memory are tuples that JSON has not, so they are pickled. Our servers listen to this machine.
         kept["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     if not engine.on_gpus:
-        # A share of the cores is the kernel's to give: a pinned server stands still behind the ranks on its cores.
+        # The kernel divides the cores: a pinned server would wait for the ranks on its cores.
         kept |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_TARGET_DEVICE": "cpu"}
     if engine.settings.devices:
         kept["CUDA_VISIBLE_DEVICES"] = engine.settings.devices[number]

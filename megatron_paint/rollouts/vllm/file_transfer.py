@@ -123,7 +123,7 @@ class FileTransfer:
         return Written(rank=self.rank, path=str(path), size=size, names=tuple(tensors))
 
     def _send(self, fleet: Fleet, files: list[Written], sending: "Sending") -> bool:
-        """Starts the message of a round, once the one before is read. False: no server lives any more."""
+        """Starts the message of a round after the previous one was read. False: no server is left."""
         for message in files:
             if not os.path.exists(message.path) or os.path.getsize(message.path) != message.size:
                 raise UserError(

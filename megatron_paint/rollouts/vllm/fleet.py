@@ -90,7 +90,7 @@ class Fleet:
         return [server for server in self._servers.values() if server.failed is not None]
 
     def start(self, model: Path) -> None:
-        """Starts our servers with the model in this folder. They load it while the caller goes on."""
+        """Starts our servers with the model in this folder. They load it while the caller continues."""
         urls = self.settings.urls
         count = len(urls) or self.settings.servers
         for number in range(count):
@@ -114,7 +114,7 @@ class Fleet:
         wants_logprobs: bool,
         found: dict[int, Rollout],
     ) -> "Future[dict[int, Rollout]]":
-        """Rollouts by the number of their request; some are missing only if no server lives any more.
+        """Rollouts by the number of their request; some are missing only if no server is left.
 
         found: those that exist already; it gets the others as they are complete. version: of the weights that each
         token must be of; None: not checked.
@@ -221,7 +221,7 @@ class Fleet:
         self.run(self._each(self.live, finish, "finishing an update"))
 
     def sleep(self) -> None:
-        """Makes the live servers give back the GPU memory of their weights, keys and values (vLLM's level 2)."""
+        """Makes the live servers free the GPU memory of their weights, keys and values (vLLM's level 2)."""
 
         async def sleep(server: Server) -> None:
             await server.client.call("POST", "/sleep", params={"level": 2, "mode": "wait"})
@@ -253,9 +253,9 @@ class Fleet:
         self.run(self._each(self.live, act, what))
 
     def restart_failed(self, model: Path, *, version: str | None) -> None:
-        """Starts our failed servers again, with the weights in this folder, until one lives and none of ours is failed.
+        """Restarts our failed servers with the weights in this folder, until one is alive and none of ours has failed.
 
-        Those of URLs are left out for good. UserError: no server is left, or ours failed more often than
+        Servers of `urls` that failed are never used again. UserError: no server is left, or ours failed more often than
         `rollout.vllm.restarts`.
         """
         while self.failed:

@@ -15,7 +15,7 @@ TOLERANCE = 1e-3  # nats; ours
 
 
 async def logprobs_mode_of(client: Client) -> str | None:
-    """The mode of a server, in vLLM's name; None if it cannot be told. ServerError: the server does not answer."""
+    """vLLM's name of a server's mode; None if it cannot be determined. ServerError: the server does not answer."""
 
     async def logprobs(*, temperature: float, top_k: int) -> list[float]:
         sampling = SamplingParameters(

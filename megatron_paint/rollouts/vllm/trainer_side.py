@@ -98,8 +98,8 @@ def source_of(stream: Stream, vllm: ModuleType) -> Any:
 class FleetClient:
     """Implements vLLM's `VLLMWeightSyncClient` for all servers of a fleet. Only rank 0 calls it.
 
-    No call raises: a server that fails is killed, and the update goes on with the others. Ranks that wait for rank 0
-    would wait for ever otherwise.
+    No call raises: a server that fails is killed, and the update continues with the others. Otherwise the ranks that
+    wait for rank 0 would wait for ever.
     """
 
     def __init__(self, fleet: Fleet | None):

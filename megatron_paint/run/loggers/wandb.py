@@ -137,7 +137,7 @@ def service_processes() -> list[int]:
         with suppress(OSError):  # the thread has ended meanwhile
             children += task.read_text().split()
     for pid in children:
-        with suppress(OSError):  # the process has
+        with suppress(OSError):  # the process has ended meanwhile
             if Path(f"/proc/{pid}/comm").read_text().strip() == SERVICE:
                 found.append(int(pid))
     return found
