@@ -352,7 +352,7 @@ def test_a_taker_that_is_suspended_does_not_replace_a_newer_lock(tmp_path, monke
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", suspended)
-    with pytest.raises(UserError, match=f"process {os.getpid()} on {socket.gethostname()} owns it"):
+    with pytest.raises(UserError, match=f"process {os.getpid()} on {socket.gethostname()} has owned it"):
         slow.take()
     continues.set()
     other.join()
