@@ -19,7 +19,7 @@ from megatron_paint.run.folder import RunFolder
 from megatron_paint.run.lock_watch import LOCK
 from tests.support import forked_launcher, forked_ranks, tiny
 from tests.support.ports import free_port
-from tests.support.processes import children, left_of_session, of_session
+from tests.support.processes import children, is_pending, left_of_session, of_session
 from tests.support.undisturbed import LAYOUT
 
 ROOT = Path(__file__).parents[2]
@@ -150,9 +150,13 @@ def test_a_signal_to_the_launcher_stops_all_with_a_checkpoint(running, number):
 @pytest.mark.parametrize("running", WAYS, indirect=True)
 def test_a_second_signal_to_the_launcher_ends_all(running, number):
     launcher, run = running
-    os.kill(rank_pid(launcher, 1), signal.SIGSTOP)  # so that the first has no end
+    stopped = rank_pid(launcher, 1)
+    os.kill(stopped, signal.SIGSTOP)  # so that the first has no end
     os.kill(launcher.pid, number)
-    time.sleep(1.0)
+    deadline = time.monotonic() + 60
+    while not is_pending(stopped, number):  # else the system may make one signal of two
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     assert launcher.is_alive
     os.kill(launcher.pid, number)
     status, _, err = launcher.end()

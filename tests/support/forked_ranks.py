@@ -55,6 +55,7 @@ class Running:
         self.pids = pids
         self._server, self._folder = server, folder
         self._ended: Ended | None = None
+        self._hung = False
 
     @property
     def pid(self) -> int:
@@ -73,11 +74,11 @@ class Running:
             answer = json.loads(self._server.stdout.readline())
             names = ("out", "err")
             out, err = ([(self._folder / f"{n}{i}").read_text() for i in range(len(self.pids))] for n in names)
-            assert not answer["hung"], (answer, out, err)
-            self._ended = Ended(answer["statuses"], out, err, answer["cpu_seconds"])
+            self._ended, self._hung = Ended(answer["statuses"], out, err, answer["cpu_seconds"]), answer["hung"]
             if "MEGATRON_PAINT_TEST_CPU" in os.environ:
                 with open(os.environ["MEGATRON_PAINT_TEST_CPU"], "a") as stream:
                     stream.write(f"{self._ended.cpu_seconds:.1f} {os.environ.get('PYTEST_CURRENT_TEST')}\n")
+        assert not self._hung, self._ended
         return self._ended
 
 

@@ -41,6 +41,12 @@ def left_of_session(session: int, *, seconds: float = 30.0) -> dict[int, str]:
     return found
 
 
+def is_pending(pid: int, number: int) -> bool:
+    """Whether a signal was sent to a process that has not handled it yet, such as one that is suspended."""
+    lines = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return bool(int(lines["ShdPnd"], 16) >> (number - 1) & 1)
+
+
 def _fields(pid: int) -> list[str]:
     """State, parent, process group, session, and so on; empty for a process that has ended."""
     try:
