@@ -1,6 +1,6 @@
 """A task without arithmetic: strings that are rewritten step by step, and a student who forgets an exception.
 
-A problem is a string of three letters and two or three rules, `abc:rotl,rev?`. `rotl` and `rotr` move each letter one
+A problem is a string of three letters and three rules, `abc:rotl,rev,rotr?`. `rotl` and `rotr` move each letter one
 place, `rev` turns the string round. Then comes the exception: if the result begins with a vowel, its last two letters
 change places. The student forgets the exception. A line is one call, `rotl(abc)=bca`, so that the extractor of anchors
 for code finds the calls and the strings that the problem does not name.
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from warm_up_rows import SPECIAL, WORDS, Task, is_held_out
 
 LETTERS, VOWELS, SIZE = "abcde", "ae", 3
+RULES_OF_A_PROBLEM = 3  # with two, the student is right too often for the gate of the testbed
 RULES = {
     "rotl": lambda text: text[1:] + text[0],
     "rotr": lambda text: text[-1] + text[:-1],
@@ -50,7 +51,7 @@ class StringRewriting(Task):
     def draw(self, rng: random.Random, *, held_out: bool) -> Rewriting:
         while True:
             start = "".join(rng.choices(LETTERS, k=SIZE))
-            drawn = Rewriting(start=start, rules=tuple(rng.choices(tuple(RULES), k=rng.randint(2, 3))))
+            drawn = Rewriting(start=start, rules=tuple(rng.choices(tuple(RULES), k=RULES_OF_A_PROBLEM)))
             if is_held_out(drawn.text) == held_out:
                 return drawn
 
