@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from warm_up_rows import SPECIAL, WORDS, Task, is_held_out
 
-LETTERS, VOWELS, SIZE = "abcde", "ae", 3
-RULES_OF_A_PROBLEM = 3  # with two, the student is right too often for the gate of the testbed
+LETTERS, VOWELS, SIZE = "abcdei", "aei", 3
+RULES_OF_A_PROBLEM = 3
 RULES = {
     "rotl": lambda text: text[1:] + text[0],
     "rotr": lambda text: text[-1] + text[:-1],

@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +95,7 @@ def main() -> None:
     variants = options.variants.split(",")
     if not options.report_only:
         make_models(options.out / "models", warm_ups, variants, jobs=options.jobs)
-        rates = tune(options.out, warm_ups[0], jobs=options.jobs)
+        rates = tune(options.out, warm_ups[0], set(map(tuned_as, methods_of(options))), jobs=options.jobs)
         runs = planned(options, variants, warm_ups, rates)
         carry_out(runs, options.out / "models", jobs=options.jobs)
     name = runs_name(options.steps)
@@ -107,6 +107,11 @@ def runs_name(steps: int) -> str:
     return "runs" if steps == STEPS else f"runs_of_{steps}_steps"
 
 
+def methods_of(options: argparse.Namespace) -> list[str]:
+    """Returns the methods that were asked for, else all."""
+    return options.methods.split(",") if options.methods else [*METHODS, *FURTHER, *CONTROLS]
+
+
 def planned(
     options: argparse.Namespace, variants: Sequence[str], warm_ups: Sequence[int], rates: dict[str, float]
 ) -> list[Run]:
@@ -114,12 +119,11 @@ def planned(
     seeds = FULL_SEEDS if options.full else SEEDS
     if options.seeds:
         seeds = tuple(map(int, options.seeds.split(",")))
-    methods = options.methods.split(",") if options.methods else [*METHODS, *FURTHER, *CONTROLS]
     found = []
     for seed in seeds:
         for warm_up in warm_ups:
             for variant in variants:
-                for method in methods:
+                for method in methods_of(options):
                     main_run = method in ON_EVERY_VARIANT or options.full
                     judged_here = variant == CONTROLS_ON or (method in BEYOND and variant in BEYOND_ON)
                     control = judged_here and seed in CONTROL_SEEDS
@@ -171,14 +175,14 @@ def make_models(models: Path, warm_ups: Sequence[int], variants: Sequence[str], 
             list(pool.map(lambda pair: make(*pair), pairs))
 
 
-def tune(out: Path, warm_up: int, *, jobs: int) -> dict[str, float]:
-    """Returns the learning rate of each method: the best of four, on problems and a seed that no table uses.
+def tune(out: Path, warm_up: int, methods: Collection[str], *, jobs: int) -> dict[str, float]:
+    """Returns the learning rates of these methods of TUNED: the best of four, on problems and a seed of no table.
 
     Methods that `learning_rates.json` already has keep their rates.
     """
     file = out / "learning_rates.json"
     table = json.loads(file.read_text()) if file.exists() else {"chosen": {}, SCORES: {}}
-    missing = [method for method in TUNED if method not in table["chosen"]]
+    missing = [method for method in TUNED if method in methods and method not in table["chosen"]]
     if not missing:
         return table["chosen"]
     runs = [

@@ -214,7 +214,7 @@ def test_only_methods_without_a_rate_are_tuned(tmp_path, monkeypatch):
             (run.folder / "eval" / "step_000060.json").write_text(json.dumps({"metrics": {"avg": accuracy}}))
 
     monkeypatch.setattr(testbed, "carry_out", carry_out)
-    chosen = testbed.tune(tmp_path, 11, jobs=1)
+    chosen = testbed.tune(tmp_path, 11, testbed.TUNED, jobs=1)
     assert tuned == [("support_005", lr) for lr in testbed.TUNING_RATES]
     assert chosen == earlier | {"support_005": 5e-4}
     table = json.loads(file.read_text())
@@ -222,8 +222,16 @@ def test_only_methods_without_a_rate_are_tuned(tmp_path, monkeypatch):
     of_support = {"0.0001": 0.4, "0.0002": 0.4, "0.0005": 0.9, "0.001": 0.4}
     assert table[testbed.SCORES] == scores | {"support_005": of_support}
     tuned.clear()
-    assert testbed.tune(tmp_path, 11, jobs=1) == chosen
+    assert testbed.tune(tmp_path, 11, testbed.TUNED, jobs=1) == chosen
     assert tuned == []
+
+
+def test_only_methods_that_run_are_tuned(tmp_path, monkeypatch):
+    monkeypatch.setattr(testbed, "carry_out", lambda runs, models, *, jobs: tuned.extend(run.method for run in runs))
+    monkeypatch.setattr(testbed, "final_accuracy", lambda folder: 0.5)
+    tuned = []
+    assert testbed.tune(tmp_path, 11, {"paint"}, jobs=1) == {"paint": testbed.TUNING_RATES[0]}
+    assert tuned == ["paint"] * len(testbed.TUNING_RATES)
 
 
 def test_every_control_differs_from_paint_in_one_thing():
