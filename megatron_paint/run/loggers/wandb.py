@@ -5,6 +5,7 @@ import os
 import secrets
 import signal
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from inspect import signature
@@ -53,11 +54,12 @@ class WandbLogger:
         run_id = stored.get("id") or secrets.token_hex(4)
         # Before the run exists there: a start that is killed meanwhile continues it.
         write_ids(self.info.folder, self.name, {**stored, "id": run_id})
-        atexit.unregister(_limit_exit)
+        atexit.unregister(_EXIT_LIMIT.begin)
         try:
             self._run = self._init(wandb, run_id, stored, is_online=is_online)
         finally:
-            atexit.register(_limit_exit)  # after W&B's own function, so it is called before that one
+            _EXIT_LIMIT.watch()
+            atexit.register(_EXIT_LIMIT.begin)  # after W&B's own function, so it is called before that one
         self._run.config.update(dict(self.info.settings), allow_val_change=True)
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
@@ -116,11 +118,33 @@ def _has_key(wandb: Any) -> bool:
     return wandb.api.api_key is not None
 
 
-def _limit_exit() -> None:
-    """Ends W&B's own process after a time, because W&B waits for it without a limit when this process ends."""
-    timer = threading.Timer(EXIT_SECONDS, end_service)
-    timer.daemon = True
-    timer.start()
+class _ExitLimit:
+    """Kills W&B's own process if this process takes too long to end: W&B waits for its process without a limit.
+
+    The thread starts before the end, because Python 3.12 starts no thread while it ends.
+    """
+
+    def __init__(self) -> None:
+        self._ending = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def watch(self) -> None:
+        """Starts the thread, if it does not run in this process."""
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._wait, name="limit of W&B's end", daemon=True)
+            self._thread.start()
+
+    def begin(self) -> None:
+        """This process begins to end: from now on W&B's process has `EXIT_SECONDS`."""
+        self._ending.set()
+
+    def _wait(self) -> None:
+        self._ending.wait()
+        time.sleep(EXIT_SECONDS)
+        end_service()
+
+
+_EXIT_LIMIT = _ExitLimit()
 
 
 def end_service() -> None:
