@@ -31,13 +31,16 @@ help:
 quickstart: $(READY)
 	$(BIN)/megatron-paint train examples/quickstart/paint.yaml --processes 4
 
+# A run of the testbed keeps one core busy, so the default is lower here.
+testbed testbed-full: JOBS := $(if $(filter file,$(origin JOBS)),2,$(JOBS))
+
 ## make testbed      SFT, GRPO, OPSD, PAINT and PAINT's parts on small models: 540 runs, five hours or more
 testbed: $(READY)
-	$(BIN)/python tools/testbed.py
+	$(BIN)/python tools/testbed.py --jobs $(JOBS)
 
 ## make testbed-full the same with more seeds, and every control on every variant: 3,840 runs, a day or more
 testbed-full: $(READY)
-	$(BIN)/python tools/testbed.py --full
+	$(BIN)/python tools/testbed.py --jobs $(JOBS) --full
 
 ## make test         the tests that need no GPU and no Slurm cluster, except the long ones
 test: $(READY)

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.sources import SOURCES, copy_sources
+
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "examples" / "containers"
 DOCKERFILE = (FOLDER / "Dockerfile").read_text()
 RECIPE = (FOLDER / "megatron_paint.def").read_text()
 SCRIPT = FOLDER / "install.sh"
 PARTS = ["system", "torch", "apex", "package"]
-SOURCES = {name for names in re.findall(r"^COPY (.+) \S+$", DOCKERFILE, re.MULTILINE) for name in names.split()}
 
 
 def tool(name):
@@ -70,11 +71,13 @@ def test_both_recipes_run_all_parts_in_their_order():
 
 
 def test_both_recipes_copy_what_the_package_needs():
-    assert set(re.findall(r"^    (\S+) /opt/install/\S+$", RECIPE, re.MULTILINE)) == SOURCES
-    assert {"setup.py", "pyproject.toml", "README.md", "megatron_paint", "examples"} <= SOURCES
-    assert all((ROOT / name).exists() for name in SOURCES)
+    docker = re.findall(r"^COPY (.+) \S+$", DOCKERFILE, re.MULTILINE)
+    copied = {name for names in docker for name in names.split()}
+    assert copied == set(re.findall(r"^    (\S+) /opt/install/\S+$", RECIPE, re.MULTILINE))
+    assert copied == {*SOURCES, "examples/containers/install.sh"}
+    assert all((ROOT / name).exists() for name in copied)
     allowed = re.findall(r"^!(.+)$", (FOLDER / "Dockerfile.dockerignore").read_text(), re.MULTILINE)
-    assert {name.split("/")[0] for name in SOURCES} == set(allowed)
+    assert {name.split("/")[0] for name in copied} == set(allowed)
 
 
 @pytest.mark.parametrize("arguments", [[], ["all"], ["package"]])
@@ -87,13 +90,7 @@ def test_the_script_refuses_what_it_does_not_know(arguments):
 @pytest.mark.long
 def test_the_script_installs_a_command_that_runs(tmp_path):
     """Without CUDA and without an image: what the Dockerfile copies and runs after the system's packages."""
-    venv, source = tmp_path / "venv", tmp_path / "source"
-    source.mkdir()
-    for name in (name for name in SOURCES if "/" not in name):
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-        else:
-            shutil.copy(ROOT / name, source / name)
+    venv, source = tmp_path / "venv", copy_sources(tmp_path / "source")
     wanted = {"VENV": str(venv), "TORCH": f"torch=={version('torch').partition('+')[0]}", "EXTRAS": "tensorboard"}
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     subprocess.run([sys.executable, "-m", "venv", venv], check=True, timeout=120)

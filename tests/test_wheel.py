@@ -1,7 +1,6 @@
 """The wheel: it has every file that a user needs, and works in a folder without the checkout."""
 
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -10,23 +9,18 @@ from pathlib import Path
 import pytest
 
 from megatron_paint.config.load import load_settings
+from tests.support.sources import copy_sources
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "megatron_paint", "examples")
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """A wheel that is built from a copy of the sources, because a build leaves files behind."""
     folder = tmp_path_factory.mktemp("wheel")
-    for name in SOURCES:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            (folder / "source").mkdir(exist_ok=True)
-            shutil.copy(ROOT / name, folder / "source" / name)
+    source = copy_sources(folder / "source")
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", folder, folder / "source"]
+    command = [sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", folder, source]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     (found,) = folder.glob("megatron_paint-*.whl")

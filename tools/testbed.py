@@ -25,6 +25,7 @@ METHODS = ("sft", "grpo", "opsd", "paint", "mask_only", "support_005", "paint_su
 FURTHER = ("interpolation_only",)
 ON_EVERY_VARIANT = (*METHODS, "hidden_050")  # also without --full
 CONTROLS = tuple(sorted(path.stem for path in (EXAMPLES / "controls").glob("*.yaml")))
+ALL_METHODS = (*METHODS, *FURTHER, *CONTROLS)
 CONTROLS_ON = "own"
 # What is judged beside the support where a shown solution spoils the teacher, and where it does so and hiding costs.
 BEYOND = (
@@ -88,8 +89,8 @@ def main() -> None:
     parser.add_argument("--report-only", action="store_true", help="only write the report from the finished runs")
     parser.add_argument("--baseline", default=BASELINE, help=f"method that the others are paired with ({BASELINE})")
     options = parser.parse_args()
-    if options.baseline not in (methods := [*METHODS, *FURTHER, *CONTROLS]):
-        parser.error(f"--baseline={options.baseline} is not one of {', '.join(methods)}")
+    if options.baseline not in ALL_METHODS:
+        parser.error(f"--baseline={options.baseline} is not one of {', '.join(ALL_METHODS)}")
     options.out = options.out.resolve()
     warm_ups = [int(seed) for seed in options.warm_ups.split(",")]
     variants = options.variants.split(",")
@@ -109,7 +110,7 @@ def runs_name(steps: int) -> str:
 
 def methods_of(options: argparse.Namespace) -> list[str]:
     """Returns the methods that were asked for, else all."""
-    return options.methods.split(",") if options.methods else [*METHODS, *FURTHER, *CONTROLS]
+    return options.methods.split(",") if options.methods else list(ALL_METHODS)
 
 
 def planned(
@@ -119,11 +120,11 @@ def planned(
     seeds = FULL_SEEDS if options.full else SEEDS
     if options.seeds:
         seeds = tuple(map(int, options.seeds.split(",")))
-    found = []
+    methods, found = methods_of(options), []
     for seed in seeds:
         for warm_up in warm_ups:
             for variant in variants:
-                for method in methods_of(options):
+                for method in methods:
                     main_run = method in ON_EVERY_VARIANT or options.full
                     judged_here = variant == CONTROLS_ON or (method in BEYOND and variant in BEYOND_ON)
                     control = judged_here and seed in CONTROL_SEEDS

@@ -11,6 +11,7 @@ from megatron_paint.convert.work import convert
 from tests.convert.family import LAYOUTS, MEMBERS, PROCESSES, TOKENS, make_member
 from tests.support import forked_ranks
 from tests.support.exports import same, weights
+from tests.support.marks import long_if_in
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def family(tmp_path_factory):
 
 # `make test` leaves out layouts whose kinds of parallelism other layouts have, in other pairs or with more ranks.
 LONG = ("tp2", "pp2", "tp4", "ep2", "tp2-ep2")
-MARKED = [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in LAYOUTS]
+MARKED = long_if_in(LONG, LAYOUTS)
 
 
 @pytest.fixture(scope="module", params=MARKED)

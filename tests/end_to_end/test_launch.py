@@ -21,6 +21,7 @@ from tests.support import forked_launcher, forked_ranks, tiny
 from tests.support.ports import free_port
 from tests.support.processes import children, is_pending, left_of_session, of_session
 from tests.support.undisturbed import LAYOUT
+from tests.support.until import until
 
 ROOT = Path(__file__).parents[2]
 LONG = ("run.steps=100000", "run.save_every=0", "evaluation.problems=null", "run.tensorboard=false")
@@ -153,10 +154,8 @@ def test_a_second_signal_to_the_launcher_ends_all(running, number):
     stopped = rank_pid(launcher, 1)
     os.kill(stopped, signal.SIGSTOP)  # so that the first has no end
     os.kill(launcher.pid, number)
-    deadline = time.monotonic() + 60
-    while not is_pending(stopped, number):  # else the system may make one signal of two
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    # Before the launcher has passed the first on, the system may make one signal of two.
+    until(lambda: is_pending(stopped, number), seconds=60, otherwise=lambda: f"rank 1 got no {number.name}", every=0.05)
     assert launcher.is_alive
     os.kill(launcher.pid, number)
     status, _, err = launcher.end()

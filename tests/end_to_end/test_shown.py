@@ -11,6 +11,7 @@ from megatron_paint.data.prompts import Prompts
 from megatron_paint.data.tokenizers import load_tokenizer
 from tests.support import forked_ranks, tiny
 from tests.support.exports import same, weights, weights_of_step
+from tests.support.marks import long_if_in
 from tests.support.results import SAMPLER, metrics
 
 ROOT = Path(__file__).parents[2]
@@ -157,7 +158,7 @@ COMBINATIONS = {
 
 
 LONG = ("a partner that sees the complete peer", "a moving average", "the support of the initial weights")
-MARKED = [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in COMBINATIONS]
+MARKED = long_if_in(LONG, COMBINATIONS)
 
 
 @pytest.mark.parametrize("name", MARKED)

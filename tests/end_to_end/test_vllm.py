@@ -6,9 +6,8 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
@@ -21,6 +20,7 @@ from tests.support import forked_ranks, tiny
 from tests.support.ports import free_port
 from tests.support.results import metrics
 from tests.support.served_runs import SAMPLES, STEPS, check, samples_of, servers_in
+from tests.support.until import until
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = f"[{sys.executable},-m,tests.support.vllm_stand_in]"
@@ -279,11 +279,15 @@ def test_a_killed_run_leaves_nothing(what, model, tmp_path):
     settings = write_settings(tmp_path, model)
     running = forked_ranks.start(tmp_path, "train", settings, "run.steps=1000", "--json")
     run = tmp_path / "run"
-    wait_for(lambda: servers_of(model[0]) if what == "start" else (run / "samples" / "step_000001.jsonl").exists())
+    until(
+        lambda: servers_of(model[0]) if what == "start" else (run / "samples" / "step_000001.jsonl").exists(),
+        seconds=200,
+        every=0.05,
+    )
     for pid in running.pids:
         os.kill(pid, signal.SIGKILL)
     running.wait()
-    wait_for(lambda: not servers_of(model[0]) and not transfer_of(run).exists())
+    until(lambda: not servers_of(model[0]) and not transfer_of(run).exists(), seconds=200, every=0.05)
 
 
 @pytest.mark.long  # test_a_killed_run_goes_on_ahead kills one too
@@ -291,7 +295,7 @@ def test_a_killed_run_goes_on(model, tmp_path):
     settings = write_settings(tmp_path, model)
     running = forked_ranks.start(tmp_path, "train", settings, "--json")
     run = tmp_path / "run"
-    wait_for(lambda: (run / "checkpoints" / "step_000002" / "complete").exists())
+    until(lambda: (run / "checkpoints" / "step_000002" / "complete").exists(), seconds=200, every=0.05)
     for pid in running.pids:
         os.kill(pid, signal.SIGKILL)
     running.wait()
@@ -437,7 +441,7 @@ def test_a_killed_run_goes_on_ahead(cut, model, tmp_path):
     ended = forked_ranks.train(tmp_path, settings, AHEAD, *cut, f"run.dir={undisturbed}")
     assert ended.statuses == [0, 0], ended
     running = forked_ranks.start(tmp_path, "train", settings, AHEAD, *cut, "--json")
-    wait_for(lambda: (run / "checkpoints" / "step_000002" / "complete").exists())
+    until(lambda: (run / "checkpoints" / "step_000002" / "complete").exists(), seconds=200, every=0.05)
     for pid in running.pids:
         os.kill(pid, signal.SIGKILL)
     running.wait()
@@ -484,13 +488,6 @@ def test_killed_at_any_moment_ahead(model, tmp_path):
     same_run(run, undisturbed, steps=steps)
     print(f"killed {sum(places.values())} times: {dict(places)}")
     assert sum(places.values()) >= KILLS / 2
-
-
-def wait_for(seen: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 200
-    while not seen():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_evaluations(model, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from megatron_paint.base.errors import UserError
 from megatron_paint.mcore import async_writer
 from megatron_paint.mcore.async_writer import Writer
-from tests.slurm.until import until
+from tests.support.until import until
 
 
 @dataclass(frozen=True)

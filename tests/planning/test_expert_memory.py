@@ -15,6 +15,7 @@ from megatron_paint.planning.estimate import StageMemory
 from megatron_paint.planning.layout import check_layout
 from tests.planning.memory_worker import CHANGES, LENGTH, PER_MICRO_BATCH
 from tests.support import forked_ranks
+from tests.support.marks import long_if_in
 
 WITHIN = 0.05
 PER_REPLICA = 4  # sequences
@@ -87,9 +88,7 @@ def expected(settings, *, processes: int) -> dict[str, float]:
 LONG = ("experts 2", "tensor 2, complete experts")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in LAYOUTS]
-)
+@pytest.mark.parametrize("name", long_if_in(LONG, LAYOUTS))
 def test_estimate_is_what_is_allocated(name, tmp_path):
     processes, tp, megatron = LAYOUTS[name]
     settings = write_settings(tmp_path, processes=processes, tp=tp, megatron=megatron)

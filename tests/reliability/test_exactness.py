@@ -22,6 +22,7 @@ from megatron_paint.__main__ import run
 from tests.data.naive_order import NaiveOrder, first_order
 from tests.support import forked_ranks, tiny
 from tests.support.exports import same, weights_of_step
+from tests.support.marks import long_if_in
 from tests.support.results import SAMPLER, events, metrics
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +57,7 @@ CASES = {
 }
 # `make test` leaves out cases whose parts the others have: both objectives, types, orders and kinds of parallelism.
 LONG = ("paint-float32-pp2", "paint-bfloat16-tp2", "paint-bfloat16-pp2", "support-float32-tp2", "grpo-adastar-dp2")
-MARKED = [pytest.param(case, marks=pytest.mark.long) if case in LONG else case for case in CASES]
+MARKED = long_if_in(LONG, CASES)
 MARKED_ADASTAR = [param for case, param in zip(CASES, MARKED, strict=True) if "adastar" in case]
 OTHERS = {"pp2": (2, PP), "chunks": (2, CHUNKS), "one-rank": (1, ()), "dp2": (2, ())}
 

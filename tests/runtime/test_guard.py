@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from megatron_paint.runtime import guard
+from tests.support.until import until
 
 # A command with a child; both hold a piece of Python's shared memory, and ignore SIGTERM.
 COMMAND = """
@@ -31,15 +32,10 @@ time.sleep(600)
 STAYS, KEPT_OPEN = os.pipe()  # a standard input that nobody closes
 
 
-def wait_for(seen) -> None:
-    deadline = time.monotonic() + 60
-    while not seen():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def child_of(folder: Path) -> tuple[int, Path]:
-    wait_for(lambda: (folder / "child").exists() and (folder / "child").read_text().count(" ") == 1)
+    until(
+        lambda: (folder / "child").exists() and (folder / "child").read_text().count(" ") == 1, seconds=60, every=0.02
+    )
     pid, name = (folder / "child").read_text().split()
     assert Path("/dev/shm", name).exists()
     return int(pid), Path("/dev/shm", name)
@@ -60,7 +56,7 @@ def test_the_parent_is_killed(tmp_path):
     pid, memory = child_of(tmp_path)
     parent.kill()
     parent.wait()
-    wait_for(lambda: is_gone(pid) and not memory.exists() and not removed.exists())
+    until(lambda: is_gone(pid) and not memory.exists() and not removed.exists(), seconds=60, every=0.02)
 
 
 def test_the_parent_ends_it(tmp_path):
@@ -73,7 +69,7 @@ def test_the_parent_ends_it(tmp_path):
     os.kill(pid, signal.SIGSTOP)
     process.stdin.close()
     assert process.wait(60) == 128 + signal.SIGKILL
-    wait_for(lambda: is_gone(pid))
+    until(lambda: is_gone(pid), seconds=60, every=0.02)
     assert not memory.exists()
     assert kept.exists()
 
@@ -83,7 +79,7 @@ def test_signals_to_a_job_end_neither(tmp_path):
     asleep = "import os, sys, time; open(sys.argv[1] + '/pid', 'w').write(str(os.getpid())); time.sleep(600)"
     command = [sys.executable, "-m", guard.__name__, str(os.getpid()), "", sys.executable, "-c", asleep, tmp_path]
     process = subprocess.Popen(command, stdin=subprocess.PIPE)
-    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), seconds=60, every=0.02)
     pid = int((tmp_path / "pid").read_text())
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
         os.kill(process.pid, number)
@@ -93,7 +89,7 @@ def test_signals_to_a_job_end_neither(tmp_path):
     assert not is_gone(pid)
     process.stdin.close()
     process.wait(60)
-    wait_for(lambda: is_gone(pid))
+    until(lambda: is_gone(pid), seconds=60, every=0.02)
 
 
 def test_the_command_has_its_own_environment(tmp_path):

@@ -18,7 +18,7 @@ from megatron_paint.runtime.heartbeat import (
     read_heartbeats,
     slowest,
 )
-from tests.slurm.until import until
+from tests.support.until import until
 
 LIMIT, LOOK = 100.0, 10.0  # seconds of a clock that the tests turn
 

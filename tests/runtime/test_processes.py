@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.until import until
+
 ROOT = Path(__file__).parents[2]
 OWNER = """
 import time
@@ -36,10 +38,7 @@ def test_a_worker_ends_with_its_owner(tmp_path):
     assert _runs(worker)
     owner.kill()
     owner.communicate()
-    deadline = time.monotonic() + 10
-    while _runs(worker):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: not _runs(worker), seconds=10, otherwise=lambda: "the worker still runs", every=0.05)
 
 
 def _runs(process):

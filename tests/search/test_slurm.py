@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from megatron_paint.search.slurm import _options, worker_script
 from megatron_paint.search.space import read_space
 from tests.search.spaces import ROOT, SETTINGS, given, write_space
 from tests.slurm.fake_job import FakeJob
+from tests.support.until import until
 
 CPU = ["--gpus-per-node=0", "--jobs=2", "--time=2:00:00", "--account=team"]
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or "shellcheck"
@@ -93,10 +93,7 @@ def test_the_end_of_a_job(tmp_path, training, status, cancels, line):
 def test_the_signal_before_the_time_limit_reaches_the_search(tmp_path):
     job = FakeJob(tmp_path)
     running = job.start(script(), "until_told exit=75")
-    deadline = time.monotonic() + 60
-    while not (job.fakes / "listening").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until((job.fakes / "listening").exists, seconds=60, otherwise=lambda: "the search does not listen", every=0.02)
     running.send_signal(signal.SIGUSR1)
     output, _ = running.communicate(timeout=60)
     assert running.returncode == 0, output

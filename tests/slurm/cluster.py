@@ -21,7 +21,7 @@ from tests.slurm.folders import OwnedFolder
 from tests.slurm.host import Host
 from tests.slurm.job import Job
 from tests.slurm.requirements import PATH
-from tests.slurm.until import until
+from tests.support.until import until
 
 START_SECONDS = 120.0  # of a daemon on a busy machine; a second on a quiet one
 COMMAND_SECONDS = 60.0

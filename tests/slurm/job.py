@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.slurm.until import until
+from tests.support.until import until
 
 if TYPE_CHECKING:
     from tests.slurm.cluster import Cluster

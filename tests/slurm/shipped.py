@@ -16,7 +16,7 @@ from megatron_paint.run.folder import RunFolder
 from tests.slurm.cluster import Cluster
 from tests.slurm.configuration import LOGIN
 from tests.slurm.job import Job
-from tests.slurm.until import until
+from tests.support.until import until
 
 ROOT = Path(__file__).parents[2]
 MINUTES = 900.0  # processes import torch at once, on a machine with few cores, and again after a requeue

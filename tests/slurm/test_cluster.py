@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from tests.slurm.until import until
+from tests.support.until import until
 
 # Waits for a file, and prints on which node. The job ends only after the file exists.
 HOLD = "echo holding on $(hostname); until [ -e {go} ]; do sleep 0.2; done"

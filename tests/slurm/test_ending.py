@@ -11,7 +11,7 @@ import pytest
 
 from tests.slurm import requirements
 from tests.slurm.folders import remove_leftovers
-from tests.slurm.until import until
+from tests.support.until import until
 
 ROOT = Path(__file__).parents[2]
 RUN = """

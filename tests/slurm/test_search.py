@@ -12,7 +12,7 @@ from tests.search.spaces import SETTINGS, write_space
 from tests.search.stored import read_trials
 from tests.slurm.job import Job
 from tests.slurm.shipped import ENVIRONMENT, MINUTES, ROOT
-from tests.slurm.until import until
+from tests.support.until import until
 
 TRIALS = 5
 OPTIONS = ("--workers=2", "--attempts=2", "--gpus-per-node=0", "--cpus-per-task=96", "--mem=64G")  # complete nodes

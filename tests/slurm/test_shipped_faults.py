@@ -24,7 +24,7 @@ from tests.slurm.shipped import (
     wait_for_checkpoint,
     wait_for_step,
 )
-from tests.slurm.until import until
+from tests.support.until import until
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 

@@ -5,16 +5,15 @@ from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
-LOOK_SECONDS = 0.2
 
 
-def until(condition: Callable[[], T], *, seconds: float, otherwise: Callable[[], str]) -> T:
-    """The first true value of `condition`, which is asked again and again.
+def until(condition: Callable[[], T], *, seconds: float, otherwise: Callable[[], str] = str, every: float = 0.2) -> T:
+    """The first true value of `condition`, which is asked again after `every` seconds.
 
     Errors: AssertionError after so many seconds, with what `otherwise` then says.
     """
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"after {seconds:.0f} s: {otherwise()}"
-        time.sleep(LOOK_SECONDS)
+        time.sleep(every)
     return value
