@@ -21,7 +21,19 @@ STARTS = end_to_end reliability slurm gpu convert mcore losses/test_losses_paral
     objectives/test_add_an_objective.py report/test_browser.py planning/test_measured.py search/test_search.py tools/test_testbed.py \
     tools/test_run_notebooks.py test_site.py
 
-.PHONY: help quickstart testbed testbed-full test check test-all test-slurm test-vllm test-vllm-all test-engine soak test-gpu \
+# `make test` leaves out what a run uses only if its settings or its command name it; `make test-further` runs these files.
+BY_VLLM = end_to_end/test_vllm.py end_to_end/test_vllm_devices.py rollouts/test_device_transfer.py mcore/test_weight_source.py
+EXPERTS = $(patsubst tests/%,%,$(wildcard tests/mcore/test_expert_*.py)) end_to_end/test_experts.py
+DOMAINS = masker/test_code_anchors.py masker/test_code_tokens.py masker/test_text_anchors.py grading/test_graders.py \
+    end_to_end/test_domains.py
+OPTIONAL = mcore/test_fixed_steps.py mcore/test_fp8_emulation.py mcore/test_offloaded_optimizer.py mcore/test_pipeline_checkpoint.py \
+    mcore/test_vocabulary.py end_to_end/test_profile.py end_to_end/test_shown.py reliability/test_preflight.py \
+    run/test_lock_hosts.py run/test_lock_slurm.py
+BESIDE = planning report run/loggers search tools cli/test_plan.py cli/test_push.py cli/test_search.py test_site.py test_wheel.py \
+    grading/test_add_a_grader.py objectives/test_add_an_objective.py
+FURTHER = $(BY_VLLM) $(EXPERTS) $(DOMAINS) $(OPTIONAL) $(BESIDE)
+
+.PHONY: help quickstart testbed testbed-full test test-further check test-all test-slurm test-vllm test-vllm-all test-engine soak test-gpu \
         bench docs docs-serve install
 
 help:
@@ -42,9 +54,13 @@ testbed: $(READY)
 testbed-full: $(READY)
 	$(BIN)/python tools/testbed.py --jobs $(JOBS) --full
 
-## make test         the tests that need no GPU and no Slurm cluster, except the long ones
+## make test         what every run relies on: method, converter, trainer, faults, Slurm's scripts; no GPU, nothing long
 test: $(READY)
-	$(PYTEST) -m "not gpu and not cluster and not long" $(PARALLEL)
+	$(PYTEST) -m "not gpu and not cluster and not long" $(FURTHER:%=--ignore=tests/%) $(PARALLEL)
+
+## make test-further what a run uses only if it is asked for: vLLM, experts, domains, search, report; no GPU, nothing long
+test-further: $(READY)
+	$(PYTEST) -m "not gpu and not cluster and not long" $(PARALLEL) $(FURTHER:%=tests/%)
 
 ## make check        lint, and the tests that start no ranks
 check: $(READY)

@@ -1,0 +1,33 @@
+"""The Makefile's lists of test files: each file is there, and what `make test` leaves out is what `make test-further` runs."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_command(target):
+    """Words of the pytest command that this target would run, in an environment that is ready."""
+    environment = os.environ | {"VIRTUAL_ENV": "/environment"}
+    made = subprocess.run(
+        ["make", "-n", "--no-print-directory", target], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    (line,) = [line for line in made.stdout.replace("\\\n", " ").splitlines() if "-m pytest" in line]
+    return line.split()
+
+
+def left_out(target):
+    return {word.removeprefix("--ignore=") for word in pytest_command(target) if word.startswith("--ignore=")}
+
+
+@pytest.mark.parametrize("target", ["test", "check"])
+def test_what_a_target_leaves_out_is_there(target):
+    assert left_out(target)
+    assert [path for path in left_out(target) if not (ROOT / path).exists()] == []
+
+
+def test_each_test_belongs_to_test_or_to_test_further():
+    assert {word for word in pytest_command("test-further") if word.startswith("tests/")} == left_out("test")
