@@ -16,11 +16,6 @@ OPTIONS ?=
 PYTEST = $(BIN)/python -m pytest
 # A file stays with one worker. tests/conftest.py puts the longest files first.
 PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=25 $(OPTIONS)
-# `make check` leaves out the folders and files that start ranks, nodes or compilers, or that train.
-STARTS = end_to_end reliability slurm gpu convert mcore losses/test_losses_parallel.py losses/test_losses_triton.py \
-    objectives/test_add_an_objective.py report/test_browser.py planning/test_measured.py search/test_search.py tools/test_testbed.py \
-    tools/test_run_notebooks.py test_site.py
-
 # `make test` leaves out what a run uses only if its settings or its command name it; `make test-further` runs these files.
 BY_VLLM = end_to_end/test_vllm.py end_to_end/test_vllm_devices.py rollouts/test_device_transfer.py mcore/test_weight_source.py
 EXPERTS = $(patsubst tests/%,%,$(wildcard tests/mcore/test_expert_*.py)) end_to_end/test_experts.py
@@ -32,6 +27,8 @@ OPTIONAL = mcore/test_fixed_steps.py mcore/test_fp8_emulation.py mcore/test_offl
 BESIDE = planning report run/loggers search tools cli/test_plan.py cli/test_push.py cli/test_search.py test_site.py test_wheel.py \
     grading/test_add_a_grader.py objectives/test_add_an_objective.py
 FURTHER = $(BY_VLLM) $(EXPERTS) $(DOMAINS) $(OPTIONAL) $(BESIDE)
+# `make check` leaves out those too, and the folders and files that start ranks, nodes or compilers, or that train.
+STARTS = end_to_end reliability slurm gpu convert mcore losses/test_losses_parallel.py losses/test_losses_triton.py
 
 .PHONY: help quickstart testbed testbed-full test test-further check test-all test-slurm test-vllm test-vllm-all test-engine soak test-gpu \
         bench docs docs-serve install
@@ -62,11 +59,11 @@ test: $(READY)
 test-further: $(READY)
 	$(PYTEST) -m "not gpu and not cluster and not long" $(PARALLEL) $(FURTHER:%=tests/%)
 
-## make check        lint, and the tests that start no ranks
+## make check        lint, and those tests of `make test` that start no ranks
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(PYTEST) -q -m "not gpu and not cluster and not long" $(STARTS:%=--ignore=tests/%) $(PARALLEL)
+	$(PYTEST) -q -m "not gpu and not cluster and not long" $(patsubst %,--ignore=tests/%,$(FURTHER) $(STARTS)) $(PARALLEL)
 
 ## make test-all     everything that needs no GPU; as root, also on a Slurm cluster that it starts: hours
 test-all: $(READY)

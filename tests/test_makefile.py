@@ -1,4 +1,4 @@
-"""The Makefile's lists of test files: each file is there, and what `make test` leaves out is what `make test-further` runs."""
+"""The Makefile's lists of test files: each file is there; `make test-further` runs what `make test` leaves out."""
 
 import os
 import subprocess
@@ -12,9 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def pytest_command(target):
     """Words of the pytest command that this target would run, in an environment that is ready."""
     environment = os.environ | {"VIRTUAL_ENV": "/environment"}
-    made = subprocess.run(
-        ["make", "-n", "--no-print-directory", target], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    )
+    command = ["make", "-n", "--no-print-directory", target]
+    made = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     (line,) = [line for line in made.stdout.replace("\\\n", " ").splitlines() if "-m pytest" in line]
     return line.split()
 
