@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megatron_paint.config.settings import Settings
-from megatron_paint.planning.estimate import MemoryEstimate, Peak, checkpoint_bytes, estimate, micro_batch_tokens
+from megatron_paint.planning.estimate import MemoryEstimate, checkpoint_bytes, estimate
 from megatron_paint.planning.hardware import check_offloading_device, check_optimizer_device, gpu_bytes
 from megatron_paint.planning.layout import (
     Layout,
@@ -16,6 +16,7 @@ from megatron_paint.planning.layout import (
     expert_sizes,
     megatron_version,
 )
+from megatron_paint.planning.stage_memory import Peak, micro_batch_tokens
 
 __all__ = ["Plan", "checkpoint_bytes", "make_plan"]
 

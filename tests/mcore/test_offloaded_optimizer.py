@@ -66,7 +66,7 @@ def test_steps_and_resumes_are_those_of_the_usual_optimiser(layout, run, saved, 
         wanted = torch.load(plain / "found.pt")[case.name]
         assert set(wanted["optimisers"]) == {"AdamW"}
         size, count = torch.load(moved / "found.pt")[case.name]["host"]
-        assert size == 16 * count  # as the estimate has it, planning/estimate.py
+        assert size == 16 * count  # as the estimate has it, planning/stage_memory.py
         for out, steps in ((moved, 0), (resumed[0], HALF), (resumed[1], 0)):
             found = torch.load(out / "found.pt")[case.name]
             assert found["optimisers"] == ["HybridDeviceOptimizer"] * len(wanted["optimisers"])

@@ -11,8 +11,8 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from megatron_paint.config.load import load_settings
-from megatron_paint.planning.estimate import StageMemory
 from megatron_paint.planning.layout import check_layout
+from megatron_paint.planning.stage_memory import StageMemory
 from tests.planning.memory_worker import CHANGES, LENGTH, PER_MICRO_BATCH
 from tests.support import forked_ranks
 from tests.support.marks import long_if_in

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_paint.planning.estimate import StageMemory
+from megatron_paint.planning.stage_memory import StageMemory
 from tests.planning.test_memory import plan_of
 
 PEERS = ("objective.reveal.solution=peer_rollout", "rollout.samples_per_problem=4")

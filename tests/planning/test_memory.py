@@ -9,9 +9,9 @@ import pytest
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import load_settings
 from megatron_paint.planning import memory as planning
-from megatron_paint.planning.estimate import StageMemory
 from megatron_paint.planning.hardware import parse_gpu_memory, ranks_of_this_node
 from megatron_paint.planning.memory import Plan, make_plan
+from megatron_paint.planning.stage_memory import StageMemory
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "memory.md").read_text()

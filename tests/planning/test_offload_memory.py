@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.planning.estimate import StageMemory, estimate
+from megatron_paint.planning.estimate import estimate
+from megatron_paint.planning.stage_memory import StageMemory
 from tests.planning.test_memory import plan_of
 
 ALL_WEIGHTS = ("model.lora=null", "megatron.recompute_granularity=null", "megatron.recompute_method=null")

@@ -15,9 +15,10 @@ from megatron_paint.config.load import settings_of
 from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.config.settings import Settings
 from megatron_paint.models.shape import ModelShape
-from megatron_paint.planning.estimate import MemoryEstimate, StageMemory, estimate, teacher_bytes
+from megatron_paint.planning.estimate import MemoryEstimate, estimate
 from megatron_paint.planning.layout import Layout, check_shape, layout_of
 from megatron_paint.planning.search.candidate import Candidate
+from megatron_paint.planning.stage_memory import StageMemory, teacher_bytes
 
 FIELDS = {field.name: field for field in dataclasses.fields(MegatronSettings)}
 
