@@ -15,7 +15,7 @@ from megatron_paint.config.settings import (
     RolloutSettings,
     RunSettings,
 )
-from megatron_paint.config.vllm import VllmSettings
+from megatron_paint.config.vllm_contradictions import of_vllm
 
 BUILT_IN_VIEWS = ("full", "answer")  # every problem has them, without a further column
 
@@ -179,81 +179,6 @@ def of_ahead(rollout: RolloutSettings, data: DataSettings, objective: ObjectiveS
         yield (
             "rollout.temperature=0 samples without probabilities, and rollout.importance_limit weighs older responses "
             "by them: set importance_limit to null, or the temperature above 0"
-        )
-
-
-def of_lora_transfer(rollout: RolloutSettings, model: ModelSettings) -> Iterator[str]:
-    if rollout.lora_transfer == "merged":
-        return
-    if rollout.engine != "vllm":
-        yield f"rollout.lora_transfer belongs to engine=vllm, but rollout.engine={rollout.engine}; leave it out"
-    if model.lora is None:
-        yield "rollout.lora_transfer=adapter sends the adapters of model.lora, which is not set: leave one of them out"
-    elif model.lora.experts:
-        yield (
-            "rollout.lora_transfer=adapter sends adapters as PEFT stores them, and it was not tested that vLLM reads "
-            "those of experts (model.lora.experts): set it to merged"
-        )
-    if model.megatron_path is not None:
-        yield (
-            "rollout.lora_transfer=adapter sends no weights, and the servers would sample from model.hf_path and not "
-            "from model.megatron_path: set it to merged, or convert the checkpoint and name that folder as hf_path"
-        )
-
-
-def of_vllm(rollout: RolloutSettings) -> Iterator[str]:
-    vllm = rollout.vllm
-    if rollout.engine != "vllm":
-        if vllm != VllmSettings():
-            yield f"the section rollout.vllm belongs to engine=vllm, but rollout.engine={rollout.engine}; leave it out"
-        return
-    ours = {"servers": 1, "command": None, "devices": (), "environment": {}, "extra_args": (), "max_model_len": None}
-    ours |= {"tensor_parallel": 1, "gpu_memory": VllmSettings.gpu_memory}
-    for name, default in ours.items():
-        if vllm.urls and getattr(vllm, name) != default:
-            yield (
-                f"rollout.vllm.{name} is about servers that the run starts, and rollout.vllm.urls names servers that "
-                "already run: leave one of them out"
-            )
-    for url in vllm.urls:
-        if not url.startswith(("http://", "https://")):
-            yield f"rollout.vllm.urls holds {url!r}; an address begins with http://, such as http://{url}"
-    if len(set(vllm.urls)) != len(vllm.urls):
-        yield "rollout.vllm.urls names a server twice; name each once"
-    if vllm.devices and len(vllm.devices) != vllm.servers:
-        yield (
-            f"rollout.vllm.devices has {len(vllm.devices)} entries for rollout.vllm.servers={vllm.servers}: give the "
-            "GPUs of each server, such as ['6', '7']"
-        )
-    yield from of_transfer(rollout)
-
-
-def of_transfer(rollout: RolloutSettings) -> Iterator[str]:
-    """How weights reach the servers of engine=vllm."""
-    vllm, name = rollout.vllm, f"rollout.vllm.transfer={rollout.vllm.transfer}"
-    if vllm.transfer == "file":
-        return
-    if rollout.lora_transfer == "adapter":
-        yield (
-            f"{name} sends complete weights, and rollout.lora_transfer=adapter sends adapters through files: set "
-            "lora_transfer to merged or transfer to file"
-        )
-    if vllm.transfer_folder is not None:
-        yield f"rollout.vllm.transfer_folder belongs to transfer=file, and {name} writes no files; leave it out"
-    if vllm.transfer == "ipc" and vllm.urls:
-        yield (
-            f"{name} shares the GPUs of the ranks with servers that the run starts, and rollout.vllm.urls names "
-            "servers that already run: leave urls out, or set transfer to nccl or file"
-        )
-    if vllm.transfer == "ipc" and not (vllm.urls or vllm.devices):
-        yield (
-            f"rollout.vllm.devices is not set, and {name} needs the GPUs of each server, such as ['0,1', '2,3']: they "
-            "are those of the ranks"
-        )
-    if vllm.transfer == "ipc" and rollout.ahead:
-        yield (
-            f"{name} lets the servers sleep while a step trains, and rollout.ahead=1 samples at that time: set ahead "
-            "to 0 or transfer to nccl or file"
         )
 
 

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config import contradictions, offload, profile
+from megatron_paint.config import contradictions, offload, profile, vllm_contradictions
 from megatron_paint.config.allow_changes import check_allow_changes
 from megatron_paint.config.domains import DomainSettings, contradictions_of
 from megatron_paint.config.megatron import MegatronSettings
@@ -64,6 +64,7 @@ def settings_of(tree: Mapping[str, Any]) -> Settings:
         contradictions.of_views(objective, settings.data, settings.evaluation),
         contradictions.of_data(settings.data, objective),
         contradictions.of_ahead(rollout, settings.data, objective),
+        vllm_contradictions.of_hang(rollout, settings.run),
         profile.contradictions_of(settings.run.profile, steps=settings.run.steps),
         contradictions.of_loggers(settings.run),
         contradictions.of_tokens(settings.run),
@@ -198,7 +199,7 @@ def _contradictions(
     yield from contradictions.of_kept(objective, rollout)
     yield from contradictions.of_teacher(objective.teacher)
     yield from contradictions.of_rollout(rollout)
-    yield from contradictions.of_lora_transfer(rollout, model)
+    yield from vllm_contradictions.of_lora_transfer(rollout, model)
     if objective.name == "grpo":
         yield from contradictions.of_grpo(objective, rollout)
     yield from contradictions.of_optimizer(optimizer)

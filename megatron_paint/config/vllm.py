@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from megatron_paint.config.dialect import Count, Number, Positive, Text, Whole, setting, settings_class
 
 VLLM = "vLLM's name and default"
+COLDEST, HOTTEST = 0.01, 2.0  # temperatures that vLLM takes beside 0; it samples at COLDEST where a lower one is asked
 
 Transfer = Literal["file", "nccl", "ipc"]
 

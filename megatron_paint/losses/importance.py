@@ -12,9 +12,11 @@ def prefix_weights(
 ) -> torch.Tensor:
     """w_t = min(limit, product of p(y_i) / p_old(y_i) over the tokens i < t): the weight [T] of the loss at token t.
 
-    A distillation loss at token t depends on the tokens before t and not on token t, which the teacher need not agree
-    with. So without the limit, the expected sum of w_t loss_t over responses of p_old is that of loss_t over responses
-    of p, and each first token has weight 1. The limit bounds the variance, and biases the sum towards 0.
+    A divergence at token t depends on the tokens before t and not on token t, which the teacher need not agree with.
+    So without the limit, the expected sum of w_t loss_t over responses of p_old is that of loss_t over responses of p,
+    and each first token has weight 1. This holds if nothing else depends on the rest of the response: not what the
+    teacher is shown, not which tokens are selected, not which responses are kept. Otherwise the sum is biased. The
+    limit bounds the variance, and biases the sum towards 0.
     logp_T, old_logp_T: nats, at the temperature of the sampling. lengths: tokens of each rollout. Computed in float64;
     the result has the type and device of logp_T, and no gradient.
     """

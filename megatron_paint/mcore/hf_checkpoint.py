@@ -29,6 +29,7 @@ from megatron_paint.mcore.vocabulary import load_vocab_rows
 from megatron_paint.models.qwen3.mapping import hugging_face_shapes, rule_of
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.runtime.files import sync
+from megatron_paint.runtime.heartbeat import mark_progress
 from megatron_paint.runtime.work import work
 
 WRITER_BYTES = 10**9  # ours: one rank writes about this much of a stage's weights
@@ -191,11 +192,12 @@ def export_adapters(
 
 
 def _counted(named: Sequence[tuple[str, Tensor]], what: str) -> Iterator[tuple[str, Tensor]]:
-    """The same, as work that displays show."""
+    """The same, as work that displays show and that the watchdog sees."""
     with work(what, total=sum(tensor.nbytes for _, tensor in named), unit="bytes") as begun:
         for name, tensor in named:
             yield name, tensor
             begun.advance(tensor.nbytes)
+            mark_progress()
 
 
 def _write_shards(

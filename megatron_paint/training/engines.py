@@ -58,18 +58,22 @@ def start_servers(
 
 
 def check_gpus(vllm: VllmSettings) -> None:
-    """UserError: weights cannot go from the GPUs of the ranks to those of the servers in the way that is asked for."""
+    """UserError: servers cannot have these GPUs with this way of sending weights, or it cannot be had at all."""
     import torch
 
-    if vllm.transfer == "file":
-        return
+    files = vllm.transfer == "file"
     name = f"rollout.vllm.transfer={vllm.transfer}"
     if not torch.cuda.is_available():
+        if files:
+            return
         raise UserError(f"{name} sends weights from GPU to GPU, and this machine has none: set it to file")
+    own = gpus_of_ranks(os.environ, torch.cuda.device_count())
+    if files:
+        _check_own_memory(vllm, own)
+        return
     from megatron_paint.rollouts.vllm.trainer_side import import_vllm
 
     import_vllm(vllm.transfer)
-    own = gpus_of_ranks(os.environ, torch.cuda.device_count())
     theirs = [gpu.strip() for group in vllm.devices for gpu in group.split(",")]
     if own is None or len({gpu.isdecimal() for gpu in (*own, *theirs)}) > 1:  # a number and a UUID do not compare
         return
@@ -84,6 +88,21 @@ def check_gpus(vllm: VllmSettings) -> None:
         raise UserError(
             f"rollout.vllm.devices names GPU {other}, which no rank has (theirs: {', '.join(own)}): {name} reads the "
             "memory of the rank on the same GPU; give the servers GPUs of the ranks, or set it to nccl"
+        )
+
+
+def _check_own_memory(vllm: VllmSettings, own: list[str] | None) -> None:
+    """UserError: servers would take the usual part of a GPU's memory on a GPU of the ranks."""
+    if vllm.urls or own is None or vllm.gpu_memory != VllmSettings.gpu_memory:
+        return
+    theirs = [gpu.strip() for group in vllm.devices for gpu in group.split(",")] or own
+    shared = next((gpu for gpu in theirs if gpu in own), None)
+    if shared is not None:
+        named = f"names GPU {shared}, which a rank has" if vllm.devices else "is empty, so servers take those of ranks"
+        raise UserError(
+            f"rollout.vllm.devices {named} (theirs: {', '.join(own)}), and a server takes {vllm.gpu_memory:g} of a "
+            "GPU's memory: name GPUs that no rank has and start fewer ranks (--processes), or set "
+            "rollout.vllm.transfer to ipc, or choose rollout.vllm.gpu_memory"
         )
 
 

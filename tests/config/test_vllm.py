@@ -12,12 +12,12 @@ LORA = {"rank": 8, "alpha": 16.0}
 IPC = {"transfer": "ipc", "servers": 2, "devices": ["0", "1"]}
 
 
-def settings(rollout=None, model=None, objective=None, data=None):
+def settings(rollout=None, model=None, objective=None, data=None, run=None):
     return settings_of(
         {
             "model": {"hf_path": "m", **(model or {})},
             "data": {"train": "p.jsonl", **(data or {})},
-            "run": {"dir": "r"},
+            "run": {"dir": "r", **(run or {})},
             "rollout": rollout or {},
             "objective": objective or {},
         }
@@ -52,9 +52,34 @@ def test_one_step_ahead_of_what():
             {},
             "rollout.vllm.devices is about servers that",
         ),
-        ({"engine": "vllm", "vllm": {"urls": ["node:1"]}}, {}, "begins with http://, such as http://node:1"),
+        ({"engine": "vllm", "vllm": {"urls": ["node:1"]}}, {}, "holds 'node:1'; an address has http://"),
+        ({"engine": "vllm", "vllm": {"urls": ["http://"]}}, {}, "holds 'http://'; an address has http://"),
+        ({"engine": "vllm", "vllm": {"urls": ["http://[::1"]}}, {}, "holds 'http://[::1' (Invalid IPv6 URL); an"),
+        ({"engine": "vllm", "vllm": {"urls": ["http://a:80000"]}}, {}, "holds 'http://a:80000' (Port out of range"),
+        ({"engine": "vllm", "vllm": {"urls": ["http://a:8000/v1"]}}, {}, "holds 'http://a:8000/v1'; an address has"),
         ({"engine": "vllm", "vllm": {"urls": URLS[:1] * 2}}, {}, "names a server twice"),
+        (
+            {"engine": "vllm", "vllm": {"urls": ["http://a:8000", "http://A:8000/"]}},
+            {},
+            "names a server twice, as http://a:8000 and http://A:8000/",
+        ),
         ({"engine": "vllm", "vllm": {"servers": 2, "devices": ["1"]}}, {}, "has 1 entries for rollout.vllm.servers=2"),
+        (
+            {"engine": "vllm", "vllm": {"devices": ["6"], "tensor_parallel": 2}},
+            {},
+            "gives a server the GPUs '6', and rollout.vllm.tensor_parallel=2 needs 2",
+        ),
+        (
+            {"engine": "vllm", "vllm": {"servers": 2, "devices": ["6", "6"]}},
+            {},
+            "rollout.vllm.devices names GPU 6 twice",
+        ),
+        (
+            {"engine": "vllm", "max_new_tokens": 40, "vllm": {"max_model_len": 40}},
+            {},
+            "rollout.vllm.max_model_len=40 leaves no room for a prompt beside rollout.max_new_tokens=40",
+        ),
+        ({"engine": "vllm", "temperature": 0.005}, {}, "rollout.temperature=0.005 is below 0.01"),
         ({"lora_transfer": "adapter"}, {"lora": LORA}, "rollout.lora_transfer belongs to engine=vllm"),
         ({"engine": "vllm", "lora_transfer": "adapter"}, {}, "the adapters of model.lora, which is not set"),
         (
@@ -136,3 +161,11 @@ def test_transfers_between_gpus_need_no_gpu_to_be_valid(vllm):
     assert new.rollout.vllm.transfer == vllm["transfer"]
     assert settings({"engine": "vllm"}).rollout.vllm.transfer == "file"
     assert not forbidden_changes(old=settings_tree(settings({"engine": "vllm"})), new=settings_tree(new))
+
+
+def test_a_server_counts_as_hung_before_the_run_does():
+    limits = {"hang_timeout_s": 120.0}
+    settings({"engine": "vllm", "vllm": limits}, run=limits)
+    settings({}, run=limits)  # no servers
+    with pytest.raises(UserError, match=r"^run.hang_timeout_s=120 is below rollout.vllm.hang_timeout_s=300, so"):
+        settings({"engine": "vllm"}, run=limits)

@@ -156,9 +156,10 @@ def test_requests_are_checked_before_they_are_sent():
         check_requests([REQUEST], SAMPLING, vocab_size=6, max_model_len=5)
     with pytest.raises(UserError, match=r"may have 5 tokens, and the vLLM server takes 4: raise that"):
         check_requests([REQUEST], SAMPLING, vocab_size=7, max_model_len=4)
-    hot = dataclasses.replace(SAMPLING, temperature=2.5)
-    with pytest.raises(UserError, match=r"temperature is 2\.5, and vLLM takes 0 to 2: lower it"):
-        check_requests([REQUEST], hot, **limits)
+    for temperature in (2.5, 0.005):
+        with pytest.raises(UserError, match=rf"temperature is {temperature}, and vLLM takes 0, and 0\.01 to 2: change"):
+            check_requests([REQUEST], dataclasses.replace(SAMPLING, temperature=temperature), **limits)
+    check_requests([REQUEST], dataclasses.replace(SAMPLING, temperature=0.0), **limits)
     empty = GenerationRequest(problem_id="e", sample_index=0, prompt_ids=(), key=1)
     with pytest.raises(UserError, match="'e': its prompt has no token"):
         check_requests([empty], SAMPLING, **limits)

@@ -17,11 +17,13 @@ from megatron_paint.rollouts.vllm.fleet import Fleet
 PROGRAM = "import os, time; time.sleep(600) if os.environ['CUDA_VISIBLE_DEVICES'] == 'slow' else exit('no GPU')"
 
 
-class Paused(BaseHTTPRequestHandler):
-    """A server that another run updates."""
+class Answers(BaseHTTPRequestHandler):
+    """A server that another run updates, or that does not count its tokens."""
+
+    paused = True
 
     def do_GET(self):
-        content = json.dumps({"is_paused": True, "data": [{"id": "model", "max_model_len": 100}]}).encode()
+        content = json.dumps({"is_paused": self.paused, "data": [{"id": "model", "max_model_len": 100}]}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -31,15 +33,22 @@ class Paused(BaseHTTPRequestHandler):
         """Prints nothing."""
 
 
-def test_a_paused_server_is_refused(tmp_path):
-    server = HTTPServer(("127.0.0.1", 0), Paused)
+@pytest.mark.parametrize(
+    ("paused", "message"),
+    [
+        (True, r"^vLLM server 0 .* is paused: another run updates it.*start it again$"),
+        (False, r"^vLLM server 0 .* does not count its tokens, .*: start it without --disable-log-stats$"),
+    ],
+)
+def test_a_server_that_the_run_cannot_use_is_refused(paused, message, tmp_path):
+    server = HTTPServer(("127.0.0.1", 0), type("Handler", (Answers,), {"paused": paused}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     settings = VllmSettings(urls=(f"http://127.0.0.1:{server.server_port}",))
     engine = ServerOptions(settings=settings, dtype="float32", logprobs_mode="raw_logprobs")
     fleet = Fleet(engine, vocab_size=10, logs=tmp_path, note=print)
     fleet.start(tmp_path)
     try:
-        with pytest.raises(UserError, match=r"^vLLM server 0 .* is paused: another run updates it.*start it again$"):
+        with pytest.raises(UserError, match=message):
             fleet.wait_until_ready()
     finally:
         fleet.close()

@@ -40,6 +40,9 @@ def test_the_gpus_of_the_ranks(environment, count, expected):
         ("ipc", ("0, 1",), None),
         ("ipc", ("GPU-8f6a52c1-0000-4b1e-9d3c-3a5f0c2d7e11",), None),  # a UUID does not tell which number it has
         ("ipc", ("0", "2"), r"names GPU 2, which no rank has \(theirs: 0, 1\)"),
+        ("file", ("2", "3"), None),
+        ("file", ("2", "1"), r"names GPU 1, which a rank has \(theirs: 0, 1\), and a server takes 0.9 of a GPU's"),
+        ("file", (), r"is empty, so servers take those of ranks \(theirs: 0, 1\)"),
     ],
 )
 def test_the_gpus_of_the_servers(transfer, devices, message, tmp_path, monkeypatch):
@@ -55,3 +58,11 @@ def test_the_gpus_of_the_servers(transfer, devices, message, tmp_path, monkeypat
         return
     with pytest.raises(UserError, match=message):
         check_gpus(settings)
+
+
+def test_servers_of_files_may_share_a_gpu_on_purpose(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    check_gpus(VllmSettings(devices=("0",), gpu_memory=0.4))
+    check_gpus(VllmSettings(urls=("http://node7:8000",)))

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_paint.base.errors import UserError
+from megatron_paint.config.vllm import COLDEST, HOTTEST
 from megatron_paint.records import Rollout, RolloutOrigin, WeightSpan
 from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
 from megatron_paint.runtime.heartbeat import mark_progress
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     import httpx
 
 COUNTED = "vllm:iteration_tokens_total_sum"
-HOTTEST = 2.0  # temperature that vLLM takes
 PROBES = 4  # questions to the engine within `hang_timeout_s`; ours
 
 
@@ -97,10 +97,11 @@ class Client:
         """The version of the weights that the engine samples with."""
         return str(field_of(await self.call("GET", "/weight_info"), "weight_version"))
 
-    async def tokens(self) -> float:
-        """How many tokens the engine has computed; 0 if the server does not count them."""
+    async def tokens(self) -> float | None:
+        """How many tokens the engine has computed; None if the server does not count them."""
         lines = (await self._response("GET", "/metrics", limited=True)).text.splitlines()
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(COUNTED))
+        counts = [float(line.rpartition(" ")[2]) for line in lines if line.startswith(COUNTED)]
+        return sum(counts) if counts else None
 
     @asynccontextmanager
     async def watched(self):
@@ -112,7 +113,7 @@ class Client:
         failure: list[ServerError] = []
 
         async def watch() -> None:
-            counted, moved = -1.0, time.monotonic()
+            counted, moved = None, time.monotonic()
             while True:
                 await asyncio.sleep(self.timeout / PROBES)
                 try:
@@ -250,9 +251,10 @@ def check_requests(
     requests: Sequence[GenerationRequest], sampling: SamplingParameters, *, vocab_size: int, max_model_len: int
 ) -> None:
     """Raises UserError unless every server can sample the requests. A server does not survive an id out of range."""
-    if sampling.temperature > HOTTEST:
+    if sampling.temperature != 0 and not COLDEST <= sampling.temperature <= HOTTEST:
         raise UserError(
-            f"the sampling temperature is {sampling.temperature:g}, and vLLM takes 0 to {HOTTEST:g}: lower it"
+            f"the sampling temperature is {sampling.temperature:g}, and vLLM takes 0, and {COLDEST:g} to {HOTTEST:g}: "
+            "change it"
         )
     for request in requests:
         if not request.prompt_ids:

@@ -86,7 +86,7 @@ class FileTransfer:
     @property
     def init_info(self) -> dict[str, Any]:
         """What a server's engine must know before its first update."""
-        return {"tensors": len(self.shapes)}
+        return {"tensors": len(self.shapes), "folder": str(self.folder)}
 
     def send(self, fleet: Fleet | None, version: str) -> None:
         """One update of all live servers, complete for each server that is live afterwards. All ranks call together.

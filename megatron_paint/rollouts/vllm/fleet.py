@@ -75,6 +75,7 @@ class Fleet:
         self.init_info: Mapping[str, Any] | None = None
         self.adapter: Adapter | None = None  # the one that is sampled with
         self.restarts_left = self.settings.restarts
+        self._ports: set[int] = set()  # that servers have, or will take when they have imported vLLM
         self._servers: dict[int, Server] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
@@ -88,6 +89,11 @@ class Fleet:
     @property
     def failed(self) -> list[Server]:
         return [server for server in self._servers.values() if server.failed is not None]
+
+    @property
+    def restarts_with_weights(self) -> bool:
+        """Whether a failed server will be started again with the weights of a folder, and not with adapters."""
+        return self.adapter is None and any(server.process is not None for server in self.failed)
 
     def start(self, model: Path) -> None:
         """Starts our servers with the model in this folder. They load it while the caller continues."""
@@ -104,6 +110,12 @@ class Fleet:
         """
         self.init_info = init_info
         self.run(all_of(self._first_start(server) for server in self.live))
+
+    def check(self, requests: Sequence[GenerationRequest], sampling: SamplingParameters) -> None:
+        """UserError: a live server cannot sample the requests."""
+        longest = [server.longest for server in self.live]
+        if longest:
+            check_requests(requests, sampling, vocab_size=self.vocab_size, max_model_len=min(longest))
 
     def sample(
         self,
@@ -129,9 +141,6 @@ class Fleet:
         version: str | None,
         wants_logprobs: bool,
     ) -> dict[int, Rollout]:
-        longest = min((server.longest for server in self.live), default=0)
-        if self.live:
-            check_requests(requests, sampling, vocab_size=self.vocab_size, max_model_len=longest)
         with work("sampling", total=len(requests), unit="responses", in_background=True) as shown:
             while self.live and (missing := {i: request for i, request in enumerate(requests) if i not in found}):
                 servers = self.live
@@ -305,7 +314,8 @@ class Fleet:
         return Server(number, Client(url, timeout=self.settings.hang_timeout_s), None)
 
     def _started(self, number: int, model: Path) -> Server:
-        port = free_port()
+        port = free_port(besides=self._ports)
+        self._ports.add(port)
         process = ServerProcess(
             server_command(self.engine, model, port),
             server_environment(self.engine, number),
@@ -335,16 +345,21 @@ class Fleet:
         server.check_process()  # if it has ended, another server answers at its port
         if not server.longest:  # a server that sleeps was asked before
             server.longest = await server.client.max_model_len()
-            await self._check_logprobs_mode(server)
+            await self._check_options(server)
         if self.init_info is not None:
             await server.client.call("POST", "/init_weight_transfer_engine", json={"init_info": dict(self.init_info)})
 
-    async def _check_logprobs_mode(self, server: Server) -> None:
-        """UserError: the server reports other log-probabilities than the run needs, or samples nothing."""
+    async def _check_options(self, server: Server) -> None:
+        """UserError: it samples nothing, counts no tokens, or reports other log-probabilities than the run needs."""
         if await server.client.is_paused():
             raise UserError(
                 f"{server.name} is paused: another run updates it, or a run was killed while it updated it. Two runs "
                 "cannot share a server; start it again"
+            )
+        if await server.client.tokens() is None:
+            raise UserError(
+                f"{server.name} does not count its tokens, which tell a busy server from one that hangs: start it "
+                "without --disable-log-stats"
             )
         expected, found = self.engine.logprobs_mode, await logprobs_mode_of(server.client)
         if found not in (None, expected):

@@ -42,9 +42,10 @@ def _engine_class() -> type:
 
     @dataclass
     class InitInfo(WeightTransferInitInfo):
-        """tensors: how many tensors a complete update has."""
+        """tensors: how many tensors a complete update has. folder: the one through which they come."""
 
         tensors: int = 0
+        folder: str = ""
 
     @dataclass
     class UpdateInfo(WeightTransferUpdateInfo):
@@ -58,6 +59,11 @@ def _engine_class() -> type:
         init_info_cls, update_info_cls = InitInfo, UpdateInfo
 
         def init_transfer_engine(self, init_info: InitInfo) -> None:
+            if not os.path.isdir(init_info.folder):
+                raise ValueError(
+                    f"this server does not see {init_info.folder}: set rollout.vllm.transfer_folder to a folder that "
+                    "the machines of the trainer and of the servers share"
+                )
             self.tensors, self.names = init_info.tensors, set()
 
         def start_weight_update(self) -> None:

@@ -5,10 +5,11 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.config.secrets import without_secret_options
 from megatron_paint.runtime import guard
 from megatron_paint.runtime.files import disk_errors
@@ -23,7 +24,9 @@ class ServerProcess:
     def __init__(
         self, command: Sequence[str], environment: Mapping[str, str], log: Path, *, remove: Path | None = None
     ):
-        """Starts the command. log: the file that what it prints is added to. UserError: it cannot be written.
+        """Starts the command. log: the file that what it prints is added to.
+
+        UserError: the log cannot be written, or the process cannot be started.
 
         remove: a folder that is removed when this process dies.
         """
@@ -33,15 +36,21 @@ class ServerProcess:
             with open(log, "ab") as file:
                 file.write(f"$ {' '.join(without_secret_options(command))}\n".encode())
                 file.flush()
+                self._begin = file.tell()  # an earlier server may have printed into the same file
+        # The guard itself needs this process's own environment.
+        inherited = os.environ | {guard.ENVIRONMENT: json.dumps(dict(environment))}
+        with open(log, "ab") as file:
+            try:
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", guard.__name__, str(os.getpid()), str(remove or ""), *command],
-                    # The guard itself needs this process's own environment.
-                    env=os.environ | {guard.ENVIRONMENT: json.dumps(dict(environment))},
+                    env=inherited,
                     stdin=subprocess.PIPE,
                     stdout=file,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                 )
+            except OSError as error:
+                raise UserError(f"a vLLM server could not be started: {error}") from error
 
     @property
     def runs(self) -> bool:
@@ -57,15 +66,18 @@ class ServerProcess:
     def last_words(self) -> str:
         """The last lines that name an error, or the last lines, of what the server printed."""
         with suppress(OSError), open(self.log, "rb") as file:
-            file.seek(max(0, self.log.stat().st_size - TAIL_BYTES))
+            file.seek(max(self._begin, self.log.stat().st_size - TAIL_BYTES))
             lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
             errors = [line for line in lines if "Error" in line]
             return " | ".join(line[-300:] for line in (errors or lines)[-TAIL_LINES:])
         return ""
 
 
-def free_port(address: str = "127.0.0.1") -> int:
-    """A port that is free now at an address of this machine."""
-    with socket.socket() as found:
-        found.bind((address, 0))
-        return found.getsockname()[1]
+def free_port(address: str = "127.0.0.1", *, besides: Collection[int] = ()) -> int:
+    """A port that is free now at an address of this machine. besides: ports that a server will take."""
+    while True:
+        with socket.socket() as found:
+            found.bind((address, 0))
+            port = found.getsockname()[1]
+        if port not in besides:
+            return port

@@ -65,6 +65,7 @@ class VllmSampler:
         self._revive()
         found: dict[int, Rollout] = {}
         while True:
+            self.on_rank_zero(lambda: self.fleet.check(requests, sampling))
             self._check_weights(requests)
             found = self.on_rank_zero(lambda found=found: self._submit(requests, sampling, found).result())
             if len(found) == len(requests):
@@ -74,6 +75,7 @@ class VllmSampler:
     def start(self, requests: Sequence[GenerationRequest], sampling: SamplingParameters) -> None:
         """Starts to sample with the weights that the servers have, and returns at once."""
         self._revive()
+        self.on_rank_zero(lambda: self.fleet.check(requests, sampling))
         self._check_weights(requests)
 
         def submit() -> None:
@@ -155,14 +157,14 @@ class VllmSampler:
     def _revive(self, *, before: bool = False) -> bool:
         """Starts failed servers again, from an export of the current weights. Returns whether there were any.
 
-        before: an update follows, which sends the weights.
+        before: an update follows, which sends the weights. So the servers start from the model of the first start.
         """
         if not self.on_rank_zero(lambda: bool(self.fleet.failed)):
             return False
         if self.transfer is not None and self.transfer.shares_gpus:
             self.weights.free_memory()  # a server that starts needs its part of the GPU
         model = self.start_model
-        if self.weights is not None and not self.on_rank_zero(lambda: self.fleet.adapter is not None):
+        if self.weights is not None and not before and self.on_rank_zero(lambda: self.fleet.restarts_with_weights):
             model = self.exports / "restart"
             self.weights.export(model)
         version = None if before else self.version

@@ -16,7 +16,7 @@ Score = Callable[[Sequence[ScoredSequence]], list[tuple[float, ...]]]  # by the 
 class SpotCheck:
     """Samples a few tokens on every server after each update, and scores them with the trainer.
 
-    The prompts are the longest ones of the first step, and the same ones after every update: a server that kept the
+    The prompts are the longest ones of the first requests, and the same ones after every update: a server that kept the
     keys and values of old weights would read them there. It keeps only complete blocks of tokens (16 on a GPU, 128 on a
     CPU), so a short prompt would hide this.
     """
