@@ -8,6 +8,7 @@ from megatron_paint.config.secrets import (
     without_credentials,
     without_secret_arguments,
     without_secret_options,
+    without_secrets,
 )
 from megatron_paint.run.folder import RunFolder
 from megatron_paint.run.results import _has_same_settings
@@ -98,3 +99,37 @@ def test_words_of_a_command():
         *("bash", "-c", "HF_TOKEN=(hidden) vllm --max-num-seqs=8", "--env=API_KEY=(hidden)"),
         *("--api-key", "(hidden)"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("word", "written"),
+    [
+        (
+            "module load cuda; exec vllm serve --api-key sk-1 --port 1",
+            "module load cuda; exec vllm serve --api-key (hidden) --port 1",
+        ),
+        ("vllm --api-key sk-1 'sk 2' && echo --hf-token=hf_1", "vllm --api-key (hidden) && echo --hf-token=(hidden)"),
+        ("vllm --hf_token \\\n  hf_1 --seed 1", "vllm --hf_token \\\n  (hidden) --seed 1"),
+        ("--api-key sk-1", "--api-key (hidden)"),
+        ("--hf-overrides.hf_token=hf_1", "--hf-overrides.hf_token=(hidden)"),
+        ("HF_TOKEN='a b'c vllm", "HF_TOKEN=(hidden) vllm"),
+        ('{"hf_token":"hf_1", "a": {"apiKey": "sk-\\"1"}}', '{"hf_token":"(hidden)", "a": {"apiKey": "(hidden)"}}'),
+        ('{"secret": ["a", "b"], "password": 12, "x": 1}', '{"secret": "(hidden)", "password": "(hidden)", "x": 1}'),
+        (
+            r"""vllm --hf-overrides "{\"hf_token\": \"hf_1\"}" --seed 1""",
+            r"""vllm --hf-overrides "{\"hf_token\": \"(hidden)\"}" --seed 1""",
+        ),
+        ("--url=http://h:1/v1?a=b&token=x&c=d", "--url=http://h:1/v1?a=b&token=(hidden)"),
+        ("vllm --tokenizer a --max-num-batched-tokens 8192", "vllm --tokenizer a --max-num-batched-tokens 8192"),
+        ('{"num_key_value_heads": 8, "eos_token_id": 3}', '{"num_key_value_heads": 8, "eos_token_id": 3}'),
+    ],
+)
+def test_secrets_inside_a_word(word, written):
+    assert without_secret_options(["serve", word]) == ["serve", written]
+    assert without_secret_options(["serve", written]) == ["serve", written]  # a resumed run compares both
+
+
+def test_keys_of_addresses():
+    assert without_credentials("[http://h:1/v1?api_key=k1&a=1#b]") == "[http://h:1/v1?api_key=(hidden)&a=1#b]"
+    tree = without_secrets({"rollout": {"vllm": {"urls": ["http://h:1/v1?api_key=SECRET7"]}}})
+    assert tree == {"rollout": {"vllm": {"urls": ["http://h:1/v1?api_key=(hidden)"]}}}
