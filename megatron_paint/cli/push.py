@@ -147,7 +147,10 @@ def size_text(nbytes: int) -> str:
 
 
 def upload(files: list[File], repository: str, *, private: bool, message: str) -> str:
-    """Creates the model if it does not exist, adds one commit, and returns its address. UserError: the hub refuses."""
+    """Creates the model if it does not exist, adds one commit, and returns its address.
+
+    UserError: the hub refuses, or the model exists and is public although `private` was asked for.
+    """
     from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -161,7 +164,14 @@ def upload(files: list[File], repository: str, *, private: bool, message: str) -
     ]
     try:
         api.create_repo(repository, private=private, exist_ok=True)
+        if private and not api.model_info(repository).private:  # it existed before
+            raise UserError(
+                f"{repository} exists and is public, but --private was given; nothing was uploaded. Make it private in "
+                "its settings on the hub, give another name, or leave out --private"
+            )
         commit = api.create_commit(repository, operations, commit_message=message)
+    except UserError:
+        raise
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:MOST_OF_A_REASON] or type(error).__name__
         raise UserError(f"{repository}: the hub refused the upload ({reason}); the same command tries again") from None

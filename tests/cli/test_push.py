@@ -30,10 +30,18 @@ REFUSED = "You don't have the rights to create a model under the namespace other
 class Hub(BaseHTTPRequestHandler):
     """Answers as the hub does when a model is created and gets a commit of files that are not large."""
 
+    def do_GET(self):
+        if self.path != "/api/models/team/paint":
+            self._reply(404, {"error": self.path})
+            return
+        self._reply(200, {"id": "team/paint", "private": self.server.is_private})
+
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
         self.server.requests.append((self.path, self.headers["Authorization"], body))
-        status, answer = self._answer(body)
+        self._reply(*self._answer(body))
+
+    def _reply(self, status, answer):
         content = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -63,7 +71,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.url, server.requests = f"http://127.0.0.1:{server.server_port}", []
+    server.url, server.requests, server.is_private = f"http://127.0.0.1:{server.server_port}", [], True
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
@@ -135,6 +143,15 @@ def test_yes_uploads_one_commit(export, hub, capsys):
     assert message == "Step 100"
     names = ["README.md", "config.json", "model.safetensors", "templates/chat.jinja"]
     assert contents == {name: (export / name).read_bytes() for name in names}
+
+
+def test_private_into_a_public_model_uploads_nothing(export, hub, capsys):
+    hub.is_private = False  # it exists: the hub then ignores the wish for a private one
+    assert main(["push", str(export), "team/paint", "--yes", "--private"]) == 2
+    says = "team/paint exists and is public, but --private was given; nothing was uploaded. Make it private in"
+    assert capsys.readouterr().err.startswith(f"megatron-paint: error: {says}")
+    assert [path for path, *_ in hub.requests] == ["/api/repos/create"]
+    assert main(["push", str(export), "team/paint", "--yes"]) == 0
 
 
 def test_an_adapter_gets_the_name_of_its_base(adapter, hub, capsys):
