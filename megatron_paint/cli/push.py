@@ -103,7 +103,10 @@ def with_base(files: list[File], base: str | None) -> list[File]:
 
 def _named(file: File, base: str) -> File:
     if file.name == ADAPTER_CONFIG:
-        config = _read_config(file.path) | {"base_model_name_or_path": base}
+        config = _read_config(file.path)
+        if config.get("revision") and config.get("base_model_name_or_path") != base:
+            config["revision"] = None  # it is a commit of the other repository
+        config["base_model_name_or_path"] = base
         return replace(file, content=(json.dumps(config, indent=2) + "\n").encode())
     if file.name == CARD:
         from huggingface_hub import ModelCard

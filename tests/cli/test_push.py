@@ -167,6 +167,14 @@ def test_an_adapter_gets_the_name_of_its_base(adapter, hub, capsys):
     assert json.loads((adapter / "adapter_config.json").read_text()) == ADAPTER
 
 
+@pytest.mark.parametrize(("base", "revision"), [("Qwen/Qwen3-8B", "abc123"), ("me/Qwen3-8B", None)])
+def test_the_revision_of_a_base_belongs_to_its_name(adapter, base, revision):
+    config = {"base_model_name_or_path": "Qwen/Qwen3-8B", "revision": "abc123", "r": 8}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (file,) = [file for file in push.with_base(push.files_of(adapter), base) if file.name == "adapter_config.json"]
+    assert json.loads(file.content) == {"base_model_name_or_path": base, "revision": revision, "r": 8}
+
+
 def test_an_adapter_with_a_local_base_is_refused(adapter):
     with pytest.raises(UserError, match=r"names the base as /models/Qwen3-8B, .*: give --base OWNER/NAME"):
         push.with_base(push.files_of(adapter), None)
