@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.base.json_text import to_json
 from megatron_paint.config.secrets import without_secret_arguments
-from megatron_paint.evaluation.statistics import length_text, paired_difference
+from megatron_paint.evaluation.statistics import Interval, length_text, paired_difference
 from megatron_paint.evaluation.summary import domain_text, error_warning, truncation_warning
 from megatron_paint.records import EvalReport, StepReport
 from megatron_paint.run.console_log import ConsoleLog
@@ -129,12 +130,13 @@ class Progress:
     ) -> None:
         """Prints the end: each benchmark before and after, and the folder of the results.
 
+        Their paired difference is left out if the two evaluations have other problems.
         model: the name of the evaluated model; None for a run, whose models are named by their steps.
         """
         differences = {}
         for old, new in zip(before, after, strict=True) if before else ():
-            difference = paired_difference(before=old, after=new)
-            differences[new.benchmark] = [difference.mean, difference.low, difference.high]
+            if (difference := _difference(old, new)) is not None:
+                differences[new.benchmark] = [difference.mean, difference.low, difference.high]
         values = {"folder": folder, "differences": differences}
         values["after"] = {report.benchmark: report.metrics for report in after}
         if model is not None:
@@ -239,6 +241,16 @@ def _further(report: EvalReport) -> tuple[str, ...]:
     return greedy, length_text(metrics), str(report.samples_per_problem), truncated
 
 
+def _difference(old: EvalReport, new: EvalReport) -> Interval | None:
+    """None: run.allow_changes let the evaluation change, and there is nothing to pair."""
+    try:
+        return paired_difference(before=old, after=new)
+    except UserError:
+        return None
+
+
 def _difference_text(old: EvalReport, new: EvalReport) -> str:
-    found = paired_difference(before=old, after=new)
+    found = _difference(old, new)
+    if found is None:
+        return "other problems"
     return rf"{100 * found.mean:+.1f} \[{100 * found.low:+.1f}, {100 * found.high:+.1f}]"

@@ -85,6 +85,20 @@ def test_the_table_at_the_end_compares_before_and_after():
     assert [row[5:7] for row in rows] == [["100.0", "100"], ["100.0", "100"]]  # greedy, mean length
 
 
+@pytest.mark.parametrize("mode", ["normal", "json"])
+def test_evaluations_of_other_problems_have_no_difference(mode):
+    """As after run.allow_changes=[evaluation.limit]."""
+    console = Console(file=io.StringIO(), width=120)
+    fewer = build_report(4, "tiny", [graded("a", "right")], greedy=[graded("a", "right")])
+    Progress(mode, steps=4, console=console).end(before=[BEFORE], after=[fewer])
+    said = console.file.getvalue()
+    if mode == "json":
+        assert json.loads(said)["differences"] == {}
+        assert json.loads(said)["after"]["tiny"]["avg"] == 1.0
+    else:
+        assert [line.split("│")[4].strip() for line in said.splitlines() if "step 4" in line] == ["other problems"]
+
+
 def test_quiet_warns_and_ends_with_the_table():
     said = run("quiet")
     assert said.splitlines()[0] == "warning: clip/share [above]"
