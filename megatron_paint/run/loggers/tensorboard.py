@@ -60,8 +60,8 @@ class TensorBoardLogger:
             from torch.utils.tensorboard import SummaryWriter
             from torch.utils.tensorboard.summary import hparams
 
-            purged = self.info.resume_step + 1 if self.info.resume_step else None
-            self._writer = SummaryWriter(log_dir=str(self.folder), purge_step=purged)
+            # Also after a start that ended before its first checkpoint, which this one cannot see.
+            self._writer = SummaryWriter(log_dir=str(self.folder), purge_step=self.info.resume_step + 1)
             values = {key: _hyperparameter(value) for key, value in dotted(self.info.settings).items()}
             experiment, start, self._end = hparams(values, dict.fromkeys(self.info.results, 0.0))
             self._writer.file_writer.add_summary(experiment)

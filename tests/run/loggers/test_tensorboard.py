@@ -47,16 +47,21 @@ def test_hyperparameters(tmp_path):
     assert values["run.loggers"].string_value == "['wandb']"
 
 
-def test_steps_after_a_checkpoint_are_hidden_on_resuming(tmp_path):
+@pytest.mark.parametrize(("resumed", "again", "kept"), [(1, (2,), [(1, 0.5), (2, 0.25)]), (0, (1,), [(1, 0.25)])])
+def test_steps_after_a_checkpoint_are_hidden_on_resuming(tmp_path, resumed, again, kept):
+    """0: the first start ended before its first checkpoint. Its evaluation before step 1 counts."""
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    for start, steps, loss in ((0, (1, 2, 3), 0.5), (1, (2,), 0.25)):
+    for start, steps, loss in ((0, (1, 2, 3), 0.5), (resumed, again, 0.25)):
         opened = Loggers([TensorBoardLogger(info(tmp_path, resume_step=start))])
         opened.open()
+        if loss == 0.5:
+            opened.evaluation(evaluation(0))
         for step in steps:
             opened.step(*report(step, loss=loss))
         opened.close("stopped")
     events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == kept
+    assert [event.step for event in events.Scalars("eval/tiny/avg")] == [0]
 
 
 def test_texts_stay_in_their_cell():
