@@ -24,7 +24,7 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
         names = {"A": str(options.a), "B": str(options.b)}
         print(to_json([names | asdict(row) for row in rows], indent=1))
         return 0
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = LOG_WIDTH
     for line in compare.who(options.a, options.b):

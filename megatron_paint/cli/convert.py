@@ -149,7 +149,7 @@ def run_inspect(options: argparse.Namespace) -> int:
         elif isinstance(value, list):
             value = "; ".join(value) or "nothing"
         table.add_row(name.replace("_", " "), f"{value:,}" if type(value) is int else str(value))
-    Console(highlight=False).print(table)
+    Console(highlight=False, emoji=False).print(table)
     return 0
 
 
@@ -158,7 +158,10 @@ def _progress(title: str, total: int, options: argparse.Namespace) -> Iterator[C
     """Shows a bar with bytes a second and the remaining time, unless --quiet or --json is given."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(
-        *columns, TimeRemainingColumn(), console=Console(stderr=True), disable=options.quiet or options.json
+        *columns,
+        TimeRemainingColumn(),
+        console=Console(stderr=True, emoji=False),
+        disable=options.quiet or options.json,
     ) as bar:
         task = bar.add_task(title, total=total)
         yield lambda nbytes: bar.advance(task, nbytes)

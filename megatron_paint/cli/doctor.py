@@ -321,7 +321,7 @@ def doctor(*, as_json: bool = False, run_parent: str | Path = ".", console: Cons
     """Prints the findings. Returns the exit status: 1 if something required is missing or broken, else 0."""
     findings = examine(run_parent)
     fatal = [finding.name for finding in findings if finding.fatal]
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, emoji=False)
     if as_json:
         content = {"ok": not fatal, "findings": [asdict(finding) for finding in findings]}
         print(to_json(content, indent=1), file=console.file)

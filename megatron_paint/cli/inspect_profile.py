@@ -29,7 +29,7 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
     if options.json:
         print(to_json([step_tree(timeline, step, shown[step], top=options.top) for step in steps]))
         return 0
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = WIDTH
     for step in steps:

@@ -54,7 +54,7 @@ def inspect_sample(
     parts = [_head(sample), *_solution(sample), *_anchors(sample), *_response(sample, tokenizer_decode)]
     parts += [*_outside(sample, tokenizer_decode), *_gaps(samples)]
     plain = "\n".join(_to_plain(part) for part in parts)
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, emoji=False)
     if console.is_terminal:
         for part in parts:
             console.print(part, soft_wrap=True)

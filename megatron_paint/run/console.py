@@ -58,7 +58,7 @@ class Progress:
     ) -> None:
         self.mode = mode
         self.steps = steps
-        self.console = console or Console(highlight=False)
+        self.console = console or Console(highlight=False, emoji=False)
         if not self.console.is_terminal:
             self.console.width = LOG_WIDTH
         self.log, self.log_every = log, log_every

@@ -40,7 +40,7 @@ class ConsoleLog:
     def add(self, printed: RenderableType) -> None:
         """Adds what is printed: a text with rich's markup, or a table."""
         text = io.StringIO()
-        console = Console(file=text, width=WIDTH, color_system=None, force_terminal=False, highlight=False)
+        console = Console(file=text, width=WIDTH, color_system=None, force_terminal=False, highlight=False, emoji=False)
         console.print(printed, soft_wrap=isinstance(printed, str))
         self._write([f"{time.strftime('%H:%M:%S')}  {line}" for line in text.getvalue().splitlines()])
 

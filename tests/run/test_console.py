@@ -1,9 +1,11 @@
 """What the console says, as plain text and as JSON."""
 
+import ast
 import io
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -11,6 +13,7 @@ from rich.console import Console
 from megatron_paint.evaluation.statistics import build_report
 from megatron_paint.records import Graded, StepReport
 from megatron_paint.run.console import Progress, duration
+from megatron_paint.run.console_log import ConsoleLog
 
 
 def graded(problem, outcome, index=0):
@@ -161,3 +164,29 @@ def test_the_table_names_n_and_what_was_cut_off():
     rows = [line.split("│") for line in console.file.getvalue().splitlines() if "Avg@4" in line and "│" in line]
     assert [cell.strip() for cell in rows[0][-3:-1]] == ["4", "25.0 %"]
     assert "model: models/[mine]" in console.file.getvalue()
+
+
+def test_colons_stay_colons(tmp_path, capsys):
+    progress = Progress("normal", steps=1, log=ConsoleLog())
+    progress.note("the answer is :100:, of :key: runs/:smile:")
+    with progress.logging(tmp_path, ["train", ":x:"]):
+        progress.end(after=[replace(BEFORE, benchmark=":warning:")], folder=":fire:")
+    for said in (capsys.readouterr().out, (tmp_path / "console.log").read_text()):
+        assert "the answer is :100:, of :key: runs/:smile:" in said
+        assert "│ :warning: │" in said
+        assert "Results: :fire:" in said
+
+
+def test_every_console_leaves_colons_alone():
+    """rich writes emoji in place of :100: and :key: otherwise."""
+    made = 0
+    for file in sorted((Path(__file__).parents[2] / "megatron_paint").rglob("*.py")):
+        text = file.read_text()
+        if "from rich.console import" not in text:
+            continue
+        for call in ast.walk(ast.parse(text)):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Console":
+                given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+                assert given.get("emoji") == "False", f"{file}:{call.lineno}"
+                made += 1
+    assert made >= 7
