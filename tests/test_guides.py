@@ -15,6 +15,9 @@ import pytest
 
 from megatron_paint.cli.main import main
 from megatron_paint.config.load import load_settings
+from megatron_paint.config.schedule import due_after, expired_checkpoints
+from megatron_paint.planning.memory import checkpoint_bytes, make_plan
+from megatron_paint.planning.search.sizes import find_model, folder_of
 from tests.support import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -173,6 +176,35 @@ def test_a_guide_s_settings_and_commands(guide, folder, model, capsys):
     assert run == {"one_node.md": 2, "slurm.md": 3}[guide]
     printed = capsys.readouterr().out
     assert not [text for text in SAYS[guide] if text not in printed]
+
+
+def kept_gb(guide: str, folder: Path) -> dict[str, list[float]]:
+    """GB of each checkpoint and export of the real model that the guide's run keeps."""
+    model = folder_of(find_model("qwen3_8b")[1])  # its config.json
+    run_dry(next(each for each in commands(guide) if each[0] == "init"), model, folder)
+    save_files(guide, folder, model=model)
+    settings = load_settings(folder / "my.yaml")
+    run, shape = settings.run, make_plan(settings, processes=8, gpu_memory=80 * 10**9).shape
+    due = {task: [step for step in range(1, 101) if task in due_after(step, run)] for task in ("checkpoint", "export")}
+    gone = expired_checkpoints(due["checkpoint"], run)
+    sizes = {"checkpoint": checkpoint_bytes(settings, shape) / 1e9, "export": 2 * shape.num_parameters / 1e9}
+    return {task: [sizes[task] for step in due[task] if task == "export" or step not in gone] for task in due}
+
+
+@pytest.mark.parametrize("guide", SAYS)
+def test_the_room_on_the_disk_that_a_guide_names(guide, tmp_path):
+    kept, text = kept_gb(guide, tmp_path), " ".join((GUIDES / guide).read_text().split())
+    each = {task: f"{sizes[0]:.0f} GB" for task, sizes in kept.items()}
+    assert each == {"checkpoint": "19 GB", "export": "16 GB"}
+    assert len(kept["export"]) == 4
+    if guide == "one_node.md":
+        assert len(kept["checkpoint"]) == 4
+        assert "A checkpoint of this run takes 19 GB and an export 16 GB." in text
+        assert f"which is {sum(map(sum, kept.values())):.0f} GB" in text
+    else:
+        assert len(kept["checkpoint"]) == 2
+        assert "One takes 19 GB, and `keep_last` keeps the two newest" in text
+        assert "The exports stay and take 16 GB each." in text
 
 
 def test_what_the_slurm_guide_changes_later(folder, model):
