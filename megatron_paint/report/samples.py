@@ -78,7 +78,9 @@ def _sample(line: str) -> dict[str, Any] | None:
         return None
     needed = {"id": str | int, "response_text": str, "response_ids": list}
     whole = isinstance(sample, dict) and all(isinstance(sample.get(key), kind) for key, kind in needed.items())
-    return sample if whole and all(isinstance(one, int) for one in sample["response_ids"]) else None
+    lists = ("response_ids", *(f"{side}_prompt_ids" for side in SIDES))
+    are_ids = whole and all(isinstance(one, int) for name in lists for one in _list(sample.get(name)))
+    return sample if are_ids else None
 
 
 def list_row(sample: Mapping[str, Any], *, step: int, page: str, place: int) -> list[Any]:

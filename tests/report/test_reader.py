@@ -211,11 +211,14 @@ def test_lines_of_other_types_are_no_traceback(run):
         {"id": "a", "response_text": "4", "response_ids": [19], "divergence": ["b"], "loss": "c", "selected": None},
         {"id": "a", "response_text": "4", "response_ids": ["19"]},
         {"id": "a", "response_text": "4", "response_ids": [10**30, -5]},
+        {"id": "a", "response_text": "4", "response_ids": [19], "student_prompt_ids": ["x", None]},
+        {"id": "a", "response_text": "4", "response_ids": [19], "teacher_prompt_ids": [1.5]},
+        {"id": "a", "response_text": "4", "response_ids": [19], "teacher_prompt_ids": None},
     ]
     (run / "samples" / "step_000001.jsonl").write_text("".join(json.dumps(line) + "\n" for line in odd))
     written = write_report([run], run / "report.html")
-    assert written.samples == 12
-    assert written.notices == ("samples/: 1 line cannot be read and is left out",)
+    assert written.samples == 13
+    assert written.notices == ("samples/: 3 lines cannot be read and are left out",)
 
 
 def test_numbers_that_no_browser_has_are_left_out(run):
