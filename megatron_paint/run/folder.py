@@ -178,9 +178,11 @@ class RunFolder:
         lines = []
         for line in self.metrics_file.read_bytes().decode("utf-8", "replace").split("\n"):
             try:
-                lines.append((line, int(json.loads(line)["step"])))
-            except (ValueError, TypeError, KeyError):
+                step = json.loads(line)["step"]
+            except (ValueError, TypeError, KeyError, RecursionError):
                 continue  # cut short by a crash, or the empty end
+            if type(step) is int:
+                lines.append((line, step))
         return lines
 
     def samples_file(self, step: int) -> Path:

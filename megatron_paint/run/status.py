@@ -38,17 +38,23 @@ class Status:
     oldest_progress: float | None  # seconds since the last progress of the rank that is behind
     behind: str
     attempts: tuple[dict[str, Any], ...]
+    notices: tuple[str, ...]  # what is damaged, a line each
 
 
 def read_status(path: Path, *, now: float | None = None) -> Status:
-    """The status of the run in a folder. UserError: it is not a run folder."""
+    """The status of the run in a folder. What is damaged becomes a notice.
+
+    UserError: it is not a run folder, or its config.yaml has no number of steps.
+    """
     folder, now = RunFolder(path), time.time() if now is None else now
     if not folder.config_file.exists():
         raise UserError(f"{path} is not a run folder: it has no config.yaml. Give the run.dir of a run")
-    steps = int(read_config(folder.config_file)["run"]["steps"])
+    steps, notices = _planned(folder.config_file), []
     lines = folder.read_metrics()
     done = [line for line in lines if "skipped" not in line]
     step = max((line["step"] for line in lines), default=0)
+    if bad := sum(_is_damaged(line) for line in done):
+        notices.append(f"{folder.metrics_file.name}: {bad} of {len(done)} steps have no loss or no tokens_per_second")
     pace = _median([_seconds(line) for line in done[-RECENT:]])
     newest, heartbeats = folder.latest_checkpoint(), read_heartbeats(folder.heartbeats)
     last = slowest(heartbeats) if heartbeats else None
@@ -57,19 +63,20 @@ def read_status(path: Path, *, now: float | None = None) -> Status:
         state=_state(step=step, steps=steps, checkpoint=newest, heartbeats=heartbeats, now=now),
         step=step,
         steps=steps,
-        loss=done[-1]["loss"] if done else None,
+        loss=_value(done[-1], "loss") if done else None,
         skipped=len(lines) - len(done),
         seconds_per_step=pace,
-        tokens_per_second=_median([line["tokens_per_second"] for line in done[-RECENT:]]),
+        tokens_per_second=_median([_value(line, "tokens_per_second") for line in done[-RECENT:]]),
         seconds_left=None if pace is None else pace * (steps - step),
         checkpoint=newest,
         checkpoint_age=None if newest is None else now - folder.checkpoint_folder(newest).stat().st_mtime,
         damaged=tuple(sorted(entry.name for entry in (path / "checkpoints").glob("damaged_*"))),
-        evaluation=_evaluation(folder),
+        evaluation=_evaluation(folder, notices),
         ranks=len(heartbeats),
         oldest_progress=None if last is None else now - last.since,
         behind="" if last is None else f"rank {last.rank} on {last.host}, step {last.step}, {last.phase}",
         attempts=tuple(folder.read_attempts()),
+        notices=tuple(notices),
     )
 
 
@@ -97,7 +104,19 @@ def status_lines(status: Status) -> list[str]:
             f"heartbeats  {status.ranks} ranks; furthest behind: {status.behind}, {_ago(status.oldest_progress)}"
         )
     lines += [f"attempt     {_record_text(record)}" for record in status.attempts[-5:]]
-    return lines
+    return lines + [f"damaged     {notice}" for notice in status.notices]
+
+
+def _planned(config_file: Path) -> int:
+    """run.steps of the run."""
+    run = read_config(config_file).get("run")
+    steps = run.get("steps") if isinstance(run, dict) else None
+    if type(steps) is not int:
+        raise UserError(
+            f"{config_file} is damaged: its run.steps is {steps!r} and not an integer. A start of the run with its "
+            "own settings shows what else differs"
+        )
+    return steps
 
 
 def _state(*, step: int, steps: int, checkpoint: int | None, heartbeats: Sequence[Heartbeat], now: float) -> str:
@@ -113,7 +132,17 @@ def _state(*, step: int, steps: int, checkpoint: int | None, heartbeats: Sequenc
 
 
 def _seconds(line: dict[str, Any]) -> float:
-    return sum(value for name, value in line.items() if name.startswith("time/") and value is not None)
+    return sum(_value(line, name) or 0.0 for name in line if name.startswith("time/"))
+
+
+def _value(line: dict[str, Any], name: str) -> float | None:
+    value = line.get(name)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _is_damaged(line: dict[str, Any]) -> bool:
+    """Whether the line of a step has no loss or speed. A null is a number that was not finite."""
+    return any(line.get(name, "") is not None and _value(line, name) is None for name in ("loss", "tokens_per_second"))
 
 
 def _median(values: Sequence[float | None]) -> float | None:
@@ -121,9 +150,17 @@ def _median(values: Sequence[float | None]) -> float | None:
     return median(known) if known else None
 
 
-def _evaluation(folder: RunFolder) -> tuple[int, float] | None:
-    steps = folder.evaluated_steps()
-    return (steps[-1], folder.read_eval(steps[-1]).metrics["avg"]) if steps else None
+def _evaluation(folder: RunFolder, notices: list[str]) -> tuple[int, float] | None:
+    """The newest evaluation that can be read. notices: gets a line for each newer one."""
+    for step in reversed(folder.evaluated_steps()):
+        try:
+            average = _value(folder.read_eval(step).metrics, "avg")
+        except (UserError, AttributeError):
+            average = None
+        if average is not None:
+            return step, average
+        notices.append(f"eval/{step_name(step)}.json has no evaluation that can be read")
+    return None
 
 
 def _record_text(record: dict[str, Any]) -> str:

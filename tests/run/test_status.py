@@ -3,15 +3,18 @@
 import json
 import signal
 import time
+from dataclasses import asdict
 
 import pytest
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.schedule import expired_checkpoints
 from megatron_paint.config.settings import RunSettings
+from megatron_paint.run.folder import RunFolder
 from megatron_paint.run.status import read_status, status_lines
 from megatron_paint.runtime.heartbeat import Heartbeat, hang_message, slowest
 from megatron_paint.runtime.stop import StopRequest, exit_status, job_end
+from tests.run.loggers.stand_ins import evaluation
 
 NOW = 1_000_000.0
 
@@ -74,6 +77,32 @@ def test_states(tmp_path, state, made):
 def test_no_run_folder(tmp_path):
     with pytest.raises(UserError, match=r"is not a run folder: it has no config.yaml"):
         read_status(tmp_path)
+
+
+def test_what_is_damaged_is_a_line_and_the_rest_is_shown(tmp_path):
+    run = run_folder(tmp_path / "run", done=range(1, 4))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "time/rollout_s": "a"}\n{"step": 5, "loss": null, "tokens_per_second": null}\n')
+        file.write('{"step": "six", "loss": 1}\n{"step": 1e999}\n{"step": 7, "loss": "x", "tokens_per_second": 1.0}\n')
+    (run / "eval").mkdir()
+    RunFolder(run).write_eval(evaluation(0))
+    (run / "eval" / "step_000002.json").write_text('{"answers')
+    (run / "eval" / "step_000003.json").write_text(json.dumps({**asdict(evaluation(3)), "metrics": {}}))
+    status = read_status(run, now=NOW)
+    assert (status.step, status.loss, status.tokens_per_second, status.evaluation) == (7, None, 15.0, (0, 1.0))
+    assert [line for line in status_lines(status) if line.startswith("damaged")] == [
+        "damaged     metrics.jsonl: 2 of 6 steps have no loss or no tokens_per_second",
+        "damaged     eval/step_000003.json has no evaluation that can be read",
+        "damaged     eval/step_000002.json has no evaluation that can be read",
+    ]
+
+
+@pytest.mark.parametrize("config", ["model: {}", "run: 5", "run: {steps: x}", "run: {}"])
+def test_a_config_without_a_number_of_steps_is_named(tmp_path, config):
+    run = run_folder(tmp_path / "run")
+    (run / "config.yaml").write_text(config + "\n")
+    with pytest.raises(UserError, match=r"/config\.yaml is damaged: its run\.steps is ('x'|None) and not an integer"):
+        read_status(run)
 
 
 def test_who_is_behind():
