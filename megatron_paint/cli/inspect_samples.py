@@ -1,6 +1,7 @@
 """`megatron-paint inspect samples`: the response of the student, and the solution as the teacher saw it."""
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,18 @@ def inspect_sample(
 
     index: position among the samples of the step, or of the problem `id` if it is given. Without a decoder the selected
     tokens of the response are not marked. On a terminal colours mark hidden, selected, found and missing parts. In a
-    file the marks are [hidden: ...], [[...]], + and -. UserError: no such step, sample or problem.
+    file the marks are [hidden: ...], [[...]], + and -. Damaged lines of the step are left out, with a line that counts
+    them. UserError: no such step, sample or problem, or the sample is damaged.
     """
-    samples = RunFolder(run_dir).read_samples(step)
+    folder = RunFolder(run_dir)
+    samples, parts = _read(folder, step)
     sample = _find(samples, run_dir, step, index=index, id=id)
-    parts = [_head(sample), *_solution(sample), *_anchors(sample), *_response(sample, tokenizer_decode)]
-    parts += [*_outside(sample, tokenizer_decode), *_gaps(samples)]
+    try:
+        parts += [_head(sample), *_solution(sample), *_anchors(sample), *_response(sample, tokenizer_decode)]
+        parts += [*_outside(sample, tokenizer_decode), *_gaps(samples)]
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        where = f"{folder.samples_file(step)}: the sample of problem {sample['id']!r}"
+        raise UserError(f"{where} is damaged ({error!r}); choose another with --index") from error
     plain = "\n".join(_to_plain(part) for part in parts)
     console = console or Console(highlight=False, emoji=False)
     if console.is_terminal:
@@ -63,10 +70,27 @@ def inspect_sample(
     return plain
 
 
+def _read(folder: RunFolder, step: int) -> tuple[list[dict[str, Any]], list[Text]]:
+    """The samples that can be read, and a line about the others if there are any."""
+    lines, file = folder.sample_lines(step), folder.samples_file(step)
+    samples = []
+    for line in lines:
+        try:
+            sample = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(sample, dict) and "id" in sample:
+            samples.append(sample)
+    if not samples:
+        raise UserError(f"{file} is damaged: none of its {len(lines)} lines is a sample. Give another step")
+    bad = len(lines) - len(samples)
+    return samples, [Text(f"{file}: {bad} of {len(lines)} lines cannot be read and are left out\n")] if bad else []
+
+
 def _find(
     samples: Sequence[dict[str, Any]], run_dir: str | Path, step: int, *, index: int, id: str | None
 ) -> dict[str, Any]:
-    chosen = samples if id is None else [sample for sample in samples if sample["id"] == id]
+    chosen = samples if id is None else [sample for sample in samples if str(sample["id"]) == id]
     if not chosen:
         there = ", ".join(dict.fromkeys(str(sample["id"]) for sample in samples[:5]))
         raise UserError(f"Step {step} of {run_dir} has no sample of problem {id!r}; its problems begin with {there}")
@@ -83,9 +107,9 @@ def _title(text: str) -> Text:
 def _head(sample: dict[str, Any]) -> Text:
     overlap = "none" if sample["overlap"] is None else f"{sample['overlap']:.2f}"
     share = "none" if sample["reveal"] is None else f"{sample['reveal']['share']:.2f}"
+    loss = "none" if sample["loss"] is None else f"{sample['loss']:.4f} nats a token"  # it was not finite
     return Text(
-        f"problem {sample['id']}, step {sample['step']}: overlap {overlap}, reveal {share}, "
-        f"loss {sample['loss']:.4f} nats a token, "
+        f"problem {sample['id']}, step {sample['step']}: overlap {overlap}, reveal {share}, loss {loss}, "
         f"{len(sample['response_ids'])} response tokens, {len(sample['selected'])} selected{_verdict(sample)}",
         style="bold",
     )
@@ -168,7 +192,7 @@ def _outside(sample: dict[str, Any], decode: Decode | None) -> list[Text]:
 
 def _gaps(samples: Sequence[dict[str, Any]]) -> list[Text]:
     """The responses of the step whose log-probabilities differ most; nothing if the sampler has none."""
-    known = [sample for sample in samples if "sampler_gap" in sample]
+    known = [sample for sample in samples if _has_gap(sample)]
     worst = sorted(known, key=lambda sample: -sample["sampler_gap"]["largest"])[:MOST_GAPS]
     lines = [_title("Largest differences of this step between sampler and trainer")] if worst else []
     for sample in worst:
@@ -180,6 +204,14 @@ def _gaps(samples: Sequence[dict[str, Any]]) -> list[Text]:
             )
         )
     return lines
+
+
+def _has_gap(sample: dict[str, Any]) -> bool:
+    """Whether its difference is complete; it is null if it was not finite."""
+    gap = sample.get("sampler_gap")
+    if not isinstance(gap, dict) or not {"sample", "response_ids"} <= sample.keys():
+        return False
+    return {"position", "above"} <= gap.keys() and isinstance(gap.get("largest"), int | float)
 
 
 def pieces(ids: Sequence[int], selected: set[int], decode: Decode) -> list[tuple[str, bool]]:

@@ -194,13 +194,24 @@ class RunFolder:
         write_atomically(self.samples_file(step), "".join(to_json(dict(line)) + "\n" for line in lines))
 
     def read_samples(self, step: int) -> list[dict[str, Any]]:
-        """The samples of one step. UserError: there are none; it names the steps that exist."""
+        """The samples of one step. UserError: there are none, and it names the steps that exist; a line is damaged."""
+        samples = []
+        for number, line in enumerate(self.sample_lines(step), 1):
+            try:
+                samples.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{self.samples_file(step)}: line {number} is damaged ({error})") from error
+        return samples
+
+    def sample_lines(self, step: int) -> list[str]:
+        """The lines of the samples of one step, damaged or not. UserError: there are none; it names the steps that
+        exist."""
         file = self.samples_file(step)
         if not file.exists():
             there = [at for at, _ in _steps(self.path / "samples", ".jsonl")]
             steps = f"it has steps {there[0]} to {there[-1]}" if there else "it has no samples"
             raise UserError(f"{self.path} has no samples of step {step}: {steps}. Give one of these steps")
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+        return [line for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if line]
 
     def write_eval(self, report: EvalReport) -> None:
         """Writes one evaluation. It replaces an earlier one of the same step."""

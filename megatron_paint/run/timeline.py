@@ -9,7 +9,9 @@ import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from megatron_paint.base.errors import UserError
@@ -118,7 +120,7 @@ def read_timeline(path: Path) -> Timeline:
         raise UserError(
             f"{path} does not exist: no step was profiled. Set run.profile, such as run.profile.steps=[3], and train"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"Cannot read {path}: {error!r}; profile a step again with run.profile") from error
     timeline = Timeline()
     for step in sorted({one.step for one in records}):
@@ -130,7 +132,19 @@ def _rank_times(record: Mapping[str, Any]) -> RankTimes:
     summary = record["operators"]
     operators = summary and TraceSummary(cpu=operators_of(summary["cpu"]), gpu=operators_of(summary["gpu"]))
     spans = tuple(Span(**span) for span in record["spans"])
-    return RankTimes(**{**record, "spans": spans, "operators": operators})
+    found = RankTimes(**{**record, "spans": spans, "operators": operators})
+    listed = [] if not operators else [one for kind in (operators.cpu, operators.gpu) for one in chain(*kind.values())]
+    _check_types(str, [found.host, *(span.phase for span in spans), *(one.name for one in listed)])
+    _check_types(int, [found.step, found.rank, *(one.calls for one in listed)])
+    seconds = [value for span in spans for value in (span.start, span.seconds)] + [one.seconds for one in listed]
+    _check_types(int | float, [found.start, found.seconds, found.clock_error_s, *seconds])
+    return found
+
+
+def _check_types(kind: type | UnionType, values: Sequence[Any]) -> None:
+    for value in values:
+        if not isinstance(value, kind):
+            raise TypeError(f"{value!r} is no {getattr(kind, '__name__', 'number')}")
 
 
 def _order(phase: str) -> tuple[int, str]:

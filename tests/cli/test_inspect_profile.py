@@ -88,3 +88,30 @@ def test_what_does_not_exist(run, capsys, options, says):
 def test_a_run_without_a_profile(tmp_path, capsys):
     assert main(["inspect", "profile", str(tmp_path)]) == 2
     assert "no step was profiled. Set run.profile" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ((), "seconds", "a"),
+        ((), "rank", None),
+        ((), "operators", [1]),
+        (("spans", 0), "seconds", "a"),
+        (("spans", 0), "phase", 3),
+        (("operators", "cpu", "student", 0), "calls", "x"),
+        (("operators", "gpu", "student", 0), "name", None),
+    ],
+)
+def test_a_damaged_file_is_one_line(run, capsys, part, key, value):
+    file = RunFolder(run).timeline_file
+    tree = json.loads(file.read_text())
+    damaged = tree["steps"][1]
+    for name in part:
+        damaged = damaged[name]
+    assert key in damaged
+    damaged[key] = value
+    file.write_text(json.dumps(tree))
+    assert main(["inspect", "profile", str(run)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"megatron-paint: error: Cannot read {file}: ")
+    assert err.count("\n") == 1

@@ -176,6 +176,36 @@ def test_what_is_not_there_is_a_user_error(run_dir, options, message):
         show(run_dir, **options)
 
 
+def test_damaged_lines_are_counted_and_left_out(run_dir):
+    file = RunFolder(run_dir).samples_file(3)
+    with file.open("a") as stream:
+        stream.write('[1]\n{"id": "c", "st')
+    first, *rest = show(run_dir, index=1)[0].splitlines()
+    assert first == f"{file}: 2 of 5 lines cannot be read and are left out"
+    assert rest[1].startswith("problem b, step 3")
+    file.write_text('{"id"')
+    with pytest.raises(UserError, match=r"step_000003\.jsonl is damaged: none of its 1 lines is a sample"):
+        show(run_dir)
+
+
+def test_a_loss_that_was_not_finite_is_none(run_dir):
+    gap = {"largest": None, "position": 0, "above": 0}
+    RunFolder(run_dir).write_samples(4, [line("a", loss=None, sampler_gap=gap)])
+    text = show(run_dir, step=4)[0]
+    assert text.startswith("problem a, step 3: overlap 0.50, reveal 0.65, loss none, 4 response tokens")
+    assert "Largest differences" not in text
+
+
+@pytest.mark.parametrize(
+    "changes", [{"loss": "x"}, {"selected": 3}, {"reveal": {}}, {"anchors": [1]}, {"left_out": "odd"}, {"overlap": []}]
+)
+def test_a_damaged_sample_is_one_line(run_dir, changes):
+    RunFolder(run_dir).write_samples(4, [line("a", **changes), line("b")])
+    with pytest.raises(UserError, match=r"step_000004\.jsonl: the sample of problem 'a' is damaged \(.*choose another"):
+        show(run_dir, step=4)
+    assert show(run_dir, step=4, index=1)[0].startswith("problem b")
+
+
 def test_a_folder_without_samples(tmp_path):
     with pytest.raises(UserError, match="it has no samples"):
         show(tmp_path)

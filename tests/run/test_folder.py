@@ -212,6 +212,10 @@ def test_samples_round_trip(tmp_path):
     assert folder.samples_file(7).name == "step_000007.jsonl"
     with pytest.raises(UserError, match="steps 7 to 7"):
         folder.read_samples(8)
+    with folder.samples_file(7).open("a") as file:
+        file.write('{"id": "c", "te')
+    with pytest.raises(UserError, match=r"step_000007\.jsonl: line 3 is damaged"):
+        folder.read_samples(7)
 
 
 def graded(problem):
