@@ -13,7 +13,7 @@ from megatron_paint.base.json_text import to_json
 from megatron_paint.config.saved import dotted
 from megatron_paint.config.secrets import without_credentials
 from megatron_paint.run.loggers.interface import PROJECT, Outcome, RunInfo, SampleTable
-from megatron_paint.run.loggers.remote_ids import read_ids, write_ids
+from megatron_paint.run.loggers.remote_ids import LOGGERS, read_ids, write_ids
 
 MISSING = "it is not installed: pip install 'megatron-paint[mlflow]'"
 STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
@@ -52,14 +52,18 @@ class MlflowLogger:
         self._client = MlflowClient(tracking_uri=uri)
         place = without_credentials(uri)
         stored = read_ids(self.info.folder, self.name)
-        if stored.get("place") == place:
-            self._run_id = stored["run_id"]
+        earlier, notice = stored.get("run_id", "") if stored.get("place") == place else "", ""
+        if earlier and self._exists(earlier):
+            self._run_id = earlier
             self._client.update_run(self._run_id, status="RUNNING")
         else:
+            if stored.get("place") == place:  # the user may miss what was logged before
+                gone = f"its earlier run {earlier} was deleted there" if earlier else f"{LOGGERS} has no run_id"
+                notice = f"; {gone}, so this is a new one, from step {self.info.resume_step + 1} on"
             self._run_id = self._create_run()
             write_ids(self.info.folder, self.name, {"run_id": self._run_id, "place": place})
         self._log_settings()
-        return f"logging to {place}, run {self._run_id}"
+        return f"logging to {place}, run {self._run_id}{notice}"
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
@@ -89,9 +93,22 @@ class MlflowLogger:
             isinstance(error, MlflowException) and not isinstance(error, RestException) and "API request" in str(error)
         )
 
+    def _exists(self, run_id: str) -> bool:
+        """Whether the run is there and not deleted, which MLflow can undo."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self._client.get_run(run_id).info.lifecycle_stage == "active"
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
+
     def _create_run(self) -> str:
         project = self.info.project or os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
         experiment = self._client.get_experiment_by_name(project)
+        if experiment is not None and experiment.lifecycle_stage != "active":
+            raise UserError(f"the experiment {project!r} was deleted there: restore it, or set another run.project")
         experiment_id = self._client.create_experiment(project) if experiment is None else experiment.experiment_id
         name = self.info.name or os.environ.get("MLFLOW_RUN_NAME") or self.info.folder.name
         return self._client.create_run(experiment_id, run_name=name).info.run_id

@@ -1,6 +1,7 @@
 """The real library with a local folder, and a server that does not answer."""
 
 import json
+import shutil
 
 import pytest
 
@@ -55,6 +56,46 @@ def test_a_local_folder_and_a_run_that_resumes_as_the_same_run(tmp_path):
     assert table["data"][0][-1] == "a | <b>bold</b>\n# two"
     tables = json.loads(run.data.tags["mlflow.loggedArtifacts"])
     assert [entry["path"] for entry in tables] == ["samples/step_000001.json", "samples/step_000002.json"]
+
+
+@pytest.mark.parametrize(
+    ("lost", "says"),
+    [
+        ("deleted", "its earlier run {} was deleted there"),
+        ("purged", "its earlier run {} was deleted there"),
+        ("run_id", "loggers.json has no run_id"),
+    ],
+)
+def test_a_run_that_is_no_longer_there_becomes_a_new_one(tmp_path, lost, says):
+    train(tmp_path, (1, 2), outcome="stopped")
+    stored = json.loads((tmp_path / "loggers.json").read_text())
+    earlier = stored["mlflow"]["run_id"]
+    client = mlflow.MlflowClient(tracking_uri=(tmp_path / "mlflow").as_uri())
+    if lost == "deleted":
+        client.delete_run(earlier)
+    elif lost == "purged":
+        (folder,) = (tmp_path / "mlflow").glob(f"*/{earlier}")
+        shutil.rmtree(folder)
+    else:
+        del stored["mlflow"]["run_id"]
+        (tmp_path / "loggers.json").write_text(json.dumps(stored))
+    (line,) = train(tmp_path, (2, 3), start=1)
+    run_id = json.loads((tmp_path / "loggers.json").read_text())["mlflow"]["run_id"]
+    assert run_id != earlier
+    expected = f", run {run_id}; {says.format(earlier)}, so this is a new one, from step 2 on"
+    assert line.endswith(expected)
+    assert [metric.step for metric in client.get_metric_history(run_id, "loss")] == [2, 3]
+
+
+def test_a_deleted_experiment_is_named(tmp_path):
+    train(tmp_path, (1,))
+    client = mlflow.MlflowClient(tracking_uri=(tmp_path / "mlflow").as_uri())
+    client.delete_experiment(client.get_experiment_by_name("tests").experiment_id)
+    (line,) = train(tmp_path, (2,), start=1)
+    assert line == (
+        "mlflow: the experiment 'tests' was deleted there: restore it, or set another run.project. The run continues "
+        "without it"
+    )
 
 
 def test_every_key_of_a_run_is_a_name_that_mlflow_accepts():
