@@ -1,7 +1,11 @@
 """Reads logs/console.log of a run: its starts, its warnings in order, and the facts that a start prints."""
 
+import calendar
 import re
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 START = re.compile(r"==== (?P<when>.+?), (?P<host>[^,:]+): (?P<command>.*)")
 LINE = re.compile(r"(?P<time>\d\d:\d\d:\d\d)  (?P<text>.*)")
@@ -40,6 +44,39 @@ class Console:
     starts: list[Start] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     facts: dict[str, str] = field(default_factory=dict)  # of the last start
+
+
+def start_at_step(starts: Sequence[Start], step: int) -> int:
+    """The number of the start that made a step: the last one with earlier steps before it; 0: there is no start."""
+    found = [number for number, start in enumerate(starts, 1) if start.after_step < step]
+    return found[-1] if found else min(1, len(starts))
+
+
+def start_at_time(starts: Sequence[Start], moment: str) -> int:
+    """The number of the last start that is not later than an ISO time; without a time zone it is UTC.
+
+    The last start if the time or the time zone of a start is not known; 0: there is no start.
+    """
+    begun = [_seconds(start.when) for start in starts]
+    try:
+        at = datetime.fromisoformat(moment)
+        at = (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        return len(starts)
+    if None in begun:
+        return len(starts)
+    found = [number for number, seconds in enumerate(begun, 1) if seconds <= at]
+    return found[-1] if found else min(1, len(starts))
+
+
+def _seconds(when: str) -> float | None:
+    """The time of a start in seconds since 1970; None: its time zone is neither UTC nor that of this machine."""
+    try:
+        if when.endswith((" UTC", " GMT")):
+            return calendar.timegm(time.strptime(when[:-4], "%Y-%m-%d %H:%M:%S"))
+        return time.mktime(time.strptime(when, "%Y-%m-%d %H:%M:%S %Z"))
+    except (ValueError, OverflowError):
+        return None
 
 
 def read_console(text: str) -> Console:

@@ -10,7 +10,7 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.config.saved import read_config
 from megatron_paint.config.secrets import without_secrets
 from megatron_paint.data.decoding import load_decoder
-from megatron_paint.report.console_events import read_console
+from megatron_paint.report.console_events import Console, read_console, start_at_step, start_at_time
 from megatron_paint.report.curves import columns, is_number, phases
 from megatron_paint.report.evaluations import Known, read_evaluations
 from megatron_paint.report.samples import COLUMNS, SampleFile, list_row, page_content, read_sample_file
@@ -69,6 +69,8 @@ class RunReader:
         done = [line for line in lines if "skipped" not in line]
         steps = _planned(tree)
         last = max((line["step"] for line in lines), default=0)
+        changes, console = self._changes(notices), self._console(notices)
+        skipped = [(line["step"], str(line["skipped"])) for line in lines if "skipped" in line]
         summary = {
             "folder": str(self.folder.path),
             "objective": _at(tree, "objective", "name"),
@@ -80,10 +82,12 @@ class RunReader:
             "steps": [line["step"] for line in done],
             "metrics": (metrics := columns(done)),
             "phases": phases(list(metrics)),
-            "skipped": [[line["step"], str(line["skipped"])] for line in lines if "skipped" in line],
+            "skipped": [[step, text, start_at_step(console.starts, step)] for step, text in skipped],
             "evaluations": evaluations,
-            "changes": self._changes(notices),
-            **self._console(notices),
+            "changes": [{**one, "start": start_at_time(console.starts, one["time"])} for one in changes],
+            "starts": [asdict(start) for start in console.starts],
+            "events": [asdict(event) for event in console.events],
+            "facts": console.facts,
             "notices": notices,
         }
         return RunData(tree=tree, summary=summary, sample_rows=rows)
@@ -172,14 +176,9 @@ class RunReader:
                 notices.append(f"{file.name}: a line cannot be read and is left out")
         return found
 
-    def _console(self, notices: list[str]) -> dict[str, Any]:
+    def _console(self, notices: list[str]) -> Console:
         lines = _lines(self.folder.logs / CONSOLE_LOG, notices, "warnings are not known")
-        console = read_console("\n".join(lines))
-        return {
-            "starts": [asdict(start) for start in console.starts],
-            "events": [asdict(event) for event in console.events],
-            "facts": console.facts,
-        }
+        return read_console("\n".join(lines))
 
 
 def _rows(content: SampleFile) -> list[list[Any]]:

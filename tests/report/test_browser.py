@@ -91,6 +91,20 @@ def test_curves_evaluations_settings_and_log(browser, report):
     is_clean(browser, asked=report.parent)
 
 
+def test_the_log_has_changes_and_skipped_steps_under_their_start(browser, tmp_path):
+    run = make_run(tmp_path / "run")
+    with open(run / "metrics.jsonl", "a") as stream:
+        stream.write('{"step": 2, "skipped": "not finite"}\n')
+    later = "\n==== 2026-11-30 08:00:00 UTC, node3: megatron-paint train paint.yaml\n"
+    (run / "logs" / "console.log").open("a").write(later)
+    change = {"after_step": 1, "setting": "optimizer.lr", "old": 1, "new": 2, "time": "2026-11-29T23:50:01+00:00"}
+    (run / "changes.jsonl").write_text(json.dumps(change) + "\n")
+    browser.open(write_report([run], tmp_path / "report.html").file)
+    show(browser, "log")
+    kinds = browser.texts("#view-log .kind")
+    assert kinds == ["start", "warning", "end", "skipped", "start", "changed", "warning", "start"]
+
+
 def test_filters_sort_and_search(browser, report):
     browser.open(report)
     show(browser, "samples")

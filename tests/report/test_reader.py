@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import time
 
 import pytest
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.evaluation.statistics import paired_difference
 from megatron_paint.report.build import names_of, write_report
-from megatron_paint.report.console_events import read_console
+from megatron_paint.report.console_events import Start, read_console, start_at_step, start_at_time
 from megatron_paint.report.curves import columns, derived, phases, plots_for
 from megatron_paint.report.reader import RunReader, sample_columns
 from megatron_paint.report.samples import page_content, read_sample_file
@@ -272,14 +273,35 @@ def test_a_skipped_step_is_no_point_of_the_curves(run):
         stream.write(json.dumps({"step": 4, "skipped": "loss is not finite"}) + "\n")
     summary = read(run).summary
     assert summary["steps"] == [1, 2, 3]
-    assert summary["skipped"] == [[4, "loss is not finite"]]
+    assert summary["skipped"] == [[4, "loss is not finite", 2]]
+
+
+def start(when, after_step):
+    return Start(when=when, host="h", command="c", after_step=after_step)
+
+
+def test_the_start_of_a_change_and_of_a_skipped_step(monkeypatch):
+    monkeypatch.setenv("TZ", "CET-1CEST,M3.5.0,M10.5.0/3")
+    time.tzset()
+    try:
+        starts = [start("2026-07-01 10:00:00 UTC", 0), start("2026-07-01 13:00:00 CEST", 2)]  # CEST is UTC + 2
+        starts.append(start("2026-12-01 13:00:00 CET", 7))
+        at = ["2026-07-01T09:00:00", "2026-07-01T10:59:59+00:00", "2026-07-01T11:00:00+00:00", "2026-12-01T12:00:00Z"]
+        assert [start_at_time(starts, moment) for moment in at] == [1, 1, 2, 3]
+        assert start_at_time(starts, "soon") == 3
+        assert start_at_time([*starts, start("2026-12-02 13:00:00 PST", 9)], at[0]) == 4  # of an unknown time zone
+        assert [start_at_step(starts, step) for step in (1, 2, 3, 7, 8)] == [1, 1, 2, 2, 3]
+        assert (start_at_time([], at[0]), start_at_step([], 1)) == (0, 0)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_changes_of_settings_are_read(run):
     change = {"after_step": 2, "setting": "optimizer.lr", "old": 1e-5, "new": 2e-5, "time": "2026-11-29T23:50:00"}
     (run / "changes.jsonl").write_text(json.dumps(change) + "\n{")
     summary = read(run).summary
-    assert summary["changes"] == [{name: str(value) for name, value in change.items()}]
+    assert summary["changes"] == [{name: str(value) for name, value in change.items()} | {"start": 2}]
     assert summary["notices"] == ["changes.jsonl: a line cannot be read and is left out"]
 
 

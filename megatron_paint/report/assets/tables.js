@@ -46,25 +46,24 @@
     update();
   };
 
-  // Everything of one run in order: by the number of the start and the step before it.
+  // Everything of one run in order: by the number of the start, which comes first, and the step before it.
   const entries = (run) => {
     const found = run.starts.map((start, index) => ({
       start: index + 1, step: start.after_step, rank: 0, kind: "start",
       when: start.when, text: `${start.host}: ${start.command}`,
     }));
     for (const event of run.events) {
-      found.push({ start: event.start, step: event.after_step, rank: 1, kind: event.kind === "end" ? "end" : "warning", when: event.time, text: event.text });
+      found.push({ start: event.start, step: event.after_step, rank: 2, kind: event.kind === "end" ? "end" : "warning", when: event.time, text: event.text });
     }
-    const latest = run.starts.length;
-    for (const [step, text] of run.skipped) {
+    for (const [step, text, start] of run.skipped) {
       if (!run.events.some((event) => event.text.startsWith(`step ${step} is skipped`))) {
-        found.push({ start: latest, step, rank: 1, kind: "skipped", when: "", text: `step ${step} is skipped: ${text}` });
+        found.push({ start, step, rank: 2, kind: "skipped", when: "", text: `step ${step} is skipped: ${text}` });
       }
     }
     for (const change of run.changes) {
-      found.push({ start: latest, step: Number(change.after_step), rank: 0, kind: "changed", when: change.time, text: `${change.setting}: ${change.old} -> ${change.new}` });
+      found.push({ start: change.start, step: Number(change.after_step), rank: 1, kind: "changed", when: change.time, text: `${change.setting}: ${change.old} -> ${change.new}` });
     }
-    return found.map((entry, index) => ({ ...entry, index })).sort((a, b) => a.start - b.start || a.step - b.step || a.index - b.index);
+    return found.map((entry, index) => ({ ...entry, index })).sort((a, b) => a.start - b.start || a.rank - b.rank || a.step - b.step || a.index - b.index);
   };
 
   paint.showLog = (view) => {
