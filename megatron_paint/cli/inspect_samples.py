@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.text import Text
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.load import settings_of
 from megatron_paint.config.saved import read_config
-from megatron_paint.data.decoding import Decode, load_decoder
+from megatron_paint.data.decoding import Decode
+from megatron_paint.run.decoder import load_run_decoder
 from megatron_paint.run.folder import RunFolder
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # decoding returns it for an incomplete character
@@ -29,10 +29,22 @@ HIDDEN, SELECTED, FOUND, MISSING = "dim strike", "bold black on yellow", "green"
 
 def run(options: argparse.Namespace, _: list[str]) -> int:
     """Prints one sample of a run; returns the exit status."""
-    settings = settings_of(read_config(RunFolder(options.run_dir).config_file))
-    decode = load_decoder(settings.model.hf_path, chat_template=settings.prompts.chat_template)
+    folder = RunFolder(options.run_dir)
+    has_samples = folder.samples_file(options.step).exists()  # else that is the only message
+    decode = _load_decoder(folder) if has_samples else None
     inspect_sample(options.run_dir, options.step, index=options.index, id=options.id, tokenizer_decode=decode)
     return 0
+
+
+def _load_decoder(folder: RunFolder) -> Decode | None:
+    """Only the marks need it, so a run without its model or settings gets a line instead."""
+    try:
+        decode, reason = load_run_decoder(folder, read_config(folder.config_file))
+    except UserError as error:
+        decode, reason = None, " ".join(str(error).split())
+    if decode is None:
+        print(f"selected tokens are not marked: {reason}\n")
+    return decode
 
 
 def inspect_sample(

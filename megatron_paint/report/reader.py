@@ -9,13 +9,13 @@ from typing import Any
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.saved import read_config
 from megatron_paint.config.secrets import without_secrets
-from megatron_paint.data.decoding import load_decoder
 from megatron_paint.report.console_events import Console, read_console, start_at_step, start_at_time
 from megatron_paint.report.curves import columns, is_number, phases
 from megatron_paint.report.evaluations import Known, read_evaluations
 from megatron_paint.report.samples import COLUMNS, SampleFile, list_row, page_content, read_sample_file
 from megatron_paint.report.token_texts import TokenTexts
 from megatron_paint.run.console_log import CONSOLE_LOG
+from megatron_paint.run.decoder import load_run_decoder, setting_at
 from megatron_paint.run.folder import CHANGES, STEP_NAME, RunFolder
 
 AddPage = Callable[[str, dict[str, Any]], None]
@@ -73,8 +73,8 @@ class RunReader:
         skipped = [(line["step"], str(line["skipped"])) for line in lines if "skipped" in line]
         summary = {
             "folder": str(self.folder.path),
-            "objective": _at(tree, "objective", "name"),
-            "model": _at(tree, "model", "hf_path"),
+            "objective": setting_at(tree, "objective", "name"),
+            "model": setting_at(tree, "model", "hf_path"),
             "planned": steps,
             "last": last,
             "finished": steps is not None and last >= steps,
@@ -106,16 +106,8 @@ class RunReader:
         if self._has_loaded:
             return self._texts
         self._has_loaded = True
-        model, template = _at(tree, "model", "hf_path"), _at(tree, "prompts", "chat_template")
-        exports = sorted((self.folder.path / "hf").glob("step_*"), reverse=True)
-        candidates = [*([Path(model)] if isinstance(model, str) else []), *exports[:1]]
-        self._tokenizer_error = "config.yaml names no model"
-        for candidate in candidates:
-            try:
-                self._texts = TokenTexts(load_decoder(candidate, chat_template=template))
-                break
-            except (UserError, OSError) as error:
-                self._tokenizer_error = self._tokenizer_error if self._texts else " ".join(str(error).split())
+        decode, self._tokenizer_error = load_run_decoder(self.folder, tree)
+        self._texts = None if decode is None else TokenTexts(decode)
         return self._texts
 
     def _settings(self, notices: list[str]) -> dict[str, Any] | None:
@@ -212,14 +204,8 @@ def _lines(file: Path, notices: list[str], loss: str) -> list[str]:
 
 
 def _planned(tree: dict[str, Any] | None) -> int | None:
-    steps = _at(tree, "run", "steps")
+    steps = setting_at(tree, "run", "steps")
     return steps if isinstance(steps, int) else None
-
-
-def _at(tree: dict[str, Any] | None, section: str, name: str) -> Any:
-    """A setting, or None where the section or the setting is missing."""
-    part = (tree or {}).get(section)
-    return part.get(name) if isinstance(part, dict) else None
 
 
 def _first_sentence(error: Exception) -> str:

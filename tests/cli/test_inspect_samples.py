@@ -1,13 +1,17 @@
 """One sample shown, with marks and with colours."""
 
 import io
+import shutil
 
 import pytest
 from rich.console import Console
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.cli.inspect_samples import inspect_sample, pieces
+from megatron_paint.cli.main import main
+from megatron_paint.config.saved import read_config, to_yaml
 from megatron_paint.run.folder import RunFolder
+from tests.report.made_run import make_run
 
 WORDS = {1: "The", 2: " sum", 3: " is", 4: " 17"}
 BYTES = {7: b"\xe2", 8: b"\x88", 9: b"\x91"}  # the three bytes of a summation sign
@@ -204,6 +208,56 @@ def test_a_damaged_sample_is_one_line(run_dir, changes):
     with pytest.raises(UserError, match=r"step_000004\.jsonl: the sample of problem 'a' is damaged \(.*choose another"):
         show(run_dir, step=4)
     assert show(run_dir, step=4, index=1)[0].startswith("problem b")
+
+
+def made(path):
+    """A run of the report's tests, and the model that its config.yaml names."""
+    return make_run(path), yaml_of(path)["model"]["hf_path"]
+
+
+def yaml_of(path, **changes):
+    """What config.yaml has, with other sections if they are given."""
+    file = path / "config.yaml"
+    tree = {**read_config(file), **changes}
+    file.write_text(to_yaml(tree))
+    return tree
+
+
+def test_a_config_of_another_version_still_marks(tmp_path, capsys):
+    run, model = made(tmp_path / "run")
+    yaml_of(run, model={"hf_path": model, "new_key": 1}, unknown=5)
+    assert main(["inspect", "samples", str(run), "1"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("problem problem-0, step 1: ")
+    assert "[[" in said
+
+
+def test_a_model_that_moved_is_one_line_and_no_marks(tmp_path, capsys):
+    run, model = made(tmp_path / "run")
+    yaml_of(run, model={"hf_path": str(tmp_path / "gone")})
+    assert main(["inspect", "samples", str(run), "1"]) == 0
+    first, _, head, *rest = capsys.readouterr().out.splitlines()
+    assert first.startswith("selected tokens are not marked: model.hf_path: there is no folder")
+    assert head.startswith("problem problem-0, step 1: ")
+    assert not [text for text in rest if "[[" in text]
+    shutil.copytree(model, run / "hf" / "step_000003")  # an export has the tokenizer too
+    assert main(["inspect", "samples", str(run), "1"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("problem problem-0")
+    assert "[[" in said
+
+
+@pytest.mark.parametrize("config", [None, "a: [", "model: 3"])
+def test_without_settings_there_are_no_marks(tmp_path, capsys, config):
+    run, _ = made(tmp_path / "run")
+    (run / "config.yaml").unlink() if config is None else (run / "config.yaml").write_text(config)
+    assert main(["inspect", "samples", str(run), "1"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("selected tokens are not marked: ")
+    assert said.splitlines()[2].startswith("problem problem-0")
+    assert main(["inspect", "samples", str(run), "9"]) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
 
 
 def test_a_folder_without_samples(tmp_path):
