@@ -168,11 +168,16 @@ class MegatronSettings:
         Literal["full", "selective"] | None, setting("activations that are recomputed; null: none", source=MEGATRON)
     ] = None
     recompute_method: Annotated[
-        Literal["uniform", "block"] | None, setting("how full recomputation divides the layers", source=MEGATRON)
+        Literal["uniform", "block"] | None,
+        setting("how full recomputation divides the layers; no effect without it", source=MEGATRON),
     ] = None
     recompute_num_layers: Annotated[
         Count | None,
-        setting("uniform: layers in a recomputed unit; block: recomputed layers of a stage", source=MEGATRON),
+        setting(
+            "uniform: layers in a recomputed unit; block: recomputed layers of a stage; no effect without full "
+            "recomputation",
+            source=MEGATRON,
+        ),
     ] = None
     fp8: Annotated[
         Literal["e4m3", "hybrid"] | None,

@@ -46,9 +46,7 @@ def transformer_config(shape: ModelShape, model: ModelSettings, megatron: Megatr
     dtype = DTYPES[model.dtype]
     with_engine = use_transformer_engine(megatron)
     optional = {
-        "recompute_granularity": megatron.recompute_granularity,
-        "recompute_method": megatron.recompute_method,
-        "recompute_num_layers": megatron.recompute_num_layers,
+        **_recomputation(megatron),
         **(_expert_settings(shape, megatron) if shape.num_experts else {}),
         **_pipeline_settings(megatron),
     }
@@ -96,6 +94,14 @@ def transformer_config(shape: ModelShape, model: ModelSettings, megatron: Megatr
         calculate_per_token_loss=True,
         **{name: value for name, value in optional.items() if value is not None},
     )
+
+
+def _recomputation(megatron: MegatronSettings) -> dict:
+    """Megatron refuses the method and the number of layers with selective recomputation, which has no use for them."""
+    granularity = {"recompute_granularity": megatron.recompute_granularity}
+    if megatron.recompute_granularity != "full":
+        return granularity
+    return granularity | {name: getattr(megatron, name) for name in ("recompute_method", "recompute_num_layers")}
 
 
 def _pipeline_settings(megatron: MegatronSettings) -> dict:

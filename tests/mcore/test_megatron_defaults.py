@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
@@ -9,6 +10,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_paint.config import describe
 from megatron_paint.config.dialect import MEGATRON, MEGATRON_NAME, OURS
+from megatron_paint.config.megatron import MegatronSettings
+from megatron_paint.config.settings import ModelSettings
+from megatron_paint.mcore.model import transformer_config
+from tests.planning.test_stages import SHAPE
 
 NOT_IN_A_CONFIG = {"distributed_timeout_minutes"}  # an argument of initialize_model_parallel
 OF_OURS = {"fp8_emulate"}
@@ -33,3 +38,14 @@ def test_names_and_defaults_are_megatron_s():
             assert setting.default == theirs[name], name
         elif name in theirs:
             assert setting.default != theirs[name], name
+
+
+@pytest.mark.parametrize(
+    ("granularity", "passed"), [("full", ("uniform", 1)), ("selective", (None, None)), (None, (None, None))]
+)
+def test_one_override_of_a_preset_changes_the_recomputation(granularity, passed):
+    """The presets set all three; Megatron refuses the other two with selective recomputation."""
+    megatron = MegatronSettings(recompute_granularity=granularity, recompute_method="uniform", recompute_num_layers=1)
+    config = transformer_config(SHAPE, ModelSettings(hf_path="m"), megatron)
+    assert config.recompute_granularity == granularity
+    assert (config.recompute_method, config.recompute_num_layers) == passed
