@@ -108,10 +108,12 @@ class StepModel:
                 cache_bytes=server_cache_bytes(theirs, served),
             )
             return *times.seconds(work, prefill_tokens=tokens), transfer(layer)
+        # Context-parallel ranks share no sequence while they sample: each has a batch of its own.
+        replicas = layout.dp * layout.cp
         times = RolloutTime(
-            layer=layer,
+            layer=replace(layer, layout=replace(layout, cp=1, dp=replicas)),
             host="trainer",
-            replicas=layout.dp * layout.cp,
+            replicas=replicas,
             rows=rollout.batch_size,
             cache_bytes=rollout.cache_bytes,
         )

@@ -13,6 +13,7 @@ from megatron_paint.planning.search.seconds import Seconds
 from megatron_paint.planning.search.sizes import find_model
 from megatron_paint.planning.search.training_time import Batch, Loss, TrainingTime
 from megatron_paint.planning.search.workload import Workload
+from tests.planning.search.asked import ask
 
 H100 = known_gpus()["h100-80"]
 SHAPE = find_model("qwen3_8b")[1]
@@ -167,6 +168,23 @@ def test_a_decoding_step_of_the_trainer_waits_for_the_host():
     prompts, decoding = times.seconds(work, prefill_tokens=4096)
     assert prompts.total == pytest.approx(3 * 36 * layer().forward(100, 50).total)
     assert decoding.total == pytest.approx(3 * 50 * times.token(1, 125).total)
+
+
+def test_context_parallel_ranks_sample_on_their_own():
+    """64 prompts of 200 tokens on 8 copies of the weights: each reads 8 prompts at once, with any CP."""
+    model = ask(gpus=8, problems_per_step=64, prompt_tokens=200).model()
+    expected = 36 * layer().forward(8 * 200, 100)
+    for cp in (1, 2, 8):
+        phases = model.step(Candidate(cp=cp, dp=8 // cp)).phases
+        assert phases["prompts"].parts() == pytest.approx(expected.parts())
+        assert phases["decoding"] == model.step(Candidate(dp=8)).phases["decoding"]
+
+
+def test_experts_keep_their_ranks_while_context_parallel_ranks_sample():
+    """30B-A3B, EP 8 within a node: the all-to-all of the prompts is the same with DP 8 and with CP 8."""
+    model = ask("qwen3_30b_a3b", gpus=8, problems_per_step=64, prompt_tokens=200).model()
+    found = [model.step(Candidate(cp=cp, dp=8 // cp, ep=8)).phases["prompts"].nvlink for cp in (1, 8)]
+    assert found == [pytest.approx(48 * 2 * (1600 * 8 * 2048 * 2 * 7 / 8 / NVLINK + 10e-6))] * 2
 
 
 def test_servers_hold_the_weights():
