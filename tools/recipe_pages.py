@@ -91,7 +91,7 @@ def preset_plan(size: str, preset: str, *, gpus: int) -> Plan:
     """The layout and the estimate of a preset, on GPUs with 80 GB."""
     folder = folder_of(find_model(size)[1])
     settings = load_settings(preset_file(size, preset), [f"model.hf_path={folder}"])
-    return make_plan(settings, processes=gpus, gpu_memory=GPU_MEMORY)
+    return make_plan(settings, processes=gpus, gpu_memory=GPU_MEMORY, ranks_per_node=GPUS_OF_A_NODE)
 
 
 def layout_text(plan: Plan) -> str:

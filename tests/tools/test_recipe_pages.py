@@ -37,6 +37,15 @@ def test_the_memory_is_that_of_the_readme(size):
     assert f"tensor {tensor} x data" in text if tensor != "1" else "8 GPUs: data 8." in text
 
 
+def test_the_host_memory_of_a_node_is_that_of_its_eight_ranks():
+    """235B at TP 4 on two nodes, a stage on each. The first node: 8 processes, half of the weights in bfloat16, and 26
+    bytes of each LoRA weight. q, k and v split their outputs and o its inputs over 4 ranks; the rest is on each."""
+    adapters = 47 * 64 * (8192 + 2 * 512 + 8192 + 4 * (4 * 4096))
+    node = 8 * 3e9 + 235_093_634_560 / 2 * 2 + adapters * (2 + 2 * 12)
+    for row in rows("qwen3_235b_a22b", "Presets"):
+        assert float(row[4]) == pytest.approx(node / 1e9, rel=1e-3)
+
+
 def test_every_dense_size_is_compared():
     assert len(DENSE) == 5
 
