@@ -77,6 +77,7 @@ EXPERT_LAYOUTS = {
     "pp2-ep2": Layout(4, 1, 2, recompute="full", ep=2),
     "cp2-ep2": Layout(2, 1, 1, cp=2, ep=2),
     "pp2-vp2-ep2": Layout(4, 1, 2, ep=2, pipeline={"virtual_pipeline_model_parallel_size": 2}),
+    "pp2-vp2-cp2-ep2": Layout(4, 1, 2, cp=2, ep=2, pipeline={"virtual_pipeline_model_parallel_size": 2}),
     "ep2-etp2": Layout(4, 1, 1, ep=2, etp=2),
 }
 # Layouts that `make test` runs. Between them they cut weights, rows and batches in every way: over tensor-parallel
