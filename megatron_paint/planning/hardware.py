@@ -61,6 +61,11 @@ def use_transformer_engine(megatron: MegatronSettings) -> bool:
     return missing is None and megatron.transformer_impl != "local"
 
 
+def asks_transformer_engine(megatron: MegatronSettings) -> bool:
+    """Whether layers come from Transformer Engine on a machine that has it."""
+    return megatron.transformer_impl != "local" and not megatron.fp8_emulate
+
+
 def check_optimizer_device(megatron: MegatronSettings) -> None:
     """UserError: the optimiser needs Transformer Engine or a GPU, and this machine cannot use it."""
     if megatron.use_precision_aware_optimizer and (missing := missing_for_engine()):

@@ -43,10 +43,18 @@ def check_layout(
     model: ModelSettings, megatron: MegatronSettings, rollout: RolloutSettings, *, processes: int
 ) -> Layout:
     """The layout of `processes` processes. UserError names a setting that does not fit, and the nearest valid value."""
-    shape = check_model(model, megatron, rollout)
-    data_parallel_size(processes, megatron)
+    shape = check_sizes(model, megatron, rollout, processes=processes)
     engine_environment(megatron)
     return layout_of(shape, megatron, processes=processes, uses_engine=use_transformer_engine(megatron))
+
+
+def check_sizes(
+    model: ModelSettings, megatron: MegatronSettings, rollout: RolloutSettings, *, processes: int
+) -> ModelShape:
+    """What `check_layout` checks without a look at this machine. It does not need torch."""
+    shape = check_model(model, megatron, rollout)
+    data_parallel_size(processes, megatron)
+    return shape
 
 
 def layout_of(shape: ModelShape, megatron: MegatronSettings, *, processes: int, uses_engine: bool) -> Layout:

@@ -6,14 +6,22 @@ from dataclasses import dataclass, replace
 
 from megatron_paint.config.settings import Settings
 from megatron_paint.planning.estimate import MemoryEstimate, checkpoint_bytes, estimate
-from megatron_paint.planning.hardware import check_offloading_device, check_optimizer_device, gpu_bytes
+from megatron_paint.planning.hardware import (
+    asks_transformer_engine,
+    check_offloading_device,
+    check_optimizer_device,
+    engine_environment,
+    gpu_bytes,
+    use_transformer_engine,
+)
 from megatron_paint.planning.layout import (
     Layout,
     check_auxiliary_losses,
-    check_layout,
     check_profiled_ranks,
+    check_sizes,
     common_tensor_parallel_size,
     expert_sizes,
+    layout_of,
     megatron_version,
 )
 from megatron_paint.planning.stage_memory import Peak, micro_batch_tokens
@@ -27,7 +35,6 @@ class Target:
 
     gpus: bool
     gpu_memory: float | None  # bytes of one GPU; None: not known here
-    engine: bool  # layers of Transformer Engine
     triton: bool  # its kernels compute the loss
     ranks_per_node: int
 
@@ -150,30 +157,34 @@ def make_plan(
     gpu_memory: bytes of one GPU; None: of this machine's GPU, if the run is for this machine. on_gpu_nodes: whether the
     run is for other nodes with GPUs or without; None: for this machine. ranks_per_node: None: all are on one node.
     """
-    layout = check_layout(settings.model, settings.megatron, settings.rollout, processes=processes)
+    megatron, asked = settings.megatron, settings.objective.kernel
+    shape = check_sizes(settings.model, megatron, settings.rollout, processes=processes)
     check_profiled_ranks(settings.run.profile, processes=processes)
-    check_auxiliary_losses(settings.megatron, version=megatron_version())
+    check_auxiliary_losses(megatron, version=megatron_version())
     # Imports torch, which a mistake in the settings must not wait for.
     from megatron_paint.losses.elementwise.choose import loss_kernel, missing_for_triton
 
-    kernel, found = loss_kernel(settings.objective.kernel), gpu_bytes() if on_gpu_nodes is None else None
+    found = gpu_bytes() if on_gpu_nodes is None else None
     # Of GPUs elsewhere nothing is known except the settings: what they ask for will be there.
     elsewhere = found is None and (on_gpu_nodes or (on_gpu_nodes is None and gpu_memory is not None))
-    if not elsewhere:
-        check_optimizer_device(settings.megatron)
-        check_offloading_device(settings.megatron, settings.rollout)
-    asks_engine = settings.megatron.transformer_impl != "local" and not settings.megatron.fp8_emulate
+    if elsewhere:
+        uses_engine, kernel = asks_transformer_engine(megatron), "torch" if asked == "torch" else "triton"
+    else:
+        engine_environment(megatron)
+        uses_engine, kernel = use_transformer_engine(megatron), loss_kernel(asked)
+        check_optimizer_device(megatron)
+        check_offloading_device(megatron, settings.rollout)
+    layout = layout_of(shape, megatron, processes=processes, uses_engine=uses_engine)
     target = Target(
         gpus=elsewhere or found is not None,
         gpu_memory=gpu_memory or found,
-        engine=asks_engine if elsewhere else layout.uses_engine,
-        triton=settings.objective.kernel != "torch" if elsewhere else kernel == "triton",
+        triton=kernel == "triton",
         ranks_per_node=ranks_per_node or processes,
     )
     return Plan(
         **vars(layout),
         kernel=kernel,
-        why_torch=missing_for_triton() or "",
+        why_torch="" if elsewhere else missing_for_triton() or "",
         target=target,
         memory=_estimate(settings, layout, target),
         settings=settings,
@@ -193,7 +204,7 @@ def _estimate(settings: Settings, layout: Layout, target: Target) -> MemoryEstim
     return estimate(
         settings,
         layout,
-        engine=target.engine,
+        engine=layout.uses_engine,
         triton=target.triton,
         on_gpus=target.gpus,
         ranks_per_node=target.ranks_per_node,

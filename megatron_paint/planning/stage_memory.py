@@ -20,6 +20,7 @@ from megatron_paint.planning.activations import (
     final_norm_bytes,
     stage_activations,
 )
+from megatron_paint.planning.fp8 import fp8_copy_bytes
 from megatron_paint.planning.layout import WIDTHS, Layout, cache_bytes_per_token
 from megatron_paint.planning.stages import in_flight
 from megatron_paint.planning.weights import RankWeights, rank_weights
@@ -257,6 +258,9 @@ class StageMemory:
         resting = 0 if teacher.offload else teacher_bytes(self.settings)
         return {
             "weights": float(weights.base * self.width),
+            "FP8 copies of weights": fp8_copy_bytes(
+                self.settings.megatron, self.layout, stage=self.stage, engine=self.kind.engine
+            ),
             "adapters": float(weights.adapters * self.width),
             "gradients": float(weights.trained * FLOAT32),
             "optimiser": self.optimizer_bytes(),

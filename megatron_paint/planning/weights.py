@@ -43,7 +43,7 @@ def rank_weights(
     ends = table * (first + last) - (table if shape.tied and first and last else 0) + (shape.hidden_size if last else 0)
     expert_adapters = layers * expert_adapter_weights(shape, lora_rank, ep=ep) if lora_rank and adapts_experts else 0
     adapters = 0 if lora_rank is None else layers * rank_adapters(shape, lora_rank, tp=tp) + expert_adapters
-    experts = layers * 3 * shape.num_experts * shape.hidden_size * shape.expert_ffn_size // (ep * etp)
+    experts = layers * _expert_matrices(shape, ep=ep, etp=etp)
     base = layers * _layer_weights(shape, tp=tp) + experts + ends
     return RankWeights(
         base=base,
@@ -81,11 +81,26 @@ def expert_adapter_weights(shape: ModelShape, lora_rank: int, *, ep: int) -> int
     return shape.num_experts // ep * lora_rank * (2 * shape.hidden_size + 3 * shape.expert_ffn_size)
 
 
+def layer_matrices(shape: ModelShape, *, tp: int, ep: int = 1, etp: int = 1) -> int:
+    """The weights of the matrices of one layer on a rank: attention, and feed-forward layer or experts. No router."""
+    return _split_matrices(shape) // tp + _expert_matrices(shape, ep=ep, etp=etp)
+
+
+def _split_matrices(shape: ModelShape) -> int:
+    """Those of all tensor-parallel ranks, without experts."""
+    queries, keys = shape.num_heads * shape.head_dim, shape.num_groups * shape.head_dim
+    return shape.hidden_size * (2 * queries + 2 * keys + (0 if shape.num_experts else 3 * shape.ffn_size))
+
+
+def _expert_matrices(shape: ModelShape, *, ep: int, etp: int) -> int:
+    """The weights of the experts of one layer on a rank."""
+    return 3 * shape.num_experts * shape.hidden_size * shape.expert_ffn_size // (ep * etp)
+
+
 def _layer_weights(shape: ModelShape, *, tp: int) -> int:
     """The weights of one layer on a rank, without experts."""
     queries, keys = shape.num_heads * shape.head_dim, shape.num_groups * shape.head_dim
-    split = shape.hidden_size * (2 * queries + 2 * keys + (0 if shape.num_experts else 3 * shape.ffn_size))
-    split += queries + 2 * keys if shape.qkv_bias else 0
+    split = _split_matrices(shape) + (queries + 2 * keys if shape.qkv_bias else 0)
     router = shape.num_experts * shape.hidden_size
     return split // tp + router + 2 * shape.hidden_size + (2 * shape.head_dim if shape.qk_norm else 0)
 

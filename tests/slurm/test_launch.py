@@ -85,8 +85,10 @@ def test_a_dry_run_touches_nothing(place, capsys):
     assert sorted(place.rglob("*")) == before
 
 
-def test_settings_for_gpus_are_checked_where_there_are_none(place):
+def test_settings_for_gpus_are_checked_where_there_are_none(place, capsys):
+    """The estimate has what FP8 needs there."""
     assert launch("--nodes=2", "--dry-run", "megatron.fp8=hybrid", "objective.kernel=triton") == 0
+    assert "FP8 copies of weights " in capsys.readouterr().out
 
 
 REFUSALS = [

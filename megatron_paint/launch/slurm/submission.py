@@ -91,14 +91,9 @@ def launch(given: argparse.Namespace, *, check_inputs: Check) -> int:
 
 def plan_elsewhere(settings: Settings, options: SlurmOptions) -> Plan:
     """The plan of a job, without the checks that only a GPU node can do."""
-    given = settings.megatron
-    layers = "local" if given.transformer_impl == "local" else "auto"
-    megatron = dataclasses.replace(given, fp8=None, transformer_impl=layers, deterministic_mode=False)
-    kernel = "torch" if settings.objective.kernel == "torch" else "auto"
-    objective = dataclasses.replace(settings.objective, kernel=kernel)
     try:
         plan = make_plan(
-            dataclasses.replace(settings, megatron=megatron, objective=objective),
+            settings if options.gpus_per_node else _without_gpu_checks(settings),
             processes=options.processes,
             gpu_memory=options.gpu_memory,
             ranks_per_node=options.processes_per_node,
@@ -109,6 +104,16 @@ def plan_elsewhere(settings: Settings, options: SlurmOptions) -> Plan:
             raise UserError(str(error).replace(" (nearest: --processes ", " (nearest: ")) from None
     check_tensor_parallel_groups(options, plan.tensor_parallel)
     return plan
+
+
+def _without_gpu_checks(settings: Settings) -> Settings:
+    """The settings without what this machine would have to have for nodes without GPUs."""
+    given = settings.megatron
+    layers = "local" if given.transformer_impl == "local" else "auto"
+    megatron = dataclasses.replace(given, fp8=None, transformer_impl=layers, deterministic_mode=False)
+    kernel = "torch" if settings.objective.kernel == "torch" else "auto"
+    objective = dataclasses.replace(settings.objective, kernel=kernel)
+    return dataclasses.replace(settings, megatron=megatron, objective=objective)
 
 
 def _visible_plan(settings: Settings, options: SlurmOptions, *, is_checked: bool) -> Plan | None:

@@ -16,6 +16,7 @@ from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.config.settings import Settings
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.estimate import MemoryEstimate, estimate
+from megatron_paint.planning.hardware import asks_transformer_engine
 from megatron_paint.planning.layout import Layout, check_shape, layout_of
 from megatron_paint.planning.search.candidate import Candidate
 from megatron_paint.planning.stage_memory import StageMemory, teacher_bytes
@@ -168,5 +169,5 @@ def complete_estimate(settings: Settings, shape: ModelShape, *, gpus: int, ranks
 
 
 def _layout(settings: Settings, shape: ModelShape, *, gpus: int) -> Layout:
-    engine = settings.megatron.transformer_impl != "local" and not settings.megatron.fp8_emulate
+    engine = asks_transformer_engine(settings.megatron)
     return layout_of(shape, settings.megatron, processes=gpus, uses_engine=engine)
