@@ -97,6 +97,19 @@ def test_fp8_of_a_settings_file(tmp_path, capsys):
     assert "megatron.fp8=hybrid: a100-80 has no FP8 (fp8: null); set it to null" in capsys.readouterr().err
 
 
+def test_mxfp8_needs_a_gpu_that_has_it(tmp_path, capsys):
+    """An option over the recipe of a settings file is enough."""
+    file = tmp_path / "settings.yaml"
+    fp8 = "megatron: {fp8: e4m3, fp8_recipe: mxfp8}"
+    file.write_text(f"model: {{hf_path: m}}\ndata: {{train: p.jsonl}}\nrun: {{dir: r}}\n{fp8}\n")
+    command = ["plan", "qwen3_1p7b", "--gpus", "8", "--top", "1", "--config", str(file), "--gpu"]
+    assert main([*command, "h200"]) == 2
+    says = "megatron.fp8_recipe=mxfp8: h200 has no MXFP8 (mxfp8: false), which needs compute capability 10.0"
+    assert says in capsys.readouterr().err
+    assert main([*command, "h200", "--fp8", "blockwise"]) == 0
+    assert main([*command, "b200"]) == 0
+
+
 def test_a_gpu_of_a_file(tmp_path, capsys):
     file = tmp_path / "half.yaml"
     file.write_text(
@@ -139,6 +152,7 @@ def test_known_gpus_have_sources(capsys):
         ([*SMALL, "--top", "0"], "--top=0: give the number of layouts"),
         ([*SMALL, "--problems-per-step", "0"], "data.problems_per_step"),
         ([*SMALL, "--gpu", "a100-80", "--fp8", "blockwise"], "--fp8=blockwise: a100-80 has no FP8"),
+        ([*SMALL, "--gpu", "h100-80", "--fp8", "mxfp8"], "--fp8=mxfp8: h100-80 has no MXFP8 (mxfp8: false)"),
         ([*SMALL, "--objective", "ppo"], "unknown --objective 'ppo'"),
         ([*SMALL, "--yaml", "/no/such/folder/x.yaml"], "--yaml=/no/such/folder/x.yaml cannot be written"),
         (["plan", "qwen3_32b", "--gpus", "1", "--gpu", "h100-80"], "no layout fits on 1 x h100-80: the closest, "),

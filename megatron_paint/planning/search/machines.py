@@ -11,7 +11,7 @@ from ruamel.yaml.error import YAMLError
 
 from megatron_paint.base.argument_parser import did_you_mean
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.dialect import Count, Positive, Text, setting, settings_class
+from megatron_paint.config.dialect import Count, Flag, Positive, Text, setting, settings_class
 
 FILE = Path(__file__).with_name("machines.yaml")
 
@@ -29,6 +29,7 @@ class Gpu:
     host: Annotated[Positive, setting("bytes/s to host memory")]
     gpus_per_node: Annotated[Count, setting("GPUs of a node")]
     source: Annotated[Text, setting("where the figures come from")]
+    mxfp8: Annotated[Flag, setting("whether it computes MXFP8: compute capability 10.0 or higher")] = False
 
 
 @dataclass(frozen=True, kw_only=True)

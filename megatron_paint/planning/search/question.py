@@ -9,7 +9,8 @@ from typing import Any
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import read_tree, settings_of
-from megatron_paint.planning.search.machines import find_machine
+from megatron_paint.config.settings import Settings
+from megatron_paint.planning.search.machines import Machine, find_machine
 from megatron_paint.planning.search.search import Question
 from megatron_paint.planning.search.sizes import find_model, folder_of
 from megatron_paint.planning.search.workload import Lengths
@@ -53,8 +54,8 @@ def question_of(asked: Asked) -> Question:
         raise UserError(f"--fp8={asked.fp8}: {machine.name} has no FP8 (fp8: null); leave it out")
     tree = _tree(asked, name=name, folder=folder_of(shape))
     settings = settings_of(tree)
-    if settings.megatron.fp8 is not None and machine.gpu.fp8 is None:
-        raise UserError(f"megatron.fp8={settings.megatron.fp8}: {machine.name} has no FP8 (fp8: null); set it to null")
+    if settings.megatron.fp8 is not None:
+        _check_fp8(asked, settings, machine)
     if settings.model.dtype != "bfloat16":
         raise UserError(f"model.dtype={settings.model.dtype}: the model of time is for bfloat16; set it to bfloat16")
     return Question(
@@ -66,6 +67,18 @@ def question_of(asked: Asked) -> Question:
         reserve=asked.reserve,
         sampling_gpus=asked.sampling_gpus or machine.gpu.gpus_per_node,
     )
+
+
+def _check_fp8(asked: Asked, settings: Settings, machine: Machine) -> None:
+    """UserError: the GPUs cannot compute the FP8 of the settings."""
+    if machine.gpu.fp8 is None:
+        raise UserError(f"megatron.fp8={settings.megatron.fp8}: {machine.name} has no FP8 (fp8: null); set it to null")
+    if settings.megatron.fp8_recipe == "mxfp8" and not machine.gpu.mxfp8:
+        given = "--fp8=mxfp8" if asked.fp8 is not None else "megatron.fp8_recipe=mxfp8"
+        raise UserError(
+            f"{given}: {machine.name} has no MXFP8 (mxfp8: false), which needs compute capability 10.0 or higher; give "
+            "--fp8 blockwise"
+        )
 
 
 def _check_numbers(asked: Asked) -> None:
