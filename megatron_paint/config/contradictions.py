@@ -250,6 +250,11 @@ def of_megatron(megatron: MegatronSettings, optimizer: OptimizerSettings, model:
     yield from of_pipeline(megatron)
     if megatron.fp8 is not None and model.dtype != "bfloat16":
         yield f"megatron.fp8 needs model.dtype=bfloat16, got {model.dtype}"
+    if megatron.fp8 is not None and megatron.first_last_layers_bf16 and megatron.fp8_recipe == "delayed":
+        yield (
+            "megatron.first_last_layers_bf16=true keeps layers out of FP8, which Megatron cannot do with "
+            "megatron.fp8_recipe=delayed: set it to false, or choose another recipe, such as blockwise"
+        )
     if megatron.fp8_emulate:
         if megatron.fp8 is None:
             yield "megatron.fp8_emulate emulates FP8, and megatron.fp8 is null: set it to hybrid or e4m3"

@@ -115,6 +115,7 @@ def check_shape(shape: ModelShape, model: ModelSettings, megatron: MegatronSetti
     _check_empty_stages(split, model, shape)
     _check_recomputed_units(split, megatron, shape)
     _check_offloaded_layers(megatron, shape)
+    _check_bf16_layers(megatron, shape)
     if rollout.cuda_graphs and shape.num_experts:
         raise UserError(
             f"rollout.cuda_graphs=true cannot capture a step of a mixture of experts ({shape.source}): the host reads "
@@ -171,6 +172,20 @@ def _check_offloaded_layers(megatron: MegatronSettings, shape: ModelShape) -> No
             f"megatron.cpu_offloading_num_layers={megatron.cpu_offloading_num_layers} must be less than the "
             f"{shape.num_layers} layers of {shape.source}; the nearest that fits is {shape.num_layers - 1}"
         )
+
+
+def _check_bf16_layers(megatron: MegatronSettings, shape: ModelShape) -> None:
+    """UserError where more layers would be kept out of FP8 at one end than a pipeline stage has, on average."""
+    if megatron.fp8 is None or megatron.fp8_emulate or not megatron.first_last_layers_bf16:
+        return
+    most = shape.num_layers // megatron.pipeline_model_parallel_size
+    for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+        if (count := getattr(megatron, name)) > most:
+            raise UserError(
+                f"megatron.{name}={count} with first_last_layers_bf16=true must be at most the layers of a pipeline "
+                f"stage: {most} of the {shape.num_layers} of {shape.source} with pipeline_model_parallel_size="
+                f"{megatron.pipeline_model_parallel_size}; the nearest that fits is {most}"
+            )
 
 
 def data_parallel_size(processes: int, megatron: MegatronSettings) -> int:

@@ -34,6 +34,15 @@ def test_emulation_is_refused(megatron, message):
         load(**megatron)
 
 
+def test_delayed_scaling_has_no_layers_in_bfloat16():
+    """Megatron refuses it; without FP8, or with another recipe, it accepts the setting."""
+    given = {"first_last_layers_bf16": True, "fp8_recipe": "delayed"}
+    with pytest.raises(UserError, match=r"fp8_recipe=delayed: set it to false, or choose another recipe"):
+        load(**given, fp8="hybrid")
+    load(**given)
+    load(**{**given, "fp8": "hybrid", "fp8_recipe": "tensorwise"})
+
+
 def test_emulation_needs_no_gpu():
     megatron = load(fp8_emulate=True, fp8="hybrid").megatron
     assert not use_transformer_engine(megatron)

@@ -94,3 +94,14 @@ def test_adapters_need_a_layer_on_every_stage(tmp_path):
         check(tmp_path, pp=4, megatron=ends, lora=True)
     check(tmp_path, pp=4, megatron=ends)
     check(tmp_path, pp=2, megatron=ends, lora=True)
+
+
+@pytest.mark.parametrize("end", ["start", "end"])
+def test_layers_in_bfloat16_are_at_most_those_of_a_stage(end, tmp_path):
+    """6 layers on 2 stages: Megatron accepts 3 at each end of the model."""
+    given = {"fp8": "hybrid", "first_last_layers_bf16": True}
+    with pytest.raises(UserError, match=rf"num_layers_at_{end}_in_bf16=4 .* stage: 3 of the 6 .* that fits is 3$"):
+        check(tmp_path, pp=2, megatron={**given, f"num_layers_at_{end}_in_bf16": 4})
+    for fitting in ({"num_layers_at_start_in_bf16": 3}, {f"num_layers_at_{end}_in_bf16": 4, "fp8": None}):
+        assert check(tmp_path, pp=2, megatron=given | fitting).num_layers == 6
+    assert check(tmp_path, megatron={**given, f"num_layers_at_{end}_in_bf16": 6}).num_layers == 6
