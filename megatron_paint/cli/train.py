@@ -12,7 +12,7 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.cli.ranks import console_mode, number_of_ranks, rank_environment_of, start_ranks_here
 from megatron_paint.config.load import load_settings
 from megatron_paint.config.settings import Settings
-from megatron_paint.planning.layout import check_model
+from megatron_paint.planning.layout import check_model, trainer_samples
 from megatron_paint.planning.local_model import with_local_model
 from megatron_paint.runtime.processes import has_launcher
 
@@ -27,7 +27,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     """Trains, or only checks; returns the exit status. Without a rank environment, it starts the ranks."""
     environment = rank_environment_of(options)
     settings = with_local_model(load_settings(options.config, options.overrides))
-    check_model(settings.model, settings.megatron, settings.rollout)
+    check_model(settings.model, settings.megatron, settings.rollout, samples=trainer_samples(settings))
     if options.log_every < 1:
         raise UserError(f"--log-every={options.log_every} is below 1: give the steps between two printed lines")
     if environment is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_paint.base.errors import UserError, about
 from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.config.profile import ProfileSettings
-from megatron_paint.config.settings import ModelSettings, RolloutSettings
+from megatron_paint.config.settings import ModelSettings, RolloutSettings, Settings
 from megatron_paint.models.qwen3.shape import read_shape
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.apex import refuse_foreign_apex
@@ -40,19 +40,22 @@ class Layout:
 
 
 def check_layout(
-    model: ModelSettings, megatron: MegatronSettings, rollout: RolloutSettings, *, processes: int
+    model: ModelSettings, megatron: MegatronSettings, rollout: RolloutSettings, *, processes: int, samples: bool = True
 ) -> Layout:
-    """The layout of `processes` processes. UserError names a setting that does not fit, and the nearest valid value."""
-    shape = check_sizes(model, megatron, rollout, processes=processes)
+    """The layout of `processes` processes. UserError names a setting that does not fit, and the nearest valid value.
+
+    samples: whether the ranks sample; only then must rollout.cache_bytes hold a response.
+    """
+    shape = check_sizes(model, megatron, rollout, processes=processes, samples=samples)
     engine_environment(megatron)
     return layout_of(shape, megatron, processes=processes, uses_engine=use_transformer_engine(megatron))
 
 
 def check_sizes(
-    model: ModelSettings, megatron: MegatronSettings, rollout: RolloutSettings, *, processes: int
+    model: ModelSettings, megatron: MegatronSettings, rollout: RolloutSettings, *, processes: int, samples: bool = True
 ) -> ModelShape:
     """What `check_layout` checks without a look at this machine. It does not need torch."""
-    shape = check_model(model, megatron, rollout)
+    shape = check_model(model, megatron, rollout, samples=samples)
     data_parallel_size(processes, megatron)
     return shape
 
@@ -87,7 +90,16 @@ def check_profiled_ranks(profile: ProfileSettings | None, *, processes: int) -> 
         raise UserError(f"run.profile.ranks has rank {min(beyond)}, but the run has {there}")
 
 
-def check_model(model: ModelSettings, megatron: MegatronSettings, rollout: RolloutSettings) -> ModelShape:
+def trainer_samples(settings: Settings) -> bool:
+    """Whether a run's ranks sample long responses: rollouts, or the answers of an evaluation."""
+    if settings.needs.samples_per_problem and settings.rollout.engine == "megatron":
+        return True
+    return settings.evaluation.problems is not None
+
+
+def check_model(
+    model: ModelSettings, megatron: MegatronSettings, rollout: RolloutSettings, *, samples: bool = True
+) -> ModelShape:
     """The sizes of the model, which fit the parallel sizes and the key-value cache. UserError as in `check_layout`.
 
     It needs neither torch nor the number of processes.
@@ -95,11 +107,18 @@ def check_model(model: ModelSettings, megatron: MegatronSettings, rollout: Rollo
     refuse_foreign_apex()
     with about("model.hf_path"):
         shape = read_shape(model.hf_path)
-    check_shape(shape, model, megatron, rollout)
+    check_shape(shape, model, megatron, rollout, samples=samples)
     return shape
 
 
-def check_shape(shape: ModelShape, model: ModelSettings, megatron: MegatronSettings, rollout: RolloutSettings) -> None:
+def check_shape(
+    shape: ModelShape,
+    model: ModelSettings,
+    megatron: MegatronSettings,
+    rollout: RolloutSettings,
+    *,
+    samples: bool = True,
+) -> None:
     """What `check_model` checks once it has read the sizes of the model. UserError as in `check_layout`."""
     _check_experts(megatron, shape)
     _check_expert_adapters(model, megatron, shape)
@@ -126,7 +145,8 @@ def check_shape(shape: ModelShape, model: ModelSettings, megatron: MegatronSetti
             "megatron.sequence_parallel=true splits activations over tensor-parallel ranks, but "
             "tensor_model_parallel_size=1; set it to false"
         )
-    _check_cache(shape, model=model, megatron=megatron, rollout=rollout)
+    if samples:
+        _check_cache(shape, model=model, megatron=megatron, rollout=rollout)
     start = model.megatron_path
     if start is not None and not Path(start).is_dir():
         raise UserError(f"model.megatron_path: {start} is not a folder; give the folder of a Megatron checkpoint")

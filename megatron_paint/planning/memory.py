@@ -23,6 +23,7 @@ from megatron_paint.planning.layout import (
     expert_sizes,
     layout_of,
     megatron_version,
+    trainer_samples,
 )
 from megatron_paint.planning.stage_memory import Peak, micro_batch_tokens
 
@@ -158,7 +159,8 @@ def make_plan(
     run is for other nodes with GPUs or without; None: for this machine. ranks_per_node: None: all are on one node.
     """
     megatron, asked = settings.megatron, settings.objective.kernel
-    shape = check_sizes(settings.model, megatron, settings.rollout, processes=processes)
+    samples = trainer_samples(settings)
+    shape = check_sizes(settings.model, megatron, settings.rollout, processes=processes, samples=samples)
     check_profiled_ranks(settings.run.profile, processes=processes)
     check_auxiliary_losses(megatron, version=megatron_version())
     # Imports torch, which a mistake in the settings must not wait for.

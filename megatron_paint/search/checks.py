@@ -7,7 +7,7 @@ from megatron_paint.config.load import settings_of
 from megatron_paint.config.settings import Settings
 from megatron_paint.grading.grade import Rules
 from megatron_paint.grading.graders import Graders
-from megatron_paint.planning.layout import check_model, data_parallel_size
+from megatron_paint.planning.layout import check_model, data_parallel_size, trainer_samples
 from megatron_paint.planning.local_model import with_local_model
 from megatron_paint.search.final import Problems
 from megatron_paint.search.space import Space, trial_tree
@@ -21,7 +21,7 @@ def check_trials(space: Space, problems: Problems, *, processes: int) -> tuple[s
     processes: ranks of a trial. UserError: the layout, a problem file, a prompt or a user's grader does not fit.
     """
     settings = with_local_model(trial_0(space))
-    shape = check_model(settings.model, settings.megatron, settings.rollout)
+    shape = check_model(settings.model, settings.megatron, settings.rollout, samples=trainer_samples(settings))
     data_parallel_size(processes, settings.megatron)
     inputs = check_inputs(settings, shape, run_folder=False)
     if problems.test is not None:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.planning.stage_memory import StageMemory
 from tests.planning.test_memory import plan_of
 
@@ -58,3 +59,14 @@ def test_a_teacher_that_sees_a_response_has_longer_sequences(tmp_path, new_token
     assert ratio == pytest.approx(longest / tokens)
     del own["teacher's pass"], peers["teacher's pass"]
     assert own == peers  # the student never sees a response in its prompt
+
+
+def test_ranks_that_sample_nothing_need_no_cache(tmp_path):
+    """Supervised fine-tuning, and rollouts from a file; an evaluation of either samples with the ranks."""
+    for changes in (("objective.name=sft",), ("rollout.engine=replay", "rollout.path=rollouts.jsonl")):
+        peaks, _ = parts_of(tmp_path, *changes, "rollout.cache_bytes=1")
+        assert not {"rollouts", "evaluation"} & peaks.keys()
+        with pytest.raises(UserError, match=r"rollout\.cache_bytes=1 is less than the keys and values of one response"):
+            parts_of(tmp_path, *changes, "rollout.cache_bytes=1", "evaluation.problems=held_out.jsonl")
+    with pytest.raises(UserError, match=r"rollout\.cache_bytes=1 is less"):
+        parts_of(tmp_path, "rollout.cache_bytes=1")

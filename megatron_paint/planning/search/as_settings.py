@@ -17,7 +17,7 @@ from megatron_paint.config.settings import Settings
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.estimate import MemoryEstimate, estimate
 from megatron_paint.planning.hardware import asks_transformer_engine
-from megatron_paint.planning.layout import Layout, check_shape, layout_of
+from megatron_paint.planning.layout import Layout, check_shape, layout_of, trainer_samples
 from megatron_paint.planning.search.candidate import Candidate
 from megatron_paint.planning.stage_memory import StageMemory, teacher_bytes
 
@@ -123,7 +123,8 @@ def tree_for(tree: Mapping[str, Any], candidate: Candidate, shape: ModelShape) -
 def refusal(settings: Settings, shape: ModelShape, *, gpus: int) -> str | None:
     """Why the checks of a run refuse the layout of these settings; None if they do not."""
     try:
-        check_shape(shape, settings.model, settings.megatron, settings.rollout)
+        samples = trainer_samples(settings)
+        check_shape(shape, settings.model, settings.megatron, settings.rollout, samples=samples)
         _layout(settings, shape, gpus=gpus)
     except UserError as error:
         return str(error)
