@@ -74,6 +74,12 @@ def settings_of(tree: Mapping[str, Any]) -> Settings:
     return settings
 
 
+def contradict(settings: Settings) -> bool:
+    """Whether settings of several sections contradict each other, after a change to checked settings."""
+    sections = (settings.model, settings.objective, settings.rollout, settings.optimizer, settings.megatron)
+    return next(_contradictions(*sections), None) is not None
+
+
 def evaluate_settings_of(tree: Mapping[str, Any]) -> EvaluateSettings:
     """Settings of an evaluation, from nested dictionaries: its own settings, or those of a training run.
 

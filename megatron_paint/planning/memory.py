@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from megatron_paint.config.load import contradict
 from megatron_paint.config.settings import Settings
 from megatron_paint.planning.estimate import MemoryEstimate, checkpoint_bytes, estimate
 from megatron_paint.planning.hardware import (
@@ -126,8 +127,13 @@ class Plan(Layout):
         ]
 
     def _remedies(self) -> Iterator[tuple[str, float]]:
-        """Changes that lower the peak by at least a hundredth, in the order in which they should be tried."""
+        """Changes that the settings allow and that lower the peak by at least a hundredth.
+
+        They are in the order in which they should be tried.
+        """
         for text, changed, processes in _changes(self.settings, self):
+            if contradict(changed):
+                continue
             tp, pp = changed.megatron.tensor_model_parallel_size, self.pipeline_parallel
             layout = Layout(
                 shape=self.shape,

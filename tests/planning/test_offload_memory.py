@@ -97,3 +97,22 @@ def test_some_layers_must_stay(tmp_path):
         planned(tmp_path, "megatron.cpu_offloading=true", "megatron.cpu_offloading_num_layers=36")
     assert "megatron.cpu_offloading_num_layers=36 must be less than the 36 layers of" in str(error.value)
     assert str(error.value).endswith("the nearest that fits is 35")
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        (
+            ("megatron.cpu_offloading=true", "megatron.cpu_offloading_num_layers=1"),
+            "megatron.recompute_granularity=full",
+        ),
+        (("rollout.cuda_graphs=true",), "megatron.sequence_parallel=true"),
+    ],
+)
+def test_advice_is_only_what_the_settings_allow(changes, refused, tmp_path):
+    """Both changes would lower the peak: without the setting that excludes them, they are proposed."""
+    (allowed,) = planned(tmp_path, "megatron.sequence_parallel=false").warnings()
+    assert f"{refused} " in allowed
+    (warning,) = planned(tmp_path, "megatron.sequence_parallel=false", *changes).warnings()
+    assert refused not in warning
+    assert "16 ranks (to " in warning
