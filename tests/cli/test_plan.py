@@ -9,6 +9,7 @@ import pytest
 
 from megatron_paint.cli.main import main
 from megatron_paint.config.load import load_settings
+from megatron_paint.planning.search.sizes import find_model
 from tests.planning.search.asked import only_tensor_and_pipeline
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +58,30 @@ def test_a_settings_file_over_a_preset(tmp_path, capsys):
     text = file.read_text()
     assert text.startswith("base: ../")
     assert "tensor_model_parallel_size" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "model", "kept"),
+    [
+        ("Qwen3-14B", "folder", False),
+        ("Qwen3-1.7B", "qwen3_14b", False),
+        ("Qwen3-14B", "qwen3_14b", True),
+        ("/on/the/cluster/only", "qwen3_14b", True),
+    ],
+)
+def test_the_model_of_the_command_replaces_that_of_a_settings_file(given, model, kept, tmp_path, monkeypatch, capsys):
+    """A folder always does. The name of a size does where the file names another size."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/config.json").write_bytes(Path(find_model("qwen3_1p7b")[1].source).read_bytes())
+    (tmp_path / "s.yaml").write_text(
+        f"model: {{hf_path: {given}, lora: {{rank: 8, alpha: 16}}}}\ndata: {{train: p.jsonl}}\nrun: {{dir: r}}\n"
+    )
+    command = ["plan", model, "--gpus", "8", "--gpu", "h200", "--top", "1", "--config", "s.yaml", "--yaml", "best.yaml"]
+    assert main([*command, "--slurm"]) == 0
+    best = load_settings(tmp_path / "best.yaml").model
+    assert (best.hf_path, best.lora.rank) == (given if kept else model, 8)
+    assert "megatron-paint launch slurm best.yaml --nodes 1 " in capsys.readouterr().out
 
 
 def test_a_settings_file_without_an_objective_and_with_stages(tmp_path, capsys):

@@ -8,6 +8,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from megatron_paint.base.errors import UserError
+from megatron_paint.config.load import read_tree
 from megatron_paint.config.settings import Settings
 from megatron_paint.planning.memory import size_text
 from megatron_paint.planning.search.as_settings import (
@@ -20,6 +22,7 @@ from megatron_paint.planning.search.as_settings import (
 )
 from megatron_paint.planning.search.question import relative
 from megatron_paint.planning.search.search import Found, Planned, Question
+from megatron_paint.planning.search.sizes import find_model, sizes_of
 
 REASONS = 12  # refusals that are printed
 WARNING = (
@@ -164,6 +167,8 @@ def settings_text(question: Question, planned: Planned, *, config: Path | None, 
         for section in ("model", "data", "rollout"):
             values = {key: value for key, value in tree.get(section, {}).items() if key in OPTIONS[section]}
             changed |= {section: values} if values else {}
+        if _is_another_model(question, config, name=name):
+            changed["model"] = {"hf_path": name, **changed.get("model", {})}
         objective: dict[str, Any] = {"name": question.settings.objective.name}
         if "offload" in ((tree.get("objective") or {}).get("teacher") or {}):
             objective["teacher"] = {"offload": planned.candidate.offload}
@@ -173,6 +178,21 @@ def settings_text(question: Question, planned: Planned, *, config: Path | None, 
     writer.default_flow_style = False
     writer.dump(tree, out)
     return head + out.getvalue()
+
+
+def _is_another_model(question: Question, config: Path, *, name: str) -> bool:
+    """Whether MODEL replaces the model of a settings file.
+
+    A folder does. The name of a size does if the file names a model of other sizes. A path that this machine does not
+    see stays.
+    """
+    if Path(name).is_dir():
+        return True
+    given = (read_tree(config).get("model") or {}).get("hf_path")
+    try:
+        return given is None or sizes_of(find_model(given)[1]) != sizes_of(question.shape)
+    except UserError:
+        return False
 
 
 OPTIONS = {  # settings that an option of the command may have changed

@@ -1,5 +1,6 @@
 """Finds the config.json of a model: in a folder, or of a published size that the package has."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_paint.base.argument_parser import did_you_mean
@@ -30,6 +31,11 @@ def find_model(name: str) -> tuple[str, ModelShape]:
             raise UserError(f"MODEL={name!r} is neither a folder with a config.json nor a known size: {near}")
         return path.resolve().name, read_shape(path)
     return size, read_shape(FOLDER / size)
+
+
+def sizes_of(shape: ModelShape) -> ModelShape:
+    """The sizes without the file that they were read from, to compare models."""
+    return replace(shape, source="")
 
 
 def folder_of(shape: ModelShape) -> str:
