@@ -83,6 +83,7 @@ class StageMemory:
             ep=layout.expert_parallel,
             etp=layout.expert_tensor_parallel,
             adapts_experts=lora is not None and lora.experts,
+            groups_experts=engine,
         )
         self.kind = LayerKind(
             shape=self.shape,
@@ -361,7 +362,10 @@ class StageMemory:
         return states + (layers * self.weights.output * self._passing_bytes() if trains_output else 0)
 
     def _weight_gradient(self) -> float:
-        """The gradient of a layer's largest matrix, before Megatron adds it to its buffer. LoRA trains no matrix."""
+        """The gradient of one product's weights, before Megatron adds it to its buffer. LoRA trains no matrix.
+
+        That of a layer's largest matrix, or of the experts that Transformer Engine computes together.
+        """
         return 0.0 if self.settings.model.lora else float(self.weights.largest * self.width)
 
     def _output_gradient(self) -> float:

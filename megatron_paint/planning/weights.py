@@ -16,7 +16,8 @@ class RankWeights:
     trained_experts: int  # those of `trained` that belong to experts
     embedding: int  # rows of the embedding; 0 except on the first stage
     output: int  # rows of the output layer; 0 except on the last stage. A tied one counts, although one stage shares it
-    largest: int  # of the largest matrix of a layer; 0 on a stage without layers
+    # Of the largest matrix of a layer, or of the matrices of its experts that are one product; 0 without layers.
+    largest: int
 
 
 def rank_weights(
@@ -30,6 +31,7 @@ def rank_weights(
     ep: int = 1,
     etp: int = 1,
     adapts_experts: bool = False,
+    groups_experts: bool = False,
 ) -> RankWeights:
     """The weights of a rank of `stage`, which has `layers` layers.
 
@@ -37,6 +39,7 @@ def rank_weights(
     one of `ep` parts of each layer's experts, and of each of these one of `etp` parts.
     The first stage has the embedding, the last one the final norm and the output layer. If the two are tied, they are
     one matrix on a single stage and two copies on several stages.
+    groups_experts: one product computes all experts of a layer, as in Transformer Engine.
     """
     table = shape.vocab_rows(tp) * shape.hidden_size
     first, last = stage == 0, stage == pp - 1
@@ -53,7 +56,9 @@ def rank_weights(
         trained_experts=experts if lora_rank is None else expert_adapters,
         embedding=table if first else 0,
         output=table if last else 0,
-        largest=_largest(shape, tp=tp, etp=etp) if layers else 0,
+        largest=_largest(shape, tp=tp, etp=etp, together=shape.num_experts // ep if groups_experts else 1)
+        if layers
+        else 0,
     )
 
 
@@ -105,9 +110,10 @@ def _layer_weights(shape: ModelShape, *, tp: int) -> int:
     return split // tp + router + 2 * shape.hidden_size + (2 * shape.head_dim if shape.qk_norm else 0)
 
 
-def _largest(shape: ModelShape, *, tp: int, etp: int) -> int:
-    """The weights of the largest matrix of a layer on a rank."""
+def _largest(shape: ModelShape, *, tp: int, etp: int, together: int) -> int:
+    """The weights of the largest matrix of a layer on a rank. together: experts whose matrices are one product."""
     if not shape.num_experts:
         return 2 * shape.ffn_size * shape.hidden_size // tp
-    rows = (shape.num_heads + 2 * shape.num_groups) * shape.head_dim // tp, 2 * shape.expert_ffn_size // etp
-    return max(rows) * shape.hidden_size
+    attention = (shape.num_heads + 2 * shape.num_groups) * shape.head_dim // tp
+    experts = together * 2 * shape.expert_ffn_size // etp
+    return max(attention, experts) * shape.hidden_size

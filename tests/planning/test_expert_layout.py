@@ -13,6 +13,7 @@ from megatron_paint.config.settings import LoraSettings, ModelSettings, RolloutS
 from megatron_paint.models.qwen3.shape import read_shape
 from megatron_paint.planning.layout import check_auxiliary_losses, check_layout, data_parallel_size, fewest_processes
 from megatron_paint.planning.memory import make_plan
+from megatron_paint.planning.stage_memory import StageMemory
 from megatron_paint.planning.weights import adapter_parameters, rank_weights
 
 SIZES = {  # Qwen3-30B-A3B
@@ -194,6 +195,31 @@ def test_adapters_of_a_mixture(folder):
     rank = rank_weights(shape, tp=1, pp=2, stage=0, layers=24, lora_rank=64, ep=8, adapts_experts=True)
     assert rank.trained == rank.adapters == 24 * (attention + experts // 8)
     assert rank.trained_experts == 24 * experts // 8
+
+
+@pytest.mark.parametrize(
+    ("engine", "sizes", "weights"),
+    [
+        (True, {"ep": 8}, 16 * 2 * 768 * 2048),  # gate and up of 16 experts
+        (True, {"ep": 4, "tp": 2, "etp": 2}, 32 * 2 * 768 // 2 * 2048),
+        (True, {"ep": 128, "tp": 1}, (32 + 2 * 4) * 128 * 2048),  # query, key and value
+        (False, {"ep": 8}, (32 + 2 * 4) * 128 * 2048),  # expert after expert
+    ],
+)
+def test_the_gradient_of_one_product(engine, sizes, weights, folder):
+    """Transformer Engine computes all experts of a rank together, so their gradient exists at one time."""
+    tp, etp = sizes.get("tp", 1), sizes.get("etp", 1)
+    megatron = {"tensor_model_parallel_size": tp, "expert_tensor_parallel_size": etp, "sequence_parallel": tp > 1}
+    preset = Path(__file__).parents[2] / "examples" / "qwen3_30b_a3b" / "paint.yaml"
+    changes = [f"megatron.{name}={json.dumps(value)}" for name, value in megatron.items()]
+    changes += [f"model.hf_path={folder}", f"megatron.expert_model_parallel_size={sizes['ep']}"]
+    settings = load_settings(preset, [*changes, "model.lora=null"])
+    layout = check_layout(settings.model, settings.megatron, settings.rollout, processes=128)
+
+    with_lora = load_settings(preset, [*changes, "model.lora={rank: 8, alpha: 16}"])
+    memory = StageMemory(settings, layout, stage=0, engine=engine, triton=True, on_gpus=True)
+    assert memory._weight_gradient() == 2 * weights
+    assert StageMemory(with_lora, layout, stage=0, engine=engine, triton=True, on_gpus=True)._weight_gradient() == 0
 
 
 def test_too_little_memory_gets_advice_that_fits(folder):
