@@ -11,6 +11,7 @@ from megatron_paint.planning.search.advice import nothing_fits
 from megatron_paint.planning.search.machines import known_gpus
 from megatron_paint.planning.search.question import Asked, question_of
 from megatron_paint.planning.search.search import Found, Question, search
+from megatron_paint.planning.search.servers import server_lines
 
 
 def run(options: argparse.Namespace, _: list[str]) -> int:
@@ -49,6 +50,9 @@ def _print(options: argparse.Namespace, question: Question, found: Found) -> Non
         file = str(options.yaml or "SETTINGS.yaml")
         hf_path = None if options.config else options.model  # a settings file names its own
         print(f"\nslurm      {report.slurm_command(question, settings_file=file, hf_path=hf_path)}")
+    servers = list(server_lines(question.settings, question.shape, question.machine.gpu, gpus=question.sampling_gpus))
+    if servers:
+        print("\n".join(servers if options.slurm else ["", *servers]))
 
 
 def _write(options: argparse.Namespace, text: str) -> None:

@@ -84,6 +84,47 @@ def test_the_model_of_the_command_replaces_that_of_a_settings_file(given, model,
     assert "megatron-paint launch slurm best.yaml --nodes 1 " in capsys.readouterr().out
 
 
+SERVED = [*SMALL, "--engine", "vllm", "--sampling-gpus", "2", "--top", "1"]
+
+
+@pytest.mark.parametrize("slurm", [True, False])
+def test_servers_are_named_in_the_settings(slurm, tmp_path, capsys):
+    """Without an address the ranks would start servers on their own GPUs, which a run refuses."""
+    file = tmp_path / "best.yaml"
+    assert main([*SERVED, "--yaml", str(file), *(["--slurm"] if slurm else [])]) == 0
+    vllm = load_settings(file).rollout.vllm
+    assert vllm.urls == ("http://SERVER1:8000", "http://SERVER2:8000")
+    assert vllm.transfer_folder == "/SHARED/weights"
+    *before, servers, addresses, folder = capsys.readouterr().out.splitlines()
+    assert servers.startswith("servers    2 of vLLM with --tensor-parallel-size 1, on 2 GPUs that no rank has: start ")
+    assert "replace http://SERVER1:8000 and so on by their addresses" in addresses
+    assert "replace /SHARED/weights by a folder" in folder
+    assert before[-1].startswith("slurm " if slurm else "")
+
+
+@pytest.mark.parametrize(
+    ("vllm", "told"),
+    [
+        ("{urls: ['http://node7:8000'], transfer_folder: /shared}", ": start them on other nodes"),
+        ("{servers: 2, devices: ['6', '7']}", "rollout.vllm says which ones the run starts"),
+    ],
+)
+def test_servers_of_a_settings_file_stay(vllm, told, tmp_path, capsys):
+    given, file = tmp_path / "s.yaml", tmp_path / "best.yaml"
+    rollout = f"rollout: {{engine: vllm, vllm: {vllm}}}"
+    given.write_text(f"model: {{hf_path: m}}\ndata: {{train: p.jsonl}}\nrun: {{dir: r}}\n{rollout}\n")
+    assert main([*SERVED, "--config", str(given), "--yaml", str(file)]) == 0
+    assert load_settings(file).rollout == load_settings(given).rollout
+    *_, line = capsys.readouterr().out.splitlines()
+    assert line.startswith("servers    2 of vLLM")
+    assert told in line
+
+
+def test_a_run_without_rollouts_has_no_servers(capsys):
+    assert main([*SERVED, "--objective", "sft"]) == 0
+    assert "servers    " not in capsys.readouterr().out
+
+
 def test_a_settings_file_without_an_objective_and_with_stages(tmp_path, capsys):
     """The section has defaults. The file's stages are replaced, as its layout is."""
     file = tmp_path / "settings.yaml"
@@ -178,6 +219,10 @@ def test_known_gpus_have_sources(capsys):
         ([*SMALL, "--problems-per-step", "0"], "data.problems_per_step"),
         ([*SMALL, "--gpu", "a100-80", "--fp8", "blockwise"], "--fp8=blockwise: a100-80 has no FP8"),
         ([*SMALL, "--gpu", "h100-80", "--fp8", "mxfp8"], "--fp8=mxfp8: h100-80 has no MXFP8 (mxfp8: false)"),
+        (
+            ["plan", "qwen3_235b_a22b", "--gpus", "64", "--gpu", "h100-80", "--engine", "vllm", "--sampling-gpus", "1"],
+            "--sampling-gpus=1: no vLLM server holds the 470 GB of weights",
+        ),
         ([*SMALL, "--objective", "ppo"], "unknown --objective 'ppo'"),
         ([*SMALL, "--yaml", "/no/such/folder/x.yaml"], "--yaml=/no/such/folder/x.yaml cannot be written"),
         (["plan", "qwen3_32b", "--gpus", "1", "--gpu", "h100-80"], "no layout fits on 1 x h100-80: the closest, "),

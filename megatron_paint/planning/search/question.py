@@ -12,6 +12,7 @@ from megatron_paint.config.load import read_tree, settings_of
 from megatron_paint.config.settings import Settings
 from megatron_paint.planning.search.machines import Machine, find_machine
 from megatron_paint.planning.search.search import Question
+from megatron_paint.planning.search.servers import sampled_by_servers, servers_of, with_addresses
 from megatron_paint.planning.search.sizes import find_model, folder_of
 from megatron_paint.planning.search.workload import Lengths
 
@@ -56,6 +57,11 @@ def question_of(asked: Asked) -> Question:
     settings = settings_of(tree)
     if settings.megatron.fp8 is not None:
         _check_fp8(asked, settings, machine)
+    sampling_gpus = asked.sampling_gpus or machine.gpu.gpus_per_node
+    if sampled_by_servers(settings):
+        _, count = servers_of(shape, machine.gpu, gpus=sampling_gpus)
+        tree = with_addresses(tree, count=count)
+        settings = settings_of(tree)
     if settings.model.dtype != "bfloat16":
         raise UserError(f"model.dtype={settings.model.dtype}: the model of time is for bfloat16; set it to bfloat16")
     return Question(
@@ -65,7 +71,7 @@ def question_of(asked: Asked) -> Question:
         machine=machine,
         lengths=Lengths(prompt=asked.prompt_tokens, solution=asked.solution_tokens, response=asked.response_tokens),
         reserve=asked.reserve,
-        sampling_gpus=asked.sampling_gpus or machine.gpu.gpus_per_node,
+        sampling_gpus=sampling_gpus,
     )
 
 

@@ -198,7 +198,7 @@ def _is_another_model(question: Question, config: Path, *, name: str) -> bool:
 OPTIONS = {  # settings that an option of the command may have changed
     "model": ("lora",),
     "data": ("problems_per_step", "micro_batch_tokens"),
-    "rollout": ("samples_per_problem", "max_new_tokens", "batch_size", "engine"),
+    "rollout": ("samples_per_problem", "max_new_tokens", "batch_size", "engine", "vllm"),
 }
 
 

@@ -3,7 +3,10 @@
 import math
 from dataclasses import dataclass, replace
 
-from megatron_paint.planning.search.candidate import Candidate
+from megatron_paint.base.errors import UserError
+from megatron_paint.models.shape import ModelShape
+from megatron_paint.planning.memory import size_text
+from megatron_paint.planning.search.candidate import Candidate, divisors
 from megatron_paint.planning.search.efficiency import HOST_PER_TOKEN, NETWORK
 from megatron_paint.planning.search.layer_time import WIDTH, LayerTime
 from megatron_paint.planning.search.seconds import Seconds
@@ -59,15 +62,29 @@ class RolloutTime:
 
 
 def server_layout(layer: LayerTime, *, gpus: int) -> tuple[Candidate, int]:
-    """The layout of a vLLM server and the number of servers: the fewest GPUs a server that hold the weights."""
+    """The layout of a vLLM server and the number of servers: the fewest GPUs a server that hold the weights.
+
+    Keys and values get less than their share where only the largest server holds the weights. UserError: none does.
+    """
     gpu, weights = layer.gpu, layer.shape.num_parameters * WIDTH
-    most = min(gpus, gpu.gpus_per_node)
-    size = next(
-        (n for n in range(1, most + 1) if most % n == 0 and weights <= n * gpu.memory * SERVER_MEMORY * SERVER_WEIGHTS),
-        most,
-    )
+    usable, most = gpu.memory * SERVER_MEMORY, min(gpus, gpu.gpus_per_node)
+    sizes = [size for size in divisors(most) if _can_share(layer.shape, size)]
+    holding = [size for size in sizes if weights < size * usable]
+    if not holding:
+        raise UserError(
+            f"--sampling-gpus={gpus}: no vLLM server holds the {size_text(weights)} of weights. A server of "
+            f"{', '.join(map(str, sizes))} GPUs may use {SERVER_MEMORY:g} of their memory, {size_text(usable)} each. "
+            f"Give more GPUs, of which a server takes at most the {gpu.gpus_per_node} of a node, or larger ones"
+        )
+    size = next((size for size in holding if weights <= size * usable * SERVER_WEIGHTS), holding[-1])
     experts = {"ep": size, "etp": 1} if layer.shape.num_experts else {}
     return Candidate(tp=size, **experts), max(1, gpus // size)
+
+
+def _can_share(shape: ModelShape, size: int) -> bool:
+    """Whether vLLM can divide the heads among the GPUs of a server; it copies key-value groups where they are fewer."""
+    groups = shape.num_groups
+    return shape.num_heads % size == 0 and (groups % size == 0 or size % groups == 0)
 
 
 def server_cache_bytes(layer: LayerTime, layout: Candidate) -> float:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.planning.search.candidate import Candidate
 from megatron_paint.planning.search.layer_time import LayerTime
 from megatron_paint.planning.search.links import Group
@@ -197,6 +198,17 @@ def test_servers_hold_the_weights():
     assert sizes["qwen3_32b"] == (Candidate(tp=2), 8)
     assert sizes["qwen3_235b_a22b"] == (Candidate(tp=8, ep=8, etp=1), 2)
     assert transfer(layer()).network == pytest.approx(2 * SHAPE.num_parameters / NETWORK)
+
+
+def test_servers_that_cannot_exist():
+    """235B has 470 GB of weights and 64 heads; 4 groups are copied on 8 GPUs. vLLM takes 0.9 of 80 GB: 576 GB of 8."""
+    moving = LayerTime(shape=find_model("qwen3_235b_a22b")[1], gpu=H100, layout=Candidate())
+    for gpus, sizes in ((1, "1"), (4, "1, 2, 4"), (6, "1, 2"), (7, "1")):  # 3, 6 and 7 divide no heads
+        with pytest.raises(UserError, match=rf"^--sampling-gpus={gpus}: .* 470 GB .* server of {sizes} GPUs .* 72 GB"):
+            server_layout(moving, gpus=gpus)
+    assert server_layout(replace(moving, gpu=known_gpus()["h200"]), gpus=4) == (Candidate(tp=4, ep=4, etp=1), 1)
+    # 3 GPUs of a node are three servers of 8B, because 3 does not divide 32 heads.
+    assert server_layout(layer(), gpus=3) == (Candidate(tp=1), 3)
 
 
 def test_communication_hides_behind_other_work():
