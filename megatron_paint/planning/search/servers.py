@@ -14,10 +14,7 @@ from megatron_paint.planning.search.rollout_time import server_layout
 # Settings of rollout.vllm that say where servers are or how a run starts its own; with one of them nothing is added.
 PLACED = ("urls", "devices", "servers", "command", "environment", "extra_args", "max_model_len")
 PLACED += ("tensor_parallel", "gpu_memory")
-ADDRESS, FOLDER = (
-    "http://SERVER{}:8000",
-    "/SHARED/weights",
-)  # made up
+ADDRESS, FOLDER = "http://SERVER{}:8000", "/SHARED/weights"  # made up
 
 
 def sampled_by_servers(settings: Settings) -> bool:
