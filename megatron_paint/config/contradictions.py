@@ -250,6 +250,11 @@ def of_megatron(megatron: MegatronSettings, optimizer: OptimizerSettings, model:
     yield from of_pipeline(megatron)
     if megatron.fp8 is not None and model.dtype != "bfloat16":
         yield f"megatron.fp8 needs model.dtype=bfloat16, got {model.dtype}"
+    if megatron.fp8 is not None and megatron.transformer_impl == "local" and not megatron.fp8_emulate:
+        yield (
+            f"megatron.fp8={megatron.fp8} is computed by layers of Transformer Engine, and "
+            "megatron.transformer_impl=local has none: set transformer_impl to auto, or fp8 to null"
+        )
     if megatron.fp8 is not None and megatron.first_last_layers_bf16 and megatron.fp8_recipe == "delayed":
         yield (
             "megatron.first_last_layers_bf16=true keeps layers out of FP8, which Megatron cannot do with "

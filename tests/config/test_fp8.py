@@ -54,3 +54,10 @@ def test_emulation_needs_no_gpu():
 def test_emulation_pads_as_fp8_does(recipe, multiple):
     sizes = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
     assert token_multiple(MegatronSettings(fp8="hybrid", fp8_recipe=recipe, fp8_emulate=True, **sizes)) == multiple
+
+
+def test_local_layers_compute_no_fp8():
+    """They would train in bfloat16 without a word."""
+    with pytest.raises(UserError, match=r"^megatron.fp8=hybrid is computed by layers of Transformer Engine, and"):
+        load(fp8="hybrid", transformer_impl="local")
+    load(fp8="hybrid", fp8_recipe="blockwise", fp8_emulate=True, transformer_impl="local")

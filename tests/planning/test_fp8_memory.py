@@ -44,9 +44,7 @@ def test_layers_in_bfloat16_have_no_copies(tmp_path):
     assert [copies(plan, stage=stage) for stage in range(3)] == [2 * n * LAYER / 2 for n in (10, 12, 9)]
 
 
-@pytest.mark.parametrize(
-    "change", ["megatron.fp8=null", "megatron.fp8_emulate=true", "megatron.transformer_impl=local"]
-)
+@pytest.mark.parametrize("change", ["megatron.fp8=null", "megatron.fp8_emulate=true"])
 def test_other_layers_have_no_copies(change, tmp_path):
     assert copies(plan_of(tmp_path, *FP8, change, gpu_memory=80e9)) == 0
 
