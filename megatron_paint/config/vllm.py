@@ -8,6 +8,10 @@ from megatron_paint.config.dialect import Count, Number, Positive, Text, Whole, 
 VLLM = "vLLM's name and default"
 COLDEST, HOTTEST = 0.01, 2.0  # temperatures that vLLM takes beside 0; it samples at COLDEST where a lower one is asked
 
+# Settings of servers that the run starts; they have no effect on those of `urls`.
+OF_OWN_SERVERS = ("servers", "command", "devices", "environment", "extra_args", "max_model_len")
+OF_OWN_SERVERS += ("tensor_parallel", "gpu_memory")
+
 Transfer = Literal["file", "nccl", "ipc"]
 
 

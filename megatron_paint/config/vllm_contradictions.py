@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 from megatron_paint.config.settings import ModelSettings, RolloutSettings, RunSettings
-from megatron_paint.config.vllm import COLDEST, VllmSettings
+from megatron_paint.config.vllm import COLDEST, OF_OWN_SERVERS, VllmSettings
 
 
 def of_lora_transfer(rollout: RolloutSettings, model: ModelSettings) -> Iterator[str]:
@@ -32,10 +32,8 @@ def of_vllm(rollout: RolloutSettings) -> Iterator[str]:
         if vllm != VllmSettings():
             yield f"the section rollout.vllm belongs to engine=vllm, but rollout.engine={rollout.engine}; leave it out"
         return
-    ours = {"servers": 1, "command": None, "devices": (), "environment": {}, "extra_args": (), "max_model_len": None}
-    ours |= {"tensor_parallel": 1, "gpu_memory": VllmSettings.gpu_memory}
-    for name, default in ours.items():
-        if vllm.urls and getattr(vllm, name) != default:
+    for name in OF_OWN_SERVERS:
+        if vllm.urls and getattr(vllm, name) != getattr(VllmSettings(), name):
             yield (
                 f"rollout.vllm.{name} is about servers that the run starts, and rollout.vllm.urls names servers that "
                 "already run: leave one of them out"

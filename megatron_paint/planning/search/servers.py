@@ -5,15 +5,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_paint.config.settings import Settings
+from megatron_paint.config.vllm import OF_OWN_SERVERS
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.search.candidate import Candidate
 from megatron_paint.planning.search.layer_time import LayerTime
 from megatron_paint.planning.search.machines import Gpu
 from megatron_paint.planning.search.rollout_time import server_layout
 
-# Settings of rollout.vllm that say where servers are or how a run starts its own; with one of them nothing is added.
-PLACED = ("urls", "devices", "servers", "command", "environment", "extra_args", "max_model_len")
-PLACED += ("tensor_parallel", "gpu_memory")
+PLACED = ("urls", *OF_OWN_SERVERS)  # a file with one of these settings says itself where the servers are
 ADDRESS, FOLDER = "http://SERVER{}:8000", "/SHARED/weights"  # made up
 
 

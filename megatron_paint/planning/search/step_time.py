@@ -108,7 +108,7 @@ class StepModel:
                 cache_bytes=server_cache_bytes(theirs, served),
             )
             return *times.seconds(work, prefill_tokens=tokens), transfer(layer)
-        # Context-parallel ranks share no sequence while they sample: each has a batch of its own.
+        # While they sample, context-parallel ranks are replicas: each decodes its own batch.
         replicas = layout.dp * layout.cp
         times = RolloutTime(
             layer=replace(layer, layout=replace(layout, cp=1, dp=replicas)),

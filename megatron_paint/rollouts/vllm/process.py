@@ -26,9 +26,8 @@ class ServerProcess:
     ):
         """Starts the command. log: the file that what it prints is added to.
 
-        UserError: the log cannot be written, or the process cannot be started.
-
-        remove: a folder that is removed when this process dies.
+        remove: a folder that is removed when this process dies. UserError: the log cannot be written, or the process
+        cannot be started.
         """
         self.log = log
         with disk_errors(log):
@@ -37,20 +36,19 @@ class ServerProcess:
                 file.write(f"$ {' '.join(without_secret_options(command))}\n".encode())
                 file.flush()
                 self._begin = file.tell()  # an earlier server may have printed into the same file
-        # The guard itself needs this process's own environment.
-        inherited = os.environ | {guard.ENVIRONMENT: json.dumps(dict(environment))}
-        with open(log, "ab") as file:
-            try:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", guard.__name__, str(os.getpid()), str(remove or ""), *command],
-                    env=inherited,
-                    stdin=subprocess.PIPE,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            except OSError as error:
-                raise UserError(f"a vLLM server could not be started: {error}") from error
+                # The guard itself needs this process's own environment.
+                inherited = os.environ | {guard.ENVIRONMENT: json.dumps(dict(environment))}
+                try:
+                    self._process = subprocess.Popen(
+                        [sys.executable, "-m", guard.__name__, str(os.getpid()), str(remove or ""), *command],
+                        env=inherited,
+                        stdin=subprocess.PIPE,
+                        stdout=file,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                    )
+                except OSError as error:
+                    raise UserError(f"a vLLM server could not be started: {error}") from error
 
     @property
     def runs(self) -> bool:
