@@ -36,6 +36,7 @@ from megatron_paint.runtime.files import (
     append_line,
     clear_left_overs,
     disk_errors,
+    is_left_over,
     write_atomically,
 )
 from megatron_paint.runtime.heartbeat import clear_heartbeats
@@ -131,7 +132,7 @@ class RunFolder:
         with about("run.dir"), disk_errors(self.path):
             if not self.path.exists():
                 return []
-            names = [entry.name for entry in self.path.iterdir()]
+            names = [entry.name for entry in self.path.iterdir() if not is_left_over(entry.name)]
             return sorted(name for name in names if name not in ALLOWED_BEFORE and not name.startswith(f".{LOCK}."))
 
     def _check_unchanged(self, new: Mapping[str, Any]) -> None:

@@ -144,6 +144,11 @@ class NewFolder:
         shutil.rmtree(self._replaced, ignore_errors=True)
 
 
+def is_left_over(name: str) -> bool:
+    """Whether a file or folder has the name of something that a crashed attempt has left."""
+    return LEFT_OVER.fullmatch(name) is not None
+
+
 def clear_left_overs(folder: Path) -> None:
     """Removes from `folder` what crashed attempts have left there. It skips unfinished folders that are locked."""
     with disk_errors(folder):

@@ -8,7 +8,7 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.config.saved import dotted, read_config, to_yaml
 from megatron_paint.config.secrets import without_secrets
 from megatron_paint.run.lock_watch import LOCK
-from megatron_paint.runtime.files import disk_errors, write_atomically
+from megatron_paint.runtime.files import clear_left_overs, disk_errors, is_left_over, write_atomically
 from megatron_paint.search.journal import StudyLock
 
 SEARCH = "search.yaml"
@@ -22,11 +22,12 @@ def open_folder(out: Path, tree: Mapping[str, Any]) -> None:
         if (out / SEARCH).exists():
             read_folder(out, tree)
             return
-        held = sorted(entry.name for entry in out.iterdir() if LOCK not in entry.name)
+        held = sorted(e.name for e in out.iterdir() if LOCK not in e.name and not is_left_over(e.name))
         if held:
             raise UserError(
                 f"--out={out} is not empty and no search: it contains {', '.join(held[:3])}. Give another folder"
             )
+        clear_left_overs(out)
         write_atomically(
             out / SEARCH, f"# Made by `megatron-paint search`; it compares this with a later start.\n{to_yaml(tree)}"
         )

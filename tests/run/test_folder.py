@@ -85,6 +85,14 @@ def test_log_files_of_the_batch_system_may_be_there(tmp_path):
     assert RunFolder(tmp_path).prepare(settings(tmp_path)) == 0
 
 
+@pytest.mark.parametrize("name", [".config.yaml.4711.unfinished", ".probe.4711.unfinished"])
+@pytest.mark.parametrize("resume", ["never", "auto"])
+def test_a_start_that_was_killed_in_its_first_write_can_be_repeated(tmp_path, name, resume):
+    (tmp_path / name).write_text("model: ")
+    assert RunFolder(tmp_path).prepare(settings(tmp_path, run__resume=resume)) == 0
+    assert not list(tmp_path.rglob("*.unfinished"))
+
+
 def test_a_foreign_folder_is_never_taken_for_a_run(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="neither empty nor a run folder"):

@@ -1,4 +1,4 @@
-"""search.yaml has no secret, also not in the message about another search."""
+"""search.yaml: no secrets in it, also not in the message about another search; a start that was killed."""
 
 import pytest
 
@@ -22,3 +22,10 @@ def test_a_search_of_an_earlier_version_which_has_secrets_continues(tmp_path):
     with pytest.raises(UserError, match=r"optimizer\.lr: 1e-05 -> 0\.1") as error:
         read_folder(out, tree("hf_def", lr=0.1))
     assert "hf_" not in str(error.value)
+
+
+def test_a_search_that_was_killed_in_its_first_write_can_be_repeated(tmp_path):
+    (tmp_path / ".search.yaml.4711.unfinished").write_text("seed: ")
+    open_folder(tmp_path, tree("hf_abc"))
+    read_folder(tmp_path, tree("hf_abc"))
+    assert not list(tmp_path.glob("*.unfinished"))
