@@ -170,7 +170,14 @@ def _servers(
             f"rollout.engine=vllm samples on its servers, and {ranks.size} processes were started: give --processes 1; "
             "rollout.vllm.servers and rollout.vllm.tensor_parallel say how many GPUs are used"
         )
-    sampler = evaluation_servers(settings, shape, logs=asked.out / "logs", note=progress.note, stack=stack)
+    sampler = evaluation_servers(
+        settings,
+        shape,
+        [evaluator for _, evaluator in evaluators],
+        logs=asked.out / "logs",
+        note=progress.note,
+        stack=stack,
+    )
     vllm = settings.rollout.vllm
     progress.note(f"{vllm.servers} vLLM servers sample the answers", servers=vllm.servers)
     return sampler, SAVED_AFTER * vllm.servers * vllm.requests

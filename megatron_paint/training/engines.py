@@ -12,6 +12,7 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import EvaluateSettings, RolloutSettings, Settings
 from megatron_paint.config.vllm import Transfer, VllmSettings, logprobs_mode
 from megatron_paint.data.prompts import Prompts
+from megatron_paint.evaluation.evaluator import Evaluator
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.records import Problem
 from megatron_paint.rollouts.ahead import RolloutsAhead
@@ -19,6 +20,7 @@ from megatron_paint.rollouts.engine import Sampler
 from megatron_paint.rollouts.source import RolloutSource
 from megatron_paint.runtime.rank_zero import directly
 from megatron_paint.training.inputs import replay_sampler, rollout_source
+from megatron_paint.training.server_room import check_room_for_answers
 
 if TYPE_CHECKING:
     from megatron_paint.mcore.policy import MegatronPolicy
@@ -160,9 +162,18 @@ def new_fleet(
 
 
 def evaluation_servers(
-    settings: EvaluateSettings, shape: ModelShape, *, logs: Path, note: Callable[[str], None], stack: ExitStack
+    settings: EvaluateSettings,
+    shape: ModelShape,
+    evaluators: Sequence[Evaluator],
+    *,
+    logs: Path,
+    note: Callable[[str], None],
+    stack: ExitStack,
 ) -> Sampler:
-    """Servers of a model that does not change, in the only process of an evaluation."""
+    """Servers of a model that does not change, in the only process of an evaluation.
+
+    UserError: a server does not start, or has no room for a prompt of these evaluators and its answer.
+    """
     from megatron_paint.rollouts.vllm.sampler import VllmSampler
 
     model = Path(settings.model.hf_path).resolve()
@@ -173,6 +184,8 @@ def evaluation_servers(
     stack.callback(fleet.close)
     fleet.start(model)
     fleet.wait_until_ready()
+    for evaluator in evaluators:
+        check_room_for_answers(fleet, evaluator)
     return VllmSampler(
         fleet,
         weights=None,

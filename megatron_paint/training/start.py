@@ -39,6 +39,7 @@ from megatron_paint.training.profile_warnings import profile_warnings
 from megatron_paint.training.profiler import StepProfiler
 from megatron_paint.training.recorder import Recorder
 from megatron_paint.training.self_check import report_fp8_noise, self_check
+from megatron_paint.training.server_room import check_room_for_answers, check_room_for_rollouts
 
 if TYPE_CHECKING:
     from megatron_paint.mcore.ranks import Ranks
@@ -163,6 +164,8 @@ def prepare(
     sampler, evaluation_sampler = training_samplers(
         settings, inputs.prompts, policy, ranks, next(iter(fleets), None), stack
     )
+    evaluator = _evaluator(settings, inputs)
+    on_rank_zero(lambda: _check_room(fleets, settings, inputs, evaluator))
     rollouts = training_rollouts(settings, inputs.prompts, sampler, upcoming=order.batch, policy=policy)
     for message in rollouts.load_state_dict(state.get("ahead", {}), order.batch(start + 1)):
         progress.warn(message)
@@ -185,7 +188,7 @@ def prepare(
         objective=OBJECTIVES[settings.objective.name](objective_inputs),
         rollouts=rollouts,
         sampler=evaluation_sampler,
-        evaluator=_evaluator(settings, inputs),
+        evaluator=evaluator,
         recorder=Recorder(
             settings=settings,
             folder=folder,
@@ -306,6 +309,15 @@ def _graders(settings: Settings, inputs: Inputs, stack: ExitStack) -> Graders | 
     rules = Rules(box_in_thought=settings.grading.box_in_thought)
     seconds = inputs.evaluation.grading_seconds
     return stack.enter_context(Graders(settings.domains, seconds=seconds, rules=rules, on_verdict=mark_progress))
+
+
+def _check_room(fleets: Sequence["Fleet"], settings: Settings, inputs: Inputs, evaluator: Evaluator | None) -> None:
+    """UserError: a server of the run has no room for one of its prompts and the response."""
+    for fleet in fleets:
+        most_new = settings.rollout.max_new_tokens
+        check_room_for_rollouts(fleet, inputs.problems.problems, inputs.prompts, most_new=most_new)
+        if evaluator is not None:
+            check_room_for_answers(fleet, evaluator)
 
 
 def _evaluator(settings: Settings, inputs: Inputs) -> Evaluator | None:

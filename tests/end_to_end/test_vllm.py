@@ -503,3 +503,23 @@ def test_evaluations(model, tmp_path):
     assert answers["vllm"] == answers["megatron"]
     assert len(answers["vllm"]) == 3
     assert not servers_of(model[0])
+
+
+def test_a_prompt_that_a_server_does_not_take_is_found_at_the_start(model, tmp_path):
+    """The longest prompt has 122 tokens, that of the evaluation 111."""
+    settings = write_settings(tmp_path, model)
+    message = forked_ranks.train(tmp_path, settings, "rollout.vllm.max_model_len=129").message
+    assert "no room for 1 of 8 prompts and their responses: the longest prompt, of " in message
+    assert (
+        "problems.jsonl:8, has 122 tokens, rollout.max_new_tokens is 8, and a server takes 129; raise that" in message
+    )
+    assert "to 130 (rollout.vllm.max_model_len, --max-model-len), lower rollout.max_new_tokens to 7 or less" in message
+    assert not list((tmp_path / "run" / "samples").iterdir())
+    short = ("rollout.vllm.max_model_len=130", "evaluation.max_new_tokens=20")
+    for command, processes, more in (
+        ("train", 2, [f"run.dir={tmp_path / 'other'}"]),
+        ("evaluate", 1, ["--engine", "vllm", "--out", tmp_path / "out", "--processes", "1"]),
+    ):
+        message = forked_ranks.run(tmp_path, command, settings, *more, *short, processes=processes).message
+        assert "has 111 tokens, evaluation.max_new_tokens is 20, and a server takes 130" in message
+    assert not servers_of(model[0])

@@ -91,6 +91,11 @@ class Fleet:
         return [server for server in self._servers.values() if server.failed is not None]
 
     @property
+    def longest(self) -> int | None:
+        """The most tokens of a prompt and its response that every live server takes; None: no server lives."""
+        return min((server.longest for server in self.live), default=None)
+
+    @property
     def restarts_with_weights(self) -> bool:
         """Whether a failed server will be started again with the weights of a folder, and not with adapters."""
         return self.adapter is None and any(server.process is not None for server in self.failed)
@@ -113,9 +118,8 @@ class Fleet:
 
     def check(self, requests: Sequence[GenerationRequest], sampling: SamplingParameters) -> None:
         """UserError: a live server cannot sample the requests."""
-        longest = [server.longest for server in self.live]
-        if longest:
-            check_requests(requests, sampling, vocab_size=self.vocab_size, max_model_len=min(longest))
+        if self.longest is not None:
+            check_requests(requests, sampling, vocab_size=self.vocab_size, max_model_len=self.longest)
 
     def sample(
         self,
