@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
@@ -148,7 +149,7 @@ def run_inspect(options: argparse.Namespace) -> int:
             value = ", ".join(f"{key} {item}" for key, item in value.items())
         elif isinstance(value, list):
             value = "; ".join(value) or "nothing"
-        table.add_row(name.replace("_", " "), f"{value:,}" if type(value) is int else str(value))
+        table.add_row(name.replace("_", " "), f"{value:,}" if type(value) is int else escape(str(value)))
     Console(highlight=False, emoji=False).print(table)
     return 0
 

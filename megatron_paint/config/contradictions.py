@@ -32,7 +32,10 @@ def of_reveal(reveal: RevealSettings) -> Iterator[str]:
     if reveal.rule == "fixed" and reveal.share is None:
         yield "objective.reveal.share is not set: rule=fixed shows this share of each solution; set it in [0, 1]"
     if reveal.rule != "fixed" and reveal.share is not None:
-        yield f"objective.reveal.share={reveal.share} belongs to rule=fixed, but rule={reveal.rule}; leave it out"
+        yield (
+            f"objective.reveal.share={reveal.share} belongs to rule=fixed, but rule={reveal.rule}; leave share out, or "
+            "set rule to fixed"
+        )
     if reveal.hidden_nats is not None and reveal.unit != "token":
         yield (
             f"objective.reveal.hidden_nats={reveal.hidden_nats} is counted over tokens, but objective.reveal.unit="
@@ -97,7 +100,7 @@ def of_kept(objective: ObjectiveSettings, rollout: RolloutSettings) -> Iterator[
     if rollout.keep != "all" and not distils:
         yield (
             f"rollout.keep={rollout.keep} belongs to objective.name=paint and opsd, but objective.name="
-            f"{objective.name}; leave it out"
+            f"{objective.name}; leave keep out"
         )
     samples = rollout.samples_per_problem or 1
     if distils and samples > 1 and rollout.temperature == 0:
@@ -117,7 +120,7 @@ def of_views(objective: ObjectiveSettings, data: DataSettings, evaluation: Evalu
                 "is the box of data.columns.answer; choose another name"
             )
     if evaluation.columns.views:
-        yield "evaluation.columns.views has no use, because an evaluation shows no solution; leave it out"
+        yield "evaluation.columns.views has no use, because an evaluation shows no solution; leave views out"
     if objective.needs.masker and chosen not in (*BUILT_IN_VIEWS, *views):
         yield (
             f"objective.reveal.view={chosen} is no view: known are {', '.join((*BUILT_IN_VIEWS, *views))}; name its "
@@ -129,7 +132,7 @@ def of_teacher(teacher: TeacherSettings) -> Iterator[str]:
     if teacher.ema_anchor > 0 and teacher.weights != "ema":
         yield (
             f"objective.teacher.ema_anchor={teacher.ema_anchor} belongs to weights=ema, but weights={teacher.weights}; "
-            "leave it out"
+            "leave ema_anchor out, or set weights to ema"
         )
 
 
@@ -137,7 +140,10 @@ def of_rollout(rollout: RolloutSettings) -> Iterator[str]:
     if rollout.engine == "replay" and rollout.path is None:
         yield "rollout.path is not set: engine=replay reads rollouts from this file"
     if rollout.engine != "replay" and rollout.path is not None:
-        yield f"rollout.path belongs to engine=replay, but engine={rollout.engine}; leave it out"
+        yield (
+            f"rollout.path belongs to engine=replay, but engine={rollout.engine}; leave path out, or set engine to "
+            "replay"
+        )
     yield from of_vllm(rollout)
 
 
@@ -147,7 +153,7 @@ def of_ahead(rollout: RolloutSettings, data: DataSettings, objective: ObjectiveS
         if rollout.importance_limit != RolloutSettings.importance_limit:
             yield (
                 f"rollout.importance_limit={rollout.importance_limit} belongs to rollout.ahead=1, and rollout.ahead is "
-                "0; leave it out"
+                "0; leave importance_limit out, or set ahead to 1"
             )
         return
     if not objective.needs.samples_per_problem:
@@ -173,7 +179,7 @@ def of_ahead(rollout: RolloutSettings, data: DataSettings, objective: ObjectiveS
     if objective.name == "grpo" and rollout.importance_limit != RolloutSettings.importance_limit:
         yield (
             f"rollout.importance_limit={rollout.importance_limit} belongs to objective.name=paint and opsd, and grpo "
-            "has its clipped ratio: leave it out"
+            "has its clipped ratio; leave importance_limit out"
         )
     if objective.needs.masker and rollout.temperature == 0 and rollout.importance_limit is not None:
         yield (
@@ -232,7 +238,7 @@ def of_optimizer(optimizer: OptimizerSettings) -> Iterator[str]:
     if optimizer.decay == "constant":
         yield (
             f"optimizer.decay_steps={optimizer.decay_steps} is where a decay ends, but optimizer.decay=constant; leave "
-            "it out, or set decay to linear or cosine"
+            "decay_steps out, or set decay to linear or cosine"
         )
     if optimizer.decay_steps <= optimizer.warmup_steps:
         yield (
@@ -276,7 +282,7 @@ def of_megatron(megatron: MegatronSettings, optimizer: OptimizerSettings, model:
     if megatron.moe_router_load_balancing_type == "none" and megatron.moe_aux_loss_coeff:
         yield (
             f"megatron.moe_aux_loss_coeff={megatron.moe_aux_loss_coeff:g} belongs to moe_router_load_balancing_type="
-            "aux_loss, but it is none; leave it out"
+            "aux_loss, but that is none; leave moe_aux_loss_coeff out, or set that to aux_loss"
         )
     if megatron.moe_router_load_balancing_type == "aux_loss" and not megatron.moe_aux_loss_coeff:
         yield (
@@ -299,7 +305,7 @@ def of_pipeline(megatron: MegatronSettings) -> Iterator[str]:
         for name in [*chunks, *rules][:1]:
             yield (
                 f"megatron.{name} divides the layers among pipeline stages, and megatron.pipeline_model_parallel_size="
-                "1: leave it out, or set that to 2 or more"
+                f"1; leave {name} out, or set pipeline_model_parallel_size to 2 or more"
             )
     elif len(rules) > 1:
         yield (
@@ -316,7 +322,10 @@ def of_auxiliary_losses(
         return
     name = "moe_aux_loss_coeff" if megatron.moe_aux_loss_coeff else "moe_z_loss_coeff"
     if megatron.context_parallel_size > 1:
-        yield f"megatron.{name} was not tested with context_parallel_size above 1: set that to 1, or leave it out"
+        yield (
+            f"megatron.{name} was not tested with context_parallel_size above 1; leave {name} out, or set "
+            "context_parallel_size to 1"
+        )
     if model.lora is not None:
         yield f"megatron.{name} is a loss of the routers, which model.lora freezes: leave one of them out"
     if objective.needs.masker and objective.loss.elsewhere == "skip":

@@ -77,7 +77,7 @@ def contradictions_of(domains: Mapping[str, DomainSettings], defaults: Mapping[s
             if not compared and getattr(domain, option) != getattr(DEFAULTS, option):
                 yield (
                     f"{key}.{option}={_text(getattr(domain, option))} belongs to grader=exact and regex, but "
-                    f"grader={domain.grader}; leave it out"
+                    f"grader={domain.grader}; leave {option} out"
                 )
     known = known_domains(domains)
     for key, name in defaults.items():
@@ -88,7 +88,7 @@ def contradictions_of(domains: Mapping[str, DomainSettings], defaults: Mapping[s
 def _of_pattern(key: str, domain: DomainSettings) -> Iterator[str]:
     if domain.grader != "regex":
         if domain.pattern is not None:
-            yield f"{key}.pattern belongs to grader=regex, but grader={domain.grader}; leave it out"
+            yield f"{key}.pattern belongs to grader=regex, but grader={domain.grader}; leave pattern out"
         return
     if domain.pattern is None:
         yield f"{key}.pattern is not set: grader=regex searches for it; set it to a pattern with one group"

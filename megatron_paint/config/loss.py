@@ -167,7 +167,7 @@ class InterpolationLossConfig:
         if self.positions != "threshold" and self.threshold_nats is not None:
             yield (
                 f"threshold_nats={self.threshold_nats} belongs to positions=threshold, but positions={self.positions}; "
-                "leave it out, or set positions to threshold"
+                "leave threshold_nats out, or set positions to threshold"
             )
         if self.positions == "threshold" and self.mismatch == "absolute" and (self.threshold_nats or 0) < 0:
             yield (

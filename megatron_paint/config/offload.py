@@ -91,8 +91,8 @@ def of_activation_offload(megatron: MegatronSettings) -> Iterator[str]:
     if not megatron.cpu_offloading:
         if megatron.cpu_offloading_num_layers:
             yield (
-                f"megatron.cpu_offloading_num_layers={megatron.cpu_offloading_num_layers} belongs to {name}: set that, "
-                "or leave it out"
+                f"megatron.cpu_offloading_num_layers={megatron.cpu_offloading_num_layers} belongs to {name}: "
+                "set that, or leave cpu_offloading_num_layers out"
             )
         return
     if not megatron.cpu_offloading_num_layers:
@@ -118,7 +118,10 @@ def of_cuda_graphs(rollout: RolloutSettings, megatron: MegatronSettings) -> Iter
         return
     name = "rollout.cuda_graphs=true"
     if rollout.engine == "vllm":
-        yield f"{name} is about sampling in the trainer, and rollout.engine=vllm captures its own graphs: leave it out"
+        yield (
+            f"{name} is about sampling in the trainer, and rollout.engine=vllm captures its own graphs; leave "
+            "cuda_graphs out"
+        )
     if megatron.pipeline_model_parallel_size > 1:
         yield (
             f"{name} captures a step of one process group, and with megatron.pipeline_model_parallel_size="

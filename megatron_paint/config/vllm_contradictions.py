@@ -11,7 +11,10 @@ def of_lora_transfer(rollout: RolloutSettings, model: ModelSettings) -> Iterator
     if rollout.lora_transfer == "merged":
         return
     if rollout.engine != "vllm":
-        yield f"rollout.lora_transfer belongs to engine=vllm, but rollout.engine={rollout.engine}; leave it out"
+        yield (
+            f"rollout.lora_transfer belongs to engine=vllm, but rollout.engine={rollout.engine}; leave lora_transfer "
+            "out, or set engine to vllm"
+        )
     if model.lora is None:
         yield "rollout.lora_transfer=adapter sends the adapters of model.lora, which is not set: leave one of them out"
     elif model.lora.experts:
@@ -30,7 +33,10 @@ def of_vllm(rollout: RolloutSettings) -> Iterator[str]:
     vllm = rollout.vllm
     if rollout.engine != "vllm":
         if vllm != VllmSettings():
-            yield f"the section rollout.vllm belongs to engine=vllm, but rollout.engine={rollout.engine}; leave it out"
+            yield (
+                f"the section rollout.vllm belongs to engine=vllm, but rollout.engine={rollout.engine}; leave the "
+                "section out, or set engine to vllm"
+            )
         return
     for name in OF_OWN_SERVERS:
         if vllm.urls and getattr(vllm, name) != getattr(VllmSettings(), name):
@@ -113,7 +119,10 @@ def of_transfer(rollout: RolloutSettings) -> Iterator[str]:
             "lora_transfer to merged or transfer to file"
         )
     if vllm.transfer_folder is not None:
-        yield f"rollout.vllm.transfer_folder belongs to transfer=file, and {name} writes no files; leave it out"
+        yield (
+            f"rollout.vllm.transfer_folder belongs to transfer=file, and {name} writes no files; leave transfer_folder "
+            "out"
+        )
     if vllm.transfer == "ipc" and vllm.urls:
         yield (
             f"{name} shares the GPUs of the ranks with servers that the run starts, and rollout.vllm.urls names "

@@ -261,11 +261,11 @@ def _check_experts(megatron: MegatronSettings, shape: ModelShape) -> None:
             if given:
                 raise UserError(
                     f"megatron.{name}={getattr(megatron, name)} splits experts over ranks, and {shape.source} has "
-                    "none; leave it out"
+                    f"none; leave {name} out"
                 )
         if megatron.has_auxiliary_loss:
             name = "moe_aux_loss_coeff" if megatron.moe_aux_loss_coeff else "moe_z_loss_coeff"
-            raise UserError(f"megatron.{name} is a loss of routers, and {shape.source} has none; leave it out")
+            raise UserError(f"megatron.{name} is a loss of routers, and {shape.source} has none; leave {name} out")
         return
     experts = shape.num_experts
     _must_divide("megatron.expert_model_parallel_size", ep, experts, "number of experts", shape, together=experts)
@@ -291,7 +291,7 @@ def _check_expert_adapters(model: ModelSettings, megatron: MegatronSettings, sha
     if model.lora is None or not model.lora.experts:
         return
     if not shape.num_experts:
-        raise UserError(f"model.lora.experts=true adapts experts, and {shape.source} has none; leave it out")
+        raise UserError(f"model.lora.experts=true adapts experts, and {shape.source} has none; leave experts out")
     if (sharing := megatron.expert_tensor_parallel_size or megatron.tensor_model_parallel_size) > 1:
         raise UserError(
             f"model.lora.experts=true needs each expert complete on a rank, and {sharing} ranks share one "

@@ -183,7 +183,7 @@ def _instead(shape: ModelShape, rules: tuple, setting: str) -> str:
 
     value = getattr(megatron, setting)
     if megatron.pipeline_model_parallel_size == 1 and setting != PIPELINE:
-        return "leave it out"
+        return f"leave {setting} out"
     found = [other for other in range(1, shape.num_layers + 3) if fits(other)]
     if found:
         return f"the nearest that fits the model is {min(found, key=lambda other: (abs(other - value), other))}"

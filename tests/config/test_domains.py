@@ -57,7 +57,7 @@ def test_mathematics_is_known_without_settings_and_may_have_some():
         ({"domains": {"x": {"ignore_case": True}}}, r"domains\.x\.ignore_case=true belongs to grader=exact and regex"),
         (
             {"domains": {"x": {"grader": "m:f", "white_space": "remove"}}},
-            r"domains\.x\.white_space=remove belongs to grader=exact and regex, but grader=m:f; leave it out",
+            r"domains\.x\.white_space=remove belongs to grader=exact and regex, but grader=m:f; leave white_space out",
         ),
         (
             {"domains": {"x": {"graders": "exact"}}},

@@ -69,7 +69,7 @@ def test_accepted(given):
             "megatron.optimizer_cpu_offload=true: set that, or leave optimizer_offload_fraction out"),
         ({"pin_cpu_grads": False}, {}, "megatron.pin_cpu_grads=false belongs to megatron.optimizer_cpu_offload=true"),
         ({"cpu_offloading_num_layers": 2}, {}, "megatron.cpu_offloading_num_layers=2 belongs to "
-            "megatron.cpu_offloading=true: set that, or leave it out"),
+            "megatron.cpu_offloading=true: set that, or leave cpu_offloading_num_layers out"),
         ({"cpu_offloading": True}, {}, "megatron.cpu_offloading=true moves the activations of "
             "megatron.cpu_offloading_num_layers layers, and that is 0: set it"),
         (LAYERS | {"pipeline_model_parallel_size": 2}, {}, "megatron.cpu_offloading=true works on one pipeline stage "
@@ -90,8 +90,8 @@ def test_a_contradiction_is_refused(given, sections, told):
 @pytest.mark.parametrize(
     ("megatron", "rollout", "told"),
     [
-        ({}, {"engine": "vllm", "vllm": {"urls": ["http://a"]}}, "rollout.engine=vllm captures its own graphs: leave "
-            "it out"),
+        ({}, {"engine": "vllm", "vllm": {"urls": ["http://a"]}}, "rollout.engine=vllm captures its own graphs; leave "
+            "cuda_graphs out"),
         ({"pipeline_model_parallel_size": 2}, {}, "with megatron.pipeline_model_parallel_size=2 a step waits for "
             "other stages: set one of the two"),
         ({"tensor_model_parallel_size": 2, "sequence_parallel": True}, {}, "cannot capture a step with "

@@ -29,9 +29,9 @@ def test_one_rule_is_accepted(given):
     ("pp", "given", "told"),
     [
         (1, {FIRST: 4}, f"megatron.{FIRST} divides the layers among pipeline stages, and "
-            "megatron.pipeline_model_parallel_size=1: leave it out, or set that to 2 or more"),
+            f"megatron.pipeline_model_parallel_size=1; leave {FIRST} out, or set pipeline_model_parallel_size"),
         (1, {CHUNKS: 2}, f"megatron.{CHUNKS} divides the layers among pipeline stages, and "
-            "megatron.pipeline_model_parallel_size=1: leave it out, or set that to 2 or more"),
+            f"megatron.pipeline_model_parallel_size=1; leave {CHUNKS} out, or set pipeline_model_parallel_size"),
         (2, {FIRST: 4, LOSS: True}, f"megatron.{FIRST} and megatron.{LOSS} are two rules for the layers of each "
             "pipeline stage: leave one of them out"),
         (2, {LAYOUT: "Et|tL", LOSS: True}, f"megatron.{LAYOUT} and megatron.{LOSS} are two rules for the layers of "

@@ -176,7 +176,7 @@ def test_a_decay_ends_where_it_is_told_to():
 @pytest.mark.parametrize(
     ("optimizer", "says"),
     [
-        ({"decay_steps": 10}, "optimizer.decay=constant; leave it out"),
+        ({"decay_steps": 10}, "optimizer.decay=constant; leave decay_steps out"),
         ({"decay_steps": 10, "decay": "linear", "warmup_steps": 10}, "must lie after optimizer.warmup_steps=10"),
         ({"decay_steps": 0, "decay": "linear"}, "nearest valid value is 1"),
     ],

@@ -209,6 +209,15 @@ def test_inspect_reports_odd_findings(family, tmp_path, capsys):
     assert found["parameters"] == sum(tensor.numel() for tensor in weights(family / "moe").values())
 
 
+def test_inspect_prints_names_as_they_are(family, tmp_path, capsys):
+    source = shutil.copytree(family / "dense-tied", tmp_path / "source")
+    for file in (*source.glob("*.safetensors"), source / INDEX):
+        file.unlink()
+    save_file(weights(family / "dense-tied") | {"x[red]y[/]": torch.zeros(1)}, source / "model.safetensors")
+    assert main(["convert", "inspect", str(source)]) == 0
+    assert "x[red]y[/]" in capsys.readouterr().out
+
+
 def test_another_model_is_refused(family, tmp_path, capsys):
     arguments = ["convert", "to-hf", str(family / "dense-tied-megatron"), str(tmp_path / "out")]
     assert main([*arguments, "--base", str(family / "dense-untied"), "--quiet"]) == 2

@@ -101,7 +101,7 @@ def test_layers_of_each_chunk(layers, settings, wanted, text):
         (8, {"pp": 2, "first": 3, "vp": 2}, "num_layers_in_first_pipeline_stage=3 is no multiple of "
             "virtual_pipeline_model_parallel_size=2; the nearest that fits the model is 2"),
         (8, {"pp": 1, "vp": 2}, "virtual_pipeline_model_parallel_size=2 divides the layers among pipeline stages, and "
-            "pipeline_model_parallel_size=1; leave it out"),
+            "pipeline_model_parallel_size=1; leave virtual_pipeline_model_parallel_size out"),
         (7, {"pp": 2, "vp": 2}, "pipeline_model_parallel_size=2 does not divide the number of layers, 7, of "
             "config.json; no value of it fits with the other settings of the pipeline: give the layers of each stage "
             "in pipeline_model_parallel_layout"),

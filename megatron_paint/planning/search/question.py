@@ -52,7 +52,7 @@ def question_of(asked: Asked) -> Question:
     name, shape = find_model(asked.model)
     machine = find_machine(asked.gpu, gpus=asked.gpus)
     if asked.fp8 is not None and machine.gpu.fp8 is None:
-        raise UserError(f"--fp8={asked.fp8}: {machine.name} has no FP8 (fp8: null); leave it out")
+        raise UserError(f"--fp8={asked.fp8}: {machine.name} has no FP8 (fp8: null); leave --fp8 out")
     tree = _tree(asked, name=name, folder=folder_of(shape))
     settings = settings_of(tree)
     if settings.megatron.fp8 is not None:
