@@ -6,7 +6,7 @@
 from collections.abc import Iterator
 
 from megatron_paint.config.megatron import MegatronSettings
-from megatron_paint.config.objective import ObjectiveSettings, RevealSettings, TeacherSettings
+from megatron_paint.config.objective import SHOWN_WHOLE, ObjectiveSettings, RevealSettings, TeacherSettings
 from megatron_paint.config.settings import (
     DataSettings,
     EvaluationSettings,
@@ -21,6 +21,14 @@ BUILT_IN_VIEWS = ("full", "answer")  # every problem has them, without a further
 
 
 def of_data(data: DataSettings, objective: ObjectiveSettings) -> Iterator[str]:
+    reveal = objective.reveal
+    if objective.needs.masker and data.problems_per_step < 2:
+        pairs = {"solution": reveal.solution in ("wrong", "other_example"), "rule": reveal.rule == "shuffled"}
+        for name in (name for name, pairs_problems in pairs.items() if pairs_problems):
+            yield (
+                f"objective.reveal.{name}={getattr(reveal, name)} takes another problem of the same step, and "
+                f"data.problems_per_step is {data.problems_per_step}: set it to 2 or more"
+            )
     if data.order == "adastar" and not objective.needs.samples_per_problem:
         yield (
             f"data.order=adastar orders the problems by verdicts on rollouts, and objective.name={objective.name} "
@@ -64,11 +72,11 @@ def of_shown(objective: ObjectiveSettings, rollout: RolloutSettings) -> Iterator
                 f"objective.reveal.hidden_nats={reveal.hidden_nats} limits what is hidden, and nothing of a worked "
                 "example (objective.reveal.solution=other_example) is hidden: set it to null"
             )
-    if reveal.solution == "reference_free" and (reveal.hide_answer or reveal.hidden_nats is not None):
+    if reveal.solution in ("none", "reference_free") and (reveal.hide_answer or reveal.hidden_nats is not None):
         name = "hide_answer" if reveal.hide_answer else "hidden_nats"
         yield (
             f"objective.reveal.{name} is about what is hidden of a reference, and objective.reveal.solution="
-            f"reference_free shows no reference: leave {name} out"
+            f"{reveal.solution} shows no reference: leave {name} out"
         )
     if reveal.solution == "peer_rollout":
         samples = rollout.samples_per_problem or 1
@@ -91,6 +99,33 @@ def of_shown(objective: ObjectiveSettings, rollout: RolloutSettings) -> Iterator
         yield (
             "objective.reveal.hide_answer hides the box, and objective.reveal.view=answer shows nothing but the box: "
             "set one of them to its default"
+        )
+
+
+def of_loss(objective: ObjectiveSettings) -> Iterator[str]:
+    """Settings of the loss under which nothing is learned, or a teacher's pass changes nothing."""
+    if not objective.needs.masker:
+        return
+    loss, reveal = objective.loss, objective.reveal
+    if loss.elsewhere == "skip" and loss.selects_nothing:
+        why = "positions=none" if loss.positions == "none" else f"fraction={loss.fraction:g}"
+        yield (
+            f"objective.loss.elsewhere=skip trains on selected tokens alone, and with objective.loss.{why} none is "
+            "selected, so nothing would be learned: set elsewhere to teacher, or select tokens"
+        )
+    if loss.partner != "full_teacher":
+        return
+    if not loss.interpolates:
+        yield (
+            "objective.loss.partner=full_teacher costs a pass of the teacher and has no effect, because no target is "
+            "mixed (positions, fraction or weight); set partner to student, or mix targets"
+        )
+    elif reveal.shows_all:
+        everything = "share=1" if reveal.rule == "fixed" else "rule=full"
+        what = f"solution={reveal.solution}" if reveal.solution in SHOWN_WHOLE else everything
+        yield (
+            "objective.loss.partner=full_teacher mixes in the teacher that also sees what is hidden, and with "
+            f"objective.reveal.{what} nothing is hidden: it would be the teacher itself; set partner to student"
         )
 
 

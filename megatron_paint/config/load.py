@@ -202,6 +202,7 @@ def _contradictions(
     """The checks that need several settings at once, of a run and of an evaluation alike."""
     yield from contradictions.of_reveal(objective.reveal)
     yield from contradictions.of_shown(objective, rollout)
+    yield from contradictions.of_loss(objective)
     yield from contradictions.of_kept(objective, rollout)
     yield from contradictions.of_teacher(objective.teacher)
     yield from contradictions.of_rollout(rollout)

@@ -211,10 +211,14 @@ class InterpolationLossConfig:
         return 0.0 if self.control == "reweight" else float(self.weight)
 
     @property
+    def selects_nothing(self) -> bool:
+        """Whether no token can be selected."""
+        return self.positions == "none" or (self.positions in ("top_fraction", "random") and self.fraction == 0.0)
+
+    @property
     def interpolates(self) -> bool:
         """Whether any token can have a target other than the plain teacher."""
-        nowhere = self.positions == "none" or (self.positions in ("top_fraction", "random") and self.fraction == 0.0)
-        return self.target_weight > 0.0 and not nowhere
+        return self.target_weight > 0.0 and not self.selects_nothing
 
     @property
     def selected_loss_factor(self) -> float:

@@ -20,6 +20,9 @@ from megatron_paint.config.dialect import (
 )
 from megatron_paint.config.loss import InterpolationLossConfig, Kernel
 
+# Values of objective.reveal.solution with which nothing that the teacher could see is hidden.
+SHOWN_WHOLE = ("none", "reference_free", "other_example")
+
 
 @settings_class
 class RevealSettings:
@@ -71,6 +74,12 @@ class RevealSettings:
     def needs_solutions(self) -> bool:
         """Whether a problem without a solution cannot be used."""
         return self.view == "full" and self.solution != "peer_rollout"
+
+    @property
+    def shows_all(self) -> bool:
+        """Whether nothing is ever hidden from the teacher."""
+        everything = self.rule == "full" or (self.rule == "fixed" and self.share == 1.0)
+        return self.solution in SHOWN_WHOLE or (everything and not self.hide_answer)
 
 
 @settings_class

@@ -35,12 +35,34 @@ VIEWS = {"views": {"gist": "gist_text"}}
             r"reveal.view=answer .* leave the view out",
         ),
         ({"reveal": {**PEERS, "rule": "shuffled"}}, {"samples_per_problem": 4}, {}, r"rule=shuffled .* another rule"),
+        ({"reveal": {"solution": "none", "hide_answer": True}}, {}, {}, r"hide_answer .*=none shows no reference"),
+        ({"reveal": {"solution": "none", "hidden_nats": 1.0}}, {}, {}, r"hidden_nats .*=none shows no reference"),
         ({"reveal": {"view": "answer", "hide_answer": True}}, {}, {}, r"hide_answer hides the box"),
         ({"reveal": {"view": "gist"}}, {}, {}, r"view=gist is no view: known are full, answer; name .*views.gist"),
         ({"reveal": {"view": "gits"}}, {}, {"columns": VIEWS}, r"view=gits is no view: known are full, answer, gist;"),
         ({}, {}, {"columns": {"views": {"answer": "a"}}}, r"columns.views.answer cannot be set"),
         ({}, {}, {"columns": {"views": {"full": "a"}}}, r"columns.views.full cannot be set"),
         ({}, {}, {"columns": {"views": {"gist": 5}}}, r"data.columns.views.gist: got 5; it must be a valid string"),
+        ({"reveal": {"solution": "wrong"}}, {}, {"problems_per_step": 1}, r"solution=wrong .* set it to 2 or more"),
+        ({"reveal": EXAMPLE}, {}, {"problems_per_step": 1}, r"solution=other_example .* set it to 2 or more"),
+        ({"reveal": {"rule": "shuffled"}}, {}, {"problems_per_step": 1}, r"rule=shuffled .* set it to 2 or more"),
+        ({"loss": {"elsewhere": "skip", "positions": "none"}}, {}, {}, r"positions=none none is selected"),
+        ({"loss": {"elsewhere": "skip", "fraction": 0.0}}, {}, {}, r"fraction=0 none is selected"),
+        ({"name": "opsd", "loss": {"elsewhere": "skip"}}, {}, {}, r"positions=none none is selected"),
+        ({"loss": {"partner": "full_teacher", "weight": 0.0}}, {}, {}, r"full_teacher costs a pass .* no effect"),
+        ({"name": "opsd", "loss": {"partner": "full_teacher"}}, {}, {}, r"full_teacher costs a pass .* no effect"),
+        (
+            {"loss": {"partner": "full_teacher"}, "reveal": {"rule": "full"}},
+            {},
+            {},
+            r"full_teacher .*rule=full nothing is hidden",
+        ),
+        (
+            {"loss": {"partner": "full_teacher"}, "reveal": {"solution": "none"}},
+            {},
+            {},
+            r"full_teacher .*solution=none nothing is hidden",
+        ),
         ({}, {"samples_per_problem": 2, "temperature": 0}, {}, r"temperature=0 makes all 2 responses"),
         ({"name": "grpo"}, {"keep": "correct"}, {}, r"keep=correct belongs to .*paint and opsd, .*name=grpo"),
         ({"name": "sft"}, {"keep": "correct"}, {}, r"keep=correct belongs to .*paint and opsd, .*name=sft"),
@@ -129,3 +151,16 @@ def test_a_view_s_column_is_a_setting_of_its_own():
     allowed = settings_tree(gist)
     allowed["run"]["allow_changes"] = ["data.columns.views", "objective.reveal.view"]
     assert forbidden_changes(old=settings_tree(plain), new=allowed) == []
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"loss": {"partner": "full_teacher"}, "reveal": {"rule": "full", "hide_answer": True}},
+        {"loss": {"partner": "full_teacher"}, "reveal": {"rule": "fixed", "share": 0.5}},
+        {"loss": {"elsewhere": "skip", "positions": "threshold", "threshold_nats": 0.1}},
+        {"name": "grpo", "loss": {"elsewhere": "skip", "positions": "none"}, "reveal": {"rule": "shuffled"}},
+    ],
+)
+def test_settings_under_which_something_is_learned_or_that_are_not_used(objective):
+    assert settings(objective, problems_per_step=1).objective.loss.elsewhere

@@ -148,9 +148,6 @@ def test_steps_without_a_right_response_leave_the_model_alone(sharded, tmp_path)
 COMBINATIONS = {
     "a limit on what is hidden of a peer": (*OASIS, "objective.reveal.hidden_nats=0.01", "rollout.keep=correct"),
     "a partner that sees the complete peer": (*OASIS, "objective.loss.partner=full_teacher", "rollout.keep=all"),
-    "a partner that sees the example": (
-        "objective={reveal: {rule: full, solution: other_example}, loss: {partner: full_teacher}}",
-    ),
     "the support of the initial weights": ("rollout.keep=correct", "objective.loss.support=initial"),
     "a moving average": (*OASIS, "objective.teacher.weights=ema"),
     "adapters": ("rollout.keep=shortest_correct", "model.lora={rank: 4, alpha: 8}"),
