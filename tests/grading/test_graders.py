@@ -51,6 +51,10 @@ def check(response, answer, problem):
             child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
             open(response.split()[1], "w").write(str(child.pid))
             time.sleep(600)
+        case "fork":
+            if not (child := os.fork()): return False
+            os.waitpid(child, 0)
+            return True
         case "stdin": return sys.stdin.read() == "" and subprocess.run(["cat"], capture_output=True).stdout == b""
         case "problem": return [answer, *map(problem.get, ("id", "answer", "choices"))] == ["7", "p", "7", ["a", "b"]]
         case "where": return os.getcwd() == response.split()[1]
@@ -131,6 +135,10 @@ class TestFunctions:
             *(("right", 1.0), ("wrong", 0.0), ("wrong", 0.25), ("right", 1.0)),
             *(("right", 1.0), ("wrong", 0.0), ("right", 1.0), ("wrong", 0.0)),
         ]
+
+    def test_a_fork_that_returns_gives_no_verdict(self, shared):
+        found = outcome(shared, "fork", "right", "fork", "wrong")
+        assert found == [("right", 1.0), ("right", 1.0), ("right", 1.0), ("wrong", 0.0)]
 
     def test_scalars_of_numpy(self, shared):
         found = outcome(shared, "numpy True", "numpy False", "numpy 0.25", "numpy 1.0")
