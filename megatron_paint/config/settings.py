@@ -282,7 +282,7 @@ class EvaluationSettings:
     ] = None
     thinking: Annotated[Flag, setting("thinking mode of the prompt", source=OPSD)] = True
     greedy: Annotated[Flag, setting("also give one greedy answer to each problem")] = False
-    grading_seconds: Annotated[Positive, setting("time limit for grading one answer, in seconds")] = 5.0
+    grading_seconds: Annotated[Number, setting("time limit for grading one answer, in seconds", gt=0, le=86_400)] = 5.0
 
     @property
     def longest_answer(self) -> int:
