@@ -16,6 +16,8 @@ SEARCH = "search.yaml"
 
 def open_folder(out: Path, tree: Mapping[str, Any]) -> None:
     """Makes the folder that of this search, or checks that it is. UserError: it belongs to another one."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out={out} is a file: give a folder")
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     with StudyLock(out).held():

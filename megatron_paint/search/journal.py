@@ -6,6 +6,7 @@ other lines follow one that was cut short. So the lock here is the one of run fo
 takes it first removes a line that a crash or a full disk has cut short.
 """
 
+import json
 import os
 import sys
 import time
@@ -131,6 +132,22 @@ def repair(journal: Path) -> bool:
             return True
         finally:
             os.close(descriptor)
+
+
+def check_journal(journal: Path) -> None:
+    """UserError names the first line that Optuna could not read. No journal is a good one."""
+    with disk_errors(journal):
+        lines = journal.read_bytes().splitlines() if journal.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            is_entry = isinstance(json.loads(line)["op_code"], int)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            is_entry = False
+        if not is_entry:
+            raise UserError(
+                f"{journal}:{number}: the line is damaged, so the study cannot be read. Nothing was changed: restore "
+                "the file from a copy, or give another --out"
+            )
 
 
 class Claim:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.search.journal import JOURNAL, Claim, StudyLock
+from megatron_paint.search.journal import JOURNAL, Claim, StudyLock, check_journal
 from megatron_paint.search.space import Parameter, Space, Value
 
 if TYPE_CHECKING:
@@ -52,12 +52,16 @@ class SearchStudy:
     """A study of one space in one folder. All its methods may be called by several processes side by side."""
 
     def __init__(self, folder: Path, space: Space, *, seed: int) -> None:
-        """Opens the study, or creates it with trial 0, the given settings. UserError: Optuna is not installed."""
+        """Opens the study, or creates it with trial 0, the given settings.
+
+        UserError: Optuna is not installed, or the journal is damaged or another program's.
+        """
         optuna = import_optuna()
         self.folder, self.space = folder, space
         self.lock = StudyLock(folder)
         self._claims: dict[int, Claim] = {}
         with self.lock.held():
+            check_journal(folder / JOURNAL)
             self._storage = _storage(folder, self.lock)
             make = optuna.load_study if NAME in optuna.get_all_study_names(self._storage) else _create_study
             self._study = make(
@@ -65,6 +69,7 @@ class SearchStudy:
             )
             if not self._study.get_trials(deepcopy=False):
                 self._study.enqueue_trial(space.default)
+            self._check_trials()
 
     def trials(self) -> list[TrialRecord]:
         """All trials, by number."""
@@ -156,6 +161,16 @@ class SearchStudy:
             study.add_trials([trials[number] for number in numbers])
             made.append(study)
         return made
+
+    def _check_trials(self) -> None:
+        """UserError: the journal has a trial that no search of this space has written."""
+        keys, steps = {parameter.key for parameter in self.space.parameters}, self.space.settings.budget.steps
+        for trial in self.trials():
+            if not trial.chosen.keys() <= keys or (trial.state == "complete" and steps not in trial.accuracies):
+                raise UserError(
+                    f"{self.folder / JOURNAL}: trial {trial.number} is not of this search; another program has written "
+                    "it. Restore the file from a copy, or give another --out"
+                )
 
     def _claim(self, number: int, *, patient: bool) -> bool:
         claim = Claim(self.folder / CLAIMS / f"{number:04d}")

@@ -243,5 +243,5 @@ def test_adastar_needs_rollouts_and_grades_them(name):
 
 @pytest.mark.parametrize("seconds", [0, 86_401, 1e12])
 def test_a_time_limit_that_a_timer_cannot_hold(seconds):
-    with pytest.raises(UserError, match="grading_seconds .* it must be (greater than 0|less than or equal to 86400)"):
+    with pytest.raises(UserError, match=r"grading_seconds .* it must be (greater than 0|less than or equal to 86400)"):
         settings_of(SMALLEST | {"evaluation": {"grading_seconds": seconds}})

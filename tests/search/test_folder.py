@@ -29,3 +29,9 @@ def test_a_search_that_was_killed_in_its_first_write_can_be_repeated(tmp_path):
     open_folder(tmp_path, tree("hf_abc"))
     read_folder(tmp_path, tree("hf_abc"))
     assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_a_file_in_place_of_the_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--out=.*file is a file: give a folder"):
+        open_folder(tmp_path / "file", tree("hf_abc"))

@@ -11,6 +11,7 @@ import numpy as np
 import optuna
 import pytest
 
+from megatron_paint.base.errors import UserError
 from megatron_paint.search.journal import JOURNAL
 from megatron_paint.search.study import SearchStudy
 from tests.search.spaces import ROOT, space
@@ -245,3 +246,23 @@ def test_importance(tmp_path):
     assert sum(found.values()) == pytest.approx(1)
     assert max(found, key=found.get) in ("optimizer.lr", "objective.reveal.minimum")
     assert found["optimizer.lr"] + found["objective.reveal.minimum"] > 0.6
+
+
+@pytest.mark.parametrize("line", ["{cut", "hello", "[1, 2]", '{"worker_id": 1}'])
+def test_a_damaged_line_of_the_journal_is_named_and_nothing_changes(tmp_path, line):
+    run_all(tmp_path, most=1)
+    journal = tmp_path / JOURNAL
+    lines = journal.read_text().splitlines()
+    journal.write_text("\n".join([*lines[:2], line, *lines[3:], ""]))
+    before = journal.read_bytes()
+    with pytest.raises(UserError, match=r"journal\.log:3: the line is damaged.* give another --out"):
+        opened(tmp_path)
+    assert journal.read_bytes() == before
+
+
+def test_trials_of_another_program_are_refused(tmp_path):
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(tmp_path / JOURNAL)))
+    study = optuna.create_study(study_name="search", storage=storage, direction="maximize")
+    study.optimize(lambda trial: trial.suggest_float("optimizer.lr", 1e-4, 1e-2, log=True), n_trials=1)
+    with pytest.raises(UserError, match="trial 0 is not of this search; another program has written it"):
+        opened(tmp_path)
