@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,7 @@ from megatron_paint.config.tree import settings_tree
 
 # The search sets these itself, or they decide what an accuracy means.
 FIXED = ("run", "evaluation", "grading")
+ORDER_KEY = "data.seed"  # all trials have the same one, so that none is better by luck
 TYPES = {"number": float, "integer": int}
 
 
@@ -298,6 +300,8 @@ def _described(key: str, given: Settings) -> describe.SettingDescription:
             f"parameters.{key}: a search does not vary the section {section}, because trials could not be compared, or "
             "because budget and validation set it: leave it out"
         )
+    if key == ORDER_KEY:
+        raise UserError(f"parameters.{key}: the best of several seeds is only luck: leave it out")
     if key not in dotted(settings_tree(given)):
         raise UserError(f"parameters.{key}: the settings have no section {key.rpartition('.')[0]}, which is null there")
     return found[0]
@@ -312,7 +316,7 @@ def _form_mistakes(one: ParameterSettings, described: describe.SettingDescriptio
     elif one.choices is not None:
         if one.log or one.step is not None:
             yield "log and step belong to a range: leave them out beside choices"
-        if len(one.choices) < 2 or len({repr(choice) for choice in one.choices}) < len(one.choices):
+        if len(one.choices) < 2 or any(_same(a, b) for a, b in combinations(one.choices, 2)):
             yield "choices needs two values or more, each once"
     elif one.low is None or one.high is None:
         yield "a range needs both low and high"
@@ -334,7 +338,10 @@ def _condition(name: str, when: Mapping[str, Any]) -> tuple[str, tuple[Value, ..
     if len(when) != 1:
         raise UserError(f"{name}.when must be one KEY: VALUE or KEY: [VALUES], got {dict(when)!r}")
     ((condition, values),) = when.items()
-    return condition, tuple(values) if isinstance(values, list | tuple) else (values,)
+    values = tuple(values) if isinstance(values, list | tuple) else (values,)
+    if not values:
+        raise UserError(f"{name}.when: {condition} has no value: give one, or a list of values")
+    return condition, values
 
 
 def _check_order(parameters: Mapping[str, ParameterSettings]) -> None:

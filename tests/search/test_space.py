@@ -69,6 +69,7 @@ def with_parameter(key: str, values: object) -> dict:
             "a search does not vary settings below a name of yours (domains.NAME.grader)",
         ),
         ("run.seed", {"choices": [1, 2]}, "a search does not vary the section run"),
+        ("data.seed", {"choices": [1, 2]}, "data.seed: the best of several seeds is only luck: leave it out"),
         ("evaluation.samples", {"choices": [1, 2]}, "a search does not vary the section evaluation"),
         ("model.lora.rank", {"choices": [1, 2]}, "the settings have no section model.lora, which is null there"),
         ("optimizer.lr", {"low": 1e-4}, "parameters.optimizer.lr: a range needs both low and high"),
@@ -82,6 +83,8 @@ def with_parameter(key: str, values: object) -> dict:
         ("optimizer.warmup_steps", {"low": 0.5, "high": 10}, "is an integer: low, high and step must be integers"),
         ("optimizer.lr", {"choices": [1e-3]}, "choices needs two values or more"),
         ("optimizer.lr", {"choices": [1e-3, 1e-3]}, "choices needs two values or more, each once"),
+        ("objective.loss.weight", {"choices": [0, 0.0, 0.1]}, "choices needs two values or more, each once"),
+        ("optimizer.lr", {"low": 1e-4, "high": 1e-2, "when": {"run.steps": []}}, "when: run.steps has no value: give"),
         ("optimizer.lr", {"low": 1e-4, "high": 1e-2, "when": {"optimizer.lrr": 1}}, "unknown setting optimizer.lrr"),
         (
             "optimizer.lr",
