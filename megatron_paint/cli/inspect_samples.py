@@ -24,6 +24,10 @@ LEFT_OUT = {
     "not_shortest": "a shorter response is right",
     "no_peer": "no other right response can be shown",
 }
+NOTHING_SHOWN = {
+    "none": "the teacher saw none",
+    "reference_free": "the teacher saw none; its prompt was in thinking mode",
+}
 HIDDEN, SELECTED, FOUND, MISSING = "dim strike", "bold black on yellow", "green", "red"
 
 
@@ -140,6 +144,8 @@ def _solution(sample: dict[str, Any]) -> list[Text]:
     if reveal is None:
         return [_title("Solution"), Text("the teacher saw none")]
     shown, reference = reveal["shown_text"], reveal["reference_text"]
+    if reveal.get("solution") in NOTHING_SHOWN:
+        return [_title("Solution"), Text(NOTHING_SHOWN[reveal["solution"]])]
     title = _title(f"{_whose(reveal)}: {reveal['shown_tokens']} of {reveal['total_tokens']} tokens shown")
     if "example" in reveal:
         return [title, Text(reveal["example"]), Text(shown)]
@@ -158,10 +164,6 @@ def _whose(reveal: dict[str, Any]) -> str:
             return f"Worked example, problem {reveal['of']}{view}"
         case "peer_rollout":
             return f"Response {reveal['peer']} to this problem, in place of the solution"
-        case "none":
-            return "Solution, which the teacher did not see"
-        case "reference_free":
-            return "Solution, which the teacher, in its thinking mode, did not see"
     return f"Solution{view}"
 
 

@@ -117,8 +117,6 @@ def test_a_solution_shown_whole_has_no_mark(run_dir):
         ({"solution": "wrong", "of": "p7"}, "== Solution of problem p7: 3 of 9 tokens shown"),
         ({"solution": "wrong"}, "== Solution: 3 of 9 tokens shown"),  # of a folder of an earlier version
         ({"solution": "peer_rollout", "peer": 2}, "== Response 2 to this problem, in place of the solution: 3 of 9"),
-        ({"solution": "none"}, "== Solution, which the teacher did not see: 3 of 9"),
-        ({"solution": "reference_free"}, "== Solution, which the teacher, in its thinking mode, did not see: 3 of 9"),
     ],
 )
 def test_whose_the_reference_is(run_dir, reveal, title):
@@ -126,6 +124,21 @@ def test_whose_the_reference_is(run_dir, reveal, title):
     text, _ = show(run_dir, step=4)
     assert title in text
     assert "[hidden:  So \\boxed{17}.]" in text
+
+
+@pytest.mark.parametrize(
+    ("solution", "text"),
+    [
+        ("none", "== Solution\nthe teacher saw none\n"),
+        ("reference_free", "== Solution\nthe teacher saw none; its prompt was in thinking mode\n"),
+    ],
+)
+def test_a_teacher_without_a_reference(run_dir, solution, text):
+    nothing = {"share": 0.0, "shown_tokens": 0, "total_tokens": 0, "shown_text": "", "reference_text": ""}
+    RunFolder(run_dir).write_samples(4, [line("a", reveal={**nothing, "solution": solution})])
+    printed, _ = show(run_dir, step=4)
+    assert text in printed
+    assert "0 of 0" not in printed
 
 
 def test_a_worked_example(run_dir):

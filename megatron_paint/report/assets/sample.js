@@ -17,7 +17,7 @@
       case "other_example": return `Worked example, problem ${reveal.of}${view}`;
       case "peer_rollout": return `Response ${reveal.peer} to this problem, in place of the solution`;
       case "none": return "Solution, which the teacher did not see";
-      case "reference_free": return "Solution (the teacher did not see it; it answered in thinking mode)";
+      case "reference_free": return "Solution, which the teacher did not see; its prompt was in thinking mode";
       default: return `Solution${view}`;
     }
   };
