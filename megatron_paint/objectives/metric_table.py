@@ -55,7 +55,10 @@ METRICS: dict[str, Metric] = {
         only="PAINT, OPSD",
     ),
     "anchors/none_share": Metric(
-        meaning="of the responses that are trained on, the share whose reference has no anchor and is shown completely",
+        meaning=(
+            "of the responses that are trained on, the share whose reference has no anchor; with "
+            "objective.reveal.rule=overlap it is shown completely"
+        ),
         unit="0 to 1",
         healthy="near 0",
         only="PAINT, OPSD",

@@ -75,11 +75,12 @@ SIGNS = (
         metric="overlap/mean",
         value=0.0,
         steps=10,
-        text="no response shared anything with its solution, so the teacher saw every solution completely, as in OPSD",
+        text="no response shared anything with its reference (objective.reveal.rule=overlap then shows all of it)",
         causes=(
             "the responses are empty, cut off or repeat themselves: look at the samples",
             "the solutions have no numbers, formulas or boxes to look for (anchors/none_share): take other solutions",
             "problems and solutions do not belong together: check data.columns",
+            "objective.reveal.solution=wrong shows solutions of other problems: then this is as it should be",
         ),
     ),
 )

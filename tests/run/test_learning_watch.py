@@ -15,7 +15,7 @@ LIMITS = {
     "rollout/kept": (0.0, 5, "no response was trained on"),
     "response/truncated_share": (1.0, 5, "every response was cut off"),
     "response/no_answer_share": (1.0, 5, "no response had a final answer"),
-    "overlap/mean": (0.0, 10, "no response shared anything with its solution"),
+    "overlap/mean": (0.0, 10, "no response shared anything with its reference"),
 }
 
 
