@@ -99,18 +99,17 @@ def to_yaml(settings: Any) -> str:
     return stream.getvalue()
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The dictionary in config.yaml. UserError: the file is missing or is not YAML."""
+def read_config(path: Path, *, use: str = "a run folder holds the settings of its run in this file") -> dict[str, Any]:
+    """The dictionary in config.yaml, or in a file like it.
+
+    use: what the file is for. UserError: it is missing or is not YAML.
+    """
     try:
         content = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, YAMLError) as error:
-        raise UserError(
-            f"Cannot read {path}: {error}; a run folder holds the settings of its run in this file"
-        ) from error
+        raise UserError(f"Cannot read {path}: {' '.join(str(error).split())}; {use}") from error
     if not isinstance(content, dict):
-        raise UserError(
-            f"Cannot read {path}: it holds no settings; a run folder holds the settings of its run in this file"
-        )
+        raise UserError(f"Cannot read {path}: it holds no settings; {use}")
     return content
 
 

@@ -39,7 +39,8 @@ def read_folder(out: Path, tree: Mapping[str, Any]) -> None:
     """UserError: there is no search in the folder, or one with other settings, another space or another seed."""
     if not (out / SEARCH).exists():
         raise UserError(f"--out={out} has no search: it has no {SEARCH}. Give the folder of a search")
-    before = read_config(out / SEARCH)
+    use = "a search keeps its settings, its space and its seed there: restore the file, or give another --out"
+    before = read_config(out / SEARCH, use=use)
     if isinstance(settings := before.get("settings"), Mapping):  # earlier versions have written secrets
         before |= {"settings": without_secrets(settings)}
     old, new = dotted(before), dotted(tree)

@@ -35,3 +35,9 @@ def test_a_file_in_place_of_the_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--out=.*file is a file: give a folder"):
         open_folder(tmp_path / "file", tree("hf_abc"))
+
+
+def test_a_damaged_file_is_named_with_what_it_is_for(tmp_path):
+    (tmp_path / "search.yaml").write_text("seed: [1")
+    with pytest.raises(UserError, match=r"^Cannot read .*search\.yaml: .*; a search keeps its settings, .*--out$"):
+        read_folder(tmp_path, tree("hf_abc"))
