@@ -287,7 +287,9 @@ class Race:
             os._exit(0)
         if self.inside.exists() and is_running(int(self.inside.read_text())):
             self._tell("beside another")
-        self.inside.write_text(str(os.getpid()))
+        mine = self.told.with_name(f"inside-{os.getpid()}")
+        mine.write_text(str(os.getpid()))
+        os.replace(mine, self.inside)  # in one step: it may be killed at any moment
         self._tell("owner")
         self._end.pass_through()
         self.inside.unlink()
