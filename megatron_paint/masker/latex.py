@@ -135,8 +135,8 @@ def _closing(tokens: list[tuple[int, str]], opener: int) -> int | None:
     return None
 
 
-def blank(text: str, ranges: list[tuple[int, int]]) -> str:
-    """Returns the text, of the same length, with spaces in place of the ranges. Ranges may overlap."""
+def blank(text: str, ranges: list[tuple[int, int]], sign: str = " ") -> str:
+    """Returns the text, of the same length, with this sign in place of all in the ranges. Ranges may overlap."""
     if not ranges:
         return text
     pieces = []
@@ -144,7 +144,7 @@ def blank(text: str, ranges: list[tuple[int, int]]) -> str:
     for start, end in sorted(ranges):
         if end > at:
             start = max(start, at)
-            pieces += [text[at:start], " " * (end - start)]
+            pieces += [text[at:start], sign * (end - start)]
             at = end
     pieces.append(text[at:])
     return "".join(pieces)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 SHORTEST_WORD = 3  # letters of a name of one word
-_TOKEN = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+|(?<=[0-9])[.,][0-9]+)*|\n|[^\s\w]|_+")
+_TOKEN = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+|(?<=[0-9])[.,](?=[0-9])[^\W_]+)*|\n|[^\s\w]|_+")
 _ENDS = frozenset(".!?\u2026:\n")  # of sentences, and before a new one
 _OPENINGS = frozenset("\"'\u201c\u2018\u00ab([{*#>-\u2022")  # signs that may stand before the first word
 _POSSESSIVE = ("'s", "\u2019s")

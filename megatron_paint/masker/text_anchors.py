@@ -86,7 +86,8 @@ def text_parts(solution: str) -> Parts:
 
 def _places(text: str) -> Iterator[_Place]:
     """Yields everything in a text outside its boxes that may be an anchor, kind by kind."""
-    flat = blank(text, [(box.start, box.end) for box in boxes(text)])
+    boxed = [(box.start, box.end) for box in boxes(text)]
+    flat = blank(text, boxed)
     dates = list(dates_in(flat))
     for date in dates:
         yield _Place("date", date.text, date.start, date.end)
@@ -98,7 +99,8 @@ def _places(text: str) -> Iterator[_Place]:
         words = " ".join(term.casefold().split()).rstrip(_PUNCTUATION)
         if any(map(str.isalnum, words)):
             yield _Place("quote", words, match.start(), match.end())
-    for name in names_in(blank(flat, [match.span() for match in quotes])):
+    # A name does not continue behind a box or a quoted term. As before a first word, a bracket begins no sentence.
+    for name in names_in(blank(text, [*boxed, *(match.span() for match in quotes)], "(")):
         yield _Place("name", name.text, name.start, name.end)
 
 

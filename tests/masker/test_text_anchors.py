@@ -147,6 +147,16 @@ def test_names(text, names):
     assert all(" ".join(text[name.start : name.end].split()) == name.text for name in found)
 
 
+@pytest.mark.parametrize("text", ["It has 0.5GB of room.", "We met Anna \u201cthe first\u201d Bell there."])
+def test_an_anchor_is_found_in_its_own_text(text):
+    assert all(find_text(extract_text("", text), text))
+
+
+def test_a_name_does_not_continue_behind_a_box():
+    text = r"We met Anna \boxed{5} Bell there."
+    assert [anchor.text for anchor in extract_text("", text) if anchor.kind == "name"] == ["Anna", "Bell"]
+
+
 def test_what_the_problem_has_is_no_anchor():
     problem = 'What did Marie Curie do on 2020-03-05 with 5 km of "blue wire"?'
     solution = "We know that Marie Curie, on March 5, 2020, took 5,000 m of “blue wire” and 1 knife with 1 kg."
