@@ -1,11 +1,19 @@
-"""What all tests share: the undisturbed run, the order of the files, and the check for slow tests.
+"""What all tests share: the undisturbed run, repeatable examples, the order of the files, the check for slow tests.
 
 docs/testing.md describes the markers and what each make target runs.
 """
 
 from collections import Counter
+from contextlib import suppress
 
 import pytest
+
+with suppress(ModuleNotFoundError):  # tests/gpu does without it
+    import hypothesis
+
+    # The same examples in each run. `--hypothesis-profile=default` draws new ones.
+    hypothesis.settings.register_profile("repeatable", derandomize=True)
+    hypothesis.settings.load_profile("repeatable")
 
 # Longest first, so that the workers of pytest-xdist end together. Files that are not named follow in their usual order.
 LONGEST = (
