@@ -86,7 +86,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {  # command -> (arguments, w
     ),
     "plan": (
         ("plan qwen3_32b --gpus 16 --gpu h100-80", "the fastest layouts"),
-        ("plan --config my.yaml --gpus 8 --gpu h100-80 --yaml fastest.yaml", "of a settings file, written to a file"),
+        ("plan qwen3_8b --gpus 8 --gpu h100-80 --config my.yaml --yaml best.yaml", "for a settings file; into a file"),
         ("plan --gpu-list", "the known GPUs"),
     ),
     "settings": (

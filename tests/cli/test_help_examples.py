@@ -38,6 +38,15 @@ def test_the_help_shows_examples_that_parse(command, capsys):
         parse(words[: words.index(">")] if ">" in words else words)
 
 
+def test_the_examples_of_plan_run(tmp_path, monkeypatch, capsys):
+    """The parser does not know what `plan` needs besides --gpu-list."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "qwen3_8b", "paint"]) == 0
+    (tmp_path / "my.yaml").write_text(capsys.readouterr().out)
+    for arguments, _ in EXAMPLES["plan"]:
+        assert main(shlex.split(arguments)) == 0, arguments
+
+
 def test_the_help_of_evaluate_still_names_compare(capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", "--help"])
