@@ -109,12 +109,20 @@ docs: $(READY)
 docs-serve: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
 
-## make install      the package and what its tests need, into the environment
+# $(1) is the Python of an environment.
+define INSTALL
+	$(if $(TORCH),$(1) -m pip install $(TORCH))
+	$(1) -m pip install -e ".[test,docs,tensorboard,wandb,mlflow]"
+endef
+
+## make install      the package and what these targets need, into the active environment or a new .venv
 install: $(READY)
+ifdef VIRTUAL_ENV
+	$(call INSTALL,$(BIN)/python)
+endif
 
 .venv/.ready: setup.py
 	@echo "No virtual environment is active. Making one in .venv and installing megatron_paint into it: some minutes."
 	$(PYTHON) -m venv .venv
-	$(if $(TORCH),.venv/bin/python -m pip install $(TORCH))
-	.venv/bin/python -m pip install -e ".[test,docs,tensorboard,wandb,mlflow]"
+	$(call INSTALL,.venv/bin/python)
 	touch $@

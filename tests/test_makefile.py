@@ -18,6 +18,22 @@ def pytest_command(target):
     return line.split()
 
 
+@pytest.mark.parametrize("active", [True, False])
+def test_install_fills_the_active_environment_or_a_new_one(active, tmp_path):
+    """In a folder without .venv. The version of torch comes first."""
+    (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
+    (tmp_path / "setup.py").touch()
+    environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
+    environment |= {"VIRTUAL_ENV": "/environment"} if active else {}
+    command = ["make", "-n", "--no-print-directory", "install", "TORCH=torch==2.13.0"]
+    made = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    python = "/environment/bin/python" if active else ".venv/bin/python"
+    installs = [line.split() for line in made.stdout.splitlines() if " -m pip install " in line]
+    assert [words[0] for words in installs] == [python, python]
+    assert installs[0][-1] == "torch==2.13.0"
+    assert installs[1][-2:] == ["-e", '".[test,docs,tensorboard,wandb,mlflow]"']
+
+
 def left_out(target):
     return {word.removeprefix("--ignore=") for word in pytest_command(target) if word.startswith("--ignore=")}
 
