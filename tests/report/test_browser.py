@@ -231,6 +231,27 @@ def test_a_page_that_is_gone_is_named(browser, comparison):
         page.write_text(text)
 
 
+@pytest.mark.parametrize(
+    ("solution", "says"),
+    [
+        ("none", "The teacher saw no solution."),
+        ("reference_free", "The teacher saw no solution. Its prompt was in thinking mode."),
+    ],
+)
+def test_a_teacher_that_saw_no_solution(browser, tmp_path, solution, says):
+    """One plain line, and no empty text with a legend."""
+    run = make_run(tmp_path / "run", steps=1)
+    empty = {"shown_text": "", "reference_text": "", "shown_tokens": 0, "total_tokens": 0, "share": 0.0}
+    line = sample(1, 0) | {"anchors": [], "reveal": empty | {"solution": solution}}
+    (run / "samples" / "step_000001.jsonl").write_text(json.dumps(line) + "\n")
+    browser.open(write_report([run], tmp_path / "report.html").file)
+    browser.run("location.hash = '#samples/0/1_0/0'")
+    browser.wait("return document.querySelector('#sample .tokens')")
+    assert says in browser.texts("#sample .note")
+    assert browser.run("return document.querySelectorAll('#sample .key .cut, #sample .reveal-bar').length") == 0
+    is_clean(browser, asked=tmp_path)
+
+
 def test_hostile_text_is_text(browser, tmp_path):
     run = make_run(tmp_path / "run", steps=1, log=f"12:00:00  warning: {HOSTILE}\n")
     odd = {"id": HOSTILE, "response_text": HOSTILE, "anchors": [{"kind": HOSTILE, "text": HOSTILE, "found": True}]}

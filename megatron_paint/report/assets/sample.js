@@ -7,6 +7,10 @@
     not_shortest: "a shorter response is right",
     no_peer: "no other right response can be shown",
   };
+  const NOTHING_SHOWN = {
+    none: "The teacher saw no solution.",
+    reference_free: "The teacher saw no solution. Its prompt was in thinking mode.",
+  };
   const opened = { index: null, number: 0 };
   paint.openedSample = () => opened.index;
 
@@ -16,8 +20,6 @@
       case "wrong": return reveal.of === undefined ? `Solution${view}` : `Solution of problem ${reveal.of}${view}`;
       case "other_example": return `Worked example, problem ${reveal.of}${view}`;
       case "peer_rollout": return `Response ${reveal.peer} to this problem, in place of the solution`;
-      case "none": return "Solution, which the teacher did not see";
-      case "reference_free": return "Solution, which the teacher did not see; its prompt was in thinking mode";
       default: return `Solution${view}`;
     }
   };
@@ -56,7 +58,8 @@
   const MOST = 100000; // characters of a solution whose anchors are marked
   const solution = (entry) => {
     const { reveal } = entry;
-    if (!reveal) return el("section", {}, el("h3", { text: "Solution" }), el("p", { class: "note", text: "The teacher saw no solution." }));
+    const nothing = reveal ? NOTHING_SHOWN[reveal.solution] : NOTHING_SHOWN.none;
+    if (nothing) return el("section", {}, el("h3", { text: "Solution" }), el("p", { class: "note", text: nothing }));
     const [shown, reference] = [reveal.shown_text ?? "", reveal.reference_text ?? ""];
     const title = el("h3", {}, visible(whose(reveal)), el("span", { class: "unit", text: `${count(reveal.shown_tokens)} of ${count(reveal.total_tokens)} tokens shown` }));
     const parts = [];
