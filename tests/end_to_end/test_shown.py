@@ -252,7 +252,7 @@ def test_a_view(view, small, tmp_path):
 MISTAKES = {
     "an example without another problem": (
         ("data.problems_per_step=1", "objective={reveal: {rule: full, solution: other_example}}"),
-        "solution=other_example takes another problem of the same step, and step 1 has only",
+        "solution=other_example takes another problem of the same step, and data.problems_per_step is 1",
     ),
     "an example that does not fit": (
         ("rollout.max_new_tokens=500", "objective={reveal: {rule: full, solution: other_example}}"),
