@@ -18,17 +18,18 @@ from megatron_paint.config.settings import (
 from megatron_paint.config.vllm_contradictions import of_vllm
 
 BUILT_IN_VIEWS = ("full", "answer")  # every problem has them, without a further column
+TAKES_ANOTHER_PROBLEM = ("wrong", "other_example", "shuffled")  # values of reveal.solution and reveal.rule
 
 
 def of_data(data: DataSettings, objective: ObjectiveSettings) -> Iterator[str]:
     reveal = objective.reveal
     if objective.needs.masker and data.problems_per_step < 2:
-        pairs = {"solution": reveal.solution in ("wrong", "other_example"), "rule": reveal.rule == "shuffled"}
-        for name in (name for name, pairs_problems in pairs.items() if pairs_problems):
-            yield (
-                f"objective.reveal.{name}={getattr(reveal, name)} takes another problem of the same step, and "
-                f"data.problems_per_step is {data.problems_per_step}: set it to 2 or more"
-            )
+        for name, value in (("solution", reveal.solution), ("rule", reveal.rule)):
+            if value in TAKES_ANOTHER_PROBLEM:
+                yield (
+                    f"objective.reveal.{name}={value} takes another problem of the same step, and "
+                    f"data.problems_per_step is {data.problems_per_step}: set it to 2 or more"
+                )
     if data.order == "adastar" and not objective.needs.samples_per_problem:
         yield (
             f"data.order=adastar orders the problems by verdicts on rollouts, and objective.name={objective.name} "
