@@ -88,6 +88,7 @@ def in_flight(split: LayerSplit, stage: int, *, micro_batches: int) -> tuple[int
     stages, chunks = len(split.layers), split.chunks
     if chunks == 1:
         return (min(stages - stage, micro_batches),)
+    micro_batches = min(micro_batches, 4 * stages)  # from then on the numbers repeat
     padded = -(-micro_batches // stages) * stages
     order = [  # of the forward passes: as many micro-batches as stages, through one chunk after another
         (chunk, number)

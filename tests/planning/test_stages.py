@@ -146,3 +146,10 @@ def test_refused(layers, settings, told):
 )
 def test_micro_batches_in_flight(settings, stage, micro_batches, wanted):
     assert in_flight(split(8, **settings), stage, micro_batches=micro_batches) == wanted
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_step_of_very_many_micro_batches_is_counted_at_once(stage):
+    parts = split(16, pp=4, vp=2)
+    many = in_flight(parts, stage, micro_batches=10**12)
+    assert many == in_flight(parts, stage, micro_batches=40)
