@@ -1,6 +1,7 @@
 """`megatron-paint plan`: what it prints, what it writes, and one line for each mistake."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -156,6 +157,29 @@ def test_offloading_of_a_settings_file(tmp_path, capsys):
     assert "offloaded" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--max-new-tokens", "32768"], "a response is a micro-batch alone: memory counts 32,768 tokens"),
+        (
+            ["--objective", "sft"],
+            "a solution that fills the model's positions is a micro-batch alone: memory counts 40,",
+        ),
+        (["--max-new-tokens", "16384"], None),
+    ],
+)
+def test_a_response_above_a_micro_batch_is_told(options, told, capsys):
+    assert main([*SMALL, "--lora", "8", "--top", "1", *options]) == 0
+    out = capsys.readouterr().out
+    assert told in out if told else "is a micro-batch alone" not in out
+
+
+def test_a_low_speed_has_two_digits(capsys):
+    """32 responses of 1,224 tokens in about 150 s on 1,024 GPUs: 0.26 tokens/s each."""
+    assert main(["plan", "qwen3_235b_a22b", "--gpus", "1024", "--gpu", "h100-80", "--lora", "8", "--top", "1"]) == 0
+    assert re.search(r"^time       of 1, 0\.\d\d trained tokens/s a GPU:$", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_fp8_of_a_settings_file(tmp_path, capsys):
     file = tmp_path / "settings.yaml"
     file.write_text("model: {hf_path: m}\ndata: {train: p.jsonl}\nrun: {dir: r}\nmegatron: {fp8: hybrid}\n")
@@ -215,6 +239,22 @@ def test_known_gpus_have_sources(capsys):
         (["plan", "qwen3_8b", "--gpu", "h200"], "--gpus is missing"),
         ([*SMALL, "--reserve", "1.5"], "--reserve=1.5: give a fraction of a GPU's memory"),
         ([*SMALL, "--prompt-tokens", "0"], "--prompt-tokens=0: give a number from 1"),
+        ([*SMALL, "--response-tokens", "nan"], "--response-tokens=nan: give a number from 1"),
+        ([*SMALL, "--response-tokens", "inf"], "--response-tokens=inf: give a number from 1"),
+        ([*SMALL, "--response-tokens", "1025"], "--response-tokens=1025 is above rollout.max_new_tokens=1024: lower"),
+        (
+            [*SMALL, "--objective", "sft", "--response-tokens", "9"],
+            "--response-tokens=9: objective.name=sft samples no responses; give --solution-tokens",
+        ),
+        (
+            [*SMALL, "--max-new-tokens", "40261"],
+            "a prompt of 700 tokens (--prompt-tokens and --solution-tokens) and rollout.max_new_tokens=40261 need "
+            "40,961 positions, and qwen3_8b has 40,960: lower one of them",
+        ),
+        (
+            [*SMALL, "--objective", "sft", "--solution-tokens", "40761"],
+            "a prompt of 200 tokens (--prompt-tokens) and --solution-tokens=40761 need 40,961 positions",
+        ),
         ([*SMALL, "--top", "0"], "--top=0: give the number of layouts"),
         ([*SMALL, "--problems-per-step", "0"], "data.problems_per_step"),
         ([*SMALL, "--gpu", "a100-80", "--fp8", "blockwise"], "--fp8=blockwise: a100-80 has no FP8"),

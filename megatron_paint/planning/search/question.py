@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import read_tree, settings_of
 from megatron_paint.config.settings import Settings
+from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.search.machines import Machine, find_machine
 from megatron_paint.planning.search.search import Question
 from megatron_paint.planning.search.servers import sampled_by_servers, servers_of, with_addresses
 from megatron_paint.planning.search.sizes import find_model, folder_of
-from megatron_paint.planning.search.workload import Lengths
+from megatron_paint.planning.search.workload import Lengths, workload_of
 
 # What a plan of GRPO without a settings file asks for: values of examples/qwen3_base/grpo.yaml. Its importance weights
 # need vLLM's log-probabilities, which exist for them.
@@ -64,12 +66,14 @@ def question_of(asked: Asked) -> Question:
         settings = settings_of(tree)
     if settings.model.dtype != "bfloat16":
         raise UserError(f"model.dtype={settings.model.dtype}: the model of time is for bfloat16; set it to bfloat16")
+    lengths = Lengths(prompt=asked.prompt_tokens, solution=asked.solution_tokens, response=asked.response_tokens)
+    _check_lengths(settings, shape, lengths, name=name)
     return Question(
         tree=tree,
         settings=settings,
         shape=shape,
         machine=machine,
-        lengths=Lengths(prompt=asked.prompt_tokens, solution=asked.solution_tokens, response=asked.response_tokens),
+        lengths=lengths,
         reserve=asked.reserve,
         sampling_gpus=sampling_gpus,
     )
@@ -90,10 +94,35 @@ def _check_fp8(asked: Asked, settings: Settings, machine: Machine) -> None:
 def _check_numbers(asked: Asked) -> None:
     for name in ("prompt_tokens", "solution_tokens", "sampling_gpus", "response_tokens"):
         value = getattr(asked, name)
-        if value is not None and value < 1:
+        if value is not None and not 1 <= value < math.inf:
             raise UserError(f"--{name.replace('_', '-')}={value}: give a number from 1")
     if not 0 <= asked.reserve < 1:
         raise UserError(f"--reserve={asked.reserve}: give a fraction of a GPU's memory from 0 and below 1")
+
+
+def _check_lengths(settings: Settings, shape: ModelShape, lengths: Lengths, *, name: str) -> None:
+    """UserError: the mean of the responses is above their limit, or a sequence has more tokens than positions exist."""
+    work = workload_of(settings, lengths)
+    if lengths.response is not None and not work.new_tokens:
+        raise UserError(
+            f"--response-tokens={lengths.response:g}: objective.name={settings.objective.name} samples no responses; "
+            "give --solution-tokens"
+        )
+    if lengths.response is not None and lengths.response > work.new_tokens:
+        raise UserError(
+            f"--response-tokens={lengths.response:g} is above rollout.max_new_tokens={work.new_tokens}: lower it, or "
+            "raise --max-new-tokens"
+        )
+    prompt = int(max(work.prompt, work.teacher_prompt if work.teacher_passes else 0))
+    shown = "--prompt-tokens and --solution-tokens" if prompt > lengths.prompt else "--prompt-tokens"
+    tokens, what = work.new_tokens, f"rollout.max_new_tokens={work.new_tokens}"
+    if not tokens:
+        tokens, what = lengths.solution, f"--solution-tokens={lengths.solution}"
+    if prompt + tokens > shape.max_positions:
+        raise UserError(
+            f"a prompt of {prompt:,} tokens ({shown}) and {what} need {prompt + tokens:,} positions, and {name} has "
+            f"{shape.max_positions:,}: lower one of them"
+        )
 
 
 def _tree(asked: Asked, *, name: str, folder: str) -> dict[str, Any]:

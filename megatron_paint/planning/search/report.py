@@ -23,6 +23,7 @@ from megatron_paint.planning.search.as_settings import (
 from megatron_paint.planning.search.question import relative
 from megatron_paint.planning.search.search import Found, Planned, Question
 from megatron_paint.planning.search.sizes import find_model, sizes_of
+from megatron_paint.planning.stage_memory import micro_batch_tokens
 
 REASONS = 12  # refusals that are printed
 WARNING = (
@@ -66,6 +67,10 @@ def _head(question: Question, found: Found) -> Iterator[str]:
         f"{work.prompt:g}{f', of the teacher {work.teacher_prompt:g}' if work.teacher_passes else ''}; "
         f"micro-batches of at most {settings.data.micro_batch_tokens:,} tokens"
     )
+    tokens = micro_batch_tokens(settings, shape)
+    if tokens > settings.data.micro_batch_tokens:
+        longest = "a response" if work.new_tokens else "a solution that fills the model's positions"
+        yield f"           {longest} is a micro-batch alone: memory counts {tokens:,} tokens"
     if work.new_tokens:
         servers = f" servers on {question.sampling_gpus} GPUs of their own" if settings.rollout.engine == "vllm" else ""
         yield f"sampling   {settings.rollout.engine}{servers}"
@@ -129,7 +134,8 @@ def _best(question: Question, planned: Planned) -> Iterator[str]:
     machine = question.machine
     host = complete_estimate(settings, question.shape, gpus=machine.gpus, ranks_per_node=machine.gpus_on_node).host
     speed = question.model().work.trained_tokens / planned.time.total / machine.gpus
-    yield f"time       of 1, {speed:,.0f} trained tokens/s a GPU:"
+    text = f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"
+    yield f"time       of 1, {text} trained tokens/s a GPU:"
     for phase, seconds in planned.time.phases.items():
         kinds = {name: value / seconds.total for name, value in seconds.parts().items() if value > 0}
         if kinds:

@@ -16,12 +16,14 @@ from megatron_paint.planning.search import as_settings, report
 from megatron_paint.planning.search.advice import nothing_fits
 from megatron_paint.planning.search.as_settings import refusal, settings_for
 from megatron_paint.planning.search.candidate import Candidate, layouts
+from megatron_paint.planning.search.question import with_changes
 from megatron_paint.planning.search.search import search
 from megatron_paint.planning.search.sizes import find_model, folder_of
 from megatron_paint.planning.search.workload import Lengths, workload_of
 from tests.planning.search.asked import ask, only_tensor_and_pipeline, with_memory
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
+OFFLOADED = {"megatron_optimizer_cpu_offload": True, "megatron_use_precision_aware_optimizer": True}
 
 
 @pytest.mark.parametrize(
@@ -177,6 +179,9 @@ def test_nothing_fits():
         r"^no layout fits on 8 x h100-80: the closest, .*, needs [\d.]+ GB a GPU \(phase \w+\), and 73\.6 GB", text
     )
     assert "--lora 64 (" in text
+    offloaded = "megatron.optimizer_cpu_offload=true megatron.use_precision_aware_optimizer=true"
+    assert f"{offloaded} in --config (" in text
+    assert search(with_changes(question, **OFFLOADED), top=1).ranked
     more = int(re.search(r"--gpus (\d+) \(", text)[1])
     assert search(ask(model="qwen3_32b", gpus=more), top=1).ranked
     assert not search(ask(model="qwen3_32b", gpus=more // 2), top=1).ranked
