@@ -65,6 +65,7 @@ class Sizes:
     rows: int  # that are sampled together
     new_tokens: int
     loss: tuple[str, ...]  # arguments of benchmarks/loss.py
+    variants: tuple[str, ...]  # of the loss
 
 
 FULL = Sizes(
@@ -77,7 +78,8 @@ FULL = Sizes(
     steps=3,
     rows=64,
     new_tokens=128,
-    loss=("--tokens", "8192", "--hidden", "4096", "--variants", "gemms,fused,triton,liger"),
+    loss=("--tokens", "8192", "--hidden", "4096"),
+    variants=("gemms", "fused", "triton", "liger"),
 )
 SMALL = Sizes(
     model=TINY,
@@ -89,7 +91,8 @@ SMALL = Sizes(
     steps=2,
     rows=4,
     new_tokens=8,
-    loss=("--tokens", "64", "--hidden", "64", "--vocab", "1024", "--tp", "1", "--variants", "gemms,fused"),
+    loss=("--tokens", "64", "--hidden", "64", "--vocab", "1024", "--tp", "1"),
+    variants=("gemms", "fused"),
 )
 
 
@@ -169,17 +172,29 @@ def tests(sizes: Sizes) -> dict[str, Any]:
         ]
         if failed:
             raise RuntimeError(f"{len(failed)} of {found['tests']} tests failed: {', '.join(failed[:20])}")
+        if found["tests"] == found["skipped"]:
+            raise Skipped(f"pytest skipped all {found['tests']} tests")
         return found
 
 
 def loss(sizes: Sizes) -> dict[str, Any]:
+    """Each variant in a command of its own, so that one that crashes costs only itself."""
+    rows = [measured_loss(variant, sizes) for variant in sizes.variants]
+    if all("error" in row for row in rows):
+        raise RuntimeError(rows[0]["error"])
+    return {"rows": rows}
+
+
+def measured_loss(variant: str, sizes: Sizes) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "loss.json"
-        command = [sys.executable, str(ROOT / "benchmarks" / "loss.py"), *sizes.loss, "--json", str(file)]
-        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        command = [sys.executable, str(ROOT / "benchmarks" / "loss.py"), *sizes.loss, "--variants", variant]
+        ended = subprocess.run([*command, "--json", str(file)], cwd=ROOT, capture_output=True, text=True)
         if not file.exists():
-            raise RuntimeError(f"benchmarks/loss.py ended with status {ended.returncode}: {ended.stderr[-500:]}")
-        return {"rows": json.loads(file.read_text())}
+            text = f"benchmarks/loss.py ended with status {ended.returncode}: {ended.stderr[-500:]}"
+            return {"variant": variant, "error": text}
+        (row,) = json.loads(file.read_text())
+        return row
 
 
 def step(sizes: Sizes, *, fp8_recipe: str | None = None) -> dict[str, Any]:
@@ -383,6 +398,9 @@ def run_part(name: str, *, tiny: bool, limit: float) -> dict[str, Any]:
         os.killpg(process.pid, 9)
         process.communicate()
         found = {"status": "failed", "message": f"it took more than {limit:.0f} s"}
+    except KeyboardInterrupt:  # the terminal's signal does not reach the part's session
+        os.killpg(process.pid, 9)
+        raise
     else:
         lines = [line for line in out.splitlines() if line.startswith("{")]
         if process.returncode == 0 and lines:
@@ -417,6 +435,10 @@ def main() -> int:
     names = options.parts.split(",")
     if unknown := [name for name in names if name not in PARTS]:
         parser.error(f"--parts has {unknown[0]!r}; known are {', '.join(PARTS)}")
+    try:
+        write(options.out, {})
+    except OSError as error:
+        parser.error(f"--out={options.out} cannot be written ({error.strerror})")
     end, found = time.monotonic() + options.limit, {}
     for name in names:
         left = end - time.monotonic()

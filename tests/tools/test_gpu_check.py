@@ -57,6 +57,57 @@ def test_an_unknown_part_is_refused(tmp_path):
     assert "--parts has 'engines'; known are versions, engine, tests, " in out
 
 
+def test_a_file_that_cannot_be_written_is_told_before_the_parts(tmp_path):
+    out = tmp_path / "no" / "found.json"
+    status, said, _ = check(tmp_path, "--parts", "versions", "--out", str(out))
+    assert status == 2
+    assert said.endswith(f"error: --out={out} cannot be written (No such file or directory)\n")
+
+
+def test_an_interrupt_ends_the_part(monkeypatch, tmp_path):
+    """The part has a session of its own, which Ctrl-C does not reach."""
+    part = tmp_path / "gpu_check.py"
+    part.write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setattr(gpu_check, "__file__", str(part))
+    started = []
+
+    class Interrupted(subprocess.Popen):
+        def communicate(self, *args, **kwargs):
+            started.append(self)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.run_part("versions", tiny=True, limit=30.0)
+    assert started[0].wait(timeout=10) == -9
+
+
+def test_a_variant_of_the_loss_that_crashes_costs_only_itself(monkeypatch):
+    def run(command, **_):
+        variant = command[command.index("--variants") + 1]
+        if variant == "gemms":
+            Path(command[-1]).write_text('[{"variant": "gemms"}]')
+        return subprocess.CompletedProcess(command, int(variant != "gemms"), "", "no kernel image")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    gemms, fused = gpu_check.loss(gpu_check.SMALL)["rows"]
+    assert gemms == {"variant": "gemms"}
+    assert fused == {"variant": "fused", "error": "benchmarks/loss.py ended with status 1: no kernel image"}
+    monkeypatch.setattr(gpu_check, "measured_loss", lambda variant, sizes: {"variant": variant, "error": "all"})
+    with pytest.raises(RuntimeError, match="all"):
+        gpu_check.loss(gpu_check.SMALL)
+
+
+def test_tests_that_are_all_skipped_did_not_pass(monkeypatch):
+    def run(command, **_):
+        (report,) = [word.partition("=")[2] for word in command if word.startswith("--junitxml=")]
+        Path(report).write_text('<testsuites><testsuite tests="3" skipped="3" failures="0" errors="0"/></testsuites>')
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(gpu_check.Skipped, match="pytest skipped all 3 tests"):
+        gpu_check.tests(gpu_check.SMALL)
+
+
 @pytest.mark.long
 def test_all_parts_with_tiny_sizes(tmp_path):
     status, out, found = check(tmp_path)
