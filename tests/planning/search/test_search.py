@@ -34,13 +34,15 @@ OFFLOADED = {"megatron_optimizer_cpu_offload": True, "megatron_use_precision_awa
         {"model": "qwen3_14b", "gpus": 16, "objective": "grpo", "max_new_tokens": 4096, "lora": 64},
         {"model": "qwen3_4b", "gpus": 8, "objective": "sft"},
         {"model": "qwen3_32b", "gpus": 64, "objective": "opsd", "engine": "vllm"},
+        {"model": "qwen3_30b_a3b", "gpus": 16, "objective": "sft"},
+        {"model": "qwen3_235b_a22b", "gpus": 32, "lora": 64},
     ],
-    ids=["lora", "full", "grpo", "sft", "vllm"],
+    ids=["lora", "full", "grpo", "sft", "vllm", "experts", "large"],
 )
 def test_every_proposal_is_accepted_and_has_the_memory_of_the_dry_run(options, tmp_path):
     """Its settings file is read; `check_layout` accepts it; `--dry-run` finds the same peak, over all stages."""
     question = ask(**options)
-    found = search(question, top=None)
+    found = search(question, top=40 if question.shape.num_experts else None)  # of experts there are hundreds
     assert found.ranked
     for number, planned in enumerate(found.ranked):
         file = tmp_path / f"{number}.yaml"
@@ -50,6 +52,8 @@ def test_every_proposal_is_accepted_and_has_the_memory_of_the_dry_run(options, t
         gpus = question.machine.gpus
         layout = check_layout(settings.model, settings.megatron, settings.rollout, processes=gpus)
         assert layout.data_parallel == planned.candidate.dp
+        if question.shape.num_experts:
+            assert layout.expert_replicas == planned.candidate.expert_dp
         plan = make_plan(settings, processes=gpus, gpu_memory=80e9, on_gpu_nodes=True, ranks_per_node=8)
         assert plan.memory.peak == pytest.approx(planned.peak, rel=1e-12)
         assert planned.peak <= question.usable
