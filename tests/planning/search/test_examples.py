@@ -1,5 +1,6 @@
 """The presets of the larger sizes have a layout that the planner finds about as fast as its fastest one."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,6 +37,20 @@ def recomputing(question: Question) -> float:
             peak = max(phase_bytes(settings, shape, gpus=machine.gpus).values())
             seconds += [question.model().step(candidate).total] if peak <= question.usable else []
     return min(seconds)
+
+
+def test_the_seconds_in_the_readme_of_the_slurm_scripts():
+    """Each cell has seconds, nodes and problems a step."""
+    page = (EXAMPLES / "slurm" / "README.md").read_text()
+    rows = re.findall(r"^\| Qwen3-(\S+) \| (\d.*) \|$", page, re.MULTILINE)
+    assert [name for name, _ in rows] == ["14B", "32B", "30B-A3B", "235B-A22B"]
+    for name, cells in rows:
+        size = f"qwen3_{name.lower().replace('-', '_')}"
+        for seconds, nodes, problems in re.findall(r"([\d.]+) \((\d+), (\d+)\)", cells):
+            gpus = 8 * int(nodes)
+            question = ask(size, gpus, config=EXAMPLES / size / "paint.yaml", problems_per_step=int(problems))
+            found = question.model().step(layout_of(size, "paint", gpus=gpus)).total
+            assert f"{found:.1f}" == seconds, (name, nodes, problems)
 
 
 @pytest.mark.parametrize("preset", ["paint", "support", "opsd", "reference_free", "grpo", "sft"])
