@@ -158,3 +158,10 @@ def test_refused_rotary_positions(config, message, tmp_path):
 
 def test_the_type_of_the_weights_as_torch_prints_it(tmp_path):
     assert read_shape(write(tmp_path, **FOUR, torch_dtype="torch.bfloat16")).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null", '"qwen3"'])
+def test_a_config_that_is_not_an_object(content, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json is not a JSON object; copy the checkpoint again$"):
+        read_shape(tmp_path)

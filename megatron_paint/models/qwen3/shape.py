@@ -31,8 +31,10 @@ def read_shape(folder: str | Path) -> ModelShape:
 
 def shape_of(raw: Any, path: Path) -> ModelShape:
     """Returns the sizes in the content of a config. path: the file of the config, for errors. Raises as read_shape."""
-    if not isinstance(raw, dict) or raw.get("model_type") not in ("qwen3", "qwen3_moe"):
-        found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} is not a JSON object; copy the checkpoint again")
+    if raw.get("model_type") not in ("qwen3", "qwen3_moe"):
+        found = raw.get("model_type")
         raise UserError(f"{path} has model_type {found!r}; only 'qwen3' and 'qwen3_moe' are supported")
     _refuse_unknown(raw, path)
     try:
