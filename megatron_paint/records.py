@@ -123,7 +123,7 @@ class Sample:
     # Under the weights that sampled it, if these are older; else before the step's first update, and None in it.
     old_logprobs: tuple[float, ...] | None = None
     weight: float = 1.0  # of each token in the sum of the loss
-    correct: bool | None = None  # the verdict on the response; None: not graded, or GRPO, whose advantage has it
+    correct: bool | None = None  # the verdict on the response; None: not graded
     left_out: LeftOut | None = None  # why the response is not trained on; None: it is, or GRPO decides by advantage
 
     @property

@@ -56,7 +56,7 @@ class Grpo:
             rollouts = self.rollouts.rollouts(problems, step=step)
         with timer("grade"):
             grades = self.grades(problems, rollouts)
-        samples = self.samples(problems, rollouts, [grade.reward for grade in grades], step=step)
+        samples = self.samples(problems, rollouts, grades, step=step)
         taught = [index for index, sample in enumerate(samples) if sample.advantage != 0.0]
         updates, stopped_by = self.update(policy, [samples[index] for index in taught], lr=lr)
         done = f"step {step} ended after {len(updates)} of {self.settings.updates_per_batch} updates"
@@ -92,14 +92,14 @@ class Grpo:
         )
 
     def samples(
-        self, problems: Sequence[Problem], rollouts: Sequence[Rollout], rewards: Sequence[float], *, step: int
+        self, problems: Sequence[Problem], rollouts: Sequence[Rollout], grades: Sequence[Grade], *, step: int
     ) -> list[Sample]:
-        """Each rollout with its advantage and its weight in the mean."""
-        size = self.rollouts.samples
+        """Each rollout with its verdict, its advantage and its weight in the mean."""
+        size, rewards = self.rollouts.samples, [grade.reward for grade in grades]
         found = [a for start in range(0, len(rewards), size) for a in advantages(rewards[start : start + size])]
         taught = [len(r.response_ids) for r, advantage in zip(rollouts, found, strict=True) if advantage != 0.0]
         samples = []
-        for index, (rollout, advantage) in enumerate(zip(rollouts, found, strict=True)):
+        for index, (rollout, grade, advantage) in enumerate(zip(rollouts, grades, found, strict=True)):
             problem, weight = problems[index // size], 1.0
             if self.settings.normalisation == "sequence_mean" and taught:
                 weight = sum(taught) / (len(taught) * len(rollout.response_ids))
@@ -113,6 +113,7 @@ class Grpo:
                     advantage=advantage,
                     old_logprobs=rollout.logprobs if rollout.is_behind else None,
                     weight=weight,
+                    correct=grade.correct,
                 )
             )
         return samples

@@ -132,11 +132,11 @@ def sample_lines(report: StepReport, *, decode: Callable[[Sequence[int]], str]) 
     response that was not sampled. `advantage` is null except under GRPO. With a support `outside_mass` and
     `support_size` have a value for each response token. So have `divergence`, `student_entropy`, `teacher_entropy` and
     `logprob_gap` (trainer minus sampler) of the samples that `run.keep_token_values` keeps, with 4 significant digits.
-    `student_top` and `teacher_top` have what `run.keep_top_tokens` asks for. Where PAINT and OPSD grade, `correct` is
-    the verdict, and `left_out` is there for a response that is not trained on. `sampler_gap` compares the
-    log-probabilities of sampler and trainer, where the sampler has them. `origin` says where, and with which weights,
-    an engine outside of the run sampled the response. A file of these lines, or a folder of such files, can be
-    replayed.
+    `student_top` and `teacher_top` have what `run.keep_top_tokens` asks for. `correct` is the verdict where responses
+    are graded. PAINT and OPSD have `left_out` for a response that is not trained on; under GRPO its `advantage` is 0.
+    `sampler_gap` compares the log-probabilities of sampler and trainer, where the sampler has them. `origin` says
+    where, and with which weights, an engine outside of the run sampled the response. A file of these lines, or a folder
+    of such files, can be replayed.
     """
     return [
         {

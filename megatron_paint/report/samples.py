@@ -98,7 +98,7 @@ def list_row(sample: Mapping[str, Any], *, step: int, page: str, place: int) -> 
         _short(gap.get("largest")),
         sample.get("finished"),
         sample.get("correct"),
-        sample.get("left_out"),
+        "no_advantage" if sample.get("advantage") == 0 else sample.get("left_out"),  # GRPO trains on no such response
         page,
         place,
     ]

@@ -187,6 +187,8 @@ def test_only_groups_that_differ_are_trained_on():
     first, second = policy.updates
     assert [sample.problem.id for sample in first] == ["1", "1"]
     assert [sample.advantage > 0 for sample in first] == [True, False]
+    # The advantage does not tell a right group from a wrong one, so each sample has its verdict.
+    assert [sample.correct for sample in report.samples] == [True, True, True, False, False, False]
     assert [sample.old_logprobs for sample in first] == [None, None]
     assert [sample.old_logprobs for sample in second] == [(-2.0,) * 3, (-2.0,)]
     assert [len({sample.key for sample in part}) for part in (first, report.samples)] == [2, 6]

@@ -6,6 +6,7 @@
     wrong: "its answer is not right",
     not_shortest: "a shorter response is right",
     no_peer: "no other right response can be shown",
+    no_advantage: "its advantage is 0: its reward is the mean of its group",
   };
   const NOTHING_SHOWN = {
     none: "The teacher saw no solution.",
@@ -55,11 +56,11 @@
     return nodes;
   };
 
+  const nothingShown = ({ reveal }) => (reveal ? NOTHING_SHOWN[reveal.solution] : "This objective shows no solution to a teacher.");
   const MOST = 100000; // characters of a solution whose anchors are marked
   const solution = (entry) => {
     const { reveal } = entry;
-    const nothing = reveal ? NOTHING_SHOWN[reveal.solution] : NOTHING_SHOWN.none;
-    if (nothing) return el("section", {}, el("h3", { text: "Solution" }), el("p", { class: "note", text: nothing }));
+    if (nothingShown(entry)) return el("section", {}, el("h3", { text: "Solution" }), el("p", { class: "note", text: nothingShown(entry) }));
     const [shown, reference] = [reveal.shown_text ?? "", reveal.reference_text ?? ""];
     const title = el("h3", {}, visible(whose(reveal)), el("span", { class: "unit", text: `${count(reveal.shown_tokens)} of ${count(reveal.total_tokens)} tokens shown` }));
     const parts = [];
@@ -84,6 +85,7 @@
   };
 
   const anchors = (entry) => {
+    if (!entry.anchors.length && nothingShown(entry)) return null;
     const found = entry.anchors.filter((anchor) => anchor[2]);
     const missing = entry.anchors.filter((anchor) => !anchor[2]);
     const group = (name, list, kind) =>
@@ -152,7 +154,7 @@
       content = [head(index), factsOf(entry, index), el("div", { class: info ? "columns" : "" },
         el("div", {},
           el("section", {}, el("h3", { text: "Response" }), response),
-          el("div", { class: "pair" }, solution(entry), anchors(entry)), prompts(entry)),
+          el("div", { class: "pair" }, ...[solution(entry), anchors(entry)].filter(Boolean)), prompts(entry)),
         info)];
     } catch (error) {
       content = [head(index), el("p", { class: "callout", role: "alert", text: `This sample cannot be shown: ${error.message}` })];
