@@ -101,6 +101,10 @@ class Browser:
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
+    def prints(self, does: bool) -> None:
+        """Whether the page looks as it does on paper."""
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print" if does else ""})
+
     def messages(self) -> list[str]:
         """Errors and warnings of the console since the last call."""
         return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] != "INFO"]

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from megatron_paint.objectives.metric_table import METRICS
 from megatron_paint.report.build import write_report
 from megatron_paint.report.live import address_of, make_server
 from megatron_paint.run.folder import RunFolder
@@ -116,10 +117,10 @@ def test_filters_sort_and_search(browser, report):
     )
     assert browser.text(".total") == "6 of 12 samples"
     assert browser.text(".filters summary") == "Filters (2)"
-    # Loss (step + number) / 8: 2, 3, 3, 4, 4 and 5 eighths; equal ones in the order of the run.
-    assert listed(browser) == [f"problem-{number}" for number in (0, 1, 0, 2, 1, 2)]
-    browser.run("document.querySelector('[aria-label=\"Order: ascending\"]').click()")
+    # Loss (step + number) / 8: 2, 3, 3, 4, 4 and 5 eighths, the largest first; equal ones in the order of the run.
     assert listed(browser) == [f"problem-{number}" for number in (2, 2, 1, 1, 0, 0)]
+    browser.run("document.querySelector('[aria-label=\"Order: descending\"]').click()")
+    assert listed(browser) == [f"problem-{number}" for number in (0, 1, 0, 2, 1, 2)]
     browser.run(
         "const one = document.getElementById('filter-ended'); one.value = 'cut';one.dispatchEvent(new Event('change'));"
     )
@@ -218,6 +219,46 @@ def test_several_runs_and_samples_beside_the_file(browser, comparison):
     assert browser.messages() == []
 
 
+def test_lines_of_many_runs_and_of_all_phases_differ(browser, report):
+    browser.open(report)
+    lines = browser.run("return Array.from({length: 48}, (_, index) => JSON.stringify(paint.runLine(index)))")
+    assert len(set(lines)) == 48
+    phases = [key for key in METRICS if key.startswith("time/")]
+    colors = browser.run("return Array.from({length: arguments[0]}, (_, at) => paint.lineColor(at))", len(phases) + 1)
+    assert len(set(colors)) == len(phases) + 1  # the last one is `other`
+
+
+def test_many_runs_have_one_series_in_a_plot(browser, tmp_path):
+    runs = [make_run(tmp_path / f"run_{number}", steps=1) for number in range(4)]
+    browser.open(write_report(runs, tmp_path / "report.html").file)
+    titles = browser.texts("#curves .grid:first-child h3")
+    assert titles[:5] == [
+        "Loss",
+        "Overlap and reveal: overlap",
+        "Overlap and reveal: reveal",
+        "Entropy: student",
+        "Entropy: teacher",
+    ]
+    browser.run("document.getElementById('run-3').click()")
+    assert browser.texts("#curves .grid:first-child h3")[:3] == ["Loss", "Overlap and reveal", "Entropy"]
+
+
+def test_neighbouring_numbers_of_an_axis_differ(browser, tmp_path):
+    run = make_run(tmp_path / "run", steps=0)
+    for step, value in enumerate((1.0412, 1.0437, 1.0551), start=1):
+        RunFolder(run).append_metrics({"step": step, "loss": value})
+    browser.open(write_report([run], tmp_path / "report.html").file)
+    browser.wait("return document.querySelector('#curves .u-wrap')")
+    drawn = browser.run(
+        "const drawn = []; const draw = CanvasRenderingContext2D.prototype.fillText;"
+        "CanvasRenderingContext2D.prototype.fillText = function (text, ...rest) { drawn.push(text);"
+        " draw.call(this, text, ...rest); }; paint.drawPlots();"
+        "return new Promise((resolve) => setTimeout(() => resolve(drawn), 100));"
+    )
+    values = [text for text in drawn if "." in text]
+    assert len(values) == len(set(values)) >= 4
+
+
 def test_a_page_that_is_gone_is_named(browser, comparison):
     page = comparison.parent / "report_files" / "r1_2_0.js"
     text = page.read_text()
@@ -249,6 +290,25 @@ def test_a_teacher_that_saw_no_solution(browser, tmp_path, solution, says):
     browser.wait("return document.querySelector('#sample .tokens')")
     assert says in browser.texts("#sample .note")
     assert browser.run("return document.querySelectorAll('#sample .key .cut, #sample .reveal-bar').length") == 0
+    is_clean(browser, asked=tmp_path)
+
+
+def test_a_response_of_grpo_without_an_advantage_is_left_out(browser, tmp_path):
+    run = make_run(tmp_path / "run", steps=1)
+    none = {"overlap": None, "reveal": None, "anchors": [], "selected": []}
+    lines = [sample(1, number) | none | {"advantage": number - 1.0} for number in range(3)]
+    (run / "samples" / "step_000001.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    browser.open(write_report([run], tmp_path / "report.html").file)
+    browser.run("location.hash = '#samples/0/1_0/1'")
+    browser.wait("return document.querySelector('#sample .tokens')")
+    assert browser.texts("#sample header .tag") == ["wrong", "cut off", "left out"]
+    assert "its reward is the mean of its group" in browser.text("#sample .sample-facts")
+    assert browser.texts("#sample h3") == ["Response", "Solution", "Prompts"]  # and no anchors of what nobody was shown
+    browser.run(
+        "const one = document.getElementById('filter-trained'); one.value = 'no';"
+        "one.dispatchEvent(new Event('change'));"
+    )
+    assert listed(browser) == ["problem-1"]
     is_clean(browser, asked=tmp_path)
 
 
@@ -348,6 +408,51 @@ def test_nothing_is_wider_than_the_screen(browser, report, comparison, width):
                 browser.run("document.querySelector('.back').click()")
                 assert browser.run("return getComputedStyle(document.querySelector('#sample')).display") == "none"
     finally:
+        browser.resize(1280, 900)
+
+
+def test_a_phone_shows_every_column_of_a_table(browser, report, comparison):
+    browser.resize(360, 740)
+    inside = (
+        "return [...document.querySelectorAll(`#view-${arguments[0]} .stack td`)].every((one) => {"
+        " const { left, right, height } = one.getBoundingClientRect();"
+        " return left >= 0 && right <= 360 && height > 0 && one.scrollWidth <= one.clientWidth; })"
+    )
+    try:
+        for file in (report, comparison):
+            browser.open(file)
+            for view in ("overview", "evaluations", "settings", "log"):
+                show(browser, view)
+                assert browser.texts(f"#view-{view} .stack td")
+                assert browser.run(inside, view), (file, view)
+                assert browser.axe() == [], (file, view)
+    finally:
+        browser.resize(1280, 900)
+
+
+def test_paper_shows_what_the_screen_shows(browser, report):
+    """Plots as wide as the paper and not cut, complete tables, and the sample with its colours explained."""
+    browser.open(report)
+    browser.wait("return document.querySelector('#curves canvas:not(.swatch)')")
+    browser.prints(True)
+    try:
+        widths = browser.run(
+            "const plot = document.querySelector('#curves .plot'); const wrap = plot.querySelector('.u-wrap');"
+            "wrap.style.width = '2000px';"  # as it was on a wide screen
+            "return [plot, plot.querySelector('canvas')].map((one) => one.getBoundingClientRect().width);"
+        )
+        assert widths[0] == widths[1]
+        style = "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]"
+        assert browser.run(style, "#view-overview .scroll", "overflow-x") == "visible"
+        assert browser.run(style, "#view-overview .panel", "break-inside") == "auto"  # it may be longer than a page
+        browser.resize(700, 900)
+        browser.run("location.hash = '#samples/0/1_0/1'")
+        browser.wait("return document.querySelector('#sample .tokens')")
+        browser.run("document.querySelector('.back').click()")  # back in the list, the sample is still what is printed
+        assert browser.run(style, "#sample", "display") == "block"
+        assert browser.run(style, "#sample .controls", "display") == "flex"
+    finally:
+        browser.prints(False)
         browser.resize(1280, 900)
 
 

@@ -74,10 +74,12 @@ window.paint = {};
     return control;
   };
 
-  const table = (caption, heads, rows, { numeric = [] } = {}) => {
+  // stack: on a phone each row becomes a block of lines. The roles keep it a table for screen readers there.
+  const table = (caption, heads, rows, { numeric = [], stack = true } = {}) => {
     const cell = (tag, value, index) => {
-      const properties = { class: numeric.includes(index) ? "number" : "" };
+      const properties = { class: numeric.includes(index) ? "number" : "", role: tag === "th" ? "columnheader" : "cell" };
       if (tag === "th") properties.scope = "col";
+      else if (stack) properties["data-head"] = heads[index];
       const made = el(tag, properties);
       made.append(value instanceof Node ? value : visible(value));
       return made;
@@ -87,10 +89,10 @@ window.paint = {};
       { class: "scroll", tabindex: "0", role: "region", "aria-label": caption },
       el(
         "table",
-        {},
+        { class: stack ? "stack" : "", role: "table" },
         el("caption", { class: "hidden-text", text: caption }),
-        el("thead", {}, el("tr", {}, ...heads.map((head, index) => cell("th", head, index)))),
-        el("tbody", {}, ...rows.map((row) => el("tr", {}, ...row.map((value, index) => cell("td", value, index))))),
+        el("thead", { role: "rowgroup" }, el("tr", { role: "row" }, ...heads.map((head, index) => cell("th", head, index)))),
+        el("tbody", { role: "rowgroup" }, ...rows.map((row) => el("tr", { role: "row" }, ...row.map((value, index) => cell("td", value, index))))),
       ),
     );
   };

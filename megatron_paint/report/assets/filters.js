@@ -7,6 +7,7 @@
     step: "step", loss: "loss", overlap: "overlap", reveal: "reveal", tokens: "tokens", selected: "selected tokens",
     gap: "sampler gap", id: "problem",
   };
+  const DOWN = new Set(["loss", "tokens", "selected", "gap"]); // whose largest values are what one looks for
   const WAIT = 250; // milliseconds after the last key
   const fresh = () => ({ run: "", ended: "", answer: "", trained: "", from: {}, to: {}, text: "" });
   const state = { ...fresh(), sort: "step", down: false, hits: null, search: 0 };
@@ -42,6 +43,7 @@
     };
   };
 
+  paint.sortedBy = () => state.sort;
   paint.matching = () => {
     const { samples } = paint.data;
     const found = [];
@@ -175,6 +177,8 @@
     details.open = active() > 0;
     const sort = select(Object.entries(SORTS), state.sort, (value) => {
       state.sort = value;
+      state.down = DOWN.has(value);
+      name();
       changed();
     });
     summary.textContent = active() ? `Filters (${active()})` : "Filters";

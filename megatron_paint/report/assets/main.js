@@ -111,8 +111,13 @@
   window.addEventListener("beforeprint", () => {
     for (const details of document.querySelectorAll("main details.prompt")) details.open = true;
     document.documentElement.dataset.theme = "light";
+    redraw();
+    paint.drawPlots(); // now, because a printed page is not observed
   });
-  window.addEventListener("afterprint", () => setTheme(current));
+  window.addEventListener("afterprint", () => {
+    setTheme(current);
+    redraw();
+  });
   follow();
   if (paint.data.live) poll(null);
   document.body.dataset.ready = "yes";

@@ -1,8 +1,9 @@
 // The overview: the runs, their curves and the time of their phases; and the evaluations.
 "use strict";
 (() => {
-  const { el, number, percent, count, figure, smooth, lineColor, DASHES, isNumber } = paint;
+  const { el, number, percent, count, figure, smooth, lineColor, runLine, DASHES, isNumber } = paint;
   const MOST_BARS = 80; // of the phases; longer runs show means over several steps
+  const MOST_TOGETHER = 3; // runs whose plots have several series each; with more runs a plot has one series
   const state = {
     smoothing: paint.stored("smoothing", 0),
     scale: paint.stored("scale", "auto"),
@@ -11,11 +12,12 @@
 
   const runs = () => paint.data.runs.map((run, index) => ({ ...run, index }));
   const shownRuns = () => runs().filter((run) => !state.hidden.has(run.index));
-  const runDash = (run) => (paint.data.runs.length > 1 ? DASHES[run.index % DASHES.length] : []);
-
   const stateOf = (run) => {
-    if (run.finished) return `finished, ${count(run.last)} steps`;
-    return run.planned ? `step ${count(run.last)} of ${count(run.planned)}` : `step ${count(run.last)}`;
+    if (run.finished) return `finished, ${count(run.last)} step${run.last === 1 ? "" : "s"}`;
+    const step = `step ${count(run.last)}${run.planned ? ` of ${count(run.planned)}` : ""}`;
+    const last = run.events.at(-1);
+    const ended = last?.kind === "end" && last.start === run.starts.length && !last.text.startsWith("skipped ");
+    return ended ? `stopped, ${step}` : step;
   };
 
   paint.warnings = (run) => run.events.filter((event) => event.kind === "warning").length;
@@ -90,7 +92,7 @@
     } });
     smoothing.value = state.smoothing;
     const scale = paint.select(
-      [["auto", "as it suits"], ["linear", "linear"], ["log", "logarithmic"]],
+      [["auto", "automatic"], ["linear", "linear"], ["log", "logarithmic"]],
       state.scale,
       (chosen) => {
         state.scale = chosen;
@@ -125,11 +127,11 @@
         const raw = at(run, series.key);
         const label = several ? (plot.series.length > 1 ? `${run.name}: ${series.label}` : run.name) : series.label;
         // One run: a colour for each series. Several: a colour for each run, and a dash for each series.
-        const stroke = lineColor(several ? run.index : index);
-        const dash = several ? DASHES[(plot.series.length > 1 ? index : run.index) % DASHES.length] : DASHES[index % DASHES.length];
-        const smoothed = smooth(raw, state.smoothing);
-        lines.push({ label, values: smoothed, stroke, dash });
-        if (state.smoothing && !several) lines.push({ label: `${label}, not smoothed`, values: raw, stroke: faint(stroke), width: 1 });
+        const dash = DASHES[index % DASHES.length];
+        const ofRun = plot.series.length > 1 ? { ...runLine(run.index), dash } : runLine(run.index);
+        const style = several ? ofRun : { stroke: lineColor(index), dash };
+        lines.push({ label, values: smooth(raw, state.smoothing), ...style });
+        if (state.smoothing && !several) lines.push({ label: `${label}, not smoothed`, values: raw, stroke: faint(style.stroke), width: 1 });
       });
     }
     if (!lines.length) return null;
@@ -181,6 +183,13 @@
     );
   };
 
+  // The legend of many runs with several series each would be longer than the plot.
+  const plotsFor = (chosen) =>
+    chosen.length <= MOST_TOGETHER
+      ? paint.data.plots
+      : paint.data.plots.flatMap((plot) =>
+          plot.series.length === 1 ? [plot] : plot.series.map((one) => ({ ...plot, title: `${plot.title}: ${one.label}`, series: [one] })));
+
   const drawCurves = () => {
     const place = document.getElementById("curves");
     const open = place.querySelector("details.more")?.open;
@@ -188,7 +197,7 @@
     const chosen = shownRuns();
     const data = together(chosen);
     const [usual, more] = [false, true].map((kind) =>
-      paint.data.plots.filter((plot) => plot.more === kind).map((plot) => curve(plot, chosen, data)).filter(Boolean),
+      plotsFor(chosen).filter((plot) => plot.more === kind).map((plot) => curve(plot, chosen, data)).filter(Boolean),
     );
     const rest = more.length
       ? el("details", { class: "more" }, el("summary", { text: `More metrics (${more.length})` }), el("div", { class: "grid" }, ...more))
@@ -214,12 +223,13 @@
   const whiskers = (lines) => (uplot) => {
     const { ctx } = uplot;
     ctx.save();
-    lines.forEach((line, index) => {
+    lines.forEach((line) => {
       ctx.strokeStyle = line.stroke;
       ctx.lineWidth = 1.5 * devicePixelRatio;
-      const shift = (index - (lines.length - 1) / 2) * 5 * devicePixelRatio;
       uplot.data[0].forEach((step, at) => {
         if (!isNumber(line.low[at])) return;
+        const there = lines.filter((one) => isNumber(one.low[at])); // those at one step stand side by side
+        const shift = (there.indexOf(line) - (there.length - 1) / 2) * 5 * devicePixelRatio;
         const x = uplot.valToPos(step, "x", true) + shift;
         const [low, high] = [line.low[at], line.high[at]].map((value) => uplot.valToPos(value, "y", true));
         const cap = 4 * devicePixelRatio;
@@ -244,7 +254,7 @@
       const at = new Map(of(run).map((one) => [one.step, one]));
       const pick = (name) => steps.map((step) => (at.has(step) ? 100 * at.get(step)[name] : null));
       const label = paint.data.runs.length > 1 ? run.name : `Avg@${of(run)[0].n}`;
-      return { label, values: pick("avg"), low: pick("low"), high: pick("high"), stroke: lineColor(run.index), dash: runDash(run) };
+      return { label, values: pick("avg"), low: pick("low"), high: pick("high"), ...(paint.data.runs.length > 1 ? runLine(run.index) : { stroke: lineColor(0) }) };
     });
     const low = Math.min(...lines.flatMap((line) => line.low.filter(isNumber)));
     const high = Math.max(...lines.flatMap((line) => line.high.filter(isNumber)));

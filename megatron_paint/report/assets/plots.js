@@ -3,13 +3,20 @@
 (() => {
   const { el, number, color, isNumber } = paint;
   const DASHES = [[], [7, 4], [2, 3], [9, 3, 2, 3], [4, 2], [12, 4]];
-  const LINES = 6; // colours of the palette
+  const LINES = 8; // colours of the palette
+  const WIDTH = 1.6; // of a line
   const FONT = '11px system-ui, "Segoe UI", sans-serif';
   const HEIGHT = 180;
   const SMALLEST = 1e-12;
+  const FEW = 30; // steps whose values are drawn as points
   const drawn = new Set(); // plots that exist, to draw again in another theme or width
 
   const lineColor = (index) => color(`line-${index % LINES}`);
+  // Of run number `index`: no two of 48 runs have the same line. Runs with the same colour have other dashes and widths.
+  const runLine = (index) => {
+    const again = Math.floor(index / LINES);
+    return { stroke: lineColor(index), dash: DASHES[(index + again) % DASHES.length], width: WIDTH * (1 + 0.6 * again) };
+  };
 
   // Exponential moving average; weight 0 is no smoothing. The first value starts it, so there is no bias to 0.
   const smooth = (values, weight) => {
@@ -26,7 +33,10 @@
   const isPower = (value) => Math.abs(Math.log10(value) - Math.round(Math.log10(value))) < 1e-9;
   // Of a logarithmic scale only the powers of ten.
   const powers = (log) => (_, ticks) => (log ? ticks.map((value) => (isPower(value) ? value : null)) : ticks);
-  const axes = (unitDigits, log) => [
+  // So many significant digits that neighbouring ticks differ.
+  const tickDigits = (value, step) =>
+    value && step ? Math.max(3, Math.floor(Math.log10(Math.abs(value))) - Math.floor(Math.log10(step)) + 2) : 3;
+  const axes = (log) => [
     {
       stroke: color("muted"),
       font: FONT,
@@ -42,7 +52,8 @@
       ticks: { show: false },
       size: 54,
       filter: powers(log),
-      values: (_, ticks) => ticks.map((value) => (value === null ? "" : number(value, unitDigits))),
+      values: (_, ticks, axis, space, step) =>
+        ticks.map((value) => (value === null ? "" : number(value, log ? 3 : tickDigits(value, step)))),
     },
   ];
 
@@ -50,7 +61,7 @@
     const mark = el("canvas", { class: "swatch", width: 44, height: 8, "aria-hidden": "true" });
     const context = mark.getContext("2d");
     context.strokeStyle = line.fill ? "transparent" : line.stroke;
-    context.lineWidth = 4;
+    context.lineWidth = Math.min(8, 2.5 * (line.width ?? WIDTH));
     context.setLineDash((line.dash ?? []).map((part) => part * 2));
     context.beginPath();
     context.moveTo(0, 4);
@@ -127,7 +138,7 @@
       String(step),
       ...lines.map((line) => number((line.shown ?? line.values)[index])),
     ]);
-    return paint.table(`${options.title}: numbers`, heads, rows, { numeric: heads.map((_, index) => index) });
+    return paint.table(`${options.title}: numbers`, heads, rows, { numeric: heads.map((_, index) => index), stack: false });
   };
 
   const draw = (plot) => {
@@ -143,11 +154,11 @@
         ? line.values.map((value) => (value > largest * SMALLEST ? value : null))
         : line.values.map((value) => (isNumber(value) ? value : null)),
     );
-    const few = plot.x.length < 30;
+    const few = plot.x.length < FEW;
     const series = plot.lines.map((line) => ({
       stroke: line.stroke,
       fill: line.fill,
-      width: line.width ?? 1.6,
+      width: line.width ?? WIDTH,
       dash: line.dash,
       spanGaps: true,
       points: { show: options.bars ? false : options.points ?? few, size: 5, fill: line.stroke, width: 0 },
@@ -165,7 +176,7 @@
           points: { show: !options.bars, size: 7 },
         },
         scales: { x: { time: false, range: xRange(plot) }, y: yScale(options, log) },
-        axes: axes(3, log),
+        axes: axes(log),
         series: [{}, ...series],
         hooks: {
           setCursor: [(uplot) => plot.show(uplot.cursor.idx ?? null)],
@@ -178,7 +189,10 @@
   };
 
   const xRange = (plot) => (uplot, low, high) => {
-    const pad = plot.options.bars || plot.options.pad ? Math.max((high - low) * 0.03, plot.options.bars ?? 0.5) : 0;
+    const { bars, pad: wanted } = plot.options;
+    // Points at the edge would cover the numbers of the axis.
+    const least = bars ?? wanted ?? (plot.x.length < FEW ? 0 : null);
+    const pad = least === null ? 0 : Math.max((high - low) * 0.03, least);
     return low === high ? [low - 1, high + 1] : [low - pad, high + pad];
   };
 
@@ -204,5 +218,6 @@
       drawn.delete(plot);
     }
   };
-  Object.assign(paint, { figure, smooth, lineColor, DASHES });
+  paint.drawPlots = () => drawn.forEach(draw);
+  Object.assign(paint, { figure, smooth, lineColor, runLine, DASHES });
 })();

@@ -61,7 +61,7 @@
       }
     }
     for (const change of run.changes) {
-      found.push({ start: change.start, step: Number(change.after_step), rank: 1, kind: "changed", when: change.time, text: `${change.setting}: ${change.old} -> ${change.new}` });
+      found.push({ start: change.start, step: Number(change.after_step), rank: 1, kind: "changed", when: change.time.replace("T", " ").replace("+00:00", " UTC"), text: `${change.setting}: ${change.old} -> ${change.new}` });
     }
     return found.map((entry, index) => ({ ...entry, index })).sort((a, b) => a.start - b.start || a.rank - b.rank || a.step - b.step || a.index - b.index);
   };

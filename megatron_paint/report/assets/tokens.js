@@ -69,10 +69,14 @@
   const scaleLegend = (name, label, unit, end, signed) => {
     const cell = (kind) => el("span", { class: `cell ${kind}` });
     const cells = [];
+    if (name === "selected") {
+      const key = [["", "no"], [`heat-${LEVELS}`, "yes"]];
+      return el("span", { class: "scale" }, ...key.flatMap(([kind, text]) => [el("span", { class: "cells" }, cell(kind)), el("span", { text })]));
+    }
     if (signed) for (let index = LEVELS; index > 0; index -= 1) cells.push(cell(`cold-${index}`));
     cells.push(cell(""));
     for (let index = 1; index <= LEVELS; index += 1) cells.push(cell(`heat-${index}`));
-    const text = name === "selected" ? ["no", "yes"] : [signed ? number(-end, 3) : "0", `${number(end, 3)} ${unit}`];
+    const text = [signed ? number(-end, 3) : "0", `${number(end, 3)} ${unit}`];
     return el("span", { class: "scale", role: "img", "aria-label": `Colours of ${label}, from ${text[0]} to ${text[1]}` },
       el("span", { text: text[0] }), el("span", { class: "cells" }, ...cells), el("span", { text: text[1] }));
   };
