@@ -126,7 +126,7 @@ def _entry(sample: Mapping[str, Any], texts: TokenTexts | None) -> dict[str, Any
             for anchor in _list(sample.get("anchors"))
             if isinstance(anchor, dict)
         ],
-        "reveal": _mapping(sample.get("reveal")) or None,
+        "reveal": _reveal(sample) or None,
         "domain": sample.get("domain"),
         "advantage": sample.get("advantage"),
         "origin": _mapping(sample.get("origin")) or None,
@@ -146,6 +146,12 @@ def _entry(sample: Mapping[str, Any], texts: TokenTexts | None) -> dict[str, Any
             side: texts.decode(prompt) for side in SIDES if (prompt := _list(sample.get(f"{side}_prompt_ids")))
         }
     return {key: value for key, value in entry.items() if value is not None}
+
+
+def _reveal(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """What the teacher was shown. The search looks into its texts, so they are texts in a damaged file too."""
+    reveal = _mapping(sample.get("reveal"))
+    return {name: str(value) if name in ("shown_text", "reference_text") else value for name, value in reveal.items()}
 
 
 def _values(sample: Mapping[str, Any], tokens: int) -> Iterator[tuple[str, list[float | None]]]:

@@ -257,6 +257,7 @@ def test_neighbouring_numbers_of_an_axis_differ(browser, tmp_path):
     )
     values = [text for text in drawn if "." in text]
     assert len(values) == len(set(values)) >= 4
+    assert "step" in drawn  # the name of the other axis
 
 
 def test_a_page_that_is_gone_is_named(browser, comparison):

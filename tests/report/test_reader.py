@@ -215,11 +215,14 @@ def test_lines_of_other_types_are_no_traceback(run):
         {"id": "a", "response_text": "4", "response_ids": [19], "student_prompt_ids": ["x", None]},
         {"id": "a", "response_text": "4", "response_ids": [19], "teacher_prompt_ids": [1.5]},
         {"id": "a", "response_text": "4", "response_ids": [19], "teacher_prompt_ids": None},
+        {"id": "a", "response_text": "4", "response_ids": [19], "reveal": {"shown_text": 4, "reference_text": [48]}},
     ]
     (run / "samples" / "step_000001.jsonl").write_text("".join(json.dumps(line) + "\n" for line in odd))
     written = write_report([run], run / "report.html")
-    assert written.samples == 13
+    assert written.samples == 14
     assert written.notices == ("samples/: 3 lines cannot be read and are left out",)
+    entry = decode(read_block(written.file.read_text(), "report-pages")["r0_1_0"])["samples"][-1]
+    assert entry["reveal"] == {"shown_text": "4", "reference_text": "[48]"}  # the search of the page needs texts
 
 
 def test_numbers_that_no_browser_has_are_left_out(run):

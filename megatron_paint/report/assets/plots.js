@@ -6,7 +6,7 @@
   const LINES = 8; // colours of the palette
   const WIDTH = 1.6; // of a line
   const FONT = '11px system-ui, "Segoe UI", sans-serif';
-  const HEIGHT = 180;
+  const HEIGHT = 190;
   const SMALLEST = 1e-12;
   const FEW = 30; // steps whose values are drawn as points
   const drawn = new Set(); // plots that exist, to draw again in another theme or width
@@ -42,7 +42,11 @@
       font: FONT,
       grid: { show: false },
       ticks: { stroke: color("rule"), size: 4 },
-      size: 26,
+      size: 22,
+      label: "step",
+      labelSize: 14,
+      labelGap: 0,
+      labelFont: FONT,
       incrs: WHOLE, // steps are whole numbers
     },
     {
