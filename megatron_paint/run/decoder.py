@@ -19,7 +19,8 @@ def load_run_decoder(folder: RunFolder, tree: Mapping[str, Any] | None) -> tuple
             return load_decoder(candidate, chat_template=template if isinstance(template, str) else None), ""
         except (UserError, OSError) as error:
             reasons.append(" ".join(str(error).split()))
-    return None, reasons[0]
+    started = ", or run this command in the folder in which the run was started"  # where a relative path begins
+    return None, reasons[0] + (started if isinstance(model, str) and not Path(model).is_absolute() else "")
 
 
 def setting_at(tree: Mapping[str, Any] | None, section: str, name: str) -> Any:

@@ -127,6 +127,10 @@ def test_filters_sort_and_search(browser, report):
     assert listed(browser) == ["problem-1", "problem-1"]
     browser.run("document.querySelector('.filters button').click()")
     assert browser.text(".total") == "12 samples"
+    browser.run(
+        "const one = document.getElementById('sort'); one.value = 'gap'; one.dispatchEvent(new Event('change'));"
+    )
+    assert browser.text(".row .where") == "step 1 · gap 1e-6"  # a value that no column has
     # The text search looks into the pages: 53 is in the responses of problem 3 and in the solution of problem 2.
     browser.run("document.getElementById('search').focus()")
     browser.press("5", "3")

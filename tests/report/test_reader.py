@@ -1,6 +1,7 @@
 """What the report reads of a run folder: values worked by hand, and one notice for everything that is missing."""
 
 import json
+import re
 import shutil
 import time
 
@@ -261,6 +262,10 @@ def test_without_the_tokenizer_responses_have_no_tokens(run, tmp_path):
     config.write_text(config.read_text().replace("examples/quickstart/model", "nowhere"))
     (notice,) = notices(run)
     assert notice.startswith("responses are shown without tokens: model.hf_path: there is no folder")
+    assert not notice.endswith("in the folder in which the run was started")
+    config.write_text(re.sub(r"hf_path: .*", "hf_path: models/nowhere", config.read_text()))
+    (notice,) = notices(run)
+    assert notice.endswith("or run this command in the folder in which the run was started")
 
 
 def test_the_tokenizer_of_an_export_is_used_where_the_model_is_gone(run):

@@ -16,11 +16,11 @@
   };
   paint.tags = tags;
 
-  // What the list is sorted by, where it is in no column.
+  // What the list is sorted by, where it is in no column; else the number of tokens.
   const sortValue = (samples, index) => {
     const by = paint.sortedBy();
-    if (by === "selected") return ` · ${count(samples.selected[index])} selected`;
-    return by === "gap" ? ` · gap ${number(samples.gap[index], 2)}` : "";
+    if (by === "selected") return `${count(samples.selected[index])} selected`;
+    return by === "gap" ? `gap ${number(samples.gap[index], 2)}` : `${count(samples.tokens[index])} tokens`;
   };
 
   const row = (place) => {
@@ -35,7 +35,7 @@
       },
       el("span", { class: "problem", text: visible(samples.id[index]) }),
       el("span", { class: "tags" }, ...tags(samples, index)),
-      el("span", { class: "where", text: visible(`${run}step ${samples.step[index]} · ${count(samples.tokens[index])} tokens${sortValue(samples, index)}`) }),
+      el("span", { class: "where", text: visible(`${run}step ${samples.step[index]} · ${sortValue(samples, index)}`) }),
       el("span", { class: "figures" },
         el("span", { class: "hidden-text", text: "overlap, reveal, loss: " }),
         el("span", { text: fixed(samples.overlap[index]) }),
