@@ -117,6 +117,22 @@ def test_a_setting_of_megatron_that_does_not_exist_here_says_why(key):
         check_allow_changes([key])
 
 
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("moe_token_dispatcher_type", "megatron.moe_token_dispatcher_type is always alltoall: "),
+        ("moe_expert_capacity_factor", "megatron.moe_expert_capacity_factor is not supported: it drops tokens"),
+        ("overlap_p2p_comm", "megatron.overlap_p2p_comm is chosen by the program: "),
+        ("use_megatron_fsdp", "megatron.use_megatron_fsdp belongs to Megatron-FSDP, which is not supported: "),
+    ],
+)
+def test_settings_of_other_programs_on_megatron_say_why(key, told):
+    """Without a reason the error would suggest a setting that only has a similar name."""
+    with pytest.raises(UserError) as error:
+        settings({key: "alltoall"})
+    assert str(error.value).startswith(told)
+
+
 def test_what_a_resumed_run_may_change():
     """Where tensors are may change. What an optimiser rounds to may not, also for a run without these settings."""
     old = settings_tree(settings(HOST))
