@@ -1,11 +1,14 @@
-"""Checkpoints between one stage, stages, stages of several chunks, and uneven stages: the next step is the same."""
+"""Checkpoints between one stage, stages, stages of several chunks, uneven stages, and ranks that share rows.
+
+The next step is the same.
+"""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.mcore.layouts import PIPELINES, layout_of, run_worker
+from tests.mcore.layouts import layout_of, run_worker
 from tests.mcore.pipeline_checkpoint_worker import cases_at
 from tests.support.exports import same, weights
 
@@ -24,6 +27,9 @@ BETWEEN = [  # written at, read at
     ("pp2-vp2-uneven", "pp2-vp2-uneven"),
     ("pp2-vp2-uneven", "tp1"),
     ("tp1", "pp2-vp2-uneven"),
+    ("cp2-dp2", "cp2-dp2"),
+    ("cp2-dp2", "pp2-vp2"),
+    ("pp2-vp2-dp2", "tp2-cp2-sp"),
 ]
 
 
@@ -43,7 +49,7 @@ def written(checkpoints, tmp_path_factory):
 
 @pytest.mark.parametrize(("writer", "reader"), BETWEEN, ids=lambda layout: layout)
 def test_next_step_is_the_same(writer, reader, checkpoints, written, tmp_path):
-    layers = max(PIPELINES[name].layers for name in (writer, reader) if name in PIPELINES)
+    layers = max(layout_of(name).layers for name in (writer, reader))
     saved, out = written(writer, layers)
     run_worker("pipeline_checkpoint_worker", reader, "load", layers, checkpoints, saved, tmp_path)
     losses = torch.load(tmp_path / "losses.pt"), torch.load(out / "losses.pt")
