@@ -68,6 +68,7 @@ PIPELINES = {
 # Layouts of a mixture of experts. ep2: replicas share experts, and there are two copies of each expert. tp2-etp1: an
 # expert is complete on both tensor-parallel ranks. tp2-ep2-etp1: the experts are cut over tensor-parallel ranks alone.
 # tp2-ep2-etp2: two replicas have each expert once, in halves. ep2-etp2: the same of four replicas, without other cuts.
+# tp2-cp2-ep2-etp2: one replica, whose ranks cut rows, weights and experts.
 EXPERT_LAYOUTS = {
     "experts-tp1": Layout(1, 1, 1),
     "ep2": Layout(4, 1, 1, ep=2),
@@ -79,6 +80,7 @@ EXPERT_LAYOUTS = {
     "pp2-vp2-ep2": Layout(4, 1, 2, ep=2, pipeline={"virtual_pipeline_model_parallel_size": 2}),
     "pp2-vp2-cp2-ep2": Layout(4, 1, 2, cp=2, ep=2, pipeline={"virtual_pipeline_model_parallel_size": 2}),
     "ep2-etp2": Layout(4, 1, 1, ep=2, etp=2),
+    "tp2-cp2-ep2-etp2": Layout(4, 2, 1, True, recompute="full", cp=2, ep=2),
 }
 # Layouts that `make test` runs. Between them they cut weights, rows and batches in every way: over tensor-parallel
 # ranks, stages, chunks of uneven stages, replicas, context-parallel ranks, experts. `make test-all` runs all layouts.
