@@ -25,7 +25,8 @@ KINDS = {"one rank": (1, "zig-zag"), "zig-zag": (2, "zig-zag"), "contiguous": (2
 class Ranks:
     """The processes of one kind; they wait for a line before each step."""
 
-    def __init__(self, work: dict, *, ranks: int, pieces: str, cores: list[str]) -> None:
+    def __init__(self, work: dict, *, ranks: int, cores: list[str], script: Path = HERE) -> None:
+        """script: what each rank runs, with --worker; it answers each line on standard input with one line."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
@@ -36,14 +37,14 @@ class Ranks:
             path = f"{HERE.parents[1]}:{os.environ.get('PYTHONPATH', '')}"
             self.processes.append(
                 subprocess.Popen(
-                    ["taskset", "--cpu-list", cores[rank], sys.executable, HERE, "--worker"],
+                    ["taskset", "--cpu-list", cores[rank], sys.executable, script, "--worker"],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     text=True,
                     env=os.environ | {key: str(value) for key, value in place.items()} | {"PYTHONPATH": path},
                 )
             )
-        self.ask(json.dumps(work | {"ranks": ranks, "pieces": pieces}))
+        self.ask(json.dumps(work | {"ranks": ranks}))
 
     def ask(self, line: str) -> list[str]:
         """The answers of all ranks. SystemExit: a rank has ended."""
@@ -128,6 +129,22 @@ def make_model(folder: Path, *, tokens: int) -> None:
     Qwen3ForCausalLM(config).save_pretrained(folder)
 
 
+def compare(kinds: dict[str, Ranks], *, rounds: int) -> None:
+    """Prints the median seconds of a step of each kind, in alternating rounds, and their ratio to the first kind."""
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    for number in range(rounds + 1):
+        for name, ranks in kinds.items():
+            took = ranks.step()
+            times[name] += [took] if number else []  # the first round is warm-up
+    for ranks in kinds.values():
+        ranks.end()
+    first = next(iter(times))
+    print(f"| | s a step | / {first} |\n|---|---:|---:|")
+    for name, found in times.items():
+        median = statistics.median(found)
+        print(f"| {name} | {median:.2f} | {median / statistics.median(times[first]):.2f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {"tokens": 4096, "response": 256, "rounds": 5}.items():
@@ -143,18 +160,8 @@ def main() -> None:
         make_model(Path(folder), tokens=options.tokens)
         work = {"model": folder, "tokens": options.tokens, "response": options.response}
         cores = options.cores.split(",")
-        kinds = {name: Ranks(work, ranks=n, pieces=pieces, cores=cores) for name, (n, pieces) in KINDS.items()}
-        times: dict[str, list[float]] = {name: [] for name in kinds}
-        for number in range(options.rounds + 1):
-            for name, ranks in kinds.items():
-                took = ranks.step()
-                times[name] += [took] if number else []  # the first round is warm-up
-        for ranks in kinds.values():
-            ranks.end()
-    print("| | s a step | / one rank |\n|---|---:|---:|")
-    one = statistics.median(times["one rank"])
-    for name, found in times.items():
-        print(f"| {name} | {statistics.median(found):.2f} | {statistics.median(found) / one:.2f} |")
+        kinds = {n: Ranks(work | {"pieces": pieces}, ranks=r, cores=cores) for n, (r, pieces) in KINDS.items()}
+        compare(kinds, rounds=options.rounds)
 
 
 if __name__ == "__main__":
