@@ -193,7 +193,7 @@ def _add_quickstart(quickstart: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="gets model, problems, settings and the run; default: quickstart",
     )
-    quickstart.add_argument("--processes", type=int, default=4, metavar="N", help="number of ranks; default: 4")
+    quickstart.add_argument("--processes", type=int, default=4, metavar="N", help="ranks, a multiple of 4; default: 4")
     quickstart.add_argument("--dry-run", action="store_true", help="copy and check everything, and end")
     console = quickstart.add_mutually_exclusive_group()
     console.add_argument("--quiet", action="store_true", help="print only warnings and the final table")

@@ -1,6 +1,8 @@
 """`megatron-paint quickstart`: what it copies, what it runs, and when it refuses."""
 
 import filecmp
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -99,6 +101,26 @@ def test_it_trains_with_the_copied_settings(tmp_path, monkeypatch, capsys, given
     assert [name for name in ("dry_run", "quiet", "json") if getattr(options, name)] == flags
     out = capsys.readouterr().out
     assert out == "" if "json" in flags else f"megatron-paint train {options.config} --processes 4" in out
+
+
+@pytest.mark.parametrize("page", ["wheel.md", "guides/laptop.md"])
+def test_the_quickstarts_of_the_documents_start(page, tmp_path, monkeypatch):
+    """Every command with its numbers of ranks, up to the start of the ranks."""
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^megatron-paint (quickstart.*)", (ROOT / "docs" / page).read_text(), re.MULTILINE)
+    assert commands
+    for command in commands:
+        arguments = shlex.split(command.replace("/tmp/", f"{tmp_path}/"), comments=True)
+        assert main([*arguments, "--dry-run"]) == 0, command
+
+
+@pytest.mark.parametrize("preset", ["grpo", "opsd", "sft"])
+def test_the_second_line_of_a_baseline_is_its_command(preset, tmp_path):
+    copy_quickstart(tmp_path)
+    command = (tmp_path / f"{preset}.yaml").read_text().splitlines()[1].removeprefix("#")
+    assert shlex.split(command) == ["megatron-paint", "train", str(tmp_path / f"{preset}.yaml"), "--processes", "4"]
+    for page in ("wheel.md", "guides/laptop.md"):
+        assert "second line of each is" in (ROOT / "docs" / page).read_text()
 
 
 def test_a_current_folder_that_is_empty_stays_the_current_folder(tmp_path, monkeypatch):
