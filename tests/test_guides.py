@@ -207,6 +207,30 @@ def test_the_room_on_the_disk_that_a_guide_names(guide, tmp_path):
         assert "The exports stay and take 16 GB each." in text
 
 
+def test_the_memory_that_the_dry_run_prints(tmp_path):
+    model = folder_of(find_model("qwen3_8b")[1])  # its config.json
+    run_dry(next(each for each in commands("one_node.md") if each[0] == "init"), model, tmp_path)
+    save_files("one_node.md", tmp_path, model=model)
+    settings = load_settings(tmp_path / "my.yaml")
+    printed = "\n".join(make_plan(settings, processes=8, gpu_memory=80 * 10**9).lines(settings))
+    training, sampling = (re.search(rf"{kind} (\S+ GB) a rank", printed)[1] for kind in ("training", "sampling"))
+    said = f"({training} in training, and {sampling} in an evaluation with its long answers)"
+    assert said in " ".join((GUIDES / "one_node.md").read_text().split())
+
+
+def test_transformer_engine_is_built_for_the_torch_that_is_installed():
+    """Its part for PyTorch imports torch while it is built: the guides install both as the containers do."""
+    script = (ROOT / "examples" / "containers" / "install.sh").read_text()
+    tools = shlex.split(re.search(r"^    pip --upgrade pip (.*)$", script, re.MULTILINE)[1])
+    for guide in ("one_node.md", "slurm.md"):
+        before, install = re.search(r"^(.*)\n(.*\[gpu.*)$", (GUIDES / guide).read_text(), re.MULTILINE).groups()
+        assert shlex.split(install) == ["pip", "install", "--no-build-isolation", "-e", ".[gpu,tensorboard]"]
+        assert sorted(shlex.split(before)) == sorted(["pip", "install", "torch", *tools])
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for line in re.findall(r".*pip install.*\[gpu.*", page.read_text()):
+            assert "--no-build-isolation" in line, page
+
+
 def test_what_the_slurm_guide_changes_later(folder, model):
     """Its table names overrides for the command of step 4."""
     changes = re.findall(r"the command of step 4 with `([^`]+)` after `my.yaml`", (GUIDES / "slurm.md").read_text())

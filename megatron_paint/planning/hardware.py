@@ -29,7 +29,7 @@ def missing_for_engine() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device was found"
     if find_spec("transformer_engine") is None:
-        return "Transformer Engine is not installed (pip install 'megatron-paint[gpu]')"
+        return "Transformer Engine is not installed (pip install --no-build-isolation 'megatron-paint[gpu]')"
     return _import_error("transformer_engine.pytorch")
 
 
