@@ -77,7 +77,10 @@ def test_the_laptop_guide_s_files(tmp_path, monkeypatch, capsys):
     dry = [arguments for arguments in commands("laptop.md") if "--dry-run" in arguments]
     assert dry == [["train", "my.yaml", "--dry-run"]]
     assert main(dry[0]) == 0
-    assert "data       20 training problems, 240 held-out problems" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "data       20 training problems, 240 held-out problems" in printed
+    last = printed.splitlines()[-1]
+    assert f"The last line must be `{last}`." in (GUIDES / "laptop.md").read_text()
 
 
 @pytest.mark.long

@@ -100,6 +100,8 @@ def _check_and_print_plan(
         progress.note(line)
     for warning in inputs.warnings:
         progress.warn(warning)
+    if options.dry_run:
+        progress.note("dry run    no error was found; nothing was started")
     return inputs
 
 
