@@ -87,6 +87,22 @@ def test_the_script_refuses_what_it_does_not_know(arguments):
     assert "usage: install.sh" in done.stderr or "give the folder of the package" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("extras", "installed"), [(None, "[gpu,tensorboard]"), ("tensorboard", "[tensorboard]"), ("", "")]
+)
+def test_the_script_installs_the_extras_that_are_asked_for(tmp_path, extras, installed):
+    (tmp_path / "bin").mkdir()
+    for name in ("python", "megatron-paint"):
+        (tmp_path / "bin" / name).write_text('#!/bin/sh\necho "$@"\n')
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], "VENV": str(tmp_path)} | ({} if extras is None else {"EXTRAS": extras})
+    done = subprocess.run(
+        ["bash", SCRIPT, "package", "/source"], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].split()[-1] == f"/source{installed}"
+
+
 @pytest.mark.long
 def test_the_script_installs_a_command_that_runs(tmp_path):
     """Without CUDA and without an image: what the Dockerfile copies and runs after the system's packages."""

@@ -36,7 +36,8 @@ apex() {
 }
 
 package() {
-    NVTE_FRAMEWORK=pytorch pip --no-build-isolation "$1[${EXTRAS:-gpu,tensorboard}]"
+    extras=${EXTRAS-gpu,tensorboard}
+    NVTE_FRAMEWORK=pytorch pip --no-build-isolation "$1${extras:+[$extras]}"
     "$venv/bin/megatron-paint" --version
 }
 
