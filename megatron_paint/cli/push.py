@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.checkpoints.peft import ADAPTER_CONFIG, ADAPTER_FILE, MODEL_FILES
+from megatron_paint.checkpoints.run_state import RUN_STATE
 
 CARD, CONFIG = "README.md", "config.json"
 MANIFEST = "conversion.json"  # of convert; checkpoints/manifest.py has the name too, but imports torch
@@ -79,6 +80,8 @@ def _near(folder: Path) -> str:
     exports = sorted((folder / "hf").glob("step_*")) if folder.is_dir() else []
     if exports:
         return f": it is a run folder; give its newest export, {exports[-1]}"
+    if (folder / RUN_STATE).is_file():
+        return f": it is a checkpoint; export it first: megatron-paint convert to-hf {folder} NEW_FOLDER --base MODEL"
     return f": give a folder with {CONFIG} and safetensors files, or with {ADAPTER_CONFIG} and {ADAPTER_FILE}"
 
 

@@ -206,6 +206,11 @@ def test_what_is_no_export_is_refused(tmp_path, export):
     (export / "README.md").unlink()
     with pytest.raises(UserError, match="has no model card"):
         push.files_of(export)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_000100"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "run_state.json").write_text("{}")
+    with pytest.raises(UserError, match=r"it is a checkpoint; export it first: megatron-paint convert to-hf /"):
+        push.files_of(checkpoint)
 
 
 def test_the_hub_s_refusal_is_one_line(export, hub, capsys):
