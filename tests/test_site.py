@@ -143,6 +143,17 @@ def test_pages_in_a_browser_ask_this_site_alone(address):
 
 @pytest.mark.browser
 @pytest.mark.skipif(bool(missing()), reason=f"missing: {missing()}")
+def test_the_colours_follow_the_system(address):
+    """Also after the first visit, which stores the reader's palette."""
+    with chromium() as browser:
+        for scheme, palette in (("light", "default"), ("dark", "slate"), ("light", "default")):
+            browser.prefer(scheme)
+            browser.driver.get(address + "guides/laptop.html")
+            browser.wait(f"return document.body?.dataset.mdColorScheme === '{palette}'")
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(bool(missing()), reason=f"missing: {missing()}")
 @pytest.mark.parametrize(
     ("scheme", "palette"), [("light", "default"), pytest.param("dark", "slate", marks=pytest.mark.long)]
 )
