@@ -114,8 +114,8 @@ def test_the_quickstarts_of_the_documents_start(page, tmp_path, monkeypatch):
         assert main([*arguments, "--dry-run"]) == 0, command
 
 
-@pytest.mark.parametrize("preset", ["grpo", "opsd", "sft"])
-def test_the_second_line_of_a_baseline_is_its_command(preset, tmp_path):
+@pytest.mark.parametrize("preset", ["grpo", "opsd", "sft", "support"])
+def test_the_second_line_of_a_preset_is_its_command(preset, tmp_path):
     copy_quickstart(tmp_path)
     command = (tmp_path / f"{preset}.yaml").read_text().splitlines()[1].removeprefix("#")
     assert shlex.split(command) == ["megatron-paint", "train", str(tmp_path / f"{preset}.yaml"), "--processes", "4"]

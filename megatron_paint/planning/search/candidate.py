@@ -10,6 +10,7 @@ Recomputation = Literal["none", "selective", "full"]
 RECOMPUTATIONS: tuple[Recomputation, ...] = ("none", "selective", "full")
 VIRTUAL = (1, 2, 3, 4, 6, 8)  # chunks of a stage that are tried; ours
 CONTEXT = (1, 2, 4, 8, 16)  # context-parallel sizes that are tried; ours
+CONTEXT_TOKENS = 1024  # of the longest row, on a context-parallel rank; a smaller part is not tried; ours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,12 @@ class Candidate:
         """Replicas of each expert."""
         return self.tp * self.cp * self.dp // (self.ep * self.etp)
 
+    @property
+    def parts(self) -> int:
+        """What a layout has beyond data parallelism: the kinds of parallelism above 1, and what saves memory."""
+        sizes = (self.tp, self.pp, self.vpp, self.cp, self.ep, self.etp)
+        return sum(size > 1 for size in sizes) + self.balanced + (self.recompute != "none") + self.offload
+
     def layout_text(self) -> str:
         """The layout in one line, without sizes of 1."""
         sizes = [("TP", self.tp), ("PP", self.pp), ("VP", self.vpp), ("CP", self.cp), ("DP", self.dp)]
@@ -59,27 +66,38 @@ def divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def layouts(shape: ModelShape, *, gpus: int, gpus_per_node: int, searched: Collection[str]) -> Iterator[Candidate]:
+def context_sizes(longest: float) -> list[int]:
+    """The context-parallel sizes for rows of up to `longest` tokens: 1, and those that leave each rank long parts."""
+    return [size for size in CONTEXT if size == 1 or longest >= size * CONTEXT_TOKENS]
+
+
+def layouts(
+    shape: ModelShape, *, gpus: int, gpus_per_node: int, searched: Collection[str], context: Collection[int] = CONTEXT
+) -> Iterator[Candidate]:
     """Every way to lay `gpus` ranks out, without recomputation and offload.
 
-    searched: the names of the dimensions that may be above 1. A tensor-parallel group stays within a node. An expert is
-    complete on one rank or shared like the other layers. Sizes that do not fit the model are among the layouts: the
-    checks of the settings refuse them.
+    searched: the names of the dimensions that may be above 1. context: the sizes of context parallelism. A
+    tensor-parallel group stays within a node. An expert is complete on one rank or shared like the other layers. Sizes
+    that do not fit the model are among the layouts: the checks of the settings refuse them.
     """
+    context = context if "cp" in searched else (1,)
     for tp in divisors(min(gpus, gpus_per_node)):
         if gpus % tp == 0:
             for pp in divisors(gpus // tp):
                 if pp <= shape.num_layers + 2:
-                    yield from _of_stages(shape, tp=tp, pp=pp, rest=gpus // (tp * pp), searched=searched)
+                    rest = gpus // (tp * pp)
+                    yield from _of_stages(shape, tp=tp, pp=pp, rest=rest, searched=searched, context=context)
 
 
-def _of_stages(shape: ModelShape, *, tp: int, pp: int, rest: int, searched: Collection[str]) -> Iterator[Candidate]:
+def _of_stages(
+    shape: ModelShape, *, tp: int, pp: int, rest: int, searched: Collection[str], context: Collection[int]
+) -> Iterator[Candidate]:
     """The layouts with these stages. rest: ranks that context and data parallelism share."""
     for balanced in (False, True) if "balanced" in searched and pp > 1 else (False,):
         for vpp in VIRTUAL if "vpp" in searched and pp > 1 else (1,):
             if pp * vpp > shape.num_layers + 2 or (balanced and pp == 2 and vpp == 1):  # two stages have two ends
                 continue
-            for cp in CONTEXT if "cp" in searched else (1,):
+            for cp in context:
                 if rest % cp == 0:
                     known = Candidate(tp=tp, pp=pp, vpp=vpp, balanced=balanced, cp=cp, dp=rest // cp)
                     yield from _of_experts(shape, known, searched=searched)

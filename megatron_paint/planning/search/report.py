@@ -20,6 +20,7 @@ from megatron_paint.planning.search.as_settings import (
     settings_for,
     tree_for,
 )
+from megatron_paint.planning.search.candidate import CONTEXT, CONTEXT_TOKENS, context_sizes
 from megatron_paint.planning.search.question import relative
 from megatron_paint.planning.search.search import Found, Planned, Question
 from megatron_paint.planning.search.sizes import find_model, sizes_of
@@ -101,6 +102,8 @@ def not_searched_text(question: Question) -> str:
     dense = [each.title for each in DIMENSIONS if each.exists and each.experts and not question.shape.num_experts]
     parts = [f"{', '.join(missing)} (this version has no such setting)"] if missing else []
     parts += [f"{', '.join(dense)} (the model has no experts)"] if dense else []
+    if max(context_sizes(question.model().work.longest)) < max(CONTEXT):
+        parts.append(f"context parallelism with less than {CONTEXT_TOKENS:,} tokens of the longest row on a rank")
     return "; ".join([*parts, "tensor-parallel groups over several nodes"])
 
 

@@ -1,6 +1,7 @@
 """The search: every layout is checked and timed; memory is estimated in the order of time, until enough layouts fit."""
 
 import heapq
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,10 +19,12 @@ from megatron_paint.planning.search.as_settings import (
     settings_for,
     tree_for,
 )
-from megatron_paint.planning.search.candidate import Candidate, layouts, variants
+from megatron_paint.planning.search.candidate import Candidate, context_sizes, layouts, variants
 from megatron_paint.planning.search.machines import Machine
 from megatron_paint.planning.search.step_time import StepModel, StepTime
 from megatron_paint.planning.search.workload import Lengths, workload_of
+
+CLOSE = 1.01  # times that differ by less count as equal, and then the layout with fewer parts is better; ours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +82,7 @@ class Planned:
 class Found:
     """What the search found."""
 
-    ranked: list[Planned] = field(default_factory=list)  # those that fit, fastest first
+    ranked: list[Planned] = field(default_factory=list)  # those that fit, best first
     layouts: int = 0  # that were looked at
     refused: Counter[str] = field(default_factory=Counter)  # layouts, by the message that refuses them
     too_large: int = 0  # layouts that do not fit with any kind of recomputation and offload
@@ -88,15 +91,20 @@ class Found:
 
 
 def search(question: Question, *, top: int | None) -> Found:
-    """The `top` fastest layouts that fit; None: all of them.
+    """The `top` fastest layouts that fit; None: all of them. Among those of about the same time, the simplest is first.
 
     A layout is ranked once: with the recomputation and offload that are fastest among those that fit.
     """
     found, model = Found(), question.model()
     offloads = can_offload(question.settings)
-    queue: list[tuple[float, int, list[Candidate]]] = []
-    for number, layout in enumerate(_accepted(question, found)):
-        queue.append((model.step(layout).total, number, [layout]))
+    accepted = list(_accepted(question, found))
+    fastest = min((model.step(layout).total for layout in accepted), default=0.0)
+
+    def order(candidate: Candidate) -> tuple[int, int, float]:
+        seconds = model.step(candidate).total
+        return math.floor(math.log(seconds / fastest, CLOSE)), candidate.parts, seconds
+
+    queue = [(order(layout), number, [layout]) for number, layout in enumerate(accepted)]
     heapq.heapify(queue)
     while queue and (top is None or len(found.ranked) < top):
         _, number, (candidate, *others) = heapq.heappop(queue)
@@ -111,10 +119,10 @@ def search(question: Question, *, top: int | None) -> Found:
         if found.closest is None or planned.peak < found.closest.peak:
             found.closest = planned
         if candidate == _plain(candidate):
-            others = sorted(variants(candidate, offloads=offloads), key=lambda each: model.step(each).total)
+            others = sorted(variants(candidate, offloads=offloads), key=order)
             others.remove(candidate)
         if others:
-            heapq.heappush(queue, (model.step(others[0]).total, number, others))
+            heapq.heappush(queue, (order(others[0]), number, others))
         else:
             found.too_large += 1
     found.slower = len(queue)
@@ -125,8 +133,8 @@ def _accepted(question: Question, found: Found) -> Iterator[Candidate]:
     """The layouts that the checks of a run accept; the others are counted."""
     shape, machine = question.shape, question.machine
     names = {dimension.name for dimension in searched_dimensions(shape)}
-    node = machine.gpu.gpus_per_node
-    for layout in layouts(shape, gpus=machine.gpus, gpus_per_node=node, searched=names):
+    node, context = machine.gpu.gpus_per_node, context_sizes(question.model().work.longest)
+    for layout in layouts(shape, gpus=machine.gpus, gpus_per_node=node, searched=names, context=context):
         found.layouts += 1
         message = refusal(settings_for(question.settings, layout, shape), shape, gpus=machine.gpus)
         if message is None:

@@ -30,6 +30,12 @@ class Workload:
     logit_sets: int  # distributions over the vocabulary in the loss
 
     @property
+    def longest(self) -> float:
+        """Tokens of the longest row."""
+        prompt = max(self.prompt, self.teacher_prompt if self.teacher_passes else 0)
+        return prompt + (self.new_tokens or self.response)
+
+    @property
     def trained_tokens(self) -> float:
         """Tokens of all sequences of the student."""
         return self.sequences * (self.prompt + self.response)

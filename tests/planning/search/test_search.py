@@ -17,7 +17,7 @@ from megatron_paint.planning.search.advice import nothing_fits
 from megatron_paint.planning.search.as_settings import refusal, settings_for
 from megatron_paint.planning.search.candidate import Candidate, layouts
 from megatron_paint.planning.search.question import with_changes
-from megatron_paint.planning.search.search import search
+from megatron_paint.planning.search.search import CLOSE, search
 from megatron_paint.planning.search.sizes import find_model, folder_of
 from megatron_paint.planning.search.workload import Lengths, workload_of
 from tests.planning.search.asked import ask, only_tensor_and_pipeline, with_memory
@@ -83,11 +83,11 @@ def test_a_file_over_a_preset_has_the_planned_settings(size, preset, changes, tm
 
 
 def test_fp8_is_faster_and_keeps_copies_of_the_weights():
-    """Products of many rows take less time; 2 bytes for each weight of the 64 layers' matrices, at TP 4."""
+    """Products of many rows take less time; 2 bytes for each weight of the 64 layers' matrices, over TP."""
     plain, fp8 = (search(ask("qwen3_32b", 32, lora=64, fp8=recipe), top=1).ranked[0] for recipe in (None, "blockwise"))
     assert fp8.time.phases["student"].products < 0.8 * plain.time.phases["student"].products
     assert fp8.candidate == plain.candidate
-    assert fp8.peak - plain.peak == 2 * 64 * 5120 * (2 * 8192 + 2 * 1024 + 3 * 25600) / 4
+    assert fp8.peak - plain.peak == 2 * 64 * 5120 * (2 * 8192 + 2 * 1024 + 3 * 25600) / plain.candidate.tp
 
 
 def test_each_layout_is_counted_once():
@@ -100,10 +100,18 @@ def test_each_layout_is_counted_once():
     assert len(top.ranked) + top.too_large + top.slower + sum(top.refused.values()) == top.layouts
 
 
-def test_the_ranked_are_in_the_order_of_time():
-    seconds = [planned.time.total for planned in search(ask(model="qwen3_14b", gpus=16), top=None).ranked]
-    assert seconds == sorted(seconds)
-    assert len(seconds) > 3
+@pytest.mark.parametrize("model", ["qwen3_14b", "qwen3_30b_a3b"])
+def test_the_ranked_are_in_the_order_of_time_and_the_simplest_of_equal_times_is_first(model):
+    found = search(ask(model=model, gpus=16), top=None).ranked
+    assert len(found) > 3
+    seconds = [planned.time.total for planned in found]
+    for number, planned in enumerate(found):
+        assert planned.time.total <= CLOSE * min(seconds[number:])
+    for better, worse in pairwise(found):
+        if worse.time.total < better.time.total:
+            assert better.candidate.parts < worse.candidate.parts
+    first = [planned.candidate.parts for planned in found if planned.time.total < CLOSE * min(seconds)]
+    assert found[0].candidate.parts == min(first) < max(first)
 
 
 @pytest.mark.parametrize("engine", ["megatron", "vllm"])
@@ -114,7 +122,8 @@ def test_more_gpus_are_never_slower(engine):
         search(ask(gpus=gpus, sampling_gpus=gpus, **options), top=1).ranked[0].time.total
         for gpus in (8, 16, 32, 64, 128, 256, 512)
     ]
-    assert seconds == sorted(seconds, reverse=True)
+    for fewer, more in pairwise(seconds):
+        assert more <= CLOSE * fewer
 
 
 def test_more_memory_never_has_fewer_layouts():
@@ -127,7 +136,8 @@ def test_more_memory_never_has_fewer_layouts():
     for fewer, more in pairwise(fitting):
         assert fewer <= more
     assert len(fitting[-1]) > len(fitting[0])
-    assert seconds == sorted(seconds, reverse=True)
+    for fewer, more in pairwise(seconds):
+        assert more <= CLOSE * fewer
 
 
 @pytest.mark.parametrize("option", ["problems_per_step", "max_new_tokens", "prompt_tokens", "solution_tokens"])
