@@ -171,6 +171,13 @@ class RolloutSettings:
             source=f"ours; shortest_correct: {OASIS}",
         ),
     ] = "all"
+    grade: Annotated[
+        Flag,
+        setting(
+            "grade every response, also where nothing depends on its grade: metrics and report then tell right from "
+            "wrong. Every problem needs an answer. grpo grades anyway"
+        ),
+    ] = False
     max_new_tokens: Annotated[Count, setting("most tokens in a response", source=OPSD)] = 1024
     temperature: Annotated[Number, setting("sampling temperature; 0 is greedy", source=OPSD, ge=0)] = 1.1
     top_p: Annotated[
@@ -292,7 +299,7 @@ class EvaluationSettings:
 
 @settings_class
 class GradingSettings:
-    """How responses are graded: for GRPO, rollout.keep, data.order=adastar, evaluations and checks of solutions."""
+    """How responses are graded: for GRPO, rollout.grade, rollout.keep, data.order=adastar, evaluations and checks of solutions."""
 
     box_in_thought: Annotated[
         Literal["ignore", "count"],
@@ -421,7 +428,7 @@ class Settings:
         return replace(
             needs,
             samples_per_problem=rollout.samples_per_problem or needs.samples_per_problem,
-            graders=needs.graders or rollout.keep != "all" or self.data.order == "adastar",
+            graders=needs.graders or rollout.keep != "all" or rollout.grade or self.data.order == "adastar",
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 KEPT = "PAINT, OPSD with rollout.keep or peer_rollout"
 MIXTURE = "mixtures of experts"
-GRADED = f"GRPO; {KEPT}; all with data.order=adastar"
+GRADED = "GRPO; PAINT, OPSD with rollout.grade, rollout.keep or peer_rollout; all with data.order=adastar"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,12 +100,13 @@ def test_what_shows_nothing_may_be_set_for_other_objectives():
         ({"name": "opsd"}, {"samples_per_problem": 4}, 4, False, True),
         ({}, {"samples_per_problem": 4, "keep": "correct"}, 4, True, True),
         ({}, {"keep": "shortest_correct"}, 1, True, True),
+        ({"name": "opsd"}, {"grade": True}, 1, True, True),
         ({"reveal": PEERS}, {"samples_per_problem": 4}, 4, True, False),
         ({"reveal": {"view": "answer"}}, {}, 1, False, False),
         ({"name": "opsd", "reveal": {"solution": "other_example"}}, {}, 1, False, True),
         ({"name": "grpo"}, {}, 8, True, False),
         ({"name": "grpo"}, {"samples_per_problem": 4}, 4, True, False),
-        ({"name": "sft"}, {"samples_per_problem": 4}, 0, False, True),
+        ({"name": "sft"}, {"samples_per_problem": 4, "grade": True}, 0, False, True),
     ],
 )
 def test_needs(objective, rollout, samples, graders, solutions):

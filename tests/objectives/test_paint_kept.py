@@ -1,5 +1,6 @@
 """PAINT with several responses a problem: what is graded, kept, shown and trained on, by hand."""
 
+import dataclasses
 import math
 
 import pytest
@@ -129,6 +130,18 @@ def test_all_responses_without_grades(model):
     assert len({request.key for request in policy.requests}) == 9
     assert not {"reward/mean", "rollout/kept", "time/grade_s"} & set(metrics)
     assert {sample.correct for sample in result.samples} == {None}
+
+
+def test_grades_that_decide_nothing(model):
+    plain, _, untouched, *_ = step(model)
+    result, metrics, policy, graders, _ = step(model, grade=True)
+    assert graders.calls == 1
+    assert trained(policy) == trained(untouched)
+    assert [sample.correct for sample in result.samples] == [True, False, True, False, True, *[False] * 4]
+    assert [dataclasses.replace(sample, correct=None) for sample in result.samples] == list(plain.samples)
+    assert metrics["reward/mean"] == 3 / 9
+    assert "time/grade_s" in metrics
+    assert "rollout/kept" not in metrics
 
 
 def test_correct(model):
