@@ -357,11 +357,6 @@ def of_auxiliary_losses(
     if not megatron.has_auxiliary_loss:
         return
     name = "moe_aux_loss_coeff" if megatron.moe_aux_loss_coeff else "moe_z_loss_coeff"
-    if megatron.context_parallel_size > 1:
-        yield (
-            f"megatron.{name} was not tested with context_parallel_size above 1; leave {name} out, or set "
-            "context_parallel_size to 1"
-        )
     if model.lora is not None:
         yield f"megatron.{name} is a loss of the routers, which model.lora freezes: leave one of them out"
     if objective.needs.masker and objective.loss.elsewhere == "skip":

@@ -66,20 +66,23 @@ class MegatronSettings:
     moe_router_load_balancing_type: Annotated[
         Literal["none", "aux_loss"],
         setting(
-            "aux_loss: an auxiliary loss that balances the load of the experts within each micro-batch",
+            "aux_loss: an auxiliary loss that balances the load of the experts within each micro-batch of a replica",
             source=MEGATRON_NAME,
         ),
     ] = "none"
     moe_aux_loss_coeff: Annotated[
         Number,
         setting(
-            "coefficient of the auxiliary loss: a mean over all tokens of a step, prompts too", source=MEGATRON, ge=0
+            "coefficient of the auxiliary loss: a mean over all tokens of a step, prompts and padding too",
+            source=MEGATRON,
+            ge=0,
         ),
     ] = 0.0
     moe_z_loss_coeff: Annotated[
         Positive | None,
         setting(
-            "weight of the z-loss of a mixture's routers (mean square of log sum exp), which keeps their logits small",
+            "weight of the z-loss of a mixture's routers, which keeps their logits small: the mean square of log sum "
+            "exp over all tokens of a step, prompts and padding too",
             source=MEGATRON,
         ),
     ] = None
