@@ -299,7 +299,7 @@ class EvaluationSettings:
 
 @settings_class
 class GradingSettings:
-    """How responses are graded: for GRPO, rollout.grade, rollout.keep, data.order=adastar, evaluations and checks of solutions."""
+    """How responses are graded: in training, in evaluations and in checks of solutions."""
 
     box_in_thought: Annotated[
         Literal["ignore", "count"],
