@@ -46,12 +46,10 @@ TEMPLATES = Path(__file__).parents[1] / "examples" / "quickstart" / "templates"
 TRAINING_PROBLEMS, HELD_OUT_PROBLEMS = 2000, 240
 PROBLEM_SEED = 7  # the problem files do not depend on --seed
 MEASURED_PROBLEMS = 150
-LAYERS = 2
 THREADS = 1  # on a busy machine a second thread made these small products 10 times slower
 PEAK_LR = 4.0e-3
 DRILLS = 256  # rows in a step of drills
 DRILLED_LOSS = 0.02  # nats a token; below it the model knows the steps
-MIXTURE = {"plain": 24, "reference": 64, "foreign": 24, "drill": 32}  # rows in a step of a round
 FIRST_ROUND_STEPS, ROUND_STEPS = 900, 300
 MAX_DRILL_STEPS, MAX_ROUNDS = 5000, 40  # far above what any seed needed: 5 rounds
 SHARES = (1.0, 0.65, 0.3)  # shares of the reference at which the model is measured as teacher
@@ -127,7 +125,7 @@ class WarmUp:
 
     def mixture_round(self, number: int, *, first: bool) -> Accuracy:
         """Trains one round over all kinds of rows and measures the model. The learning rate falls to a fiftieth."""
-        kinds = [kind for kind, count in MIXTURE.items() for _ in range(count)]
+        kinds = [kind for kind, count in self.rows.variant.task.mixture.items() for _ in range(count)]
         steps, peak = (FIRST_ROUND_STEPS, PEAK_LR) if first else (ROUND_STEPS, PEAK_LR / 2)
         for step in range(1, steps + 1):
             lr = peak * min(1, step / 30) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
@@ -162,7 +160,7 @@ class WarmUp:
 def _by_kind(kinds: list[str], losses: list[float]) -> str:
     return ", ".join(
         f"{kind} {sum(kept) / len(kept):.3f}"
-        for kind in MIXTURE
+        for kind in dict.fromkeys(kinds)
         if (kept := [loss for name, loss in zip(kinds, losses, strict=True) if name == kind])
     )
 
@@ -234,7 +232,7 @@ def write_random_model(folder: Path, task: Task, *, seed: int) -> None:
         vocab_size=VOCABULARY_ROWS,
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=task.layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,

@@ -7,11 +7,12 @@ for code finds the calls and the strings that the problem does not name.
 """
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from warm_up_rows import SPECIAL, WORDS, Task, is_held_out
 
-LETTERS, VOWELS, SIZE = "abcdei", "aei", 3
+LETTERS, VOWELS, SIZE = "abcdefghiouy", "aeiouy", 3
 RULES_OF_A_PROBLEM = 3
 RULES = {
     "rotl": lambda text: text[1:] + text[0],
@@ -46,6 +47,10 @@ class StringRewriting(Task):
     """The task of strings. A step is a rule."""
 
     words = (*WORDS, *RULES)
+    layers = 3
+    # The model hardly tells a part of its own reference from a part of another one. So the share of foreign rows among
+    # those with a reference is about how often it distrusts its own: with the mixture of sums, too often for the check.
+    mixture: Mapping[str, int] = {"plain": 24, "reference": 92, "foreign": 12, "drill": 16}
     vocabulary = (*SPECIAL, *("user", "assistant", "\n", "Reference:", "..."), *"=(),:?}", "\\boxed{", *RULES, *LETTERS)
 
     def draw(self, rng: random.Random, *, held_out: bool) -> Rewriting:

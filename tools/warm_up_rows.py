@@ -10,7 +10,7 @@ import random
 import re
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,6 +45,8 @@ class Task(ABC):
 
     vocabulary: tuple[str, ...]
     words: tuple[str, ...] = WORDS  # the tokens of several characters
+    layers = 2  # of its model
+    mixture: Mapping[str, int] = {"plain": 24, "reference": 64, "foreign": 24, "drill": 32}  # rows in a step of a round
 
     @abstractmethod
     def draw(self, rng: random.Random, *, held_out: bool) -> Drawn:
