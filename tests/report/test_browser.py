@@ -139,6 +139,37 @@ def test_filters_sort_and_search(browser, report):
     is_clean(browser, asked=report.parent)
 
 
+def test_a_curve_leads_to_the_samples_of_a_step(browser, report):
+    browser.resize(1280, 900)
+    browser.open(report)
+    browser.wait("return document.querySelector('#curves .u-over')")
+    click = (
+        "const over = document.querySelector('#curves .u-over');"
+        "const { left, top, width } = over.getBoundingClientRect();"
+        "const at = (x) => ({ bubbles: true, clientX: left + x * width, clientY: top + 20, view: window });"
+        "const send = (kind, x) => over.dispatchEvent(new MouseEvent(kind, at(x)));"
+        "for (const x of arguments[0]) { send('mousemove', x); send('mousedown', x); send('mouseup', x);"
+        " send('click', arguments[1] ?? x); } if (arguments[0].length > 1) send('dblclick', 0.5);"
+    )
+    browser.run(click, [0.5, 0.5])  # a double click ends a zoom
+    browser.run(click, [0.5], 0.9)  # a zoom: pressed at the middle, released elsewhere
+    browser.run("return new Promise((done) => setTimeout(done, 600))")
+    assert browser.run("return document.body.dataset.view") == "overview"
+    browser.run(click, [0.5])
+    browser.wait("return document.body.dataset.view === 'samples'")
+    assert browser.text(".total") == "4 of 12 samples"
+    assert browser.run("return document.getElementById('filter-step-from').value") == "2"
+    # Without a mouse: the numbers of the plot.
+    show(browser, "overview")
+    browser.run("document.querySelector('#curves .numbers').open = true")
+    browser.wait("return document.querySelector('#curves .numbers table')")
+    browser.run("document.querySelectorAll('#curves .numbers button')[2].click()")
+    browser.wait("return document.body.dataset.view === 'samples'")
+    assert browser.run("return document.getElementById('filter-step-to').value") == "3"
+    browser.run("document.querySelector('.filters button').click()")
+    is_clean(browser, asked=report.parent)
+
+
 def test_a_sample_shows_what_was_hidden_found_and_selected(browser, report):
     browser.open(report)
     browser.run("location.hash = '#samples/0/2_0/1'")

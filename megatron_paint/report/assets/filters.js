@@ -43,6 +43,9 @@
     };
   };
 
+  // Removes all filters but one: the step.
+  paint.onlyStep = (step) => Object.assign(state, fresh(), { from: { step }, to: { step }, hits: null, search: state.search + 1 });
+
   paint.sortedBy = () => state.sort;
   paint.matching = () => {
     const { samples } = paint.data;

@@ -38,6 +38,12 @@
     if (name === "samples" && !location.hash.startsWith("#samples")) history.replaceState(null, "", "#samples");
   };
 
+  paint.showStep = (step) => {
+    paint.onlyStep(step);
+    drawn.delete("samples"); // its filters have other values
+    location.hash = "#samples";
+  };
+
   const follow = () => {
     const [name, run, page, place] = location.hash.slice(1).split("/");
     paint.show(name);

@@ -137,7 +137,9 @@
     if (!lines.length) return null;
     const log = state.scale === "log" || (state.scale === "auto" && plot.log);
     const meaning = plot.series.map((series) => paint.data.meanings[series.key]).filter(Boolean).join("\n");
-    return figure({ title: plot.title, unit: plot.unit, share: (plot.share || plot.zero) && !log, log, meaning }, steps, lines);
+    const share = (plot.share || plot.zero) && !log;
+    const open = paint.data.samples.run.length ? paint.showStep : null;
+    return figure({ title: plot.title, unit: plot.unit, share, log, meaning, open }, steps, lines);
   };
 
   const faint = (stroke) => `${stroke}59`; // with 35 % opacity

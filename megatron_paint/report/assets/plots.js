@@ -9,6 +9,8 @@
   const HEIGHT = 190;
   const SMALLEST = 1e-12;
   const FEW = 30; // steps whose values are drawn as points
+  const STILL = 4; // pixels between press and release of a click; a longer way is a zoom
+  const DOUBLE = 300; // milliseconds in which a second click makes a double click, which ends a zoom
   const drawn = new Set(); // plots that exist, to draw again in another theme or width
 
   const lineColor = (index) => color(`line-${index % LINES}`);
@@ -79,7 +81,8 @@
   };
 
   // lines: [{label, values, shown?, stroke, dash?, fill?}] over the same x. Returns a figure.
-  // options: title, unit, log, share, note, table (heads and rows, lazily), hooks, bars, y (function of lines)
+  // options: title, unit, log, share, note, table (heads and rows, lazily), hooks, bars, y (function of lines),
+  // open (what a click on a step does)
   const figure = (options, x, lines) => {
     const legend = el("ul", { class: "legend" });
     const entries = lines.map((line) => {
@@ -87,7 +90,7 @@
       legend.append(el("li", {}, swatch(line), el("span", { text: line.label }), value));
       return value;
     });
-    const place = el("div", { class: "plot" });
+    const place = el("div", { class: options.open ? "plot opens" : "plot" });
     place.style.height = `${options.height ?? HEIGHT}px`;
     const show = (index) => {
       lines.forEach((line, at) => {
@@ -123,6 +126,7 @@
       details,
     );
     if (options.meaning) made.querySelector("h3").title = options.meaning;
+    if (options.open) place.title = "A click lists the samples of the step.";
     show(null);
     const plot = { place, options, x, lines, show, uplot: null };
     drawn.add(plot);
@@ -138,8 +142,12 @@
 
   const numbersTable = (options, x, lines) => {
     const heads = [options.xName ?? "step", ...lines.map((line) => line.label)];
+    const first = (step) => {
+      if (!options.open) return String(step);
+      return el("button", { type: "button", class: "link", "aria-label": `samples of step ${step}`, onclick: () => options.open(step), text: String(step) });
+    };
     const rows = x.map((step, index) => [
-      String(step),
+      first(step),
       ...lines.map((line) => number((line.shown ?? line.values)[index])),
     ]);
     return paint.table(`${options.title}: numbers`, heads, rows, { numeric: heads.map((_, index) => index), stack: false });
@@ -190,6 +198,20 @@
       [plot.x, ...values],
       plot.place,
     );
+    if (options.open) openOnClick(plot);
+  };
+
+  const openOnClick = (plot) => {
+    const { over, cursor } = plot.uplot;
+    let pressed = 0;
+    let timer = 0;
+    over.addEventListener("mousedown", (event) => (pressed = event.clientX));
+    over.addEventListener("dblclick", () => clearTimeout(timer));
+    over.addEventListener("click", (event) => {
+      clearTimeout(timer);
+      if (Math.abs(event.clientX - pressed) > STILL || !isNumber(cursor.idx)) return;
+      timer = setTimeout(plot.options.open, DOUBLE, plot.x[cursor.idx]);
+    });
   };
 
   const xRange = (plot) => (uplot, low, high) => {
