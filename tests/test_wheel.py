@@ -55,7 +55,7 @@ def test_it_has_all_modules_and_examples(wheel):
     assert modules <= names
     presets = {path for path in (ROOT / "examples").glob("qwen3_*/*.yaml")}
     quickstart = {path for path in (ROOT / "examples" / "quickstart").rglob("*") if path.is_file()}
-    assert (len(presets), len(quickstart)) == (46, 15)
+    assert (len(presets), len(quickstart)) == (46, 16)
     examples = {f"megatron_paint/{path.relative_to(ROOT)}" for path in presets | quickstart}
     assert {name for name in names if name.startswith("megatron_paint/examples/")} == examples
     assert not any(name.startswith(("tests/", "examples/", "tools/")) for name in names)

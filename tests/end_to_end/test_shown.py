@@ -122,12 +122,20 @@ def test_replayed_rollouts_give_the_same_run(unbroken, tmp_path):
     assert same(weights_of_step(tmp_path / "run", 3), weights_of_step(run_dir, 3))
 
 
-def test_several_responses_without_grades(unbroken, tmp_path):
-    (line,) = train(tmp_path, tmp_path / "run", "run.steps=1")
+def test_several_responses_without_grades_and_with_grades_that_decide_nothing(unbroken, tmp_path):
+    plain, graded = tmp_path / "plain", tmp_path / "graded"
+    (line,) = train(tmp_path, plain, "run.steps=1", "rollout.grade=false")
     assert line["loss_tokens"] == line["num_tokens"]
     assert not {"reward/mean", "rollout/kept", "time/grade_s"} & set(line)
-    responses = [sample["response_ids"] for sample in samples_of(tmp_path / "run", 1)]
+    responses = [sample["response_ids"] for sample in samples_of(plain, 1)]
     assert responses == [sample["response_ids"] for sample in samples_of(unbroken[0], 1)]
+
+    (known,) = train(tmp_path, graded, "run.steps=1", "rollout.grade=true")
+    verdicts = [sample["correct"] for sample in samples_of(graded, 1)]
+    assert known["reward/mean"] == sum(verdicts) / len(verdicts)
+    assert 0 < known["reward/mean"] < 1
+    assert (known["loss"], known["grad_norm"]) == (line["loss"], line["grad_norm"])
+    assert same(weights_of_step(graded, 1), weights_of_step(plain, 1))
 
 
 @pytest.mark.parametrize("sharded", ["true", "false"])
