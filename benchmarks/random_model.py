@@ -3,8 +3,8 @@
 import torch
 
 
-def make_model(folder: str, *, vocabulary: int, layers: int) -> None:
-    """Writes a Hugging Face folder with hidden size 512 and tied embeddings."""
+def make_model(folder: str, *, vocabulary: int, layers: int, positions: int = 2048) -> None:
+    """Writes a Hugging Face folder with hidden size 512 and tied embeddings. positions: the longest row."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -18,7 +18,7 @@ def make_model(folder: str, *, vocabulary: int, layers: int) -> None:
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=64,
-        max_position_embeddings=2048,
+        max_position_embeddings=positions,
         tie_word_embeddings=True,
     )
     Qwen3ForCausalLM(config).save_pretrained(folder)
