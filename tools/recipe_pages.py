@@ -141,7 +141,7 @@ def _fastest(size: str, gpus: int) -> Iterator[tuple[str, ...]]:
         config = preset_file(size, "paint")
         question = question_of(Asked(model=size, gpus=count, gpu=GPU, config=config))
         best = search(question, top=1).ranked[0]
-        speed = question.model().work.trained_tokens / best.time.total / count
+        speed = question.work.trained_tokens / best.time.total / count
         times = (f"{best.time.total:.1f}", f"{best.time.rollout:.1f}", f"{speed:,.0f}")
         yield str(count), best.candidate.layout_text(), best.candidate.savings_text(), *times, _gb(best.peak)
 

@@ -113,15 +113,13 @@ def _check_lengths(settings: Settings, shape: ModelShape, lengths: Lengths, *, n
             f"--response-tokens={lengths.response:g} is above rollout.max_new_tokens={work.new_tokens}: lower it, or "
             "raise --max-new-tokens"
         )
-    prompt = int(max(work.prompt, work.teacher_prompt if work.teacher_passes else 0))
-    shown = "--prompt-tokens and --solution-tokens" if prompt > lengths.prompt else "--prompt-tokens"
-    tokens, what = work.new_tokens, f"rollout.max_new_tokens={work.new_tokens}"
-    if not tokens:
-        tokens, what = lengths.solution, f"--solution-tokens={lengths.solution}"
-    if prompt + tokens > shape.max_positions:
+    if work.longest > shape.max_positions:
+        prompt = int(work.longest_prompt)
+        shown = "--prompt-tokens and --solution-tokens" if prompt > lengths.prompt else "--prompt-tokens"
+        sampled, given = f"rollout.max_new_tokens={work.new_tokens}", f"--solution-tokens={lengths.solution}"
         raise UserError(
-            f"a prompt of {prompt:,} tokens ({shown}) and {what} need {prompt + tokens:,} positions, and {name} has "
-            f"{shape.max_positions:,}: lower one of them"
+            f"a prompt of {prompt:,} tokens ({shown}) and {sampled if work.new_tokens else given} need "
+            f"{int(work.longest):,} positions, and {name} has {shape.max_positions:,}: lower one of them"
         )
 
 

@@ -46,7 +46,7 @@ def lines(question: Question, found: Found) -> Iterator[str]:
 
 def _head(question: Question, found: Found) -> Iterator[str]:
     shape, machine, settings = question.shape, question.machine, question.settings
-    work, node = question.model().work, machine.gpus_on_node
+    work, node = question.work, machine.gpus_on_node
     experts = f", {shape.num_experts} experts, {shape.experts_per_token} a token" if shape.num_experts else ""
     yield (
         f"model      {question.name}: {shape.num_parameters:,} weights, {shape.num_layers} layers, "
@@ -102,7 +102,7 @@ def not_searched_text(question: Question) -> str:
     dense = [each.title for each in DIMENSIONS if each.exists and each.experts and not question.shape.num_experts]
     parts = [f"{', '.join(missing)} (this version has no such setting)"] if missing else []
     parts += [f"{', '.join(dense)} (the model has no experts)"] if dense else []
-    if max(context_sizes(question.model().work.longest)) < max(CONTEXT):
+    if max(context_sizes(question.work.longest)) < max(CONTEXT):
         parts.append(f"context parallelism with less than {CONTEXT_TOKENS:,} tokens of the longest row on a rank")
     return "; ".join([*parts, "tensor-parallel groups over several nodes"])
 
@@ -136,7 +136,7 @@ def _best(question: Question, planned: Planned) -> Iterator[str]:
     settings = settings_for(question.settings, planned.candidate, question.shape)
     machine = question.machine
     host = complete_estimate(settings, question.shape, gpus=machine.gpus, ranks_per_node=machine.gpus_on_node).host
-    speed = question.model().work.trained_tokens / planned.time.total / machine.gpus
+    speed = question.work.trained_tokens / planned.time.total / machine.gpus
     text = f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"
     yield f"time       of 1, {text} trained tokens/s a GPU:"
     for phase, seconds in planned.time.phases.items():
@@ -160,7 +160,7 @@ def _dropped(question: Question, found: Found) -> Iterator[str]:
         usable = size_text(question.usable)
         reasons.append(f"{_layouts(found.too_large)}: more than {usable}, with any recomputation and offload")
     if found.slower:
-        reasons.append(f"{_layouts(found.slower)}: slower than those above; their memory was not estimated")
+        reasons.append(f"{_layouts(found.slower)}: after those above in this order; their memory was not estimated")
     for number, reason in enumerate(reasons):
         yield f"{'left out' if number == 0 else '':10} {reason}"
 

@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from megatron_paint.planning.search.as_settings import (
 from megatron_paint.planning.search.candidate import Candidate, context_sizes, layouts, variants
 from megatron_paint.planning.search.machines import Machine
 from megatron_paint.planning.search.step_time import StepModel, StepTime
-from megatron_paint.planning.search.workload import Lengths, workload_of
+from megatron_paint.planning.search.workload import Lengths, Workload, workload_of
 
 CLOSE = 1.01  # times that differ by less count as equal, and then the layout with fewer parts is better; ours
 
@@ -53,13 +54,18 @@ class Question:
         """Bytes of a GPU that a rank may need."""
         return self.machine.gpu.memory * (1 - self.reserve)
 
+    @property
+    def work(self) -> Workload:
+        """What a step has to do."""
+        return workload_of(self.settings, self.lengths)
+
     def model(self) -> StepModel:
         """The times of this question."""
         return StepModel(
             settings=self.settings,
             shape=self.shape,
             gpu=self.machine.gpu,
-            work=workload_of(self.settings, self.lengths),
+            work=self.work,
             sampling_gpus=self.sampling_gpus,
         )
 
@@ -86,23 +92,27 @@ class Found:
     layouts: int = 0  # that were looked at
     refused: Counter[str] = field(default_factory=Counter)  # layouts, by the message that refuses them
     too_large: int = 0  # layouts that do not fit with any kind of recomputation and offload
-    slower: int = 0  # layouts that are slower than the ranked ones; their memory was not estimated
+    slower: int = 0  # layouts after the ranked ones in this order; their memory was not estimated
     closest: Planned | None = None  # of the layouts that do not fit, the one that needs least
 
 
 def search(question: Question, *, top: int | None) -> Found:
     """The `top` fastest layouts that fit; None: all of them. Among those of about the same time, the simplest is first.
 
-    A layout is ranked once: with the recomputation and offload that are fastest among those that fit.
+    A layout is ranked once: with the recomputation and offload that are best among those that fit.
     """
     found, model = Found(), question.model()
     offloads = can_offload(question.settings)
     accepted = list(_accepted(question, found))
-    fastest = min((model.step(layout).total for layout in accepted), default=0.0)
+
+    @cache
+    def seconds(candidate: Candidate) -> float:
+        return model.step(candidate).total
+
+    fastest = min(map(seconds, accepted), default=0.0)
 
     def order(candidate: Candidate) -> tuple[int, int, float]:
-        seconds = model.step(candidate).total
-        return math.floor(math.log(seconds / fastest, CLOSE)), candidate.parts, seconds
+        return math.floor(math.log(seconds(candidate) / fastest, CLOSE)), candidate.parts, seconds(candidate)
 
     queue = [(order(layout), number, [layout]) for number, layout in enumerate(accepted)]
     heapq.heapify(queue)
@@ -133,7 +143,7 @@ def _accepted(question: Question, found: Found) -> Iterator[Candidate]:
     """The layouts that the checks of a run accept; the others are counted."""
     shape, machine = question.shape, question.machine
     names = {dimension.name for dimension in searched_dimensions(shape)}
-    node, context = machine.gpu.gpus_per_node, context_sizes(question.model().work.longest)
+    node, context = machine.gpu.gpus_per_node, context_sizes(question.work.longest)
     for layout in layouts(shape, gpus=machine.gpus, gpus_per_node=node, searched=names, context=context):
         found.layouts += 1
         message = refusal(settings_for(question.settings, layout, shape), shape, gpus=machine.gpus)

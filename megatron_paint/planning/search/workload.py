@@ -30,10 +30,14 @@ class Workload:
     logit_sets: int  # distributions over the vocabulary in the loss
 
     @property
+    def longest_prompt(self) -> float:
+        """Tokens of the longest prompt: the teacher's, if it has one."""
+        return max(self.prompt, self.teacher_prompt if self.teacher_passes else 0)
+
+    @property
     def longest(self) -> float:
         """Tokens of the longest row."""
-        prompt = max(self.prompt, self.teacher_prompt if self.teacher_passes else 0)
-        return prompt + (self.new_tokens or self.response)
+        return self.longest_prompt + (self.new_tokens or self.response)
 
     @property
     def trained_tokens(self) -> float:
