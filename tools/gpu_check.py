@@ -178,7 +178,7 @@ def tests(sizes: Sizes) -> dict[str, Any]:
 
 
 def loss(sizes: Sizes) -> dict[str, Any]:
-    """Each variant in a command of its own, so that one that crashes costs only itself."""
+    """A command measures one variant. If a variant crashes, the others keep their figures."""
     rows = [measured_loss(variant, sizes) for variant in sizes.variants]
     if all("error" in row for row in rows):
         raise RuntimeError(rows[0]["error"])
@@ -398,7 +398,7 @@ def run_part(name: str, *, tiny: bool, limit: float) -> dict[str, Any]:
         os.killpg(process.pid, 9)
         process.communicate()
         found = {"status": "failed", "message": f"it took more than {limit:.0f} s"}
-    except KeyboardInterrupt:  # the terminal's signal does not reach the part's session
+    except KeyboardInterrupt:  # Ctrl-C does not reach the part: it has another session
         os.killpg(process.pid, 9)
         raise
     else:

@@ -48,8 +48,8 @@ class StringRewriting(Task):
 
     words = (*WORDS, *RULES)
     layers = 3
-    # The model hardly tells a part of its own reference from a part of another one. So the share of foreign rows among
-    # those with a reference is about how often it distrusts its own: with the mixture of sums, too often for the check.
+    # The model cannot tell whether a partial reference belongs to the problem. It guesses by the share of foreign rows
+    # among the rows with a reference. With the share that sums have, it ignores too many right references.
     mixture: Mapping[str, int] = {"plain": 24, "reference": 92, "foreign": 12, "drill": 16}
     vocabulary = (*SPECIAL, *("user", "assistant", "\n", "Reference:", "..."), *"=(),:?}", "\\boxed{", *RULES, *LETTERS)
 

@@ -65,7 +65,7 @@ def test_a_file_that_cannot_be_written_is_told_before_the_parts(tmp_path):
 
 
 def test_an_interrupt_ends_the_part(monkeypatch, tmp_path):
-    """The part has a session of its own, which Ctrl-C does not reach."""
+    """Ctrl-C does not reach the part, because it runs in another session."""
     part = tmp_path / "gpu_check.py"
     part.write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setattr(gpu_check, "__file__", str(part))

@@ -43,8 +43,9 @@
     };
   };
 
+  const clear = () => Object.assign(state, fresh(), { hits: null, search: state.search + 1 });
   // Removes all filters but one: the step.
-  paint.onlyStep = (step) => Object.assign(state, fresh(), { from: { step }, to: { step }, hits: null, search: state.search + 1 });
+  paint.onlyStep = (step) => Object.assign(clear(), { from: { step }, to: { step } });
 
   paint.sortedBy = () => state.sort;
   paint.matching = () => {
@@ -153,7 +154,7 @@
     const left = paint.data.samples.left_out.some(Boolean);
     const runs = paint.data.runs.map((run, index) => [String(index), run.name]);
     const reset = el("button", { type: "button", text: "Remove all filters", onclick: () => {
-      Object.assign(state, fresh(), { hits: null, search: state.search + 1 });
+      clear();
       paint.showSamples(document.getElementById("view-samples"));
       document.getElementById("search").focus();
     } });
