@@ -327,6 +327,31 @@ def of_megatron(megatron: MegatronSettings, optimizer: OptimizerSettings, model:
         )
 
 
+def of_replicas(megatron: MegatronSettings, model: ModelSettings, objective: ObjectiveSettings) -> Iterator[str]:
+    """How replicas share the optimiser's state and the weights of a step."""
+    instances = megatron.num_distributed_optimizer_instances
+    if instances > 1 and not megatron.use_distributed_optimizer:
+        yield (
+            f"megatron.num_distributed_optimizer_instances={instances} divides the replicas that share the optimiser's "
+            "state, and with megatron.use_distributed_optimizer=false none do: leave one of them out"
+        )
+    if not megatron.overlap_param_gather:
+        return
+    for name in ("use_distributed_optimizer", "overlap_grad_reduce"):
+        if not getattr(megatron, name):
+            yield f"megatron.overlap_param_gather needs megatron.{name}=true: set it, or leave overlap_param_gather out"
+    if objective.name != "sft":
+        yield (
+            f"megatron.overlap_param_gather=true gathers weights during the next pass of training, and objective.name="
+            f"{objective.name} reads them before it, to sample or to score: leave it out"
+        )
+    if model.lora is not None:
+        yield (
+            "megatron.overlap_param_gather=true gathers the trained weights while layers compute, and with model.lora "
+            "these are small adapters: leave it out"
+        )
+
+
 def of_pipeline(megatron: MegatronSettings) -> Iterator[str]:
     """Settings that divide the layers among pipeline stages. `planning/stages.py` compares them with the model."""
     counts = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")

@@ -211,6 +211,7 @@ def _contradictions(
         yield from contradictions.of_grpo(objective, rollout)
     yield from contradictions.of_optimizer(optimizer)
     yield from contradictions.of_megatron(megatron, optimizer, model)
+    yield from contradictions.of_replicas(megatron, model, objective)
     yield from contradictions.of_auxiliary_losses(megatron, model, objective)
     yield from offload.of_optimizer_state(megatron, optimizer, model)
     yield from offload.of_activation_offload(megatron)

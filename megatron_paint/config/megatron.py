@@ -92,9 +92,26 @@ class MegatronSettings:
     use_distributed_optimizer: Annotated[
         Flag, setting("shard the optimiser's state over data-parallel ranks", source=MEGATRON_NAME)
     ] = True
+    num_distributed_optimizer_instances: Annotated[
+        Count,
+        setting(
+            "groups of replicas that each hold the optimiser's state completely: weights are gathered within a group, "
+            "and gradients are summed over the groups by parts. 1: use_distributed_optimizer shards the state over all "
+            "replicas. Not measured on a GPU",
+            source=MEGATRON,
+        ),
+    ] = 1
     overlap_grad_reduce: Annotated[Flag, setting("reduce gradients while the backward pass runs", source=MEGATRON)] = (
         False
     )
+    overlap_param_gather: Annotated[
+        Flag,
+        setting(
+            "gather the new weights while the next forward pass runs; only for objective.name=sft, and with "
+            "overlap_grad_reduce. Not measured on a GPU",
+            source=MEGATRON,
+        ),
+    ] = False
     use_precision_aware_optimizer: Annotated[
         Flag,
         setting(

@@ -54,13 +54,6 @@ NOT_SUPPORTED = MappingProxyType(
         "megatron.pin_cpu_params": "is not supported: Megatron-Core always pins these weights",
         "megatron.cuda_graph_impl": _CUDA_GRAPHS,
         "megatron.enable_cuda_graph": _CUDA_GRAPHS,
-        "megatron.overlap_param_gather": (
-            "is not supported: teacher, sampling and export read the weights after each step, before a forward pass "
-            "of training would gather them"
-        ),
-        "megatron.num_distributed_optimizer_instances": (
-            "is not supported: megatron-core 0.16 needs a package for it that it does not install"
-        ),
         "megatron.reduce_scatter_with_fp32_accumulation": "is not needed: gradients are reduced in float32",
     }
 )

@@ -70,6 +70,7 @@ class ForwardPass:
         on_last_stage: Callable[[MicroBatch, Tensor], Result],
     ) -> list[Result]:
         """Forward alone, without gradients."""
+        self.stage.complete_weights()
         with torch.no_grad():
             return self._run(sequences, assignment, on_last_stage, forward_only=True)
 

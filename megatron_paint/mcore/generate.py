@@ -69,6 +69,7 @@ class MegatronSampler:
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParameters) -> list[Rollout]:
         """One rollout per request, in order, on every rank."""
+        self.stage.complete_weights()
         longest = [len(request.prompt_ids) + sampling.max_new_tokens for request in requests]
         mine = assign_replicas(longest, self.ranks.dp_cp_size)[self.ranks.dp_cp_rank]
         rollouts = self.generate_on_copy([requests[i] for i in mine], sampling)

@@ -23,7 +23,9 @@ def wrap_data_parallel(stage: Stage, megatron: MegatronSettings) -> list[Distrib
     """Each chunk in Megatron's wrapper; gradients are summed, then divided once by the global token count."""
     config = DistributedDataParallelConfig(
         use_distributed_optimizer=megatron.use_distributed_optimizer,
+        num_distributed_optimizer_instances=megatron.num_distributed_optimizer_instances,
         overlap_grad_reduce=megatron.overlap_grad_reduce,
+        overlap_param_gather=megatron.overlap_param_gather,
         grad_reduce_in_fp32=True,
     )
     wrapped = [
@@ -37,6 +39,18 @@ def wrap_data_parallel(stage: Stage, megatron: MegatronSettings) -> list[Distrib
         functions = [chunk.no_sync for chunk in wrapped]
         stage.config.no_sync_func = functions if len(functions) > 1 else functions[0]
     return wrapped
+
+
+def complete_weights(wrapped: list[DistributedDataParallel]) -> None:
+    """Gathers what a step with `megatron.overlap_param_gather` left on other replicas; all ranks call together.
+
+    Megatron gathers a layer's weights when a forward pass of training reaches the layer. Whatever else reads weights
+    calls this first.
+    """
+    for chunk in wrapped:
+        for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+            if group.param_gather_handle is not None or not group.param_gather_dispatched:
+                group.start_param_sync(force_sync=True)
 
 
 def make_optimizer(
@@ -59,6 +73,7 @@ def make_optimizer(
             bf16=dtype is torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=megatron.use_distributed_optimizer,
+            overlap_param_gather=megatron.overlap_param_gather,
             **_state_settings(megatron),
         )
         optimizer = get_megatron_optimizer(config, wrapped)

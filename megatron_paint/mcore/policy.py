@@ -30,7 +30,14 @@ from megatron_paint.mcore.collectives import gather_entries
 from megatron_paint.mcore.forward_pass import ForwardPass, LossResult
 from megatron_paint.mcore.fp8_emulation import without_fp8
 from megatron_paint.mcore.likely_tokens import likely_tokens
-from megatron_paint.mcore.optimizer import cosine, main_gradients, make_optimizer, take_step, wrap_data_parallel
+from megatron_paint.mcore.optimizer import (
+    complete_weights,
+    cosine,
+    main_gradients,
+    make_optimizer,
+    take_step,
+    wrap_data_parallel,
+)
 from megatron_paint.mcore.ranks import Ranks
 from megatron_paint.mcore.routing import RoutingCounts
 from megatron_paint.mcore.runner import ModelRunner
@@ -63,6 +70,8 @@ class MegatronPolicy(ModelRunner):
         self.before_change: Callable[[], None] = lambda: None
         megatron = settings.megatron
         self.wrapped = wrap_data_parallel(self.stage, megatron) if trained else self.stage.chunks
+        if trained and megatron.overlap_param_gather:
+            self.stage.complete_weights = partial(complete_weights, self.wrapped)
         self.optimizer = make_optimizer(self.wrapped, settings.optimizer, megatron) if trained else None
         taught = trained and settings.needs.teacher
         self.teacher = Teacher(
@@ -177,6 +186,7 @@ class MegatronPolicy(ModelRunner):
         return [merged[i] for i in range(len(sequences))]
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
+        self.stage.complete_weights()
         write = copy_checkpoint(folder, self.stage, self.optimizer, self.teacher, state, self.ranks)
         self.writer.start(write)
 
@@ -187,6 +197,7 @@ class MegatronPolicy(ModelRunner):
         return load_checkpoint(folder, self.stage, self.optimizer, self.teacher)
 
     def export(self, folder: Path, *, card: str | None = None) -> None:
+        self.stage.complete_weights()
         model = self.settings.model
         weights = StageWeights(self.stage, self.shape, self.ranks, model)
         if model.lora is not None and model.lora.export == "adapter":
@@ -275,6 +286,7 @@ class MegatronPolicy(ModelRunner):
         run, chunk_bytes = self.settings.run, self.settings.objective.chunk_bytes
 
         def score(batch: MicroBatch, student_NH: Tensor) -> LossResult[dict[int, SampleScore | NonFinite]]:
+            self.stage.complete_weights()  # the output layer's: the loss uses them, and no layer does
             rows = ResponseRows(
                 samples=tuple(samples[i] for i in batch.indices),
                 lengths=batch.lengths,

@@ -138,6 +138,7 @@ def start_ranks(megatron: MegatronSettings, *, hang_seconds: float | None = None
         context_parallel_size=megatron.context_parallel_size,
         expert_model_parallel_size=megatron.expert_model_parallel_size,
         expert_tensor_parallel_size=megatron.expert_tensor_parallel_size,
+        num_distributed_optimizer_instances=megatron.num_distributed_optimizer_instances,
         distributed_timeout_minutes=timeout // timedelta(minutes=1),
     )
     _seed_libraries()

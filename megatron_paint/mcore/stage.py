@@ -3,7 +3,7 @@
 Axes: T tokens of a call, H hidden size, V vocabulary (this rank's slice).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,8 @@ class Stage:
         # Base and YaRN of the rotary positions, for the records of checkpoints.
         yarn = vars(shape.yarn) if shape.yarn is not None else None
         self.rotary: dict[str, Any] = {"rope_theta": shape.rope_theta, "yarn": yarn}
+        # Gathers weights that the last step left on other replicas. Training itself needs it only for the output layer.
+        self.complete_weights: Callable[[], None] = lambda: None
 
     @property
     def tied(self) -> bool:

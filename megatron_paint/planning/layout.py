@@ -232,7 +232,22 @@ def data_parallel_size(processes: int, megatron: MegatronSettings) -> int:
             f"number of processes must be a multiple of {multiple} (nearest: --processes "
             f"{max(1, round(processes / multiple)) * multiple}), or set one of the two smaller"
         )
+    _check_instances(processes, megatron)
     return processes // replica
+
+
+def _check_instances(processes: int, megatron: MegatronSettings) -> None:
+    """UserError: the copies of the weights do not divide into the optimiser's instances."""
+    instances, stage = megatron.num_distributed_optimizer_instances, processes // megatron.pipeline_model_parallel_size
+    for what, ranks in (
+        ("the weights", megatron.tensor_model_parallel_size),
+        ("each expert", megatron.expert_parallel_ranks),
+    ):
+        if stage // ranks % instances:
+            raise UserError(
+                f"megatron.num_distributed_optimizer_instances={instances} does not divide the {stage // ranks} copies "
+                f"of {what} that {processes} processes have: set it to a divisor of this number, such as 1"
+            )
 
 
 def fewest_processes(megatron: MegatronSettings) -> int:

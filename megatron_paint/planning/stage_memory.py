@@ -176,7 +176,8 @@ class StageMemory:
         """The weights whose optimiser state this rank has."""
         experts, shards = self.weights.trained_experts, (1, 1)
         if self.settings.megatron.use_distributed_optimizer:
-            shards = (self.dp * self.cp, self.layout.expert_replicas)
+            instances = self.settings.megatron.num_distributed_optimizer_instances
+            shards = (self.dp * self.cp // instances, self.layout.expert_replicas // instances)
         return (self.weights.trained - experts) / shards[0] + experts / shards[1]
 
     def offloaded_bytes(self) -> float:

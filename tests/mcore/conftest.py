@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from tests.mcore import parity_cases as parity
-from tests.mcore.layouts import COVERING, EXPERT_LAYOUTS, LAYOUTS, PIPELINES
+from tests.mcore.layouts import COVERING, EXPERT_LAYOUTS, INSTANCES, LAYOUTS, PIPELINES
 
 HERE = Path(__file__).parent
-LEFT_OUT = {*LAYOUTS, *PIPELINES, *EXPERT_LAYOUTS}.difference(COVERING)
+LEFT_OUT = {*LAYOUTS, *PIPELINES, *INSTANCES, *EXPERT_LAYOUTS}.difference(COVERING)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -61,7 +61,9 @@ CASES = (
 
 
 def fits(case: Case, layout: Layout) -> bool:
-    """Adapters on experts need each expert complete on a rank."""
+    """Adapters on experts need each expert complete on a rank, and several instances a distributed optimiser."""
+    if layout.instances > 1 and not case.distributed_optimizer:
+        return False
     return not case.adapts_experts or (layout.etp or layout.tp) == 1
 
 

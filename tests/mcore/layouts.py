@@ -19,6 +19,7 @@ class Layout:
     etp: int | None = None
     pipeline: dict = field(default_factory=dict)  # what else says which layers a stage has
     layers: int = 4  # of the model
+    instances: int = 1  # of the distributed optimiser
 
     @property
     def copies(self) -> int:
@@ -37,6 +38,7 @@ class Layout:
             "sequence_parallel": self.sequence_parallel,
             "expert_model_parallel_size": self.ep,
             "expert_tensor_parallel_size": self.etp,
+            "num_distributed_optimizer_instances": self.instances,
             **recompute,
             **self.pipeline,
         }
@@ -65,6 +67,12 @@ PIPELINES = {
     # Two neighbours in a ring of three have the same parity, by which Megatron orders sends and receives.
     "pp3-vp2": Layout(3, 1, 3, pipeline={"pipeline_model_parallel_layout": "Et|t|t|tt|t|tL"}, layers=7),
 }
+# Replicas in two groups that each hold the optimiser's state completely.
+INSTANCES = {
+    "dp4-instances2": Layout(4, 1, 1, instances=2),
+    "tp2-cp2-instances2": Layout(4, 2, 1, True, cp=2, instances=2),
+    "pp2-vp2-dp2-instances2": Layout(4, 1, 2, pipeline={"virtual_pipeline_model_parallel_size": 2}, instances=2),
+}
 # Layouts of a mixture of experts. ep2: replicas share experts, and there are two copies of each expert. tp2-etp1: an
 # expert is complete on both tensor-parallel ranks. tp2-ep2-etp1: the experts are cut over tensor-parallel ranks alone.
 # tp2-ep2-etp2: two replicas have each expert once, in halves. ep2-etp2: the same of four replicas, without other cuts.
@@ -81,17 +89,18 @@ EXPERT_LAYOUTS = {
     "pp2-vp2-cp2-ep2": Layout(4, 1, 2, cp=2, ep=2, pipeline={"virtual_pipeline_model_parallel_size": 2}),
     "ep2-etp2": Layout(4, 1, 1, ep=2, etp=2),
     "tp2-cp2-ep2-etp2": Layout(4, 2, 1, True, recompute="full", cp=2, ep=2),
+    "ep2-instances2": Layout(4, 1, 1, ep=2, instances=2),
 }
 # Layouts that `make test` runs. Between them they cut weights, rows and batches in every way: over tensor-parallel
 # ranks, stages, chunks of uneven stages, replicas, context-parallel ranks, experts. `make test-all` runs all layouts.
 COVERING = (
-    *("tp1", "tp2-pp2-sp", "tp2-dp2", "tp2-cp2-sp", "pp2-vp2-uneven"),
+    *("tp1", "tp2-pp2-sp", "tp2-dp2", "tp2-cp2-sp", "pp2-vp2-uneven", "dp4-instances2"),
     *("experts-tp1", "tp2-ep2-etp1", "pp2-vp2-ep2"),
 )
 
 
 def layout_of(name: str) -> Layout:
-    return (LAYOUTS | PIPELINES | EXPERT_LAYOUTS)[name]
+    return (LAYOUTS | PIPELINES | INSTANCES | EXPERT_LAYOUTS)[name]
 
 
 def run_worker(module: str, layout: str, *arguments: str | Path) -> None:

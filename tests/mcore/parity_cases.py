@@ -44,6 +44,8 @@ class Case:
     loss: dict = field(default_factory=dict)  # beyond LOSS
     offload: bool = False  # the teacher's weights rest in host memory
     overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    bucket_size: int | None = None  # weights whose gradients are reduced together; None: Megatron's default, all
     grpo: dict | None = None  # settings of GRPO, which then takes the divergence's place
     importance_limit: float | None = None  # every second response was sampled by older weights
     num_samples: int = 5  # 1 leaves a data-parallel replica without any
@@ -168,6 +170,24 @@ CASES = (
     Case(name="lora-older-adam", tied=True, teacher="ema", optimizer="adam", lora=True, importance_limit=1.5),
     Case(name="yarn-ema-adam", tied=True, teacher="ema", optimizer="adam", yarn=True),
     Case(name="sft-tied-adam", tied=True, teacher="none", optimizer="adam"),
+    Case(
+        name="sft-distributed",
+        tied=True,
+        teacher="none",
+        optimizer="adam",
+        distributed_optimizer=True,
+        clip_grad=0.5,
+    ),
+    Case(
+        name="sft-overlapped-gather",
+        tied=False,
+        teacher="none",
+        optimizer="adam",
+        distributed_optimizer=True,
+        overlap_grad_reduce=True,
+        overlap_param_gather=True,
+        bucket_size=700,  # so the output layer has a bucket alone
+    ),
     Case(name="sft-lora-sgd", tied=False, teacher="none", optimizer="sgd", lora=True, lr=5e-2),
     Case(
         name="grpo-kl-sgd",
@@ -221,7 +241,7 @@ CASES = (
     ),
 )
 BY_NAME = {case.name: case for case in CASES}
-# What each layout of `layouts.PIPELINES` runs. Those with uneven stages train a deeper model.
+# What each layout of `layouts.PIPELINES` and `layouts.INSTANCES` runs. Those with uneven stages train a deeper model.
 AT_PIPELINES = {
     "pp2-vp2": (
         "full-tied-ema-adam",
@@ -231,6 +251,7 @@ AT_PIPELINES = {
         "lora-ema-sgd",
         "lora-current-distributed-adam",
         "sft-lora-sgd",
+        "sft-overlapped-gather",
         "grpo-kl-sgd",
     ),
     "tp2-pp2-vp2-sp": (
@@ -240,11 +261,25 @@ AT_PIPELINES = {
         "sft-tied-adam",
         "grpo-kl-sgd",
     ),
-    "pp2-vp2-dp2": ("full-tied-ema-adam", "full-current-distributed-adam", "full-one-sample"),
+    "pp2-vp2-dp2": (
+        "full-tied-ema-adam",
+        "full-current-distributed-adam",
+        "full-one-sample",
+        "sft-overlapped-gather",
+    ),
     "pp2-first4": ("full-tied-ema-adam", "lora-ema-sgd", "grpo-kl-sgd"),
     "pp4-ends": ("full-tied-ema-adam", "grpo-kl-sgd", "sft-tied-adam"),
     "pp2-vp2-uneven": ("full-tied-ema-adam", "lora-ema-sgd", "grpo-kl-sgd"),
     "pp3-vp2": ("full-tied-ema-adam", "lora-ema-sgd"),
+    "dp4-instances2": (
+        "full-current-distributed-adam",
+        "lora-current-distributed-adam",
+        "sft-distributed",
+        "sft-overlapped-gather",
+        "grpo-lora-kl-distributed",
+    ),
+    "tp2-cp2-instances2": ("full-current-distributed-adam", "sft-distributed", "sft-overlapped-gather"),
+    "pp2-vp2-dp2-instances2": ("full-current-distributed-adam", "sft-overlapped-gather"),
 }
 DEEP = 7  # layers
 DEEP_CASES = {
@@ -292,6 +327,7 @@ TOUCHING = {
         "lora-current-distributed-adam",
         "full-one-sample",
         "full-clip-skip",
+        "sft-overlapped-gather",
         "grpo-kl-sgd",
         "grpo-lora-kl-distributed",
         "grpo-one-sample",

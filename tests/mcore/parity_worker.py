@@ -2,9 +2,11 @@
 
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -22,7 +24,7 @@ from megatron_paint.config.settings import (
 )
 from megatron_paint.losses import InterpolationLossConfig
 from megatron_paint.losses.objectives import CrossEntropyLoss, DistillationLoss
-from megatron_paint.mcore import hf_checkpoint
+from megatron_paint.mcore import hf_checkpoint, optimizer
 from megatron_paint.mcore.hf_checkpoint import gathered_tensors, load_stage
 from megatron_paint.mcore.lora import adapters_of, named_expert_adapters
 from megatron_paint.mcore.policy import MegatronPolicy
@@ -71,6 +73,7 @@ def settings_of(case: parity.Case, folder: Path, megatron: dict) -> Settings:
             **megatron,
             use_distributed_optimizer=case.distributed_optimizer,
             overlap_grad_reduce=case.overlap_grad_reduce,
+            overlap_param_gather=case.overlap_param_gather,
         ),
     )
 
@@ -197,13 +200,19 @@ def accumulate(policy: MegatronPolicy, samples: list[Sample], loss) -> None:
 def run_case(case: parity.Case, folder: Path, out: Path, ranks, megatron: dict) -> None:
     settings = settings_of(case, folder, megatron)
     shape = read_shape(settings.model.hf_path)
-    policy = MegatronPolicy(settings, shape, ranks)
+    with pytest.MonkeyPatch.context() as patch:
+        if case.bucket_size is not None:
+            sized = partial(optimizer.DistributedDataParallelConfig, bucket_size=case.bucket_size)
+            patch.setattr(optimizer, "DistributedDataParallelConfig", sized)
+        policy = MegatronPolicy(settings, shape, ranks)
     load_stage(policy.stage, case.checkpoint(folder, "moved"), shape, ranks)
     set_adapters(policy)
     policy.optimizer.reload_model_params()
     if not case.lora:
         policy.teacher.follow()
     loss = CrossEntropyLoss(chunk_bytes=1e9)
+    if case.overlap_param_gather:
+        loss = AfterTheGather(policy)
     if case.grpo is not None:
         prompts = SimpleNamespace(tokenizer=SimpleNamespace(stop_ids=(0,)))
         source = RolloutSource(policy.sampler, prompts, settings.rollout, samples=2, seed=settings.run.seed)
@@ -233,10 +242,31 @@ def run_case(case: parity.Case, folder: Path, out: Path, ranks, megatron: dict) 
             result["norms"].append(report.grad_norm)
             result["metrics"].append(report.metrics)
             result["clipped"].append(sum(score.sums.get("clipped_ratios", 0.0) for score in report.scores))
+        if case.overlap_param_gather:
+            assert not any(group.param_gather_dispatched for group in bucket_groups(policy))
     policy.export(out / case.name)
     if ranks.rank == 0:
         torch.save(result, out / f"{case.name}.pt")
     assert bool(adapters_of(policy.stage)) == case.lora
+
+
+class AfterTheGather(CrossEntropyLoss):
+    """Cross entropy that fails if weights are still on their way, such as those of the output layer, which it reads."""
+
+    def __init__(self, policy: MegatronPolicy):
+        super().__init__(chunk_bytes=1e9)
+        self.policy = policy
+
+    def __call__(self, rows):
+        groups = bucket_groups(self.policy)
+        if self.policy.ranks.pp_size == 1:  # Megatron makes one group of all weights of a later stage
+            assert len(groups) > len(self.policy.wrapped)
+        assert all(group.param_gather_dispatched and group.param_gather_handle is None for group in groups)
+        return super().__call__(rows)
+
+
+def bucket_groups(policy: MegatronPolicy) -> list:
+    return [group for chunk in policy.wrapped for group in chunk.bucket_groups]
 
 
 class InfiniteGradient(DistillationLoss):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.mcore import parity_cases as parity
-from tests.mcore.layouts import LAYOUTS, PIPELINES, run_worker
+from tests.mcore.layouts import INSTANCES, LAYOUTS, PIPELINES, run_worker
 from tests.mcore.plain_runs import assert_equals_plain, plain_run
 
 
@@ -32,7 +32,7 @@ def outputs(checkpoints, tmp_path_factory):
 def at_all_layouts(names: Iterable[str], *, pipelines: bool = False) -> list:
     """(layout, case) for a test; `make test` leaves out the cases that do not touch a layout."""
     pairs = list(itertools.product(LAYOUTS, names))
-    pairs += [(layout, case.name) for layout in PIPELINES for case in parity.cases_at(layout) if pipelines]
+    pairs += [(layout, case.name) for layout in PIPELINES | INSTANCES for case in parity.cases_at(layout) if pipelines]
     marks = [() if parity.touches(*pair) else pytest.mark.long for pair in pairs]
     return [pytest.param(*pair, marks=mark, id="-".join(pair)) for pair, mark in zip(pairs, marks, strict=True)]
 

@@ -1,4 +1,4 @@
-"""Checkpoints between one stage, stages, stages of several chunks, uneven stages, and ranks that share rows.
+"""Checkpoints between one stage, stages, chunks, uneven stages, ranks that share rows, and groups of replicas.
 
 The next step is the same.
 """
@@ -30,6 +30,10 @@ BETWEEN = [  # written at, read at
     ("cp2-dp2", "cp2-dp2"),
     ("cp2-dp2", "pp2-vp2"),
     ("pp2-vp2-dp2", "tp2-cp2-sp"),
+    ("dp4-instances2", "dp4-instances2"),
+    ("dp4-instances2", "pp2-vp2"),
+    ("tp1", "dp4-instances2"),
+    ("pp2-vp2-dp2", "tp2-cp2-instances2"),
 ]
 
 

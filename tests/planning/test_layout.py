@@ -105,3 +105,33 @@ def test_layers_in_bfloat16_are_at_most_those_of_a_stage(end, tmp_path):
     for fitting in ({"num_layers_at_start_in_bf16": 3}, {f"num_layers_at_{end}_in_bf16": 4, "fp8": None}):
         assert check(tmp_path, pp=2, megatron=given | fitting).num_layers == 6
     assert check(tmp_path, megatron={**given, f"num_layers_at_{end}_in_bf16": 6}).num_layers == 6
+
+
+@pytest.mark.parametrize(
+    ("processes", "megatron", "told"),
+    [
+        (6, {"num_distributed_optimizer_instances": 4}, "=4 does not divide the 6 copies of the weights that 6 proc"),
+        (
+            8,
+            {
+                "tensor_model_parallel_size": 2,
+                "pipeline_model_parallel_size": 2,
+                "num_distributed_optimizer_instances": 4,
+            },
+            "=4 does not divide the 2 copies of the weights that 8 processes have: set it to a divisor of this number",
+        ),
+        (
+            8,
+            {"expert_model_parallel_size": 4, "num_distributed_optimizer_instances": 4},
+            "=4 does not divide the 2 copies of each expert that 8 processes have",
+        ),
+    ],
+)
+def test_instances_of_the_optimiser_divide_the_copies(processes, megatron, told):
+    with pytest.raises(UserError, match=told):
+        data_parallel_size(processes, MegatronSettings(**megatron))
+
+
+def test_copies_of_context_parallel_ranks_count():
+    megatron = MegatronSettings(context_parallel_size=2, num_distributed_optimizer_instances=4)
+    assert data_parallel_size(8, megatron) == 4

@@ -1,4 +1,4 @@
-"""The estimate against bytes that were really allocated: tiny models on CPUs, 15 layouts, every kind of training."""
+"""The estimate against bytes that were really allocated: tiny models on CPUs, 16 layouts, every kind of training."""
 
 import json
 from pathlib import Path
@@ -30,10 +30,12 @@ LAYOUTS = {  # processes, tensor parallel, pipeline parallel, context parallel, 
     "context 2": (2, 1, 1, 2, False),
     "pipeline 2, chunks": (2, 1, 2, 1, False),
     "pipeline 2, uneven": (2, 1, 2, 1, False),
+    "data 4, two instances": (4, 1, 1, 1, False),
 }
 MORE = {  # of the section megatron
     "pipeline 2, chunks": "virtual_pipeline_model_parallel_size: 2",
     "pipeline 2, uneven": "num_layers_in_first_pipeline_stage: 3",
+    "data 4, two instances": "num_distributed_optimizer_instances: 2",
 }
 PER_REPLICA = {"pipeline 2, chunks": 8}  # sequences, else 4: as many micro-batches as a stage may have at once
 
@@ -112,6 +114,7 @@ CASES = {
         ["full recompute", "lora"],
     ),
     "more of four replicas": ("data 4", False, ["full", "lora"]),
+    "two groups of replicas": ("data 4, two instances", False, ["full", "lora"]),
     "all weights": ("one process", False, ["full", "full selective", "full recompute"]),
     "teacher and type": ("one process", False, ["ema", "bfloat16"]),
     "adapters": ("one process", False, ["lora", "lora recompute"]),
