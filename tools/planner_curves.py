@@ -3,7 +3,7 @@
 Everything in it is the planner's model of time. Nothing was measured.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import matplotlib as mpl
@@ -30,7 +30,7 @@ def best(model: str, gpus: int) -> Found:
     return search(question_of(asked), top=1)
 
 
-def main(file: Path = FILE) -> None:
+def main(file: Path) -> None:
     """Computes the curves and writes the drawing."""
     figure, (seconds, shares) = plt.subplots(1, 2, figsize=(11, 4.6))
     found = {model: {gpus: best(model, gpus) for gpus in GPUS} for model in MODELS}
@@ -43,7 +43,7 @@ def main(file: Path = FILE) -> None:
     seconds.set(xscale="log", yscale="log", xlabel="GPUs that train (as many sample)", ylabel="seconds a step")
     seconds.set_xticks(GPUS, [str(gpus) for gpus in GPUS])
     seconds.set_title("The fastest layout that fits")
-    seconds.legend(loc="lower left", fontsize="small")
+    seconds.legend(loc="upper right", fontsize="small")
     points = {gpus: result.ranked[0].time for gpus, result in found["qwen3_32b"].items() if result.ranked}
     bottom = [0.0] * len(points)
     for kind, label in KINDS.items():
@@ -59,4 +59,6 @@ def main(file: Path = FILE) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].split(" `")[0])
+    parser.add_argument("file", metavar="FILE", nargs="?", type=Path, default=FILE, help="default: docs/planner.svg")
+    main(parser.parse_args().file)

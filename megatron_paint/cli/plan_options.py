@@ -14,6 +14,7 @@ def add_plan_options(plan: argparse.ArgumentParser) -> None:
     _add_work(plan)
     plan.add_argument("--top", type=int, default=10, metavar="K", help="layouts in the table; default: 10")
     plan.add_argument("--reserve", type=float, default=0.08, metavar="R", help="free fraction of memory; default: 0.08")
+    plan.add_argument("--no-offload", action="store_true", help="keep teacher and optimiser on the GPUs")
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.add_argument("--yaml", type=Path, metavar="FILE", help="write the settings of the fastest layout to this file")
     plan.add_argument("--slurm", action="store_true", help="also print the command that submits the fastest layout")

@@ -10,7 +10,6 @@ from megatron_paint.planning.search.question import with_changes
 from megatron_paint.planning.search.search import Found, Question, search
 
 LORA = 64  # rank of the presets
-OFFLOADED = ("optimizer_cpu_offload", "use_precision_aware_optimizer")  # the first needs the second
 REASONS = 3  # refusals that the message names
 
 
@@ -52,13 +51,11 @@ def _changes(question: Question) -> Iterator[tuple[str, Question]]:
         if search(changed, top=1).ranked:
             yield f"--gpus {gpus}", changed
             break
+    if not question.offload:
+        yield "without --no-offload", replace(question, offload=True)
     if settings.model.lora is None:
         with suppress(UserError):  # other settings may contradict adapters
             yield f"--lora {LORA}", with_changes(question, model_lora={"rank": LORA, "alpha": 2 * LORA})
-        if not settings.megatron.optimizer_cpu_offload:
-            with suppress(UserError):
-                changed = with_changes(question, **{f"megatron_{name}": True for name in OFFLOADED})
-                yield f"{' '.join(f'megatron.{name}=true' for name in OFFLOADED)} in --config", changed
     tokens = settings.data.micro_batch_tokens
     for part in (2, 4):
         if tokens // part >= settings.rollout.max_new_tokens or not settings.needs.samples_per_problem:

@@ -59,6 +59,7 @@ RECOMPUTE: Mapping[str, dict[str, Any]] = {
     "selective": {"recompute_granularity": "selective", "recompute_method": None, "recompute_num_layers": None},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
+OFFLOADED_OPTIMIZER = {"use_precision_aware_optimizer": True, "optimizer_cpu_offload": True}
 # Rules for the layers of stages that no candidate has. A settings file's layout is replaced.
 NOT_SEARCHED = (
     "num_layers_in_first_pipeline_stage",
@@ -90,6 +91,7 @@ def megatron_changes(candidate: Candidate, shape: ModelShape) -> dict[str, Any]:
             fits = used and (shape.num_experts or not dimension.experts)
             changes |= {name: value if fits else FIELDS[name].default for name in dimension.settings}
     changes |= {name: FIELDS[name].default for name in NOT_SEARCHED if name in FIELDS}
+    changes |= OFFLOADED_OPTIMIZER if candidate.optimizer_offload else {}
     return {**changes, "sequence_parallel": candidate.tp > 1, **RECOMPUTE[candidate.recompute]}
 
 
@@ -97,9 +99,11 @@ def settings_for(base: Settings, candidate: Candidate, shape: ModelShape) -> Set
     """The settings with the layout of a candidate. They are not checked."""
     megatron = dataclasses.replace(base.megatron, **megatron_changes(candidate, shape))
     teacher = base.objective.teacher
-    if candidate.offload == teacher.offload:
+    if candidate.teacher_offload == teacher.offload:
         return dataclasses.replace(base, megatron=megatron)
-    objective = dataclasses.replace(base.objective, teacher=dataclasses.replace(teacher, offload=candidate.offload))
+    objective = dataclasses.replace(
+        base.objective, teacher=dataclasses.replace(teacher, offload=candidate.teacher_offload)
+    )
     return dataclasses.replace(base, megatron=megatron, objective=objective)
 
 
@@ -115,8 +119,11 @@ def tree_for(tree: Mapping[str, Any], candidate: Candidate, shape: ModelShape) -
     changed = {name: value for name, value in changes.items() if name in shown or value != FIELDS[name].default}
     found["megatron"] = {**changed, **{name: value for name, value in given.items() if name not in changes}}
     teacher = (found.get("objective") or {}).get("teacher") or {}
-    if candidate.offload or "offload" in teacher:
-        found["objective"] = {**(found.get("objective") or {}), "teacher": {**teacher, "offload": candidate.offload}}
+    if candidate.teacher_offload or "offload" in teacher:
+        found["objective"] = {
+            **(found.get("objective") or {}),
+            "teacher": {**teacher, "offload": candidate.teacher_offload},
+        }
     return found
 
 
@@ -140,9 +147,20 @@ def refusal_of_tree(tree: Mapping[str, Any]) -> str | None:
     return None
 
 
-def can_offload(settings: Settings) -> bool:
+def can_offload_teacher(settings: Settings) -> bool:
     """Whether the teacher keeps a separate copy of weights. `teacher.offload` keeps such a copy in host memory."""
     return teacher_bytes(settings) > 0
+
+
+def can_offload_optimizer(settings: Settings) -> bool:
+    """Whether the search may move the optimiser to host memory: the settings allow it, and do not do it already.
+
+    With adapters its state is too small to matter.
+    """
+    megatron, model = settings.megatron, settings.model
+    if megatron.optimizer_cpu_offload or model.lora is not None:
+        return False
+    return megatron.use_distributed_optimizer and settings.optimizer.name == "adam" and model.dtype == "bfloat16"
 
 
 def phase_bytes(settings: Settings, shape: ModelShape, *, gpus: int) -> dict[str, float]:

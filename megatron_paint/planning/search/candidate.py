@@ -26,7 +26,8 @@ class Candidate:
     etp: int = 1  # expert tensor parallel: ranks that share each expert
     dp: int = 1  # data parallel: replicas
     recompute: Recomputation = "none"
-    offload: bool = False  # the teacher's weights rest in host memory
+    teacher_offload: bool = False  # the teacher's weights rest in host memory
+    optimizer_offload: bool = False  # the optimiser's state is in host memory, and its step on the CPU
 
     @property
     def gpus(self) -> int:
@@ -42,7 +43,8 @@ class Candidate:
     def parts(self) -> int:
         """What a layout has beyond data parallelism: the kinds of parallelism above 1, and what saves memory."""
         sizes = (self.tp, self.pp, self.vpp, self.cp, self.ep, self.etp)
-        return sum(size > 1 for size in sizes) + self.balanced + (self.recompute != "none") + self.offload
+        savings = (self.recompute != "none", self.teacher_offload, self.optimizer_offload)
+        return sum(size > 1 for size in sizes) + self.balanced + sum(savings)
 
     def layout_text(self) -> str:
         """The layout in one line, without sizes of 1."""
@@ -57,7 +59,8 @@ class Candidate:
     def savings_text(self) -> str:
         """What saves memory, in one line; "-" if nothing does."""
         parts = [] if self.recompute == "none" else [f"{self.recompute} recomputation"]
-        parts += ["teacher on the host"] if self.offload else []
+        parts += ["teacher on the host"] if self.teacher_offload else []
+        parts += ["optimiser on the host"] if self.optimizer_offload else []
         return ", ".join(parts) or "-"
 
 
@@ -114,10 +117,11 @@ def _of_experts(shape: ModelShape, layout: Candidate, *, searched: Collection[st
                 yield replace(layout, ep=ep, etp=etp)
 
 
-def variants(layout: Candidate, *, offloads: bool) -> list[Candidate]:
-    """The layout with each kind of recomputation. offloads: also with the teacher in host memory."""
+def variants(layout: Candidate, *, teacher: bool, optimizer: bool) -> list[Candidate]:
+    """The layout with each kind of recomputation. teacher, optimizer: also with them in host memory, these last."""
     return [
-        replace(layout, recompute=recompute, offload=offload)
-        for offload in ((False, True) if offloads else (False,))
+        replace(layout, recompute=recompute, teacher_offload=teacher_offload, optimizer_offload=optimizer_offload)
+        for optimizer_offload in ((False, True) if optimizer else (False,))
+        for teacher_offload in ((False, True) if teacher else (False,))
         for recompute in RECOMPUTATIONS
     ]

@@ -15,12 +15,13 @@ HALF_ROWS = 128
 # masks and long rows (arXiv 2407.08608); shorter rows reach less.
 ATTENTION = 0.45
 ATTENTION_BACKWARD = 2.5  # products of the backward pass over those of the forward pass (arXiv 2307.08691)
-# Bytes/s of operations that only read and write, and of links. Ours; NVLink's and the network's are usual values of
-# nccl-tests for large messages.
+# Bytes/s of operations that only read and write, of links, and of Adam in host memory. Ours; NVLink's and the network's
+# are usual values of nccl-tests for large messages.
 HBM = 0.80
 NVLINK = 0.75
 NETWORK = 0.75
 HOST = 0.70
+HOST_MEMORY = 0.50
 # Seconds that a collective takes in addition to its bytes. Ours.
 LATENCY = {"nvlink": 10e-6, "network": 50e-6}
 # Seconds in which the host starts the kernels of a dense layer and of one with experts, by what samples or trains. A

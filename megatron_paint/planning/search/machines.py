@@ -27,6 +27,7 @@ class Gpu:
     nvlink: Annotated[Positive, setting("bytes/s to the GPUs of the same node")]
     network: Annotated[Positive, setting("bytes/s to the GPUs of other nodes")]
     host: Annotated[Positive, setting("bytes/s to host memory")]
+    host_memory: Annotated[Positive, setting("bytes/s of the memory of a node, divided by its GPUs")]
     gpus_per_node: Annotated[Count, setting("GPUs of a node")]
     source: Annotated[Text, setting("where the figures come from")]
     mxfp8: Annotated[Flag, setting("whether it computes MXFP8: compute capability 10.0 or higher")] = False
@@ -95,5 +96,5 @@ def _from_file(name: str) -> Gpu:
         key = ".".join(map(str, first["loc"])) or "the file"
         raise UserError(
             f"--gpu={name}: {key}: {first['msg']}; an entry needs memory, bf16, fp8, hbm, nvlink, network, host, "
-            "gpus_per_node and source (--gpu-list prints the known ones)"
+            "host_memory, gpus_per_node and source (--gpu-list prints the known ones)"
         ) from None

@@ -46,6 +46,7 @@ class Asked:
     engine: str | None = None
     sampling_gpus: int | None = None
     reserve: float = 0.08
+    no_offload: bool = False
 
 
 def question_of(asked: Asked) -> Question:
@@ -76,6 +77,7 @@ def question_of(asked: Asked) -> Question:
         lengths=lengths,
         reserve=asked.reserve,
         sampling_gpus=sampling_gpus,
+        offload=not asked.no_offload,
     )
 
 

@@ -10,11 +10,9 @@ from ruamel.yaml import YAML
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import read_tree
-from megatron_paint.config.settings import Settings
 from megatron_paint.planning.memory import size_text
 from megatron_paint.planning.search.as_settings import (
     DIMENSIONS,
-    can_offload,
     complete_estimate,
     searched_dimensions,
     settings_for,
@@ -75,25 +73,21 @@ def _head(question: Question, found: Found) -> Iterator[str]:
     if work.new_tokens:
         servers = f" servers on {question.sampling_gpus} GPUs of their own" if settings.rollout.engine == "vllm" else ""
         yield f"sampling   {settings.rollout.engine}{servers}"
-    if moved := offloaded_text(settings):
-        yield f"offloaded  {moved}: their memory counts, the time of their copies does not"
+    if settings.megatron.cpu_offloading:
+        yield "offloaded  megatron.cpu_offloading: its memory counts, the time of its copies does not"
     yield f"searched   {found.layouts} layouts: {searched_text(question)}"
     left_out = not_searched_text(question)
     if left_out:
         yield f"           not searched: {left_out}"
 
 
-def offloaded_text(settings: Settings) -> str:
-    """What the settings move to host memory at each step, which the model of times leaves out."""
-    names = ("optimizer_cpu_offload", "cpu_offloading")
-    return " and ".join(f"megatron.{name}" for name in names if getattr(settings.megatron, name))
-
-
 def searched_text(question: Question) -> str:
     """The dimensions that were searched."""
     names = [dimension.title for dimension in searched_dimensions(question.shape)]
-    teacher = ", and the teacher's weights on the GPU or the host" if can_offload(question.settings) else ""
-    return f"{', '.join(names)} and data parallel; each with recomputation none, selective, full{teacher}"
+    moved = ["the teacher's weights"] * question.offloads["teacher"]
+    moved += ["the optimiser's state"] * question.offloads["optimizer"]
+    places = f", and {' and '.join(moved)} on the GPU or the host" if moved else ""
+    return f"{', '.join(names)} and data parallel; each with recomputation none, selective, full{places}"
 
 
 def not_searched_text(question: Question) -> str:
@@ -158,7 +152,8 @@ def _dropped(question: Question, found: Found) -> Iterator[str]:
         reasons.append(f"{_layouts(sum(count for _, count in rest))}: {len(rest)} more reasons (--json lists them)")
     if found.too_large:
         usable = size_text(question.usable)
-        reasons.append(f"{_layouts(found.too_large)}: more than {usable}, with any recomputation and offload")
+        tried = "any recomputation and offload" if question.offload else "any recomputation"
+        reasons.append(f"{_layouts(found.too_large)}: more than {usable}, with {tried}")
     if found.slower:
         reasons.append(f"{_layouts(found.slower)}: after those above in this order; their memory was not estimated")
     for number, reason in enumerate(reasons):
@@ -180,7 +175,7 @@ def settings_text(question: Question, planned: Planned, *, config: Path | None, 
             changed["model"] = {"hf_path": name, **changed.get("model", {})}
         objective: dict[str, Any] = {"name": question.settings.objective.name}
         if "offload" in ((tree.get("objective") or {}).get("teacher") or {}):
-            objective["teacher"] = {"offload": planned.candidate.offload}
+            objective["teacher"] = {"offload": planned.candidate.teacher_offload}
         tree, head = {"base": relative(config, to=file), "objective": objective, **changed}, ""
     out = io.StringIO()
     writer = YAML()

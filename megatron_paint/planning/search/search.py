@@ -12,7 +12,8 @@ from typing import Any
 from megatron_paint.config.settings import Settings
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.search.as_settings import (
-    can_offload,
+    can_offload_optimizer,
+    can_offload_teacher,
     phase_bytes,
     refusal,
     refusal_of_tree,
@@ -20,7 +21,13 @@ from megatron_paint.planning.search.as_settings import (
     settings_for,
     tree_for,
 )
-from megatron_paint.planning.search.candidate import Candidate, context_sizes, layouts, variants
+from megatron_paint.planning.search.candidate import (
+    RECOMPUTATIONS,
+    Candidate,
+    context_sizes,
+    layouts,
+    variants,
+)
 from megatron_paint.planning.search.machines import Machine
 from megatron_paint.planning.search.step_time import StepModel, StepTime
 from megatron_paint.planning.search.workload import Lengths, Workload, workload_of
@@ -39,6 +46,7 @@ class Question:
     lengths: Lengths
     reserve: float  # fraction of a GPU's memory that must stay free
     sampling_gpus: int  # of vLLM's servers, beside those of the machine
+    offload: bool = True  # teacher and optimiser may move to host memory
 
     @property
     def name(self) -> str:
@@ -53,6 +61,14 @@ class Question:
     def usable(self) -> float:
         """Bytes of a GPU that a rank may need."""
         return self.machine.gpu.memory * (1 - self.reserve)
+
+    @property
+    def offloads(self) -> dict[str, bool]:
+        """What may move to host memory."""
+        return {
+            "teacher": self.offload and can_offload_teacher(self.settings),
+            "optimizer": self.offload and can_offload_optimizer(self.settings),
+        }
 
     @property
     def work(self) -> Workload:
@@ -102,7 +118,6 @@ def search(question: Question, *, top: int | None) -> Found:
     A layout is ranked once: with the recomputation and offload that are best among those that fit.
     """
     found, model = Found(), question.model()
-    offloads = can_offload(question.settings)
     accepted = list(_accepted(question, found))
 
     @cache
@@ -126,11 +141,13 @@ def search(question: Question, *, top: int | None) -> Found:
             else:
                 found.refused[message] += 1
             continue
-        if found.closest is None or planned.peak < found.closest.peak:
-            found.closest = planned
         if candidate == _plain(candidate):
-            others = sorted(variants(candidate, offloads=offloads), key=order)
-            others.remove(candidate)
+            choices = variants(candidate, **question.offloads)
+            leanest = choices[-len(RECOMPUTATIONS) :]  # everything that can be is in host memory
+            smallest = min((_planned(question, model, each) for each in leanest), key=lambda each: each.peak)
+            if found.closest is None or smallest.peak < found.closest.peak:
+                found.closest = smallest
+            others = sorted(choices[1:], key=order) if smallest.peak <= question.usable else []
         if others:
             heapq.heappush(queue, (order(others[0]), number, others))
         else:
@@ -154,7 +171,7 @@ def _accepted(question: Question, found: Found) -> Iterator[Candidate]:
 
 
 def _plain(candidate: Candidate) -> Candidate:
-    return replace(candidate, recompute="none", offload=False)
+    return replace(candidate, recompute="none", teacher_offload=False, optimizer_offload=False)
 
 
 def _planned(question: Question, model: StepModel, candidate: Candidate) -> Planned:

@@ -56,7 +56,12 @@ class StepModel:
             fp8=self.settings.megatron.fp8 is not None,
             lora_rank=None if lora is None else lora.rank,
         )
-        training = TrainingTime(layer=layer, overlap=self.settings.megatron.overlap_grad_reduce)
+        megatron = self.settings.megatron
+        training = TrainingTime(
+            layer=layer,
+            overlap=megatron.overlap_grad_reduce,
+            on_host=candidate.optimizer_offload or megatron.optimizer_cpu_offload,
+        )
         prompts, decoding, moved = self._rollout(layer)
         batch = self._batch(self.work.prompt)
         return StepTime(
@@ -87,7 +92,7 @@ class StepModel:
             found += work.teacher_passes * training.forward(self._batch(work.teacher_prompt))
         if work.initial_passes:
             found += work.initial_passes * training.forward(self._batch(work.prompt))
-        if training.layer.layout.offload:
+        if training.layer.layout.teacher_offload:
             found += training.copied_teacher()
         return found
 

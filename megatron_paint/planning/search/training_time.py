@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_paint.planning.search.efficiency import HOST, LOGIT_PASSES, OPTIMIZER_BYTES, OVERLAP
+from megatron_paint.planning.search.efficiency import HOST, HOST_MEMORY, LOGIT_PASSES, OPTIMIZER_BYTES, OVERLAP
 from megatron_paint.planning.search.layer_time import WIDTH, LayerTime
 from megatron_paint.planning.search.seconds import Seconds
 
@@ -35,6 +35,7 @@ class TrainingTime:
 
     layer: LayerTime
     overlap: bool  # gradients are reduced while the backward pass runs
+    on_host: bool = False  # the optimiser's state and its step
 
     @cached_property
     def stage_layers(self) -> tuple[float, ...]:
@@ -92,10 +93,13 @@ class TrainingTime:
         return gradients + groups.data.gather(shared * WIDTH) + groups.expert_data.gather(experts * WIDTH)
 
     def optimizer(self) -> Seconds:
-        """The update of the shard of a rank."""
+        """The update of the shard of a rank. On the host, float32 gradients go there and new weights come back."""
         shared, experts = self._trained
-        layout = self.layer.layout
+        layout, gpu = self.layer.layout, self.layer.gpu
         weights = shared / (layout.dp * layout.cp) + experts / layout.expert_dp
+        if self.on_host:
+            copied, stepped = 2 * FLOAT32 * weights, OPTIMIZER_BYTES * weights
+            return Seconds(host=copied / (gpu.host * HOST) + stepped / (gpu.host_memory * HOST_MEMORY))
         return Seconds(memory=self.layer.read(OPTIMIZER_BYTES * weights))
 
     def copied_teacher(self) -> Seconds:

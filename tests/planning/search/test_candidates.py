@@ -47,14 +47,15 @@ def test_experts_fill_the_ranks_of_a_stage():
 
 
 def test_variants():
-    found = variants(Candidate(tp=2), offloads=False)
+    found = variants(Candidate(tp=2), teacher=False, optimizer=False)
     assert [each.recompute for each in found] == ["none", "selective", "full"]
-    assert len(variants(Candidate(tp=2), offloads=True)) == 6
+    assert len(variants(Candidate(tp=2), teacher=True, optimizer=False)) == 6
+    assert len(set(variants(Candidate(tp=2), teacher=True, optimizer=True))) == 12
 
 
 def test_settings_of_a_candidate():
     base = ask(config=None).settings
-    settings = settings_for(base, Candidate(tp=4, pp=2, dp=2, recompute="full", offload=True), DENSE)
+    settings = settings_for(base, Candidate(tp=4, pp=2, dp=2, recompute="full", teacher_offload=True), DENSE)
     megatron = settings.megatron
     assert (megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size) == (4, 2)
     assert megatron.sequence_parallel
@@ -96,7 +97,7 @@ def test_a_dimension_is_switched_on_by_its_setting(monkeypatch):
 
 
 def test_texts():
-    layout = Candidate(tp=2, pp=4, vpp=2, dp=8, ep=16, balanced=True, recompute="full", offload=True)
+    layout = Candidate(tp=2, pp=4, vpp=2, dp=8, ep=16, balanced=True, recompute="full", teacher_offload=True)
     assert layout.layout_text() == "TP 2 x PP 4 x VP 2 x DP 8, EP 16, ends count"
     assert layout.savings_text() == "full recomputation, teacher on the host"
     assert (Candidate().layout_text(), Candidate().savings_text()) == ("one rank", "-")

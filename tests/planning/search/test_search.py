@@ -3,6 +3,7 @@
 import re
 import time
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from megatron_paint.planning.layout import check_layout
 from megatron_paint.planning.memory import make_plan
 from megatron_paint.planning.search import as_settings, report
 from megatron_paint.planning.search.advice import nothing_fits
-from megatron_paint.planning.search.as_settings import refusal, settings_for
-from megatron_paint.planning.search.candidate import Candidate, layouts
+from megatron_paint.planning.search.as_settings import refusal, searched_dimensions, settings_for
+from megatron_paint.planning.search.candidate import Candidate, layouts, variants
 from megatron_paint.planning.search.question import with_changes
 from megatron_paint.planning.search.search import CLOSE, search
 from megatron_paint.planning.search.sizes import find_model, folder_of
@@ -23,7 +24,6 @@ from megatron_paint.planning.search.workload import Lengths, workload_of
 from tests.planning.search.asked import ask, only_tensor_and_pipeline, with_memory
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
-OFFLOADED = {"megatron_optimizer_cpu_offload": True, "megatron_use_precision_aware_optimizer": True}
 
 
 @pytest.mark.parametrize(
@@ -34,10 +34,11 @@ OFFLOADED = {"megatron_optimizer_cpu_offload": True, "megatron_use_precision_awa
         {"model": "qwen3_14b", "gpus": 16, "objective": "grpo", "max_new_tokens": 4096, "lora": 64},
         {"model": "qwen3_4b", "gpus": 8, "objective": "sft"},
         {"model": "qwen3_32b", "gpus": 64, "objective": "opsd", "engine": "vllm"},
+        {"model": "qwen3_32b", "gpus": 8},
         {"model": "qwen3_30b_a3b", "gpus": 16, "objective": "sft"},
         {"model": "qwen3_235b_a22b", "gpus": 32, "lora": 64},
     ],
-    ids=["lora", "full", "grpo", "sft", "vllm", "experts", "large"],
+    ids=["lora", "full", "grpo", "sft", "vllm", "offloaded", "experts", "large"],
 )
 def test_every_proposal_is_accepted_and_has_the_memory_of_the_dry_run(options, tmp_path):
     """Its settings file is read; `check_layout` accepts it; `--dry-run` finds the same peak, over all stages."""
@@ -79,7 +80,7 @@ def test_a_file_over_a_preset_has_the_planned_settings(size, preset, changes, tm
         settings = load_settings(file, [f"model.hf_path={folder_of(question.shape)}"])
         assert settings == settings_for(question.settings, planned.candidate, question.shape)
         assert (settings.megatron.recompute_granularity or "none") == planned.candidate.recompute
-        assert settings.objective.teacher.offload is planned.candidate.offload
+        assert settings.objective.teacher.offload is planned.candidate.teacher_offload
 
 
 def test_fp8_is_faster_and_keeps_copies_of_the_weights():
@@ -184,23 +185,66 @@ def test_refusals_are_those_of_the_settings(monkeypatch):
 
 
 def test_nothing_fits():
-    """32B with all weights on one node: the error names the closest layout, and what helps."""
-    question = ask(model="qwen3_32b", gpus=8)
+    """32B with all weights on 8 small GPUs: the error names the closest layout, and what helps."""
+    question = with_memory(ask(model="qwen3_32b", gpus=8), 36e9)
     found = search(question, top=3)
     assert not found.ranked
     text = str(nothing_fits(question, found))
+    closest = "the closest, .* with full recomputation, teacher on the host, optimiser on the host"
     assert re.search(
-        r"^no layout fits on 8 x h100-80: the closest, .*, needs [\d.]+ GB a GPU \(phase \w+\), and 73\.6 GB", text
+        rf"^no layout fits on 8 x h100-80: {closest}, needs [\d.]+ GB a GPU \(phase \w+\), and 33\.1 GB", text
     )
     assert "--lora 64 (" in text
-    offloaded = "megatron.optimizer_cpu_offload=true megatron.use_precision_aware_optimizer=true"
-    assert f"{offloaded} in --config (" in text
-    assert search(with_changes(question, **OFFLOADED), top=1).ranked
     more = int(re.search(r"--gpus (\d+) \(", text)[1])
-    assert search(ask(model="qwen3_32b", gpus=more), top=1).ranked
-    assert not search(ask(model="qwen3_32b", gpus=more // 2), top=1).ranked
+    assert search(with_memory(ask(model="qwen3_32b", gpus=more), 36e9), top=1).ranked
+    assert not search(with_memory(ask(model="qwen3_32b", gpus=more // 2), 36e9), top=1).ranked
     least = min(planned.peak for planned in search(with_memory(question, 1e13), top=None).ranked)
     assert found.closest.peak <= least
+
+
+def test_the_search_finds_every_layout_that_fits_in_its_best_variant():
+    """32B with all weights on 8 GPUs fits only with the optimiser in host memory."""
+    question = ask(model="qwen3_32b", gpus=8)
+    model, best = question.model(), {}
+    names = [dimension.name for dimension in searched_dimensions(question.shape)]
+    for layout in layouts(question.shape, gpus=8, gpus_per_node=8, searched=names, context=(1,)):
+        if refusal(settings_for(question.settings, layout, question.shape), question.shape, gpus=8) is not None:
+            continue
+        for variant in variants(layout, teacher=True, optimizer=True):
+            settings = settings_for(question.settings, variant, question.shape)
+            memory = as_settings.phase_bytes(settings, question.shape, gpus=8)
+            if max(memory.values()) <= question.usable:
+                assert variant.optimizer_offload
+                best[layout] = min(best.get(layout, float("inf")), model.step(variant).total)
+    found = search(question, top=None).ranked
+    plain = {"recompute": "none", "teacher_offload": False, "optimizer_offload": False}
+    assert {replace(planned.candidate, **plain) for planned in found} == best.keys()
+    for planned in found:
+        assert planned.time.total <= CLOSE * best[replace(planned.candidate, **plain)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "searched"),
+    [
+        ({}, True),
+        ({"optimizer_name": "sgd", "megatron_use_distributed_optimizer": False}, False),
+        ({"megatron_optimizer_cpu_offload": True, "megatron_use_precision_aware_optimizer": True}, False),
+        ({"model_lora": {"rank": 8, "alpha": 16}}, False),
+    ],
+)
+def test_when_the_optimiser_may_move_to_the_host(changes, searched):
+    question = with_changes(ask(), **changes)
+    assert as_settings.can_offload_optimizer(question.settings) is searched
+    assert ("the optimiser's state" in report.searched_text(question)) is searched
+
+
+def test_nothing_moves_to_the_host_if_it_may_not():
+    question = ask(model="qwen3_32b", gpus=8, no_offload=True)
+    found = search(question, top=1)
+    assert not found.ranked
+    assert "on the host" not in found.closest.candidate.savings_text()
+    assert "without --no-offload (" in str(nothing_fits(question, found))
+    assert "on the GPU or the host" not in report.searched_text(question)
 
 
 def test_the_passes_of_an_objective():
