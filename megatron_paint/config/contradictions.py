@@ -37,6 +37,16 @@ def of_data(data: DataSettings, objective: ObjectiveSettings) -> Iterator[str]:
         )
 
 
+def of_lengths(data: DataSettings, rollout: RolloutSettings, objective: ObjectiveSettings) -> Iterator[str]:
+    if data.max_tokens is None or not objective.needs.samples_per_problem:
+        return
+    if data.max_tokens <= rollout.max_new_tokens:
+        yield (
+            f"data.max_tokens={data.max_tokens} counts prompt and response, and rollout.max_new_tokens="
+            f"{rollout.max_new_tokens} leaves no token for the prompt: raise max_tokens, or lower max_new_tokens"
+        )
+
+
 def of_reveal(reveal: RevealSettings) -> Iterator[str]:
     if reveal.rule == "fixed" and reveal.share is None:
         yield "objective.reveal.share is not set: rule=fixed shows this share of each solution; set it in [0, 1]"

@@ -63,6 +63,7 @@ def settings_of(tree: Mapping[str, Any]) -> Settings:
     _refuse(
         contradictions.of_views(objective, settings.data, settings.evaluation),
         contradictions.of_data(settings.data, objective),
+        contradictions.of_lengths(settings.data, settings.rollout, objective),
         contradictions.of_ahead(rollout, settings.data, objective),
         vllm_contradictions.of_hang(rollout, settings.run),
         profile.contradictions_of(settings.run.profile, steps=settings.run.steps),

@@ -109,6 +109,13 @@ class DataSettings:
     micro_batch_tokens: Annotated[
         Count, setting("most tokens in one micro-batch, padding included; a longer sequence is a micro-batch alone")
     ] = 16384
+    max_tokens: Annotated[
+        Count | None,
+        setting(
+            "most tokens of a problem's longest prompt together with its responses, or with the solution in SFT; a "
+            "longer problem is a bad row. null: the model's positions"
+        ),
+    ] = None
     on_bad_row: Annotated[
         Literal["error", "skip"], setting("at a bad row: stop, or leave the row out and count it")
     ] = "error"

@@ -8,10 +8,11 @@ from megatron_paint.records import Problem
 
 @dataclass(frozen=True, kw_only=True)
 class PromptLimit:
-    """How long a problem's prompts may be: the model's positions less the tokens of a response."""
+    """How long a problem's prompts may be: the tokens that a row may have, less those of a response."""
 
     length: Callable[[Problem], int]  # returns the tokens of a problem's longest prompt, without responses in it
-    positions: int  # of the model
+    positions: int  # tokens that a row may have: the model's positions, or fewer
+    chosen: bool = False  # `positions` is data.max_tokens, and the model has more
     response: int = 0  # most tokens of a response that follows the prompt
     setting: str = ""  # the key of the setting with `response`
     shown: int = 0  # responses that the prompt holds
@@ -26,14 +27,21 @@ class PromptLimit:
         return (self.positions - length) // (1 + self.shown)
 
     @property
+    def positions_text(self) -> str:
+        """The part of an error that names the limit."""
+        return f"data.max_tokens is {self.positions}" if self.chosen else f"the model has {self.positions} positions"
+
+    @property
     def shown_text(self) -> str:
         """The part of an error that tells that responses are shown."""
         return ", without the response that it shows" if self.shown else ""
 
     def message(self, length: int, *, source: str, where: str) -> str:
         """The error if the longest prompt leaves too few positions for the response, which is the setting's fault."""
+        needed = length + self.response * (1 + self.shown)
+        raised = f", or data.max_tokens to at least {needed}" if self.chosen else ""
         return (
             f"{self.setting}={self.response} is too large: the longest prompt of {source} has {length} tokens ({where})"
-            f"{self.shown_text}, and the model has {self.positions} positions; set {self.setting} to at most "
-            f"{self.longest_response(length)}"
+            f"{self.shown_text}, and {self.positions_text}; set {self.setting} to at most "
+            f"{self.longest_response(length)}{raised}"
         )

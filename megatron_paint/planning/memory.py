@@ -253,6 +253,9 @@ def _changes(settings: Settings, layout: Layout) -> Iterator[tuple[str, Settings
         full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
         text = " ".join(f"megatron.{name}={value}" for name, value in full.items())
         yield text, replace(settings, megatron=replace(megatron, **full)), ranks
+    if not settings.needs.samples_per_problem and micro_batch_tokens(settings, layout.shape) > data.micro_batch_tokens:
+        changed = replace(settings, data=replace(data, max_tokens=data.micro_batch_tokens))
+        yield f"data.max_tokens={data.micro_batch_tokens}", changed, ranks
     tokens = math.ceil(data.micro_batch_tokens / 2)
     changed = replace(settings, data=replace(data, micro_batch_tokens=tokens))
     yield f"data.micro_batch_tokens={tokens}", changed, ranks

@@ -54,9 +54,9 @@ def micro_batch_tokens(settings: Settings, shape: ModelShape) -> int:
 
 
 def _new_tokens(settings: Settings, shape: ModelShape) -> int:
-    """Tokens of a response; without rollouts a solution's, which may fill all positions."""
+    """Tokens of a response; without rollouts a solution's, which may have all tokens that a row may have."""
     if not settings.needs.samples_per_problem:
-        return shape.max_positions
+        return min(shape.max_positions, settings.data.max_tokens or shape.max_positions)
     return settings.rollout.max_new_tokens
 
 

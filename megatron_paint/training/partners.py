@@ -38,12 +38,12 @@ def _check_room(length: int, solution: str, limit: PromptLimit) -> None:
     if length <= limit.most:
         return
     raise UserError(
-        f"objective.reveal.solution={solution} can make a prompt of {length} tokens, and the model has "
-        f"{limit.positions} positions for it and {limit.setting}={limit.response}: set {limit.setting} to at most "
+        f"objective.reveal.solution={solution} can make a prompt of {length} tokens, and "
+        f"{limit.positions_text} for it and {limit.setting}={limit.response}: set {limit.setting} to at most "
         f"{limit.positions - length}, or leave the longest problems or solutions out"
         if length < limit.positions
-        else f"objective.reveal.solution={solution} can make a prompt of {length} tokens, and the model has "
-        f"{limit.positions} positions: leave the longest problems or solutions out"
+        else f"objective.reveal.solution={solution} can make a prompt of {length} tokens, and "
+        f"{limit.positions_text}: leave the longest problems or solutions out"
     )
 
 

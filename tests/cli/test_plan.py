@@ -174,6 +174,17 @@ def test_a_response_above_a_micro_batch_is_told(options, told, capsys):
     assert told in out if told else "is a micro-batch alone" not in out
 
 
+def test_a_limit_of_the_data(tmp_path, capsys):
+    file = tmp_path / "settings.yaml"
+    file.write_text("model: {hf_path: m}\ndata: {train: p.jsonl, max_tokens: 20000}\nrun: {dir: r}\n")
+    command = [*SMALL, "--config", str(file), "--objective", "sft", "--lora", "8", "--top", "1"]
+    assert main(command) == 0
+    told = "a solution that fills data.max_tokens is a micro-batch alone: memory counts 20,000 tokens"
+    assert told in capsys.readouterr().out
+    assert main([*command, "--solution-tokens", "20000"]) == 2
+    assert "need 20,200 positions, and data.max_tokens is 20,000: lower one of them" in capsys.readouterr().err
+
+
 def test_a_low_speed_has_two_digits(capsys):
     """32 responses of 1,224 tokens in about 150 s on 1,024 GPUs: 0.26 tokens/s each."""
     assert main(["plan", "qwen3_235b_a22b", "--gpus", "1024", "--gpu", "h100-80", "--lora", "8", "--top", "1"]) == 0

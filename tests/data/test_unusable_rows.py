@@ -80,6 +80,20 @@ class TestPromptLimit:
         with pytest.raises(UserError, match=message):
             load(source, prompt_limit=self.limit(response=0, setting=""))
 
+    def test_a_limit_of_the_settings(self, file):
+        source = write(file, [row(1), row(2, solution="x" * 3500), row(3, solution="x" * 4000)])
+        limit = self.limit(chosen=True)
+        with pytest.raises(
+            UserError,
+            match=r"3500 tokens .*:2\), and data\.max_tokens is 4000; set rollout\."
+            r"max_new_tokens to at most 500, or data\.max_tokens to at least 4500, or leave out the 1 of 3 rows",
+        ):
+            load(write(file, [row(1), row(2, solution="x" * 3500), row(3)]), prompt_limit=limit)
+        source = write(file, [row(1), row(2, solution="x" * 3500), row(3, solution="x" * 4000)])
+        problems = load(source, prompt_limit=limit, on_bad_row="skip")
+        assert [problem.id for problem in problems.problems] == ["p1"]
+        assert f"{source}:3: its longest prompt has 4000 tokens, and data.max_tokens is 4000" in problems.bad_rows
+
     def test_short_texts_are_not_counted(self, file):
         def length(problem):
             raise AssertionError("4 bytes cannot make 3000 tokens")

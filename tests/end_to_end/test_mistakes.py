@@ -99,6 +99,8 @@ OVERRIDES = {
     "missing column": ("data.columns.solution=worked", "worked"),
     "no model folder": ("model.hf_path=nowhere", "nowhere"),
     "no room for a prompt": ("rollout.max_new_tokens=2000", "rollout.max_new_tokens to at most"),
+    "a limit below a response": ("data.max_tokens=5", "leaves no token for the prompt: raise max_tokens"),
+    "a limit below a prompt": ("data.max_tokens=40", "and data.max_tokens is 40"),
     "prompt longer than the context": ("rollout.max_new_tokens=1000", "problems.jsonl:8), and the model has 1024"),
     "prompt of an evaluation longer than the context": (
         "evaluation.max_new_tokens=1000",

@@ -150,6 +150,18 @@ def test_sft_without_an_evaluation_samples_nothing(tmp_path):
     assert not [line for line in plan.memory_lines() if "sampling" in line]
 
 
+def test_a_limit_of_the_data_limits_what_sft_needs(tmp_path):
+    """A solution may have all positions, with data.max_tokens only these tokens. A micro-batch is never smaller."""
+    all_positions, limited, equal = (
+        plan_of(tmp_path, "objective.name=sft", *changes).memory.training.total
+        for changes in ((), ("data.max_tokens=20000",), ("data.max_tokens=16384",))
+    )
+    assert equal < limited < all_positions
+    assert plan_of(tmp_path, "objective.name=sft", "data.max_tokens=9").memory.training.total == equal
+    (warning,) = plan_of(tmp_path, "objective.name=sft", gpu_memory=all_positions - 1e8).warnings()
+    assert "data.max_tokens=16384 (to " in warning
+
+
 def test_host_memory_of_a_rank_and_of_a_node(tmp_path):
     """By hand, all weights of 8B at TP 2 x DP 4: a process of 3 GB; the first replica's two ranks also hold weights and
     teacher in bfloat16 and 12 bytes of each weight for the optimiser, which Megatron gathers before the copy."""

@@ -8,6 +8,7 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.planning.memory import size_text
 from megatron_paint.planning.search.question import with_changes
 from megatron_paint.planning.search.search import Found, Question, search
+from megatron_paint.planning.stage_memory import micro_batch_tokens
 
 LORA = 64  # rank of the presets
 REASONS = 3  # refusals that the message names
@@ -57,6 +58,8 @@ def _changes(question: Question) -> Iterator[tuple[str, Question]]:
         with suppress(UserError):  # other settings may contradict adapters
             yield f"--lora {LORA}", with_changes(question, model_lora={"rank": LORA, "alpha": 2 * LORA})
     tokens = settings.data.micro_batch_tokens
+    if not settings.needs.samples_per_problem and micro_batch_tokens(settings, question.shape) > tokens:
+        yield f"data.max_tokens={tokens} in --config", with_changes(question, data_max_tokens=tokens)
     for part in (2, 4):
         if tokens // part >= settings.rollout.max_new_tokens or not settings.needs.samples_per_problem:
             yield (

@@ -115,13 +115,16 @@ def _check_lengths(settings: Settings, shape: ModelShape, lengths: Lengths, *, n
             f"--response-tokens={lengths.response:g} is above rollout.max_new_tokens={work.new_tokens}: lower it, or "
             "raise --max-new-tokens"
         )
-    if work.longest > shape.max_positions:
+    limit, limited_by = shape.max_positions, f"{name} has {shape.max_positions:,}"
+    if (chosen := settings.data.max_tokens) is not None and chosen < limit:
+        limit, limited_by = chosen, f"data.max_tokens is {chosen:,}"
+    if work.longest > limit:
         prompt = int(work.longest_prompt)
         shown = "--prompt-tokens and --solution-tokens" if prompt > lengths.prompt else "--prompt-tokens"
         sampled, given = f"rollout.max_new_tokens={work.new_tokens}", f"--solution-tokens={lengths.solution}"
         raise UserError(
             f"a prompt of {prompt:,} tokens ({shown}) and {sampled if work.new_tokens else given} need "
-            f"{int(work.longest):,} positions, and {name} has {shape.max_positions:,}: lower one of them"
+            f"{int(work.longest):,} positions, and {limited_by}: lower one of them"
         )
 
 

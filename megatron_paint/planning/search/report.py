@@ -68,7 +68,8 @@ def _head(question: Question, found: Found) -> Iterator[str]:
     )
     tokens = micro_batch_tokens(settings, shape)
     if tokens > settings.data.micro_batch_tokens:
-        longest = "a response" if work.new_tokens else "a solution that fills the model's positions"
+        fills = "the model's positions" if settings.data.max_tokens is None else "data.max_tokens"
+        longest = "a response" if work.new_tokens else f"a solution that fills {fills}"
         yield f"           {longest} is a micro-batch alone: memory counts {tokens:,} tokens"
     if work.new_tokens:
         servers = f" servers on {question.sampling_gpus} GPUs of their own" if settings.rollout.engine == "vllm" else ""
