@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from megatron_paint.base.counts import agreeing, count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.checkpoints.hf_reader import HuggingFaceReader
 from megatron_paint.checkpoints.hf_writer import SHARD_BYTES
@@ -75,7 +76,11 @@ def _convert(job: Job, options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(summary | {"bytes_per_second": round(total / seconds) if seconds else None}))
     elif not options.quiet:
-        print("\n".join([*notes, f"{options.out}: {tensors} tensors, {total / 1e9:.3g} GB in {seconds:.1f} s"]))
+        print(
+            "\n".join(
+                [*notes, f"{options.out}: {count_text(tensors, 'tensor')}, {total / 1e9:.3g} GB in {seconds:.1f} s"]
+            )
+        )
     return 0
 
 
@@ -118,22 +123,24 @@ def _lines(found: Comparison) -> Iterator[str]:
             else "bit for bit"
         )
         yield (
-            f"equal: {found.tensors} tensors, {found.nbytes / 1e9:.3g} GB, {how}; {found.checksums} compared with the "
-            "checksums of the conversion"
+            f"equal: {count_text(found.tensors, 'tensor')}, {found.nbytes / 1e9:.3g} GB, {how}; {found.checksums} "
+            "compared with the checksums of the conversion"
         )
         return
     worst = sorted(found.differences, key=lambda difference: -difference.largest)
     for difference in worst[:DIFFERENCES_SHOWN]:
         at = ", ".join(map(str, difference.where))
         yield (
-            f"{difference.name}: {difference.unequal} numbers differ; the largest difference is "
-            f"{difference.largest:.3g}, at [{at}]"
+            f"{difference.name}: {count_text(difference.unequal, 'number')} "
+            f"{agreeing(difference.unequal, 'differs', 'differ')}; the largest difference is {difference.largest:.3g}, "
+            f"at [{at}]"
         )
     if len(worst) > DIFFERENCES_SHOWN:
-        yield f"and {len(worst) - DIFFERENCES_SHOWN} more tensors"
+        yield f"and {count_text(len(worst) - DIFFERENCES_SHOWN, 'more tensor')}"
     for name, folder in found.bad_checksums[:DIFFERENCES_SHOWN]:
         yield f"{name}: {folder} differs from its manifest; it was changed after the conversion"
-    yield f"not equal: {len(worst)} of {found.tensors} tensors differ"
+    unequal = count_text(found.tensors, "tensor")
+    yield f"not equal: {len(worst)} of {unequal} {agreeing(len(worst), 'differs', 'differ')}"
 
 
 def run_inspect(options: argparse.Namespace) -> int:

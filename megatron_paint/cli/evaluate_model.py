@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_paint.base.counts import agreeing, count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.cli.evaluate_options import Requested
 from megatron_paint.config.settings import EvaluateSettings
@@ -151,7 +152,9 @@ def _own_model(
     for note in runner.notes:
         progress.note(note)
     rows = rows_at_once(settings, shape, evaluators)
-    progress.note(f"a replica decodes {rows} answers together (rollout.batch_size, rollout.cache_bytes)", rows=rows)
+    progress.note(
+        f"a replica decodes {count_text(rows, 'answer')} at a time (rollout.batch_size, rollout.cache_bytes)", rows=rows
+    )
     return runner.sampler, rows * ranks.dp_cp_size
 
 
@@ -210,11 +213,13 @@ class _Counted:
     def __init__(self, progress: Progress, name: str, *, total: int, there: int):
         self.progress, self.name, self.total, self.there = progress, name, total, there
         if there:
-            progress.note(f"{name}: {there} answers exist already")
+            progress.note(f"{name}: {count_text(there, 'answer')} {agreeing(there, 'exists', 'exist')} already")
 
     def add(self, rollouts: Sequence[Rollout]) -> None:
         self.there += len(rollouts)
-        self.progress.note(f"{self.name}: {self.there} of {self.total} answers", benchmark=self.name, done=self.there)
+        self.progress.note(
+            f"{self.name}: {self.there:,} of {count_text(self.total, 'answer')}", benchmark=self.name, done=self.there
+        )
 
 
 def answer_file(asked: Requested, name: str, evaluator: Evaluator, shape: ModelShape) -> AnswerFile:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from megatron_paint.base.counts import agreeing, count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.cli.evaluate_model import finish, print_notes
 from megatron_paint.cli.evaluate_options import DEFAULT_OUT
@@ -73,8 +74,9 @@ def _assumed_prompt_end(recorded: Sequence[Graded], progress: Progress) -> str:
     if unbegun := sum(map(ends_unbegun_thought, texts)):
         begun = sum(THINK_START in text for text in texts)
         progress.warn(
-            f"{unbegun} of {len(texts)} responses end a thought that they never began ({THINK_END} without "
-            f"{THINK_START} before it), and {begun} contain {THINK_START}. "
+            f"{unbegun:,} of {count_text(len(texts), 'response')} "
+            f"{agreeing(unbegun, 'ends a thought that it', 'end a thought that they')} never began ({THINK_END} "
+            f"without {THINK_START} before it), and {begun} {agreeing(begun, 'contains', 'contain')} {THINK_START}. "
             + (
                 f"So the prompts are assumed to end with {THINK_START}: a response without {THINK_END} is an "
                 "unfinished thought"
@@ -113,8 +115,9 @@ def _read(path: Path, benchmarks: Sequence[Benchmark]) -> list[Graded]:
     most = max(counts.values())
     if short := [id for id in sorted(known) if counts[id] != most]:
         raise UserError(
-            f"{path}: problem {short[0]!r} has {counts[short[0]]} responses and others {most} ({len(short)} such "
-            "problems); every problem needs the same number: add responses, or use fewer problems (evaluation.limit)"
+            f"{path}: problem {short[0]!r} has {count_text(counts[short[0]], 'response')} and others {most} "
+            f"({count_text(len(short), 'such problem')}); every problem needs the same number: add responses, or use "
+            "fewer problems (evaluation.limit)"
         )
     return list(found.values())
 

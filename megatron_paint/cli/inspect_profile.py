@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.base.json_text import to_json
 from megatron_paint.run.folder import RunFolder
@@ -60,7 +61,9 @@ def phase_table(timeline: Timeline, step: int) -> Table:
     """A row for each phase: the slowest and the fastest rank, and the share of the step."""
     ranks = timeline.steps[step]
     slowest = max(ranks, key=lambda one: one.seconds)
-    table = Table(title=f"Step {step} with what follows it: {slowest.seconds:.3f} s on {len(ranks)} ranks")
+    table = Table(
+        title=f"Step {step} with what follows it: {slowest.seconds:.3f} s on {count_text(len(ranks), 'rank')}"
+    )
     table.add_column("phase")
     for name in ("slowest rank, s", "rank", "fastest rank, s", "rank", "share of the step"):
         table.add_column(name, justify="right")

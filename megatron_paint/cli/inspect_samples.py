@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from megatron_paint.base.counts import agreeing, count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.saved import read_config
 from megatron_paint.data.decoding import Decode
@@ -98,9 +99,14 @@ def _read(folder: RunFolder, step: int) -> tuple[list[dict[str, Any]], list[Text
         if isinstance(sample, dict) and "id" in sample:
             samples.append(sample)
     if not samples:
-        raise UserError(f"{file} is damaged: none of its {len(lines)} lines is a sample. Give another step")
+        raise UserError(
+            f"{file} is damaged: none of its {count_text(len(lines), 'line')} is a sample. Give another step"
+        )
     bad = len(lines) - len(samples)
-    return samples, [Text(f"{file}: {bad} of {len(lines)} lines cannot be read and are left out\n")] if bad else []
+    if not bad:
+        return samples, []
+    unread = f"{bad:,} of {count_text(len(lines), 'line')} cannot be read and {agreeing(bad, 'is', 'are')} left out"
+    return samples, [Text(f"{file}: {unread}\n")]
 
 
 def _find(
@@ -112,7 +118,9 @@ def _find(
         raise UserError(f"Step {step} of {run_dir} has no sample of problem {id!r}; its problems begin with {there}")
     if not 0 <= index < len(chosen):
         whose = f"step {step}" if id is None else f"problem {id!r} in step {step}"
-        raise UserError(f"{whose} has {len(chosen)} samples, 0 to {len(chosen) - 1}; there is no index {index}")
+        raise UserError(
+            f"{whose} has {count_text(len(chosen), 'sample')}, 0 to {len(chosen) - 1}; there is no index {index}"
+        )
     return chosen[index]
 
 
@@ -126,7 +134,8 @@ def _head(sample: dict[str, Any]) -> Text:
     loss = "none" if sample["loss"] is None else f"{sample['loss']:.4f} nats a token"  # it was not finite
     return Text(
         f"problem {sample['id']}, step {sample['step']}: overlap {overlap}, reveal {share}, loss {loss}, "
-        f"{len(sample['response_ids'])} response tokens, {len(sample['selected'])} selected{_verdict(sample)}",
+        f"{count_text(len(sample['response_ids']), 'response token')}, {len(sample['selected'])} "
+        f"selected{_verdict(sample)}",
         style="bold",
     )
 
@@ -146,7 +155,9 @@ def _solution(sample: dict[str, Any]) -> list[Text]:
     shown, reference = reveal["shown_text"], reveal["reference_text"]
     if reveal.get("solution") in NOTHING_SHOWN:
         return [_title("Solution"), Text(NOTHING_SHOWN[reveal["solution"]])]
-    title = _title(f"{_whose(reveal)}: {reveal['shown_tokens']} of {reveal['total_tokens']} tokens shown")
+    title = _title(
+        f"{_whose(reveal)}: {reveal['shown_tokens']:,} of {count_text(reveal['total_tokens'], 'token')} shown"
+    )
     if "example" in reveal:
         return [title, Text(reveal["example"]), Text(shown)]
     if not reference.startswith(shown):
@@ -214,7 +225,8 @@ def _gaps(samples: Sequence[dict[str, Any]]) -> list[Text]:
         lines.append(
             Text(
                 f"  {gap['largest']:.2e} nats at position {gap['position']} of problem {sample['id']}, sample "
-                f"{sample['sample']}, from {where}; {gap['above']} of {len(sample['response_ids'])} tokens above 0.1"
+                f"{sample['sample']}, from {where}; {gap['above']} of "
+                f"{count_text(len(sample['response_ids']), 'token')} above 0.1"
             )
         )
     return lines

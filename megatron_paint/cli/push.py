@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.checkpoints.peft import ADAPTER_CONFIG, ADAPTER_FILE, MODEL_FILES
 from megatron_paint.checkpoints.run_state import RUN_STATE
@@ -143,7 +144,7 @@ def summary(files: list[File], repository: str, *, private: bool, message: str) 
     for file in files:
         changed = "  (with the base's name on the hub)" if file.content is not None else ""
         yield f"  {file.name:<{width}}  {size_text(file.nbytes):>9}{changed}"
-    yield f"{len(files)} files, {size_text(sum(file.nbytes for file in files))}"
+    yield f"{count_text(len(files), 'file')}, {size_text(sum(file.nbytes for file in files))}"
 
 
 def size_text(nbytes: int) -> str:

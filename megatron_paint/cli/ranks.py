@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.launch.local import number_of_processes, run_here
@@ -32,8 +33,9 @@ def rank_environment_of(options: argparse.Namespace) -> RankEnvironment | None:
         return None
     if options.processes not in (None, environment.size):
         raise UserError(
-            f"--processes={options.processes} is given, but this process is one of {environment.size} ranks that "
-            "torchrun or srun started: start as many ranks as you need, and leave --processes out"
+            f"--processes={options.processes} is given, but this process is one of "
+            f"{count_text(environment.size, 'rank')} that torchrun or srun started: start as many ranks as you need, "
+            "and leave --processes out"
         )
     export_rank_environment(environment, os.environ)
     host_store(environment)
@@ -61,7 +63,8 @@ def start_ranks_here(
     prepare, interrupted, kept: see `run_here`.
     """
     progress.note(
-        f"starting {processes} ranks: each imports PyTorch and Megatron-Core and loads its part of the model",
+        f"starting {count_text(processes, 'rank')}: each imports PyTorch and Megatron-Core and loads its part of the "
+        "model",
         processes=processes,
     )
     with loopback(os.environ):

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.report.build import Written, write_report
 from megatron_paint.report.live import address_of, make_server
@@ -41,6 +42,6 @@ def _serve(options: argparse.Namespace) -> int:
 def _lines(written: Written) -> list[str]:
     """What the command prints."""
     beside = "" if written.folder is None else f", with its samples in {written.folder} (keep both together)"
-    size = f"{written.bytes / 1e6:.1f} MB, {written.samples:,} samples, {written.seconds:.1f} s"
+    size = f"{written.bytes / 1e6:.1f} MB, {count_text(written.samples, 'sample')}, {written.seconds:.1f} s"
     notices = [f"notice: {notice}" for notice in written.notices]
     return [*notices, f"{written.file}: {size}{beside}"]

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.cli.ranks import console_mode
 from megatron_paint.cli.search_options import check_search_options
@@ -76,20 +77,23 @@ def _plan_lines(space: Space, problems: "Problems", out: Path, options: argparse
     answers = evaluations * len(problems.validation.problems) * (samples + greedy)
     test = "none: evaluation.problems is null"
     if problems.test is not None:
-        test = f"{len(problems.test.problems):,} problems of {space.given.evaluation.problems}, after the last trial"
+        number = count_text(len(problems.test.problems), "problem")
+        test = f"{number} of {space.given.evaluation.problems}, after the last trial"
     width = max(len(parameter.key) for parameter in space.parameters)
     return [
-        f"search     {options.trials} trials in {out}, {options.jobs} side by side; seed {options.seed}",
+        f"search     {count_text(options.trials, 'trial')} in {out}, {options.jobs} side by side; seed {options.seed}",
         *(f"           {parameter.key:<{width}}  {parameter.text}" for parameter in space.parameters),
         *(f"           {key:<{width}}  not varied: its `when` does not hold" for key in space.unused),
         f"trial 0    the given settings: {chosen_text(default)}",
-        f"validation {len(problems.validation.problems):,} problems of {space.settings.validation.problems}, by which "
-        "trials are chosen and pruned",
+        f"validation {count_text(len(problems.validation.problems), 'problem')} of "
+        f"{space.settings.validation.problems}, by which trials are chosen and pruned",
         f"test       {test}",
-        f"cost       a trial: at most {budget.steps} steps of {space.given.data.problems_per_step} problems and "
-        f"{evaluations} evaluations, {answers:,} answers",
-        f"           all {options.trials}: at most {options.trials * budget.steps:,} steps and "
-        f"{options.trials * answers:,} answers; pruned trials cost less (pruner: {space.settings.pruner.rule})",
+        f"cost       a trial: at most {count_text(budget.steps, 'step')} of "
+        f"{count_text(space.given.data.problems_per_step, 'problem')} and {count_text(evaluations, 'evaluation')}, "
+        f"{count_text(answers, 'answer')}",
+        f"           all {options.trials}: at most {count_text(options.trials * budget.steps, 'step')} and "
+        f"{count_text(options.trials * answers, 'answer')}; pruned trials cost less (pruner: "
+        f"{space.settings.pruner.rule})",
     ]
 
 
@@ -97,9 +101,9 @@ def _place_lines(found: "list[Place]", gpus: list[str]) -> list[str]:
     """Where a trial trains."""
     each = len(found[0].gpus)
     left = gpus[each * len(found) :]
-    where = f" on {each} GPUs" if each else f" of {found[0].threads} threads"
+    where = f" on {count_text(each, 'GPU')}" if each else f" of {count_text(found[0].threads, 'thread')}"
     unused = f"; GPUs {', '.join(left)} stay unused, because all trials get equally many" if left else ""
-    return [f"places     {len(found)}, each with {found[0].processes} ranks{where}{unused}"]
+    return [f"places     {len(found)}, each with {count_text(found[0].processes, 'rank')}{where}{unused}"]
 
 
 def _search(study: "SearchStudy", problems: "Problems", options: argparse.Namespace, places: "list[Place]") -> int:

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.cli.ranks import console_mode, number_of_ranks, rank_environment_of, start_ranks_here
 from megatron_paint.config.load import load_settings
@@ -66,7 +67,9 @@ def _printed_results(settings: Settings, options: argparse.Namespace) -> bool:
     if not is_finished(folder, settings):
         return False
     progress = Progress(console_mode(options), steps=settings.run.steps)
-    progress.note(f"{folder.path} has all {settings.run.steps} steps with these settings: nothing is left to do")
+    progress.note(
+        f"{folder.path} has all {count_text(settings.run.steps, 'step')} with these settings: nothing is left to do"
+    )
     print_results(folder, progress, last=settings.run.steps)
     return True
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.config.settings import ModelSettings, RolloutSettings, RunSettings
 from megatron_paint.config.vllm import COLDEST, OF_OWN_SERVERS, VllmSettings
 
@@ -94,8 +95,8 @@ def of_devices(vllm: VllmSettings) -> Iterator[str]:
     groups = [[gpu.strip() for gpu in group.split(",")] for group in vllm.devices]
     if len(groups) != vllm.servers:
         yield (
-            f"rollout.vllm.devices has {len(groups)} entries for rollout.vllm.servers={vllm.servers}: give the "
-            "GPUs of each server, such as ['6', '7']"
+            f"rollout.vllm.devices has {count_text(len(groups), 'entry')} for rollout.vllm.servers={vllm.servers}: "
+            "give the GPUs of each server, such as ['6', '7']"
         )
     for group, named in zip(groups, vllm.devices, strict=True):
         if len(group) < vllm.tensor_parallel:

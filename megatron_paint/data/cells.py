@@ -5,6 +5,7 @@ import re
 from collections.abc import Collection
 from typing import Any, Literal, NamedTuple
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.data.messages import is_messages, messages_in, read_messages
 from megatron_paint.data.rows import kind_of
 
@@ -175,5 +176,5 @@ def _only_entry(cell: Cell, text: str) -> tuple[str, Form]:
     except (ValueError, RecursionError):
         return text, "text"
     if len(entries) != 1:
-        raise cell.bad(f"holds a list of {len(entries)} answers", "; write one answer a row")
+        raise cell.bad(f"holds a list of {count_text(len(entries), 'answer')}", "; write one answer a row")
     return text_of(cell._replace(value=entries[0])), "list"

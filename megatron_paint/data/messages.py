@@ -5,6 +5,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_paint.base.counts import count_text
+
 TURN_KEYS = {"role", "content"}
 PRINTED_MESSAGES = re.compile(r"\s*\[\{'(?:role|content)': ")
 
@@ -40,8 +42,8 @@ def read_messages(messages: Sequence[dict[str, Any]]) -> tuple[str, str]:
     roles = [message["role"] for message in messages]
     if roles not in (["user"], ["system", "user"]):
         raise ValueError(
-            f"holds {len(roles)} messages ({', '.join(map(str, roles))}); a problem is one user message, with no "
-            "other message except a system message before it"
+            f"holds {count_text(len(roles), 'message')} ({', '.join(map(str, roles))}); a problem is one user message, "
+            "with no other message except a system message before it"
         )
     texts = [_text_of(message["content"]) for message in messages]
     return texts[-1], texts[0] if len(texts) > 1 else ""

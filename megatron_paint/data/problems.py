@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.base.keys import derive_key, permutation
 from megatron_paint.config.domains import BOXED_GRADERS, DomainSettings, domain_of, known_domains
@@ -83,8 +84,9 @@ class ProblemSet:
     def __post_init__(self) -> None:
         if self.problems_per_step > len(self.problems):
             raise UserError(
-                f"data.problems_per_step is {self.problems_per_step}, but data.train has {len(self.problems)} usable"
-                f" problems; set it to at most {len(self.problems)}, or add problems"
+                f"data.problems_per_step is {self.problems_per_step}, but data.train has "
+                f"{count_text(len(self.problems), 'usable problem')}; set it to at most {len(self.problems)}, or add "
+                "problems"
             )
         object.__setattr__(self, "steps_per_epoch", len(self.problems) // self.problems_per_step)
 
@@ -251,7 +253,7 @@ class _Found:
         where = max(self.too_long, key=lambda where: self.too_long[where].length)
         message = self.checks.prompt_limit.message(self.too_long[where].length, source=source, where=where)
         if self.problems:
-            rows = f"the {len(self.too_long)} of {count} rows with such prompts"
+            rows = f"the {len(self.too_long):,} of {count_text(count, 'row')} with such prompts"
             message += f", or leave out {rows} by data.on_bad_row=skip"
         return message
 

@@ -5,6 +5,7 @@ from hashlib import blake2b
 
 import numpy as np
 
+from megatron_paint.base.counts import agreeing, count_text
 from megatron_paint.records import Problem
 
 COMPARISON = "Texts are compared as they are, except that white space of any length counts as one space."
@@ -27,13 +28,14 @@ def repeats(problems: Sequence[Problem], *, setting: str) -> tuple[str, ...]:
     if len(differing):
         one, other = problems[differing[0]], problems[first[differing[0]]]
         contradictions = (
-            f" {len(differing)} of them {'has' if len(differing) == 1 else 'have'} another answer: the first is "
+            f" {len(differing)} of them {agreeing(len(differing), 'has', 'have')} another answer: the first is "
             f"{one.id!r} with {one.answer!r}, and {other.id!r} has {other.answer!r}."
         )
+    different = len(problems) - len(repeated)
     return (
-        f"{setting}: {len(repeated):,} of {len(problems):,} problems repeat the text of an earlier one; "
-        f"{len(problems) - len(repeated):,} are different. The first is {problems[index].id!r}, which "
-        f"repeats {problems[first[index]].id!r}.{contradictions} {COMPARISON}",
+        f"{setting}: {len(repeated):,} of {len(problems):,} problems {agreeing(len(repeated), 'repeats', 'repeat')} "
+        f"the text of an earlier one; {different:,} {agreeing(different, 'is', 'are')} different. The first is "
+        f"{problems[index].id!r}, which repeats {problems[first[index]].id!r}.{contradictions} {COMPARISON}",
     )
 
 
@@ -47,9 +49,9 @@ def leaks(train: Sequence[Problem], held_out: Sequence[Problem]) -> tuple[str, .
     index = leaked[0]
     twin = train[int(np.flatnonzero(trained == evaluated[index])[0])]
     return (
-        f"evaluation.problems: {len(leaked):,} of {len(held_out):,} held-out problems are also in data.train, so their "
-        f"accuracy is that of trained problems. The first is {held_out[index].id!r}, which is {twin.id!r} in data.train"
-        f". {COMPARISON}",
+        f"evaluation.problems: {len(leaked):,} of {count_text(len(held_out), 'held-out problem')} "
+        f"{agreeing(len(leaked), 'is', 'are')} also in data.train, so their accuracy is that of trained problems. The "
+        f"first is {held_out[index].id!r}, which is {twin.id!r} in data.train. {COMPARISON}",
     )
 
 

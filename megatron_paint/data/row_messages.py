@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
+from megatron_paint.base.counts import agreeing, count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.data.cells import USED_ID, BadRow
 from megatron_paint.data.columns import Columns
@@ -44,9 +45,15 @@ def form_notes(forms: Counter[str], systems: dict[str, str], columns: Columns, *
     """Returns what was read in another form than one text. UserError if system messages differ."""
     source, notes = columns.source, []
     if forms["marked"]:
-        notes.append(f"{source}: {forms['marked']} of {count} answers end in '#### RESULT'; the result is the answer")
+        notes.append(
+            f"{source}: {forms['marked']:,} of {count_text(count, 'answer')} "
+            f"{agreeing(forms['marked'], 'ends', 'end')} in '#### RESULT'; the result is the answer"
+        )
     if forms["list"]:
-        notes.append(f"{source}: {forms['list']} of {count} answers are a list of one text; this text is the answer")
+        notes.append(
+            f"{source}: {forms['list']:,} of {count_text(count, 'answer')} {agreeing(forms['list'], 'is', 'are')} a "
+            "list of one text; this text is the answer"
+        )
     if len(systems) > 1:
         first, second = list(systems.values())[:2]
         raise UserError(
@@ -67,7 +74,7 @@ def _shortened(text: str) -> str:
 
 def bad_rows_message(bad_rows: Sequence[str], count: int, section: str) -> str:
     more = len(bad_rows) - 1
-    others = f" ({more} more bad {'row' if more == 1 else 'rows'} of {count})" if more else ""
+    others = f" ({count_text(more, 'more bad row')} of {count})" if more else ""
     advice = "correct the row, or set data.on_bad_row: skip" if section == "data" else "correct the row"
     return f"{bad_rows[0]}{others}; {advice}"
 
@@ -75,4 +82,4 @@ def bad_rows_message(bad_rows: Sequence[str], count: int, section: str) -> str:
 def skipped_note(bad_rows: Sequence[str], count: int, source: str) -> str:
     first = "; ".join(bad_rows[:REASONS_SHOWN])
     more = "; ..." if len(bad_rows) > REASONS_SHOWN else ""
-    return f"{source}: {len(bad_rows)} of {count} rows left out: {first}{more}"
+    return f"{source}: {len(bad_rows):,} of {count_text(count, 'row')} left out: {first}{more}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from megatron_paint.base.counts import agreeing, count_text
 from megatron_paint.grading.boxes import last_box
 from megatron_paint.records import Problem
 
@@ -21,24 +22,23 @@ def oddities(problems: Sequence[Problem], *, setting: str, solutions: bool) -> t
             f"{setting}.columns.answer: all {len(problems):,} problems have the same answer {problems[0].answer!r}; "
             "name the column of the final answers"
         )
-    found += _counted(
-        [problem for problem in problems if len(problem.answer) > LONG_ANSWER],
-        len(problems),
-        f"{setting}.columns.answer: {{}} answers are longer than {LONG_ANSWER} characters; a final answer is compared, "
-        "not a worked solution",
-    )
+    count = len(problems)
+    if long := [problem for problem in problems if len(problem.answer) > LONG_ANSWER]:
+        what = f"{agreeing(len(long), 'is', 'are')} longer than {LONG_ANSWER} characters"
+        reason = "a final answer is compared, not a worked solution"
+        found.append(f"{setting}.columns.answer: {_of(long, count, 'answer')} {what}; {reason}. {_first(long)}")
     if not solutions:
         return tuple(found)
-    found += _counted(
-        [problem for problem in problems if _is_bare(problem)],
-        len(problems),
-        f"{setting}.columns.solution: {{}} solutions are nothing but the answer, so there is no reasoning to show",
-    )
-    found += _counted(
-        [problem for problem in problems if not _is_bare(problem) and last_box(problem.solution) is None],
-        len(problems),
-        f"{setting}.columns.solution: {{}} solutions have no \\boxed{{{{}}}}, so their answers are not compared",
-    )
+    if bare := [problem for problem in problems if _is_bare(problem)]:
+        what = f"{agreeing(len(bare), 'is', 'are')} nothing but the answer"
+        reason = "so there is no reasoning to show"
+        found.append(f"{setting}.columns.solution: {_of(bare, count, 'solution')} {what}, {reason}. {_first(bare)}")
+    if open_ended := [p for p in problems if not _is_bare(p) and last_box(p.solution) is None]:
+        what = agreeing(
+            len(open_ended), "has no \\boxed{}, so its answer is", "have no \\boxed{}, so their answers are"
+        )
+        number = _of(open_ended, count, "solution")
+        found.append(f"{setting}.columns.solution: {number} {what} not compared. {_first(open_ended)}")
     return tuple(found)
 
 
@@ -46,7 +46,9 @@ def _is_bare(problem: Problem) -> bool:
     return problem.solution.strip() == problem.answer.strip()
 
 
-def _counted(found: Sequence[Problem], count: int, message: str) -> list[str]:
-    if not found:
-        return []
-    return [f"{message.format(f'{len(found):,} of {count:,}')}. The first is {found[0].id!r}"]
+def _of(found: Sequence[Problem], count: int, noun: str) -> str:
+    return f"{len(found):,} of {count_text(count, noun)}"
+
+
+def _first(found: Sequence[Problem]) -> str:
+    return f"The first is {found[0].id!r}"

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_paint.base.counts import agreeing, count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.base.json_text import to_json
 from megatron_paint.evaluation.statistics import Interval, domains_in, length_text, macro_average, problem_scores
@@ -75,8 +76,9 @@ def error_warning(report: EvalReport) -> str | None:
     if not failed:
         return None
     return (
-        f"{report.benchmark}: {len(failed)} of {len(report.answers)} answers have no verdict and count as not right, "
-        f"because their grader failed. The first is of problem {failed[0].problem_id!r}: {failed[0].error}"
+        f"{report.benchmark}: {len(failed):,} of {count_text(len(report.answers), 'answer')} "
+        f"{agreeing(len(failed), 'has no verdict and counts', 'have no verdict and count')} as not right, because "
+        f"their grader failed. The first is of problem {failed[0].problem_id!r}: {failed[0].error}"
     )
 
 

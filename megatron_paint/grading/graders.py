@@ -7,6 +7,7 @@ a time limit.
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from megatron_paint.base.counts import agreeing, count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.domains import DomainSettings, domain_of
 from megatron_paint.grading.final_answers import choice_in, final_answer, letter_of, texts_equal
@@ -141,8 +142,9 @@ def failure_warning(graded: Sequence[tuple[str, Grade]]) -> str | None:
         return None
     problem_id, error = failed[0]
     return (
-        f"{len(failed)} of {len(graded)} responses have no verdict and count as 0, because their grader failed. The "
-        f"first is of problem {problem_id!r}: {error}"
+        f"{len(failed):,} of {count_text(len(graded), 'response')} "
+        f"{agreeing(len(failed), 'has no verdict and counts', 'have no verdict and count')} as 0, because their grader "
+        f"failed. The first is of problem {problem_id!r}: {error}"
     )
 
 

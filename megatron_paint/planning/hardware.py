@@ -11,6 +11,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.config.settings import RolloutSettings
@@ -139,7 +140,7 @@ def device_of_rank() -> "torch.device":
         return torch.device("cuda", 0)  # `srun --gpus-per-task=1` shows each task only its own GPU
     if local_rank >= gpus:
         raise UserError(
-            f"LOCAL_RANK={local_rank}, but this machine shows {gpus} GPUs to the rank: start at most one rank a GPU "
-            "(torchrun --nproc-per-node, srun --ntasks-per-node)"
+            f"LOCAL_RANK={local_rank}, but this machine shows {count_text(gpus, 'GPU')} to the rank: start at most one "
+            "rank a GPU (torchrun --nproc-per-node, srun --ntasks-per-node)"
         )
     return torch.device("cuda", local_rank)

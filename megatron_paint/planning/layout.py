@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.base.errors import UserError, about
 from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.config.profile import ProfileSettings
@@ -190,7 +191,8 @@ def _check_offloaded_layers(megatron: MegatronSettings, shape: ModelShape) -> No
     if megatron.cpu_offloading and megatron.cpu_offloading_num_layers >= shape.num_layers:
         raise UserError(
             f"megatron.cpu_offloading_num_layers={megatron.cpu_offloading_num_layers} must be less than the "
-            f"{shape.num_layers} layers of {shape.source}; the nearest that fits is {shape.num_layers - 1}"
+            f"{count_text(shape.num_layers, 'layer')} of {shape.source}; the nearest that fits is "
+            f"{shape.num_layers - 1}"
         )
 
 
@@ -214,7 +216,7 @@ def data_parallel_size(processes: int, megatron: MegatronSettings) -> int:
     if processes % replica:
         cp = megatron.context_parallel_size
         raise UserError(
-            f"{processes} processes cannot be laid out as tensor_model_parallel_size="
+            f"{count_text(processes, 'process')} cannot be laid out as tensor_model_parallel_size="
             f"{megatron.tensor_model_parallel_size} x pipeline_model_parallel_size="
             f"{megatron.pipeline_model_parallel_size}{f' x context_parallel_size={cp}' if cp > 1 else ''}: their "
             f"number must be a multiple of {replica} "
@@ -228,8 +230,8 @@ def data_parallel_size(processes: int, megatron: MegatronSettings) -> int:
         )
         multiple = math.lcm(replica // pp, sharing) * pp
         raise UserError(
-            f"a pipeline stage of {stage} processes cannot hold complete sets of experts of megatron.{names}: the "
-            f"number of processes must be a multiple of {multiple} (nearest: --processes "
+            f"a pipeline stage of {count_text(stage, 'process')} cannot hold complete sets of experts of "
+            f"megatron.{names}: the number of processes must be a multiple of {multiple} (nearest: --processes "
             f"{max(1, round(processes / multiple)) * multiple}), or set one of the two smaller"
         )
     _check_instances(processes, megatron)
@@ -309,8 +311,8 @@ def _check_expert_adapters(model: ModelSettings, megatron: MegatronSettings, sha
         raise UserError(f"model.lora.experts=true adapts experts, and {shape.source} has none; leave experts out")
     if (sharing := megatron.expert_tensor_parallel_size or megatron.tensor_model_parallel_size) > 1:
         raise UserError(
-            f"model.lora.experts=true needs each expert complete on a rank, and {sharing} ranks share one "
-            f"({_expert_tensor_parallel(megatron)}): set megatron.expert_tensor_parallel_size=1"
+            f"model.lora.experts=true needs each expert complete on a rank, and {count_text(sharing, 'rank')} share "
+            f"one ({_expert_tensor_parallel(megatron)}): set megatron.expert_tensor_parallel_size=1"
         )
 
 

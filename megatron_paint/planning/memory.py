@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.config.load import contradict
 from megatron_paint.config.settings import Settings
 from megatron_paint.planning.estimate import MemoryEstimate, checkpoint_bytes, estimate
@@ -61,20 +62,20 @@ class Plan(Layout):
             f" (a response above data.micro_batch_tokens={asked} alone, without its prompt)" if tokens > asked else ""
         )
         return [
-            f"model      {shape.num_parameters:,} weights, {shape.num_layers} layers, hidden {shape.hidden_size}, "
-            f"{shape.num_heads} heads / {shape.num_groups} groups, vocabulary {shape.vocab_size:,}"
-            f"{', tied' if shape.tied else ''}",
-            f"layout     {self.processes} processes = tensor {self.tensor_parallel} x pipeline "
+            f"model      {count_text(shape.num_parameters, 'weight')}, {count_text(shape.num_layers, 'layer')}, hidden "
+            f"{shape.hidden_size}, {shape.num_heads} heads / {shape.num_groups} groups, vocabulary "
+            f"{shape.vocab_size:,}{', tied' if shape.tied else ''}",
+            f"layout     {count_text(self.processes, 'process')} = tensor {self.tensor_parallel} x pipeline "
             f"{self.pipeline_parallel}{f' x context {self.context_parallel}' if self.context_parallel > 1 else ''} x "
             f"data {self.data_parallel}{self._experts_text()}; {self.split}, "
-            f"{shape.vocab_rows(self.tensor_parallel):,} vocabulary rows a rank",
+            f"{count_text(shape.vocab_rows(self.tensor_parallel), 'vocabulary row')} a rank",
             f"layers     {'Transformer Engine' if self.uses_engine else 'plain torch'}, {settings.model.dtype}"
             f"{f', FP8 {settings.megatron.fp8} {settings.megatron.fp8_recipe}' if settings.megatron.fp8 else ''}",
             f"loss       elementwise work by {self.kernel}"
             f"{f' ({self.why_torch})' if self.kernel == 'torch' and self.why_torch else ''}, chunks of "
             f"{size_text(settings.objective.chunk_bytes)}",
-            f"step       {problems} problems{each}, about {problems / self.data_parallel:g} a replica, micro-batches "
-            f"of at most {tokens:,} tokens{alone}; {settings.run.steps} steps",
+            f"step       {count_text(problems, 'problem')}{each}, about {problems / self.data_parallel:g} a replica, "
+            f"micro-batches of at most {count_text(tokens, 'token')}{alone}; {count_text(settings.run.steps, 'step')}",
             *self.memory_lines(),
         ]
 
@@ -82,7 +83,7 @@ class Plan(Layout):
         if not self.shape.num_experts:
             return ""
         return (
-            f"; {self.shape.num_experts} experts a layer = expert {self.expert_parallel} x expert tensor "
+            f"; {count_text(self.shape.num_experts, 'expert')} a layer = expert {self.expert_parallel} x expert tensor "
             f"{self.expert_tensor_parallel} x copies {self.expert_replicas}"
         )
 
@@ -109,8 +110,8 @@ class Plan(Layout):
             )
         host = memory.host
         lines.append(
-            f"host       about {size_text(host.rank)} a rank and {size_text(host.node)} on a node of {host.ranks} "
-            "ranks, while a checkpoint is copied (estimate)"
+            f"host       about {size_text(host.rank)} a rank and {size_text(host.node)} on a node of "
+            f"{count_text(host.ranks, 'rank')}, while a checkpoint is copied (estimate)"
         )
         return lines
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.models.shape import ModelShape
@@ -50,7 +51,7 @@ class LayerSplit:
         sizes = [self.sizes(stage) for stage in range(len(self.layers))]
         chunks = f" in {self.chunks} chunks" if self.chunks > 1 else ""
         if len({size for stage in sizes for size in stage}) == 1:
-            return f"{self.most} layers a stage{chunks}"
+            return f"{count_text(self.most, 'layer')} a stage{chunks}"
         return f"{', '.join('+'.join(map(str, stage)) for stage in sizes)} layers on the stages{chunks}"
 
 
@@ -150,12 +151,10 @@ def _of_stages(shape: ModelShape, megatron: MegatronSettings) -> list[int]:
     fits = rest == 0 if between == 0 else rest > 0 and rest % between == 0
     if not fits:
         and_last = f"and {LAST}={last} leave" if len(ends) == 2 else "leaves"
-        others = (
-            f"{between} other stage{'s' * (between > 1)}, which get the same number each" if between else "no stage"
-        )
+        others = f"{count_text(between, 'other stage')}, which get the same number each" if between else "no stage"
         raise _Unfit(
             LAST if first is None else FIRST,
-            f"{and_last} {max(rest, 0)} of the {layers} layers of {shape.source} for {others}",
+            f"{and_last} {max(rest, 0):,} of the {count_text(layers, 'layer')} of {shape.source} for {others}",
         )
     middle = [rest // between] * between if between else []
     return [*([first] if first is not None else []), *middle, *([last] if last is not None else [])]
@@ -212,14 +211,14 @@ def _layout_rows(megatron: MegatronSettings) -> list[str]:
     rows = written.split("|")
     if len(rows) % pp:
         raise UserError(
-            f"{name} has {len(rows)} chunk{'s' if len(rows) > 1 else ''}, and megatron.{PIPELINE}={pp} stages need the "
-            f"same number each: give {pp} chunks, or a multiple of it"
+            f"{name} has {count_text(len(rows), 'chunk')}, and megatron.{PIPELINE}={pp} stages need the same number "
+            f"each: give {count_text(pp, 'chunk')}, or a multiple of it"
         )
     virtual, asked = len(rows) // pp, megatron.virtual_pipeline_model_parallel_size
     if asked is not None and asked != virtual:
         raise UserError(
-            f"{name} has {len(rows)} chunks, {virtual} on each of {pp} stages, and megatron.{VIRTUAL}={asked}: leave "
-            f"that out, or set it to {virtual}"
+            f"{name} has {count_text(len(rows), 'chunk')}, {virtual} on each of {count_text(pp, 'stage')}, and "
+            f"megatron.{VIRTUAL}={asked}: leave that out, or set it to {virtual}"
         )
     for letter, place, where in (("E", 0, "begin"), ("L", -1, "end")):
         row = rows[place]
@@ -233,9 +232,8 @@ def _sizes_of_layout(shape: ModelShape, megatron: MegatronSettings) -> list[list
     counts = [row.count("t") for row in rows]
     if sum(counts) != shape.num_layers:
         raise UserError(
-            f"megatron.{LAYOUT}={megatron.pipeline_model_parallel_layout!r} has {sum(counts)} layers (t), and "
-            f"{shape.source} has {shape.num_layers}: "
-            f"{_added_or_removed(shape.num_layers - sum(counts))}"
+            f"megatron.{LAYOUT}={megatron.pipeline_model_parallel_layout!r} has {count_text(sum(counts), 'layer')} "
+            f"(t), and {shape.source} has {shape.num_layers}: {_added_or_removed(shape.num_layers - sum(counts))}"
         )
     for stage in range(pp):
         if not any(rows[stage::pp]):

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_paint.base.counts import agreeing, count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.saved import read_config
 from megatron_paint.config.secrets import without_secrets
@@ -126,7 +127,9 @@ class RunReader:
             except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
                 bad += 1
         if bad:
-            notices.append(f"{file.name}: {_count(bad, 'line')} cannot be read and {_is(bad)} left out")
+            notices.append(
+                f"{file.name}: {count_text(bad, 'line')} cannot be read and {agreeing(bad, 'is', 'are')} left out"
+            )
         return [found[step] for step in sorted(found)]
 
     def _sample_rows(
@@ -152,9 +155,15 @@ class RunReader:
         if not files:
             notices.append("there are no samples: the run folder has no files in samples/")
         if bad_lines:
-            notices.append(f"samples/: {_count(bad_lines, 'line')} cannot be read and {_is(bad_lines)} left out")
+            notices.append(
+                f"samples/: {count_text(bad_lines, 'line')} cannot be read and {agreeing(bad_lines, 'is', 'are')} left "
+                "out"
+            )
         if bad_files:
-            notices.append(f"samples/: {_count(bad_files, 'file')} cannot be read and {_is(bad_files)} left out")
+            notices.append(
+                f"samples/: {count_text(bad_files, 'file')} cannot be read and {agreeing(bad_files, 'is', 'are')} left "
+                "out"
+            )
 
     def _changes(self, notices: list[str]) -> list[dict[str, Any]]:
         file, found = self.folder.path / CHANGES, []
@@ -210,11 +219,3 @@ def _planned(tree: dict[str, Any] | None) -> int | None:
 
 def _first_sentence(error: Exception) -> str:
     return " ".join(str(error).split()).split(";")[0]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _is(number: int) -> str:
-    return "is" if number == 1 else "are"

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from megatron_paint.base.counts import agreeing, count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import RolloutSettings
 from megatron_paint.data.prompts import Prompts
@@ -130,8 +131,8 @@ class RolloutsAhead(RolloutSource):
         self._step = step
         if gone := len(entries) - len(fitting):
             return (
-                f"{gone} of the {len(entries)} rollouts that were sampled ahead are of other problems or prompts: the "
-                "step samples new ones",
+                f"{gone:,} of the {count_text(len(entries), 'rollout')} that were sampled ahead "
+                f"{agreeing(gone, 'is', 'are')} of other problems or prompts: the step samples new ones",
             )
         return ()
 

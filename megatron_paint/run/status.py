@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from megatron_paint.base.counts import agreeing, count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.saved import read_config
 from megatron_paint.run.folder import RunFolder, step_name
@@ -54,7 +55,10 @@ def read_status(path: Path, *, now: float | None = None) -> Status:
     done = [line for line in lines if "skipped" not in line]
     step = max((line["step"] for line in lines), default=0)
     if bad := sum(_is_damaged(line) for line in done):
-        notices.append(f"{folder.metrics_file.name}: {bad} of {len(done)} steps have no loss or no tokens_per_second")
+        notices.append(
+            f"{folder.metrics_file.name}: {bad:,} of {count_text(len(done), 'step')} {agreeing(bad, 'has', 'have')} no "
+            "loss or no tokens_per_second"
+        )
     pace = _median([_seconds(line) for line in done[-RECENT:]])
     newest, heartbeats = folder.latest_checkpoint(), read_heartbeats(folder.heartbeats)
     last = slowest(heartbeats) if heartbeats else None
@@ -91,7 +95,7 @@ def status_lines(status: Status) -> list[str]:
             f"loss {_number(status.loss)}"
         )
     if status.skipped:
-        lines.append(f"skipped     {status.skipped} steps, which changed no weight")
+        lines.append(f"skipped     {count_text(status.skipped, 'step')}, which changed no weight")
     saved = (
         "none yet" if status.checkpoint is None else f"{step_name(status.checkpoint)}, {_ago(status.checkpoint_age)}"
     )
@@ -101,7 +105,8 @@ def status_lines(status: Status) -> list[str]:
         lines.append(f"evaluation  {100 * status.evaluation[1]:.1f} % after step {status.evaluation[0]}")
     if status.ranks and status.state in ("running", "hung"):
         lines.append(
-            f"heartbeats  {status.ranks} ranks; furthest behind: {status.behind}, {_ago(status.oldest_progress)}"
+            f"heartbeats  {count_text(status.ranks, 'rank')}; furthest behind: {status.behind}, "
+            f"{_ago(status.oldest_progress)}"
         )
     lines += [f"attempt     {_record_text(record)}" for record in status.attempts[-5:]]
     return lines + [f"damaged     {notice}" for notice in status.notices]

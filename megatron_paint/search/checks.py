@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import settings_of
 from megatron_paint.config.settings import Settings
@@ -49,6 +50,7 @@ def check_places(places: Sequence[Place], *, gpus: Sequence[str], asked: int | N
         raise UserError(f"--jobs={len(places)} is above the number of GPUs here, {len(gpus)}: give at most as many")
     if asked is not None and asked > share:
         raise UserError(
-            f"--processes={asked} is above the number of GPUs of a trial, {share}: {len(places)} trials side by side "
-            f"divide {len(gpus)} GPUs, and each process drives one. Give at most {share}, or fewer --jobs"
+            f"--processes={asked} is above the number of GPUs of a trial, {share}: {count_text(len(places), 'trial')} "
+            f"side by side divide {count_text(len(gpus), 'GPU')}, and each process drives one. Give at most {share}, "
+            "or fewer --jobs"
         )

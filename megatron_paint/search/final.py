@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.saved import to_yaml
 from megatron_paint.config.tree import settings_tree
@@ -67,10 +68,10 @@ def load_problems(space: Space) -> Problems:
     both = [problem for problem in problems.problems if _plain(problem.problem) in texts]
     if both:
         raise UserError(
-            f"validation.problems={validation.problems}: {len(both)} of {len(problems.problems)} problems are in {ON}="
-            f"{evaluation.problems} too, such as {both[0].id!r}, which is {texts[_plain(both[0].problem)]!r} there. A "
-            "search chooses by the first and compares on the second: give other problems, or set "
-            f"{ON}=null to leave the final comparison out"
+            f"validation.problems={validation.problems}: {len(both)} of "
+            f"{count_text(len(problems.problems), 'problem')} are in {ON}={evaluation.problems} too, such as "
+            f"{both[0].id!r}, which is {texts[_plain(both[0].problem)]!r} there. A search chooses by the first and "
+            f"compares on the second: give other problems, or set {ON}=null to leave the final comparison out"
         )
     return Problems(validation=problems, test=test)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.base.json_text import to_json
 from megatron_paint.base.keys import derive_key, uniforms
 from megatron_paint.config.saved import to_yaml
@@ -111,10 +112,11 @@ def markdown(out: Path, space: Space, report: SearchReport, problems: Problems) 
     lines = [
         f"# Search in {out}",
         "",
-        f"{len(states)} trials ({counts}) of {budget.steps} steps, evaluated every {budget.evaluate_every}; seed "
-        f"{report.seed}. Trial 0 is the given settings. Trials are chosen and pruned by their accuracy on "
-        f"{len(problems.validation.problems)} problems of `{space.settings.validation.problems}`. Accuracies are Avg@n "
-        "in %, with 95 % intervals over the draw of problems. The intervals do not cover another seed of training.",
+        f"{count_text(len(states), 'trial')} ({counts}) of {count_text(budget.steps, 'step')}, evaluated every "
+        f"{budget.evaluate_every}; seed {report.seed}. Trial 0 is the given settings. Trials are chosen and pruned by "
+        f"their accuracy on {count_text(len(problems.validation.problems), 'problem')} of "
+        f"`{space.settings.validation.problems}`. Accuracies are Avg@n in %, with 95 % intervals over the draw of "
+        "problems. The intervals do not cover another seed of training.",
         "",
         *_best_lines(space, report),
         *_final_lines(space, report),
@@ -152,7 +154,7 @@ def _final_lines(space: Space, report: SearchReport) -> list[str]:
         return [*lines, f"Not compared yet: it follows the last trial, on `{name}`.", ""]
     return [
         *lines,
-        f"{final.problems} problems of `{name}`, which no trial was chosen by:",
+        f"{count_text(final.problems, 'problem')} of `{name}`, which no trial was chosen by:",
         "",
         "| | accuracy |",
         "|---|---|",

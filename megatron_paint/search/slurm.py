@@ -10,6 +10,7 @@ import os
 import shlex
 from pathlib import Path
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import load_settings
 from megatron_paint.config.saved import to_yaml
@@ -67,7 +68,7 @@ def launch(given: argparse.Namespace) -> int:
 def worker_script(given: argparse.Namespace, options: SlurmOptions, out: Path, worker: int) -> str:
     """The batch script of one worker, whose jobs wait for each other and not for those of other workers."""
     own = dataclasses.replace(options, job_name=f"{options.job_name}-{worker}")
-    title = f"{given.config}: worker {worker} of {given.workers} of a search of {given.trials} trials"
+    title = f"{given.config}: worker {worker} of {given.workers} of a search of {count_text(given.trials, 'trial')}"
     return render_worker(own, arguments=_arguments(given, out), out=str(out), title=title)
 
 

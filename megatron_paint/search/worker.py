@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_paint.base.counts import agreeing, count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.run.console import Progress
 from megatron_paint.runtime.signals import RecordedSignals
@@ -201,8 +202,9 @@ class Worker:
         if not self._stops:
             self._stops = True
             self.progress.on_stderr(
-                f"megatron-paint: {self._signals.signal.name}: {len(self._running)} trials stop after their step, with "
-                "a checkpoint; the same command continues. A second signal ends them at once"
+                f"megatron-paint: {self._signals.signal.name}: {count_text(len(self._running), 'trial')} "
+                f"{agreeing(len(self._running), 'stops', 'stop')} after the current step, with a checkpoint; the same "
+                "command continues. A second signal ends everything at once"
             )
             for running in self._running.values():
                 running.run.stop()

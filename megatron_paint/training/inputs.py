@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.base.errors import UserError, about
 from megatron_paint.checkpoints.adapter_reader import checked_adapter
 from megatron_paint.checkpoints.hf_reader import HuggingFaceReader
@@ -55,8 +56,8 @@ class Inputs:
 
     def summary(self) -> tuple[str, ...]:
         """Lines for the console."""
-        held_out = f", {len(self.held_out):,} held-out problems" if self.held_out else ""
-        return (f"data       {len(self.problems):,} training problems{held_out}", *self.notes)
+        held_out = f", {count_text(len(self.held_out), 'held-out problem')}" if self.held_out else ""
+        return (f"data       {count_text(len(self.problems), 'training problem')}{held_out}", *self.notes)
 
 
 def check_inputs(settings: Settings, shape: ModelShape, *, run_folder: bool = True) -> Inputs:

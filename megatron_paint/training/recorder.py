@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from megatron_paint.base.counts import agreeing, count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.settings import Settings
 from megatron_paint.data.prompts import Prompts
@@ -57,7 +58,12 @@ class Recorder:
         before = sum("skipped" in line for line in self.folder.read_metrics())
         allowed = self.settings.run.max_skipped_steps
         if before >= allowed:
-            counted = f"; {before} steps were skipped before, all that run.max_skipped_steps allows" if allowed else ""
+            counted = (
+                f"; {count_text(before, 'step')} {agreeing(before, 'was', 'were')} skipped before, all that "
+                "run.max_skipped_steps allows"
+                if allowed
+                else ""
+            )
             raise UserError(
                 f"step {step} stopped before the optimiser: {error}{counted}. The files in {self.folder.path} are "
                 "complete; a lower optimizer.lr or optimizer.clip_grad is the usual cure"

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.base.keys import derive_key
 from megatron_paint.config.settings import Settings
@@ -83,7 +84,7 @@ def report_fp8_noise(settings: Settings, policy: "MegatronPolicy", samples: list
     cosine = policy.fp8_gradient_cosine(samples, loss)
     progress.note(
         f"self-check: cosine {cosine:.4f} between the gradients with FP8 ({settings.megatron.fp8_recipe}) and without, "
-        f"of {len(samples)} sampled responses (1: no noise)",
+        f"of {count_text(len(samples), 'sampled response')} (1: no noise)",
         fp8_gradient_cosine=cosine,
     )
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.evaluation.evaluator import Evaluator
@@ -39,8 +40,8 @@ def _check(
     size, problem = max(too_long, key=lambda one: one[0])
     shorter = f"lower {setting} to {longest - size} or less, or " if longest > size else ""
     raise UserError(
-        f"the vLLM servers have no room for {len(too_long)} of {len(problems)} prompts and their responses: the "
-        f"longest prompt, of {problem.source or problem.id}, has {size} tokens, {setting} is {response}, and a server "
-        f"takes {longest}; raise that to {size + response} (rollout.vllm.max_model_len, --max-model-len), {shorter}"
-        "leave such problems out"
+        f"the vLLM servers have no room for {len(too_long):,} of {count_text(len(problems), 'prompt')} and their "
+        f"responses: the longest prompt, of {problem.source or problem.id}, has {count_text(size, 'token')}, {setting} "
+        f"is {response}, and a server takes {longest}; raise that to {size + response} (rollout.vllm.max_model_len, "
+        f"--max-model-len), {shorter}leave such problems out"
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from megatron_paint.base.counts import agreeing, count_text
 from megatron_paint.config.settings import Settings
 from megatron_paint.data import thoughts
 from megatron_paint.data.prompts import Prompts
@@ -49,17 +50,17 @@ def sft_warnings(settings: Settings, prompts: Prompts, problems: Sequence[Proble
         case "open" if tagged < total:
             switch = ", or set prompts.student_thinking=false" if prompts.thinking_has_effect else ""
             return (
-                f"every prompt ends in an open {THINK_START}, and {total - tagged:,} of {total:,} solutions have "
-                f"no {THINK_END}: their responses close the thought first, so the model learns to answer "
-                f"without thinking. Write the thought before the answer: {THINK_START}...{THINK_END}"
-                f"{switch}",
+                f"every prompt ends in an open {THINK_START}, and {total - tagged:,} of "
+                f"{count_text(total, 'solution')} {agreeing(total - tagged, 'has', 'have')} no {THINK_END}: their "
+                "responses close the thought first, so the model learns to answer without thinking. Write the thought "
+                f"before the answer: {THINK_START}...{THINK_END}{switch}",
             )
         case "closed" if tagged:
             switch = "set prompts.student_thinking=true, or " if prompts.thinking_has_effect else ""
             return (
-                f"every prompt ends with a closed {THINK_START} block, and {tagged:,} of {total:,} solutions "
-                f"bring their own: the model learns to think again after its thought has ended; {switch}remove the "
-                "thoughts from the solutions",
+                f"every prompt ends with a closed {THINK_START} block, and {tagged:,} of "
+                f"{count_text(total, 'solution')} {agreeing(tagged, 'brings its own', 'bring their own')}: the model "
+                f"learns to think again after its thought has ended; {switch}remove the thoughts from the solutions",
             )
         case "none":
             stray = sum(
@@ -69,7 +70,8 @@ def sft_warnings(settings: Settings, prompts: Prompts, problems: Sequence[Proble
             )
             if stray:
                 return (
-                    f"{stray:,} of {total:,} solutions contain {THINK_END} without {THINK_START} before it,"
-                    f" and the prompts open no thought: write {THINK_START} where the thought begins",
+                    f"{stray:,} of {count_text(total, 'solution')} {agreeing(stray, 'contains', 'contain')} "
+                    f"{THINK_END} without {THINK_START} before it, and the prompts open no thought: write "
+                    f"{THINK_START} where the thought begins",
                 )
     return ()

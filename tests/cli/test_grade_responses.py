@@ -171,12 +171,12 @@ def test_boxes_in_unfinished_thoughts(cut, other, arguments, outcome, counted, t
 
 
 STRAY = (
-    "1 of 4 responses end a thought that they never began (</think> without <think> before it), and 0 contain <think>. "
+    "1 of 4 responses ends a thought that it never began (</think> without <think> before it), and 0 contain <think>. "
     "The prompts are assumed not to begin a thought"
 )
 MIXED = (
-    "3 of 4 responses end a thought that they never began (</think> without <think> before it), and 1 contain <think>. "
-    "The prompts are assumed not to begin a thought"
+    "3 of 4 responses end a thought that they never began (</think> without <think> before it), and 1 contains "
+    "<think>. The prompts are assumed not to begin a thought"
 )
 OPENED = (
     "3 of 4 responses end a thought that they never began (</think> without <think> before it), and 0 contain <think>. "

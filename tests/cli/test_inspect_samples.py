@@ -185,7 +185,7 @@ def test_without_a_decoder_the_text_is_shown(run_dir):
         ({"index": 3}, "3 samples, 0 to 2; there is no index 3"),
         ({"index": -1}, "there is no index -1"),
         ({"id": "zz"}, "no sample of problem 'zz'; its problems begin with a, b"),
-        ({"id": "b", "index": 1}, "problem 'b' in step 3 has 1 samples"),
+        ({"id": "b", "index": 1}, "problem 'b' in step 3 has 1 sample,"),
     ],
 )
 def test_what_is_not_there_is_a_user_error(run_dir, options, message):
@@ -201,7 +201,7 @@ def test_damaged_lines_are_counted_and_left_out(run_dir):
     assert first == f"{file}: 2 of 5 lines cannot be read and are left out"
     assert rest[1].startswith("problem b, step 3")
     file.write_text('{"id"')
-    with pytest.raises(UserError, match=r"step_000003\.jsonl is damaged: none of its 1 lines is a sample"):
+    with pytest.raises(UserError, match=r"step_000003\.jsonl is damaged: none of its 1 line is a sample"):
         show(run_dir)
 
 

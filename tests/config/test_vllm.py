@@ -63,7 +63,7 @@ def test_one_step_ahead_of_what():
             {},
             "names a server twice, as http://a:8000 and http://A:8000/",
         ),
-        ({"engine": "vllm", "vllm": {"servers": 2, "devices": ["1"]}}, {}, "has 1 entries for rollout.vllm.servers=2"),
+        ({"engine": "vllm", "vllm": {"servers": 2, "devices": ["1"]}}, {}, "has 1 entry for rollout.vllm.servers=2"),
         (
             {"engine": "vllm", "vllm": {"devices": ["6"], "tensor_parallel": 2}},
             {},

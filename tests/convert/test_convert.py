@@ -143,7 +143,7 @@ def test_check_names_the_place_of_a_difference(family, tmp_path, capsys):
     file.write_bytes(content)
     assert main(["convert", "check", str(family / "dense-tied"), str(megatron), "--quiet"]) == 1
     printed = capsys.readouterr().out
-    assert re.search(r"model\.norm\.weight: 1 numbers differ; the largest difference is .*, at \[5\]\n", printed)
+    assert re.search(r"model\.norm\.weight: 1 number differs; the largest difference is .*, at \[5\]\n", printed)
     assert f"model.norm.weight: {megatron} differs from its manifest" in printed
     assert main(["convert", "to-hf", str(megatron), str(tmp_path / "out"), "--base", str(family / "dense-tied")]) == 2
     assert "model.norm.weight differs from what was converted" in capsys.readouterr().err

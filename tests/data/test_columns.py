@@ -187,13 +187,13 @@ class TestMessages:
         [
             ([{"role": "user", "content": "a"}] * 2, r"holds 2 messages \(user, user\)"),
             ([{"role": role, "content": "a"} for role in ("user", "assistant")], r"2 messages \(user, assistant\)"),
-            ([{"role": "assistant", "content": "a"}], r"holds 1 messages \(assistant\)"),
+            ([{"role": "assistant", "content": "a"}], r"holds 1 message \(assistant\)"),
             ([{"role": "user"}], "a list of objects with role, not messages"),
             ([{"from": "human", "value": "a"}], "a list of objects with from, value, not messages"),
             ([{"role": "user", "content": [{"type": "image"}]}], "a message whose content is not one text"),
             ([{"role": "user", "content": None}], "a message whose content is not one text"),
             ([{"role": "user", "content": " "}], "column 'prompt' is empty"),
-            ([{"role": [1], "content": "a"}], r"holds 1 messages \(\[1\]\)"),
+            ([{"role": [1], "content": "a"}], r"holds 1 message \(\[1\]\)"),
             (repr(nested(1)["prompt"]), "holds printed messages; save the rows as JSON lines or Parquet"),
             ([], "holds a list, not text"),
         ],
@@ -258,8 +258,8 @@ class TestAnswers:
     def test_forms_are_said(self, file):
         rows = [row(1, answer="a\n#### 2"), row(2), row(3, answer='["6"]')]
         assert load(write(file, rows)).notes == (
-            f"{file}: 1 of 3 answers end in '#### RESULT'; the result is the answer",
-            f"{file}: 1 of 3 answers are a list of one text; this text is the answer",
+            f"{file}: 1 of 3 answers ends in '#### RESULT'; the result is the answer",
+            f"{file}: 1 of 3 answers is a list of one text; this text is the answer",
         )
 
     def test_a_list_in_every_row(self, file):

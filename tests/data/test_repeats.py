@@ -66,7 +66,7 @@ class TestRepeats:
         assert problems.warnings[0].startswith("data.train: 57 of 60 problems repeat")
         assert "The first is 'train:4', which repeats 'train:1'." in problems.warnings[0]
         held_out = load_held_out(EvaluationSettings(problems=str(tmp_path / "train.jsonl"), limit=4))
-        assert held_out.warnings[0].startswith("evaluation.problems: 1 of 4 problems repeat")
+        assert held_out.warnings[0].startswith("evaluation.problems: 1 of 4 problems repeats")
 
 
 class TestLeaks:
@@ -96,14 +96,14 @@ class TestOddities:
         problems = [problem("a", "p"), problem("b", "q", "x" * 201)]
         found = oddities(problems, setting="data", solutions=False)
         assert len(found) == 1
-        assert found[0].startswith("data.columns.answer: 1 of 2 answers are longer than 200 characters")
+        assert found[0].startswith("data.columns.answer: 1 of 2 answers is longer than 200 characters")
         assert found[0].endswith("The first is 'b'")
 
     def test_solutions_that_show_nothing(self):
         problems = [problem("a", "p"), problem("b", "q", "70", " 70\n"), problem("c", "r", "4", "It is four.")]
         bare, boxless = oddities(problems, setting="data", solutions=True)
-        assert bare.startswith("data.columns.solution: 1 of 3 solutions are nothing but the answer")
+        assert bare.startswith("data.columns.solution: 1 of 3 solutions is nothing but the answer")
         assert bare.endswith("The first is 'b'")
-        assert boxless.startswith("data.columns.solution: 1 of 3 solutions have no \\boxed{}, so")
+        assert boxless.startswith("data.columns.solution: 1 of 3 solutions has no \\boxed{}, so")
         assert boxless.endswith("The first is 'c'")
         assert oddities(problems, setting="data", solutions=False) == ()

@@ -113,12 +113,12 @@ def test_files_of_other_formats(tmp_path):
     settings = EvaluationSettings(columns=ColumnSettings(problem="question"))
     found = load_benchmarks([str(tmp_path / "raw.csv.gz")], settings)[0]
     assert (found.name, found.problems[0].id, found.problems[0].answer) == ("raw", "raw:2", "2500")
-    assert found.notes[-1].endswith("1 of 1 answers end in '#### RESULT'; the result is the answer")
+    assert found.notes[-1].endswith("1 of 1 answer ends in '#### RESULT'; the result is the answer")
 
 
 def test_repeated_problems_are_counted(tmp_path):
     found = load_benchmarks([str(write(tmp_path / "p.jsonl", PROBLEMS))], EvaluationSettings())[0]
-    assert found.warnings[0].startswith("evaluation.problems: 1 of 2 problems repeat the text of an earlier one")
+    assert found.warnings[0].startswith("evaluation.problems: 1 of 2 problems repeats the text of an earlier one")
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_what_is_written_and_printed(tmp_path):
     assert "| mixed | math | 2 | 75.0 | " in text
     assert "| mixed | text | 1 | 0.0 | 0.0 to 97.5 |" in text
     warning = (
-        "mixed: 1 of 10 answers have no verdict and count as not right, because their grader failed. The first is of "
+        "mixed: 1 of 10 answers has no verdict and counts as not right, because their grader failed. The first is of "
         "problem 'd': ValueError: x"
     )
     assert error_warning(report) == warning

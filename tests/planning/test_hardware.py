@@ -133,7 +133,7 @@ def test_a_gpu_of_its_own_has_number_0(machine, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert device_of_rank() == torch.device("cuda", 0)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with pytest.raises(UserError, match="LOCAL_RANK=3, but this machine shows 1 GPUs"):
+    with pytest.raises(UserError, match="LOCAL_RANK=3, but this machine shows 1 GPU to"):
         device_of_rank()
 
 

@@ -184,7 +184,7 @@ def test_steps_without_a_finite_loss_are_left_out_up_to_a_limit(trained, tmp_pat
 
 def test_one_step_too_many_without_a_finite_loss_ends_the_run(trained, tmp_path):
     message = train(trained, tmp_path, "run.max_skipped_steps=1", target="not_finite").message
-    assert "step 3 stopped before the optimiser: loss is not finite in step 3; 1 steps were skipped before" in message
+    assert "step 3 stopped before the optimiser: loss is not finite in step 3; 1 step was skipped before" in message
 
 
 def test_a_hang_names_the_rank_that_is_behind(trained, tmp_path):

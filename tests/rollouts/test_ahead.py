@@ -170,7 +170,7 @@ def test_other_problems_or_prompts_are_sampled_again():
     other = [problems(3)[0], dataclasses.replace(problems(3)[1], id="new")]
     second = source(engine)
     (message,) = second.load_state_dict(state, other)
-    assert message.startswith("1 of the 2 rollouts that were sampled ahead are of other problems or prompts")
+    assert message.startswith("1 of the 2 rollouts that were sampled ahead is of other problems or prompts")
     found = second.rollouts(other, step=3)
     assert [(r.problem_id, r.origin.behind) for r in found] == [("3-0", 1), ("new", 0)]
 

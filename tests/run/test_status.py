@@ -54,7 +54,7 @@ def test_a_running_run(tmp_path):
     assert (status.behind, status.oldest_progress) == ("rank 1 on n1, step 4, student", 30.0)
     text = "\n".join(status_lines(status))
     assert "running, step 5 of 10, about 0:00:08 left" in text
-    assert "skipped     1 steps" in text
+    assert "skipped     1 step, which" in text
     assert "3 ranks; furthest behind: rank 1 on n1, step 4, student, 0:00:30 ago" in text
 
 

@@ -184,7 +184,7 @@ def test_stopped_by_a_signal(tmp_path):
     os.kill(running.pid, signal.SIGTERM)
     ended = running.wait()
     assert ended.statuses == [75], ended
-    assert "1 trials stop after their step, with a checkpoint" in ended.err[0]
+    assert "1 trial stops after the current step, with a checkpoint" in ended.err[0]
     assert RunFolder(trial_folder(out, 0)).latest_checkpoint()
     assert [trial.state for trial in read_trials(out)] == ["running"]
     assert not (out / "claims").exists() or not list((out / "claims").iterdir())

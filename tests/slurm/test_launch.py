@@ -121,7 +121,7 @@ REFUSALS = [
     (["--nodes=1", "--segment=0"], "--segment='0' must be a number of nodes"),
     (["--nodes=1", "--gres=nvme 1"], "--gres='nvme 1' must be resources"),
     (["--nodes=1", "--gres=gpu:h100:4"], "--gres=gpu:h100:4 asks for 4 GPUs on each node, but --gpus-per-node=8"),
-    (["--nodes=1", "--gres=nvme:1,gpu"], "asks for 1 GPUs on each node, but --gpus-per-node=8"),
+    (["--nodes=1", "--gres=nvme:1,gpu"], "asks for 1 GPU on each node, but --gpus-per-node=8"),
     (["--nodes=1", "--begin=in a while"], "--begin='in a while' must be a time"),
     (["--nodes=1", "--mail-type=END FAIL"], "--mail-type='END FAIL' must be events"),
     (["--nodes=1", "--mail-user=me@x; id"], "--mail-user='me@x; id' must be an address"),

@@ -153,7 +153,7 @@ class TestSolutions:
             ),
             (OPENS, (), 0, None),
             (None, (), 8, "ends with a closed <think> block, and 8 of 8 solutions bring their own"),
-            (None, (), 1, "ends with a closed <think> block, and 1 of 8 solutions bring their own"),
+            (None, (), 1, "ends with a closed <think> block, and 1 of 8 solutions brings its own"),
             (None, (), 0, None),
             (None, ("prompts.student_thinking=true",), 8, None),
             (None, ("prompts.student_thinking=true",), 0, None),

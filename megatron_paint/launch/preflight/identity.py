@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.base.errors import UserError
 
 SCONTROL_SECONDS = 5.0
@@ -48,7 +49,8 @@ def find_node(
         raise UserError(f"--node-rank {rank} must be from 0 and below the number of nodes, {count} (--nodes)")
     if given and len(given) != count:
         raise UserError(
-            f"--node-names has {len(given)} names for {count} nodes: give one name for each node, in their order"
+            f"--node-names has {len(given)} names for {count_text(count, 'node')}: give one name for each node, in "
+            "their order"
         )
     name = name or environ.get("SLURMD_NODENAME") or (given[rank] if given else socket.gethostname())
     expected = given or _slurm_names(environ, count) or [f"node {number}" for number in range(count)]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_paint.base.counts import agreeing, count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.base.json_text import to_json
 from megatron_paint.launch.preflight.coordinator import PreflightState
@@ -42,8 +43,8 @@ def failure_lines(failed: Sequence[CheckResult]) -> list[str]:
     for result in failed:
         alike.setdefault((result.check, result.seen, result.advice), []).append(result.node)
     return [
-        f"preflight: node{'s' if len(nodes) > 1 else ''} {', '.join(nodes)}: {check}: {seen}"
-        f"{f'; {advice}' if advice else ''}"
+        f"preflight: {agreeing(len(nodes), 'node', 'nodes')} {', '.join(nodes)}: {check}: "
+        f"{seen}{f'; {advice}' if advice else ''}"
         for (check, seen, advice), nodes in alike.items()
     ]
 
@@ -52,8 +53,8 @@ def summary(names: Sequence[str], failed: Sequence[CheckResult], seconds: float)
     """The last line."""
     bad = [name for name in names if any(result.node == name for result in failed)]
     if not bad:
-        return f"preflight: {len(names)} node{'s' if len(names) > 1 else ''} ok in {seconds:.1f} s"
-    return f"preflight: {len(bad)} of {len(names)} nodes not ok in {seconds:.1f} s: {', '.join(bad)}"
+        return f"preflight: {count_text(len(names), 'node')} ok in {seconds:.1f} s"
+    return f"preflight: {len(bad):,} of {count_text(len(names), 'node')} not ok in {seconds:.1f} s: {', '.join(bad)}"
 
 
 def excludable(state: PreflightState) -> list[str]:

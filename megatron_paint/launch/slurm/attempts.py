@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.base.json_text import to_json
 from megatron_paint.config.load import settings_of
@@ -81,7 +82,7 @@ def _decide(run: Path, ended: Mapping[str, Any], records: Sequence[Mapping[str, 
     """What follows the attempt that `ended`, the last of the records."""
     status, checkpoint = ended["status"], ended["checkpoint"]
     if (steps := finished_steps(run, records)) is not None:
-        return "done", f"all {steps} steps, and everything that was due after them"
+        return "done", f"all {count_text(steps, 'step')}, and everything that was due after them"
     if (now := _newest_attempt(records)) != _newest_attempt([ended]):
         return "next", f"restart {now[1]} of job {now[0]} began in the meantime, perhaps because this node was cut off"
     if status == MISTAKE:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.base.errors import UserError
 
 if TYPE_CHECKING:
@@ -316,8 +317,8 @@ def _check_gres(gres: str, gpus_per_node: int) -> None:
     count = sum(int(match[1]) if (match := re.search(r":(\d+)(?:\(.*\))?$", part)) else 1 for part in asked)
     if asked and count != gpus_per_node:
         raise UserError(
-            f"--gres={gres} asks for {count} GPUs on each node, but --gpus-per-node={gpus_per_node}: give the same "
-            "number in both"
+            f"--gres={gres} asks for {count_text(count, 'GPU')} on each node, but --gpus-per-node={gpus_per_node}: "
+            "give the same number in both"
         )
 
 

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.base.errors import UserError, about
 from megatron_paint.config.load import load_settings
 from megatron_paint.config.settings import Settings
@@ -100,7 +101,7 @@ def plan_elsewhere(settings: Settings, options: SlurmOptions) -> Plan:
             on_gpu_nodes=options.gpus_per_node > 0,
         )
     except UserError as error:
-        with about(f"--nodes={options.nodes} with {options.processes_per_node} processes a node"):
+        with about(f"--nodes={options.nodes} with {count_text(options.processes_per_node, 'process')} a node"):
             raise UserError(str(error).replace(" (nearest: --processes ", " (nearest: ")) from None
     check_tensor_parallel_groups(options, plan.tensor_parallel)
     return plan
@@ -163,8 +164,8 @@ def _submit_all(command: list[str], options: SlurmOptions, settings: Settings) -
             undo()
             raise
         raise UserError(
-            f"{error}. {len(jobs)} of {options.attempts} jobs were submitted before that and still exist: "
-            f"`scancel {' '.join(jobs)}` cancels them"
+            f"{error}. {len(jobs):,} of {count_text(options.attempts, 'job')} were submitted before that and still "
+            f"exist: `scancel {' '.join(jobs)}` cancels them"
         ) from error
     return jobs
 

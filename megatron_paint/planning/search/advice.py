@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.planning.memory import size_text
 from megatron_paint.planning.search.question import with_changes
@@ -18,11 +19,12 @@ def nothing_fits(question: Question, found: Found) -> UserError:
     """The error of a search without a result."""
     if found.closest is None:
         reasons = [
-            f"{count} layouts: {question.shown(message)}" for message, count in found.refused.most_common(REASONS)
+            f"{count_text(count, 'layout')}: {question.shown(message)}"
+            for message, count in found.refused.most_common(REASONS)
         ]
         rest = len(found.refused) - len(reasons)
-        more = f"; and {rest} more reasons" if rest else ""
-        return UserError(f"none of {found.layouts} layouts is accepted: {'; '.join(reasons)}{more}")
+        more = f"; and {count_text(rest, 'more reason')}" if rest else ""
+        return UserError(f"none of {count_text(found.layouts, 'layout')} is accepted: {'; '.join(reasons)}{more}")
     closest, machine = found.closest, question.machine
     phase = max(closest.memory, key=lambda name: closest.memory[name])
     helps = list(_remedies(question))

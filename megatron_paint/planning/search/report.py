@@ -8,6 +8,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import read_tree
 from megatron_paint.planning.memory import size_text
@@ -45,13 +46,15 @@ def lines(question: Question, found: Found) -> Iterator[str]:
 def _head(question: Question, found: Found) -> Iterator[str]:
     shape, machine, settings = question.shape, question.machine, question.settings
     work, node = question.work, machine.gpus_on_node
-    experts = f", {shape.num_experts} experts, {shape.experts_per_token} a token" if shape.num_experts else ""
-    yield (
-        f"model      {question.name}: {shape.num_parameters:,} weights, {shape.num_layers} layers, "
-        f"hidden {shape.hidden_size}{experts}"
+    experts = (
+        f", {count_text(shape.num_experts, 'expert')}, {shape.experts_per_token} a token" if shape.num_experts else ""
     )
     yield (
-        f"machine    {machine.gpus} x {machine.name} on {machine.nodes} node{'s' * (machine.nodes > 1)} of {node}; "
+        f"model      {question.name}: {count_text(shape.num_parameters, 'weight')}, "
+        f"{count_text(shape.num_layers, 'layer')}, hidden {shape.hidden_size}{experts}"
+    )
+    yield (
+        f"machine    {machine.gpus} x {machine.name} on {count_text(machine.nodes, 'node')} of {node}; "
         f"{size_text(machine.gpu.memory)} a GPU, {size_text(question.usable)} may be used"
     )
     trained = "all weights" if settings.model.lora is None else f"LoRA {settings.model.lora.rank}"
@@ -63,20 +66,24 @@ def _head(question: Question, found: Found) -> Iterator[str]:
     fp8 = f", FP8 {settings.megatron.fp8_recipe}" if settings.megatron.fp8 else ""
     yield (
         f"step       {settings.objective.name}, {trained}, bfloat16{fp8}; {work.sequences} {what}, prompts of "
-        f"{work.prompt:g}{f', of the teacher {work.teacher_prompt:g}' if work.teacher_passes else ''}; "
-        f"micro-batches of at most {settings.data.micro_batch_tokens:,} tokens"
+        f"{work.prompt:g}{f', of the teacher {work.teacher_prompt:g}' if work.teacher_passes else ''}; micro-batches "
+        f"of at most {count_text(settings.data.micro_batch_tokens, 'token')}"
     )
     tokens = micro_batch_tokens(settings, shape)
     if tokens > settings.data.micro_batch_tokens:
         fills = "the model's positions" if settings.data.max_tokens is None else "data.max_tokens"
         longest = "a response" if work.new_tokens else f"a solution that fills {fills}"
-        yield f"           {longest} is a micro-batch alone: memory counts {tokens:,} tokens"
+        yield f"           {longest} is a micro-batch alone: memory counts {count_text(tokens, 'token')}"
     if work.new_tokens:
-        servers = f" servers on {question.sampling_gpus} GPUs of their own" if settings.rollout.engine == "vllm" else ""
+        servers = (
+            f" servers on {count_text(question.sampling_gpus, 'GPU')} of their own"
+            if settings.rollout.engine == "vllm"
+            else ""
+        )
         yield f"sampling   {settings.rollout.engine}{servers}"
     if settings.megatron.cpu_offloading:
         yield "offloaded  megatron.cpu_offloading: its memory counts, the time of its copies does not"
-    yield f"searched   {found.layouts} layouts: {searched_text(question)}"
+    yield f"searched   {count_text(found.layouts, 'layout')}: {searched_text(question)}"
     left_out = not_searched_text(question)
     if left_out:
         yield f"           not searched: {left_out}"
@@ -142,21 +149,29 @@ def _best(question: Question, planned: Planned) -> Iterator[str]:
     memory = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in planned.memory.items())
     yield (
         f"memory     of 1, GB a GPU: {memory}; host, while a checkpoint is copied: {size_text(host.node)} on a node of "
-        f"{host.ranks} ranks"
+        f"{count_text(host.ranks, 'rank')}"
     )
 
 
 def _dropped(question: Question, found: Found) -> Iterator[str]:
-    reasons = [f"{_layouts(count)}: {question.shown(message)}" for message, count in found.refused.most_common(REASONS)]
+    reasons = [
+        f"{count_text(count, 'layout')}: {question.shown(message)}"
+        for message, count in found.refused.most_common(REASONS)
+    ]
     rest = found.refused.most_common()[REASONS:]
     if rest:
-        reasons.append(f"{_layouts(sum(count for _, count in rest))}: {len(rest)} more reasons (--json lists them)")
+        reasons.append(
+            f"{count_text(sum(count for _, count in rest), 'layout')}: {count_text(len(rest), 'more reason')} (--json "
+            "lists them)"
+        )
     if found.too_large:
         usable = size_text(question.usable)
         tried = "any recomputation and offload" if question.offload else "any recomputation"
-        reasons.append(f"{_layouts(found.too_large)}: more than {usable}, with {tried}")
+        reasons.append(f"{count_text(found.too_large, 'layout')}: more than {usable}, with {tried}")
     if found.slower:
-        reasons.append(f"{_layouts(found.slower)}: after those above in this order; their memory was not estimated")
+        reasons.append(
+            f"{count_text(found.slower, 'layout')}: after those above in this order; their memory was not estimated"
+        )
     for number, reason in enumerate(reasons):
         yield f"{'left out' if number == 0 else '':10} {reason}"
 
@@ -242,10 +257,6 @@ def as_json(question: Question, found: Found) -> Mapping[str, Any]:
         "slower": found.slower,
         "ranked": ranked,
     }
-
-
-def _layouts(count: int) -> str:
-    return f"{count} layout{'s' * (count > 1)}"
 
 
 def _seconds(value: float) -> str:

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.config.settings import Settings
 from megatron_paint.config.vllm import OF_OWN_SERVERS
 from megatron_paint.models.shape import ModelShape
@@ -45,7 +46,8 @@ def server_lines(settings: Settings, shape: ModelShape, gpu: Gpu, *, gpus: int) 
     if not sampled_by_servers(settings):
         return
     size, count = servers_of(shape, gpu, gpus=gpus)
-    planned = f"servers    {count} of vLLM with --tensor-parallel-size {size}, on {count * size} GPUs that no rank has"
+    gpus_text = count_text(count * size, "GPU")
+    planned = f"servers    {count} of vLLM with --tensor-parallel-size {size}, on {gpus_text} that no rank has"
     urls = settings.rollout.vllm.urls
     if not urls:
         yield f"{planned}, are planned; rollout.vllm says which ones the run starts"

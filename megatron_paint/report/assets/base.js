@@ -31,6 +31,7 @@ window.paint = {};
   const fixed = (value, digits = 2) => (isNumber(value) ? value.toFixed(digits) : "–");
   const percent = (value, digits = 1) => (isNumber(value) ? `${(100 * value).toFixed(digits)} %` : "–");
   const count = (value) => (isNumber(value) ? value.toLocaleString("en-US") : "–");
+  const counted = (value, noun) => `${count(value)} ${noun}${value === 1 ? "" : "s"}`;
 
   // Characters without a shape, and those that change the direction of what follows, become visible ones.
   const CONTROL = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
@@ -98,6 +99,6 @@ window.paint = {};
   };
 
   Object.assign(paint, {
-    el, isNumber, number, fixed, percent, count, visible, stored, store, color, say, field, select, table,
+    el, isNumber, number, fixed, percent, count, counted, visible, stored, store, color, say, field, select, table,
   });
 })();

@@ -1,7 +1,7 @@
 // The list of samples. Only the rows in sight exist, so that tens of thousands of samples stay quick.
 "use strict";
 (() => {
-  const { el, fixed, number, count, visible } = paint;
+  const { el, fixed, number, count, counted, visible } = paint;
   const ROW = 48; // pixels, as in samples.css
   const SPARE = 6; // rows above and below those in sight
   const list = { indices: [], at: -1, box: null, space: null };
@@ -20,7 +20,7 @@
   const sortValue = (samples, index) => {
     const by = paint.sortedBy();
     if (by === "selected") return `${count(samples.selected[index])} selected`;
-    return by === "gap" ? `gap ${number(samples.gap[index], 2)}` : `${count(samples.tokens[index])} tokens`;
+    return by === "gap" ? `gap ${number(samples.gap[index], 2)}` : counted(samples.tokens[index], "token");
   };
 
   const row = (place) => {
@@ -102,7 +102,7 @@
     list.indices = paint.matching();
     list.at = list.indices.indexOf(kept);
     const all = paint.data.samples.run.length;
-    total.textContent = list.indices.length === all ? `${count(all)} samples` : `${count(list.indices.length)} of ${count(all)} samples`;
+    total.textContent = list.indices.length === all ? counted(all, "sample") : `${count(list.indices.length)} of ${counted(all, "sample")}`;
     list.box.hidden = !list.indices.length;
     if (list.box.clientHeight) {
       list.box.scrollTop = Math.min(list.box.scrollTop, Math.max(0, list.indices.length * ROW - list.box.clientHeight));

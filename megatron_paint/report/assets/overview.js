@@ -1,7 +1,7 @@
 // The overview: the runs, their curves and the time of their phases; and the evaluations.
 "use strict";
 (() => {
-  const { el, number, percent, count, figure, smooth, lineColor, runLine, DASHES, isNumber } = paint;
+  const { el, number, percent, count, counted, figure, smooth, lineColor, runLine, DASHES, isNumber } = paint;
   const MOST_BARS = 80; // of the phases; longer runs show means over several steps
   const MOST_TOGETHER = 3; // runs whose plots have several series each; with more runs a plot has one series
   const state = {
@@ -13,7 +13,7 @@
   const runs = () => paint.data.runs.map((run, index) => ({ ...run, index }));
   const shownRuns = () => runs().filter((run) => !state.hidden.has(run.index));
   const stateOf = (run) => {
-    if (run.finished) return `finished, ${count(run.last)} step${run.last === 1 ? "" : "s"}`;
+    if (run.finished) return `finished, ${counted(run.last, "step")}`;
     const step = `step ${count(run.last)}${run.planned ? ` of ${count(run.planned)}` : ""}`;
     const last = run.events.at(-1);
     const ended = last?.kind === "end" && last.start === run.starts.length && !last.text.startsWith("skipped ");

@@ -1,7 +1,7 @@
 // One sample: what the teacher saw of the solution, what the response has of it, the response, and both prompts.
 "use strict";
 (() => {
-  const { el, number, fixed, count, visible } = paint;
+  const { el, number, fixed, count, counted, visible } = paint;
   const LEFT_OUT = {
     wrong: "its answer is not right",
     not_shortest: "a shorter response is right",
@@ -62,7 +62,7 @@
     const { reveal } = entry;
     if (nothingShown(entry)) return el("section", {}, el("h3", { text: "Solution" }), el("p", { class: "note", text: nothingShown(entry) }));
     const [shown, reference] = [reveal.shown_text ?? "", reveal.reference_text ?? ""];
-    const title = el("h3", {}, visible(whose(reveal)), el("span", { class: "unit", text: `${count(reveal.shown_tokens)} of ${count(reveal.total_tokens)} tokens shown` }));
+    const title = el("h3", {}, visible(whose(reveal)), el("span", { class: "unit", text: `${count(reveal.shown_tokens)} of ${counted(reveal.total_tokens, "token")} shown` }));
     const parts = [];
     if (reveal.example) parts.push(el("pre", { class: "text", text: visible(reveal.example) }));
     if (!reference.startsWith(shown) || reference.length > MOST) {
