@@ -22,3 +22,12 @@ def check_allow_changes(names: Sequence[str]) -> None:
         if any(section.key == describe.general(name) for section in sections):
             raise UserError(f"run.allow_changes: {name} is a section: name its settings, such as optimizer.lr")
         raise UserError(f"run.allow_changes: {describe.unknown(name)}")
+
+
+def may_be_allowed(name: str) -> bool:
+    """Whether `run.allow_changes` accepts a setting; not one that only an earlier version had."""
+    try:
+        check_allow_changes([name])
+    except UserError:
+        return False
+    return True

@@ -11,15 +11,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from megatron_paint.base.errors import UserError, about
 from megatron_paint.base.json_text import to_json
+from megatron_paint.config.allow_changes import may_be_allowed
 from megatron_paint.config.saved import (
-    IN_CHECKPOINT,
     allowed_changes,
     forbidden_changes,
     moved_decay_end,
@@ -142,11 +142,9 @@ class RunFolder:
             )
         old = self._read_config()
         if changed := forbidden_changes(old=old, new=new):
-            names = [change.partition(":")[0] for change in changed]
-            purpose = f", or change them on purpose with run.allow_changes=[{', '.join(names)}]"
             raise UserError(
-                f"run.dir={self.path} was started with other settings: {'; '.join(changed)}. Restore them to resume, "
-                f"or start again in another run.dir{'' if IN_CHECKPOINT & set(names) else purpose}"
+                f"run.dir={self.path} was started with other settings: {'; '.join(changed)}. "
+                f"{_ways_out([change.partition(':')[0] for change in changed], new['run'].get('allow_changes', ()))}"
             )
         if moved := moved_decay_end(old=old, new=new):
             raise UserError(f"{moved}; or start again in another run.dir than {self.path}")
@@ -305,6 +303,23 @@ class RunFolder:
             if isinstance(record, dict):
                 records.append(record)
         return records
+
+
+def _ways_out(changed: Sequence[str], allowed: Sequence[str]) -> str:
+    """What a user can do about changed settings. run.allow_changes is offered only for those that it can name.
+
+    allowed: what run.allow_changes names already.
+    """
+    again = "Restore them to resume, or start again in another run.dir"
+    fixed = [name for name in changed if not may_be_allowed(name)]
+    free = [name for name in changed if name not in fixed]
+    if not free:
+        return again
+    option = f"run.allow_changes=[{','.join([*allowed, *free])}]"  # no space: it can be pasted into a shell
+    if not fixed:
+        return f"{again}, or change them on purpose with {option}"
+    others = "the other" if len(free) == 1 else "the others"
+    return f"{again}. {', '.join(fixed)} cannot change when a run resumes; {option} allows {others}"
 
 
 def step_name(step: int) -> str:

@@ -298,6 +298,29 @@ def test_what_a_checkpoint_holds_is_not_offered(tmp_path):
         RunFolder(tmp_path).prepare(settings(tmp_path, run__resume="auto", optimizer__eps=1.0e-7))
 
 
+def test_only_those_changes_are_offered_that_can_be_allowed(tmp_path):
+    """The offered option names what is allowed already, and a shell takes it as one word."""
+    started(tmp_path, 3, checkpoints=(2,))
+    changed = {"optimizer__lr": 1.0e-5, "run__seed": 2, "data__problems_per_step": 7}
+    message = r"on purpose with run\.allow_changes=\[optimizer\.lr,data\.problems_per_step,run\.seed\]$"
+    with pytest.raises(UserError, match=message):
+        RunFolder(tmp_path).prepare(allowed(tmp_path, "optimizer.lr", **changed))
+    message = (
+        r"another run\.dir\. optimizer\.eps cannot change when a run resumes; run\.allow_changes=\[run\.seed\] allows "
+        "the other$"
+    )
+    with pytest.raises(UserError, match=message):
+        RunFolder(tmp_path).prepare(settings(tmp_path, run__resume="auto", optimizer__eps=1.0e-7, run__seed=2))
+
+
+def test_a_setting_that_only_an_earlier_version_had_is_not_offered(tmp_path):
+    started(tmp_path, 3, checkpoints=(2,))
+    file = tmp_path / "config.yaml"
+    file.write_text(file.read_text().replace("run:\n", "run:\n  old_name: 5\n"))
+    with pytest.raises(UserError, match=r"run\.old_name: 5 -> '\(absent\)'.*another run\.dir$"):
+        RunFolder(tmp_path).prepare(settings(tmp_path, run__resume="auto"))
+
+
 # A folder that cannot be written
 
 
