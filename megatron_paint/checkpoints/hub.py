@@ -11,6 +11,7 @@ from megatron_paint.base.errors import UserError
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SNAPSHOT = re.compile(r"models--(?P<id>.+)/snapshots/(?P<revision>[0-9a-f]+)$")
 WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")  # neither .bin files nor other formats
+UNKNOWN_BASE = "BASE"  # in the code of a model card that has no name of the base
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_paint.base.counts import count_text
 from megatron_paint.base.errors import UserError
+from megatron_paint.checkpoints.hub import UNKNOWN_BASE
 from megatron_paint.checkpoints.peft import ADAPTER_CONFIG, ADAPTER_FILE, MODEL_FILES
 from megatron_paint.checkpoints.run_state import RUN_STATE
 
@@ -38,6 +39,8 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
     message = options.message or f"Upload {options.folder.resolve().name}"
     for line in summary(files, options.repository, private=options.private, message=message):
         print(line)
+    if options.base is None and _names_no_base(files):
+        print("The card names no base. --base OWNER/NAME gives its name on the hub.")
     if not options.yes:
         print("Nothing was uploaded. Add --yes to upload.")
         return 0
@@ -105,6 +108,12 @@ def with_base(files: list[File], base: str | None) -> list[File]:
     return files
 
 
+def _names_no_base(files: list[File]) -> bool:
+    """Whether there is a card of an export whose base was a local folder."""
+    texts = [file.path.read_text(encoding="utf-8", errors="replace") for file in files if file.name == CARD]
+    return any("* Base: a local folder" in text and "\nbase_model:" not in text for text in texts)
+
+
 def _named(file: File, base: str) -> File:
     if file.name == ADAPTER_CONFIG:
         config = _read_config(file.path)
@@ -121,7 +130,9 @@ def _named(file: File, base: str) -> File:
         except (OSError, ValueError, YAMLError) as error:
             raise UserError(f"{file.path} is not a model card: {error}") from error
         before, card.data.base_model = card.data.base_model, base
-        text = str(card).replace(f'from_pretrained("{before}")', f'from_pretrained("{base}")')
+        text = str(card)
+        for name in (before, UNKNOWN_BASE):
+            text = text.replace(f'from_pretrained("{name}")', f'from_pretrained("{base}")')
         return replace(file, content=text.encode())
     return file
 

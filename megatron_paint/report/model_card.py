@@ -9,6 +9,7 @@ import os
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ruamel.yaml.error import YAMLError
 from megatron_paint import __version__
 from megatron_paint.base.errors import UserError
 from megatron_paint.checkpoints.hf_writer import CARD
-from megatron_paint.checkpoints.hub import hub_model
+from megatron_paint.checkpoints.hub import UNKNOWN_BASE, hub_model
 from megatron_paint.checkpoints.run_state import RUN_STATE
 from megatron_paint.config.saved import to_yaml, with_defaults
 from megatron_paint.config.secrets import recorded_tree
@@ -40,6 +41,7 @@ METHODS = {
     "grpo": ("GRPO", "https://arxiv.org/abs/2402.03300"),
     "sft": ("supervised fine-tuning", None),
 }
+CONFIG = "config.json"
 LICENSE_KEYS = ("license", "license_name", "license_link")
 PACKAGES = ("torch", "megatron-core", "transformers")
 
@@ -80,6 +82,32 @@ def card_of_checkpoint(checkpoint: Path, base: Path, *, adapter: bool) -> str | 
     return card_of_run(RunFolder(checkpoint.parent.parent), with_defaults(tree), step, adapter=adapter)
 
 
+@dataclass(frozen=True)
+class Base:
+    """The model that a run began with."""
+
+    name: str  # without its folders
+    id: str | None  # its name on the hub, which a local folder may have in its config
+    local: bool
+
+
+def _base(path: str) -> Base:
+    name = model_name(path)
+    if hub_model(path) is not None or _is_on_hub(path):
+        return Base(name, name, local=False)
+    return Base(name, _id_in_config(Path(path)), local=True)
+
+
+def _id_in_config(folder: Path) -> str | None:
+    """The name on the hub that transformers wrote into config.json. None: it has none, or the path of a folder."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    found = config.get("_name_or_path") if isinstance(config, dict) else None
+    return found if isinstance(found, str) and _is_on_hub(found) else None
+
+
 def model_card(
     tree: Mapping[str, Any],
     *,
@@ -93,7 +121,7 @@ def model_card(
     evaluations: reports, or a sentence in place of one. adapter: the export is a PEFT folder. license: keys of the head
     of the base's card, which the export keeps.
     """
-    base, objective = model_name(tree["model"]["hf_path"]), tree["objective"]["name"]
+    base, objective = _base(tree["model"]["hf_path"]), tree["objective"]["name"]
     method, _ = published(objective)
     return "\n".join(
         [
@@ -101,7 +129,7 @@ def model_card(
             to_yaml(_head(tree, base, adapter, license or {})).strip(),
             "---",
             "",
-            f"# {_text(base.rpartition('/')[2])}, {method}, step {step}",
+            f"# {_text(base.name.rpartition('/')[2])}, {method}, step {step}",
             "",
             *_trained(tree, base, step, adapter),
             *_usage(base, adapter),
@@ -135,8 +163,9 @@ def _is_on_hub(name: str) -> bool:
     return NAME_ON_HUB.fullmatch(name) is not None and not Path(name).exists() and not Path(name).parent.is_dir()
 
 
-def _head(tree: Mapping[str, Any], base: str, adapter: bool, license: Mapping[str, str]) -> dict[str, Any]:
-    head: dict[str, Any] = {"base_model": base, "library_name": "peft" if adapter else "transformers"}
+def _head(tree: Mapping[str, Any], base: Base, adapter: bool, license: Mapping[str, str]) -> dict[str, Any]:
+    head: dict[str, Any] = {} if base.id is None else {"base_model": base.id}  # the hub accepts only its own names
+    head["library_name"] = "peft" if adapter else "transformers"
     head |= {"pipeline_tag": "text-generation", "tags": _tags(tree)}
     train = tree["data"]["train"]
     if data_name(train) == train and "/" in train:
@@ -150,11 +179,14 @@ def _tags(tree: Mapping[str, Any]) -> list[str]:
     return tags + (["lora"] if tree["model"]["lora"] is not None else [])
 
 
-def _trained(tree: Mapping[str, Any], base: str, step: int, adapter: bool) -> Iterator[str]:
+def _trained(tree: Mapping[str, Any], base: Base, step: int, adapter: bool) -> Iterator[str]:
     method, source = published(tree["objective"]["name"])
     named = f"[{method}]({source})" if source else method
-    yield f"`{_code(base)}` was trained with {named} by megatron_paint {__version__}."
+    yield f"`{_code(base.name)}` was trained with {named} by megatron_paint {__version__}."
     yield ""
+    if base.local:
+        origin = "" if base.id is None else f" Its {CONFIG} names `{_code(base.id)}`."
+        yield f"* Base: a local folder with the name `{_code(base.name)}`.{origin}"
     lora = tree["model"]["lora"]
     if lora is None:
         yield "* Weights: all weights were trained."
@@ -173,14 +205,15 @@ def _trained(tree: Mapping[str, Any], base: str, step: int, adapter: bool) -> It
     yield ""
 
 
-def _usage(base: str, adapter: bool) -> Iterator[str]:
+def _usage(base: Base, adapter: bool) -> Iterator[str]:
     yield from ["## Use", "", "```python"]
     yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
     if adapter:
         yield "from peft import PeftModel"
     yield from ["", 'folder = "FOLDER"  # or the name on the hub', "tokenizer = AutoTokenizer.from_pretrained(folder)"]
     if adapter:
-        yield f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)})"
+        what = "" if base.id else "  # the folder of the base, or its name on the hub"
+        yield f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base.id or UNKNOWN_BASE)}){what}"
         yield "model = PeftModel.from_pretrained(base, folder)"
     else:
         yield "model = AutoModelForCausalLM.from_pretrained(folder)"

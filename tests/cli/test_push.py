@@ -167,6 +167,18 @@ def test_an_adapter_gets_the_name_of_its_base(adapter, hub, capsys):
     assert json.loads((adapter / "adapter_config.json").read_text()) == ADAPTER
 
 
+def test_a_card_without_a_base_gets_its_name(adapter, capsys):
+    local = CARD.replace("base_model: Qwen3-8B\n", "").replace('"Qwen3-8B"', '"BASE"')
+    (adapter / "README.md").write_text(f"{local}\n* Base: a local folder with the name `Qwen3-8B`.\n")
+    (file,) = [file for file in push.with_base(push.files_of(adapter), "Qwen/Qwen3-8B") if file.name == "README.md"]
+    card = ModelCard(file.content.decode())
+    assert card.data.base_model == "Qwen/Qwen3-8B"
+    assert 'from_pretrained("Qwen/Qwen3-8B")' in card.text
+    (adapter / "adapter_config.json").write_text(json.dumps(ADAPTER | {"base_model_name_or_path": "Qwen/Qwen3-8B"}))
+    assert main(["push", str(adapter), "team/paint"]) == 0
+    assert "The card names no base. --base OWNER/NAME gives its name on the hub." in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("base", "revision"), [("Qwen/Qwen3-8B", "abc123"), ("me/Qwen3-8B", None)])
 def test_the_revision_of_a_base_belongs_to_its_name(adapter, base, revision):
     config = {"base_model_name_or_path": "Qwen/Qwen3-8B", "revision": "abc123", "r": 8}

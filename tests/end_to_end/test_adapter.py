@@ -51,12 +51,12 @@ def test_it_is_evaluated_as_the_merged_model(trained, tmp_path):
 def test_its_model_card_says_how_it_is_loaded(trained):
     folder, _ = trained
     card = ModelCard.load(folder / "run" / "hf" / "step_000001" / "README.md")
-    assert (card.data.base_model, card.data.library_name) == ("model", "peft")
+    assert (card.data.get("base_model"), card.data.library_name) == (None, "peft")
     assert "this folder holds the adapters alone" in card.text
-    assert 'from_pretrained("model")' in card.text
+    assert 'from_pretrained("BASE")' in card.text
     assert str(folder) not in card.content
     merged = ModelCard.load(folder / "merged" / "README.md")  # of convert to-hf
-    assert (merged.data.base_model, merged.data.library_name) == ("model", "transformers")
+    assert (merged.data.get("base_model"), merged.data.library_name) == (None, "transformers")
     assert "the adapters are merged into the weights" in merged.text
 
 

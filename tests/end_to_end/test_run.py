@@ -115,7 +115,8 @@ def test_weights_changed_and_load(trained):
 
 def test_the_export_has_a_model_card(trained):
     card = ModelCard.load(trained.run / "hf" / "step_000004" / "README.md")
-    assert card.data.base_model == "model"
+    assert "base_model" not in card.data.to_dict()  # a local folder without a name on the hub
+    assert "* Base: a local folder with the name `model`." in card.text
     assert card.data.library_name == "transformers"
     assert "# model, PAINT, step 4\n" in card.text
     assert str(trained.folder) not in card.content

@@ -33,13 +33,50 @@ def rows(card, title):
 def test_the_head_is_what_the_hub_reads():
     card = ModelCard(model_card(tree(), step=25, license={"license": "apache-2.0"}), ignore_metadata_errors=False)
     assert card.data.to_dict() == {
-        "base_model": "Qwen3-8B",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["megatron_paint", "paint", "self-distillation", "lora"],
         "license": "apache-2.0",
     }
     assert card.text.lstrip().startswith("# Qwen3-8B, PAINT, step 25\n")
+
+
+def local_base(folder, name_or_path):
+    """The card of an adapter whose base is a folder with this `_name_or_path`."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"_name_or_path": name_or_path}))
+    return model_card(tree(f"model.hf_path={folder}"), step=25, adapter=True)
+
+
+def test_a_base_on_the_hub_is_in_the_head():
+    card = model_card(tree("model.hf_path=Qwen/Qwen3-8B"), step=25, adapter=True)
+    assert ModelCard(card, ignore_metadata_errors=False).data.base_model == "Qwen/Qwen3-8B"
+    assert "local folder" not in card
+    assert 'from_pretrained("Qwen/Qwen3-8B")\n' in card
+
+
+def test_a_local_base_whose_config_has_a_name_on_the_hub(tmp_path):
+    card = local_base(tmp_path / "mine", "Qwen/Qwen3-8B")
+    assert ModelCard(card, ignore_metadata_errors=False).data.base_model == "Qwen/Qwen3-8B"
+    assert "* Base: a local folder with the name `mine`. Its config.json names `Qwen/Qwen3-8B`.\n" in card
+    assert 'from_pretrained("Qwen/Qwen3-8B")\n' in card
+    assert str(tmp_path) not in card
+
+
+@pytest.mark.parametrize("name_or_path", ["", None, "/models/Qwen3-8B", "Qwen3-8B", "../x", ["Qwen/Qwen3-8B"]])
+def test_a_local_base_without_a_name_on_the_hub(name_or_path, tmp_path):
+    card = local_base(tmp_path / "mine", name_or_path)
+    assert "base_model" not in ModelCard(card, ignore_metadata_errors=False).data.to_dict()
+    assert "* Base: a local folder with the name `mine`.\n" in card
+    assert 'from_pretrained("BASE")  # the folder of the base, or its name on the hub\n' in card
+    assert str(tmp_path) not in card
+
+
+@pytest.mark.parametrize("config", ["[", "[]", '{"model_type": "qwen3"}'])
+def test_a_local_base_with_another_config(config, tmp_path):
+    (tmp_path / "config.json").write_text(config)
+    card = model_card(tree(f"model.hf_path={tmp_path}"), step=25)
+    assert "base_model" not in ModelCard(card).data.to_dict()
 
 
 @pytest.mark.parametrize(
