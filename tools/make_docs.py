@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from megatron_paint.config import describe
-from megatron_paint.config.examples import sizes
-from megatron_paint.objectives.metric_table import METRICS, Metric
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the pages are about this tree, also where another version is installed
 
-ROOT = Path(__file__).parents[1]
+from megatron_paint.config import describe  # noqa: E402
+from megatron_paint.config.examples import sizes  # noqa: E402
+from megatron_paint.objectives.metric_table import METRICS, Metric  # noqa: E402
+
 SETTINGS_HEAD = """# Settings
 
 `python tools/make_docs.py` writes this page from the settings classes in `config/`. Do not edit it by hand.

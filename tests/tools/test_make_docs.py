@@ -1,6 +1,8 @@
 """docs/settings.md and docs/metrics.md are what tools/make_docs.py writes from the code."""
 
 import importlib
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,6 +30,20 @@ def test_the_pages_hold_every_key():
             assert f"| `{name}` | {setting.type}" in part, setting.key
             assert setting.meaning.replace("|", "\\|") in part, setting.key
     assert all(f"| `{key}` | {metric.meaning}" in metrics for key, metric in METRICS.items())
+
+
+def test_the_tool_documents_its_own_tree(tmp_path):
+    """Another version is installed, and the tool is called without PYTHONPATH for this tree."""
+    other = tmp_path / "megatron_paint"
+    other.mkdir()
+    (other / "__init__.py").write_text("raise AssertionError('the other version was imported')")
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import make_docs; print(make_docs.describe.__file__)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    assert Path(ran.stdout.strip()) == ROOT / "megatron_paint" / "config" / "describe.py"
 
 
 def test_the_tool_finds_and_mends_a_page_that_is_not_current(tmp_path, monkeypatch, capsys):
