@@ -122,6 +122,14 @@ class SilentHandler(SimpleHTTPRequestHandler):
         pass
 
 
+def search(browser, text):
+    """Types a text into the search of the page that is open, and waits for results."""
+    browser.wait("return document.readyState === 'complete' && document.querySelector('.md-search__input')")
+    browser.run(f"const field = document.querySelector('.md-search__input'); field.focus(); field.value = '{text}';")
+    browser.run("document.querySelector('.md-search__input').dispatchEvent(new Event('keyup'))")
+    browser.wait("return document.querySelectorAll('.md-search-result__item').length > 3")
+
+
 @pytest.mark.browser
 @pytest.mark.skipif(bool(missing()), reason=f"missing: {missing()}")
 def test_pages_in_a_browser_ask_this_site_alone(address):
@@ -132,12 +140,26 @@ def test_pages_in_a_browser_ask_this_site_alone(address):
         for page in ("index.html", "guides/laptop.html", "api/losses.html", "notebooks/report_data.html"):
             browser.driver.get(address + page)
             browser.wait("return document.readyState === 'complete' && document.querySelector('.md-search__input')")
-        browser.run("const field = document.querySelector('.md-search__input'); field.focus(); field.value = 'reveal';")
-        browser.run("document.querySelector('.md-search__input').dispatchEvent(new Event('keyup'))")
-        browser.wait("return document.querySelectorAll('.md-search-result__item').length > 3")
+        search(browser, "reveal")
         asked = browser.requests()
         assert len(asked) > 10
         assert not [url for url in asked if not url.startswith((address, f"blob:{address}"))]
+        assert browser.messages() == []
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(bool(missing()), reason=f"missing: {missing()}")
+@pytest.mark.parametrize("name", ["index.html", "guides/laptop.html"])
+def test_the_search_works_in_pages_that_are_opened_from_files(site, name):
+    with chromium() as browser:
+        browser.driver.get((site / name).as_uri())
+        search(browser, "reveal")
+        links = browser.run(
+            "return [...document.querySelectorAll('.md-search-result__link')].map((link) => link.href.split(/[?#]/)[0])"
+        )
+        assert f"{site.as_uri()}/algorithm.html" in links
+        assert not [link for link in links if not Path(link.removeprefix("file://")).is_file()]
+        assert not [url for url in browser.requests() if url.startswith("http")]
         assert browser.messages() == []
 
 
