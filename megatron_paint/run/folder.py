@@ -261,8 +261,16 @@ class RunFolder:
         """What remains of the run if it ends now, and how it resumes."""
         newest = self.latest_checkpoint()
         if newest is None:
-            return f"{self.path} has no checkpoint yet, so the same command with run.resume=auto begins it again"
-        return f"{self.checkpoint_folder(newest)} is kept, and the same command with run.resume=auto resumes from it"
+            return f"{self.path} has no checkpoint yet, so {self.again()} begins it again"
+        return f"{self.checkpoint_folder(newest)} is kept, and {self.again()} resumes from it"
+
+    def again(self) -> str:
+        """The command that continues the run, in words. It needs run.resume=auto, unless the run has a value for it."""
+        try:
+            resumes = read_config(self.config_file)["run"]["resume"] != "never"
+        except (UserError, KeyError, TypeError):
+            resumes = False
+        return "the same command" if resumes else "the same command with run.resume=auto"
 
     def set_aside(self, step: int) -> Path:
         """Renames a damaged checkpoint, so that it no longer counts as one; returns the new path."""

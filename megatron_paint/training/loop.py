@@ -139,7 +139,7 @@ class Run:
         step, reason = request.step, request.reason
         if step == 0:
             self.progress.result(
-                f"Stopped before the first step by {reason}; the same command with run.resume=auto begins it",
+                f"Stopped before the first step by {reason}; {self.folder.again()} begins it",
                 step=step,
                 reason=reason,
             )
@@ -151,7 +151,7 @@ class Run:
             self.save(step, wait=False)
             self.finish_save()
         self.progress.result(
-            f"Stopped after step {step} by {reason}; the same command with run.resume=auto continues from "
+            f"Stopped after step {step} by {reason}; {self.folder.again()} continues from "
             f"{self.folder.checkpoint_folder(step)}",
             step=step,
             reason=reason,

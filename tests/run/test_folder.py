@@ -321,6 +321,17 @@ def test_a_setting_that_only_an_earlier_version_had_is_not_offered(tmp_path):
         RunFolder(tmp_path).prepare(settings(tmp_path, run__resume="auto"))
 
 
+@pytest.mark.parametrize(
+    ("resume", "command"), [("never", "the same command with run.resume=auto"), ("auto", "the same command")]
+)
+def test_how_an_ended_run_continues(resume, command, tmp_path):
+    """The setting is named only if the command does not have it yet."""
+    folder = RunFolder(tmp_path / "run")
+    assert folder.kept_text().endswith("so the same command with run.resume=auto begins it again")  # there is nothing
+    folder.prepare(settings(tmp_path / "run", run__resume=resume))
+    assert folder.kept_text() == f"{folder.path} has no checkpoint yet, so {command} begins it again"
+
+
 # A folder that cannot be written
 
 
