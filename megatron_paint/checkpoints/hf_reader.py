@@ -95,7 +95,9 @@ class HuggingFaceReader:
             return self._places(SINGLE)
         if not index.exists():
             if not single:
-                hint = " (convert the .bin files to safetensors first)" * any(self.folder.glob("*.bin"))
+                hint = "; download the weights too"
+                if any(self.folder.glob("*.bin")):
+                    hint = " (convert the .bin files to safetensors first)"
                 if any(self.folder.glob("*.safetensors")):
                     hint = " (its other .safetensors files need the index; download it)"
                 raise UserError(f"{self.folder} has neither {SINGLE} nor {INDEX}{hint}")

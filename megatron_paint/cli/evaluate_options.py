@@ -123,6 +123,8 @@ def _take_model(tree: dict[str, Any], model: Path, base: Path | None) -> None:
                 raise UserError(f"{folder} is a complete model: leave --base out")
             _set(tree, hf_path=folder)
             return
+        if not folder.exists():
+            raise UserError(f"{folder} does not exist; of a run, give RUN/hf/step_... or RUN/checkpoints/step_...")
         folder = megatron_folder(folder)
         if not (folder / METADATA).is_file():
             raise UserError(

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from megatron_paint.base.argument_parser import did_you_mean
 from megatron_paint.base.errors import UserError
 from megatron_paint.config import contradictions, offload, profile, vllm_contradictions
 from megatron_paint.config.allow_changes import check_allow_changes
@@ -36,6 +37,9 @@ from megatron_paint.config.settings import (
 
 def load_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
     """Settings of a YAML file with overrides such as `optimizer.lr=1e-5`; UserError names each bad key."""
+    overrides = list(overrides)
+    for override in overrides:
+        _parts(override)  # an unquoted path with a space is a wrong file and a wrong override: this one tells more
     return settings_of(override_tree(read_tree(path), overrides))
 
 
@@ -245,7 +249,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"settings file {path} does not exist") from None
+        near = did_you_mean(path.name, (file.name for file in path.parent.glob("*.y*ml")))
+        raise UserError(f"settings file {path} does not exist{near and f': {near}'}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"settings file {path} cannot be read: {error}") from None
     except YAMLError as error:
@@ -256,10 +261,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
+def _parts(override: str) -> tuple[str, str]:
+    """Key and value of an override. UserError: it is something else."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"override {override!r} is not key=value, such as optimizer.lr=1e-5")
+        raise UserError(
+            f"override {override!r} is not key=value, such as optimizer.lr=1e-5: write no space around =, and a path "
+            "with spaces in quotes"
+        )
+    return key, text
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, text = _parts(override)
     try:
         value = YAML(typ="safe", pure=True).load(text) if text else None
     except YAMLError:

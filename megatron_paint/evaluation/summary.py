@@ -166,6 +166,8 @@ def read_reports(path: Path) -> tuple[EvalReport, ...]:
     Raises UserError that names the file that cannot be read.
     """
     files = [path]
+    if not path.exists():
+        raise UserError(f"there is no evaluation {path}: give the folder that evaluate wrote (--out)")
     if path.is_dir():
         try:
             files = [path / f"{name}.json" for name in list(_summary(path)["benchmarks"])]

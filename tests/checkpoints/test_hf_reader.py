@@ -236,3 +236,12 @@ def test_each_key_of_the_type_is_written_and_rotary_positions_are_kept(keys, tmp
     command = ["convert", "to-hf", str(tmp_path / "megatron"), str(tmp_path / "back"), "--base", str(folder)]
     assert main([*command, "--dtype", "float32", "--quiet"]) == 0
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == config | dict.fromkeys(keys, "float32")
+
+
+def test_a_folder_without_weights(tmp_path):
+    (make_member(tmp_path, "dense-tied") / SINGLE).unlink()
+    with pytest.raises(UserError, match=rf"has neither {SINGLE} nor {INDEX}; download the weights too$"):
+        HuggingFaceReader(tmp_path, read_shape(tmp_path))
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(UserError, match=rf"nor {INDEX} \(convert the .bin files to safetensors first\)$"):
+        HuggingFaceReader(tmp_path, read_shape(tmp_path))

@@ -102,7 +102,7 @@ def test_another_config_beside_the_same_weights_is_noticed(tmp_path, name, key):
     ("options", "message"),
     [
         ({}, "give --model FOLDER, or a settings file"),
-        ({"model": Path("nowhere")}, "nowhere is neither a Hugging Face folder"),
+        ({"model": Path("nowhere")}, "nowhere does not exist; of a run, give RUN/hf/step_"),
         ({"model": "hf"}, "give --benchmarks"),
         ({"model": "hf", "benchmarks": "a.jsonl", "samples": 0}, "evaluation.samples"),
         ({"model": "bare", "benchmarks": "a.jsonl"}, "model.hf_path is not set: .* give one with --base"),

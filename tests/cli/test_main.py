@@ -61,6 +61,13 @@ def test_what_is_not_an_override_is_named(capsys, tmp_path):
         assert "'optimizer.lr' is not key=value" in line
 
 
+def test_an_unquoted_path_with_a_space(capsys):
+    assert main(["train", "my", "folder/settings.yaml", "--processes", "1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "'folder/settings.yaml' is not key=value" in line
+    assert line.endswith("write no space around =, and a path with spaces in quotes")
+
+
 @pytest.mark.parametrize(
     ("kept", "rank", "lines"),
     [

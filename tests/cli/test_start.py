@@ -54,6 +54,7 @@ MISTAKES = {
     "wrong value": ([SETTINGS, "run.steps=-1"], "nearest valid value is 1"),
     "contradiction": ([SETTINGS, "optimizer.min_lr=1.0"], "optimizer.min_lr=1.0 is above"),
     "no settings file": (["nowhere.yaml"], "nowhere.yaml does not exist"),
+    "misspelt settings file": ([f"{SETTINGS}l"], f"does not exist: did you mean {os.path.basename(SETTINGS)}?"),
     "no model folder": ([SETTINGS, "model.hf_path=nowhere"], "nowhere is not a folder"),
     "layout": ([SETTINGS, "megatron.pipeline_model_parallel_size=3"], "does not divide the number of layers"),
 }

@@ -64,6 +64,8 @@ def test_what_cannot_be_compared(evaluated, tmp_path, capsys):
     (tmp_path / "set.json").write_text(json.dumps(renamed))
     assert main(["compare", str(evaluated / "low"), str(tmp_path / "set.json")]) == 2
     assert "only evaluations on the same problems can be compared" in capsys.readouterr().err
+    assert main(["compare", str(evaluated / "low"), str(tmp_path / "none")]) == 2
+    assert f"there is no evaluation {tmp_path / 'none'}: give the folder" in capsys.readouterr().err
     for content in ("{", '{"answers": []}', "[" * 100_000, json.dumps(renamed | {"answers": []})):
         (tmp_path / "set.json").write_text(content)
         assert main(["compare", str(evaluated / "low"), str(tmp_path / "set.json")]) == 2
