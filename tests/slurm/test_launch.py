@@ -303,7 +303,7 @@ def test_a_login_node_without_the_model_needs_no_check(place, capsys):
     assert launch("--nodes=1", "--gpus-per-node=3", "model.hf_path=/only/on/nodes", "--dry-run") == 2
     assert "must be a multiple of 2" in capsys.readouterr().err
     assert main(["launch", "slurm", "s.yaml", *CPU, "model.hf_path=/only/on/nodes", "--dry-run"]) == 2
-    assert "/only/on/nodes is not a folder" in capsys.readouterr().err
+    assert "error: model.hf_path: /only/on/nodes is not a folder" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -101,6 +101,8 @@ def plan_elsewhere(settings: Settings, options: SlurmOptions) -> Plan:
             on_gpu_nodes=options.gpus_per_node > 0,
         )
     except UserError as error:
+        if str(error).startswith("model.hf_path: "):  # no number of nodes helps
+            raise
         with about(f"--nodes={options.nodes} with {count_text(options.processes_per_node, 'process')} a node"):
             raise UserError(str(error).replace(" (nearest: --processes ", " (nearest: ")) from None
     check_tensor_parallel_groups(options, plan.tensor_parallel)
