@@ -70,6 +70,7 @@ def _explain(error: Mapping[str, Any], root: type, prefix: str) -> str:
     parts = [prefix] if prefix else []
     key = ".".join(parts + [str(part) for part in error["loc"] if not str(part).startswith("function-")])
     kind, got = error["type"], error.get("input")
+    shown = "nothing (null)" if got is None else repr(got)
     section, name = _section(error["loc"], root)
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         return unknown_setting(key, {field.name for field in dataclasses.fields(section)} if section else set())
@@ -77,14 +78,15 @@ def _explain(error: Mapping[str, Any], root: type, prefix: str) -> str:
     if kind in MISSING:
         return f"{key} is not set{meaning}: it has no default, set it in the settings file or as {key}=..."
     if kind.startswith("dataclass") and not isinstance(got, Mapping):
-        return f"{key} is a section of settings, got {got!r}"
+        return f"{key} is a section of settings, got {shown}"
     if kind == "finite_number":
-        return f"{key}{meaning}: got {got!r}; it must be a finite number"
+        return f"{key}{meaning}: got {shown}; it must be a finite number"
     if kind == "tuple_type":
-        return f"{key}{meaning}: got {got!r}; it must be a list, such as [{got}]"
+        return f"{key}{meaning}: got {shown}; it must be a list, such as [{got}]"
     nearest = next((f"; the nearest valid value is {limits[k]}" for k in ("ge", "le") if k in limits), "")
     requirement = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"{key}{meaning}: got {got!r}; it must be {requirement}{nearest}"
+    requirement = "a text" if kind == "string_type" else requirement
+    return f"{key}{meaning}: got {shown}; it must be {requirement}{nearest}"
 
 
 def _section(location: tuple, root: type) -> tuple[type | None, str]:

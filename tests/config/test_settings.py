@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_paint.base.errors import UserError
-from megatron_paint.config.load import load_settings, settings_of
+from megatron_paint.config.load import load_settings, override_tree, settings_of
 from megatron_paint.config.schedule import due_after, learning_rate
 from megatron_paint.config.settings import OptimizerSettings, RunSettings, Settings
 from megatron_paint.planning.memory import make_plan
@@ -223,6 +223,20 @@ def test_plan_counts_weights(tmp_path):
 def test_further_options_that_cannot_be(objective, says):
     with pytest.raises(UserError, match=says):
         settings_of(SMALLEST | {"objective": objective})
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("model.hf_path=", r"^model.hf_path \(.+\): got nothing \(null\); it must be a text$"),
+        ("run.steps=", r"^run.steps \(.+\): got nothing \(null\); it must be a valid integer$"),
+        ("data.columns=", r"^data.columns is a section of settings, got nothing \(null\)$"),
+    ],
+)
+def test_a_setting_without_a_value(override, says):
+    tree = {key: dict(value) for key, value in SMALLEST.items()}
+    with pytest.raises(UserError, match=says):
+        settings_of(override_tree(tree, [override]))
 
 
 @pytest.mark.parametrize("name", ["paint", "opsd", "grpo", "sft"])

@@ -42,7 +42,7 @@ VIEWS = {"views": {"gist": "gist_text"}}
         ({"reveal": {"view": "gits"}}, {}, {"columns": VIEWS}, r"view=gits is no view: known are full, answer, gist;"),
         ({}, {}, {"columns": {"views": {"answer": "a"}}}, r"columns.views.answer cannot be set"),
         ({}, {}, {"columns": {"views": {"full": "a"}}}, r"columns.views.full cannot be set"),
-        ({}, {}, {"columns": {"views": {"gist": 5}}}, r"data.columns.views.gist: got 5; it must be a valid string"),
+        ({}, {}, {"columns": {"views": {"gist": 5}}}, r"data.columns.views.gist: got 5; it must be a text"),
         ({"reveal": {"solution": "wrong"}}, {}, {"problems_per_step": 1}, r"solution=wrong .* set it to 2 or more"),
         ({"reveal": EXAMPLE}, {}, {"problems_per_step": 1}, r"solution=other_example .* set it to 2 or more"),
         ({"reveal": {"rule": "shuffled"}}, {}, {"problems_per_step": 1}, r"rule=shuffled .* set it to 2 or more"),
