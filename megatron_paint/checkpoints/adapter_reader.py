@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_paint.base.counts import agreeing, count_text
 from megatron_paint.base.errors import UserError, about
 from megatron_paint.checkpoints.hf_reader import EMBEDDING, HEAD
 from megatron_paint.checkpoints.peft import (
@@ -228,7 +229,11 @@ class Adapter:
         if lora is None:
             return f"the adapter {self.folder} is merged into the weights of {Path(self.shape.source).parent}"
         new = len(self.missing(lora))
-        rest = f"; {new} projections that it leaves out start new" if new else ""
+        rest = (
+            f"; {count_text(new, 'projection')} that it leaves out {agreeing(new, 'starts', 'start')} new"
+            if new
+            else ""
+        )
         return f"the adapters continue from {self.folder}{rest}"
 
     def _is_targeted(self, weight: str) -> bool:

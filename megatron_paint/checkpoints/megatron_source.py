@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_paint.base.counts import agreeing, count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.checkpoints.dtypes import row_blocks
 from megatron_paint.checkpoints.expected_tensors import check_tensors
@@ -65,9 +66,10 @@ class MegatronSource:
         """What the user should know about the weights."""
         rows, size = {key: self._shape(key)[0] for key in self.padded}, self.shape.vocab_size
         return tuple(
-            f"{self.folder}: {key} has {rows[key]:,} rows and the vocabulary of {self.shape.source} has {size:,}: the "
-            f"{rows[key] - size:,} rows beyond it are padding and are left out"
-            for key in self.padded
+            f"{self.folder}: {key} has {count:,} rows and the vocabulary of {self.shape.source} has {size:,}: the "
+            f"{count_text(count - size, 'row')} beyond it {agreeing(count - size, 'is', 'are')} padding and "
+            f"{agreeing(count - size, 'is', 'are')} left out"
+            for key, count in rows.items()
         )
 
     @cached_property

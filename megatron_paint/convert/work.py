@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_paint import __version__
+from megatron_paint.base.counts import agreeing, count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.runtime.files import NewFolder, disk_errors, lock_of, sync, write_atomically
 from megatron_paint.runtime.processes import start_worker
@@ -260,8 +261,9 @@ def check_names(done: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     if done.keys() != wanted.keys():
         odd = sorted(done.keys() ^ wanted.keys())
         raise UserError(
-            f"the records of the interrupted conversion are damaged: {len(odd)} tensors are missing or surplus, such "
-            f"as {odd[0]}; remove the unfinished folder and start again"
+            f"the records of the interrupted conversion are damaged: {count_text(len(odd), 'tensor')} "
+            f"{agreeing(len(odd), 'is', 'are')} missing or surplus, such as {odd[0]}; remove the unfinished folder and "
+            "start again"
         )
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.config.objective import ObjectiveSettings
 from megatron_paint.data.prompts import Prompts
 from megatron_paint.grading.grade import Grade
@@ -59,7 +60,7 @@ class Grpo:
         samples = self.samples(problems, rollouts, grades, step=step)
         taught = [index for index, sample in enumerate(samples) if sample.advantage != 0.0]
         updates, stopped_by = self.update(policy, [samples[index] for index in taught], lr=lr)
-        done = f"step {step} ended after {len(updates)} of {self.settings.updates_per_batch} updates"
+        done = f"step {step} ended after {len(updates)} of {count_text(self.settings.updates_per_batch, 'update')}"
         return StepResult(
             samples=tuple(samples),
             scores=scores_of_all(samples, taught, updates[0].scores if updates else ()),

@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.records import Rollout
 from megatron_paint.rollouts.engine import GenerationRequest, SamplingParameters
@@ -113,9 +114,10 @@ class ReplaySampler:
         more = f" and {len(missing) - MISSING_SHOWN} more" if len(missing) > MISSING_SHOWN else ""
         steps = sorted({place.step for place in self._responses})
         return (
-            f"rollout.path: {self._path} has no rollout for {shown}{more}; it holds {len(self._responses)} rollouts of"
-            f" steps {steps[0]} to {steps[-1]}. The order of problems follows data.order, data.seed and"
-            " data.problems_per_step: replay with those of the run that wrote the file, or add the missing rollouts"
+            f"rollout.path: {self._path} has no rollout for {shown}{more}; it holds "
+            f"{count_text(len(self._responses), 'rollout')} of steps {steps[0]} to {steps[-1]}. The order of problems "
+            "follows data.order, data.seed and data.problems_per_step: replay with those of the run that wrote the "
+            "file, or add the missing rollouts"
         )
 
 

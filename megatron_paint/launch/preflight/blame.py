@@ -5,6 +5,7 @@ A node that hangs makes all other nodes wait. The nodes that only wait are not n
 
 from collections.abc import Mapping, Sequence
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.launch.preflight.collective import SumResult
 from megatron_paint.launch.preflight.result import CheckResult
 
@@ -28,7 +29,7 @@ def blame_nodes(
     wrong = wrong or [node for node, result in sums.items() if result.wrong_sum]
     if wrong:
         count = sum(result.wrong_sum for result in sums.values())
-        seen = f"the sum is wrong on {count} of {len(sums)} nodes, because of this node"
+        seen = f"the sum is wrong on {count} of {count_text(len(sums), 'node')}, because of this node"
         return [CheckResult(check=CHECK, ok=False, seen=seen, advice=REPAIR, node=node) for node in wrong]
     slowest = min(result.bandwidth for result in sums.values())
     if floor is not None and len(sums) > 1 and slowest < floor:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.launch.preflight import collective, gpus, shared, space
 from megatron_paint.launch.preflight.identity import Node
 from megatron_paint.launch.preflight.options import Options
@@ -89,7 +90,9 @@ def _sum_in_node(gpu_count: int, probes: Probes, deadline: float) -> CheckResult
     result = collective.run_sum(group, deadline, collective.own_part)
     if result.problem or result.wrong_sum or result.wrong_ranks:
         seen = result.problem or "the sum is wrong"
-        return CheckResult(check=NODE_SUM, ok=False, seen=f"over {workers} processes: {seen}", advice=HANGS)
+        return CheckResult(
+            check=NODE_SUM, ok=False, seen=f"over {count_text(workers, 'process')}: {seen}", advice=HANGS
+        )
     return CheckResult(check=NODE_SUM, ok=True, seen=f"correct sum over {workers}, {result.bandwidth:.3g} GB/s")
 
 

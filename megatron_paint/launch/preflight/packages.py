@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 import megatron_paint
+from megatron_paint.base.counts import count_text
 from megatron_paint.launch.preflight import nvidia
 from megatron_paint.launch.preflight.result import CheckResult
 
@@ -62,7 +63,7 @@ def compare_nodes(check: str, seen: Mapping[str, Mapping[str, str]], advice: str
         for node, value in values.items():
             if value != usual:
                 blamed.add(node)
-                problems[node].append(f"{name} is {value}, but {usual} on {count} of {len(values)} nodes")
+                problems[node].append(f"{name} is {value}, but {usual} on {count} of {count_text(len(values), 'node')}")
     return [
         CheckResult(
             check=check,

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.launch.preflight.result import CheckResult
 
@@ -49,7 +50,7 @@ def room(run: Path, needed: int, files: int, statvfs: Callable[[str], os.statvfs
         seen = f"{_gb(free, math.floor)} free at {folder}, but {wanted}"
         return CheckResult(check=SPACE, ok=False, seen=seen, advice=advice, fault="job")
     if disk.f_files and disk.f_favail < files:
-        seen = f"{disk.f_favail} inodes free at {folder}, but {wanted}"
+        seen = f"{count_text(disk.f_favail, 'inode')} free at {folder}, but {wanted}"
         return CheckResult(check=SPACE, ok=False, seen=seen, advice=advice, fault="job")
     return CheckResult(check=SPACE, ok=True, seen=f"{_gb(free, math.floor)} free at {folder}; {wanted}")
 

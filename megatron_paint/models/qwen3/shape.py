@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.models.qwen3.rope import read_rope
 from megatron_paint.models.shape import ModelShape
@@ -119,13 +120,13 @@ def _check_sizes(shape: ModelShape, path: Path) -> None:
         raise UserError(f"{path} has rms_norm_eps={shape.norm_eps}; it must be a positive number")
     if shape.num_heads % shape.num_groups:
         raise UserError(
-            f"{path} has {shape.num_heads} attention heads; this must be a multiple of its {shape.num_groups} key-value"
-            " heads"
+            f"{path} has {count_text(shape.num_heads, 'attention head')}; this must be a multiple of its "
+            f"{shape.num_groups} key-value heads"
         )
     if not 0 <= shape.experts_per_token <= shape.num_experts < 2**31:
         raise UserError(
-            f"{path} uses {shape.experts_per_token} of {shape.num_experts} experts for each token, which is not "
-            "possible; copy it again"
+            f"{path} uses {shape.experts_per_token} of {count_text(shape.num_experts, 'expert')} for each token, which "
+            "is not possible; copy it again"
         )
     if shape.dtype not in ("bfloat16", "float16", "float32"):
         raise UserError(f"{path} has dtype {shape.dtype!r}; the supported types are bfloat16, float16 and float32")

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from megatron_paint.base.counts import count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.vllm import COLDEST, HOTTEST
 from megatron_paint.records import Rollout, RolloutOrigin, WeightSpan
@@ -185,11 +186,13 @@ class Client:
             raise ServerError(f"a response ended with finish_reason {reason!r}: another client stopped it")
         finished = bool(tokens) and tokens[-1] in sampling.stop_ids
         if not tokens or len(tokens) > sampling.max_new_tokens or finished != (reason == "stop"):
-            raise ServerError(f"a response of {len(tokens or ())} tokens ended with finish_reason {reason!r}")
+            raise ServerError(
+                f"a response of {count_text(len(tokens or ()), 'token')} ended with finish_reason {reason!r}"
+            )
         if not finished and len(tokens) != sampling.max_new_tokens:
             raise ServerError(
-                f"a response was cut after {len(tokens)} of {sampling.max_new_tokens} tokens: the server's "
-                "--max-model-len is too small"
+                f"a response was cut after {len(tokens)} of {count_text(sampling.max_new_tokens, 'token')}: the "
+                "server's --max-model-len is too small"
             )
         if version is not None and {span.version for span in spans} != {version}:
             held = ", ".join(sorted({span.version for span in spans})) or "no version"
