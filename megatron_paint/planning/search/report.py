@@ -2,6 +2,7 @@
 
 import io
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from megatron_paint.planning.search.search import Found, Planned, Question
 from megatron_paint.planning.search.sizes import find_model, sizes_of
 from megatron_paint.planning.stage_memory import micro_batch_tokens
 
-REASONS = 12  # refusals that are printed
 WARNING = (
     "The times come from a model and were not measured. docs/planner.md has its formulas and compares it with "
     "published speeds. On a machine, layouts with close times may rank in another order."
@@ -154,16 +154,11 @@ def _best(question: Question, planned: Planned) -> Iterator[str]:
 
 
 def _dropped(question: Question, found: Found) -> Iterator[str]:
-    reasons = [
-        f"{count_text(count, 'layout')}: {question.shown(message)}"
-        for message, count in found.refused.most_common(REASONS)
-    ]
-    rest = found.refused.most_common()[REASONS:]
-    if rest:
-        reasons.append(
-            f"{count_text(sum(count for _, count in rest), 'layout')}: {count_text(len(rest), 'more reason')} (--json "
-            "lists them)"
-        )
+    reasons = []
+    for messages in _similar(found.refused):
+        (message, _), *others = messages.most_common()
+        similar = f" (and {count_text(len(others), 'similar reason')}, in --json)" if others else ""
+        reasons.append(f"{count_text(messages.total(), 'layout')}: {question.shown(message)}{similar}")
     if found.too_large:
         usable = size_text(question.usable)
         tried = "any recomputation and offload" if question.offload else "any recomputation"
@@ -174,6 +169,14 @@ def _dropped(question: Question, found: Found) -> Iterator[str]:
         )
     for number, reason in enumerate(reasons):
         yield f"{'left out' if number == 0 else '':10} {reason}"
+
+
+def _similar(refused: Counter[str]) -> list[Counter[str]]:
+    """Messages in groups, the largest first: those of a group begin with the same setting."""
+    groups: dict[str, Counter[str]] = {}
+    for message, count in refused.items():
+        groups.setdefault(message.partition("=")[0], Counter())[message] = count
+    return sorted(groups.values(), key=lambda messages: -messages.total())
 
 
 def settings_text(question: Question, planned: Planned, *, config: Path | None, file: Path | None, name: str) -> str:

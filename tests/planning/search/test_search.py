@@ -297,3 +297,18 @@ def test_235b_on_1024_gpus_takes_less_than_5_seconds():
         assert "is a mixture of experts" in str(nothing_fits(question, found))
         pytest.skip("this version refuses mixtures of experts, so the search ends early")
     assert len(found.ranked) == 10
+
+
+def test_reasons_of_one_setting_are_one_line():
+    question = ask(model="qwen3_32b", gpus=8)
+    found = search(question, top=1)
+    told = [line for line in report.lines(question, found) if "does not divide" in line]
+    counted = {}
+    for message, count in found.refused.items():
+        setting = message.split("=")[0]
+        counted[setting] = counted.get(setting, 0) + count
+    assert len(told) == len(counted) < len(found.refused)
+    for line in told:
+        (setting,) = [name for name in counted if f"layouts: {name}=" in line]
+        assert f" {counted[setting]} layouts: " in line
+        assert re.search(r" \(and \d+ similar reasons, in --json\)$", line)
