@@ -119,6 +119,7 @@ class Sample:
     teacher_prompt_ids: TokenIds | None = None  # None: no teacher (SFT)
     full_teacher_prompt_ids: TokenIds | None = None  # with the complete reference; only for partner=full_teacher
     reveal: Reveal | None = None
+    reward: float | None = None  # in [0, 1]; only GRPO's
     advantage: float | None = None  # of every token of the response; only GRPO's
     # Under the weights that sampled it, if these are older; else before the step's first update, and None in it.
     old_logprobs: tuple[float, ...] | None = None

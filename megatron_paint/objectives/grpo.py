@@ -111,6 +111,7 @@ class Grpo:
                     rollout=rollout,
                     # The reference of the KL is the teacher's weights, shown what the student is shown.
                     teacher_prompt_ids=rollout.prompt_ids if self.loss.needs_teacher else None,
+                    reward=grade.reward,
                     advantage=advantage,
                     old_logprobs=rollout.logprobs if rollout.is_behind else None,
                     weight=weight,

@@ -129,11 +129,12 @@ def sample_lines(report: StepReport, *, decode: Callable[[Sequence[int]], str]) 
 
     decode: token ids -> text, special tokens included. `loss` is in nats per token that carries loss; it is 0 if no
     token does. A sample without a reveal has null in `overlap` and `reveal`, and no `anchors`. `finished` is null for a
-    response that was not sampled. `advantage` is null except under GRPO. With a support `outside_mass` and
-    `support_size` have a value for each response token. So have `divergence`, `student_entropy`, `teacher_entropy` and
-    `logprob_gap` (trainer minus sampler) of the samples that `run.keep_token_values` keeps, with 4 significant digits.
-    `student_top` and `teacher_top` have what `run.keep_top_tokens` asks for. `correct` is the verdict where responses
-    are graded. PAINT and OPSD have `left_out` for a response that is not trained on; under GRPO its `advantage` is 0.
+    response that was not sampled. `advantage` is null except under GRPO, which also has `reward`. With a support
+    `outside_mass` and `support_size` have a value for each response token. So have `divergence`, `student_entropy`,
+    `teacher_entropy` and `logprob_gap` (trainer minus sampler) of the samples that `run.keep_token_values` keeps, with
+    4 significant digits. `student_top` and `teacher_top` have what `run.keep_top_tokens` asks for. `correct` is the
+    verdict where responses are graded. PAINT and OPSD have `left_out` for a response that is not trained on; under GRPO
+    its `advantage` is 0.
     `sampler_gap` compares the log-probabilities of sampler and trainer, where the sampler has them. `origin` says
     where, and with which weights, an engine outside of the run sampled the response. A file of these lines, or a folder
     of such files, can be replayed.
@@ -154,6 +155,7 @@ def sample_lines(report: StepReport, *, decode: Callable[[Sequence[int]], str]) 
             "reveal": None if sample.reveal is None else _reveal(sample.reveal),
             "loss": score.loss_sum / max(score.loss_tokens, 1),
             "selected": list(score.selected),
+            **({} if sample.reward is None else {"reward": sample.reward}),
             "advantage": sample.advantage,
             **({} if sample.correct is None else {"correct": sample.correct}),
             **({} if sample.left_out is None else {"left_out": sample.left_out}),

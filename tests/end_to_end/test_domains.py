@@ -123,6 +123,7 @@ def test_grpo_with_a_function_of_the_user(settings, tmp_path):
         assert metrics["reward/mean"] == pytest.approx(statistics.fmean(rewards))
         assert metrics["reward/errors"] == sum(failed)
         expected = [a for start in range(0, 16, 4) for a in advantages(rewards[start : start + 4])]
+        assert [sample["reward"] for sample in samples] == pytest.approx(rewards)
         assert [sample["advantage"] for sample in samples] == pytest.approx(expected)
         assert metrics["loss_tokens"] > 0
         errors += sum(failed)

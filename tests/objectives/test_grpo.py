@@ -16,8 +16,8 @@ from megatron_paint.losses.interface import ResponseRows
 from megatron_paint.losses.objectives import PolicyGradientLoss
 from megatron_paint.objectives import Grpo, ObjectiveInputs
 from megatron_paint.objectives.grpo import advantages
-from megatron_paint.objectives.metrics import metrics_of
-from megatron_paint.records import Problem, Rollout, Sample, SampleScore, UpdateReport
+from megatron_paint.objectives.metrics import metrics_of, sample_lines
+from megatron_paint.records import Problem, Rollout, Sample, SampleScore, StepReport, UpdateReport
 from megatron_paint.rollouts.source import RolloutSource
 from megatron_paint.runtime.rank_zero import directly
 from megatron_paint.runtime.timer import Timer
@@ -189,6 +189,10 @@ def test_only_groups_that_differ_are_trained_on():
     assert [sample.advantage > 0 for sample in first] == [True, False]
     # The advantage does not tell a right group from a wrong one, so each sample has its verdict.
     assert [sample.correct for sample in report.samples] == [True, True, True, False, False, False]
+    recorded = sample_lines(
+        StepReport(step=3, metrics=metrics, samples=report.samples, scores=report.scores), decode=str
+    )
+    assert [line["reward"] for line in recorded] == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
     assert [sample.old_logprobs for sample in first] == [None, None]
     assert [sample.old_logprobs for sample in second] == [(-2.0,) * 3, (-2.0,)]
     assert [len({sample.key for sample in part}) for part in (first, report.samples)] == [2, 6]
