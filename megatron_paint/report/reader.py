@@ -191,13 +191,18 @@ def _rows(content: SampleFile) -> list[list[Any]]:
 
 
 def sample_columns(runs: Sequence[RunData]) -> dict[str, list[Any]]:
-    """The rows of all runs as one list for each column; `run` is the number of the run."""
+    """The rows of all runs as one list for each column; `run` is the number of the run.
+
+    A column without a value in any row is left out.
+    """
     rows = [row for data in runs for row in data.sample_rows]
     found: dict[str, list[Any]] = {
         "run": [number for number, data in enumerate(runs) for _ in data.sample_rows],
     }
     for place, name in enumerate(COLUMNS):
-        found[name] = [row[place] for row in rows]
+        values = [row[place] for row in rows]
+        if not rows or any(value is not None for value in values):
+            found[name] = values
     return found
 
 

@@ -84,6 +84,16 @@ def sample(step: int, number: int, **changes: Any) -> dict[str, Any]:
     }
 
 
+def group_sample(step: int, number: int, *, size: int = 4, **changes: Any) -> dict[str, Any]:
+    """A line of samples/ of GRPO: groups of `size`; the first response of a group is right."""
+    place = number % size
+    nothing = {"overlap": None, "reveal": None, "anchors": [], "selected": []}
+    own = {"id": f"problem-{number // size}", "sample": place, "correct": place == 0, "reward": float(place == 0)}
+    line = sample(step, place) | nothing | own | {"advantage": (3 if place == 0 else -1) / 2} | changes
+    teacher = ("divergence", "teacher_entropy", "teacher_top", "teacher_prompt_ids")
+    return {name: value for name, value in line.items() if name not in teacher}
+
+
 def metrics(step: int) -> dict[str, Any]:
     """A line of metrics.jsonl: the step takes 2 seconds, of which its phases take 1.5."""
     return {

@@ -11,7 +11,7 @@ from megatron_paint.report.build import write_report
 from megatron_paint.report.live import address_of, make_server
 from megatron_paint.run.folder import RunFolder
 from tests.report.browser import chromium, missing
-from tests.report.made_run import make_run, metrics, sample
+from tests.report.made_run import group_sample, make_run, metrics, sample
 
 pytestmark = [
     pytest.mark.browser,
@@ -21,6 +21,10 @@ VIEWS = ("overview", "evaluations", "samples", "settings", "log")
 SCRIPT = "<script>document.title='owned'</script>"
 HOSTILE = f"<img src=x onerror=\"document.title='owned'\">{SCRIPT}&lt;b&gt;\u202eevil\x07\x1b[31m"
 MEGABYTE = "<b>7</b>" * 131072
+SET = (
+    "const one = document.getElementById(arguments[0]); one.value = arguments[1];"
+    " one.dispatchEvent(new Event(arguments[2]));"
+)
 ENTER, ESCAPE, TAB, DOWN, RIGHT, END = "\ue007", "\ue00c", "\ue004", "\ue015", "\ue014", "\ue010"
 
 
@@ -43,6 +47,16 @@ def comparison(tmp_path_factory):
     folder = tmp_path_factory.mktemp("comparison")
     runs = [make_run(folder / "one", seed=7), make_run(folder / "two", steps=2)]
     return write_report(runs, folder / "report.html", budget=0).file
+
+
+@pytest.fixture(scope="module")
+def grpo(tmp_path_factory):
+    """A run of GRPO: two steps of two groups with four responses."""
+    folder = tmp_path_factory.mktemp("grpo")
+    run = make_run(folder / "grpo", steps=0)
+    for step in (1, 2):
+        RunFolder(run).write_samples(step, [group_sample(step, number) for number in range(8)])
+    return write_report([run], folder / "report.html").file
 
 
 def show(browser, view):
@@ -348,6 +362,114 @@ def test_a_response_of_grpo_without_an_advantage_is_left_out(browser, tmp_path):
     is_clean(browser, asked=tmp_path)
 
 
+def test_a_group_of_grpo_shows_its_responses(browser, grpo):
+    """Eight responses to two problems in each of two steps: the first of a group is right, with the advantage 1.5."""
+    browser.open(grpo)
+    browser.run("location.hash = '#samples/0/2_0/5'")
+    browser.wait("return document.querySelector('#sample .group')")
+    assert browser.text("#sample .group .unit") == "4 responses to this problem in this step, 1 right"
+    assert browser.texts("#sample .group th") == ["Sample", "", "Reward", "Advantage", "Tokens"]
+    assert browser.texts("#sample .group td")[:10] == [
+        *("0", "right", "1.00", "1.50", "13"),
+        *("1", "wrong\ncut off", "0.00", "-0.50", "13"),
+    ]
+    assert browser.texts("#sample .group [aria-current]") == ["1"]
+    assert "Reward\n0.00\nAdvantage\n-0.50\n" in browser.text("#sample .sample-facts")
+    # A click opens another response, and so does the key; the focus stays at the link.
+    browser.run("const one = document.querySelectorAll('#sample .group a')[3]; one.focus(); one.click()")
+    browser.wait("return document.querySelector('#sample .where').textContent === 'step 2, sample 3'")
+    assert browser.run("return document.activeElement.textContent") == "3"
+    assert browser.run("return document.activeElement.getAttribute('aria-current')") == "true"
+    assert browser.text(".row[aria-selected=true] .problem") == "problem-1"
+    browser.press("g")
+    browser.wait("return document.querySelector('#sample .where').textContent === 'step 2, sample 0'")
+    assert browser.text("#sample h2") == "problem-1"
+    is_clean(browser, asked=grpo.parent)
+
+
+def test_samples_of_grpo_by_reward_and_advantage(browser, grpo):
+    browser.open(grpo)
+    show(browser, "samples")
+    assert browser.texts("#view-samples .heads .figures span") == ["reward", "advantage", "loss"]
+    assert browser.texts(".row:first-child .figures span")[1:] == ["1.00", "1.50", "0.125"]
+    browser.run(SET, "sort", "advantage", "change")
+    assert browser.texts(".row .where")[:4] == ["step 1 · 13 tokens"] * 2 + ["step 2 · 13 tokens"] * 2
+    assert listed(browser)[:4] == ["problem-0", "problem-1"] * 2
+    browser.run(SET, "filter-reward-to", "0.5", "input")
+    assert browser.text(".total") == "12 of 16 samples"
+    browser.run(SET, "filter-advantage-from", "0", "input")
+    assert browser.text(".total") == "0 of 16 samples"
+
+
+def test_what_no_sample_has_is_not_shown(browser, report, grpo, tmp_path):
+    """A run of GRPO has no overlap, reveal and selected tokens; beside a run of PAINT they are shown."""
+    ranges = "#view-samples fieldset.range legend"
+    browser.open(report)
+    show(browser, "samples")
+    browser.run("document.querySelector('.filters').open = true")
+    assert browser.texts(ranges) == ["Step", "Overlap", "Reveal", "Loss", "Tokens"]
+    assert browser.texts("#view-samples .heads .figures span") == ["overlap", "reveal", "loss"]
+    browser.run("location.hash = '#samples/0/2_0/1'")
+    browser.wait("return document.querySelector('#sample .tokens')")
+    assert browser.texts("#sample .group") == []  # one response to each problem
+    browser.open(grpo)
+    show(browser, "samples")
+    browser.run("document.querySelector('.filters').open = true")
+    assert browser.texts(ranges) == ["Step", "Reward", "Advantage", "Loss", "Tokens"]
+    sorts = browser.texts("#sort option")
+    assert sorts == ["step", "loss", "reward", "advantage", "tokens", "sampler gap", "problem"]
+    browser.run("location.hash = '#samples/0/1_0/1'")
+    browser.wait("return document.querySelector('#sample .tokens')")
+    assert browser.texts("#sample .sample-facts dt")[:4] == ["Reward", "Advantage", "Loss", "Tokens"]
+    assert browser.texts("#quantity option") == ["entropy of the student"]
+    assert browser.texts("#sample .mark-note") == []
+    both = write_report([make_run(tmp_path / "run"), grpo.parent / "grpo"], tmp_path / "report.html").file
+    browser.open(both)
+    show(browser, "samples")
+    browser.run("document.querySelector('.filters').open = true")
+    assert browser.texts(ranges) == ["Step", "Overlap", "Reveal", "Reward", "Advantage", "Loss", "Tokens"]
+    browser.run("location.hash = '#samples/1/1_0/1'")
+    browser.wait("return document.querySelector('#sample .group')")
+    assert "Overlap" not in browser.text("#sample .sample-facts")  # this run has none
+    assert browser.texts("#quantity option") == ["entropy of the student"]
+    for width in (360, 1280):
+        browser.resize(width, 800)
+        browser.run("paint.closeSample()")
+        inside = (
+            "return [...document.querySelectorAll('.row')].every((row) => row.scrollHeight <= row.clientHeight + 1"
+            " && [...row.querySelectorAll('.figures span:not(.hidden-text)')].every((one) =>"
+            " one.getBoundingClientRect().left >= row.getBoundingClientRect().left))"
+        )
+        assert browser.texts(".row .figures")
+        assert browser.run(inside), width
+        heads, row = (
+            browser.run(
+                "return [...document.querySelectorAll(`${arguments[0]} .figures span:not(.hidden-text)`)]"
+                ".map((one) => one.getBoundingClientRect().right)",
+                place,
+            )
+            for place in (".heads", ".row:first-child")
+        )
+        assert heads == row
+    browser.resize(1280, 900)
+    is_clean(browser, asked=tmp_path)
+
+
+def test_a_response_without_values_of_its_tokens_has_no_colours(browser, tmp_path):
+    run = make_run(tmp_path / "run", steps=0)
+    line = group_sample(1, 0)
+    del line["student_entropy"]
+    RunFolder(run).write_samples(1, [line])
+    browser.open(write_report([run], tmp_path / "report.html").file)
+    browser.run("location.hash = '#samples/0/1_0/0'")
+    browser.wait("return document.querySelector('#sample .tokens')")
+    assert browser.texts("#quantity") == []
+    browser.run("document.querySelector('#sample .tokens').focus()")
+    browser.press(RIGHT, "h")
+    assert "token 2 of 13" in browser.text(".info")
+    is_clean(browser, asked=tmp_path)
+
+
 def test_hostile_text_is_text(browser, tmp_path):
     run = make_run(tmp_path / "run", steps=1, log=f"12:00:00  warning: {HOSTILE}\n")
     odd = {"id": HOSTILE, "response_text": HOSTILE, "anchors": [{"kind": HOSTILE, "text": HOSTILE, "found": True}]}
@@ -401,11 +523,11 @@ def test_curves_of_extreme_numbers(browser, tmp_path):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_serious(browser, report, comparison, scheme):
+def test_axe_finds_nothing_serious(browser, report, comparison, grpo, scheme):
     browser.prefer(scheme)
     browser.resize(1280, 900)
     try:
-        for file in (report, comparison):
+        for file in (report, comparison, grpo):
             browser.open(file)
             for view in VIEWS:
                 show(browser, view)
@@ -423,10 +545,10 @@ def test_axe_finds_nothing_serious(browser, report, comparison, scheme):
 
 
 @pytest.mark.parametrize("width", [360, 820, 1280])
-def test_nothing_is_wider_than_the_screen(browser, report, comparison, width):
+def test_nothing_is_wider_than_the_screen(browser, report, comparison, grpo, width):
     browser.resize(width, 740)
     try:
-        for file in (report, comparison):
+        for file in (report, comparison, grpo):
             browser.open(file)
             for view in VIEWS:
                 show(browser, view)

@@ -15,7 +15,8 @@ from megatron_paint.report.curves import columns, derived, phases, plots_for
 from megatron_paint.report.reader import RunReader, sample_columns
 from megatron_paint.report.samples import page_content, read_sample_file
 from megatron_paint.report.settings_table import settings_rows
-from tests.report.made_run import LOG, decode, evaluation, make_run, read_block, sample
+from megatron_paint.run.folder import RunFolder
+from tests.report.made_run import LOG, decode, evaluation, group_sample, make_run, read_block, sample
 
 
 @pytest.fixture
@@ -126,6 +127,20 @@ def test_samples_are_listed_and_in_pages(run):
     assert found["finished"][:4] == [True, False, True, True]
     assert found["page"][4:6] == ["2_0", "2_0"]
     assert found["place"][4:8] == [0, 1, 2, 3]
+
+
+def test_a_column_without_a_value_in_any_run_is_left_out(tmp_path):
+    paint, grpo = make_run(tmp_path / "paint", steps=1), make_run(tmp_path / "grpo", steps=0)
+    RunFolder(grpo).write_samples(1, [group_sample(1, number) for number in range(8)])
+    alone = sample_columns([read(grpo)])
+    assert not {"overlap", "reveal"} & set(alone)
+    assert alone["reward"] == [1.0, 0.0, 0.0, 0.0] * 2
+    assert alone["advantage"] == [1.5, -0.5, -0.5, -0.5] * 2
+    assert not {"reward", "advantage"} & set(sample_columns([read(paint)]))
+    both = sample_columns([read(paint), read(grpo)])
+    assert both["overlap"] == [0.0, 0.25, 0.5, 0.75] + [None] * 8
+    assert both["reward"] == [None] * 4 + alone["reward"]
+    assert sample_columns([])["id"] == []  # a run that has only begun
 
 
 def test_pieces_spell_the_response(run):

@@ -84,6 +84,20 @@
     return { ...page.samples[place], texts: page.tokens };
   };
 
+  // Whether a sample has a value in this column: one of this run, or of any. No sample selects tokens: the column is empty.
+  paint.known = (name, run = null) => {
+    const { samples } = paint.data;
+    const isValue = (value) => value !== null && !(name === "selected" && value === 0);
+    return (samples[name] ?? []).some((value, index) => isValue(value) && (run === null || samples.run[index] === run));
+  };
+
+  // The responses to the problem of this sample in its step, this one among them.
+  paint.group = (index) => {
+    const { samples } = paint.data;
+    const belongs = (other) => ["run", "step", "id"].every((name) => samples[name][other] === samples[name][index]);
+    return samples.run.map((_, other) => other).filter(belongs);
+  };
+
   const addressesOf = ({ run, page, place }) => run.map((number, index) => `${number}/${page[index]}/${place[index]}`);
   // The new index of each old one. New samples of one run move those of the runs after it. A sample that is gone has none.
   paint.movedSamples = (before, after) => {

@@ -2,13 +2,16 @@
 "use strict";
 (() => {
   const { el, field, select, isNumber } = paint;
-  const RANGES = { step: "Step", overlap: "Overlap", reveal: "Reveal", loss: "Loss", tokens: "Tokens" };
-  const SORTS = {
-    step: "step", loss: "loss", overlap: "overlap", reveal: "reveal", tokens: "tokens", selected: "selected tokens",
-    gap: "sampler gap", id: "problem",
+  const RANGES = {
+    step: "Step", overlap: "Overlap", reveal: "Reveal", reward: "Reward", advantage: "Advantage", loss: "Loss", tokens: "Tokens",
   };
-  const DOWN = new Set(["loss", "tokens", "selected", "gap"]); // whose largest values are what one looks for
+  const SORTS = {
+    step: "step", loss: "loss", overlap: "overlap", reveal: "reveal", reward: "reward", advantage: "advantage",
+    tokens: "tokens", selected: "selected tokens", gap: "sampler gap", id: "problem",
+  };
+  const DOWN = new Set(["reward", "advantage", "loss", "tokens", "selected", "gap"]); // whose largest values are what one looks for
   const WAIT = 250; // milliseconds after the last key
+  const known = (names) => Object.entries(names).filter(([name]) => paint.known(name));
   const fresh = () => ({ run: "", ended: "", answer: "", trained: "", from: {}, to: {}, text: "" });
   const state = { ...fresh(), sort: "step", down: false, hits: null, search: 0 };
 
@@ -18,9 +21,9 @@
   const passes = (samples, index) => {
     if (state.run !== "" && samples.run[index] !== Number(state.run)) return false;
     for (const name of Object.keys(RANGES)) {
-      if (!inRange(samples[name][index], state.from[name], state.to[name])) return false;
+      if (!inRange(samples[name]?.[index], state.from[name], state.to[name])) return false;
     }
-    const [finished, correct, left] = [samples.finished[index], samples.correct[index], samples.left_out[index]];
+    const [finished, correct, left] = ["finished", "correct", "left_out"].map((name) => samples[name]?.[index]);
     if (state.ended === "cut" && finished !== false) return false;
     if (state.ended === "whole" && finished !== true) return false;
     if (state.answer === "right" && correct !== true) return false;
@@ -32,7 +35,7 @@
   };
 
   const compare = (samples) => {
-    const values = samples[state.sort];
+    const values = samples[state.sort] ?? samples.step;
     const sign = state.down ? -1 : 1;
     return (a, b) => {
       const [x, y] = [values[a], values[b]];
@@ -150,8 +153,6 @@
       summary.textContent = active() ? `Filters (${active()})` : "Filters";
       changed();
     };
-    const graded = paint.data.samples.correct.some((value) => typeof value === "boolean");
-    const left = paint.data.samples.left_out.some(Boolean);
     const runs = paint.data.runs.map((run, index) => [String(index), run.name]);
     const reset = el("button", { type: "button", text: "Remove all filters", onclick: () => {
       clear();
@@ -172,14 +173,14 @@
       "div",
       { class: "controls" },
       runs.length > 1 ? choice("run", "Run", runs, update) : null,
-      ...Object.entries(RANGES).map(([key, label]) => rangeField(key, label, update)),
-      choice("ended", "Ended", [["whole", "complete"], ["cut", "cut off"]], update),
-      graded ? choice("answer", "Answer", [["right", "right"], ["wrong", "wrong"], ["none", "not graded"]], update) : null,
-      left ? choice("trained", "Trained on", [["yes", "yes"], ["no", "left out"]], update) : null,
+      ...known(RANGES).map(([key, label]) => rangeField(key, label, update)),
+      paint.known("finished") ? choice("ended", "Ended", [["whole", "complete"], ["cut", "cut off"]], update) : null,
+      paint.known("correct") ? choice("answer", "Answer", [["right", "right"], ["wrong", "wrong"], ["none", "not graded"]], update) : null,
+      paint.known("left_out") ? choice("trained", "Trained on", [["yes", "yes"], ["no", "left out"]], update) : null,
       reset,
     ));
     details.open = active() > 0;
-    const sort = select(Object.entries(SORTS), state.sort, (value) => {
+    const sort = select(known(SORTS), state.sort, (value) => {
       state.sort = value;
       state.down = DOWN.has(value);
       name();

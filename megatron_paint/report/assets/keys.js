@@ -9,6 +9,7 @@
     ["/", "search the samples"],
     ["Enter", "from the list into the sample"],
     ["Esc", "from the sample back to the list"],
+    ["g", "next response of the group: to the same problem in the same step"],
     ["h", "colour the response by the next quantity"],
     ["arrow keys", "in the list: sample by sample; in the response: token by token"],
     ["m", "in the response: the next selected token"],
@@ -44,6 +45,7 @@
   const actions = {
     j: () => paint.nextSample(1),
     k: () => paint.nextSample(-1),
+    g: () => paint.view === "samples" && paint.nextOfGroup(),
     h: () => paint.nextQuantity?.(),
     t: () => paint.nextTheme(),
     "?": help,

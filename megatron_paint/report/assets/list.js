@@ -2,16 +2,21 @@
 "use strict";
 (() => {
   const { el, fixed, number, count, counted, visible } = paint;
-  const ROW = 48; // pixels, as in samples.css
+  const MOST_FIGURES = 3; // beside the step; more have a line of their own
+  const height = () => (list.figures.length > MOST_FIGURES ? 68 : 48); // of a row in pixels, as in samples.css
   const SPARE = 6; // rows above and below those in sight
-  const list = { indices: [], at: -1, box: null, space: null };
+  // The width of a column in pixels, and the text of a value.
+  const FIGURES = {
+    overlap: [48, fixed], reveal: [48, fixed], reward: [52, fixed], advantage: [68, fixed], loss: [52, (value) => number(value, 3)],
+  };
+  const list = { indices: [], at: -1, box: null, space: null, figures: [] };
 
   const tags = (samples, index) => {
     const found = [];
-    if (samples.correct[index] === true) found.push(["right", "right"]);
-    if (samples.correct[index] === false) found.push(["wrong", "wrong"]);
-    if (samples.finished[index] === false) found.push(["cut off", "truncated"]);
-    if (samples.left_out[index]) found.push(["left out", "out"]);
+    if (samples.correct?.[index] === true) found.push(["right", "right"]);
+    if (samples.correct?.[index] === false) found.push(["wrong", "wrong"]);
+    if (samples.finished?.[index] === false) found.push(["cut off", "truncated"]);
+    if (samples.left_out?.[index]) found.push(["left out", "out"]);
     return found.map(([text, kind]) => el("span", { class: `tag ${kind}`, text }));
   };
   paint.tags = tags;
@@ -37,32 +42,30 @@
       el("span", { class: "tags" }, ...tags(samples, index)),
       el("span", { class: "where", text: visible(`${run}step ${samples.step[index]} · ${sortValue(samples, index)}`) }),
       el("span", { class: "figures" },
-        el("span", { class: "hidden-text", text: "overlap, reveal, loss: " }),
-        el("span", { text: fixed(samples.overlap[index]) }),
-        el("span", { text: fixed(samples.reveal[index]) }),
-        el("span", { text: number(samples.loss[index], 3) }),
+        el("span", { class: "hidden-text", text: `${list.figures.join(", ")}: ` }),
+        ...list.figures.map((name) => el("span", { text: FIGURES[name][1](samples[name][index]) })),
       ),
     );
-    made.style.transform = `translateY(${place * ROW}px)`;
+    made.style.transform = `translateY(${place * height()}px)`;
     return made;
   };
 
   const drawRows = () => {
     const { box, space } = list;
-    const first = Math.max(0, Math.floor(box.scrollTop / ROW) - SPARE);
-    const last = Math.min(list.indices.length, Math.ceil((box.scrollTop + box.clientHeight) / ROW) + SPARE);
+    const first = Math.max(0, Math.floor(box.scrollTop / height()) - SPARE);
+    const last = Math.min(list.indices.length, Math.ceil((box.scrollTop + box.clientHeight) / height()) + SPARE);
     const rows = [];
     for (let place = first; place < last; place += 1) rows.push(row(place));
     // The row that has the focus exists for screen readers, wherever it is.
     if (list.at >= 0 && (list.at < first || list.at >= last)) rows.push(row(list.at));
-    space.style.height = `${list.indices.length * ROW}px`;
+    space.style.height = `${list.indices.length * height()}px`;
     space.replaceChildren(...rows);
     if (list.at >= 0) box.setAttribute("aria-activedescendant", `row-${list.at}`);
     else box.removeAttribute("aria-activedescendant");
   };
 
   const intoSight = () => {
-    const [top, bottom] = [list.at * ROW, (list.at + 1) * ROW];
+    const [top, bottom] = [list.at * height(), (list.at + 1) * height()];
     const { box } = list;
     if (top < box.scrollTop) box.scrollTop = top;
     else if (bottom > box.scrollTop + box.clientHeight) box.scrollTop = bottom - box.clientHeight;
@@ -105,7 +108,7 @@
     total.textContent = list.indices.length === all ? counted(all, "sample") : `${count(list.indices.length)} of ${counted(all, "sample")}`;
     list.box.hidden = !list.indices.length;
     if (list.box.clientHeight) {
-      list.box.scrollTop = Math.min(list.box.scrollTop, Math.max(0, list.indices.length * ROW - list.box.clientHeight));
+      list.box.scrollTop = Math.min(list.box.scrollTop, Math.max(0, list.indices.length * height() - list.box.clientHeight));
       drawRows();
     }
   };
@@ -123,9 +126,11 @@
     list.box = el("div", { class: "rows", role: "listbox", tabindex: "0", "aria-label": "Samples", onkeydown, onclick }, list.space);
     list.box.addEventListener("scroll", drawRows, { passive: true });
     new ResizeObserver(() => list.box.clientHeight && drawRows()).observe(list.box);
-    const heads = el("div", { class: "heads", "aria-hidden": "true" }, total.cloneNode(), el("span", { class: "figures" },
-      el("span", { text: "overlap" }), el("span", { text: "reveal" }), el("span", { text: "loss" })));
-    heads.firstChild.replaceWith(total);
+    list.figures = Object.keys(FIGURES).filter((name) => paint.known(name));
+    const heads = el("div", { class: "heads", "aria-hidden": "true" }, total,
+      el("span", { class: "figures" }, ...list.figures.map((text) => el("span", { text }))));
+    view.classList.toggle("many-figures", list.figures.length > MOST_FIGURES);
+    view.style.setProperty("--figures", list.figures.map((name) => `${FIGURES[name][0]}px`).join(" "));
     view.replaceChildren(
       el("div", { class: "sidebar" }, paint.filterBar(update), heads, list.box),
       el("article", { id: "sample", class: "detail", tabindex: "-1", "aria-label": "Sample" },

@@ -76,13 +76,14 @@
   };
 
   const update = (data) => {
-    const rewritten = paint.data.samples.run.length > data.samples.run.length;
+    const columns = Object.keys(data.samples).join();
+    const redrawn = paint.data.samples.run.length > data.samples.run.length || columns !== Object.keys(paint.data.samples).join();
     const moved = paint.movedSamples(paint.data.samples, data.samples);
     paint.data = data;
     paint.forgetPages();
     paint.moveOpened(moved);
     paint.moveList(moved);
-    if (rewritten) drawn.delete("samples");
+    if (redrawn) drawn.delete("samples");
     for (const name of Object.keys(VIEWS)) if (name !== "samples") drawn.delete(name);
     if (paint.view === "samples") {
       head();

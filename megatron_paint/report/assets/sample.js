@@ -107,19 +107,45 @@
   const factsOf = (entry, index) => {
     const { samples } = paint.data;
     const facts = [
-      ["Overlap", fixed(samples.overlap[index])],
-      ["Reveal", fixed(samples.reveal[index])],
-      ["Loss", `${number(samples.loss[index], 3)} nats a token`],
-      ["Tokens", count(samples.tokens[index])],
-      ["Selected", count(samples.selected[index])],
-    ];
+      ["overlap", "Overlap", fixed],
+      ["reveal", "Reveal", fixed],
+      ["reward", "Reward", fixed],
+      ["advantage", "Advantage", fixed],
+      ["loss", "Loss", (value) => `${number(value, 3)} nats a token`],
+      ["tokens", "Tokens", count],
+      ["selected", "Selected", count],
+    ].filter(([name]) => paint.known(name, samples.run[index])).map(([name, label, text]) => [label, text(samples[name][index])]);
     if (entry.gap) facts.push(["Sampler gap, largest", `${number(entry.gap.largest, 3)} nats at token ${entry.gap.position + 1}`]);
-    if (typeof entry.advantage === "number") facts.push(["Advantage", number(entry.advantage, 3)]);
     if (entry.domain && entry.domain !== "math") facts.push(["Domain", entry.domain]);
     if (entry.reveal?.hidden_nats !== undefined) facts.push(["Hidden", `${number(entry.reveal.hidden_nats, 3)} nats`]);
     if (entry.origin) facts.push(["Sampled by", `${entry.origin.engine} at ${entry.origin.server}, ${entry.origin.behind} steps behind`]);
-    if (samples.left_out[index]) facts.push(["Left out", LEFT_OUT[samples.left_out[index]] ?? samples.left_out[index]]);
+    if (samples.left_out?.[index]) facts.push(["Left out", LEFT_OUT[samples.left_out[index]] ?? samples.left_out[index]]);
     return el("dl", { class: "sample-facts" }, ...facts.map(([name, value]) => el("div", {}, el("dt", { text: name }), el("dd", { text: visible(value) }))));
+  };
+
+  // The other responses to the problem in this step, with what tells them apart.
+  const group = (index) => {
+    const { samples } = paint.data;
+    const found = paint.group(index);
+    if (found.length < 2) return null;
+    const columns = [["reward", "Reward", fixed], ["advantage", "Advantage", fixed], ["overlap", "Overlap", fixed], ["tokens", "Tokens", count]]
+      .filter(([name]) => paint.known(name, samples.run[index]));
+    const rows = found.map((one) => [
+      el("a", { href: `#${paint.addressOf(one)}`, "aria-current": one === index ? "true" : null, "aria-label": `sample ${samples.sample[one]}`, text: String(samples.sample[one]) }),
+      el("span", { class: "tags" }, ...paint.tags(samples, one)),
+      ...columns.map(([name, , text]) => text(samples[name][one])),
+    ]);
+    const right = found.filter((one) => samples.correct?.[one] === true).length;
+    const unit = `${found.length} responses to this problem in this step${paint.known("correct", samples.run[index]) ? `, ${right} right` : ""}`;
+    const heads = ["Sample", "", ...columns.map(([, label]) => label)];
+    return el("section", { class: "group" }, el("h3", {}, "Group", el("span", { class: "unit", text: unit })),
+      paint.table("Responses of the group", heads, rows, { numeric: columns.map((_, at) => at + 2), stack: false }));
+  };
+  paint.nextOfGroup = () => {
+    if (opened.index === null) return;
+    const found = paint.group(opened.index);
+    const next = found[(found.indexOf(opened.index) + 1) % found.length];
+    if (next !== opened.index) location.hash = `#${paint.addressOf(next)}`;
   };
 
   const head = (index) => {
@@ -142,7 +168,7 @@
     const place = document.getElementById("sample");
     document.getElementById("view-samples").classList.add("opened");
     const { samples } = paint.data;
-    history.replaceState(null, "", `#samples/${samples.run[index]}/${samples.page[index]}/${samples.place[index]}`);
+    history.replaceState(null, "", `#${paint.addressOf(index)}`);
     let content;
     try {
       const entry = await paint.sample(index);
@@ -150,8 +176,8 @@
         if (number === opened.number && opened.index !== null) paint.openSample(opened.index, { focus });
         return;
       }
-      const { response, info } = paint.responseView(entry);
-      content = [head(index), factsOf(entry, index), el("div", { class: info ? "columns" : "" },
+      const { response, info } = paint.responseView(entry, { selects: paint.known("selected", samples.run[index]) });
+      content = [head(index), factsOf(entry, index), group(index), el("div", { class: info ? "columns" : "" },
         el("div", {},
           el("section", {}, el("h3", { text: "Response" }), response),
           el("div", { class: "pair" }, ...[solution(entry), anchors(entry)].filter(Boolean)), prompts(entry)),
@@ -165,7 +191,7 @@
     place.replaceChildren(...content.filter(Boolean));
     place.scrollTop = 0;
     if (focus) place.focus();
-    else if (moved) ([...place.querySelectorAll("header button")].find((one) => one.textContent === label) ?? place).focus();
+    else if (moved) ([...place.querySelectorAll("header button, .group a")].find((one) => one.textContent === label) ?? place).focus();
     paint.say(`Problem ${samples.id[index]}, step ${samples.step[index]}`);
   };
 
@@ -186,6 +212,10 @@
     }
   };
 
+  paint.addressOf = (index) => {
+    const { run, page, place } = paint.data.samples;
+    return `samples/${run[index]}/${page[index]}/${place[index]}`;
+  };
   // The sample of an address such as #samples/0/25_0/3.
   paint.sampleAt = (run, page, place) => {
     const { samples } = paint.data;

@@ -8,11 +8,12 @@
   const SIGNED = new Set(["logprob_gap", "entropy_gap"]);
   const state = { quantity: paint.stored("quantity", "divergence") };
 
-  const quantitiesOf = (entry) => {
+  // selects: whether the run selects tokens.
+  const quantitiesOf = (entry, selects) => {
     const found = Object.entries(paint.data.quantities).filter(([name]) => name in entry.values);
     const { student_entropy: student, teacher_entropy: teacher } = entry.values;
     if (student && teacher) found.push(["entropy_gap", ["entropy, student minus teacher", "nats"]]);
-    found.push(["selected", ["selected tokens", ""]]);
+    if (selects) found.push(["selected", ["selected tokens", ""]]);
     return found;
   };
 
@@ -141,21 +142,22 @@
     return el("div", {}, box, more);
   };
 
-  paint.responseView = (entry) => {
+  paint.responseView = (entry, { selects }) => {
     if (!entry.lengths) {
       const reason = el("p", { class: "note", text: "The tokens of this response are not known, so it has no heat map." });
       return { response: el("div", {}, reason, paint.plainText(entry.text, "response")), info: null };
     }
-    const quantities = quantitiesOf(entry);
+    const quantities = quantitiesOf(entry, selects);
     const pieces = piecesOf(entry);
     const known = quantities.some(([name]) => name === state.quantity);
-    let [quantity, cursor, all] = [known ? state.quantity : quantities[0][0], -1, false];
+    let [quantity, cursor, all] = [known ? state.quantity : quantities[0]?.[0], -1, false];
     const box = el("div", { class: "tokens", tabindex: "0", role: "group", "aria-label": "Response, token by token. Arrow keys move between tokens." });
     const info = el("div", { class: "info", role: "status", tabindex: "0", "aria-label": "Token" }, el("p", { class: "note", text: "Point at a token, or move between tokens with the arrow keys." }));
     const legend = el("span", {});
     const more = el("p", {});
 
     const colour = () => {
+      if (!quantity) return;
       const values = valuesOf(entry, quantity);
       const [label, unit] = quantities.find(([name]) => name === quantity)[1];
       const signed = SIGNED.has(quantity);
@@ -173,7 +175,7 @@
     const draw = () => {
       const end = limited(pieces, all);
       const limit = all ? Infinity : MOST_CHARACTERS;
-      box.replaceChildren(...pieces.slice(0, end).map((piece, at) => el("span", { "data-at": at, text: shown(piece.text.slice(0, limit)) })));
+      box.replaceChildren(...pieces.slice(0, end).map((piece, at) => el("span", { class: "token", "data-at": at, text: shown(piece.text.slice(0, limit)) })));
       const hides = end < pieces.length || pieces.some((piece) => piece.text.length > limit);
       more.replaceChildren(...(hides ? [el("button", { type: "button", text: `Show all ${paint.count(pieces.length)} tokens`, onclick: () => {
         all = true;
@@ -237,11 +239,13 @@
     });
     paint.nextQuantity = () => {
       const names = quantities.map(([name]) => name);
+      if (!names.length) return;
       choose.value = names[(names.indexOf(quantity) + 1) % names.length];
       choose.dispatchEvent(new Event("change"));
     };
     draw();
-    const controls = el("div", { class: "controls" }, paint.field("Colour", choose, "quantity"), legend, el("span", { class: "mark-note" }, el("span", { class: "token selected", text: "underlined" }), " selected"));
+    const note = el("span", { class: "mark-note" }, el("span", { class: "token selected", text: "underlined" }), " selected");
+    const controls = quantities.length ? el("div", { class: "controls" }, paint.field("Colour", choose, "quantity"), legend, selects ? note : null) : "";
     return { response: el("div", {}, controls, box, more), info };
   };
 })();
