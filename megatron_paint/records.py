@@ -1,6 +1,6 @@
 """The records of a training step, in the order in which they appear.
 
-Problem -> Rollout -> Reveal -> Sample -> SampleScore -> StepReport. An evaluation makes Graded and EvalReport.
+Problem -> Rollout -> Reveal -> Sample -> SampleScore -> StepReport. An evaluation makes Graded, Asked and EvalReport.
 All records are frozen: a step makes new records and never changes one. Token ids are tuples of int. Text becomes token
 ids once.
 """
@@ -238,6 +238,15 @@ class Graded:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """A problem of an evaluation, for those who read its answers."""
+
+    id: str
+    problem: str  # its text
+    answer: str  # the reference answer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvalReport:
     """An evaluation of one model on one problem file."""
 
@@ -247,3 +256,4 @@ class EvalReport:
     samples_per_problem: int
     metrics: dict[str, float]  # avg, bounds of its interval, pass@k, maj, truncated share, mean length, time-outs
     answers: tuple[Graded, ...]
+    problems: tuple[Asked, ...] = ()  # empty: not recorded

@@ -10,7 +10,7 @@ from megatron_paint.evaluation.answer_file import Key
 from megatron_paint.evaluation.statistics import GREEDY, build_report
 from megatron_paint.grading.graders import Graders
 from megatron_paint.grading.thoughts import PROMPT_TAIL, continued
-from megatron_paint.records import EvalReport, Graded, Problem, Rollout, TokenIds
+from megatron_paint.records import Asked, EvalReport, Graded, Problem, Rollout, TokenIds
 from megatron_paint.rollouts.engine import GenerationRequest, Sampler, SamplingParameters
 
 
@@ -80,7 +80,8 @@ class Evaluator:
     def report(self, answers: Answers, *, step: int, benchmark: str, graders: Graders) -> EvalReport:
         """Grades the answers and returns the report. Only one rank calls it."""
         sampled, greedy = self._grade(answers.sampled, graders), self._grade(answers.greedy, graders)
-        return build_report(step, benchmark, sampled, greedy=greedy)
+        asked = tuple(Asked(id=one.id, problem=one.problem, answer=one.answer) for one in self.problems)
+        return replace(build_report(step, benchmark, sampled, greedy=greedy), problems=asked)
 
     def _requests(self, samples: int) -> list[GenerationRequest]:
         return [

@@ -10,7 +10,7 @@ from megatron_paint.base.counts import agreeing, count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.base.json_text import to_json
 from megatron_paint.evaluation.statistics import Interval, domains_in, length_text, macro_average, problem_scores
-from megatron_paint.records import EvalReport, Graded
+from megatron_paint.records import Asked, EvalReport, Graded
 from megatron_paint.runtime.files import disk_errors, write_atomically
 
 SUMMARY = "summary.json"
@@ -200,7 +200,9 @@ def read_report(file: Path) -> EvalReport:
     """Reads one report. Raises UserError if it cannot be read."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        report = EvalReport(**{**content, "answers": tuple(Graded(**answer) for answer in content["answers"])})
+        answers = tuple(Graded(**answer) for answer in content["answers"])
+        problems = tuple(Asked(**problem) for problem in content.get("problems", ()))  # earlier versions wrote none
+        report = EvalReport(**{**content, "answers": answers, "problems": problems})
         problem_scores(report)
         return report
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Builds the report of one run or several: the data of the page, and the pages of their samples."""
+"""Builds the report of one run or several: the data of the page, and the pages of their samples and answers."""
 
 import gc
 import os
@@ -15,7 +15,7 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.report.curves import meanings, plots_for
 from megatron_paint.report.page import render
 from megatron_paint.report.pages import MOST_INLINE_BYTES, PageStore, encode
-from megatron_paint.report.reader import RunData, RunReader, sample_columns
+from megatron_paint.report.reader import RunData, RunReader, answer_columns, sample_columns
 from megatron_paint.report.samples import QUANTITIES
 from megatron_paint.report.settings_table import settings_rows
 from megatron_paint.runtime.files import disk_errors, write_atomically
@@ -26,7 +26,7 @@ class Written:
     """What was written."""
 
     file: Path
-    folder: Path | None  # of the pages of samples; None: the file holds them
+    folder: Path | None  # of the pages; None: the file holds them
     samples: int
     notices: tuple[str, ...]  # of the runs: what is missing or damaged
     seconds: float
@@ -34,9 +34,9 @@ class Written:
 
 
 def write_report(runs: Sequence[Path], out: Path, *, budget: int = MOST_INLINE_BYTES) -> Written:
-    """Writes the report of the runs to the file `out`, and its samples beside it if they do not fit.
+    """Writes the report of the runs to the file `out`, and its pages beside it if they do not fit.
 
-    budget: bytes of samples that the file may hold. UserError: a folder is not a run folder, two are the same, or the
+    budget: bytes of pages that the file may hold. UserError: a folder is not a run folder, two are the same, or the
     writing to the disk fails.
     """
     begun = time.monotonic()
@@ -86,7 +86,7 @@ def make_readers(runs: Sequence[Path]) -> list[RunReader]:
 
 
 def report_data(paths: Sequence[Path], runs: Sequence[RunData]) -> dict[str, Any]:
-    """Everything that the page shows, except the pages of samples."""
+    """Everything that the page shows, except the pages of samples and answers."""
     keys = list(dict.fromkeys(key for run in runs for key in run.summary["metrics"]))
     return {
         "version": __version__,
@@ -97,6 +97,7 @@ def report_data(paths: Sequence[Path], runs: Sequence[RunData]) -> dict[str, Any
         "meanings": meanings(keys),
         "settings": settings_rows([run.tree for run in runs]),
         "samples": sample_columns(runs),
+        "answers": answer_columns(runs),
         "quantities": {name: list(words) for name, words in QUANTITIES.items()},
         "pages": None,
     }

@@ -1,6 +1,8 @@
 """The evaluations of a run, with their intervals and their differences from the first one."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,37 +10,63 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.evaluation.statistics import domains_in, paired_difference
 from megatron_paint.evaluation.summary import read_report
 from megatron_paint.records import EvalReport
+from megatron_paint.report.answers import answer_pages
 from megatron_paint.run.folder import RunFolder, step_name
 
-Known = dict[Path, tuple[tuple[int, int], dict[str, Any]]]
+AddPage = Callable[[str, dict[str, Any]], None]
+
+DAMAGED = (UserError, KeyError, TypeError, AttributeError, ValueError, OSError)  # what reading such a file may raise
 
 
-def read_evaluations(folder: RunFolder, known: Known) -> tuple[list[dict[str, Any]], list[str]]:
-    """A row for each evaluation in the order of steps, and a line for each one that cannot be read.
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One evaluation of a run, as the report shows it.
 
-    known: rows of files that did not change since they were read; it is filled. A row has Avg@n and the ends of its
-    95 % interval (`avg`, `low`, `high`), and `difference` from the first evaluation, paired by problem.
+    `row` has Avg@n and the ends of its 95 % interval (`avg`, `low`, `high`), and `difference` from the first
+    evaluation, paired by problem. `problems` has the rows of the list of answers, see answers.COLUMNS.
     """
-    rows, notices = [], []
+
+    stamp: tuple[int, int]  # of its file
+    row: dict[str, Any]
+    problems: list[list[Any]]
+
+
+Known = dict[Path, Evaluation]
+
+
+def evaluation_file(folder: RunFolder, step: int) -> Path:
+    """The file of the evaluation of one step."""
+    return folder.path / "eval" / f"{step_name(step)}.json"
+
+
+def read_evaluations(folder: RunFolder, known: Known, add_page: AddPage | None) -> tuple[list[Evaluation], list[str]]:
+    """The evaluations in the order of steps, and a line for each one that cannot be read.
+
+    known: those of files that did not change since they were read; it is filled. add_page: gets the pages of answers.
+    """
+    found: list[Evaluation] = []
+    notices = []
     first: EvalReport | None = None
     for step in folder.evaluated_steps():
-        file = folder.path / "eval" / f"{step_name(step)}.json"
+        file = evaluation_file(folder, step)
         try:
             stamp = _stamp(file)
-            if file in known and known[file][0] == stamp:
-                rows.append(known[file][1])
+            if add_page is None and file in known and known[file].stamp == stamp:
+                found.append(known[file])
                 continue
             report = read_report(file)
-            if rows and first is None:
-                first = read_report(folder.path / "eval" / f"{step_name(rows[0]['step'])}.json")
-            row = _row(report, first)
-        except (UserError, KeyError, TypeError, AttributeError, ValueError, OSError) as error:
+            if found and first is None:
+                first = read_report(evaluation_file(folder, found[0].row["step"]))
+            row, pages = _row(report, first), list(answer_pages(report, step))
+        except DAMAGED as error:
             notices.append(f"eval/{file.name} is left out: {_one_line(error)}")
             continue
         first = first or report
-        known[file] = (stamp, row)
-        rows.append(row)
-    return rows, notices
+        known[file] = Evaluation(stamp=stamp, row=row, problems=[row for _, rows, _ in pages for row in rows])
+        found.append(known[file])
+        for key, _, content in pages if add_page is not None else ():
+            add_page(key, content)
+    return found, notices
 
 
 def _row(report: EvalReport, first: EvalReport | None) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from megatron_paint.report.build import make_readers, report_data, title_of
 from megatron_paint.report.page import render
 from megatron_paint.report.pages import PAGE_FILE, encode
 from megatron_paint.report.reader import RunReader
-from megatron_paint.report.samples import page_content, read_sample_file
 
 ADDRESS = "127.0.0.1"
 NO_FRAMES = "frame-ancestors 'none'"
@@ -48,19 +47,14 @@ class LiveReport:
                 self._stamp = stamp
             return stamp, self._data
 
-    def sample_page(self, key: str) -> str | None:
-        """A page of samples by its key, encoded; None: there is none."""
-        run, step, part = (int(word.lstrip("r")) for word in key.split("_"))
-        if run >= len(self._readers):
+    def page_of(self, key: str) -> str | None:
+        """A page of samples or answers by its key, encoded; None: there is none."""
+        run, name = key.removeprefix("r").split("_", 1)
+        if int(run) >= len(self._readers):
             return None
         with self._lock:
-            reader = self._readers[run]
-            texts = reader.texts(self._trees[run] if self._trees else None)
-            try:
-                content = read_sample_file(reader.folder.samples_file(step), step)
-            except OSError:
-                return None
-            return encode(page_content(content.pages[part], texts)) if part < len(content.pages) else None
+            content = self._readers[int(run)].page(name, self._trees[int(run)] if self._trees else None)
+        return None if content is None else encode(content)
 
     def _stamp_now(self) -> str:
         digest = hashlib.sha256()
@@ -112,7 +106,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/data":
             self._send_data(report)
         elif path.startswith("/pages/") and PAGE_FILE.fullmatch(f"{path.removeprefix('/pages/')}.js"):
-            found = report.sample_page(path.removeprefix("/pages/"))
+            found = report.page_of(path.removeprefix("/pages/"))
             if found is None:
                 self._answer(HTTPStatus.NOT_FOUND, "text/plain", b"There is no such page.\n")
             else:

@@ -24,15 +24,17 @@ SCRIPTS = (
     "tables.js",
     "filters.js",
     "list.js",
+    "viewer.js",
     "tokens.js",
     "sample.js",
+    "answers.js",
     "keys.js",
     "main.js",
 )
 
 
 def render(data: Mapping[str, Any], *, title: str, pages: Mapping[str, str], live: bool = False) -> str:
-    """The page. data: what the scripts show. pages: encoded pages of samples that the file itself holds, by key.
+    """The page. data: what the scripts show. pages: encoded pages that the file itself holds, by key.
 
     Nothing of a run is markup: data and pages are JSON in script blocks of a type that no browser runs.
     """

@@ -1,4 +1,4 @@
-"""Pages of samples: inside the report's file while they fit, otherwise as files in a folder beside it.
+"""Pages of samples and answers: inside the report's file while they fit, otherwise as files in a folder beside it.
 
 A page is JSON, compressed by zlib and written in base64, which a browser takes apart itself. Beside the report a page
 is a script of one call, because a browser that has opened a file from disk reads other files only as scripts.
@@ -16,9 +16,9 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.base.json_text import to_json
 from megatron_paint.runtime.files import NewFolder
 
-# Of samples in the report's file. With curves and scripts, 100 steps of 32 samples stay below 5 MB.
+# Of pages in the report's file. With curves and scripts, 100 steps of 32 samples stay below 5 MB.
 MOST_INLINE_BYTES = 3_500_000
-PAGE_FILE = re.compile(r"r\d+_\d+_\d+\.js")
+PAGE_FILE = re.compile(r"r\d+_e?\d+_\d+\.js")  # e: of the answers of an evaluation
 LEVEL = 3  # of zlib: a quarter of the time of 6, for 12 % more bytes
 
 

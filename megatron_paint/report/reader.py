@@ -1,7 +1,7 @@
 """Reads a run folder for the report. What is missing or damaged becomes a notice of one line, never an error."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,25 +10,28 @@ from megatron_paint.base.counts import agreeing, count_text
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.saved import read_config
 from megatron_paint.config.secrets import without_secrets
+from megatron_paint.evaluation.summary import read_report
+from megatron_paint.report.answers import COLUMNS as ANSWER_COLUMNS
+from megatron_paint.report.answers import answer_pages, with_changes
 from megatron_paint.report.console_events import Console, read_console, start_at_step, start_at_time
 from megatron_paint.report.curves import columns, is_number, phases
-from megatron_paint.report.evaluations import Known, read_evaluations
-from megatron_paint.report.samples import COLUMNS, SampleFile, list_row, page_content, read_sample_file
+from megatron_paint.report.evaluations import DAMAGED, AddPage, Known, evaluation_file, read_evaluations
+from megatron_paint.report.samples import COLUMNS as SAMPLE_COLUMNS
+from megatron_paint.report.samples import SampleFile, list_row, page_content, read_sample_file
 from megatron_paint.report.token_texts import TokenTexts
 from megatron_paint.run.console_log import CONSOLE_LOG
 from megatron_paint.run.decoder import load_run_decoder, setting_at
 from megatron_paint.run.folder import CHANGES, STEP_NAME, RunFolder
 
-AddPage = Callable[[str, dict[str, Any]], None]
-
 
 @dataclass(kw_only=True)
 class RunData:
-    """A run without the details of its samples."""
+    """A run without the details of its samples and answers."""
 
     tree: dict[str, Any] | None  # its settings; None: not known
     summary: dict[str, Any]  # everything else that the page shows, as JSON
     sample_rows: list[list[Any]] = field(default_factory=list)  # of all steps, see samples.COLUMNS
+    answer_rows: list[list[Any]] = field(default_factory=list)  # of all evaluations, see answers.COLUMNS
 
 
 class RunReader:
@@ -55,14 +58,14 @@ class RunReader:
             )
 
     def read(self, add_page: AddPage | None = None) -> RunData:
-        """Reads everything except the details of samples.
+        """Reads everything except the details of samples and answers.
 
         add_page: gets the pages with these details, one by one, each with its key within the run.
         """
         notices: list[str] = []
         tree = self._settings(notices)
         lines = self._metrics(notices)
-        evaluations, damaged = read_evaluations(self.folder, self._evaluations)
+        evaluations, damaged = read_evaluations(self.folder, self._evaluations, add_page)
         notices += damaged
         rows = list(self._sample_rows(notices, tree, add_page))
         if rows and self.texts(tree) is None:
@@ -84,14 +87,15 @@ class RunReader:
             "metrics": (metrics := columns(done)),
             "phases": phases(list(metrics)),
             "skipped": [[step, text, start_at_step(console.starts, step)] for step, text in skipped],
-            "evaluations": evaluations,
+            "evaluations": [one.row for one in evaluations],
             "changes": [{**one, "start": start_at_time(console.starts, one["time"])} for one in changes],
             "starts": [asdict(start) for start in console.starts],
             "events": [asdict(event) for event in console.events],
             "facts": console.facts,
             "notices": notices,
         }
-        return RunData(tree=tree, summary=summary, sample_rows=rows)
+        asked = list(with_changes([row for one in evaluations for row in one.problems]))
+        return RunData(tree=tree, summary=summary, sample_rows=rows, answer_rows=asked)
 
     def sample_files(self) -> Iterator[tuple[int, Path]]:
         """The files of samples in the order of steps."""
@@ -101,6 +105,19 @@ class RunReader:
             if file.suffix == ".jsonl" and (match := STEP_NAME.fullmatch(file.stem)):
                 found.append((int(match[1]), file))
         return iter(sorted(found))
+
+    def page(self, key: str, tree: dict[str, Any] | None) -> dict[str, Any] | None:
+        """One page by its key within the run; None: there is none."""
+        name, part = key.rsplit("_", 1)
+        try:
+            if name.startswith("e"):
+                step = int(name[1:])
+                pages = answer_pages(read_report(evaluation_file(self.folder, step)), step)
+                return next((content for found, _, content in pages if found == key), None)
+            content = read_sample_file(self.folder.samples_file(int(name)), int(name))
+        except DAMAGED:
+            return None
+        return page_content(content.pages[int(part)], self.texts(tree)) if int(part) < len(content.pages) else None
 
     def texts(self, tree: dict[str, Any] | None) -> TokenTexts | None:
         """The decoder of the run's tokenizer: the model's, or that of an export in the run folder. None: neither is."""
@@ -191,15 +208,23 @@ def _rows(content: SampleFile) -> list[list[Any]]:
 
 
 def sample_columns(runs: Sequence[RunData]) -> dict[str, list[Any]]:
+    """The list of samples of all runs."""
+    return _columns(SAMPLE_COLUMNS, [data.sample_rows for data in runs])
+
+
+def answer_columns(runs: Sequence[RunData]) -> dict[str, list[Any]]:
+    """The list of answers of all runs."""
+    return _columns(ANSWER_COLUMNS, [data.answer_rows for data in runs])
+
+
+def _columns(names: Sequence[str], rows_of_runs: Sequence[list[list[Any]]]) -> dict[str, list[Any]]:
     """The rows of all runs as one list for each column; `run` is the number of the run.
 
     A column without a value in any row is left out.
     """
-    rows = [row for data in runs for row in data.sample_rows]
-    found: dict[str, list[Any]] = {
-        "run": [number for number, data in enumerate(runs) for _ in data.sample_rows],
-    }
-    for place, name in enumerate(COLUMNS):
+    rows = [row for of_run in rows_of_runs for row in of_run]
+    found: dict[str, list[Any]] = {"run": [number for number, of_run in enumerate(rows_of_runs) for _ in of_run]}
+    for place, name in enumerate(names):
         values = [row[place] for row in rows]
         if not rows or any(value is not None for value in values):
             found[name] = values

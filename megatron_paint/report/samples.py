@@ -1,16 +1,17 @@
 """The samples of a run as the report shows them: a row of the list for each, and pages with their details."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_paint.report.curves import is_number
 from megatron_paint.report.token_texts import TokenTexts, length_in_browser
 
-PAGE_BYTES = 1_500_000  # of sample lines on a page; ours: a page opens in a fraction of a second
+PAGE_BYTES = 1_500_000  # of sample lines, or of answers, on a page; ours: a page opens in a fraction of a second
 PAGE_SAMPLES = 64
+Item = TypeVar("Item")
 DIGITS = 4  # significant digits of a number of a sample
 # Values of single tokens that a sample line may have: label and unit.
 QUANTITIES = {
@@ -57,20 +58,28 @@ class SampleFile:
 
 def read_sample_file(file: Path, step: int) -> SampleFile:
     """Reads a file of samples/. Lines that are damaged are counted. OSError: the file cannot be read."""
-    pages: list[list[dict[str, Any]]] = []
-    size = bad = 0
+    sized, bad = [], 0
     for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
         if not line:
             continue
         if (sample := _sample(line)) is None:
             bad += 1
             continue
-        size += len(line)
-        if not pages or size > PAGE_BYTES or len(pages[-1]) == PAGE_SAMPLES:
+        sized.append((sample, len(line)))
+    return SampleFile(step, tuple(map(tuple, in_pages(sized))), bad)
+
+
+def in_pages(sized: Iterable[tuple[Item, int]]) -> list[list[Item]]:
+    """The items in pages of at most PAGE_SAMPLES. sized: each with its bytes, of which a page has about PAGE_BYTES."""
+    pages: list[list[Item]] = []
+    total = 0
+    for item, size in sized:
+        total += size
+        if not pages or total > PAGE_BYTES or len(pages[-1]) == PAGE_SAMPLES:
             pages.append([])
-            size = len(line)
-        pages[-1].append(sample)
-    return SampleFile(step, tuple(map(tuple, pages)), bad)
+            total = size
+        pages[-1].append(item)
+    return pages
 
 
 def _sample(line: str) -> dict[str, Any] | None:
@@ -109,14 +118,14 @@ def list_row(sample: Mapping[str, Any], *, step: int, page: str, place: int) -> 
 
 
 def page_content(samples: Sequence[Mapping[str, Any]], texts: TokenTexts | None) -> dict[str, Any]:
-    """A page: `samples` with their details, and `tokens`, the texts of the ids in their lists of likely tokens.
+    """A page: `entries` with the details of the samples, and `tokens`, the texts of the ids in their lists.
 
     texts: None where the tokenizer is not there. Then responses have no tokens, and there are no prompts.
     """
     entries = [_entry(sample, texts) for sample in samples]
     ids = {token for entry in entries for top in entry.get("top", {}).values() for row in top["ids"] for token in row}
     tokens = {str(token): f"token {token}" if texts is None else texts.text(token) for token in sorted(ids)}
-    return {"samples": entries, "tokens": tokens}
+    return {"entries": entries, "tokens": tokens}
 
 
 def _entry(sample: Mapping[str, Any], texts: TokenTexts | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -14,7 +15,7 @@ from megatron_paint.evaluation.summary import (
     read_report,
     write_summary,
 )
-from megatron_paint.records import Graded
+from megatron_paint.records import Asked, Graded
 
 OUTCOMES = {"r": "right", "w": "wrong", "e": "error", "t": "timeout", "n": "no_answer"}
 
@@ -111,11 +112,15 @@ def test_what_is_written_and_printed(tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["benchmarks"]["mixed"]["domain/code/avg"] == 0.25
     assert read_report(tmp_path / "mixed.json") == report
+    asked = replace(report, problems=(Asked(id="a", problem="4+1?", answer="5"),))
+    write_summary(tmp_path, replace(evaluated, reports=(asked,)))
+    assert read_report(tmp_path / "mixed.json") == asked
 
 
 def test_reports_of_an_earlier_version_are_read(tmp_path):
     report = build_report(0, "old", graded("a", "rw"))
     content = json.loads(json.dumps({**vars_of(report), "answers": [vars_of(one) for one in report.answers]}))
+    del content["problems"]
     for answer in content["answers"]:
         for name in ("domain", "score", "error"):
             del answer[name]

@@ -11,7 +11,7 @@ from megatron_paint.base.json_text import to_json
 from megatron_paint.config.saved import to_yaml
 from megatron_paint.config.settings import DataSettings, ModelSettings, RunSettings, Settings
 from megatron_paint.config.tree import settings_tree
-from megatron_paint.records import EvalReport, Graded
+from megatron_paint.records import Asked, EvalReport, Graded
 from megatron_paint.run.folder import RunFolder
 
 MODEL = Path(__file__).parents[2] / "examples" / "quickstart" / "model"
@@ -114,17 +114,17 @@ def metrics(step: int) -> dict[str, Any]:
 
 
 def evaluation(step: int, right: int) -> EvalReport:
-    """Two problems with two answers each, of which `right` are right."""
+    """Two problems with two answers each, of which `right` are right. The second answer to a problem is cut off."""
     outcomes = ["right"] * right + ["wrong"] * (4 - right)
     answers = tuple(
         Graded(
             problem_id=f"held-{index // 2}",
             sample_index=index % 2,
-            response_text="",
-            num_tokens=3,
-            finished=True,
+            response_text=f"so it is \\boxed{{{index}}}",
+            num_tokens=3 + index,
+            finished=index % 2 == 0,
             outcome=outcome,
-            extracted="1",
+            extracted=str(index),
         )
         for index, outcome in enumerate(outcomes)
     )
@@ -137,7 +137,13 @@ def evaluation(step: int, right: int) -> EvalReport:
         "length_mean": 3.0,
     }
     return EvalReport(
-        step=step, benchmark="held_out", num_problems=2, samples_per_problem=2, metrics=found, answers=answers
+        step=step,
+        benchmark="held_out",
+        num_problems=2,
+        samples_per_problem=2,
+        metrics=found,
+        answers=answers,
+        problems=tuple(Asked(id=f"held-{n}", problem=f"4{n}+1-1?", answer=f"4{n}") for n in range(2)),
     )
 
 

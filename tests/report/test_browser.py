@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(bool(missing()), reason=f"missing: {missing()}"),
 ]
-VIEWS = ("overview", "evaluations", "samples", "settings", "log")
+VIEWS = ("overview", "evaluations", "samples", "answers", "settings", "log")
 SCRIPT = "<script>document.title='owned'</script>"
 HOSTILE = f"<img src=x onerror=\"document.title='owned'\">{SCRIPT}&lt;b&gt;\u202eevil\x07\x1b[31m"
 MEGABYTE = "<b>7</b>" * 131072
@@ -401,6 +401,89 @@ def test_samples_of_grpo_by_reward_and_advantage(browser, grpo):
     assert browser.text(".total") == "0 of 16 samples"
 
 
+def test_answers_of_evaluations(browser, report):
+    """Two problems with two answers each: one of four answers is right at step 0, three are at step 3."""
+    browser.open(report)
+    show(browser, "answers")
+    assert browser.texts("#view-answers .row .problem") == ["held-0", "held-1"] * 2
+    assert browser.texts("#view-answers .heads .figures span") == ["right", "tokens"]
+    assert browser.texts("#view-answers .row .figures span:nth-child(2)") == ["1/2", "0/2", "2/2", "1/2"]
+    assert browser.texts("#view-answers .row .tag") == [
+        *("cut off", "none right", "cut off", "all right", "cut off", "cut off"),
+    ]
+    browser.run(SET, "answer-filter-right", "none", "change")
+    assert browser.text("#view-answers .total") == "1 of 4 problems of evaluations"
+    browser.run(SET, "answer-filter-right", "", "change")
+    browser.run(SET, "answer-filter-changed", "better", "change")
+    assert browser.texts("#view-answers .row .where") == ["step 3 · held_out"] * 2
+    browser.run("document.querySelector('#view-answers .filters button').click()")
+    assert browser.text("#view-answers .total") == "4 problems of evaluations"
+    browser.run(SET, "answer-sort", "share", "change")
+    assert browser.texts("#view-answers .row .problem") == ["held-1", "held-0", "held-1", "held-0"]
+    browser.run("document.querySelector('#view-answers .filters').open = true")
+    assert browser.texts("#view-answers fieldset.range legend") == ["Step", "Share right", "Tokens"]
+    assert browser.texts("#answer-filter-greedy, #answer-filter-benchmark") == []  # no greedy answers, one benchmark
+    # The search looks into problems, reference answers and answers.
+    for text, found in (("41+1", ["held-1"] * 2), ("no such text", []), ("boxed{0}", ["held-0"] * 2)):
+        browser.run(SET, "answer-search", text, "input")
+        browser.wait(f"return document.querySelector('#view-answers .total').textContent.startsWith('{len(found)} of')")
+        if found:
+            assert browser.texts("#view-answers .row .problem") == found
+    is_clean(browser, asked=report.parent)
+
+
+def test_the_answers_to_a_problem_over_the_run(browser, report):
+    browser.open(report)
+    show(browser, "evaluations")
+    browser.run("document.querySelector('#view-evaluations [aria-label=\"answers of step 3\"]').click()")
+    browser.wait("return document.body.dataset.view === 'answers'")
+    assert browser.text("#view-answers .total") == "2 of 4 problems of evaluations"
+    browser.run("document.querySelector('#view-answers .filters button').click()")
+    # With the keyboard alone: the view, the list, the details, the next evaluation, and back.
+    browser.run("document.activeElement.blur()")  # the search
+    browser.press("1", "4", "j", "j")
+    browser.wait("return document.querySelector('#answer h2')?.textContent === 'held-1'")
+    assert browser.text("#answer header .where") == "step 0 on held_out"
+    facts = dict(zip(browser.texts("#answer .sample-facts dt"), browser.texts("#answer .sample-facts dd"), strict=True))
+    assert facts == {
+        "Right": "0 of 2",
+        "Reference answer": "41",
+        "Since the first evaluation": "0 points",
+        "Cut off": "1 of 2",
+        "Mean tokens": "6",
+    }
+    assert browser.texts("#answer .text")[0] == "41+1-1?"
+    summaries = [" ".join(text.split()) for text in browser.texts("#answer .answer summary")]
+    assert summaries == ["Answer 0 wrong 2 · 5 tokens", "Answer 1 wrong cut off 3 · 6 tokens"]
+    assert browser.texts("#answer .answer .text") == ["so it is \\boxed{2}", "so it is \\boxed{3}"]
+    assert browser.texts("#answer .group th") == ["Step", "", "Right", "Change, points", "Mean tokens"]
+    cells = [" ".join(text.split()) for text in browser.texts("#answer .group td")]
+    assert cells == ["0", "none right cut off", "0/2", "0", "6", "3", "cut off", "1/2", "+50", "6"]
+    browser.press("g")
+    browser.wait("return document.querySelector('#answer .where').textContent === 'step 3 on held_out'")
+    assert browser.text("#answer h2") == "held-1"
+    assert browser.texts("#answer .answer .tag") == ["right", "wrong", "cut off"]
+    assert browser.text("#view-answers .row[aria-selected=true] .where") == "step 3 · held_out"
+    browser.press(ESCAPE)
+    browser.wait("return document.activeElement.matches('#view-answers .rows')")
+    browser.press(ENTER)
+    browser.wait("return document.activeElement.id === 'answer'")
+    browser.press("/")
+    assert browser.run("return document.activeElement.id") == "answer-search"
+    is_clean(browser, asked=report.parent)
+
+
+def test_a_run_without_evaluations_has_no_answers(browser, tmp_path):
+    run = make_run(tmp_path / "run", steps=1)
+    for file in (run / "eval").iterdir():
+        file.unlink()
+    browser.open(write_report([run], tmp_path / "report.html").file)
+    show(browser, "answers")
+    assert browser.text("#answer") == "The runs have no evaluation with answers."
+    browser.press("j", "g", "k")
+    is_clean(browser, asked=tmp_path)
+
+
 def test_what_no_sample_has_is_not_shown(browser, report, grpo, tmp_path):
     """A run of GRPO has no overlap, reveal and selected tokens; beside a run of PAINT they are shown."""
     ranges = "#view-samples fieldset.range legend"
@@ -434,7 +517,7 @@ def test_what_no_sample_has_is_not_shown(browser, report, grpo, tmp_path):
     assert browser.texts("#quantity option") == ["entropy of the student"]
     for width in (360, 1280):
         browser.resize(width, 800)
-        browser.run("paint.closeSample()")
+        browser.run("paint.viewers.samples.close()")
         inside = (
             "return [...document.querySelectorAll('.row')].every((row) => row.scrollHeight <= row.clientHeight + 1"
             " && [...row.querySelectorAll('.figures span:not(.hidden-text)')].every((one) =>"
@@ -483,6 +566,14 @@ def test_hostile_text_is_text(browser, tmp_path):
     long = sample(1, 1) | {"id": "long", "response_text": MEGABYTE, "response_ids": [22] * 1_000_000, "divergence": []}
     lines = [sample(1, 0) | odd | {"response_ids": [10**9, 15]}, long]
     (run / "samples" / "step_000001.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evaluated = json.loads((run / "eval" / "step_000003.json").read_text())
+    evaluated["benchmark"] = HOSTILE
+    for problem in evaluated["problems"]:
+        problem |= {"id": HOSTILE + problem["id"], "problem": HOSTILE, "answer": HOSTILE}
+    for answer in evaluated["answers"]:
+        answer |= {"problem_id": HOSTILE + answer["problem_id"], "response_text": HOSTILE, "extracted": HOSTILE}
+        answer |= {"outcome": HOSTILE, "error": HOSTILE, "domain": HOSTILE}
+    (run / "eval" / "step_000003.json").write_text(json.dumps(evaluated))
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("train.jsonl", "'<img src=x onerror=1>'"))
     report = write_report([run], tmp_path / "report.html").file
@@ -490,6 +581,10 @@ def test_hostile_text_is_text(browser, tmp_path):
     title = browser.run("return document.title")
     browser.run("location.hash = '#samples/0/1_0/0'")
     browser.wait("return document.querySelector('#sample .tokens, #sample .text')")
+    browser.run("location.hash = '#answers/0/e3_0/0'")
+    browser.wait("return document.querySelector('#answer .answer')")
+    assert f"{SCRIPT}&lt;b&gt;" in browser.text("#answer .answer summary")
+    assert browser.texts("#answer .text")[0].startswith("<img src=x onerror")
     for view in VIEWS:
         show(browser, view)
     assert browser.run("return document.querySelectorAll('main img, main b, main script').length") == 0
@@ -522,6 +617,12 @@ def test_curves_of_extreme_numbers(browser, tmp_path):
     assert browser.texts("#curves .numbers td")[1::2] == ["4.94e-324", "1e-300", "0.001", "1e300", "1.7e308"]
 
 
+def open_answer(browser):
+    browser.run("document.querySelector('#view-answers .filters').open = true")
+    browser.run("document.querySelector('#view-answers .row').click()")
+    browser.wait("return document.querySelector('#answer .answer')")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_serious(browser, report, comparison, grpo, scheme):
     browser.prefer(scheme)
@@ -537,6 +638,8 @@ def test_axe_finds_nothing_serious(browser, report, comparison, grpo, scheme):
                     browser.wait("return document.querySelector('#sample .tokens')")
                     browser.run("document.querySelectorAll('#sample details').forEach((one) => { one.open = true; })")
                     browser.run("document.querySelector('#sample .tokens').focus()")
+                if view == "answers":
+                    open_answer(browser)
                 assert browser.axe() == [], (file, view)
         dark = browser.run("return getComputedStyle(document.body).backgroundColor")
         assert dark == {"light": "rgb(248, 248, 246)", "dark": "rgb(18, 20, 23)"}[scheme]
@@ -553,6 +656,9 @@ def test_nothing_is_wider_than_the_screen(browser, report, comparison, grpo, wid
             for view in VIEWS:
                 show(browser, view)
                 assert browser.run("return document.documentElement.scrollWidth") <= width, (file, view)
+            show(browser, "answers")
+            open_answer(browser)
+            assert browser.run("return document.documentElement.scrollWidth") <= width
             show(browser, "samples")
             browser.run("document.querySelector('.filters').open = true")
             assert browser.run("return document.documentElement.scrollWidth") <= width
@@ -609,6 +715,14 @@ def test_paper_shows_what_the_screen_shows(browser, report):
         browser.run("document.querySelector('.back').click()")  # back in the list, the sample is still what is printed
         assert browser.run(style, "#sample", "display") == "block"
         assert browser.run(style, "#sample .controls", "display") == "flex"
+        browser.run("location.hash = '#answers/0/e3_0/1'")
+        browser.wait("return document.querySelector('#answer .answer')")
+        browser.run("for (const one of document.querySelectorAll('#answer details')) one.open = false")
+        browser.run("dispatchEvent(new Event('beforeprint'))")
+        assert browser.run("return [...document.querySelectorAll('#answer details')].every((one) => one.open)")
+        browser.run("dispatchEvent(new Event('afterprint'))")
+        assert browser.run(style, "#answer", "display") == "block"
+        assert browser.run(style, "#view-answers .sidebar", "display") == "none"
     finally:
         browser.prints(False)
         browser.resize(1280, 900)
@@ -664,6 +778,25 @@ def test_a_live_report_follows_its_run(browser, tmp_path):
         assert browser.messages() == []
         origins = {address.split("/")[2] for address in browser.requests()}
         assert origins == {f"127.0.0.1:{server.server_port}"}
+
+
+def test_a_live_report_shows_new_evaluations(browser, tmp_path):
+    run = make_run(tmp_path / "run", steps=1)
+    later = run / "eval" / "step_000003.json"
+    text = later.read_text()
+    later.unlink()
+    with serving([run]) as server:
+        browser.open(address_of(server))
+        browser.press("4", "j")
+        browser.wait("return document.querySelector('#answer .answer')")
+        assert browser.texts("#answer .group") == []  # one evaluation
+        later.write_text(text)
+        browser.wait("return document.querySelector('#view-answers .total').textContent.startsWith('4 ')")
+        assert browser.text("#answer h2") == "held-0"  # the reader keeps his place
+        browser.press("j")
+        browser.wait("return document.querySelector('#answer h2').textContent === 'held-1'")
+        assert browser.texts("#answer .group a") == ["0", "3"]
+        assert browser.messages() == []
 
 
 def test_new_samples_of_one_run_leave_the_reader_of_another_in_his_place(browser, tmp_path):

@@ -67,13 +67,30 @@ def test_new_steps_appear(server, run):
     assert answer.status == 200
     assert json.loads(body)["runs"][0]["steps"] == [1, 2, 3]
     answer, body = ask(server, "/pages/r0_3_0")
-    assert json.loads(zlib.decompress(base64.b64decode(body)))["samples"][0]["text"] == "40+8=50\n\\boxed{50}<|im_end|>"
+    assert json.loads(zlib.decompress(base64.b64decode(body)))["entries"][0]["text"] == "40+8=50\n\\boxed{50}<|im_end|>"
+
+
+def test_answers_of_evaluations_are_served(server):
+    data = json.loads(ask(server, "/data")[1])
+    assert data["answers"]["page"] == ["e0_0", "e0_0", "e3_0", "e3_0"]
+    _, body = ask(server, "/pages/r0_e3_0")
+    entry = json.loads(zlib.decompress(base64.b64decode(body)))["entries"][0]
+    assert (entry["reference"], entry["answers"][0]["outcome"]) == ("40", "right")
 
 
 @pytest.mark.parametrize(
     "path",
     [
-        *("/pages/r0_9_0", "/pages/r1_1_0", "/pages/r0_1_7", "/pages/../config.yaml", "/config.yaml", "/pages/"),
+        *(
+            "/pages/r0_9_0",
+            "/pages/r1_1_0",
+            "/pages/r0_1_7",
+            "/pages/r0_e9_0",
+            "/pages/r0_e3_1",
+            "/pages/../config.yaml",
+            "/config.yaml",
+            "/pages/",
+        ),
         *("/../", "/pages/r0_1_0.js", "/pages/%2e%2e/config.yaml", "//etc/passwd"),
     ],
 )

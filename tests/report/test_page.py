@@ -29,8 +29,8 @@ def test_the_file_holds_everything(run, tmp_path):
     assert (written.folder, written.samples, written.notices) == (None, 12, ())
     assert [one["name"] for one in data["runs"]] == ["run"]
     assert data["pages"] is None
-    assert list(pages) == ["r0_1_0", "r0_2_0", "r0_3_0"]
-    assert [entry["text"][:7] for entry in decode(pages["r0_2_0"])["samples"]] == [
+    assert list(pages) == ["r0_e0_0", "r0_e3_0", "r0_1_0", "r0_2_0", "r0_3_0"]
+    assert [entry["text"][:7] for entry in decode(pages["r0_2_0"])["entries"]] == [
         "40+8=50",
         "41+8=51",
         "42+8=52",
@@ -48,7 +48,7 @@ def test_samples_that_do_not_fit_are_beside_the_file(run, tmp_path):
     assert read_block(page, "report-data")["pages"] == "report_files"
     assert read_block(page, "report-pages") == {}
     files = sorted(written.folder.iterdir())
-    assert [file.name for file in files] == ["r0_1_0.js", "r0_2_0.js", "r0_3_0.js"]
+    assert [file.name for file in files] == ["r0_1_0.js", "r0_2_0.js", "r0_3_0.js", "r0_e0_0.js", "r0_e3_0.js"]
     found = re.fullmatch(r'paint\.receivePage\("r0_3_0","([A-Za-z0-9+/=]+)"\);\n', files[2].read_text())
     assert decode(found[1]) == decode(read_block(whole.file.read_text(), "report-pages")["r0_3_0"])
     assert written.bytes == written.file.stat().st_size + sum(file.stat().st_size for file in files)
@@ -70,7 +70,7 @@ def test_several_runs_have_their_own_pages(tmp_path):
     runs = [make_run(tmp_path / name, steps=1) for name in ("one", "two")]
     page = write_report(runs, tmp_path / "report.html").file.read_text()
     data = read_block(page, "report-data")
-    assert list(read_block(page, "report-pages")) == ["r0_1_0", "r1_1_0"]
+    assert list(read_block(page, "report-pages")) == ["r0_e0_0", "r0_e3_0", "r0_1_0", "r1_e0_0", "r1_e3_0", "r1_1_0"]
     assert data["samples"]["run"] == [0] * 4 + [1] * 4
     assert data["samples"]["page"] == ["1_0"] * 8
 

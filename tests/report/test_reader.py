@@ -12,7 +12,7 @@ from megatron_paint.evaluation.statistics import paired_difference
 from megatron_paint.report.build import names_of, write_report
 from megatron_paint.report.console_events import Start, read_console, start_at_step, start_at_time
 from megatron_paint.report.curves import columns, derived, phases, plots_for
-from megatron_paint.report.reader import RunReader, sample_columns
+from megatron_paint.report.reader import RunReader, answer_columns, sample_columns
 from megatron_paint.report.samples import page_content, read_sample_file
 from megatron_paint.report.settings_table import settings_rows
 from megatron_paint.run.folder import RunFolder
@@ -143,12 +143,56 @@ def test_a_column_without_a_value_in_any_run_is_left_out(tmp_path):
     assert sample_columns([])["id"] == []  # a run that has only begun
 
 
+def test_answers_of_evaluations_are_listed_and_in_pages(run):
+    """Two problems with two answers each: one of four answers is right at step 0, three are at step 3."""
+    pages = {}
+    data = RunReader(run).read(lambda key, content: pages.update({key: content}))
+    found = answer_columns([data])
+    assert found["step"] == [0, 0, 3, 3]
+    assert found["id"] == ["held-0", "held-1"] * 2
+    assert found["right"] == [1, 0, 2, 1]
+    assert found["share"] == [0.5, 0.0, 1.0, 0.5]
+    assert found["change"] == [0.0, 0.0, 0.5, 0.5]
+    assert found["cut_off"] == [1, 1, 1, 1]
+    assert found["tokens"] == [4, 6, 4, 6]  # the means of 3 and 4, and of 5 and 6, rounded to even
+    assert "greedy" not in found
+    assert found["page"] == ["e0_0", "e0_0", "e3_0", "e3_0"]
+    entry = pages["e0_0"]["entries"][1]
+    assert (entry["problem"], entry["reference"], entry["domain"]) == ("41+1-1?", "41", "math")
+    answer = {"outcome": "wrong", "text": "so it is \\boxed{3}", "extracted": "3", "tokens": 6, "finished": False}
+    assert entry["answers"][1] == {"sample": 1, "error": ""} | answer
+
+
+def test_answers_have_greedy_ones_and_may_have_no_problem(run):
+    file = run / "eval" / "step_000003.json"
+    content = json.loads(file.read_text())
+    del content["problems"]  # of an earlier version
+    greedy = [{**content["answers"][place], "sample_index": -1} for place in (0, 3)]
+    file.write_text(json.dumps({**content, "answers": [*content["answers"], *greedy]}))
+    reader = RunReader(run)
+    found = answer_columns([reader.read()])
+    assert found["greedy"] == [None, None, True, False]
+    assert found["right"] == [1, 0, 2, 1]  # without the greedy answers
+    entry = reader.page("e3_0", None)["entries"][0]
+    assert "problem" not in entry
+    assert [answer["sample"] for answer in entry["answers"]] == [0, 1, -1]
+
+
+def test_pages_of_answers_end_by_bytes(run, monkeypatch):
+    monkeypatch.setattr("megatron_paint.report.samples.PAGE_BYTES", 10)
+    assert answer_columns([read(run)])["page"] == ["e0_0", "e0_1", "e3_0", "e3_1"]
+    reader = RunReader(run)
+    assert len(reader.page("e3_1", None)["entries"]) == 1
+    assert reader.page("e3_2", None) is None
+    assert reader.page("e9_0", None) is None
+
+
 def test_pieces_spell_the_response(run):
     reader = RunReader(run)
     texts = reader.texts(reader.read().tree)
     content = read_sample_file(run / "samples" / "step_000002.jsonl", 2)
     page = page_content(content.pages[0], texts)
-    entry = page["samples"][1]
+    entry = page["entries"][1]
     assert entry["text"] == "41+8=51\n\\boxed{51}<|im_end|>"
     assert entry["lengths"] == [1, 1, 1, 1, 1, 1, 1, 1, 7, 1, 1, 1, 10]
     assert "counts" not in entry
@@ -237,7 +281,7 @@ def test_lines_of_other_types_are_no_traceback(run):
     written = write_report([run], run / "report.html")
     assert written.samples == 14
     assert written.notices == ("samples/: 3 lines cannot be read and are left out",)
-    entry = decode(read_block(written.file.read_text(), "report-pages")["r0_1_0"])["samples"][-1]
+    entry = decode(read_block(written.file.read_text(), "report-pages")["r0_1_0"])["entries"][-1]
     assert entry["reveal"] == {"shown_text": "4", "reference_text": "[48]"}  # the search of the page needs texts
 
 
@@ -258,7 +302,7 @@ def test_numbers_that_no_browser_has_are_left_out(run):
     assert sample_columns([data])["loss"][4] is None
     page = write_report([run], run / "report.html").file.read_text()
     read_block(page, "report-data")
-    assert decode(read_block(page, "report-pages")["r0_2_0"])["samples"][0]["values"]["divergence"][:2] == [None, 0.01]
+    assert decode(read_block(page, "report-pages")["r0_2_0"])["entries"][0]["values"]["divergence"][:2] == [None, 0.01]
 
 
 @pytest.mark.parametrize(
@@ -269,7 +313,9 @@ def test_an_odd_evaluation_is_named(run, content):
     (run / "eval" / "step_000003.json").write_text(content)
     (notice,) = notices(run)
     assert notice.startswith("eval/step_000003.json is left out: ")
-    assert len(read(run).summary["evaluations"]) == 1
+    data = read(run)
+    assert (len(data.summary["evaluations"]), len(data.answer_rows)) == (1, 2)
+    assert RunReader(run).page("e3_0", None) is None
 
 
 def test_without_the_tokenizer_responses_have_no_tokens(run, tmp_path):
@@ -334,7 +380,8 @@ def test_files_that_did_not_change_are_read_once(run, monkeypatch):
     opened = []
     monkeypatch.setattr("megatron_paint.report.reader.read_sample_file", lambda file, step: opened.append(step))
     monkeypatch.setattr("megatron_paint.report.evaluations.read_report", lambda file: opened.append(file))
-    assert len(reader.read().sample_rows) == 12
+    again = reader.read()
+    assert (len(again.sample_rows), len(again.answer_rows)) == (12, 4)
     assert opened == []
 
 

@@ -1,4 +1,4 @@
-// The data of the report, and its pages of samples: in this file, beside it, or from the server of a live report.
+// The data of the report, and its pages of samples and answers: in this file, beside it, or from the server of a live report.
 "use strict";
 (() => {
   const MOST_PAGES = 24; // that are kept in memory
@@ -15,7 +15,7 @@
   };
 
   // A browser that has opened a file from disk reads other files only as scripts. Only names of pages become addresses.
-  const PAGE = /^r\d+_\d+_\d+$/;
+  const PAGE = /^r\d+_e?\d+_\d+$/;
   const addresses = window.trustedTypes
     ? trustedTypes.createPolicy("pages", {
         createScriptURL: (address) => {
@@ -77,30 +77,28 @@
   // Reads a page for a moment: a search passes all pages, and should not push out those that are looked at.
   paint.passingPage = (key) => cache.get(key) ?? load(key);
 
-  paint.pageKey = (index) => `r${paint.data.samples.run[index]}_${paint.data.samples.page[index]}`;
-  paint.sample = async (index) => {
-    const place = paint.data.samples.place[index];
-    const page = await paint.page(paint.pageKey(index));
-    return { ...page.samples[place], texts: page.tokens };
+  // The rows of a list are columns of equal length, as in paint.data.samples.
+  paint.pageKey = (rows, index) => `r${rows.run[index]}_${rows.page[index]}`;
+  paint.entry = async (rows, index) => {
+    const page = await paint.page(paint.pageKey(rows, index));
+    return { ...page.entries[rows.place[index]], texts: page.tokens };
   };
 
-  // Whether a sample has a value in this column: one of this run, or of any. No sample selects tokens: the column is empty.
-  paint.known = (name, run = null) => {
-    const { samples } = paint.data;
+  // Whether a row has a value in this column: one of this run, or of any. No sample selects tokens: the column is empty.
+  paint.known = (rows, name, run = null) => {
     const isValue = (value) => value !== null && !(name === "selected" && value === 0);
-    return (samples[name] ?? []).some((value, index) => isValue(value) && (run === null || samples.run[index] === run));
+    return (rows[name] ?? []).some((value, index) => isValue(value) && (run === null || rows.run[index] === run));
   };
 
-  // The responses to the problem of this sample in its step, this one among them.
-  paint.group = (index) => {
-    const { samples } = paint.data;
-    const belongs = (other) => ["run", "step", "id"].every((name) => samples[name][other] === samples[name][index]);
-    return samples.run.map((_, other) => other).filter(belongs);
+  // The rows that have the same values in these columns as this row, which is one of them.
+  paint.alike = (rows, index, names) => {
+    const belongs = (other) => names.every((name) => rows[name][other] === rows[name][index]);
+    return rows.run.map((_, other) => other).filter(belongs);
   };
 
   const addressesOf = ({ run, page, place }) => run.map((number, index) => `${number}/${page[index]}/${place[index]}`);
-  // The new index of each old one. New samples of one run move those of the runs after it. A sample that is gone has none.
-  paint.movedSamples = (before, after) => {
+  // The new index of each old row. New rows of one run move those of the runs after it. A row that is gone has none.
+  paint.movedRows = (before, after) => {
     const indices = new Map(addressesOf(after).map((address, index) => [address, index]));
     return addressesOf(before).map((address) => indices.get(address));
   };

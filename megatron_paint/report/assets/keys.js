@@ -4,12 +4,12 @@
   const { el } = paint;
   const state = { single: paint.stored("keys", true) };
   const KEYS = [
-    ["1 to 5", "overview, evaluations, samples, settings, log"],
-    ["j, k", "next and previous sample"],
-    ["/", "search the samples"],
-    ["Enter", "from the list into the sample"],
-    ["Esc", "from the sample back to the list"],
-    ["g", "next response of the group: to the same problem in the same step"],
+    ["1 to 6", "overview, evaluations, samples, answers, settings, log"],
+    ["j, k", "next and previous sample or answers"],
+    ["/", "search the samples or answers"],
+    ["Enter", "from the list into the details"],
+    ["Esc", "from the details back to the list"],
+    ["g", "of a sample: the next response to its problem in its step; of answers: the next evaluation"],
     ["h", "colour the response by the next quantity"],
     ["arrow keys", "in the list: sample by sample; in the response: token by token"],
     ["m", "in the response: the next selected token"],
@@ -41,11 +41,12 @@
     dialog.showModal();
   };
 
-  const views = ["overview", "evaluations", "samples", "settings", "log"];
+  const views = ["overview", "evaluations", "samples", "answers", "settings", "log"];
+  const viewer = () => paint.viewers[paint.view];
   const actions = {
-    j: () => paint.nextSample(1),
-    k: () => paint.nextSample(-1),
-    g: () => paint.view === "samples" && paint.nextOfGroup(),
+    j: () => viewer().next(1),
+    k: () => viewer().next(-1),
+    g: () => viewer()?.nextAlike(),
     h: () => paint.nextQuantity?.(),
     t: () => paint.nextTheme(),
     "?": help,
@@ -54,18 +55,18 @@
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented || dialog.open) return;
     const typing = event.target.closest?.("input, select, textarea");
-    if (event.key === "Escape" && paint.view === "samples" && !typing) {
-      paint.closeSample();
+    if (event.key === "Escape" && viewer() && !typing) {
+      viewer().close();
       return;
     }
     if (typing || !state.single) return;
-    if (/^[1-5]$/.test(event.key)) {
+    if (/^[1-6]$/.test(event.key)) {
       location.hash = `#${views[Number(event.key) - 1]}`;
     } else if (event.key === "/") {
-      if (paint.view !== "samples") paint.show("samples");
-      document.getElementById("search").focus();
+      if (!viewer()) paint.show("samples");
+      document.getElementById(`${viewer().kind.prefix}search`).focus();
     } else if (event.key in actions) {
-      if ("jk".includes(event.key) && paint.view !== "samples") paint.show("samples");
+      if ("jk".includes(event.key) && !viewer()) paint.show("samples");
       actions[event.key]();
     } else return;
     event.preventDefault();

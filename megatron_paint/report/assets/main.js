@@ -3,8 +3,8 @@
 (() => {
   const { el } = paint;
   const POLL = 2000; // milliseconds between the questions of a live report
-  const VIEWS = { overview: "Overview", evaluations: "Evaluations", samples: "Samples", settings: "Settings", log: "Log" };
-  const SHOW = { overview: "showOverview", evaluations: "showEvaluations", samples: "showSamples", settings: "showSettings", log: "showLog" };
+  const VIEWS = { overview: "Overview", evaluations: "Evaluations", samples: "Samples", answers: "Answers", settings: "Settings", log: "Log" };
+  const SHOW = { overview: "showOverview", evaluations: "showEvaluations", settings: "showSettings", log: "showLog" };
   const THEMES = ["auto", "light", "dark"];
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const drawn = new Set(); // views that show the present data
@@ -17,7 +17,7 @@
     const when = `${made.slice(0, 10)} ${made.slice(11, 16)} UTC`;
     document.getElementById("subtitle").textContent = `${last} · ${live ? "live, " : ""}${when}`;
     const links = Object.entries(VIEWS).map(([name, label]) => {
-      const number = { samples: paint.data.samples.run.length, log: runs.reduce((sum, run) => sum + paint.warnings(run), 0) }[name];
+      const number = { samples: paint.data.samples.run.length, answers: paint.data.answers.run.length, log: runs.reduce((sum, run) => sum + paint.warnings(run), 0) }[name];
       const link = el("a", { href: `#${name}` }, label, number ? el("span", { class: "badge", text: paint.count(number) }) : null);
       if (name === paint.view) link.setAttribute("aria-current", "page");
       return el("li", {}, link);
@@ -31,27 +31,25 @@
     for (const other of Object.keys(VIEWS)) document.getElementById(`view-${other}`).hidden = other !== name;
     document.body.dataset.view = name;
     head();
-    if (!drawn.has(name)) {
-      paint[SHOW[name]](document.getElementById(`view-${name}`));
-      drawn.add(name);
-    } else if (name === "samples") paint.updateList();
-    if (name === "samples" && !location.hash.startsWith("#samples")) history.replaceState(null, "", "#samples");
+    const viewer = paint.viewers[name];
+    if (drawn.has(name)) viewer?.update();
+    else if (viewer) viewer.show();
+    else paint[SHOW[name]](document.getElementById(`view-${name}`));
+    drawn.add(name);
+    if (viewer && !location.hash.startsWith(`#${name}`)) history.replaceState(null, "", `#${name}`);
   };
 
-  paint.showStep = (step) => {
-    paint.onlyStep(step);
-    drawn.delete("samples"); // its filters have other values
-    location.hash = "#samples";
+  // The samples of one step, or the answers of one evaluation.
+  paint.showStep = (step, name = "samples") => {
+    paint.viewers[name].onlyStep(step);
+    drawn.delete(name); // its filters have other values
+    location.hash = `#${name}`;
   };
 
   const follow = () => {
     const [name, run, page, place] = location.hash.slice(1).split("/");
     paint.show(name);
-    if (paint.view !== "samples" || place === undefined) return;
-    const index = paint.sampleAt(run, decodeURIComponent(page), place);
-    if (index === null || index === paint.openedSample()) return;
-    paint.openSample(index);
-    paint.markInList(index);
+    if (place !== undefined) paint.viewers[paint.view]?.follow(run, decodeURIComponent(page), place);
   };
 
   const theme = () => {
@@ -68,28 +66,29 @@
   const redraw = () => {
     drawn.delete("overview");
     drawn.delete("evaluations");
-    if (paint.view !== "samples" && paint.view) paint.show(paint.view);
+    if (paint.view in SHOW) paint.show(paint.view);
   };
   paint.nextTheme = () => {
     setTheme(THEMES[(THEMES.indexOf(current) + 1) % THEMES.length]);
     redraw();
   };
 
+  const shape = (rows) => Object.keys(rows).filter((name) => paint.known(rows, name)).join();
   const update = (data) => {
-    const columns = Object.keys(data.samples).join();
-    const redrawn = paint.data.samples.run.length > data.samples.run.length || columns !== Object.keys(paint.data.samples).join();
-    const moved = paint.movedSamples(paint.data.samples, data.samples);
+    const before = paint.data;
     paint.data = data;
     paint.forgetPages();
-    paint.moveOpened(moved);
-    paint.moveList(moved);
-    if (redrawn) drawn.delete("samples");
-    for (const name of Object.keys(VIEWS)) if (name !== "samples") drawn.delete(name);
-    if (paint.view === "samples") {
-      head();
-      paint.updateList();
-    } else paint.show(paint.view);
-    paint.searchAgain(moved);
+    for (const name of Object.keys(SHOW)) drawn.delete(name);
+    const moved = {};
+    for (const [name, viewer] of Object.entries(paint.viewers)) {
+      const [old, now] = [before[name], data[name]];
+      moved[name] = paint.movedRows(old, now);
+      viewer.move(moved[name]);
+      // A run was begun again, or has other columns.
+      if (old.run.length > now.run.length || shape(old) !== shape(now)) drawn.delete(name);
+    }
+    paint.show(paint.view);
+    for (const [name, viewer] of Object.entries(paint.viewers)) viewer.searchAgain(moved[name]);
   };
 
   const poll = async (stamp) => {

@@ -138,7 +138,7 @@
     const log = state.scale === "log" || (state.scale === "auto" && plot.log);
     const meaning = plot.series.map((series) => paint.data.meanings[series.key]).filter(Boolean).join("\n");
     const share = (plot.share || plot.zero) && !log;
-    const open = paint.data.samples.run.length ? paint.showStep : null;
+    const open = paint.data.samples.run.length ? (step) => paint.showStep(step) : null;
     return figure({ title: plot.title, unit: plot.unit, share, log, meaning, open }, steps, lines);
   };
 
@@ -281,13 +281,18 @@
   const difference = (found) =>
     found && found[1] !== null ? `${found[0] >= 0 ? "+" : ""}${(100 * found[0]).toFixed(1)} [${(100 * found[1]).toFixed(1)}, ${(100 * found[2]).toFixed(1)}]` : "–";
 
+  const stepLink = ({ step }) =>
+    paint.data.answers.step.includes(step)
+      ? el("button", { type: "button", class: "link", "aria-label": `answers of step ${step}`, text: String(step), onclick: () => paint.showStep(step, "answers") })
+      : String(step);
+
   const evaluationsTable = () => {
     const several = paint.data.runs.length > 1;
     const heads = [...(several ? ["Run"] : []), "Step", "Benchmark", "Problems", "n", "Accuracy, %", "Difference from the first, points", "Greedy", "pass@n", "maj@n", "Cut off", "Mean tokens"];
     const rows = runs().flatMap((run) =>
       run.evaluations.map((one) => [
         ...(several ? [run.name] : []),
-        String(one.step), one.benchmark, count(one.problems), String(one.n), accuracy(one).replace(" %", ""),
+        stepLink(one), one.benchmark, count(one.problems), String(one.n), accuracy(one).replace(" %", ""),
         one === run.evaluations[0] ? "–" : difference(one.difference),
         percent(one.greedy), percent(one.pass), percent(one.maj), percent(one.truncated), number(one.length),
       ]),

@@ -2,6 +2,7 @@
 "use strict";
 (() => {
   const { el, number, fixed, count, counted, visible } = paint;
+  const two = (value) => fixed(value); // decimals
   const LEFT_OUT = {
     wrong: "its answer is not right",
     not_shortest: "a shorter response is right",
@@ -12,8 +13,6 @@
     none: "The teacher saw no solution.",
     reference_free: "The teacher saw no solution. Its prompt was in thinking mode.",
   };
-  const opened = { index: null, number: 0 };
-  paint.openedSample = () => opened.index;
 
   const whose = (reveal) => {
     const view = reveal.view ? ` (view ${reveal.view})` : "";
@@ -107,14 +106,14 @@
   const factsOf = (entry, index) => {
     const { samples } = paint.data;
     const facts = [
-      ["overlap", "Overlap", fixed],
-      ["reveal", "Reveal", fixed],
-      ["reward", "Reward", fixed],
-      ["advantage", "Advantage", fixed],
+      ["overlap", "Overlap", two],
+      ["reveal", "Reveal", two],
+      ["reward", "Reward", two],
+      ["advantage", "Advantage", two],
       ["loss", "Loss", (value) => `${number(value, 3)} nats a token`],
       ["tokens", "Tokens", count],
       ["selected", "Selected", count],
-    ].filter(([name]) => paint.known(name, samples.run[index])).map(([name, label, text]) => [label, text(samples[name][index])]);
+    ].filter(([name]) => paint.known(samples, name, samples.run[index])).map(([name, label, text]) => [label, text(samples[name][index])]);
     if (entry.gap) facts.push(["Sampler gap, largest", `${number(entry.gap.largest, 3)} nats at token ${entry.gap.position + 1}`]);
     if (entry.domain && entry.domain !== "math") facts.push(["Domain", entry.domain]);
     if (entry.reveal?.hidden_nats !== undefined) facts.push(["Hidden", `${number(entry.reveal.hidden_nats, 3)} nats`]);
@@ -123,105 +122,86 @@
     return el("dl", { class: "sample-facts" }, ...facts.map(([name, value]) => el("div", {}, el("dt", { text: name }), el("dd", { text: visible(value) }))));
   };
 
-  // The other responses to the problem in this step, with what tells them apart.
+  // The responses to the problem of this sample in its step.
+  const alike = (index) => paint.alike(paint.data.samples, index, ["run", "step", "id"]);
   const group = (index) => {
     const { samples } = paint.data;
-    const found = paint.group(index);
+    const found = alike(index);
     if (found.length < 2) return null;
-    const columns = [["reward", "Reward", fixed], ["advantage", "Advantage", fixed], ["overlap", "Overlap", fixed], ["tokens", "Tokens", count]]
-      .filter(([name]) => paint.known(name, samples.run[index]));
-    const rows = found.map((one) => [
-      el("a", { href: `#${paint.addressOf(one)}`, "aria-current": one === index ? "true" : null, "aria-label": `sample ${samples.sample[one]}`, text: String(samples.sample[one]) }),
-      el("span", { class: "tags" }, ...paint.tags(samples, one)),
-      ...columns.map(([name, , text]) => text(samples[name][one])),
-    ]);
     const right = found.filter((one) => samples.correct?.[one] === true).length;
-    const unit = `${found.length} responses to this problem in this step${paint.known("correct", samples.run[index]) ? `, ${right} right` : ""}`;
-    const heads = ["Sample", "", ...columns.map(([, label]) => label)];
-    return el("section", { class: "group" }, el("h3", {}, "Group", el("span", { class: "unit", text: unit })),
-      paint.table("Responses of the group", heads, rows, { numeric: columns.map((_, at) => at + 2), stack: false }));
-  };
-  paint.nextOfGroup = () => {
-    if (opened.index === null) return;
-    const found = paint.group(opened.index);
-    const next = found[(found.indexOf(opened.index) + 1) % found.length];
-    if (next !== opened.index) location.hash = `#${paint.addressOf(next)}`;
+    const graded = paint.known(samples, "correct", samples.run[index]);
+    return paint.groupTable(paint.viewers.samples, index, found, {
+      title: "Group",
+      unit: `${found.length} responses to this problem in this step${graded ? `, ${right} right` : ""}`,
+      first: ["sample", "Sample"],
+      columns: [["reward", "Reward", two], ["advantage", "Advantage", two], ["overlap", "Overlap", two], ["tokens", "Tokens", count]],
+    });
   };
 
-  const head = (index) => {
-    const { samples, runs } = paint.data;
-    const run = runs.length > 1 ? `${runs[samples.run[index]].name}, ` : "";
-    return el("header", {},
-      el("div", { class: "titles" },
-        el("h2", { text: visible(samples.id[index]) }),
-        el("p", { class: "where", text: visible(`${run}step ${samples.step[index]}, sample ${samples.sample[index]}`) })),
-      el("span", { class: "tags" }, ...paint.tags(samples, index)),
-      el("div", { class: "steps" },
-        el("button", { type: "button", class: "back", text: "List", onclick: () => paint.closeSample() }),
-        el("button", { type: "button", text: "Previous", onclick: () => paint.nextSample(-1) }),
-        el("button", { type: "button", text: "Next", onclick: () => paint.nextSample(1) })));
-  };
-
-  paint.openSample = async (index, { focus = false } = {}) => {
-    const number = (opened.number += 1);
-    opened.index = index;
-    const place = document.getElementById("sample");
-    document.getElementById("view-samples").classList.add("opened");
+  const content = (entry, index) => {
     const { samples } = paint.data;
-    history.replaceState(null, "", `#${paint.addressOf(index)}`);
-    let content;
-    try {
-      const entry = await paint.sample(index);
-      if (paint.data.samples !== samples) { // a live report was updated meanwhile
-        if (number === opened.number && opened.index !== null) paint.openSample(opened.index, { focus });
-        return;
-      }
-      const { response, info } = paint.responseView(entry, { selects: paint.known("selected", samples.run[index]) });
-      content = [head(index), factsOf(entry, index), group(index), el("div", { class: info ? "columns" : "" },
-        el("div", {},
-          el("section", {}, el("h3", { text: "Response" }), response),
-          el("div", { class: "pair" }, ...[solution(entry), anchors(entry)].filter(Boolean)), prompts(entry)),
-        info)];
-    } catch (error) {
-      content = [head(index), el("p", { class: "callout", role: "alert", text: `This sample cannot be shown: ${error.message}` })];
-    }
-    if (number !== opened.number) return; // another one was opened meanwhile
-    const moved = place.contains(document.activeElement);
-    const label = moved ? document.activeElement.textContent : "";
-    place.replaceChildren(...content.filter(Boolean));
-    place.scrollTop = 0;
-    if (focus) place.focus();
-    else if (moved) ([...place.querySelectorAll("header button, .group a")].find((one) => one.textContent === label) ?? place).focus();
-    paint.say(`Problem ${samples.id[index]}, step ${samples.step[index]}`);
+    const { response, info } = paint.responseView(entry, { selects: paint.known(samples, "selected", samples.run[index]) });
+    return [factsOf(entry, index), group(index), el("div", { class: info ? "columns" : "" },
+      el("div", {},
+        el("section", {}, el("h3", { text: "Response" }), response),
+        el("div", { class: "pair" }, ...[solution(entry), anchors(entry)].filter(Boolean)), prompts(entry)),
+      info)];
   };
 
-  paint.moveOpened = (moved) => {
-    if (opened.index !== null) opened.index = moved[opened.index] ?? null;
+  // What the list is sorted by, where it is in no column; else the number of tokens.
+  const aside = (samples, index, by) => {
+    if (by === "selected") return `${count(samples.selected[index])} selected`;
+    return by === "gap" ? `gap ${number(samples.gap[index], 2)}` : counted(samples.tokens[index], "token");
   };
 
-  paint.closeSample = () => {
-    document.getElementById("view-samples").classList.remove("opened");
-    paint.updateList();
-    paint.focusList();
+  const tags = (samples, index) => {
+    const found = [];
+    if (samples.correct?.[index] === true) found.push(["right", "right"]);
+    if (samples.correct?.[index] === false) found.push(["wrong", "wrong"]);
+    if (samples.finished?.[index] === false) found.push(["cut off", "truncated"]);
+    if (samples.left_out?.[index]) found.push(["left out", "out"]);
+    return found;
   };
 
-  paint.reopenSample = () => {
-    if (opened.index !== null && opened.index < paint.data.samples.run.length) {
-      paint.openSample(opened.index);
-      paint.markInList(opened.index);
-    }
-  };
-
-  paint.addressOf = (index) => {
-    const { run, page, place } = paint.data.samples;
-    return `samples/${run[index]}/${page[index]}/${place[index]}`;
-  };
-  // The sample of an address such as #samples/0/25_0/3.
-  paint.sampleAt = (run, page, place) => {
-    const { samples } = paint.data;
-    for (let index = 0; index < samples.run.length; index += 1) {
-      if (samples.run[index] === Number(run) && samples.page[index] === page && samples.place[index] === Number(place)) return index;
-    }
-    return null;
-  };
+  paint.viewers.samples = paint.viewer({
+    name: "samples",
+    prefix: "",
+    detail: "sample",
+    label: "Samples",
+    counted: (number) => counted(number, "sample"),
+    one: "sample",
+    empty: "Choose a sample from the list: with a click, or with the keys j and k.",
+    none: "The runs have no samples.",
+    ranges: {
+      step: "Step", overlap: "Overlap", reveal: "Reveal", reward: "Reward", advantage: "Advantage", loss: "Loss", tokens: "Tokens",
+    },
+    sorts: {
+      step: "step", loss: "loss", overlap: "overlap", reveal: "reveal", reward: "reward", advantage: "advantage",
+      tokens: "tokens", selected: "selected tokens", gap: "sampler gap", id: "problem",
+    },
+    down: new Set(["reward", "advantage", "loss", "tokens", "selected", "gap"]),
+    choices: {
+      ended: {
+        label: "Ended", column: "finished", options: [["whole", "complete"], ["cut", "cut off"]],
+        passes: (chosen, finished) => finished === (chosen === "whole"),
+      },
+      answer: {
+        label: "Answer", column: "correct", options: [["right", "right"], ["wrong", "wrong"], ["none", "not graded"]],
+        passes: (chosen, correct) => (chosen === "none" ? typeof correct !== "boolean" : correct === (chosen === "right")),
+      },
+      trained: {
+        label: "Trained on", column: "left_out", options: [["yes", "yes"], ["no", "left out"]],
+        passes: (chosen, left) => Boolean(left) === (chosen === "no"),
+      },
+    },
+    figures: {
+      overlap: [48, two], reveal: [48, two], reward: [52, two], advantage: [68, two], loss: [52, (value) => number(value, 3)],
+    },
+    tags,
+    aside,
+    where: (samples, index) => `, sample ${samples.sample[index]}`,
+    texts: (entry) => [entry.text, entry.reveal?.reference_text ?? "", ...Object.values(entry.prompts ?? {})],
+    alike,
+    content,
+  });
 })();
