@@ -48,6 +48,7 @@ setup(
         "pydantic>=2.7",
         "ruamel.yaml>=0.18",
         "jinja2>=3.1",
+        "orjson>=3.10",
         "einops>=0.8",  # Megatron's groups of several optimiser instances, which it does not install
         "math-verify[antlr4_13_2]>=0.8",
         "pygments>=2.15",

@@ -3,8 +3,11 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
+
+import orjson
 
 from megatron_paint.report.curves import is_number
 from megatron_paint.report.token_texts import TokenTexts, length_in_browser
@@ -84,7 +87,7 @@ def in_pages(sized: Iterable[tuple[Item, int]]) -> list[list[Item]]:
 
 def _sample(line: str) -> dict[str, Any] | None:
     try:
-        sample = json.loads(line, parse_constant=lambda _: None)
+        sample = _parsed(line)
     except (ValueError, RecursionError):
         return None
     needed = {"id": str | int, "response_text": str, "response_ids": list}
@@ -92,6 +95,14 @@ def _sample(line: str) -> dict[str, Any] | None:
     lists = ("response_ids", *(f"{side}_prompt_ids" for side in SIDES))
     are_ids = whole and all(isinstance(one, int) for name in lists for one in _list(sample.get(name)))
     return sample if are_ids else None
+
+
+def _parsed(line: str) -> Any:
+    """The value of a line of JSON; NaN and infinities become None. ValueError, RecursionError: it is no JSON."""
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:  # it refuses NaN and halves of characters, which earlier versions may have written
+        return json.loads(line, parse_constant=lambda _: None)
 
 
 def list_row(sample: Mapping[str, Any], *, step: int, page: str, place: int) -> list[Any]:
@@ -178,8 +189,9 @@ def _top(sample: Mapping[str, Any], tokens: int) -> Iterator[tuple[str, dict[str
     for side in SIDES:
         top = _mapping(sample.get(f"{side}_top"))
         ids, shares = top.get("ids"), top.get("probabilities")
-        if _are_rows(ids, tokens) and _are_rows(shares, tokens) and all(type(one) is int for row in ids for one in row):
-            yield side, {"ids": ids, "probabilities": [_numbers(row) for row in shares]}
+        if _are_rows(ids, tokens) and _are_rows(shares, tokens) and _types(chain.from_iterable(ids)) <= {int}:
+            known = _types(chain.from_iterable(shares)) <= {float}
+            yield side, {"ids": ids, "probabilities": shares if known else [_numbers(row) for row in shares]}
 
 
 def _are_rows(value: Any, tokens: int) -> bool:
@@ -196,7 +208,11 @@ def _list(value: Any) -> list[Any]:
 
 def _numbers(values: Sequence[Any]) -> Sequence[float | None]:
     """The values themselves where all are numbers, as the run has rounded them; None in place of anything else."""
-    return values if all(type(value) is float for value in values) else [_short(value) for value in values]
+    return values if _types(values) <= {float} else [_short(value) for value in values]
+
+
+def _types(values: Iterable[Any]) -> set[type]:
+    return set(map(type, values))
 
 
 def _short(value: Any) -> float | None:

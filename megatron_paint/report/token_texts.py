@@ -31,7 +31,8 @@ class TokenTexts:
         A piece is one token, or the tokens of one character. A tokenizer that drops the first space of a text gets
         its pieces from pairs of tokens.
         """
-        for found in (self._alone(ids), self._in_pairs(ids)):
+        for divide in (self._alone, self._in_pairs):
+            found = divide(ids)
             if "".join(piece for piece, _ in found) == text:
                 return found
         return None

@@ -271,7 +271,7 @@ def test_lines_of_other_types_are_no_traceback(run):
         {"id": "a", "response_text": "4", "response_ids": [19], "reveal": 3, "anchors": [7], "sampler_gap": "x"},
         {"id": "a", "response_text": "4", "response_ids": [19], "divergence": ["b"], "loss": "c", "selected": None},
         {"id": "a", "response_text": "4", "response_ids": ["19"]},
-        {"id": "a", "response_text": "4", "response_ids": [10**30, -5]},
+        {"id": "a", "response_text": "4", "response_ids": [10**30, -5]},  # no token has such an id
         {"id": "a", "response_text": "4", "response_ids": [19], "student_prompt_ids": ["x", None]},
         {"id": "a", "response_text": "4", "response_ids": [19], "teacher_prompt_ids": [1.5]},
         {"id": "a", "response_text": "4", "response_ids": [19], "teacher_prompt_ids": None},
@@ -279,8 +279,8 @@ def test_lines_of_other_types_are_no_traceback(run):
     ]
     (run / "samples" / "step_000001.jsonl").write_text("".join(json.dumps(line) + "\n" for line in odd))
     written = write_report([run], run / "report.html")
-    assert written.samples == 14
-    assert written.notices == ("samples/: 3 lines cannot be read and are left out",)
+    assert written.samples == 13
+    assert written.notices == ("samples/: 4 lines cannot be read and are left out",)
     entry = decode(read_block(written.file.read_text(), "report-pages")["r0_1_0"])["entries"][-1]
     assert entry["reveal"] == {"shown_text": "4", "reference_text": "[48]"}  # the search of the page needs texts
 
@@ -401,3 +401,14 @@ def test_runs_have_the_shortest_names_that_differ(tmp_path):
 def test_a_sample_keeps_what_it_has():
     line = sample(1, 0)
     assert len(line["response_ids"]) == len(line["divergence"]) == 13
+
+
+def test_lines_that_strict_json_refuses_are_read(run):
+    """NaN and half of a character, which Python's json writes."""
+    line = json.dumps(sample(2, 0)).replace('"loss": 0.25', '"loss": NaN').replace('"id": "', '"id": "\\ud800')
+    assert "NaN" in line
+    assert "\\ud800" in line
+    (run / "samples" / "step_000002.jsonl").write_text(line + "\n")
+    (entry,) = read_sample_file(run / "samples" / "step_000002.jsonl", 2).pages[0]
+    assert entry["id"].startswith("\ud800")
+    assert entry["loss"] is None
