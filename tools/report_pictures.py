@@ -35,6 +35,7 @@ def main() -> None:
         sample(browser, file, options.sample, options.out / "sample.png", scheme="light", size=WIDE)
         sample(browser, file, options.sample, options.out / "sample_dark.png", scheme="dark", size=WIDE)
         sample(browser, file, options.sample, options.out / "sample_phone.png", scheme="light", size=NARROW)
+        answers(browser, file, options.out / "answers.png")
     for picture in sorted(options.out.glob("*.png")):
         size = picture.stat().st_size
         print(f"{picture}: {size / 1e3:.0f} kB{', too large for the repository' if size > MOST_BYTES else ''}")
@@ -59,6 +60,18 @@ def sample(browser: Browser, file: Path, name: str, picture: Path, *, scheme: st
     browser.run("document.querySelector('#sample').scrollTop = 0; scrollTo(0, 0)")
     if size == NARROW:
         browser.run("document.querySelector('#sample section').scrollIntoView()")
+    browser.picture(picture)
+
+
+def answers(browser: Browser, file: Path, picture: Path) -> None:
+    """The first problem of the list, with its answers."""
+    browser.prefer("light")
+    browser.resize(*WIDE)
+    browser.open(file)
+    browser.run("location.hash = '#answers'")
+    browser.wait("return document.querySelector('#view-answers .row')")
+    browser.run("document.querySelector('#view-answers .row').click()")
+    browser.wait("return document.querySelector('#answer details')")
     browser.picture(picture)
 
 
