@@ -197,7 +197,6 @@ class MegatronPolicy(ModelRunner):
         return load_checkpoint(folder, self.stage, self.optimizer, self.teacher)
 
     def export(self, folder: Path, *, card: str | None = None) -> None:
-        self.stage.complete_weights()
         model = self.settings.model
         weights = StageWeights(self.stage, self.shape, self.ranks, model)
         if model.lora is not None and model.lora.export == "adapter":

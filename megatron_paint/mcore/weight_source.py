@@ -58,12 +58,14 @@ class StageWeights:
 
     @torch.no_grad()
     def check_finite(self) -> None:
+        self.stage.complete_weights()
         # A sum finds NaN and infinity in one pass. Only a sum that is not finite needs the second look.
         for name, tensor in self.stage.named_parameters():
             if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
                 raise UserError(f"{name} is not finite: the training diverged. No server gets these weights")
 
     def export(self, folder: Path, *, card: str | None = None) -> None:
+        self.stage.complete_weights()
         export_stage(
             self.stage,
             folder,

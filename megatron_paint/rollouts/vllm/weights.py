@@ -25,7 +25,10 @@ class WeightSource(Protocol):
         """The tensors of message `number` on the rank that writes it; empty on the others. All ranks call together."""
 
     def check_finite(self) -> None:
-        """UserError: a weight of this rank is not finite."""
+        """Called before the messages of an update; all ranks call together.
+
+        UserError: a weight of this rank is not finite.
+        """
 
     def shapes(self) -> Mapping[str, Sequence[int]]:
         """The shape of every tensor that the servers must get, by its name."""
