@@ -60,7 +60,7 @@ def _changes(question: Question) -> Iterator[tuple[str, Question]]:
         with suppress(UserError):  # other settings may contradict adapters
             yield f"--lora {LORA}", with_changes(question, model_lora={"rank": LORA, "alpha": 2 * LORA})
     tokens = settings.data.micro_batch_tokens
-    if not settings.needs.samples_per_problem and micro_batch_tokens(settings, question.shape) > tokens:
+    if question.work.longest <= tokens < micro_batch_tokens(settings, question.shape) and not question.work.new_tokens:
         yield f"data.max_tokens={tokens} in --config", with_changes(question, data_max_tokens=tokens)
     for part in (2, 4):
         if tokens // part >= settings.rollout.max_new_tokens or not settings.needs.samples_per_problem:

@@ -13,6 +13,7 @@ from typing import Any
 from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import settings_of
 from megatron_paint.config.megatron import MegatronSettings
+from megatron_paint.config.offload import STATE_TYPES
 from megatron_paint.config.settings import Settings
 from megatron_paint.models.shape import ModelShape
 from megatron_paint.planning.estimate import MemoryEstimate, estimate
@@ -155,10 +156,12 @@ def can_offload_teacher(settings: Settings) -> bool:
 def can_offload_optimizer(settings: Settings) -> bool:
     """Whether the search may move the optimiser to host memory: the settings allow it, and do not do it already.
 
-    With adapters its state is too small to matter.
+    With adapters its state is too small to matter. Moments in bfloat16 stay on the GPU.
     """
     megatron, model = settings.megatron, settings.model
     if megatron.optimizer_cpu_offload or model.lora is not None:
+        return False
+    if any(getattr(megatron, name) != "fp32" for name in STATE_TYPES):
         return False
     return megatron.use_distributed_optimizer and settings.optimizer.name == "adam" and model.dtype == "bfloat16"
 

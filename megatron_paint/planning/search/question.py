@@ -60,6 +60,11 @@ def question_of(asked: Asked) -> Question:
     settings = settings_of(tree)
     if settings.megatron.fp8 is not None:
         _check_fp8(asked, settings, machine)
+    if asked.no_offload and settings.megatron.optimizer_cpu_offload:
+        raise UserError(
+            f"--no-offload keeps the optimiser on the GPUs, and {asked.config} has megatron.optimizer_cpu_offload=true: "
+            "leave one of them out"
+        )
     sampling_gpus = asked.sampling_gpus or machine.gpu.gpus_per_node
     if sampled_by_servers(settings):
         _, count = servers_of(shape, machine.gpu, gpus=sampling_gpus)

@@ -134,22 +134,23 @@ def search(question: Question, *, top: int | None) -> Found:
     while queue and (top is None or len(found.ranked) < top):
         _, number, (candidate, *others) = heapq.heappop(queue)
         planned = _planned(question, model, candidate)
+        message = None
         if planned.peak <= question.usable:
             message = refusal_of_tree(tree_for(question.tree, candidate, question.shape))
             if message is None:
                 found.ranked.append(planned)
-            else:
-                found.refused[message] += 1
-            continue
-        if candidate == _plain(candidate):
+                continue
+        elif candidate == _plain(candidate):
             choices = variants(candidate, **question.offloads)
             leanest = choices[-len(RECOMPUTATIONS) :]  # everything that can be is in host memory
             smallest = min((_planned(question, model, each) for each in leanest), key=lambda each: each.peak)
             if found.closest is None or smallest.peak < found.closest.peak:
                 found.closest = smallest
             others = sorted(choices[1:], key=order) if smallest.peak <= question.usable else []
-        if others:
+        if others:  # another variant may fit, or be accepted
             heapq.heappush(queue, (order(others[0]), number, others))
+        elif message is not None:
+            found.refused[message] += 1
         else:
             found.too_large += 1
     found.slower = len(queue)

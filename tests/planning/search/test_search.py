@@ -13,7 +13,7 @@ from megatron_paint.base.errors import UserError
 from megatron_paint.config.load import load_settings
 from megatron_paint.planning.layout import check_layout
 from megatron_paint.planning.memory import make_plan
-from megatron_paint.planning.search import as_settings, report
+from megatron_paint.planning.search import advice, as_settings, report
 from megatron_paint.planning.search.advice import nothing_fits
 from megatron_paint.planning.search.as_settings import refusal, searched_dimensions, settings_for
 from megatron_paint.planning.search.candidate import Candidate, layouts, variants
@@ -229,6 +229,7 @@ def test_the_search_finds_every_layout_that_fits_in_its_best_variant():
         ({}, True),
         ({"optimizer_name": "sgd", "megatron_use_distributed_optimizer": False}, False),
         ({"megatron_optimizer_cpu_offload": True, "megatron_use_precision_aware_optimizer": True}, False),
+        ({"megatron_use_precision_aware_optimizer": True, "megatron_exp_avg_dtype": "bf16"}, False),
         ({"model_lora": {"rank": 8, "alpha": 16}}, False),
     ],
 )
@@ -245,6 +246,29 @@ def test_nothing_moves_to_the_host_if_it_may_not():
     assert "on the host" not in found.closest.candidate.savings_text()
     assert "without --no-offload (" in str(nothing_fits(question, found))
     assert "on the GPU or the host" not in report.searched_text(question)
+
+
+def test_a_layout_whose_first_variant_is_refused_is_found_in_another():
+    """Offloaded activations exclude recomputation. The memory of one stage fits with the optimiser on the host."""
+    offloaded = {"megatron_cpu_offloading": True, "megatron_cpu_offloading_num_layers": 8}
+    question = with_memory(with_changes(ask(gpus=8), **offloaded), 32e9)
+    found = search(question, top=1).ranked
+    assert [(one.candidate.recompute, one.candidate.optimizer_offload) for one in found] == [("none", True)]
+
+
+def test_a_file_that_offloads_the_optimiser_contradicts_no_offload(tmp_path):
+    file = tmp_path / "settings.yaml"
+    megatron = "{optimizer_cpu_offload: true, use_precision_aware_optimizer: true}"
+    file.write_text(f"model: {{hf_path: m}}\ndata: {{train: p.jsonl}}\nrun: {{dir: r}}\nmegatron: {megatron}\n")
+    with pytest.raises(UserError, match="--no-offload keeps the optimiser on the GPUs, and .*settings.yaml has"):
+        ask(config=file, no_offload=True)
+
+
+@pytest.mark.parametrize(("solution", "is_advised"), [(2000, True), (20_000, False)])
+def test_the_limit_that_is_advised_has_room_for_the_given_lengths(solution, is_advised):
+    question = with_memory(ask(model="qwen3_8b", gpus=8, objective="sft", lora=8, solution_tokens=solution), 6e9)
+    texts = [text for text, _ in advice._changes(question)]
+    assert ("data.max_tokens=16384 in --config" in texts) is is_advised
 
 
 def test_the_passes_of_an_objective():
