@@ -27,7 +27,7 @@ def weights_of(stage) -> StageWeights:
 
 
 def test_an_update_of_servers_begins_with_complete_weights(stage):
-    with pytest.raises(UserError, match="final_layernorm.weight is not finite"):
+    with pytest.raises(UserError, match=r"final_layernorm\.weight is not finite"):
         weights_of(stage).check_finite()
 
 

@@ -62,8 +62,8 @@ def question_of(asked: Asked) -> Question:
         _check_fp8(asked, settings, machine)
     if asked.no_offload and settings.megatron.optimizer_cpu_offload:
         raise UserError(
-            f"--no-offload keeps the optimiser on the GPUs, and {asked.config} has megatron.optimizer_cpu_offload=true: "
-            "leave one of them out"
+            f"--no-offload keeps the optimiser on the GPUs, and {asked.config} has megatron.optimizer_cpu_offload="
+            "true: leave one of them out"
         )
     sampling_gpus = asked.sampling_gpus or machine.gpu.gpus_per_node
     if sampled_by_servers(settings):

@@ -260,7 +260,7 @@ def test_a_file_that_offloads_the_optimiser_contradicts_no_offload(tmp_path):
     file = tmp_path / "settings.yaml"
     megatron = "{optimizer_cpu_offload: true, use_precision_aware_optimizer: true}"
     file.write_text(f"model: {{hf_path: m}}\ndata: {{train: p.jsonl}}\nrun: {{dir: r}}\nmegatron: {megatron}\n")
-    with pytest.raises(UserError, match="--no-offload keeps the optimiser on the GPUs, and .*settings.yaml has"):
+    with pytest.raises(UserError, match=r"--no-offload keeps the optimiser on the GPUs, and .*settings\.yaml has"):
         ask(config=file, no_offload=True)
 
 
