@@ -35,7 +35,7 @@ def answer_pages(report: EvalReport, step: int) -> Iterator[tuple[str, list[list
     for part, page in enumerate(in_pages(sized)):
         key = f"e{step}_{part}"
         rows = [
-            [step, report.benchmark, str(id), *_figures(answers), None, key, place]
+            [step, str(report.benchmark), str(id), *_figures(answers), None, key, place]
             for place, (id, answers) in enumerate(page)
         ]
         entries = []

@@ -50,7 +50,7 @@ def read_evaluations(folder: RunFolder, known: Known, add_page: AddPage | None) 
     for step in folder.evaluated_steps():
         file = evaluation_file(folder, step)
         try:
-            stamp = _stamp(file)
+            stamp = stamp_of(file)
             if add_page is None and file in known and known[file].stamp == stamp:
                 found.append(known[file])
                 continue
@@ -73,7 +73,7 @@ def _row(report: EvalReport, first: EvalReport | None) -> dict[str, Any]:
     metrics = report.metrics
     row: dict[str, Any] = {
         "step": report.step,
-        "benchmark": report.benchmark,
+        "benchmark": str(report.benchmark),
         "problems": report.num_problems,
         "n": report.samples_per_problem,
         "avg": metrics["avg"],
@@ -104,7 +104,8 @@ def _row(report: EvalReport, first: EvalReport | None) -> dict[str, Any]:
     return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
 
 
-def _stamp(file: Path) -> tuple[int, int]:
+def stamp_of(file: Path) -> tuple[int, int]:
+    """What changes when a file is written again. OSError: there is none."""
     status = file.stat()
     return status.st_mtime_ns, status.st_size
 

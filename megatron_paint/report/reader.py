@@ -15,7 +15,7 @@ from megatron_paint.report.answers import COLUMNS as ANSWER_COLUMNS
 from megatron_paint.report.answers import answer_pages, with_changes
 from megatron_paint.report.console_events import Console, read_console, start_at_step, start_at_time
 from megatron_paint.report.curves import columns, is_number, phases
-from megatron_paint.report.evaluations import DAMAGED, AddPage, Known, evaluation_file, read_evaluations
+from megatron_paint.report.evaluations import DAMAGED, AddPage, Known, evaluation_file, read_evaluations, stamp_of
 from megatron_paint.report.samples import COLUMNS as SAMPLE_COLUMNS
 from megatron_paint.report.samples import SampleFile, list_row, page_content, read_sample_file
 from megatron_paint.report.token_texts import TokenTexts
@@ -44,6 +44,7 @@ class RunReader:
         self._texts: TokenTexts | None = None
         self._tokenizer_error = ""
         self._has_loaded = False
+        self._opened: tuple[Any, dict[str, dict[str, Any]]] = (None, {})  # an evaluation, and its pages of answers
 
     def check(self) -> None:
         """UserError: the folder is no run folder."""
@@ -111,13 +112,20 @@ class RunReader:
         name, part = key.rsplit("_", 1)
         try:
             if name.startswith("e"):
-                step = int(name[1:])
-                pages = answer_pages(read_report(evaluation_file(self.folder, step)), step)
-                return next((content for found, _, content in pages if found == key), None)
+                return self._answer_pages(int(name[1:])).get(key)
             content = read_sample_file(self.folder.samples_file(int(name)), int(name))
         except DAMAGED:
             return None
         return page_content(content.pages[int(part)], self.texts(tree)) if int(part) < len(content.pages) else None
+
+    def _answer_pages(self, step: int) -> dict[str, dict[str, Any]]:
+        """The pages of one evaluation by their keys. A search asks for all of them, one by one: the last ones stay."""
+        file = evaluation_file(self.folder, step)
+        version = (step, stamp_of(file))
+        if self._opened[0] != version:
+            pages = answer_pages(read_report(file), step)
+            self._opened = (version, {key: content for key, _, content in pages})
+        return self._opened[1]
 
     def texts(self, tree: dict[str, Any] | None) -> TokenTexts | None:
         """The decoder of the run's tokenizer: the model's, or that of an export in the run folder. None: neither is."""

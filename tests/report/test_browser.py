@@ -473,6 +473,20 @@ def test_the_answers_to_a_problem_over_the_run(browser, report):
     is_clean(browser, asked=report.parent)
 
 
+def test_answers_without_lengths_are_shown(browser, tmp_path):
+    run = make_run(tmp_path / "run", steps=1)
+    for file in (run / "eval").iterdir():
+        content = json.loads(file.read_text())
+        answers = [{**answer, "num_tokens": 0} for answer in content["answers"]]
+        file.write_text(json.dumps({**content, "answers": answers}))
+    browser.open(write_report([run], tmp_path / "report.html").file)
+    show(browser, "answers")
+    browser.run("document.querySelector('#view-answers .row').click()")
+    browser.wait("return document.querySelector('#answer header')")
+    assert browser.texts("#answer .callout") == []
+    assert len(browser.texts("#answer .answer")) == 2
+
+
 def test_a_run_without_evaluations_has_no_answers(browser, tmp_path):
     run = make_run(tmp_path / "run", steps=1)
     for file in (run / "eval").iterdir():

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_paint.base.errors import UserError
 from megatron_paint.evaluation.statistics import paired_difference
+from megatron_paint.evaluation.summary import read_report
 from megatron_paint.report.build import names_of, write_report
 from megatron_paint.report.console_events import Start, read_console, start_at_step, start_at_time
 from megatron_paint.report.curves import columns, derived, phases, plots_for
@@ -176,6 +177,28 @@ def test_answers_have_greedy_ones_and_may_have_no_problem(run):
     entry = reader.page("e3_0", None)["entries"][0]
     assert "problem" not in entry
     assert [answer["sample"] for answer in entry["answers"]] == [0, 1, -1]
+
+
+def test_pages_of_one_evaluation_are_read_once(run, monkeypatch):
+    """A search in a live report asks for all pages of an evaluation, whose file may have hundreds of megabytes."""
+    monkeypatch.setattr("megatron_paint.report.samples.PAGE_BYTES", 10)
+    reader, files = RunReader(run), []
+    monkeypatch.setattr(
+        "megatron_paint.report.reader.read_report", lambda file: files.append(file) or read_report(file)
+    )
+    pages = [reader.page(key, None) for key in ("e3_0", "e3_1", "e3_2")]
+    assert [None if page is None else page["entries"][0]["problem"] for page in pages] == ["40+1-1?", "41+1-1?", None]
+    assert len(files) == 1
+    file = run / "eval" / "step_000003.json"
+    file.write_text(file.read_text().replace("40+1-1?", "changed"))
+    assert reader.page("e3_0", None)["entries"][0]["problem"] == "changed"
+
+
+def test_the_name_of_a_benchmark_is_a_text(run):
+    file = run / "eval" / "step_000003.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "benchmark": ["held_out"]}))
+    data = read(run)
+    assert [row["benchmark"] for row in data.summary["evaluations"]] == ["held_out", "['held_out']"]
 
 
 def test_pages_of_answers_end_by_bytes(run, monkeypatch):

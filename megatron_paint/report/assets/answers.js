@@ -27,7 +27,7 @@
     if (entry.reference !== undefined) found.push(["Reference answer", entry.reference]);
     found.push(["Since the first evaluation", `${change(rows.change[index])} points`]);
     if (rows.cut_off[index]) found.push(["Cut off", `${rows.cut_off[index]} of ${rows.answers[index]}`]);
-    found.push(["Mean tokens", count(rows.tokens[index])]);
+    if (rows.tokens?.[index]) found.push(["Mean tokens", count(rows.tokens[index])]);
     if (entry.domain !== "math") found.push(["Domain", entry.domain]);
     return el("dl", { class: "sample-facts" }, ...found.map(([name, value]) => el("div", {}, el("dt", { text: name }), el("dd", { text: visible(value) }))));
   };
