@@ -30,11 +30,22 @@ WORKED = problem_of("worked", "y", "z" * 80)
 PROBLEMS = (problem_of("a", "xx", "ss"), LONG, problem_of("b", "xxx", "s" * 40), WORKED)
 
 
-def check(prompts, *, positions, problems=PROBLEMS, solution="other_example", per_step=2, steps=5, order="shuffled"):
+def check(
+    prompts,
+    *,
+    positions,
+    problems=PROBLEMS,
+    solution="other_example",
+    per_step=2,
+    steps=5,
+    order="shuffled",
+    is_set=False,
+):
     chosen = ObjectiveSettings(reveal=RevealSettings(solution=solution))
     limit = PromptLimit(
         length=lambda problem: Paint.longest_prompt(problem, prompts, chosen, response=100),
         positions=positions,
+        chosen=is_set,
         response=100,
         setting="rollout.max_new_tokens",
     )
@@ -67,12 +78,21 @@ def test_the_longest_pair_decides(prompts):
     with pytest.raises(UserError) as refused:
         check(prompts, positions=length + 99)
     assert str(refused.value) == (
-        f"objective.reveal.solution=other_example can make a prompt of {length} tokens, and the model has "
-        f"{length + 99} positions for it and rollout.max_new_tokens=100: set rollout.max_new_tokens to at most 99, or "
-        "leave the longest problems or solutions out"
+        f"objective.reveal.solution=other_example can make a prompt of {length} tokens before the 100 of "
+        f"rollout.max_new_tokens, and the model has {length + 99} positions: set rollout.max_new_tokens to at most 99, "
+        "or leave the longest problems or solutions out"
     )
-    with pytest.raises(UserError, match=rf"{length} tokens, and the model has {length} positions: leave the longest"):
+    with pytest.raises(UserError, match=rf", and the model has {length} positions: leave the longest"):
         check(prompts, positions=length)
+
+
+def test_a_limit_of_the_settings_can_be_raised(prompts):
+    length = longest_pair(prompts)
+    raised = rf"data\.max_tokens to at least {length + 100}, or leave"
+    with pytest.raises(UserError, match=rf"and data\.max_tokens is {length + 99}: set rollout\..* 99, set {raised}"):
+        check(prompts, positions=length + 99, is_set=True)
+    with pytest.raises(UserError, match=rf"and data\.max_tokens is {length}: set {raised}"):
+        check(prompts, positions=length, is_set=True)
 
 
 def test_a_wrong_solution_is_another_problem_s_view(prompts):

@@ -61,6 +61,7 @@ class StepModel:
             layer=layer,
             overlap=megatron.overlap_grad_reduce,
             on_host=candidate.optimizer_offload or megatron.optimizer_cpu_offload,
+            instances=megatron.num_distributed_optimizer_instances,
         )
         prompts, decoding, moved = self._rollout(layer)
         batch = self._batch(self.work.prompt)

@@ -36,6 +36,7 @@ class TrainingTime:
     layer: LayerTime
     overlap: bool  # gradients are reduced while the backward pass runs
     on_host: bool = False  # the optimiser's state and its step
+    instances: int = 1  # of the distributed optimiser: groups of replicas that each have the complete state
 
     @cached_property
     def stage_layers(self) -> tuple[float, ...]:
@@ -96,7 +97,7 @@ class TrainingTime:
         """The update of the shard of a rank. On the host, float32 gradients go there and new weights come back."""
         shared, experts = self._trained
         layout, gpu = self.layer.layout, self.layer.gpu
-        weights = shared / (layout.dp * layout.cp) + experts / layout.expert_dp
+        weights = self.instances * (shared / (layout.dp * layout.cp) + experts / layout.expert_dp)
         if self.on_host:
             copied, stepped = 2 * FLOAT32 * weights, OPTIMIZER_BYTES * weights
             return Seconds(host=copied / (gpu.host * HOST) + stepped / (gpu.host_memory * HOST_MEMORY))

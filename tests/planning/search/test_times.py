@@ -131,6 +131,8 @@ def test_gradients_and_the_optimiser():
     # 64 GB/s and 77 GB/s of a GPU's share, of which 0.7 and 0.5 are reached.
     on_host = TrainingTime(layer=layer(layout=Candidate(dp=8)), overlap=False, on_host=True).optimizer()
     assert on_host.total == on_host.host == pytest.approx(weights / 8 * (8 / 44.8e9 + 30 / 38.5e9))
+    groups = TrainingTime(layer=layer(layout=Candidate(dp=8)), overlap=False, instances=2)  # of four replicas each
+    assert groups.optimizer().memory == pytest.approx(weights / 4 * 30 / HBM)
     hidden = TrainingTime(layer=layer(layout=Candidate(dp=8)), overlap=True).reduction(batch)
     assert hidden.nvlink == pytest.approx(weights * 2 * 7 / 8 / NVLINK + 10e-6, rel=1e-6)  # the weights remain
 
