@@ -69,6 +69,8 @@ def requested(
             "with --base"
         )
     settings = with_local_model(evaluate_settings_of(tree))
+    # An evaluation has no optimiser, and may have fewer processes than the training run of the settings.
+    settings = replace(settings, megatron=replace(settings.megatron, num_distributed_optimizer_instances=1))
     held_out = settings.evaluation.problems
     if settings.rollout.engine == "vllm":
         _check_for_servers(settings)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from megatron_paint.base.counts import count_text
+from megatron_paint.base.counts import agreeing, count_text
 from megatron_paint.base.errors import UserError, about
 from megatron_paint.config.megatron import MegatronSettings
 from megatron_paint.config.profile import ProfileSettings
@@ -245,10 +245,11 @@ def _check_instances(processes: int, megatron: MegatronSettings) -> None:
         ("the weights", megatron.tensor_model_parallel_size),
         ("each expert", megatron.expert_parallel_ranks),
     ):
-        if stage // ranks % instances:
+        if (copies := stage // ranks) % instances:
             raise UserError(
-                f"megatron.num_distributed_optimizer_instances={instances} does not divide the {stage // ranks} copies "
-                f"of {what} that {processes} processes have: set it to a divisor of this number, such as 1"
+                f"megatron.num_distributed_optimizer_instances={instances} does not divide the "
+                f"{count_text(copies, 'copy')} of {what} that {count_text(processes, 'process')} "
+                f"{agreeing(processes, 'has', 'have')}: set it to {'1' if copies == 1 else 'a divisor of this number'}"
             )
 
 

@@ -12,6 +12,7 @@ from megatron_paint.cli.evaluate_model import fingerprint
 from megatron_paint.cli.evaluate_options import requested
 from megatron_paint.config.load import evaluate_settings_of, evaluation_section_of
 from megatron_paint.config.settings import DataSettings, ModelSettings, RunSettings
+from megatron_paint.planning.layout import data_parallel_size
 from tests.support import hub_cache
 
 ALONE = {"model": {"hf_path": "m"}, "evaluation": {"problems": "held_out.jsonl", "samples": 3}}
@@ -70,6 +71,18 @@ def test_an_own_settings_file(tmp_path):
     asked = requested(config=file, model=None, benchmarks=None, samples=2, out=None, overrides=["run.seed=4"])
     assert (asked.settings.seed, asked.settings.evaluation.samples) == (4, 2)
     assert (asked.model, asked.benchmarks, asked.out.parts) == ("m", ("held_out.jsonl",), ("evaluations", "m"))
+
+
+def test_the_optimiser_of_a_training_run_does_not_count(tmp_path):
+    """The run had groups of replicas; the evaluation may have one process, such as with servers of vLLM."""
+    file = tmp_path / "train.yaml"
+    file.write_text(
+        "model: {hf_path: m}\nevaluation: {problems: held_out.jsonl}\n"
+        "megatron: {num_distributed_optimizer_instances: 4}\n"
+    )
+    for engine in ("megatron", "vllm"):
+        asked = requested(config=file, model=None, benchmarks=None, samples=None, engine=engine, out=None, overrides=[])
+        assert data_parallel_size(1, asked.settings.megatron) == 1
 
 
 def test_other_weights_in_the_same_place_are_noticed(tmp_path):

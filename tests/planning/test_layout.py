@@ -110,6 +110,7 @@ def test_layers_in_bfloat16_are_at_most_those_of_a_stage(end, tmp_path):
 @pytest.mark.parametrize(
     ("processes", "megatron", "told"),
     [
+        (1, {"num_distributed_optimizer_instances": 2}, "the 1 copy of the weights that 1 process has: set it to 1"),
         (6, {"num_distributed_optimizer_instances": 4}, "=4 does not divide the 6 copies of the weights that 6 proc"),
         (
             8,
