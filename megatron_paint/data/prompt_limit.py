@@ -1,5 +1,6 @@
 """How long the prompts of a problem may be, and the error if they are longer."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ class PromptLimit:
     length: Callable[[Problem], int]  # returns the tokens of a problem's longest prompt, without responses in it
     positions: int  # tokens that a row may have: the model's positions, or fewer
     chosen: bool = False  # `positions` is data.max_tokens, and the model has more
+    model_positions: float = math.inf
     response: int = 0  # most tokens of a response that follows the prompt
     setting: str = ""  # the key of the setting with `response`
     shown: int = 0  # responses that the prompt holds
@@ -31,6 +33,11 @@ class PromptLimit:
         """The part of an error that names the limit."""
         return f"data.max_tokens is {self.positions}" if self.chosen else f"the model has {self.positions} positions"
 
+    def raised_text(self, needed: int) -> str:
+        """What an error advises on data.max_tokens; empty if it is not the limit, or if the model has no room."""
+        can_rise = self.chosen and needed <= self.model_positions
+        return f"data.max_tokens to at least {needed}" if can_rise else ""
+
     @property
     def shown_text(self) -> str:
         """The part of an error that tells that responses are shown."""
@@ -38,10 +45,9 @@ class PromptLimit:
 
     def message(self, length: int, *, source: str, where: str) -> str:
         """The error if the longest prompt leaves too few positions for the response, which is the setting's fault."""
-        needed = length + self.response * (1 + self.shown)
-        raised = f", or data.max_tokens to at least {needed}" if self.chosen else ""
+        raised = self.raised_text(length + self.response * (1 + self.shown))
         return (
             f"{self.setting}={self.response} is too large: the longest prompt of {source} has {length} tokens ({where})"
             f"{self.shown_text}, and {self.positions_text}; set {self.setting} to at most "
-            f"{self.longest_response(length)}{raised}"
+            f"{self.longest_response(length)}{raised and f', or {raised}'}"
         )

@@ -280,6 +280,7 @@ def _prompt_limit(settings: Settings, shape: ModelShape, prompts: Prompts) -> Pr
         length=lambda problem: longest_prompt(problem, prompts, objective, response=response),
         positions=min(shape.max_positions, chosen or shape.max_positions),
         chosen=chosen is not None and chosen < shape.max_positions,
+        model_positions=shape.max_positions,
         response=response,
         setting="rollout.max_new_tokens" if response else "",
         shown=needs.shown_responses and needs.shown_responses * prompts.times_shown,

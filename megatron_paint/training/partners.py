@@ -37,9 +37,9 @@ def _check_wrong_solutions(problems: Sequence[Problem], limit: PromptLimit) -> N
 def _check_room(length: int, solution: str, limit: PromptLimit) -> None:
     if length <= limit.most:
         return
-    lowered = f"set {limit.setting} to at most {limit.positions - length}, " if length < limit.positions else ""
-    raised = f"set data.max_tokens to at least {length + limit.response}, " if limit.chosen else ""
-    advice = f"{lowered}{raised}{'or ' if lowered or raised else ''}leave the longest problems or solutions out"
+    lowered = f"{limit.setting} to at most {limit.positions - length}" if length < limit.positions else ""
+    changes = [f"set {change}, " for change in (lowered, limit.raised_text(length + limit.response)) if change]
+    advice = f"{''.join(changes)}{'or ' * bool(changes)}leave the longest problems or solutions out"
     raise UserError(
         f"objective.reveal.solution={solution} can make a prompt of {length} tokens before the {limit.response} of "
         f"{limit.setting}, and {limit.positions_text}: {advice}"

@@ -94,6 +94,11 @@ class TestPromptLimit:
         assert [problem.id for problem in problems.problems] == ["p1"]
         assert f"{source}:3: its longest prompt has 4000 tokens, and data.max_tokens is 4000" in problems.bad_rows
 
+    def test_a_limit_that_cannot_be_raised(self, file):
+        source = write(file, [row(1), row(2, solution="x" * 3500)])
+        with pytest.raises(UserError, match=r"max_new_tokens to at most 500, or leave out the 1 of 2 rows"):
+            load(source, prompt_limit=self.limit(chosen=True, model_positions=4400))
+
     def test_short_texts_are_not_counted(self, file):
         def length(problem):
             raise AssertionError("4 bytes cannot make 3000 tokens")
