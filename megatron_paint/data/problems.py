@@ -203,7 +203,8 @@ class _Checks:
             if length > limit.most and limit.setting and limit.longest_response(length) > 0:
                 raise _TooLong(length, limit)
             if length > limit.most:
-                raise BadRow(f"its longest prompt has {length} tokens, and {limit.positions_text}")
+                what = "longest prompt has" if limit.setting else "prompt and solution have"
+                raise BadRow(f"its {what} {length} tokens, and {limit.positions_text}")
 
     def verdicts(self, problems: Iterable[Problem]) -> dict[str, Grade]:
         """Returns the grader's verdicts on the answers whose grader compares boxes, by file and line."""
