@@ -74,7 +74,7 @@ class TestPromptLimit:
 
     def test_a_solution_that_is_trained_on_has_no_response_after_it(self, file):
         source = write(file, [row(1, solution="x" * 4000), row(2, solution="x" * 4001)])
-        message = r"train\.jsonl:2: its prompt and solution have 4001 tokens, and the model has 4000 positions; correct the row"
+        message = r"train\.jsonl:2: its prompt and solution have 4001 tokens, and the model has 4000 positions"
         with pytest.raises(UserError, match=message):
             load(source, prompt_limit=self.limit(response=0, setting=""))
 
