@@ -3,6 +3,7 @@
 The next step is the same.
 """
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -39,14 +40,13 @@ BETWEEN = [  # written at, read at
 
 @pytest.fixture(scope="module")
 def written(checkpoints, tmp_path_factory):
-    """(checkpoints of a layout, what its own second step made), by the layout."""
-    made = {}
+    """(checkpoints of a layout, what its own second step made), by the layout and the layers of the model."""
 
+    @cache
     def of(layout: str, layers: int) -> tuple[Path, Path]:
-        if layout not in made:
-            made[layout] = tmp_path_factory.mktemp(f"{layout}-saved"), tmp_path_factory.mktemp(f"{layout}-out")
-            run_worker("pipeline_checkpoint_worker", layout, "save", layers, checkpoints, *made[layout])
-        return made[layout]
+        made = tmp_path_factory.mktemp(f"{layout}-saved"), tmp_path_factory.mktemp(f"{layout}-out")
+        run_worker("pipeline_checkpoint_worker", layout, "save", layers, checkpoints, *made)
+        return made
 
     return of
 

@@ -794,6 +794,16 @@ def test_a_live_report_follows_its_run(browser, tmp_path):
         assert origins == {f"127.0.0.1:{server.server_port}"}
 
 
+def test_keys_in_one_moment_are_followed_in_order(browser, report):
+    """The second key is meant for the view of the first one, whose address is not followed yet."""
+    browser.open(report)
+    browser.run(
+        "for (const key of ['4', 'j']) document.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true}))"
+    )
+    browser.wait("return document.querySelector('#answer .answer')")
+    assert browser.run("return document.body.dataset.view") == "answers"
+
+
 def test_a_live_report_shows_new_evaluations(browser, tmp_path):
     run = make_run(tmp_path / "run", steps=1)
     later = run / "eval" / "step_000003.json"

@@ -62,6 +62,7 @@
     if (typing || !state.single) return;
     if (/^[1-6]$/.test(event.key)) {
       location.hash = `#${views[Number(event.key) - 1]}`;
+      paint.follow(); // now, for the next key; the event comes later
     } else if (event.key === "/") {
       if (!viewer()) paint.show("samples");
       document.getElementById(`${viewer().kind.prefix}search`).focus();

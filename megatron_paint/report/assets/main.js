@@ -46,7 +46,7 @@
     location.hash = `#${name}`;
   };
 
-  const follow = () => {
+  paint.follow = () => {
     const [name, run, page, place] = location.hash.slice(1).split("/");
     paint.show(name);
     if (place !== undefined) paint.viewers[paint.view]?.follow(run, decodeURIComponent(page), place);
@@ -113,7 +113,7 @@
     setTheme(current);
     redraw();
   });
-  window.addEventListener("hashchange", follow);
+  window.addEventListener("hashchange", paint.follow);
   window.addEventListener("beforeprint", () => {
     for (const details of document.querySelectorAll("main details.prompt")) details.open = true;
     document.documentElement.dataset.theme = "light";
@@ -124,7 +124,7 @@
     setTheme(current);
     redraw();
   });
-  follow();
+  paint.follow();
   if (paint.data.live) poll(null);
   document.body.dataset.ready = "yes";
 })();
