@@ -275,12 +275,10 @@ def _prompt_limit(settings: Settings, shape: ModelShape, prompts: Prompts) -> Pr
     needs = settings.needs
     response = settings.rollout.max_new_tokens if needs.samples_per_problem else 0
     longest_prompt = OBJECTIVES[objective.name].longest_prompt
-    chosen = settings.data.max_tokens
     return PromptLimit(
         length=lambda problem: longest_prompt(problem, prompts, objective, response=response),
-        positions=min(shape.max_positions, chosen or shape.max_positions),
-        chosen=chosen is not None and chosen < shape.max_positions,
-        model_positions=shape.max_positions,
+        positions=shape.max_positions,
+        max_tokens=settings.data.max_tokens,
         response=response,
         setting="rollout.max_new_tokens" if response else "",
         shown=needs.shown_responses and needs.shown_responses * prompts.times_shown,

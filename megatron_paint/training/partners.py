@@ -37,7 +37,7 @@ def _check_wrong_solutions(problems: Sequence[Problem], limit: PromptLimit) -> N
 def _check_room(length: int, solution: str, limit: PromptLimit) -> None:
     if length <= limit.most:
         return
-    lowered = f"{limit.setting} to at most {limit.positions - length}" if length < limit.positions else ""
+    lowered = f"{limit.setting} to at most {limit.row_tokens - length}" if length < limit.row_tokens else ""
     changes = [f"set {change}, " for change in (lowered, limit.raised_text(length + limit.response)) if change]
     advice = f"{''.join(changes)}{'or ' * bool(changes)}leave the longest problems or solutions out"
     raise UserError(

@@ -80,7 +80,7 @@ class TestPromptLimit:
 
     def test_a_limit_of_the_settings(self, file):
         source = write(file, [row(1), row(2, solution="x" * 3500), row(3, solution="x" * 4000)])
-        limit = self.limit(chosen=True)
+        limit = self.limit(positions=1_000_000, max_tokens=4000)
         with pytest.raises(
             UserError,
             match=r"3500 tokens .*:2\), and data\.max_tokens is 4000; set rollout\."
@@ -95,7 +95,7 @@ class TestPromptLimit:
     def test_a_limit_that_cannot_be_raised(self, file):
         source = write(file, [row(1), row(2, solution="x" * 3500)])
         with pytest.raises(UserError, match=r"max_new_tokens to at most 500, or leave out the 1 of 2 rows"):
-            load(source, prompt_limit=self.limit(chosen=True, model_positions=4400))
+            load(source, prompt_limit=self.limit(positions=4400, max_tokens=4000))
 
     def test_short_texts_are_not_counted(self, file):
         def length(problem):

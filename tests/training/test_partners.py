@@ -44,8 +44,8 @@ def check(
     chosen = ObjectiveSettings(reveal=RevealSettings(solution=solution))
     limit = PromptLimit(
         length=lambda problem: Paint.longest_prompt(problem, prompts, chosen, response=100),
-        positions=positions,
-        chosen=is_set,
+        positions=1_000_000 if is_set else positions,
+        max_tokens=positions if is_set else None,
         response=100,
         setting="rollout.max_new_tokens",
     )
